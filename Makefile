@@ -1,0 +1,45 @@
+# Every target installs what it needs into .venv first: a clean clone needs Python ≥ 3.11 and make only.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-all lint types docs bench clean
+
+demo: $(READY)  ## fine-tune the shipped digits model for brightness
+	$(BIN)/implicit-diffusion finetune --model digits --reward brightness --kl-weight 2.5 \
+		--out runs/demo-$$(date -u +%Y%m%dT%H%M%SZ)
+
+test: $(READY)  ## the tests, without the slow ones
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)  ## the tests, with the slow ones
+	$(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy src
+
+docs: $(READY)  ## docs/_build/index.html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
+bench: $(READY)
+	$(BIN)/python benchmarks/chains.py
+
+clean:
+	rm -rf .venv build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: .venv
+.venv: $(READY)
+
+# The environment variables carry the constraints into the isolated build as well (older and newer pip).
+$(READY): export PIP_CONSTRAINT = constraints.txt
+$(READY): export PIP_BUILD_CONSTRAINT = constraints.txt
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,docs]"
+	touch $@

@@ -1,0 +1,56 @@
+"""Implicit Diffusion: optimise samplers through the distributions they produce.
+
+    p ← Σ(p, θ)            one step of the sampler on the particles
+    θ ← θ − η Γ(p, θ)      one optimizer step on an estimate of ∇F(π*(θ))
+
+After *Implicit Diffusion: Efficient Optimization through Stochastic Sampling* (Marion et al., arXiv 2402.05468).
+"""
+
+from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
+from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.denoisers.table import ChainTable
+from implicit_diffusion.errors import (
+    ImplicitDiffusionError,
+    InvalidInputError,
+    MemoryLimitError,
+    NonAffineError,
+    NonFiniteError,
+)
+from implicit_diffusion.gradients import Adjoint, FullBackprop
+from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
+from implicit_diffusion.loops.bound import Bound, bound
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.samplers.chain import Chain
+
+__all__ = [
+    "Adjoint",
+    "Bound",
+    "Chain",
+    "ChainTable",
+    "DriftPenalty",
+    "Evaluation",
+    "FullBackprop",
+    "GaussianDenoiser",
+    "ImplicitDiffusionError",
+    "InvalidInputError",
+    "MemoryLimitError",
+    "Nested",
+    "Noise",
+    "NonAffineError",
+    "NonFiniteError",
+    "Objective",
+    "Particles",
+    "PathKL",
+    "Queue",
+    "Reward",
+    "Update",
+    "bound",
+    "evaluate",
+    "ou_probability_flow",
+    "ou_reverse_sde",
+    "read_table",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,271 @@
+"""Read a chain's table off a diffusers scheduler.
+
+With clipping off, one call of `scheduler.step` computes
+
+    x_{k+1} = a_k x_k + b_k u + s_k ξ,
+
+whatever formula stands behind it. So the coefficients are not derived again for every scheduler and option,
+they are *probed*: each row gets a fresh copy of the scheduler, a float64 batch of five samples, and a noise ξ
+that is drawn a second time from the same seed.
+
+    sample 0      x = u = 0                s_k = ⟨ξ, y⟩/⟨ξ, ξ⟩; alone, so that DDPM's s = 1e−10 keeps its digits
+    sample 1      x, u ~ N(0, I)           a_k, b_k by least squares of y − s_k ξ on (x, u)
+    samples 2–4   of scales 1e−2, 1, 1e2   (a_k, b_k, s_k) must reproduce them: clips and thresholds show here
+
+and m_k comes from `scale_model_input` in the same way. At last one roll-out through all rows with unrelated u
+must follow the table: hidden state (multistep solvers) shows here.
+
+The diffusers schedulers keep their coefficients in float32. They are read as they are, since the chain is to
+be the one that diffusers runs: near t = 0, where 1 − ᾱ_t is a difference of float32 numbers, they are off by
+up to a relative 1e−3, and so is the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.denoisers.table import ChainTable
+from implicit_diffusion.errors import InvalidInputError, NonAffineError
+from implicit_diffusion.noise import Noise
+
+EVENT = (2, 8, 8)  # an image to the scheduler, 128 equations to least squares
+PROBES = (0.0, 1.0, 1e-2, 1.0, 1e2)  # scale of x and u in each sample
+TOLERANCE = 1e-5  # relative; float32 inside a scheduler makes 1e−7, a clip or a second order 1e−2 and more
+NOISE = Noise(seed=0)
+STATE, OUTPUT, XI = range(3)  # keys of a probe's x, u and ξ
+GIVEN_BY_THE_CHAIN = ("model_output", "timestep", "sample", "generator", "variance_noise", "return_dict")
+
+
+class Row(NamedTuple):
+    """Coefficients of one step."""
+
+    a: float
+    b: float
+    s: float
+    m: float
+
+
+def read_table(scheduler: Any, num_steps: int, **step_options: Any) -> ChainTable:
+    """The table of the chain that `scheduler` runs in `num_steps` steps.
+
+    Args:
+        scheduler: a diffusers scheduler; it is copied, not touched. Supported: DDPM (variances fixed_small,
+            fixed_small_log, fixed_large) and DDIM with any η, in any timestep spacing and prediction type.
+        num_steps: N, from 1 to the scheduler's number of training timesteps.
+        **step_options: passed on to every `scheduler.step`, such as eta=1.0 for DDIM.
+
+    Returns:
+        N rows with the scheduler's timesteps as t_k, its `init_noise_sigma` as `initial_std`, and h_k = 1/N.
+
+    Raises:
+        NonAffineError: the scheduler's step is no affine function of (x, u, ξ), or it has hidden state
+            (clipping, thresholding, learned variances, second-order and multistep solvers). The message says
+            what to change.
+        InvalidInputError: num_steps is out of range, a step option is unknown, a coefficient is not finite, or
+            `scheduler` is no diffusers scheduler.
+    """
+    if not all(hasattr(scheduler, name) for name in ("config", "set_timesteps", "step")):
+        raise InvalidInputError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}.")
+    _check_num_steps(scheduler, num_steps)
+    _check_step_options(scheduler, step_options)
+    _refuse_what_is_no_table(scheduler.config, step_options)
+
+    probe = _Probe(copy.deepcopy(scheduler), num_steps, step_options)
+    rows = [probe.read(k) for k in range(num_steps)]
+    probe.verify_roll_out(rows)
+
+    columns = torch.tensor(rows, dtype=torch.float64)
+    return ChainTable(
+        a=columns[:, 0],
+        b=columns[:, 1],
+        s=columns[:, 2],
+        m=columns[:, 3],
+        t=probe.timesteps.double(),
+        h=torch.full((num_steps,), 1.0 / num_steps, dtype=torch.float64),
+        initial_std=float(getattr(probe.scheduler, "init_noise_sigma", 1.0)),
+        name=_name(scheduler, num_steps, step_options),
+    )
+
+
+@dataclass
+class _Probe:
+    """A scheduler set to N steps, to be asked what it does on each row."""
+
+    scheduler: Any
+    num_steps: int
+    step_options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.scheduler.set_timesteps(self.num_steps)
+        self.timesteps: Tensor = self.scheduler.timesteps
+        self.takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        if len(self.timesteps) != self.num_steps:
+            raise NonAffineError(_wrong_number_of_timesteps(self.scheduler, self.num_steps))
+
+    def read(self, k: int) -> Row:
+        """Row k by least squares on samples 0 and 1, verified on the others."""
+        scale = torch.tensor(PROBES, dtype=torch.float64).reshape(-1, 1, 1, 1)
+        x, u, xi = scale * _normal(k, STATE), scale * _normal(k, OUTPUT), _normal(k, XI)
+        y, scaled = self._step(self._fresh(), k, x, u)
+
+        s = _dot(xi[0], y[0]) / _dot(xi[0], xi[0])
+        regressors = torch.stack([x[1].flatten(), u[1].flatten()], dim=1)
+        a, b = torch.linalg.lstsq(regressors, (y[1] - s * xi[1]).reshape(-1, 1)).solution.flatten()
+        m = _dot(x[1], scaled[1]) / _dot(x[1], x[1])
+        row = Row(float(a), float(b), float(s), float(m))
+        if not all(math.isfinite(coefficient) for coefficient in row):
+            raise InvalidInputError(
+                f"{self._where(k)}: the step's coefficients are not finite, {row}. Usual causes: DDIM with "
+                "eta > 1 (the square root of a negative variance), or prediction_type='epsilon' at zero "
+                "terminal SNR (rescale_betas_zero_snr=True), where x_0 cannot be told from the noise."
+            )
+
+        for i in range(2, len(PROBES)):
+            residual = max(_residual(y[i], a * x[i], b * u[i], s * xi[i]), _residual(scaled[i], m * x[i]))
+            if not residual <= TOLERANCE:
+                raise NonAffineError(
+                    f"{self._where(k)}: its step is not affine in (x, u, noise): relative residual "
+                    f"{residual:.1e} at inputs of scale {PROBES[i]:g}. Something clips, thresholds or is "
+                    "random in a way that the generator does not control; switch it off, or use "
+                    "DDPMScheduler or DDIMScheduler."
+                )
+        return row
+
+    def verify_roll_out(self, rows: list[Row]) -> None:
+        """One scheduler through all rows, its own x and unrelated u: each step must still be the table's."""
+        scheduler, x = self._fresh(), _normal(0, STATE)
+        for k, row in enumerate(rows):
+            u = _normal(k, OUTPUT)
+            y, _ = self._step(scheduler, k, x, u)
+            residual = _residual(y, row.a * x, row.b * u, row.s * _normal(k, XI))
+            if not residual <= TOLERANCE:
+                raise NonAffineError(
+                    f"{self._where(k)}: after the rows before it, its step differs from the same step of a "
+                    f"fresh scheduler (relative residual {residual:.1e}): it remembers earlier network "
+                    "outputs, as second-order and multistep solvers do. Use DDPMScheduler or DDIMScheduler."
+                )
+            x = y
+
+    def _fresh(self) -> Any:
+        return copy.deepcopy(self.scheduler)
+
+    def _step(self, scheduler: Any, k: int, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_{k+1}, m_k x) from `scheduler` on row k, with the noise ξ = `_normal(k, XI)`."""
+        t = self.timesteps[k]
+        options = dict(self.step_options)
+        if self.takes_generator:
+            options["generator"] = NOISE.generator(k, XI)
+        try:
+            # Before the step, as pipelines do: some schedulers look up their row here; some have no scaling.
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            y = scheduler.step(u, t, x, return_dict=False, **options)[0]
+        except IndexError as error:
+            raise InvalidInputError(
+                f"{self._where(k)}: the scheduler has no such timestep ({error}); lower its steps_offset."
+            ) from error
+        return y.double(), scaled.double()
+
+    def _where(self, k: int) -> str:
+        name = type(self.scheduler).__name__
+        return f"{name} in {self.num_steps} steps, row {k} (t = {float(self.timesteps[k]):g})"
+
+
+def _check_num_steps(scheduler: Any, num_steps: int) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise InvalidInputError(f"num_steps must be an integer ≥ 1, got {num_steps!r}.")
+    limit = scheduler.config.get("num_train_timesteps", num_steps)
+    if num_steps > limit:
+        raise InvalidInputError(
+            f"num_steps = {num_steps} is more than the {limit} timesteps that the model was trained on; "
+            f"take at most {limit}."
+        )
+
+
+def _check_step_options(scheduler: Any, step_options: Mapping[str, Any]) -> None:
+    known = [p for p in inspect.signature(scheduler.step).parameters if p not in GIVEN_BY_THE_CHAIN]
+    for option in step_options:
+        if option in GIVEN_BY_THE_CHAIN:
+            raise InvalidInputError(f"step option {option!r} is given by the chain itself; leave it out.")
+        if option not in known:
+            name = type(scheduler).__name__
+            raise InvalidInputError(
+                f"{name}.step has no option {option!r}; it has {', '.join(known) if known else 'no options'}."
+            )
+
+
+def _refuse_what_is_no_table(config: Mapping[str, Any], step_options: Mapping[str, Any]) -> None:
+    """Options whose effect is known: say so before probing, with the way out."""
+    if config.get("thresholding"):
+        raise NonAffineError(
+            "thresholding=True rescales each sample by a quantile of itself, which no table can express; "
+            "build the scheduler with thresholding=False (`--no-clip` on the command line)."
+        )
+    if config.get("clip_sample"):
+        raise NonAffineError(
+            "clip_sample=True clamps the predicted x_0, which no table can express; build the scheduler with "
+            "clip_sample=False (`--no-clip` on the command line). It may change the pretrained samples: "
+            "look at them."
+        )
+    variance = config.get("variance_type")
+    if variance in ("learned", "learned_range"):
+        raise NonAffineError(
+            f"variance_type={variance!r}: the network sets the noise of each step, so s_k is no number in a "
+            "table; use 'fixed_small' or 'fixed_large' with a network that predicts no variance."
+        )
+    if variance == "fixed_large_log":
+        raise NonAffineError(
+            "variance_type='fixed_large_log' does not work in diffusers: its step takes the square root of "
+            "log β_t, a negative number, and returns NaN; use 'fixed_large', which is the same variance."
+        )
+    if step_options.get("use_clipped_model_output"):
+        raise NonAffineError(
+            "use_clipped_model_output=True recomputes the noise from a clipped x_0, and clipping is no "
+            "table; leave it out, it does nothing once clip_sample=False."
+        )
+
+
+def _wrong_number_of_timesteps(scheduler: Any, num_steps: int) -> str:
+    name, found = type(scheduler).__name__, len(scheduler.timesteps)
+    if scheduler.config.get("timestep_spacing") == "trailing" and found == num_steps + 1:
+        return (
+            f"{name} makes {found} timesteps for num_steps = {num_steps}: diffusers' trailing spacing rounds "
+            "to one too many for this number and ends at t = −1. Take a number of steps that divides "
+            f"{scheduler.config.num_train_timesteps}, or one nearby."
+        )
+    return (
+        f"{name} makes {found} network calls for num_steps = {num_steps}, as second-order solvers do; a "
+        "table has one call per row. Use DDPMScheduler or DDIMScheduler."
+    )
+
+
+def _residual(y: Tensor, *terms: Tensor) -> float:
+    """Largest |y − Σ terms|, relative to the largest entry of any term. NaN stays NaN."""
+    size = max(float(term.abs().max()) for term in terms)
+    return float((y - sum(terms)).abs().max()) / (size or 1.0)
+
+
+def _normal(*key: int) -> Tensor:
+    """Drawn as the scheduler draws it from `NOISE.generator(*key)`."""
+    return NOISE.normal((len(PROBES), *EVENT), *key, dtype=torch.float64)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum()
+
+
+def _name(scheduler: Any, num_steps: int, step_options: Mapping[str, Any]) -> str:
+    """For example "DDPM, 10 steps, trailing, fixed_small, epsilon"."""
+    config = scheduler.config
+    parts = [type(scheduler).__name__.removesuffix("Scheduler"), f"{num_steps} steps"]
+    options = (config.get(key) for key in ("timestep_spacing", "variance_type", "prediction_type"))
+    parts += [option for option in options if option]
+    parts += [f"{option}={value}" for option, value in step_options.items()]
+    return ", ".join(parts)

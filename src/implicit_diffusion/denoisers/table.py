@@ -1,0 +1,127 @@
+"""The table that is a sampler.
+
+Every fixed-step sampler of a diffusion or flow model used here is one affine-Gaussian recursion on a network
+u,
+
+    x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k,     k = 0..N−1,    x_0 ~ N(0, σ_0² I),    ξ_k ~ N(0,
+    I),
+
+and differs from the others only in its N rows (a, b, s, m, t). Whether u predicts noise, data, velocity or
+score is absorbed by a and b, so that nothing above this floor needs to know.
+
+Three further things travel with the rows: σ_0 (`initial_std`), the sampler time h_k that a row covers (the
+step of the differential equation where the table discretises one, 1/N where it was read off a scheduler), and
+a name for reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+
+COLUMNS = ("a", "b", "s", "m", "t", "h")
+
+
+@dataclass(frozen=True, eq=False)
+class ChainTable:
+    """The rows of a chain, x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k.
+
+    Columns are float64 CPU tensors with shape (N,); anything that `torch.as_tensor` takes is converted.
+
+    Attributes:
+        a: factor of the state.
+        b: factor of the network's output.
+        s: standard deviation of the row's noise, ≥ 0.
+        m: scaling of the state on its way into the network (1 but for the σ-parameterised Euler schedulers).
+        t: time given to the network, in the network's own units.
+        h: sampler time covered by the row, > 0.
+        initial_std: σ_0 > 0 of the initial noise.
+        name: one line for reports.
+
+    Raises:
+        InvalidInputError: a column is empty, of another length or not finite, some s_k < 0, some h_k ≤ 0 or
+            σ_0 ≤ 0.
+    """
+
+    a: Float64[Tensor, " steps"]
+    b: Float64[Tensor, " steps"]
+    s: Float64[Tensor, " steps"]
+    m: Float64[Tensor, " steps"]
+    t: Float64[Tensor, " steps"]
+    h: Float64[Tensor, " steps"]
+    initial_std: float = 1.0
+    name: str = "chain"
+
+    def __post_init__(self) -> None:
+        for column in COLUMNS:
+            values = (
+                torch.as_tensor(getattr(self, column), dtype=torch.float64, device="cpu").detach().clone()
+            )
+            object.__setattr__(self, column, values)
+            if values.ndim != 1 or len(values) == 0 or len(values) != len(self.a):
+                raise InvalidInputError(
+                    f"ChainTable: column {column} has shape {tuple(values.shape)}, column a "
+                    f"{tuple(self.a.shape)}; all columns must have one shape (N,) with N ≥ 1."
+                )
+            if not values.isfinite().all():
+                row = int((~values.isfinite()).nonzero()[0])
+                raise InvalidInputError(
+                    f"ChainTable: {column}[{row}] = {values[row].item()}; coefficients must be finite."
+                )
+        if (self.s < 0).any():
+            raise InvalidInputError(
+                f"ChainTable: s must be ≥ 0, its smallest value is {self.s.min().item()}."
+            )
+        if (self.h <= 0).any():
+            raise InvalidInputError(
+                f"ChainTable: h must be > 0, its smallest value is {self.h.min().item()}."
+            )
+        object.__setattr__(self, "initial_std", float(self.initial_std))
+        if not (math.isfinite(self.initial_std) and self.initial_std > 0):
+            raise InvalidInputError(
+                f"ChainTable: initial_std must be positive and finite, got {self.initial_std}."
+            )
+
+    def __len__(self) -> int:
+        """Number N of rows, which is the number of network calls."""
+        return len(self.a)
+
+    def noiseless(self, tolerance: float = 1e-4) -> tuple[int, ...]:
+        """Rows whose noise is too small to carry a path KL: s_k ≤ tolerance · |b_k|.
+
+        The path KL weighs a change δ of the network's output by (b_k δ)²/(2 s_k²), which on these rows is at
+        least δ²/(2 tolerance²) nats: infinite for deterministic rows, useless for DDPM's last one (s =
+        1e−10).
+        """
+        return tuple((self.s <= tolerance * self.b.abs()).nonzero().flatten().tolist())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as lists, numbers and a string; JSON keeps it bit for bit."""
+        return {
+            **{column: getattr(self, column).tolist() for column in COLUMNS},
+            "initial_std": self.initial_std,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> ChainTable:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InvalidInputError: keys are missing or unknown, or the values are no table.
+        """
+        expected = {field.name for field in fields(cls)}
+        if set(saved) != expected:
+            raise InvalidInputError(
+                f"ChainTable.from_dict: missing keys {sorted(expected - set(saved))}, "
+                f"unknown keys {sorted(set(saved) - expected)}."
+            )
+        return cls(**saved)

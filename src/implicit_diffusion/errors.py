@@ -1,0 +1,24 @@
+"""What can go wrong, by name. Every error of ours is an `ImplicitDiffusionError` and the built-in error it resembles.
+
+A message names the argument, says what was given and what would work.
+"""
+
+
+class ImplicitDiffusionError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class InvalidInputError(ImplicitDiffusionError, ValueError):
+    """An argument, option, file or folder that cannot be used; raised before any long work."""
+
+
+class NonAffineError(InvalidInputError):
+    """A scheduler whose step is not affine in (x, u, ξ), or has hidden state: it is no table."""
+
+
+class NonFiniteError(ImplicitDiffusionError, ArithmeticError):
+    """NaN or infinity in a running computation; raised before it reaches the parameters or a file."""
+
+
+class MemoryLimitError(ImplicitDiffusionError, MemoryError):
+    """The predicted memory exceeds what the device has."""

@@ -1,0 +1,93 @@
+"""The exact discrete adjoint of a denoising chain.
+
+For the recursion x_{k+1} = a_k x_k + b_k u_θ(m_k x_k, t_k) + s_k ξ_k with terminal objective F and running costs c_k, write
+f(x_1..x_B) = F(Σ_i δ_{x_i}/B). The chain rule, read from the end, is
+
+    λ_N,i = ∂f/∂x_i
+    surrogate_k = ⟨b_k λ_{k+1}, u_θ(m_k x_k, t_k)⟩ + (1/B) Σ_i c_k(x_k,i, θ)
+    Γ += ∇_θ surrogate_k,        λ_k = a_k λ_{k+1} + ∇_{x_k} surrogate_k
+
+so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, to the last bit of rounding (discretise, then
+differentiate). Only the states x_k are kept: memory does not grow with the network's activations times N. Each row costs
+one call of the network with gradient, through `.backward()`, so that distributed wrappers see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.samplers.chain import Chain
+
+
+def terminal_adjoint(
+    objective: Objective, x: Float[Tensor, "batch *event"]
+) -> tuple[Float[Tensor, "batch *event"], dict[str, Tensor]]:
+    """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        values = [(c, term, term.value(Particles(x))) for c, term in objective.terminal]
+        total = sum((c * value for c, _, value in values), start=0 * x.sum())
+    (adjoint,) = torch.autograd.grad(total, x)
+    return adjoint, {term.name: value.detach() for _, term, value in values}
+
+
+def pull_back(
+    chain: Chain,
+    objective: Objective,
+    x: Float[Tensor, "slots batch *event"],
+    rows: Sequence[int],
+    adjoint: Float[Tensor, "slots batch *event"],
+) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]]]:
+    """One row of the adjoint on several slots at once: adds ∇_θ surrogate to `.grad`.
+
+    Args:
+        chain: the sampler.
+        objective: gives the running costs.
+        x: states x_k, one row k per slot.
+        rows: the rows k, one per slot.
+        adjoint: λ_{k+1}.
+
+    Returns:
+        λ_k, and the batch mean of every running cost on every slot, unweighted, by name.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        transition = chain.transition(x, rows, reference=bool(objective.running))
+        surrogate = (transition.b * adjoint * transition.u).sum()
+        costs = {}
+        for weight, term in objective.running:
+            cost = term.cost(transition).mean(1)
+            surrogate = surrogate + weight * cost.sum()
+            costs[term.name] = cost.detach()
+    surrogate.backward()
+    assert x.grad is not None
+    return transition.a * adjoint + x.grad, costs
+
+
+class Adjoint:
+    """∇ℓ from one batch of trajectories: sample them, then run the adjoint back from the end."""
+
+    def __call__(
+        self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int = 0
+    ) -> dict[str, Tensor]:
+        """Add the gradient of trajectory `index` to the parameters' `.grad`.
+
+        Returns:
+            every term's value by name, unweighted, running costs summed over the rows (a path KL is in nats).
+        """
+        states = chain.trajectory(noise, batch, index)
+        with chain.evaluating():
+            adjoint, values = terminal_adjoint(objective, states.pop())
+            lam = adjoint[None]
+            for row in reversed(range(chain.num_steps)):
+                lam, costs = pull_back(chain, objective, states.pop()[None], [row], lam)
+                for name, cost in costs.items():
+                    values[name] = values.get(name, 0) + cost.sum()
+        return values

@@ -1,0 +1,39 @@
+"""Backpropagation through the whole sampling run: the reference that the adjoint is tested against.
+
+Exact, and as slow and memory-hungry as can be: the activations of all N network calls are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.samplers.chain import Chain
+
+
+class FullBackprop:
+    """∇ℓ from one batch of trajectories by autograd through all N steps."""
+
+    def __call__(
+        self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int = 0
+    ) -> dict[str, Tensor]:
+        """Add the gradient of trajectory `index` to the parameters' `.grad`; returns the same values as `Adjoint`."""
+        values: dict[str, Tensor] = {}
+        with torch.enable_grad(), chain.evaluating():
+            x = chain.initial(noise, batch, index)
+            total = 0 * x.sum()
+            for transition, _, state in chain.walk(x, noise, index, reference=bool(objective.running)):
+                x = state[0]
+                for weight, term in objective.running:
+                    cost = term.cost(transition).mean()
+                    total = total + weight * cost
+                    values[term.name] = values.get(term.name, 0) + cost.detach()
+            for weight, term in objective.terminal:
+                value = term.value(Particles(x))
+                total = total + weight * value
+                values[term.name] = value.detach()
+            total.backward()
+        return values

@@ -1,0 +1,142 @@
+"""The parameter step, θ ← θ − η Γ: check, clip, step, schedule, average."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+
+
+class Update:
+    """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
+
+    Args:
+        optimizer: any torch optimizer whose `step` needs no closure.
+        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
+        max_grad_norm: clip the norm of Γ to this value.
+        ema_decay: keep an exponential moving average of the denoiser, θ̄ ← decay·θ̄ + (1 − decay)·θ after every update.
+        accumulate: average Γ over this many calls before each update.
+
+    Raises:
+        InvalidInputError: an optimizer that needs a closure; a bound or count that is not positive.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise InvalidInputError(
+                f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
+                "take a first-order optimizer such as Adam or SGD"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise InvalidInputError(f"ema_decay must lie in (0, 1), e.g. 0.99, or be None, got {ema_decay}")
+        if accumulate < 1:
+            raise InvalidInputError(f"accumulate must be an integer ≥ 1, got {accumulate}")
+        self.optimizer, self.schedule = optimizer, schedule
+        self.max_grad_norm, self.ema_decay, self.accumulate = max_grad_norm, ema_decay, accumulate
+        self.ema: AveragedModel | None = None
+        self.updates = 0  # optimizer steps made
+        self.pending = 0  # gradients accumulated since
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that the optimizer moves."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def bind(self, denoiser: Any) -> None:
+        """Tie the update to the denoiser that it moves; called by the loops.
+
+        Raises:
+            InvalidInputError: the optimizer moves no trainable parameter of the denoiser.
+        """
+        own = {id(p) for p in denoiser.parameters()} if isinstance(denoiser, nn.Module) else set()
+        held = [p for p in self.parameters if id(p) in own]
+        if not held:
+            raise InvalidInputError(
+                "optimizer holds none of the denoiser's parameters: build it from the parameters of the very module "
+                "that the chain samples with"
+            )
+        if not any(p.requires_grad for p in held):
+            raise InvalidInputError("every parameter of the denoiser that the optimizer holds is frozen")
+        self.denoiser = denoiser
+        if self.ema_decay is not None:
+            self.ema = AveragedModel(
+                denoiser, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)
+            ).requires_grad_(False)
+
+    def step(self, watched: Sequence[Tensor], diagnose: Callable[[], str | None]) -> dict[str, Any]:
+        """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
+
+        Args:
+            watched: tensors that must be finite as well.
+            diagnose: says in words what is not finite; None where it cannot tell.
+
+        Returns:
+            metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
+
+        Raises:
+            NonFiniteError: NaN or infinity; θ has not been touched then.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.stack([norm.float(), *(x.sum().float() for x in watched)]).isfinite().all():
+            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+        self.pending += 1
+        if self.pending < self.accumulate:
+            return {}
+        if self.accumulate > 1:
+            torch._foreach_mul_(gradients, 1 / self.accumulate)
+            norm = norm / self.accumulate
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending = 0
+        self.updates += 1
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.denoiser)
+        return {"grad_norm": norm, "lr": lr}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on, but for the model's own parameters."""
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
+        state["ema"] = None if self.ema is None else dict(self.ema.state_dict())
+        state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
+        return state | {"pending": self.pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.updates, self.pending = state["updates"], state["pending"]
+        for p, gradient in zip(
+            self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True
+        ):
+            p.grad = gradient
+
+    def _diagnose(self) -> str:
+        bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)
+        return f"the gradient of {bad} of {len(self.parameters)} parameter tensors holds NaN or infinity"

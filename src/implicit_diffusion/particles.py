@@ -1,0 +1,36 @@
+"""Particles: the empirical distribution Σ_i w_i δ_{x_i} that a sampler holds and an objective reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Points with weights that are positive and sum to one.
+
+    Args:
+        x: positions, with shape (n, *event).
+        log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
+    """
+
+    x: Float[Tensor, "n *event"]
+    log_weights: Float[Tensor, " n"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def weights(self) -> Float[Tensor, " n"]:
+        """w = softmax(log_weights), with shape (n,)."""
+        if self.log_weights is None:
+            return self.x.new_full((len(self),), 1 / len(self))
+        return torch.softmax(self.log_weights, 0)
+
+    def mean(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """E_p[values] = Σ_i w_i values_i."""
+        return values.mean() if self.log_weights is None else self.weights @ values

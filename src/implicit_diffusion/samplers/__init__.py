@@ -1,0 +1,1 @@
+"""Samplers Σ: what turns parameters θ into particles."""

@@ -1,0 +1,193 @@
+"""The denoising chain: a finite sampler as one affine-Gaussian recursion on a network.
+
+    x_{k+1} = a_k x_k + b_k u_θ(m_k x_k, t_k) + s_k ξ_k,     k = 0..N−1,     x_0 ~ N(0, σ_0² I)
+
+The table (a, b, s, m, t) *is* the sampler: DDPM, DDIM, Euler–Maruyama and flows differ in their rows alone. States
+carry a slot axis, (slots, batch, *event), and every slot stands on a row of its own, so that trajectories at different
+stages advance in one network call. The pretrained network u_0 acts on the `pretrained_rows` and is what path costs
+compare u_θ with.
+
+Networks run in eval mode: dropout would make u_θ a random function, and the adjoint of a random function is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.denoisers.frozen import eval_mode, frozen_copy
+from implicit_diffusion.denoisers.table import ChainTable
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.transition import Transition
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+class Chain:
+    """A sampler of N steps from noise to data, driven by a denoiser.
+
+    Args:
+        denoiser: u_θ(x, t), any callable with x of shape (batch, *event) and t of shape (batch,) → shape of x.
+            Trainable where it is an `nn.Module`.
+        table: the rows (a, b, s, m, t); see `read_table`, `ou_reverse_sde`.
+        event_shape: shape of one sample, e.g. (1, 8, 8).
+        reference: the pretrained u_0. Where None, a frozen copy of `denoiser` as it stands now.
+        pretrained_rows: rows on which u_0 acts in place of u_θ; "noiseless" means those whose noise vanishes, on
+            which a path KL would be infinite.
+
+    Raises:
+        InvalidInputError: an event shape that is empty or not positive; a row that the table does not have.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        table: ChainTable,
+        event_shape: Iterable[int],
+        *,
+        reference: Denoiser | None = None,
+        pretrained_rows: Iterable[int] | Literal["noiseless"] = (),
+    ) -> None:
+        self.denoiser, self.table, self.event_shape = denoiser, table, tuple(event_shape)
+        if not self.event_shape or min(self.event_shape) < 1:
+            raise InvalidInputError(
+                f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}"
+            )
+        if reference is None:
+            reference = frozen_copy(denoiser) if isinstance(denoiser, nn.Module) else denoiser
+        self.reference = reference
+        rows = table.noiseless() if pretrained_rows == "noiseless" else tuple(pretrained_rows)
+        if any(not 0 <= row < len(table) for row in rows):
+            raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {rows}")
+        self.pretrained_rows = frozenset(rows)
+        self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
+        parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.table)
+
+    @property
+    def trained_rows(self) -> tuple[int, ...]:
+        """Rows on which u_θ acts."""
+        return tuple(row for row in range(self.num_steps) if row not in self.pretrained_rows)
+
+    def replace(self, **changes: Any) -> Chain:
+        """The same chain with other `denoiser`, `reference` or `pretrained_rows`."""
+        kept = {
+            "denoiser": self.denoiser,
+            "reference": self.reference,
+            "pretrained_rows": self.pretrained_rows,
+        }
+        return Chain(table=self.table, event_shape=self.event_shape, **(kept | changes))
+
+    def pretrained(self) -> Chain:
+        """The chain before any training: u_0 on every row."""
+        return self.replace(denoiser=self.reference)
+
+    def transition(
+        self, x: Float[Tensor, "slots batch *event"], rows: Sequence[int], *, reference: bool = False
+    ) -> Transition:
+        """Predictions and coefficients for states on the given rows, one row per slot.
+
+        With `reference`, u_0 is evaluated on every slot as well. One call of u_θ on the trained slots, one of u_0.
+
+        Raises:
+            InvalidInputError: the denoiser's output does not have its input's shape.
+        """
+        c = self._rows(tuple(rows))
+        trained = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
+        kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
+        u0 = self._predict(self.reference, x, c) if reference else None
+        if not kept:
+            u = self._predict(self.denoiser, x, c)
+        else:
+            parts = [self._predict(self.reference, x[kept], c, kept) if u0 is None else u0[kept]]
+            if trained:
+                parts.append(self._predict(self.denoiser, x[trained], c, trained))
+            u, order = torch.cat(parts), sorted(range(len(rows)), key=(kept + trained).__getitem__)
+            if order != list(range(len(rows))):
+                u = u[order]
+        return Transition(x, u, u0, c["a"], c["b"], c["s"], c["h"], c["trained"])
+
+    def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
+        """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
+        x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
+        return self.table.initial_std * x
+
+    def innovation(
+        self, noise: Noise, batch: int, indices: Sequence[int], rows: Sequence[int]
+    ) -> Float[Tensor, "slots batch *event"] | None:
+        """ξ of trajectory indices[i] on row rows[i]; None where every one of these rows is deterministic."""
+        if not any(self.table.s[list(rows)].tolist()):
+            return None
+        shape = (batch, *self.event_shape)
+        draws = (
+            noise.normal(shape, i, k + 1, device=self.device, dtype=self.dtype) for i, k in zip(indices, rows)
+        )
+        return torch.stack(list(draws))
+
+    def walk(
+        self, x: Float[Tensor, "batch *event"], noise: Noise, index: int = 0, *, reference: bool = False
+    ) -> Iterator[tuple[Transition, Tensor | None, Tensor]]:
+        """All N rows from x_0 = `x`: yields (transition, ξ_k, x_{k+1}), each with one slot. Differentiable."""
+        state = x[None]
+        for row in range(self.num_steps):
+            transition = self.transition(state, [row], reference=reference)
+            xi = self.innovation(noise, len(x), [index], [row])
+            state = transition.push(xi)
+            yield transition, xi, state
+
+    @torch.no_grad()
+    def trajectory(self, noise: Noise, batch: int, index: int = 0) -> list[Float[Tensor, "batch *event"]]:
+        """The states x_0, …, x_N of trajectory `index`, each with shape (batch, *event)."""
+        states = [self.initial(noise, batch, index)]
+        with self.evaluating():
+            states += [state[0] for _, _, state in self.walk(states[0], noise, index)]
+        return states
+
+    @torch.no_grad()
+    def sample(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
+        """x_N of trajectory `index`, with shape (batch, *event)."""
+        state = self.initial(noise, batch, index)[None]
+        with self.evaluating():
+            for _, _, state in self.walk(state[0], noise, index):
+                pass
+        return state[0]
+
+    def evaluating(self):
+        """Context in which u_θ and u_0 are deterministic functions (eval mode), restored on exit."""
+        return eval_mode(*(f for f in (self.denoiser, self.reference) if isinstance(f, nn.Module)))
+
+    def _predict(
+        self, network: Denoiser, x: Tensor, c: dict[str, Tensor], slots: list[int] | None = None
+    ) -> Tensor:
+        m, t = (c["m"], c["t"]) if slots is None else (c["m"][slots], c["t"][slots])
+        inputs = (m * x).flatten(0, 1)
+        u = network(inputs, t.repeat_interleave(x.shape[1]))
+        self.evaluations += len(inputs)
+        if u.shape != inputs.shape:
+            raise InvalidInputError(
+                f"denoiser must return the shape of its input, {tuple(inputs.shape)}, got {tuple(u.shape)}"
+            )
+        return u.unflatten(0, x.shape[:2])
+
+    def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:
+        """Coefficients of the given rows on the chain's device, shaped (slots, 1, ...); t shaped (slots,)."""
+        if rows not in self._coefficients:
+            index, ones = list(rows), (1,) * (1 + len(self.event_shape))
+            c = {name: getattr(self.table, name)[index].to(self.device, self.dtype) for name in "abshmt"}
+            c["trained"] = torch.tensor([row not in self.pretrained_rows for row in rows], device=self.device)
+            self._coefficients[rows] = {
+                name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()
+            }
+        return self._coefficients[rows]

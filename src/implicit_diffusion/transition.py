@@ -1,0 +1,39 @@
+"""One row of a denoising chain at work: what a running cost may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transition:
+    """x⁺ = a x + b u_θ(m x, t) + s ξ on several slots at once, each slot on a row of its own.
+
+    Args:
+        x: states, with shape (slots, batch, *event).
+        u: the network's prediction on the slots' rows (the pretrained one where the row is not trained), as `x`.
+        u0: the pretrained network's prediction, as `x`; None where nobody asked for it.
+        a, b, s, h: the rows' coefficients, broadcastable to `x`, i.e. with shape (slots, 1, ...).
+        trained: whether the row is under the control of θ, shaped as `a`.
+    """
+
+    x: Float[Tensor, "slots batch *event"]
+    u: Float[Tensor, "slots batch *event"]
+    u0: Float[Tensor, "slots batch *event"] | None
+    a: Float[Tensor, "slots ..."]
+    b: Float[Tensor, "slots ..."]
+    s: Float[Tensor, "slots ..."]
+    h: Float[Tensor, "slots ..."]
+    trained: Bool[Tensor, "slots ..."]
+
+    @property
+    def mean(self) -> Float[Tensor, "slots batch *event"]:
+        """E[x⁺ | x] = a x + b u."""
+        return self.a * self.x + self.b * self.u
+
+    def push(self, noise: Float[Tensor, "slots batch *event"] | None) -> Float[Tensor, "slots batch *event"]:
+        """x⁺ = a x + b u + s ξ; without noise (None), the mean."""
+        return self.mean if noise is None else self.mean + self.s * noise

@@ -1,0 +1,86 @@
+"""The bound J* and its law against Gaussian closed forms, from pretrained and from trained samples."""
+
+import pytest
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.loops.bound import bound, memory_of_start
+from implicit_diffusion.loops.evaluation import Evaluation, evaluate
+from implicit_diffusion.noise import Noise
+from tests.oracles import affine_chain, exact_terms, riccati, tilted_bound
+
+BETA = 0.7
+
+
+@pytest.fixture(scope="module")
+def problem():
+    chain, reward = affine_chain(6, 2)
+    return chain, reward, tilted_bound(chain, reward, BETA)
+
+
+def trained(chain, reward):
+    _, gain, shift = riccati(chain, reward, BETA)
+    best = chain.replace(denoiser=type(chain.denoiser)(gain, shift), reference=chain.reference)
+    return best
+
+
+@pytest.mark.parametrize("control", ["pretrained", "riccati"])
+def test_equals_the_closed_form(problem, control):
+    chain, reward, (conditional, unconditional) = problem
+    chain = chain if control == "pretrained" else trained(chain, reward)
+    b = bound(evaluate(chain, reward, Noise(2), starts=20_000, repeats=8, chunk=40_000), BETA)
+    gain = -exact_terms(chain.pretrained(), reward)[0].item() - conditional
+    assert b.j_se < 0.03 * gain
+    assert abs(b.j - conditional) < 4 * b.j_se
+    assert abs(b.j_unconditional - unconditional) < 4 * b.j_unconditional_se
+    assert b.j == pytest.approx(-b.reward + BETA * b.path_kl, abs=1e-9)
+
+
+def test_trained_samples_are_sharper(problem):
+    chain, reward, _ = problem
+    errors = [
+        bound(evaluate(c, reward, Noise(2), starts=2000, repeats=8), BETA)
+        for c in (chain, trained(chain, reward))
+    ]
+    assert errors[1].effective_samples > errors[0].effective_samples
+
+
+def test_the_optimum_law_is_the_derivative_of_the_cumulant(problem):
+    """E*R = d(J*/β)/d(−1/β) by finite differences of the closed form."""
+    chain, reward, _ = problem
+    d = 1e-4
+    up, down = (tilted_bound(chain, reward, 1 / (1 / BETA + e))[0] * (1 / BETA + e) for e in (d, -d))
+    exact = -(up - down) / (2 * d)
+    b = bound(
+        evaluate(trained(chain, reward), reward, Noise(4), starts=20_000, repeats=8, chunk=40_000), BETA
+    )
+    assert abs(b.reward - exact) < 4 * b.reward_se
+
+
+def test_jackknife_takes_the_bias_away():
+    """log E e^w of N(0, 1) is 1/2; with 8 draws the plain log-mean is low by about (e − 1)/16."""
+    w = torch.randn(100_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = (w.logsumexp(1) - torch.tensor(8.0).log()).mean().item()
+    zeros = torch.zeros_like(w)
+    b = bound(Evaluation(w, zeros, zeros, w[..., None]), 1.0)
+    assert abs(-b.j - 0.5) < abs(plain - 0.5) / 3
+
+
+def test_memory_of_start(problem):
+    chain, reward, _ = problem
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(4000, 1, generator=generator, dtype=torch.float64)
+    values = 0.5 * start + torch.randn(4000, 4, generator=generator, dtype=torch.float64)
+    share, error = memory_of_start(values)
+    assert error < 0.02 and abs(share - 0.2) < 4 * error
+    share, error = memory_of_start(torch.randn(4000, 4, generator=generator, dtype=torch.float64))
+    assert abs(share) < 4 * error
+
+
+def test_bad_arguments(problem):
+    chain, reward, _ = problem
+    evaluation = evaluate(chain, reward, Noise(0), starts=4, repeats=1)
+    with pytest.raises(InvalidInputError, match="beta"):
+        bound(evaluation, 0.0)
+    with pytest.raises(InvalidInputError, match="repeats"):
+        bound(evaluation, 1.0)
