@@ -69,9 +69,7 @@ def affine_chain(
     return chain, QuadraticReward(p, p / 2)
 
 
-def exact_terms(
-    chain: Chain, reward: QuadraticReward, mean0: Tensor | None = None, square0: Tensor | None = None
-):
+def exact_terms(chain: Chain, reward: QuadraticReward, mean0: Tensor | None = None, square0: Tensor | None = None):
     """E R and the path KL of an affine chain by moment recursion; differentiable in gain and shift.
 
     `mean0` and `square0` are E x_0 and E x_0² (of the law N(0, σ_0²) by default), per coordinate.

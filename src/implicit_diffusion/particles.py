@@ -26,7 +26,7 @@ class Particles:
 
     @property
     def weights(self) -> Float[Tensor, " n"]:
-        """w = softmax(log_weights), with shape (n,)."""
+        """W = softmax(log_weights), with shape (n,)."""
         if self.log_weights is None:
             return self.x.new_full((len(self),), 1 / len(self))
         return torch.softmax(self.log_weights, 0)

@@ -20,8 +20,7 @@ def problem():
 
 def trained(chain, reward):
     _, gain, shift = riccati(chain, reward, BETA)
-    best = chain.replace(denoiser=type(chain.denoiser)(gain, shift), reference=chain.reference)
-    return best
+    return chain.replace(denoiser=type(chain.denoiser)(gain, shift), reference=chain.reference)
 
 
 @pytest.mark.parametrize("control", ["pretrained", "riccati"])
@@ -39,8 +38,7 @@ def test_equals_the_closed_form(problem, control):
 def test_trained_samples_are_sharper(problem):
     chain, reward, _ = problem
     errors = [
-        bound(evaluate(c, reward, Noise(2), starts=2000, repeats=8), BETA)
-        for c in (chain, trained(chain, reward))
+        bound(evaluate(c, reward, Noise(2), starts=2000, repeats=8), BETA) for c in (chain, trained(chain, reward))
     ]
     assert errors[1].effective_samples > errors[0].effective_samples
 
@@ -51,9 +49,7 @@ def test_the_optimum_law_is_the_derivative_of_the_cumulant(problem):
     d = 1e-4
     up, down = (tilted_bound(chain, reward, 1 / (1 / BETA + e))[0] * (1 / BETA + e) for e in (d, -d))
     exact = -(up - down) / (2 * d)
-    b = bound(
-        evaluate(trained(chain, reward), reward, Noise(4), starts=20_000, repeats=8, chunk=40_000), BETA
-    )
+    b = bound(evaluate(trained(chain, reward), reward, Noise(4), starts=20_000, repeats=8, chunk=40_000), BETA)
     assert abs(b.reward - exact) < 4 * b.reward_se
 
 
@@ -66,8 +62,7 @@ def test_jackknife_takes_the_bias_away():
     assert abs(-b.j - 0.5) < abs(plain - 0.5) / 3
 
 
-def test_memory_of_start(problem):
-    chain, reward, _ = problem
+def test_memory_of_start():
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(4000, 1, generator=generator, dtype=torch.float64)
     values = 0.5 * start + torch.randn(4000, 4, generator=generator, dtype=torch.float64)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops.evaluation import evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL, Reward
-from implicit_diffusion.denoisers.table import ChainTable
 from tests.gradients.test_adjoint import perturb
 from tests.oracles import affine_chain, exact_terms
 
@@ -44,19 +44,15 @@ def test_rows_without_noise_are_refused_with_three_ways_out():
     chain, _ = affine_chain(4)
     s = chain.table.s.clone()
     s[3] = 1e-10
-    rows = ChainTable(
-        chain.table.a, chain.table.b, s, chain.table.m, chain.table.t, chain.table.h, name="DDPM"
-    )
-    with pytest.raises(
-        InvalidInputError, match=r"row 3 .*eta > 0.*pretrained_rows=\"noiseless\".*DriftPenalty"
-    ):
+    rows = ChainTable(chain.table.a, chain.table.b, s, chain.table.m, chain.table.t, chain.table.h, name="DDPM")
+    with pytest.raises(InvalidInputError, match=r"row 3 .*eta > 0.*pretrained_rows=\"noiseless\".*DriftPenalty"):
         PathKL().check(rows, (0, 1, 2, 3))
     PathKL().check(rows, (0, 1, 2))
     DriftPenalty().check(rows, (0, 1, 2, 3))
 
 
 def test_objectives_compose():
-    f = Reward(lambda x: x.sum(1)) + 2 * (0.5 * PathKL() + DriftPenalty())
+    f = Reward(lambda x: x.sum(1)) + 2.0 * (0.5 * PathKL() + DriftPenalty())
     assert [(c, term.name) for c, term in f.terms] == [(1, "reward"), (1, "path_kl"), (2, "drift_penalty")]
     assert f.with_weight(PathKL, 3.0).weight(PathKL) == 3 and f.weight(PathKL) == 1
     assert [term.name for _, term in f.with_weight(PathKL, 0.0).running] == ["drift_penalty"]

@@ -36,8 +36,3 @@ BAD = {
 def test_bad_rewards_are_refused(message):
     with pytest.raises(InvalidInputError, match=message):
         Reward(BAD[message]).check(Particles(X))
-
-
-def test_not_a_function():
-    with pytest.raises(InvalidInputError, match="callable"):
-        Reward("brightness")

@@ -19,8 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen_copy(module: Module) -> Module:
-    """A deep copy of `module` in evaluation mode whose parameters ask for no gradient; the original is
-    untouched.
+    """A deep copy of `module` in evaluation mode whose parameters ask for no gradient.
 
     Raises:
         InvalidInputError: `module` is no `torch.nn.Module`. Copying a plain function would share the
@@ -41,12 +40,7 @@ def eval_mode(*modules: object) -> Iterator[None]:
     Objects that are no `torch.nn.Module` (plain functions used as denoisers, None) have no mode and are
     passed over.
     """
-    modes = [
-        (part, part.training)
-        for module in modules
-        if isinstance(module, nn.Module)
-        for part in module.modules()
-    ]
+    modes = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
     try:
         for part, _ in modes:
             part.training = False

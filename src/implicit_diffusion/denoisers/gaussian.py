@@ -51,22 +51,19 @@ class GaussianDenoiser(nn.Module):
     def __init__(
         self,
         mean: Float[Tensor, "*event"],
-        variance: Float[Tensor, ...] | float,
+        variance: Float[Tensor, "..."] | float,
         marginal: Marginal,
         prediction: str = "score",
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
-            raise InvalidInputError(
-                f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}."
-            )
+            raise InvalidInputError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
         spread = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
         try:
             spread = spread.expand(mean.shape).clone()
         except RuntimeError as error:
             raise InvalidInputError(
-                f"variance has shape {tuple(spread.shape)}, which does not broadcast to the mean's "
-                f"{tuple(mean.shape)}."
+                f"variance has shape {tuple(spread.shape)}, which does not broadcast to the mean's {tuple(mean.shape)}."
             ) from error
         if not (spread.isfinite().all() and (spread > 0).all()):
             raise InvalidInputError("variance must be positive and finite in every coordinate.")
@@ -77,7 +74,7 @@ class GaussianDenoiser(nn.Module):
 
     @classmethod
     def ornstein_uhlenbeck(
-        cls, mean: Float[Tensor, "*event"], variance: Float[Tensor, ...] | float, prediction: str = "score"
+        cls, mean: Float[Tensor, "*event"], variance: Float[Tensor, "..."] | float, prediction: str = "score"
     ) -> GaussianDenoiser:
         """In the time of dX = −X dt + √2 dB, for the chains of `ou_reverse_sde` and `ou_probability_flow`."""
         return cls(mean, variance, ou_marginal, prediction)
@@ -86,7 +83,7 @@ class GaussianDenoiser(nn.Module):
     def from_scheduler(
         cls,
         mean: Float[Tensor, "*event"],
-        variance: Float[Tensor, ...] | float,
+        variance: Float[Tensor, "..."] | float,
         scheduler: Any,
         prediction: str | None = None,
     ) -> GaussianDenoiser:
@@ -109,9 +106,7 @@ class GaussianDenoiser(nn.Module):
             prediction or scheduler.config.prediction_type,
         )
 
-    def forward(
-        self, x: Float[Tensor, batch * event], t: Shaped[Tensor, " batch"]
-    ) -> Float[Tensor, batch * event]:
+    def forward(self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:
         """u(x, t) with one time per sample."""
         alpha, sigma = (c.to(x).reshape(-1, *[1] * (x.ndim - 1)) for c in self.marginal(t))
         r = (x - alpha * self.mean) / (alpha**2 * self.variance + sigma**2)

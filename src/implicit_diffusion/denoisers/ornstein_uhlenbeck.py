@@ -13,8 +13,7 @@ Both have the marginals of X. With N steps of length h = T/N at the times t_k = 
 step uses the score at its noisy end, so the score at 0 is never asked for) the Euler scheme is the affine
 recursion
 
-    x_{k+1} = (1 + h) x_k + g h S(x_k, t_k) + s ξ_k,      g = 2, s = √(2h)  (SDE)      or      g = 1, s = 0
-    (ODE).
+    x_{k+1} = (1 + h) x_k + g h S(x_k, t_k) + s ξ_k,    g = 2, s = √(2h) (SDE)  or  g = 1, s = 0 (ODE).
 
 The network may predict the score S itself, the noise ε̂ = E[ε | x_t] or the data x̂ = E[X_0 | x_t]. By
 Tweedie's formula S = −ε̂/σ_t = (α_t x̂ − x)/σ_t², that is S = c_x x + c_u u with
@@ -40,7 +39,7 @@ from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 
 
-def ou_marginal(t: Float[Tensor, ...]) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
+def ou_marginal(t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """α_t = e^{−t} and σ_t = √(1 − e^{−2t}) of X_t = α_t X_0 + σ_t ε, with the shape and dtype of `t`."""
     return torch.exp(-t), torch.sqrt(-torch.expm1(-2 * t))
 

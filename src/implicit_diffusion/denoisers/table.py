@@ -1,10 +1,8 @@
 """The table that is a sampler.
 
-Every fixed-step sampler of a diffusion or flow model used here is one affine-Gaussian recursion on a network
-u,
+Every fixed-step sampler of a diffusion or flow model used here is one affine-Gaussian recursion on a network,
 
-    x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k,     k = 0..N−1,    x_0 ~ N(0, σ_0² I),    ξ_k ~ N(0,
-    I),
+    x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k,     k = 0..N−1,     x_0 ~ N(0, σ_0² I),  ξ_k ~ N(0, I),
 
 and differs from the others only in its N rows (a, b, s, m, t). Whether u predicts noise, data, velocity or
 score is absorbed by a and b, so that nothing above this floor needs to know.
@@ -22,7 +20,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
@@ -34,7 +31,7 @@ COLUMNS = ("a", "b", "s", "m", "t", "h")
 class ChainTable:
     """The rows of a chain, x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k.
 
-    Columns are float64 CPU tensors with shape (N,); anything that `torch.as_tensor` takes is converted.
+    Columns have shape (N,). Tensors of any dtype and device are taken, and kept as float64 copies on the CPU.
 
     Attributes:
         a: factor of the state.
@@ -51,20 +48,18 @@ class ChainTable:
             σ_0 ≤ 0.
     """
 
-    a: Float64[Tensor, " steps"]
-    b: Float64[Tensor, " steps"]
-    s: Float64[Tensor, " steps"]
-    m: Float64[Tensor, " steps"]
-    t: Float64[Tensor, " steps"]
-    h: Float64[Tensor, " steps"]
+    a: Tensor
+    b: Tensor
+    s: Tensor
+    m: Tensor
+    t: Tensor
+    h: Tensor
     initial_std: float = 1.0
     name: str = "chain"
 
     def __post_init__(self) -> None:
         for column in COLUMNS:
-            values = (
-                torch.as_tensor(getattr(self, column), dtype=torch.float64, device="cpu").detach().clone()
-            )
+            values = getattr(self, column).detach().to("cpu", torch.float64, copy=True)
             object.__setattr__(self, column, values)
             if values.ndim != 1 or len(values) == 0 or len(values) != len(self.a):
                 raise InvalidInputError(
@@ -77,18 +72,12 @@ class ChainTable:
                     f"ChainTable: {column}[{row}] = {values[row].item()}; coefficients must be finite."
                 )
         if (self.s < 0).any():
-            raise InvalidInputError(
-                f"ChainTable: s must be ≥ 0, its smallest value is {self.s.min().item()}."
-            )
+            raise InvalidInputError(f"ChainTable: s must be ≥ 0, its smallest value is {self.s.min().item()}.")
         if (self.h <= 0).any():
-            raise InvalidInputError(
-                f"ChainTable: h must be > 0, its smallest value is {self.h.min().item()}."
-            )
+            raise InvalidInputError(f"ChainTable: h must be > 0, its smallest value is {self.h.min().item()}.")
         object.__setattr__(self, "initial_std", float(self.initial_std))
         if not (math.isfinite(self.initial_std) and self.initial_std > 0):
-            raise InvalidInputError(
-                f"ChainTable: initial_std must be positive and finite, got {self.initial_std}."
-            )
+            raise InvalidInputError(f"ChainTable: initial_std must be positive and finite, got {self.initial_std}.")
 
     def __len__(self) -> int:
         """Number N of rows, which is the number of network calls."""
@@ -98,8 +87,7 @@ class ChainTable:
         """Rows whose noise is too small to carry a path KL: s_k ≤ tolerance · |b_k|.
 
         The path KL weighs a change δ of the network's output by (b_k δ)²/(2 s_k²), which on these rows is at
-        least δ²/(2 tolerance²) nats: infinite for deterministic rows, useless for DDPM's last one (s =
-        1e−10).
+        least δ²/(2 tolerance²) nats: infinite for deterministic rows, useless for DDPM's last (s = 1e−10).
         """
         return tuple((self.s <= tolerance * self.b.abs()).nonzero().flatten().tolist())
 
@@ -124,4 +112,5 @@ class ChainTable:
                 f"ChainTable.from_dict: missing keys {sorted(expected - set(saved))}, "
                 f"unknown keys {sorted(set(saved) - expected)}."
             )
-        return cls(**saved)
+        columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
+        return cls(**columns, initial_std=saved["initial_std"], name=saved["name"])

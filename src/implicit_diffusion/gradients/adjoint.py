@@ -1,15 +1,15 @@
 """The exact discrete adjoint of a denoising chain.
 
-For the recursion x_{k+1} = a_k x_k + b_k u_θ(m_k x_k, t_k) + s_k ξ_k with terminal objective F and running costs c_k, write
-f(x_1..x_B) = F(Σ_i δ_{x_i}/B). The chain rule, read from the end, is
+For the recursion x_{k+1} = a_k x_k + b_k u_θ(m_k x_k, t_k) + s_k ξ_k with terminal objective F and running costs c_k,
+write f(x_1..x_B) = F(Σ_i δ_{x_i}/B). The chain rule, read from the end, is
 
     λ_N,i = ∂f/∂x_i
     surrogate_k = ⟨b_k λ_{k+1}, u_θ(m_k x_k, t_k)⟩ + (1/B) Σ_i c_k(x_k,i, θ)
     Γ += ∇_θ surrogate_k,        λ_k = a_k λ_{k+1} + ∇_{x_k} surrogate_k
 
-so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, to the last bit of rounding (discretise, then
-differentiate). Only the states x_k are kept: memory does not grow with the network's activations times N. Each row costs
-one call of the network with gradient, through `.backward()`, so that distributed wrappers see it.
+so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, exact but for rounding (discretise, then
+differentiate). Only the states x_k are kept: memory does not grow with the network's activations times N. Each row
+costs one call of the network with gradient, through `.backward()`, so that distributed wrappers see it.
 """
 
 from __future__ import annotations

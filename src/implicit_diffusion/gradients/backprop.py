@@ -27,10 +27,10 @@ class FullBackprop:
             total = 0 * x.sum()
             for transition, _, state in chain.walk(x, noise, index, reference=bool(objective.running)):
                 x = state[0]
-                for weight, term in objective.running:
-                    cost = term.cost(transition).mean()
+                for weight, running in objective.running:
+                    cost = running.cost(transition).mean()
                     total = total + weight * cost
-                    values[term.name] = values.get(term.name, 0) + cost.detach()
+                    values[running.name] = values.get(running.name, 0) + cost.detach()
             for weight, term in objective.terminal:
                 value = term.value(Particles(x))
                 total = total + weight * value

@@ -47,7 +47,7 @@ class Loop(ABC):
             raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
         self.chain, self.objective, self.batch, self.noise = chain, objective, batch, noise
         self.update = update if isinstance(update, Update) else Update(update)
-        self.update.bind(chain.denoiser)
+        self.denoiser = self.update.bind(chain.denoiser)
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
         trial = Particles(chain.sample(noise, 2, TRIAL))
@@ -76,7 +76,7 @@ class Loop(ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, numbers and strings in dicts and lists."""
         return {
-            "denoiser": dict(self.chain.denoiser.state_dict()),
+            "denoiser": dict(self.denoiser.state_dict()),
             "update": self.update.state_dict(),
             "weights": [weight for weight, _ in self.objective.terms],
             "seed": self.noise.seed,
@@ -92,10 +92,8 @@ class Loop(ABC):
             InvalidInputError: the state comes from another seed, whose noise this loop could not replay.
         """
         if state["seed"] != self.noise.seed:
-            raise InvalidInputError(
-                f"state was saved under seed {state['seed']}, but noise has seed {self.noise.seed}"
-            )
-        self.chain.denoiser.load_state_dict(state["denoiser"])
+            raise InvalidInputError(f"state was saved under seed {state['seed']}, but noise has seed {self.noise.seed}")
+        self.denoiser.load_state_dict(state["denoiser"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)
         self.objective = Objective(tuple(zip(state["weights"], terms, strict=True)))

@@ -8,8 +8,8 @@ Whatever the control, J = −E R + β·KL(path) cannot go below the soft value o
 dP* ∝ e^{R/β} dP_0 attains J*; its reward and KL are the frontier that a run can approach as N grows.
 
 The expectations may be taken under any control with importance weights: E_{u_0}[e^{R/β}|x_0] = E_{u_θ}[e^w|x_0] with
-w = R/β − log dP_θ/dP_0. Under the pretrained chain (w = R/β) this plans a run before any training; under the trained one
-the weights are nearly constant, and the same number of trajectories gives a much sharper J*.
+w = R/β − log dP_θ/dP_0. Under the pretrained chain (w = R/β) this plans a run before any training; under the trained
+one the weights are nearly constant, and the same number of trajectories gives a much sharper J*.
 
 With M trajectories per x_0 a log-mean-exp is biased by O(1/M); the jackknife over the M takes the first order away.
 """
@@ -63,15 +63,11 @@ def bound(evaluation: Evaluation, beta: float) -> Bound:
     Raises:
         InvalidInputError: beta not positive and finite, or a single trajectory per start.
     """
-    starts, repeats = evaluation.reward.shape
+    repeats = evaluation.reward.shape[1]
     if not (beta > 0 and math.isfinite(beta)):
-        raise InvalidInputError(
-            f"beta must be positive and finite: without a KL there is no bound; got {beta}"
-        )
+        raise InvalidInputError(f"beta must be positive and finite: without a KL there is no bound; got {beta}")
     if repeats < 2:
-        raise InvalidInputError(
-            "evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say"
-        )
+        raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
     reward = evaluation.reward.double()
     log_weights = reward / beta - evaluation.log_ratio.double()
     value, tilted = _jackknife(log_weights, reward)
@@ -96,6 +92,27 @@ def bound(evaluation: Evaluation, beta: float) -> Bound:
     )
 
 
+def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
+    """The share (J_before − J_after)/(J_before − J*) of the possible gain, with its standard error.
+
+    Both differences are sharp: before and after share their noise, so the numerator is paired; and J_after − J* is the
+    mean of −β times a log-weight against its soft maximum over the same trajectories.
+
+    Args:
+        before: the pretrained chain.
+        after: the trained one under the same noise, with at least 2 repeats per start.
+        beta: KL weight > 0.
+    """
+    log_weights = after.reward.double() / beta - after.log_ratio.double()
+    best = -beta * _jackknife(log_weights, after.reward.double())[0]
+    gained = (before.objective(beta) - after.objective(beta)).double().mean(1)
+    missed = after.objective(beta).double().mean(1) - best
+    total = (gained + missed).mean()
+    share = gained.mean() / total
+    error = ((1 - share) * gained - share * missed).std() / total.abs() / len(gained) ** 0.5
+    return share.item(), error.item()
+
+
 def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, float]:
     """Var E[R|x_0] / Var R, the share of the variance that x_0 decides (0: memoryless), with its standard error.
 
@@ -114,9 +131,7 @@ def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, flo
     n = len(means)
     total, square, noise = means.sum(), means.square().sum(), within.sum()
     estimate = share(total / n, square / n, noise / n, n)
-    left_out = share(
-        (total - means) / (n - 1), (square - means.square()) / (n - 1), (noise - within) / (n - 1), n - 1
-    )
+    left_out = share((total - means) / (n - 1), (square - means.square()) / (n - 1), (noise - within) / (n - 1), n - 1)
     error = ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt()
     return estimate.item(), error.item()
 
@@ -124,7 +139,7 @@ def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, flo
 def _jackknife(
     log_weights: Float[Tensor, "starts repeats"], reward: Float[Tensor, "starts repeats"]
 ) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
-    """log E e^w and E[R e^w]/E e^w of every start, each less its first-order bias: M T_M − (M−1)·mean T_{M−1}."""
+    """For every start log E e^w and E[R e^w]/E e^w, each less its first-order bias: M T_M − (M−1)·mean T_{M−1}."""
     repeats = log_weights.shape[1]
     top = log_weights.max(1, keepdim=True).values
     w = (log_weights - top).exp()

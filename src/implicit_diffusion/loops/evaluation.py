@@ -89,7 +89,7 @@ def evaluate(
                 chain.walk(x, noise, index, reference=compare and not singular)
             ):
                 x = state[0]
-                if transition.u0 is not None and row not in chain.pretrained_rows:
+                if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
                     shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
                     step = squared_norm(shift)[0] / 2
                     kl = kl + step

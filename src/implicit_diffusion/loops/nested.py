@@ -20,9 +20,7 @@ class Nested(Loop):
     The other arguments are those of `Loop`.
     """
 
-    def __init__(
-        self, *args: Any, estimator: Callable[..., dict[str, Tensor]] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, estimator: Callable[..., dict[str, Tensor]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.estimator = estimator or Adjoint()
 
@@ -41,5 +39,7 @@ class Nested(Loop):
         """Replay the trajectory, whose noise is addressed by its number, up to the first bad state."""
         for stage, x in enumerate(self.chain.trajectory(self.noise, self.batch, self.injected)):
             if not x.isfinite().all():
-                return f"iteration {self.iteration}: states x_{stage} of trajectory {self.injected} hold NaN or infinity"
+                return (
+                    f"iteration {self.iteration}: states x_{stage} of trajectory {self.injected} hold NaN or infinity"
+                )
         return None

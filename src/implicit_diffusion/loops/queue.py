@@ -59,9 +59,7 @@ class Queue(Loop):
     def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not 1 <= stride <= self.chain.num_steps:
-            raise InvalidInputError(
-                f"stride must lie in 1..{self.chain.num_steps} (the chain's steps), got {stride}"
-            )
+            raise InvalidInputError(f"stride must lie in 1..{self.chain.num_steps} (the chain's steps), got {stride}")
         self.stride = stride
         self.slots: list[Slot] = []
         self.values: dict[str, Tensor] = {}  # last seen: terminal values
@@ -74,16 +72,19 @@ class Queue(Loop):
             x = self.chain.initial(self.noise, self.batch, self.injected)
             self.slots.append(Slot(self.injected, self.update.updates, [x]))
             self.injected += 1
-        watched, contributed, info = [], False, {}
+        watched: list[Tensor] = []
+        info: dict[str, Any] = {}
+        contributed = False
         with self.chain.evaluating():
             for _ in range(self.stride):
                 watched += self._advance()
-            turned = [slot for slot in self.slots if slot.adjoint is not None]
-            ages = [self.update.updates - slot.born for slot in turned]
+            ages = [self.update.updates - slot.born for slot in self.slots if slot.adjoint is not None]
             for _ in range(self.stride):
-                contributed |= self._pull()
+                adjoints, rows = self._pull()
+                watched += adjoints
+                contributed |= any(row not in self.chain.pretrained_rows for row in rows)
             if contributed:
-                watched += [*self.values.values(), *(slot.adjoint for slot in turned)]
+                watched += self.values.values()
                 info = self.update.step(watched, self._diagnose)
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self.slots = [slot for slot in self.slots if slot.states]
@@ -110,10 +111,7 @@ class Queue(Loop):
             yield self.step(inject=False)
 
     def state_dict(self) -> dict[str, Any]:
-        slots = [
-            {"index": s.index, "born": s.born, "states": list(s.states), "adjoint": s.adjoint}
-            for s in self.slots
-        ]
+        slots = [{"index": s.index, "born": s.born, "states": list(s.states), "adjoint": s.adjoint} for s in self.slots]
         return super().state_dict() | {"slots": slots, "values": dict(self.values), "costs": dict(self.costs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,21 +137,19 @@ class Queue(Loop):
                 self.values |= values
         return [x]
 
-    def _pull(self) -> bool:
-        """All slots on their way back are pulled back one row; returns whether θ had a part in it."""
-        turned = [slot for slot in self.slots if slot.adjoint is not None and slot.states]
+    def _pull(self) -> tuple[list[Tensor], list[int]]:
+        """All slots on their way back are pulled back one row; returns the new adjoints and the rows."""
+        turned = [(slot, slot.adjoint) for slot in self.slots if slot.adjoint is not None and slot.states]
         if not turned:
-            return False
-        rows = [slot.row for slot in turned]
-        x = torch.stack([slot.states.pop() for slot in turned])
-        adjoint, costs = pull_back(
-            self.chain, self.objective, x, rows, torch.stack([s.adjoint for s in turned])
-        )
-        for slot, lam in zip(turned, adjoint):
+            return [], []
+        rows = [slot.row for slot, _ in turned]
+        x = torch.stack([slot.states.pop() for slot, _ in turned])
+        adjoint, costs = pull_back(self.chain, self.objective, x, rows, torch.stack([lam for _, lam in turned]))
+        for (slot, _), lam in zip(turned, adjoint):
             slot.adjoint = lam
         for name, cost in costs.items():
             self.costs.setdefault(name, {}).update(zip(rows, cost))
-        return any(row not in self.chain.pretrained_rows for row in rows)
+        return [adjoint], rows
 
     def _diagnose(self) -> str | None:
         states = [(f"states x_{k}", slot, x) for slot in self.slots for k, x in enumerate(slot.states)]

@@ -59,8 +59,8 @@ class Update:
         """The parameters that the optimizer moves."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def bind(self, denoiser: Any) -> None:
-        """Tie the update to the denoiser that it moves; called by the loops.
+    def bind(self, denoiser: Any) -> nn.Module:
+        """Tie the update to the denoiser that it moves, and return it; called by the loops.
 
         Raises:
             InvalidInputError: the optimizer moves no trainable parameter of the denoiser.
@@ -74,11 +74,11 @@ class Update:
             )
         if not any(p.requires_grad for p in held):
             raise InvalidInputError("every parameter of the denoiser that the optimizer holds is frozen")
-        self.denoiser = denoiser
+        module: nn.Module = denoiser
+        self.denoiser = module
         if self.ema_decay is not None:
-            self.ema = AveragedModel(
-                denoiser, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)
-            ).requires_grad_(False)
+            self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)).requires_grad_(False)
+        return module
 
     def step(self, watched: Sequence[Tensor], diagnose: Callable[[], str | None]) -> dict[str, Any]:
         """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
@@ -132,9 +132,7 @@ class Update:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
-        for p, gradient in zip(
-            self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True
-        ):
+        for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient
 
     def _diagnose(self) -> str:

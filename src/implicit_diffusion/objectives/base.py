@@ -30,9 +30,7 @@ class Objective:
                 raise InvalidInputError(f"the weight of {term.name} must be finite, got {coefficient}")
         names = [term.name for _, term in terms]
         if len(set(names)) < len(names):
-            raise InvalidInputError(
-                f"terms of an objective need different names, got {names}; pass name=... to one"
-            )
+            raise InvalidInputError(f"terms of an objective need different names, got {names}; pass name=... to one")
         self._terms = terms
 
     @property

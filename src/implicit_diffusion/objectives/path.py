@@ -1,11 +1,11 @@
 """Costs along the path of a denoising chain.
 
-Under u_θ and u_0 the rows are Gaussians of the same variance s_k² I, whose means differ by b_k (u_θ − u_0). By the chain
-rule of relative entropy (Girsanov's theorem, exact in discrete time)
+Under u_θ and u_0 the rows are Gaussians of the same variance s_k² I, whose means differ by b_k (u_θ − u_0). By the
+chain rule of relative entropy (Girsanov's theorem, exact in discrete time)
 
     KL(path_θ ‖ path_0) = Σ_k E_θ ‖b_k (u_θ − u_0)(m_k x_k, t_k)‖² / (2 s_k²)      in nats,
 
-and it bounds the KL of the outputs x_N from above. Where s_k vanishes the two means must agree: such rows stay with u_0.
+and it bounds the KL of the outputs x_N from above. Where s_k vanishes the means must agree: such rows stay with u_0.
 """
 
 from __future__ import annotations

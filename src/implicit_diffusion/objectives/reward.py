@@ -23,8 +23,6 @@ class Reward(TerminalObjective):
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], name: str = "reward") -> None:
-        if not callable(function):
-            raise InvalidInputError(f"reward must be a callable (n, *event) → (n,), got {function!r}")
         self.function, self.name = function, name
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
@@ -63,6 +61,4 @@ class Reward(TerminalObjective):
             raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
         for what, tensor in (("values", reward), ("a gradient", gradient)):
             if not tensor.isfinite().all():
-                raise InvalidInputError(
-                    f"reward gives {what} that are NaN or infinite on samples of the initial model"
-                )
+                raise InvalidInputError(f"reward gives {what} that are NaN or infinite on samples of the initial model")

@@ -13,6 +13,7 @@ Networks run in eval mode: dropout would make u_θ a random function, and the ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -55,9 +56,7 @@ class Chain:
     ) -> None:
         self.denoiser, self.table, self.event_shape = denoiser, table, tuple(event_shape)
         if not self.event_shape or min(self.event_shape) < 1:
-            raise InvalidInputError(
-                f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}"
-            )
+            raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}")
         if reference is None:
             reference = frozen_copy(denoiser) if isinstance(denoiser, nn.Module) else denoiser
         self.reference = reference
@@ -131,9 +130,7 @@ class Chain:
         if not any(self.table.s[list(rows)].tolist()):
             return None
         shape = (batch, *self.event_shape)
-        draws = (
-            noise.normal(shape, i, k + 1, device=self.device, dtype=self.dtype) for i, k in zip(indices, rows)
-        )
+        draws = (noise.normal(shape, i, k + 1, device=self.device, dtype=self.dtype) for i, k in zip(indices, rows))
         return torch.stack(list(draws))
 
     def walk(
@@ -158,19 +155,17 @@ class Chain:
     @torch.no_grad()
     def sample(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_N of trajectory `index`, with shape (batch, *event)."""
-        state = self.initial(noise, batch, index)[None]
+        x = self.initial(noise, batch, index)
         with self.evaluating():
-            for _, _, state in self.walk(state[0], noise, index):
-                pass
-        return state[0]
+            for _, _, state in self.walk(x, noise, index):
+                x = state[0]
+        return x
 
-    def evaluating(self):
+    def evaluating(self) -> AbstractContextManager[None]:
         """Context in which u_θ and u_0 are deterministic functions (eval mode), restored on exit."""
         return eval_mode(*(f for f in (self.denoiser, self.reference) if isinstance(f, nn.Module)))
 
-    def _predict(
-        self, network: Denoiser, x: Tensor, c: dict[str, Tensor], slots: list[int] | None = None
-    ) -> Tensor:
+    def _predict(self, network: Denoiser, x: Tensor, c: dict[str, Tensor], slots: list[int] | None = None) -> Tensor:
         m, t = (c["m"], c["t"]) if slots is None else (c["m"][slots], c["t"][slots])
         inputs = (m * x).flatten(0, 1)
         u = network(inputs, t.repeat_interleave(x.shape[1]))

@@ -1,0 +1,108 @@
+"""What the benchmarks share: the digits problem, the machine's name, and where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from implicit_diffusion import Chain, Objective, PathKL, Reward, read_table
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, scheduler_for
+from implicit_diffusion.experiments.digits import EVENT_SHAPE
+from implicit_diffusion.experiments.rewards import brightness
+
+ROOT = Path(__file__).parents[1]
+RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+ASSET = ROOT / "src" / "implicit_diffusion" / "assets" / "digits"
+BETA = 2.5  # KL weight of the demo
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def digits_chain(num_steps: int) -> Chain:
+    """The shipped digits model under DDPM with trailing spacing, pretrained on the row without noise."""
+    if ASSET.exists():
+        pretrained = load_pretrained("digits")
+        denoiser, scheduler = pretrained.denoiser, pretrained.scheduler
+    else:  # its architecture with random weights: the same cost
+        from implicit_diffusion.experiments.pretrain import Config, build
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            unet, scheduler = build(Config())
+        denoiser = DiffusersDenoiser(unet.eval())
+    table = read_table(scheduler_for(scheduler, "ddpm", clip=False), num_steps)
+    return Chain(denoiser.to(DEVICE), table, EVENT_SHAPE, pretrained_rows="noiseless")
+
+
+def objective(kl: bool = True) -> Objective:
+    """Brightness, with the demo's path KL or without any."""
+    return Reward(brightness) + BETA * PathKL() if kl else Reward(brightness)
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    """One call, with the device's queue emptied before and after."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Milliseconds of every function, called in turn, so that a busy moment of the machine strikes all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(warm_up + repeats):
+        for name, function in functions.items():
+            spent = milliseconds(function)
+            if repeat >= warm_up:
+                times[name].append(spent)
+    return times
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the ratios of neighbours in time."""
+    return median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on, and how busy it was when the benchmark began."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+    elif info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        name = found[1]
+    load = os.getloadavg()[0]
+    return {
+        "hardware": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_at_start": round(load, 2),
+        "idle": load < 0.5,
+        "parameters": sum(p.numel() for p in digits_chain(2).denoiser.parameters()),
+        "pretrained": ASSET.exists(),
+    }
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>-<hardware>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    slug = "cpu" if DEVICE == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
+    path = RESULTS / f"{name}-{slug}.json"
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return path

@@ -1,0 +1,175 @@
+"""How soon the queue and the nested loop get 90 % of the way, each at its best batch and learning rate.
+
+    python benchmarks/time_to_target.py            # results/time_to_target-*.json and docs/figures/time_to_target.png
+    python benchmarks/time_to_target.py --smoke    # the same path in a minute; its numbers mean nothing
+
+Brightness of digits, DDPM with N rows, Adam at a constant rate, norm clipped. Every run of the grid gets the same
+seconds of training; evaluations on held-out noise stop the clock. The target is common to both loops: 90 % of the way
+from J(u_0) to the lowest J that any run of the grid attained (mean of its last three evaluations). Each loop's best
+batch and rate, by seconds to the target, then run again under fresh seeds, and these runs are what is reported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from common import BETA, FIGURES, digits_chain, hardware, objective, save, synchronize
+
+from implicit_diffusion import Chain, Nested, Noise, Queue, Update, evaluate
+from implicit_diffusion.experiments.rewards import brightness
+from implicit_diffusion.loops.evaluation import mean_and_error
+
+LOOPS = {"queue": Queue, "nested": Nested}
+COLOURS = {"queue": "#1f6f8b", "nested": "#c8553d"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The published setting."""
+
+    num_steps: int = 10
+    batches: tuple[int, ...] = (4, 8, 16, 32)
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    seconds: float = 60.0  # of training, per run
+    points: int = 30  # evaluations per run, equally far apart in training seconds
+    held_out: int = 256  # trajectories per evaluation
+    share: float = 0.9
+    seeds: int = 3
+    threads: int = 0  # 0: torch's own choice
+    smoke: bool = False
+
+
+SMOKE = {"batches": (4,), "rates": (1e-4,), "seconds": 4.0, "points": 3, "held_out": 32, "seeds": 1}
+
+
+def run(config: Config) -> dict[str, Any]:
+    start, start_se = held_out(digits_chain(config.num_steps), config)
+    grid = [curve(*case, 0, config) for case in itertools.product(LOOPS, config.batches, config.rates)]
+    final = min(mean(point["j"] for point in run["curve"][-3:]) for run in grid)
+    target = start - config.share * (start - final)
+    for each in grid:
+        each |= reached(each["curve"], target)
+    best = {name: min((g for g in grid if g["loop"] == name), key=_soonest) for name in LOOPS}
+    runs = []
+    for name, seed in itertools.product(LOOPS, range(1, config.seeds + 1)):
+        again = curve(name, best[name]["batch"], best[name]["rate"], seed, config)
+        runs.append(again | reached(again["curve"], target))
+    return {"j_before": start, "j_before_se": start_se, "j_final": final, "target": target, "grid": grid, "runs": runs}
+
+
+def _soonest(run: dict[str, Any]) -> float:
+    return math.inf if run["seconds_to_target"] is None else run["seconds_to_target"]
+
+
+def curve(name: str, batch: int, rate: float, seed: int, config: Config) -> dict[str, Any]:
+    """One training run: J on held-out noise against seconds, network evaluations and updates."""
+    chain = digits_chain(config.num_steps)
+    adam = torch.optim.Adam(chain.denoiser.parameters(), lr=rate)
+    loop = LOOPS[name](chain, objective(), Update(adam, max_grad_norm=1.0), batch=batch, noise=Noise(seed))
+    spent, points = 0.0, []
+    for due in range(config.points + 1):
+        while spent < due * config.seconds / config.points:
+            begin = time.perf_counter()
+            loop.step()
+            synchronize()
+            spent += time.perf_counter() - begin
+        j, j_se = held_out(chain, config)
+        evaluations = chain.evaluations
+        points.append({"seconds": spent, "network_evaluations": evaluations, "updates": loop.update.updates})
+        points[-1] |= {"j": j, "j_se": j_se}
+    print(
+        f"{name:6} B {batch:<3} rate {rate:g} seed {seed}: {loop.update.updates} updates, J {j:.4f} ± {j_se:.4f}",
+        flush=True,
+    )
+    return {"loop": name, "batch": batch, "rate": rate, "seed": seed, "curve": points}
+
+
+def held_out(chain: Chain, config: Config) -> tuple[float, float]:
+    """J and its standard error on noise that no run trains on, the same at every call; the count stays untouched."""
+    evaluations = chain.evaluations
+    result = evaluate(chain, brightness, Noise(0).stream(1), starts=config.held_out)
+    chain.evaluations = evaluations
+    return mean_and_error(result.objective(BETA))
+
+
+def reached(points: list[dict[str, Any]], target: float) -> dict[str, float | None]:
+    """Where the curve first crosses the target, by linear interpolation; None where it does not."""
+    axes = ("seconds", "network_evaluations", "updates")
+    for before, after in itertools.pairwise(points):
+        if after["j"] <= target:
+            part = (before["j"] - target) / (before["j"] - after["j"])
+            return {f"{axis}_to_target": before[axis] + part * (after[axis] - before[axis]) for axis in axes}
+    return dict.fromkeys(f"{axis}_to_target" for axis in axes)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """J against seconds and against network evaluations: every seed thin, their mean over points thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.9), sharey=True, layout="constrained")
+    for axis, what in zip(axes, ("seconds", "network_evaluations")):
+        for name, colour in COLOURS.items():
+            runs = [run for run in results["runs"] if run["loop"] == name]
+            xs = [[point[what] for point in run["curve"]] for run in runs]
+            js = [[point["j"] for point in run["curve"]] for run in runs]
+            for x, j in zip(xs, js):
+                axis.plot(x, j, color=colour, lw=0.8, alpha=0.35)
+            x, j = [mean(column) for column in zip(*xs)], [mean(column) for column in zip(*js)]
+            label = f"{name}, {runs[0]['batch']} per update, rate {runs[0]['rate']:g}"
+            axis.plot(x, j, color=colour, lw=2.2, label=label)
+            times = [run[f"{what}_to_target"] for run in runs]
+            if None not in times:
+                axis.plot(mean(times), results["target"], "o", color=colour, ms=7, mec="white", mew=1.2, zorder=3)
+        axis.axhline(results["target"], color="0.5", ls=":", lw=1.2)
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    share = f"{100 * results['config']['share']:g} %"
+    axes[0].text(
+        1,
+        results["target"],
+        f"{share} of the way ",
+        transform=axes[0].get_yaxis_transform(),
+        ha="right",
+        va="bottom",
+        color="0.4",
+    )
+    axes[0].set(xlabel="seconds of training", ylabel="J on held-out noise", title="By the clock")
+    axes[1].set(xlabel="network evaluations (samples × calls)", title="By the work done")
+    axes[1].xaxis.set_major_formatter(lambda v, _: f"{v / 1e3:g}k" if v else "0")
+    axes[1].legend(frameon=False, loc="upper right")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main(config: Config) -> None:
+    if config.smoke:
+        config = replace(config, **SMOKE)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    setting = {name: getattr(config, name) for name in Config.__dataclass_fields__}
+    results = hardware() | {"config": setting | {"beta": BETA}} | run(config)
+    for each in results["runs"]:
+        took = each["seconds_to_target"]
+        print(f"{each['loop']}, seed {each['seed']}:", "not reached" if took is None else f"{took:.1f} s to the target")
+    suffix = "_smoke" if config.smoke else ""
+    print("wrote", save(f"time_to_target{suffix}", results))
+    figure = Path(f"{FIGURES / 'time_to_target'}{suffix}.png")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    plot(results, figure)
+    print("wrote", figure)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,61 @@
+"""The command line: one subcommand per experiment, its options the fields of a frozen Config."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from implicit_diffusion.errors import ImplicitDiffusionError
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
+
+    run: Path
+    """The run directory."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, dispatch, and turn our own errors into one line and exit status 2."""
+    import tyro
+
+    from implicit_diffusion.experiments import finetune, pretrain, sample
+
+    commands = (
+        Annotated[finetune.Config, tyro.conf.subcommand("finetune")]
+        | Annotated[Resume, tyro.conf.subcommand("resume")]
+        | Annotated[sample.Config, tyro.conf.subcommand("sample")]
+        | Annotated[pretrain.Config, tyro.conf.subcommand("pretrain")]
+    )
+    try:
+        chosen = tyro.cli(
+            commands,
+            prog="implicit-diffusion",
+            description="Optimise samplers through the distributions that they produce.\n\n"
+            "Start here:\n"
+            "  implicit-diffusion finetune --plan                 what each KL weight can buy\n"
+            "  implicit-diffusion finetune --kl-weight 2.5        fine-tune the shipped digits for brightness\n"
+            "  implicit-diffusion sample --model RUN/model        look at the result",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+        match chosen:
+            case finetune.Config():
+                finetune.run(chosen)
+            case Resume():
+                finetune.resume(chosen.run)
+            case sample.Config():
+                sample.run(chosen)
+            case pretrain.Config():
+                pretrain.run(chosen)
+    except ImplicitDiffusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(error or "interrupted", file=sys.stderr)
+        return 130
+    return 0

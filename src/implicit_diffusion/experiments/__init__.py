@@ -1,0 +1,1 @@
+"""Experiments: one file each, with a frozen `Config` whose defaults are the published setting, and a `run`."""

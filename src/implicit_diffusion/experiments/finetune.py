@@ -1,0 +1,287 @@
+"""Fine-tune a diffusion model for a reward: from a diffusers checkpoint to a diffusers checkpoint.
+
+    load → read the chain off the scheduler → plan → one loop of sampling, adjoint and update → judge → export → report
+
+minimising J = −E R + β·KL(path) with the queue. Everything that can be wrong with the input is found before the loop
+starts. Before and after are judged on the same held-out noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.denoisers.pretrained import Pretrained, load_pretrained, save_pipeline, scheduler_for
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments import judging
+from implicit_diffusion.experiments.plan import Plan, make_plan, plot, pretrained_samples, show
+from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.experiments.sample import write_chain
+from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
+from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.memory import check_memory, predict_memory
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
+from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
+from implicit_diffusion.samplers.chain import Chain
+
+PLAN, DURING, AFTER = 1, 2, 3  # streams of noise apart from training's
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fine-tune a diffusion model for a reward, with a KL leash to the pretrained model.
+
+    Minimises −E[reward] + kl_weight · KL(path). See what each kl_weight can buy first, with --plan.
+    """
+
+    model: str = "digits"
+    """"digits" (shipped), a diffusers folder, or a hub id owner/name."""
+    reward: str = "brightness"
+    """"brightness", "darkness", "digit-0" … "digit-9", or your own FILE.py:function, (n, C, H, W) → (n,), torch only."""
+    kl_weight: float | None = None
+    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward."""
+    target_kl: float | None = None
+    """Path KL in nats to aim at; see target_kl_mode."""
+    target_kl_mode: Literal["adapt", "stop"] = "adapt"
+    """Adapt β until the path KL sits at the target, or stop there."""
+    plan: bool = False
+    """Only print what each kl_weight can buy, from pretrained samples."""
+    out: Path | None = None
+    """Run directory, new or empty. By default runs/finetune-<time>."""
+    loop: Literal["queue", "nested"] = "queue"
+    """One pipelined loop, or sample-then-differentiate."""
+    scheduler: Literal["ddpm", "ddim"] = "ddpm"
+    """The chain's sampler, read off the checkpoint's scheduler."""
+    eta: float = 1.0
+    """Noise of DDIM; 0 is deterministic and needs --penalty drift."""
+    penalty: Literal["path-kl", "drift"] = "path-kl"
+    """What kl_weight weighs: the path KL (rows without noise keep the pretrained network), or the drifts' distance."""
+    num_steps: int = 10
+    """Steps of the chain, N."""
+    batch: int = 16
+    """Trajectories injected per iteration."""
+    stride: int = 1
+    """Rows that each trajectory in the queue moves per iteration; more needs less memory."""
+    updates: int = 250
+    """Optimizer steps."""
+    lr: float = 1e-4
+    """Adam's learning rate at the start; cosine decay to zero."""
+    max_grad_norm: float = 1.0
+    """Γ is clipped to this norm, in deviations of the pretrained reward."""
+    accumulate: int = 1
+    """Gradients averaged per update."""
+    ema: float | None = None
+    """Decay of an average of the weights, which is then what is judged and exported."""
+    no_clip: bool = False
+    """Switch off the scheduler's clip_sample, which no adjoint passes; what that changes is reported."""
+    seed: int = 0
+    """Of all noise."""
+    starts: int = 512
+    """Initial noises on which before and after are judged, 4 trajectories from each."""
+    device: str = "auto"
+    """"cpu", "cuda", …; auto takes an accelerator where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch", "updates", "accumulate", "stride"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {getattr(self, name)}")
+        for name in ("lr", "max_grad_norm", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+        if self.kl_weight is not None and not 0 <= self.kl_weight < float("inf"):
+            raise InvalidInputError(f"--kl-weight must be finite and ≥ 0, got {self.kl_weight}")
+        if self.target_kl is not None and self.kl_weight == 0:
+            raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
+        if self.starts < 2:
+            raise InvalidInputError(f"--starts must be ≥ 2 for a standard error, got {self.starts}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checkpoint, its chain and the reward: all that does not depend on β."""
+
+    pretrained: Pretrained
+    scheduler: Any
+    chain: Chain
+    reward: Callable[[Tensor], Tensor]
+    clipping: dict[str, float] | None
+
+
+def build(config: Config) -> Problem:
+    """Load everything, try the reward on two pretrained samples.
+
+    Raises:
+        InvalidInputError: from any of the parts; see `load_pretrained`, `read_table`, `load_reward`, `Reward.check`.
+    """
+    reward = load_reward(config.reward)
+    pretrained = load_pretrained(config.model)
+    pretrained.denoiser.to(_device(config.device), memory_format=torch.channels_last)  # a third faster on a CPU
+    clip = False if config.no_clip else None
+    scheduler = scheduler_for(pretrained.scheduler, config.scheduler, clip=clip)
+    options = {"eta": config.eta} if config.scheduler == "ddim" else {}
+    table = read_table(scheduler, config.num_steps, **options)
+    rows: Literal["noiseless"] | tuple[()] = "noiseless" if config.penalty == "path-kl" else ()
+    chain = Chain(pretrained.denoiser, table, pretrained.event_shape, pretrained_rows=rows)
+    if not chain.trained_rows:
+        raise InvalidInputError(
+            f"no row of {table.name} has noise, so a path KL leaves nothing to train; take --eta 1, or --penalty drift"
+        )
+    Reward(reward).check(judging.particles(chain))
+    clipping = None
+    if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
+        clipped = scheduler_for(pretrained.scheduler, config.scheduler, clip=True)
+        clipping = judging.effect_of_clipping(chain, clipped, reward, Noise(config.seed).stream(PLAN), options)
+    return Problem(pretrained, scheduler, chain, reward, clipping)
+
+
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
+    """The whole experiment; returns the summary.
+
+    Args:
+        config: see there.
+        directory: of an interrupted run to go on with; None begins a new one.
+    """
+    problem = build(config)
+    if directory is None:
+        directory = RunDirectory.create(config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
+    noise = Noise(config.seed)
+    plan, samples = _plan(config, problem, noise, directory)
+    if config.plan:
+        return plan.summary()
+    beta = plan_beta(plan) if config.kl_weight is None else config.kl_weight
+    loop = make_loop(config, problem, beta, plan.reward_std, noise)
+    directory.write_config(replace(config, kl_weight=beta, out=directory.path, device=str(problem.chain.device)))
+    memory = predict_memory(loop)
+    check_memory(memory, problem.chain.device)
+    print(f"memory predicted: {memory}")
+    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    if state.stopped == "interrupted":
+        raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {directory.path}`")
+
+    from implicit_diffusion.experiments.figures import Outcome, draw
+    from implicit_diffusion.experiments.report import write_report
+
+    beta = loop.objective.weight(PathKL) or loop.objective.weight(DriftPenalty)
+    before, after, exported = _judge(config, problem, state, noise)
+    found = judging.judge(before, after, exported, beta)
+    summary = found.summary | {
+        "kl_weight": beta,
+        "seconds": state.seconds,
+        "network_evaluations": loop.chain.evaluations,
+        "updates": state.updates,
+        "stopped": state.stopped,
+        "staleness_max": state.metrics.get("staleness_max"),
+        "predicted_memory_bytes": memory.total,
+        "clipping": problem.clipping,
+        "memory": {"share": plan.memory, "se": plan.memory_se},
+        "plan": plan.summary()["rows"],
+        **judging.digits_quality(before, after, exported),
+    }
+    resolved = json.loads((directory.path / "config.json").read_text())
+    card = judging.model_card(resolved, summary, loop.chain)
+    save_pipeline(directory.model, state.chain.denoiser, problem.scheduler, card)
+    write_chain(
+        directory.model, num_steps=config.num_steps, **({"eta": config.eta} if config.scheduler == "ddim" else {})
+    )
+    directory.write_summary(summary)
+    outcome = Outcome(resolved, summary, plan, before, after, found.bound, directory.read_metrics())
+    report = write_report(outcome, draw(outcome, directory), directory)
+    judging.print_headline(summary, directory, report)
+    return summary
+
+
+def resume(path: Path) -> dict[str, Any]:
+    """Go on with an interrupted run, bit for bit as if it had not been interrupted.
+
+    Raises:
+        InvalidInputError: no interrupted run there.
+    """
+    directory = RunDirectory(path)
+    if not directory.checkpoint.exists() or (path / "summary.json").exists():
+        raise InvalidInputError(f"{path} is no interrupted run: it needs a checkpoint/ and no summary.json")
+    values = json.loads((path / "config.json").read_text())
+    return run(Config(**values | {"out": path}), directory)
+
+
+def plan_beta(plan: Plan) -> float:
+    """The β whose bound promises about one standard deviation of reward."""
+    return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
+
+
+def make_loop(config: Config, problem: Problem, beta: float, reward_std: float, noise: Noise) -> Loop:
+    """The loop that `config` asks for.
+
+    The norm of Γ is in reward per parameter, so the clip is stated in deviations of the reward.
+    """
+    penalty: Objective = PathKL() if config.penalty == "path-kl" else DriftPenalty()
+    objective = Reward(problem.reward) + beta * penalty
+    optimizer = torch.optim.Adam(problem.pretrained.denoiser.parameters(), lr=config.lr)
+    update = Update(
+        optimizer,
+        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates),
+        max_grad_norm=config.max_grad_norm * reward_std,
+        ema_decay=config.ema,
+        accumulate=config.accumulate,
+    )
+    if config.loop == "nested":
+        return Nested(problem.chain, objective, update, batch=config.batch, noise=noise)
+    return Queue(problem.chain, objective, update, batch=config.batch, noise=noise, stride=config.stride)
+
+
+def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
+    held_out = HeldOut(problem.reward, noise.stream(DURING), every=max(1, config.updates // 10))
+    if config.target_kl is None:
+        return [held_out]
+    reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)
+    return [reached, held_out]
+
+
+def _plan(config: Config, problem: Problem, noise: Noise, directory: RunDirectory) -> tuple[Plan, Evaluation]:
+    with progress(256 * 16, "planning") as bar:
+        samples = pretrained_samples(
+            problem.chain, problem.reward, noise.stream(PLAN), progress=lambda done: bar.update(advance=done - bar.done)
+        )
+    plan = make_plan(samples)
+    show(plan)
+    plot(plan, samples, directory.figure("plan"))
+    return plan, samples
+
+
+def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:
+    """Before, after, and the trained network on all rows, on the same noise."""
+    chain = state.chain
+    everywhere = chain.replace(reference=chain.denoiser, pretrained_rows=())
+    with progress(3 * 4 * config.starts, "judging") as bar:
+        base = 0
+        results = []
+        for judged in (chain.pretrained(), chain, everywhere):
+            results.append(
+                evaluate(
+                    judged,
+                    problem.reward,
+                    noise.stream(AFTER),
+                    starts=config.starts,
+                    repeats=4,
+                    progress=lambda done, base=base: bar.update(advance=base + done - bar.done),
+                )
+            )
+            base += 4 * config.starts
+    return results[0], results[1], results[2]
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

@@ -1,0 +1,168 @@
+"""Before against after: the headline numbers of a fine-tuning run, and its model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.experiments import digits
+from implicit_diffusion.loops import Evaluation
+from implicit_diffusion.loops.base import TRIAL
+from implicit_diffusion.loops.bound import Bound, bound, captured
+from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.samplers.chain import Chain
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The summary's numbers, and the bound they refer to (None without a path KL)."""
+
+    summary: dict[str, Any]
+    bound: Bound | None
+
+
+def particles(chain: Chain) -> Particles:
+    """Two pretrained samples, to try a reward on."""
+    return Particles(chain.sample(Noise(0), 2, TRIAL))
+
+
+def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: float) -> Judgement:
+    """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured."""
+    numbers: dict[str, Any] = {}
+    for name, values in (
+        ("reward_before", before.reward),
+        ("reward_after", after.reward),
+        ("reward_gain", after.reward - before.reward),
+        ("reward_exported", exported.reward),
+        ("path_kl", after.path_kl),
+        ("j_before", before.objective(beta)),
+        ("j_after", after.objective(beta)),
+    ):
+        numbers |= _with_error(name, values)
+    numbers["reward_std_before"] = before.reward.double().std().item()
+    found = None
+    share: tuple[float | None, float | None] = (None, None)
+    if beta > 0 and after.log_ratio.isfinite().all():
+        found, share = bound(after, beta), captured(before, after, beta)
+    numbers["j_bound"] = found and found.j
+    numbers["j_bound_se"] = found and found.j_se
+    numbers["captured"], numbers["captured_se"] = share
+    return Judgement(numbers, found)
+
+
+def _with_error(name: str, values: Tensor) -> dict[str, float | None]:
+    mean, error = mean_and_error(values)
+    known = math.isfinite(mean)
+    return {name: mean if known else None, f"{name}_se": error if known else None}
+
+
+def digits_quality(before: Evaluation, after: Evaluation, exported: Evaluation) -> dict[str, Any]:
+    """Whether samples still look like digits, where they have the digits' shape (1, 8, 8)."""
+    if tuple(before.samples.shape[2:]) != digits.EVENT_SHAPE:
+        return {f"quality_{when}": None for when in ("before", "after", "exported")}
+    looks = {
+        when: digits.quality(evaluation.samples[:, 0])
+        for when, evaluation in (("before", before), ("after", after), ("exported", exported))
+    }
+    summary: dict[str, Any] = {f"quality_{when}": quality for when, quality in looks.items()}
+    for when in ("before", "after"):
+        summary[f"classifier_confidence_{when}"] = looks[when]["classifier_confidence"]
+        summary[f"class_histogram_{when}"] = looks[when]["class_histogram"]
+    return summary
+
+
+@torch.no_grad()
+def effect_of_clipping(
+    chain: Chain, clipped: Any, reward: Callable[[Tensor], Tensor], noise: Noise, options: dict[str, Any]
+) -> dict[str, float]:
+    """What switching `clip_sample` off changed, on 128 samples of the same noise.
+
+    Args:
+        chain: without clipping.
+        clipped: the diffusers scheduler with clipping.
+        reward: R.
+        noise: whose draws both use: the scheduler gets the generators that the chain's ξ come from.
+        options: of `clipped.step`.
+    """
+    count = 128
+    x = chain.initial(noise, count)
+    clipped.set_timesteps(chain.num_steps)
+    with chain.evaluating():
+        for row, t in enumerate(clipped.timesteps):
+            u = chain.denoiser(x, t.to(x.device, x.dtype).expand(count))
+            generator = noise.generator(0, row + 1, device=x.device)
+            x = clipped.step(u, t, x, generator=generator, **options).prev_sample
+    free = chain.sample(noise, count)
+    return {
+        "mean_absolute_change": (free - x).abs().mean().item(),
+        "largest_change": (free - x).abs().max().item(),
+        "reward_with_clipping": reward(x).mean().item(),
+        "reward_without_clipping": reward(free).mean().item(),
+    }
+
+
+def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
+    """README.md of the exported pipeline."""
+    rows = sorted(chain.pretrained_rows)
+    kept = (
+        f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the trained network on all rows"
+    )
+    eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
+    return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
+
+Trained by implicit-diffusion: E[reward] against {config["kl_weight"]:.4g} × KL of the sampling path to the pretrained
+model, over a chain of {chain.num_steps} {config["scheduler"].upper()} steps ({chain.table.name}).
+
+| | before | after |
+|---|---|---|
+| reward, training chain | {summary["reward_before"]:.4g} | {summary["reward_after"]:.4g} |
+| reward, this pipeline (network on all rows) | | {summary["reward_exported"]:.4g} |
+| path KL (nats) | 0 | {_number(summary["path_kl"])} |
+| share of the possible gain of J | 0 | {_number(summary["captured"])} |
+
+During training {kept}; this pipeline runs the trained network on all of them.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this folder")
+images = pipeline(batch_size=16, num_inference_steps={chain.num_steps}{eta}).images
+```
+
+Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, trailing spacing, clip_sample off. β = {config["kl_weight"]:.6g},
+reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
+"""
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3g}"
+
+
+def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Path) -> None:
+    """The last lines of a run."""
+    lines = [
+        f"reward    {summary['reward_before']:.4g} → {summary['reward_after']:.4g} "
+        f"(± {summary['reward_gain_se']:.1g}; {summary['reward_gain'] / summary['reward_std_before']:+.2f} deviations)",
+        f"path KL   {_number(summary['path_kl'])} nats",
+    ]
+    if summary["captured"] is not None:
+        lines.append(
+            f"J         {summary['j_before']:.4g} → {summary['j_after']:.4g}, bound {summary['j_bound']:.4g} ± "
+            f"{summary['j_bound_se']:.1g}: captured {summary['captured']:.3f} ± {summary['captured_se']:.1g}"
+        )
+    lines += [
+        f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
+        f"{summary['network_evaluations']:,} network evaluations",
+        f"model     {directory.model}",
+        f"report    {report}",
+    ]
+    print("\n".join(lines))

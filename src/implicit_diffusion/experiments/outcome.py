@@ -1,0 +1,102 @@
+"""What a fine-tuning run leaves behind for its report, and how its numbers are written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from implicit_diffusion.experiments.plan import Plan
+from implicit_diffusion.loops import Evaluation
+from implicit_diffusion.loops.bound import Bound
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a report shows.
+
+    Args:
+        config: the resolved configuration, config.json.
+        summary: the headline numbers, summary.json; a number that does not exist (a path KL without noise) is None.
+        plan: what each β could buy.
+        before: the pretrained chain on held-out noise.
+        after: the fine-tuned chain on the same noise.
+        bound: J* and the law that attains it; None where the objective has no path KL.
+        metrics: the lines of metrics.jsonl, one per update.
+    """
+
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    plan: Plan
+    before: Evaluation
+    after: Evaluation
+    bound: Bound | None
+    metrics: list[dict[str, Any]]
+
+    @property
+    def beta(self) -> float:
+        """The weight β at the end of the run."""
+        return float(self.summary.get("kl_weight", self.config["kl_weight"]))
+
+    @property
+    def chain(self) -> str:
+        """The chain in words, such as "10 DDPM steps"."""
+        return f"{self.config['num_steps']} {self.config['scheduler'].upper()} steps"
+
+    @property
+    def gain_in_std(self) -> float:
+        """Reward gained, in standard deviations of the pretrained reward between samples."""
+        return float(self.summary["reward_after"] - self.summary["reward_before"]) / self.plan.reward_std
+
+    def column(self, name: str, *others: str) -> list[tuple[float, ...]]:
+        """Rows (name, *others) of the updates that report all of them."""
+        wanted = (name, *others)
+        return [tuple(float(m[n]) for n in wanted) for m in self.metrics if all(m.get(n) is not None for n in wanted)]
+
+
+class Picture(NamedTuple):
+    """A figure on disk: its name, its file, a title that serves as alternative text, and its caption."""
+
+    name: str
+    path: Path
+    title: str
+    caption: str
+
+
+def decimals(scale: float, digits: int = 1) -> int:
+    """Decimal places that show `digits` significant digits of `scale`; 0 for numbers above them, 3 without a scale."""
+    if not (math.isfinite(scale) and scale > 0):
+        return 3
+    return min(8, max(0, digits - 1 - math.floor(math.log10(scale))))
+
+
+def number(value: float | None, error: float | None = None, *, sign: bool = False, digits: int = 3) -> str:
+    """`value ± error`, both to one significant digit of the error; `digits` significant digits without error.
+
+    A proper minus sign, and a dash for a number that does not exist.
+    """
+    if value is None or not math.isfinite(value):
+        return "—"
+    plus = "+" if sign else ""
+    if error is None or not math.isfinite(error) or error <= 0:
+        text = f"{value:{plus}.{decimals(abs(value), digits)}f}" if value else "0"
+    else:
+        places = decimals(error)
+        text = f"{value:{plus}.{places}f} ±\N{NO-BREAK SPACE}{error:.{places}f}"
+    return text.replace("-", "−")
+
+
+def percent(share: float | None, error: float | None = None) -> str:
+    """A share in per cent, to a tenth where it has no error."""
+    if share is None:
+        return "—"
+    text = f"{100 * share:.1f}" if error is None else number(100 * share, 100 * error)
+    return f"{text}\N{NO-BREAK SPACE}%"
+
+
+def outside(evaluation: Evaluation, margin: float = 0.1) -> float:
+    """Share of pixels outside [-1, 1] by more than `margin`, which an image file cannot show."""
+    return (evaluation.samples.abs() > 1 + margin).to(torch.float64).mean().item()

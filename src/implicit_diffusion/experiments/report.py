@@ -1,0 +1,283 @@
+"""The report of a fine-tuning run: one HTML file that needs nothing else, neither network nor script.
+
+Pictures are embedded, everything that a user named is escaped, and a content security policy forbids the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from implicit_diffusion.experiments.concerns import concerns
+from implicit_diffusion.experiments.outcome import Outcome, Picture, number, outside, percent
+from implicit_diffusion.runs import RunDirectory
+
+CSS = Path(__file__).with_suffix(".css")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+NOT_IN_COMMAND = ("out", "plan")
+
+
+def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDirectory) -> Path:
+    """Write report.html.
+
+    Args:
+        outcome: of the run.
+        figures: from `implicit_diffusion.experiments.figures.draw`.
+        directory: of the run.
+
+    Returns:
+        The path of the report.
+    """
+    title = f"{_name(outcome.config['model'])}, fine-tuned for {_name(outcome.config['reward'])}"
+    body = [
+        _headline(outcome, title),
+        _concerns(outcome),
+        f'<section class="figures">{"".join(map(_figure, figures))}</section>',
+        _quality(outcome),
+        _plan(outcome),
+        _use(outcome, directory),
+        _configuration(outcome.config),
+    ]
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>
+{CSS.read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<main>
+{"".join(body)}
+</main>
+</body>
+</html>
+"""
+    path = directory.path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _headline(outcome: Outcome, title: str) -> str:
+    s, config = outcome.summary, outcome.config
+    gain = s["reward_after"] - s["reward_before"]
+    spread = f"{number(outcome.gain_in_std, sign=True, digits=2)} standard deviations of the pretrained samples"
+    tiles = [
+        _tile(
+            "Mean reward",
+            f'<span class="from">{_short(s["reward_before"], gain)} →</span> {_short(s["reward_after"], gain)}',
+            f"{number(gain, s.get('reward_gain_se'), sign=True)}, or {spread}",
+        )
+    ]
+    if s.get("captured") is not None:
+        share = min(1.0, max(0.0, s["captured"]))
+        bar = f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>'
+        note = f"{bar}of the gain in J that this KL weight allows"
+        tiles.append(_tile("Captured", percent(s["captured"], s["captured_se"]), note))
+    if s.get("path_kl") is not None:
+        best = outcome.bound
+        optimum = "" if best is None else f"the optimum sits at {number(best.path_kl, best.path_kl_se)}"
+        tiles.append(_tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
+    cost = f"{s['updates']} updates, {s['network_evaluations']:,} network evaluations"
+    tiles.append(_tile("Training time", _duration(s["seconds"]), cost))
+    facts = [outcome.chain, f"{config['loop']} loop", f"KL weight {outcome.beta:.4g}", f"seed {config['seed']}"]
+    return f"""<header>
+<p class="kicker">implicit-diffusion · fine-tuning report</p>
+<h1>{escape(title)}</h1>
+<p class="facts">{escape(" · ".join(facts))}</p>
+</header>
+<section class="tiles">{"".join(tiles)}</section>
+<p class="lead">{_in_words(outcome)}</p>
+"""
+
+
+def _in_words(outcome: Outcome) -> str:
+    s, best = outcome.summary, outcome.bound
+    verb = "raised" if s["reward_after"] > s["reward_before"] else "lowered"
+    text = (
+        f"Fine-tuning {verb} the mean reward on unseen noise by {number(abs(outcome.gain_in_std), digits=2)} standard "
+        "deviations of what the pretrained model earns."
+    )
+    if s.get("path_kl") is not None:
+        text += (
+            f" The price is a path KL of {number(s['path_kl'])} nats: how far sampling moved from the pretrained model."
+        )
+    if best is not None and s.get("captured") is not None:
+        text += (
+            f" J weighs one against the other (KL weight × path KL − reward, lower is better). It fell from "
+            f"{number(s['j_before'], s['j_before_se'])} to {number(s['j_after'], s['j_after_se'])}; no sampler of this "
+            f"chain can bring it below {number(best.j, best.j_se)}."
+        )
+    return text + " Every ± here is one standard error."
+
+
+def _tile(label: str, value: str, note: str) -> str:
+    return f'<div class="tile"><p>{label}</p><p class="value">{value}</p><p class="note">{note}</p></div>'
+
+
+def _concerns(outcome: Outcome) -> str:
+    found = concerns(outcome)
+    cards = [
+        f'<div class="concern {"warning" if concern.warning else "info"}">'
+        f"<p><b>{escape(concern.title)}.</b> {escape(concern.text)}</p></div>"
+        for concern in found
+    ]
+    if not any(concern.warning for concern in found):
+        checked = "the gain, the KL, the pixels' range, the exported model"
+        if outcome.summary.get("quality_after"):
+            checked += ", the judge's confidence, the distance to real digits, copies of training data"
+        cards.insert(0, f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
+    return f'<section class="concerns">{"".join(cards)}</section>'
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    return (
+        f'<figure id="{escape(picture.name)}"><h2>{escape(picture.title)}</h2>'
+        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _quality(outcome: Outcome) -> str:
+    s = outcome.summary
+    looks = [s.get(f"quality_{when}") for when in ("before", "after", "exported")]
+    rewards = ((s[name], s[name + "_se"]) if s.get(name) is not None else (None, None) for name in REWARDS)
+    rows = [["mean reward", "", *(number(*reward) for reward in rewards)]]
+    if outcome.before.samples.ndim == 5:
+        rows.append(
+            ["pixels outside [−1, 1]", "", percent(outside(outcome.before)), percent(outside(outcome.after)), ""]
+        )
+    if looks[0] and looks[1]:
+        for label, key in QUALITY.items():
+            write = _two_digits if key in ("mmd", "nearest_distance") else percent
+            by_chance = f"up to {_two_digits(looks[0]['mmd_reference']['quantile_95'])}"
+            real = by_chance if key == "mmd" else write(looks[0]["held_out"][key])
+            rows.append([label, real, *(write(look[key]) if look else "" for look in looks)])
+    columns = ["", "real, held out", "before", "after", "exported"]
+    if not looks[0]:  # nothing is known of real data
+        rows, columns = [[row[0], *row[2:]] for row in rows], [columns[0], *columns[2:]]
+    return f"""<section><h2>Numbers, before and after</h2>
+<p>“After” is the chain that was trained; “exported” is what <code>model/</code> runs, the trained network on
+all steps.</p>
+{_table(columns, rows)}</section>
+"""
+
+
+REWARDS = ("reward_before", "reward_after", "reward_exported")
+QUALITY = {
+    "classifier is sure": "classifier_confidence",
+    "judge is sure": "judge_confidence",
+    "classifier and judge agree": "judge_agreement",
+    "copies of training data": "memorised",
+    "distance to the nearest digit": "nearest_distance",
+    "MMD² to real digits": "mmd",
+}
+
+
+def _two_digits(value: float) -> str:
+    return number(value, digits=2)
+
+
+def _plan(outcome: Outcome) -> str:
+    plan = outcome.plan
+    rows, chosen = [], None
+    for index, row in enumerate(plan.rows()):
+        unsure = " ?" if row["effective_samples"] < 2 else ""
+        rows.append(
+            [
+                f"{row['kl_weight']:.3g}",
+                number(row["reward_gain"], row["reward_gain_se"], sign=True) + unsure,
+                f"{row['reward_gain_in_std']:.2f}",
+                number(row["path_kl"], row["path_kl_se"]) + unsure,
+                number(row["j_gain"]),
+            ]
+        )
+        if abs(row["kl_weight"] / outcome.beta - 1) < 0.02 if outcome.beta else False:
+            chosen = index
+    columns = ("KL weight", "reward gain", "in deviations", "path KL (nats)", "gain of J")
+    doubt = (
+        " A “?” marks numbers that rest on too few effective samples."
+        if any(b.effective_samples < 2 for b in plan.bounds)
+        else ""
+    )
+    return f"""<section><h2>The plan: what each KL weight could buy</h2>
+<p>Computed before training, from pretrained samples alone: the best that any sampler of the chain could do, not yet
+what training attains. The pretrained reward is {number(plan.reward, plan.reward_se)}, with a deviation of
+{number(plan.reward_std)} between samples; the first noise x<sub>0</sub> decides
+{percent(plan.memory, plan.memory_se)} of its variance (0 % is memoryless).{doubt}</p>
+{_table(columns, rows, chosen)}</section>
+"""
+
+
+def _use(outcome: Outcome, directory: RunDirectory) -> str:
+    config = outcome.config
+    options = f"num_inference_steps={config['num_steps']}"
+    if config["scheduler"] == "ddim":
+        options += f", eta={config.get('eta', 1.0):g}"
+    code = f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
+images = pipeline(batch_size=16, {options}).images"""
+    return f"""<section><h2>Use the model</h2>
+<p>Plain diffusers loads it, without this package:</p>
+<pre><code>{escape(code)}</code></pre>
+<h2>Run it again</h2>
+<pre><code>{escape(command(config))}</code></pre></section>
+"""
+
+
+def command(config: dict[str, Any]) -> str:
+    """The command line with this configuration; settings that are None or off are left out."""
+    words = ["implicit-diffusion finetune"]
+    for key, value in config.items():
+        if key in NOT_IN_COMMAND or value is None or value is False or isinstance(value, dict | list):
+            continue
+        flag = "--" + key.replace("_", "-")
+        words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return " \\\n  ".join(words)
+
+
+def _configuration(config: dict[str, Any]) -> str:
+    rows = ([key, value if isinstance(value, str) else json.dumps(value)] for key, value in config.items())
+    return f"""<section><details><summary>Configuration</summary>
+{_table(("setting", "value"), rows, cls="plain")}</details></section>
+"""
+
+
+def _table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | None = None, cls: str = "") -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = []
+    for index, (first, *cells) in enumerate(rows):
+        mark = ' class="chosen"' if index == chosen else ""
+        tds = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
+    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="{cls}">{table}</table></div>'
+
+
+def _name(value: Any) -> str:
+    """A path's last part; anything else as it is."""
+    return str(value).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _short(value: float, scale: float) -> str:
+    """A number with as many decimals as three digits of the gain need, at most two."""
+    from implicit_diffusion.experiments.outcome import decimals
+
+    return f"{value:.{min(2, decimals(abs(scale), 2))}f}".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} <small>s</small>"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} <small>h</small> {minutes} <small>min</small>" if hours else f"{minutes} <small>min</small>"

@@ -1,0 +1,105 @@
+"""How far a run is: a progress bar on a terminal, a plain line now and then elsewhere. Both go to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+REFRESH = 0.1  # seconds between two looks at the metrics on a terminal: reading a tensor waits for its device
+QUIET = 15.0  # seconds after which a plain line is due, though less than a tenth of the way was made
+
+
+class Progress:
+    """Steps made out of `total`, and the metrics of the last one."""
+
+    def __init__(self, total: int, description: str) -> None:
+        self.total, self.description = total, description
+        self.done = 0
+        self._metrics: Mapping[str, Any] = {}
+        self._start = self._shown_at = time.monotonic()
+        self._shown = 0
+
+    def update(self, metrics: Mapping[str, Any] | None = None, advance: int = 1) -> None:
+        """Count `advance` steps.
+
+        Args:
+            metrics: the few numbers to show (floats or 0-d tensors), by name; None keeps the last ones.
+            advance: steps made since the last call.
+        """
+        self.done += advance
+        self._metrics = self._metrics if metrics is None else metrics
+        if self._is_due():
+            self._show()
+            self._shown, self._shown_at = self.done, time.monotonic()
+
+    def close(self) -> None:
+        """Show where it ended."""
+        if self._shown < self.done:
+            self._show()
+
+    def _is_due(self) -> bool:
+        tenths = 10 * self.done // self.total > 10 * self._shown // self.total
+        return tenths or time.monotonic() - self._shown_at >= QUIET
+
+    def _show(self) -> None:
+        seconds = time.monotonic() - self._start
+        percent = 100 * self.done // self.total
+        line = f"{self.description}  {self.done}/{self.total} ({percent} %)  {seconds:.0f} s  {_read(self._metrics)}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+class _Bar(Progress):
+    """The same on a terminal, with rich."""
+
+    def __init__(self, total: int, description: str, console: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        super().__init__(total, description)
+        self._rich = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=console,
+        )
+        self._task = self._rich.add_task(description, total=total, metrics="")
+        self._rich.start()
+
+    def close(self) -> None:
+        super().close()
+        self._rich.stop()
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._shown_at >= REFRESH
+
+    def _show(self) -> None:
+        self._rich.update(self._task, completed=self.done, metrics=_read(self._metrics))
+
+
+@contextmanager
+def progress(total: int, description: str) -> Iterator[Progress]:
+    """Show how far a block is, which calls `update` on what it gets.
+
+    Args:
+        total: the number of steps, ≥ 1.
+        description: what is going on, in a word or two.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    shown = _Bar(total, description, console) if console.is_terminal else Progress(total, description)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def _read(metrics: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())

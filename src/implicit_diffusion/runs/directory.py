@@ -1,0 +1,133 @@
+"""The folder of one run: what was asked, what happened, what came out.
+
+    config.json     the resolved configuration
+    metrics.jsonl   one line per update
+    summary.json    the headline numbers
+    figures/        pictures
+    model/          the result
+    checkpoint/     the state to continue from
+
+JSON is strict: NaN and infinity, which JSON does not have, are refused instead of written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.runs.files import replacing
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths and files of one run; `RunDirectory(path)` opens an existing one, `create` begins a new one."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunDirectory:
+        """Make the folder, with its parents.
+
+        Raises:
+            InvalidInputError: `path` is a file, or a folder with something in it.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise InvalidInputError(f"--out {path} is a file; name a new folder")
+        if path.is_dir() and any(path.iterdir()):
+            raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @property
+    def model(self) -> Path:
+        """Where the resulting model goes; not made here."""
+        return self.path / "model"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where `save_state` puts the state to continue from; not made here."""
+        return self.path / "checkpoint"
+
+    def figure(self, name: str) -> Path:
+        """The path figures/`name`.png, in a folder that exists."""
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{name}.png"
+
+    def write_config(self, config: Any) -> None:
+        """Write config.json from a dataclass or a mapping.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+            InvalidInputError: a value has no JSON form.
+        """
+        self._write("config.json", config)
+
+    def write_summary(self, summary: Any) -> None:
+        """Write summary.json; values and errors as in `write_config`."""
+        self._write("summary.json", summary)
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; it is in the file when this returns. Errors as in `write_config`."""
+        line = _line(metrics)  # before the file is opened: what is refused leaves no trace
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without a last one that was cut short when the process was killed."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def forget_metrics(self, updates: int) -> None:
+        """Drop the lines of later updates than `updates`, which a run restored there will make again."""
+        kept = [line for line in self.read_metrics() if line["updates"] <= updates]
+        with replacing(self.path / "metrics.jsonl") as file:
+            file.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+    def _write(self, name: str, value: Any) -> None:
+        text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+        with replacing(self.path / name) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+
+
+def _line(metrics: Mapping[str, Any]) -> str:
+    return json.dumps(plain(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain(value: Any, key: str = "") -> Any:
+    """`value` in the terms of JSON: dataclasses and mappings to dicts, tensors and arrays to numbers, paths to strings.
+
+    Args:
+        value: anything made of the above, sequences, strings, numbers, booleans and None.
+        key: its name in error messages.
+
+    Raises:
+        NonFiniteError: NaN or infinity inside; the message names its key.
+        InvalidInputError: something else inside.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): plain(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NonFiniteError(f"{key or 'value'} is {value}, which is not written to a file")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise InvalidInputError(f"{key or 'value'} is a {type(value).__name__}, which JSON cannot hold")

@@ -1,0 +1,209 @@
+"""The driver of a loop: metrics to disk, checkpoints, callbacks, a clean stop.
+
+A loop's `step()` knows nothing of files or terminals; `fit` does. Callbacks are functions of the `Fit` so far and stop
+the run by returning a reason:
+
+    def early(fit):                     # stop when the held-out objective has not improved for a while
+        return "no progress" if ... else None
+
+They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.loops import evaluate
+from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.runs.console import progress
+from implicit_diffusion.runs.directory import RunDirectory
+from implicit_diffusion.runs.signals import graceful
+from implicit_diffusion.samplers.chain import Chain
+
+SHOWN = ("reward", "path_kl", "objective", "grad_norm")
+
+
+@dataclass
+class Fit:
+    """A run so far.
+
+    Args:
+        loop: the loop being driven.
+        metrics: of the latest update; callbacks may add to them before they are written.
+        seconds: spent in the loop's steps, callbacks and files left out.
+        stopped: why the run ended before its updates were made, if it did.
+    """
+
+    loop: Loop
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    stopped: str | None = None
+
+    @property
+    def updates(self) -> int:
+        """Updates of θ so far."""
+        return self.loop.update.updates
+
+    @property
+    def chain(self) -> Chain:
+        """The chain under the averaged weights where there is an average, under the present ones elsewhere."""
+        ema = self.loop.update.ema
+        return self.loop.chain if ema is None else self.loop.chain.replace(denoiser=ema.module)
+
+
+Callback = Callable[[Fit], str | None]
+
+
+def fit(
+    loop: Loop,
+    updates: int,
+    *,
+    callbacks: Iterable[Callback] = (),
+    directory: RunDirectory | None = None,
+    checkpoint_every: float = 60.0,
+    description: str = "fine-tuning",
+) -> Fit:
+    """Drive a loop until `updates` updates have been made in all, or a callback or a signal stops it.
+
+    Args:
+        loop: fresh or restored; with a directory that holds a checkpoint, it is restored from there.
+        updates: ≥ 1.
+        callbacks: called in order after every update; the first that returns a reason stops the run.
+        directory: gets metrics.jsonl and the checkpoint; None leaves no trace.
+        checkpoint_every: seconds between checkpoints.
+        description: shown with the progress.
+
+    Raises:
+        InvalidInputError: updates below one.
+        NonFiniteError: NaN or infinity, before θ was touched; the last good state is in directory.checkpoint.
+    """
+    if updates < 1:
+        raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
+    state, callbacks = Fit(loop), list(callbacks)
+    if directory is not None:
+        if directory.checkpoint.exists():
+            saved = load_state(directory.checkpoint)
+            loop.load_state_dict(saved["loop"])
+            state.seconds = saved["seconds"]
+            directory.forget_metrics(state.updates)
+        _checkpoint(state, directory)
+    last_saved = start = time.monotonic()
+    with graceful() as stop, progress(updates, description) as bar:
+        bar.update(advance=state.updates)
+        try:
+            for metrics in loop.run(updates):
+                state.seconds += time.monotonic() - start
+                if "grad_norm" in metrics:
+                    state.metrics = metrics | {"seconds": state.seconds}
+                    state.stopped = next(filter(None, (callback(state) for callback in callbacks)), None)
+                    bar.update({name: metrics[name] for name in SHOWN if name in metrics})
+                    if directory is not None:
+                        directory.append_metrics(state.metrics)
+                if stop.requested:
+                    state.stopped = "interrupted"
+                if directory is not None and (state.stopped or time.monotonic() - last_saved > checkpoint_every):
+                    _checkpoint(state, directory)
+                    last_saved = time.monotonic()
+                if state.stopped:
+                    break
+                start = time.monotonic()
+        except NonFiniteError as error:
+            kept = f"; the last good state is in {directory.checkpoint}" if directory is not None else ""
+            raise NonFiniteError(f"{error}{kept}") from error
+    return state
+
+
+def _checkpoint(state: Fit, directory: RunDirectory) -> None:
+    if not all(p.isfinite().all() for p in state.loop.update.parameters):
+        raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
+    save_state(directory.checkpoint, {"loop": state.loop.state_dict(), "seconds": state.seconds})
+
+
+@dataclass
+class HeldOut:
+    """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
+
+    Args:
+        reward: R, (n, *event) → (n,).
+        noise: of the evaluation, the same at every call.
+        every: updates between two evaluations.
+        starts: trajectories of each.
+    """
+
+    reward: Callable[[Tensor], Tensor]
+    noise: Noise
+    every: int = 25
+    starts: int = 128
+
+    def __call__(self, fit: Fit) -> None:
+        if fit.updates % self.every:
+            return
+        before = fit.chain.evaluations
+        result = evaluate(fit.chain, self.reward, self.noise, starts=self.starts)
+        fit.chain.evaluations = before  # what is reported as cost is the training's own
+        for name, values in (
+            ("reward", result.reward),
+            ("path_kl", result.path_kl),
+            ("objective", result.objective(fit.loop.objective.weight(PathKL))),
+        ):
+            mean, error = mean_and_error(values)
+            if abs(mean) < float("inf"):
+                fit.metrics |= {f"held_out_{name}": mean, f"held_out_{name}_se": error}
+
+
+@dataclass
+class StopAtKL:
+    """Callback: stop as soon as the path KL, averaged over the last updates, reaches a target.
+
+    Args:
+        target: path KL in nats.
+        memory: share of the average that each new update leaves standing.
+    """
+
+    target: float
+    memory: float = 0.9
+    average: float | None = None
+
+    def __call__(self, fit: Fit) -> str | None:
+        if "path_kl" not in fit.metrics:
+            return None
+        now = float(fit.metrics["path_kl"])
+        self.average = now if self.average is None else self.memory * self.average + (1 - self.memory) * now
+        reached = self.average >= self.target
+        return f"path KL {self.average:.3g} nats reached the target {self.target:g}" if reached else None
+
+
+@dataclass
+class AdaptKL:
+    """Callback: move the weight β of the path KL until the KL sits at a target, β ← β exp(rate · (KL/target − 1)).
+
+    The excess is clipped to ±1, so that β at most doubles in 1/(1.4 rate) updates; the rate has to be slow beside
+    the queue's staleness.
+
+    Args:
+        target: path KL in nats.
+        rate: per update.
+    """
+
+    target: float
+    rate: float = 0.02
+
+    def __call__(self, fit: Fit) -> None:
+        from math import exp
+
+        if "path_kl" not in fit.metrics:
+            return
+        beta = fit.loop.objective.weight(PathKL)
+        excess = max(-1.0, min(1.0, float(fit.metrics["path_kl"]) / self.target - 1))
+        fit.loop.objective = fit.loop.objective.with_weight(PathKL, beta * exp(self.rate * excess))
+        fit.metrics["kl_weight"] = beta

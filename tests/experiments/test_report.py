@@ -1,0 +1,216 @@
+"""The report and its figures, on made-up outcomes: files, self-containedness, escaping, warnings."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from tests.experiments.toy_outcome import colour_outcome, digits_outcome, quality
+
+from implicit_diffusion.experiments.concerns import concerns
+from implicit_diffusion.experiments.figures import draw
+from implicit_diffusion.experiments.figures_frontier import frontier, tangent_curve
+from implicit_diffusion.experiments.figures_samples import samples
+from implicit_diffusion.experiments.figures_training import cost, smooth, staleness, training
+from implicit_diffusion.experiments.outcome import number, percent
+from implicit_diffusion.experiments.report import command, write_report
+from implicit_diffusion.loops.bound import Bound
+from implicit_diffusion.runs import RunDirectory
+
+ALL = ["samples", "frontier", "training", "hacking", "cost", "staleness"]
+
+
+class Page(HTMLParser):
+    """Collects tags with attributes, checks that tags are closed in order."""
+
+    VOID = ("meta", "img", "link", "br", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def good():
+    return digits_outcome()
+
+
+def written(outcome, directory, figures=()):
+    return write_report(outcome, list(figures), RunDirectory.create(directory)).read_text()
+
+
+def titles(outcome, *, warning=True):
+    return [c.title for c in concerns(outcome) if c.warning is warning]
+
+
+def test_a_good_run(good, tmp_path):
+    directory = RunDirectory.create(tmp_path / "run")
+    figures = draw(good, directory)
+    assert [f.name for f in figures] == ALL
+    for figure in figures:
+        assert figure.path == directory.figure(figure.name)
+        assert imread(figure.path).shape[1] == 1000
+        assert figure.title and figure.caption.endswith(".")
+    path = write_report(good, figures, directory)
+    assert path == directory.path / "report.html"
+    text = path.read_text()
+    tags = Page(text).tags
+    assert "No warnings" in text and "this run" in text and "DiffusionPipeline.from_pretrained" in text
+
+    images = [a for tag, a in tags if tag == "img"]
+    assert len(images) == len(ALL)
+    assert all(a["src"].startswith("data:image/png;base64,") and a["alt"] for a in images)
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in tags}
+    assert not any(name.startswith("on") or name in ("href", "srcset") for _, a in tags for name in a)
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_a_model_that_is_not_digits_in_a_nested_loop(tmp_path):
+    """No quality, three channels, no staleness; with three updates nothing was held out on the way."""
+    outcome = colour_outcome()
+    outcome = replace(outcome, metrics=outcome.metrics[:3])
+    directory = RunDirectory.create(tmp_path)
+    figures = draw(outcome, directory)
+    assert [f.name for f in figures] == ALL[:-1]
+    text = write_report(outcome, figures, directory).read_text()
+    assert "judge" not in text and "nan" not in re.sub('base64,[^"]*', "", text)
+    assert titles(outcome) == []
+
+
+def test_a_run_without_path_kl(good, tmp_path):
+    """The penalty on drifts has no bound: its numbers are None and are left out."""
+    absent = dict.fromkeys([k for k in good.summary if k.startswith(("path_kl", "j_", "captured"))])
+    outcome = replace(good, bound=None, summary=good.summary | absent)
+    assert frontier(outcome) is None and cost(outcome) is None
+    text = written(outcome, tmp_path)
+    assert "Captured" not in text and "None" not in text
+    assert titles(outcome) == []
+
+
+def test_what_there_is_no_data_for_is_not_drawn(good):
+    flat = replace(good, metrics=[], before=replace(good.before, samples=good.before.samples.flatten(2)))
+    assert training(flat) is None and staleness(flat) is None and samples(flat) is None
+
+
+def test_what_a_user_names_is_escaped(good, tmp_path):
+    evil = '<script>alert("x")</script>'
+    config = good.config | {"model": f"folder/{evil}", "reward": evil}
+    text = written(replace(good, config=config, summary=good.summary | {"stopped": evil}), tmp_path)
+    assert "<script" not in text and "&lt;script&gt;" in text
+    Page(text)
+
+
+def test_no_false_alarm(good):
+    assert concerns(good) == []
+    honest_shift = good.summary | {"quality_after": quality(mmd=0.05, nearest_distance=2.5)}
+    assert concerns(replace(good, summary=honest_shift)) == []
+
+
+@pytest.mark.parametrize(
+    ("summary", "title"),
+    [
+        ({"captured": 0.7, "captured_se": 0.02}, "Much of the possible gain is left"),
+        ({"stopped": "no progress"}, "The run stopped early"),
+        ({"path_kl": 0.9, "path_kl_se": 0.01}, "The KL is above its target"),
+        ({"reward_exported": 37.0}, "The exported model differs from the trained chain"),
+        ({"reward_after": 36.1}, "No clear gain"),
+        ({"quality_after": quality(judge_confidence=0.8)}, "Reward hacking suspected: the judge lost confidence"),
+        ({"quality_after": quality(nearest_distance=3.9)}, "Reward hacking suspected: samples left the real digits"),
+        ({"quality_after": quality(memorised=0.2)}, "The model recites"),
+    ],
+)
+def test_warnings(good, tmp_path, summary, title):
+    config = good.config | {"target_kl": 0.6}
+    outcome = replace(good, config=config, summary=good.summary | summary)
+    assert title in titles(outcome)
+    text = written(outcome, tmp_path)
+    assert title in text and "No warnings" not in text
+
+
+def test_pixels_out_of_range(good):
+    bright = replace(good.after, samples=good.after.samples + 0.5)
+    assert titles(replace(good, after=bright)) == ["Pixels left the range of an image"]
+
+
+def test_a_lucky_bound(good):
+    assert titles(replace(good, bound=replace(good.bound, effective_samples=1.3))) == ["The bound is uncertain"]
+
+
+@pytest.mark.parametrize(
+    ("summary", "title"),
+    [
+        ({"stopped": "path KL 0.5 nats reached the target 0.5"}, "The run stopped early"),
+        ({"quality_after": quality(mmd=0.2)}, "As a set, the samples are far from real digits"),
+        ({"quality_after": quality(class_histogram=[0.9] + 9 * [0.1 / 9])}, "One class took over"),
+        (
+            {
+                "clipping": {
+                    "mean_absolute_change": 0.01,
+                    "largest_change": 0.3,
+                    "reward_with_clipping": 36.0,
+                    "reward_without_clipping": 36.1,
+                }
+            },
+            "Clipping is off",
+        ),
+    ],
+)
+def test_notes_are_no_warnings(good, tmp_path, summary, title):
+    outcome = replace(good, summary=good.summary | summary)
+    assert titles(outcome, warning=False) == [title] and titles(outcome) == []
+    text = written(outcome, tmp_path)
+    assert title in text and "No warnings" in text
+
+
+def test_the_command_can_be_pasted():
+    config = {"model": "my model", "kl_weight": 2.5, "target_kl": None, "no_clip": True, "plan": False, "out": "runs/x"}
+    assert (
+        command(config) == "implicit-diffusion finetune \\\n  --model 'my model' \\\n  --kl-weight 2.5 \\\n  --no-clip"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((0.94412, 0.0061), "0.944 ±\u00a00.006"),
+        ((-37.6, 0.07), "−37.60 ±\u00a00.07"),
+        ((1234.5, 20.0), "1234 ±\u00a020"),
+        ((0.000123,), "0.000123"),
+        ((0.0,), "0"),
+        ((None,), "—"),
+        ((float("nan"), 1.0), "—"),
+    ],
+)
+def test_numbers_are_written_to_their_error(arguments, text):
+    assert number(*arguments) == text
+
+
+def test_percent():
+    assert (percent(0.5), percent(0.9731, 0.0068)) == ("50.0\u00a0%", "97.3 ±\u00a00.7\u00a0%")
+
+
+def test_the_curve_is_exact_for_a_gaussian_reward():
+    """There R = m + σ √(2 KL), a straight line in √KL with slope dR/dKL = β at KL = (σ/β)²/2."""
+    m, sigma = 1.0, 0.5
+    j = 0.0, 0.0
+    bounds = [Bound(b, *j, m + sigma**2 / b, 0.0, (sigma / b) ** 2 / 2, 0.0, *j, 9.0) for b in (2.0, 1.0, 0.25)]
+    kl = np.linspace(0, 2, 50)
+    assert tangent_curve(m, bounds, kl) == pytest.approx(m + sigma * np.sqrt(2 * kl))
+    assert np.isnan(tangent_curve(m, bounds, np.array([2.1]))).all()
+
+
+def test_smooth_keeps_straight_lines_and_shortens_windows_at_the_ends():
+    assert smooth(np.arange(9.0), 2)[2:-2] == pytest.approx(np.arange(2.0, 7.0))
+    assert smooth(np.array([1.0, 3.0]), 5) == pytest.approx([2.0, 2.0])

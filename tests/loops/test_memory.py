@@ -1,0 +1,108 @@
+"""The prediction against tensors that a running loop really holds, and a network that can be counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from implicit_diffusion.errors import MemoryLimitError
+from implicit_diffusion.gradients import FullBackprop
+from implicit_diffusion.loops import Nested, Queue, Update
+from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.samplers.chain import Chain
+from tests.oracles import affine_chain, table
+
+N, DIM, HIDDEN, BATCH = 7, 3, 5, 4
+
+
+class Counted(Queue):
+    """Counts what its slots hold at the fullest moment, bytes of distinct storages and of the tensors themselves."""
+
+    fullest, storages = 0, 0
+
+    def _pull(self):
+        tensors = [x for slot in self.slots for x in (*slot.states, slot.adjoint) if x is not None and slot.states]
+        own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        self.fullest = max(self.fullest, sum(x.nbytes for x in tensors))
+        self.storages = max(self.storages, sum(own.values()))
+        return super()._pull()
+
+
+@pytest.mark.parametrize("stride", range(1, N + 1))
+def test_states_are_those_that_a_running_queue_holds(stride):
+    chain, reward = affine_chain(N, DIM)
+    optimizer = torch.optim.SGD(chain.denoiser.parameters(), lr=1e-3)
+    loop = Counted(chain, Reward(reward), optimizer, batch=BATCH, noise=Noise(0), stride=stride)
+    predicted = predict_memory(loop).states
+    for _ in loop.run(3 * N):
+        pass
+    assert loop.fullest == predicted
+    # No state is a view that keeps more alive, but for the adjoints: one call's share a storage, until the next call.
+    assert predicted <= loop.storages <= predicted + BATCH * DIM * 8
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, DIM)).double()
+
+    def forward(self, x, t):
+        return self.layers(x)
+
+
+def build(loop=Queue, objective=None, optimizer=torch.optim.Adam, **options):
+    net = MLP()
+    chain = Chain(net, table(N), (DIM,))
+    update = Update(optimizer(net.parameters(), lr=1e-3), ema_decay=0.9)
+    objective = objective or Reward(lambda x: x.sum(1))
+    return loop(chain, objective, update, batch=BATCH, noise=Noise(0), **options)
+
+
+def test_activations_of_a_network_that_can_be_counted_by_hand():
+    network = (DIM + HIDDEN + HIDDEN) * 8  # the inputs of the layers
+    assert predict_memory(build()).activations == N * BATCH * network
+    assert predict_memory(build(stride=4)).activations == 2 * BATCH * network
+    assert predict_memory(build(Nested)).activations == BATCH * network
+    full = build(Nested, estimator=FullBackprop())
+    assert predict_memory(full).activations == N * BATCH * network
+
+    # u_0's weights ask for no gradient, so it keeps SiLU's input alone; and the cost keeps what it squares.
+    compared = build(objective=Reward(lambda x: x.sum(1)) + PathKL())
+    assert predict_memory(compared).activations == N * BATCH * (network + HIDDEN * 8 + DIM * 8)
+
+
+def test_activations_of_a_large_reward_count():
+    judge = nn.Sequential(nn.Linear(DIM, 1000), nn.Tanh(), nn.Linear(1000, 1), nn.Flatten(0)).double()
+    heavy = build(Nested, objective=Reward(judge.requires_grad_(False)))
+    assert predict_memory(heavy).activations == BATCH * 1000 * 8  # Tanh's output
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"), [(torch.optim.Adam, 2), (torch.optim.SGD, 0), (torch.optim.Adagrad, 1)]
+)
+def test_parameters_gradients_and_moments(optimizer, moments):
+    loop = build(optimizer=optimizer)
+    theta = sum(p.nbytes for p in loop.denoiser.parameters())
+    counter = 8  # the average counts its updates
+    memory = predict_memory(loop)
+    assert memory.resident == 3 * theta + counter  # θ, u_0 and the average
+    assert memory.parameters == (4 + moments) * theta + counter
+
+
+def test_prediction_leaves_no_trace():
+    loop = build(objective=Reward(lambda x: x.sum(1)) + PathKL())
+    predict_memory(loop)
+    assert loop.chain.evaluations == 0
+    assert all(p.grad is None for p in loop.denoiser.parameters())
+    assert loop.denoiser.training
+
+
+def test_refusal_names_parts_and_ways_out():
+    memory = Memory(states=3 * 10**9, activations=10**9, parameters=5 * 10**8, resident=2 * 10**8)
+    check_memory(memory, "cpu", available=43 * 10**8)  # what is in memory already need not fit again
+    with pytest.raises(MemoryLimitError, match=r"4.5 GB \(states 3 GB.*4.2 GB free.*smaller batch.*stride.*nested"):
+        check_memory(memory, "cpu", available=42 * 10**8)
+    with pytest.raises(MemoryLimitError, match=r"cpu has .* free"):
+        check_memory(Memory(10**18, 0, 0), "cpu")
+    check_memory(Memory(10**6, 0, 0), "cpu")
