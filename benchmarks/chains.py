@@ -1,7 +1,7 @@
 """What the queue and the adjoint cost, beside the bare network calls, the nested loop and full backpropagation.
 
     python benchmarks/chains.py                    # everything: a table each, and benchmarks/results/chains-*.json
-    python benchmarks/chains.py --parts cost       # one part
+    python benchmarks/chains.py --parts cost       # one part, in a file of its own
 
 cost        one iteration of the queue in steady state against the bare network calls that it needs: no gradient for
             the batch that moves forward; forward and vector-Jacobian product for the batch that is pulled back; with
@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -211,11 +211,13 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     results: dict[str, Any] = hardware()
-    print(", ".join(f"{name} {value}" for name, value in results.items()))
+    print(", ".join(f"{name} {value}" for name, value in results.items()), flush=True)
+    results["config"] = asdict(config)
     for part in config.parts:
         results[part] = globals()[part](config)
         show(part, results[part])
-    print("wrote", save("chains", results))
+    complete = set(config.parts) == set(Config.parts)
+    print("wrote", save("chains" if complete else "chains_" + "_".join(config.parts), results))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def stationary_excess(kind: type[Loop], rate: float, config: Config) -> Tensor:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Left: both loops; right: their difference, replica by replica, with a line of slope two."""
+    """Left: both loops; right: their difference, replica by replica. Error bars are two standard errors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,8 +117,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         line = [0.55 * anchor * (rate / rates[middle]) ** power for rate in rates]
         axis.plot(rates, line, color="0.55", ls=":", lw=1.2, label=f"∝ η{'²' if power == 2 else ''}", zorder=0)
         axis.legend(frameon=False, loc="upper left")
-    left.set(ylabel="E J(θ) − J*", title="Stationary excess over the optimum")
-    right.set(ylabel="difference of the excesses", title="What the queue's staleness adds")
+    left.set(ylabel="E J(θ) − J*  (bars: ± 2 standard errors)", title="Stationary excess over the optimum")
+    right.set(ylabel="difference (bars: ± 2 standard errors)", title="What the queue's staleness adds")
     figure.savefig(path, dpi=160)
     plt.close(figure)
 

@@ -144,8 +144,9 @@ def save_pipeline(folder: str | Path, denoiser: nn.Module, scheduler: Any, card:
     """
     folder = Path(folder)
     as_pipeline(denoiser, scheduler)  # refuses what is none before anything is copied
-    contiguous = copy.deepcopy(denoiser).to(memory_format=torch.contiguous_format)  # safetensors wants it so
-    as_pipeline(contiguous, scheduler).save_pretrained(folder, safe_serialization=True)
+    plain = copy.deepcopy(denoiser)
+    torch.nn.utils.convert_conv2d_weight_memory_format(plain, torch.contiguous_format)  # safetensors wants it so
+    as_pipeline(plain, scheduler).save_pretrained(folder, safe_serialization=True)
     header = "" if card.startswith("---\n") else CARD_HEADER
     (folder / "README.md").write_text(header + card.rstrip() + "\n", encoding="utf-8")
     return folder

@@ -113,9 +113,7 @@ def effect_of_clipping(
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
     """README.md of the exported pipeline."""
     rows = sorted(chain.pretrained_rows)
-    kept = (
-        f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the trained network on all rows"
-    )
+    kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
     return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
 
@@ -138,8 +136,8 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 images = pipeline(batch_size=16, num_inference_steps={chain.num_steps}{eta}).images
 ```
 
-Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, trailing spacing, clip_sample off. β = {config["kl_weight"]:.6g},
-reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
+Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, trailing spacing, clip_sample off.
+β = {config["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 
 

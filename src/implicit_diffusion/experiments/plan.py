@@ -1,8 +1,8 @@
 """The plan before the run: what each KL weight β can buy, from pretrained samples alone.
 
 A few trajectories from each of many x_0, scored once, give for every β the reward gain and the path KL of the tilted
-law dP* ∝ e^{R/β} dP_0, which no fine-tuning can beat in J = −E R + β·KL (`implicit_diffusion.loops.bound`), and tell how
-far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β: the β on offer are
+law dP* ∝ e^{R/β} dP_0, which no fine-tuning can beat in J = −E R + β·KL (`implicit_diffusion.loops.bound`), and tell
+how far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β: the β on offer are
 those that would buy round numbers of σ.
 """
 

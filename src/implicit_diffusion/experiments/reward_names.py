@@ -59,5 +59,5 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise InvalidInputError(
-            f"--reward: no module {name!r} ({error}); run from the folder that holds it, or name the file as FILE.py:function"
+            f"--reward: no module {name!r} ({error}); run from its folder, or name it as FILE.py:function"
         ) from error

@@ -75,7 +75,7 @@ def evaluate(
         starts: independent x_0.
         repeats: trajectories from each x_0; the conditional bound needs several.
         chunk: trajectories in one network call, rounded down to whole starts. Numbers depend on it through the noise.
-        progress: called with the number of trajectories done.
+        progress: called with the number of trajectories just done.
     """
     parts: list[tuple[Tensor, ...]] = []
     size = max(1, chunk // repeats)
@@ -98,5 +98,5 @@ def evaluate(
                 kl, log_ratio = kl + math.inf, log_ratio + math.nan
             rows = (reward(x), kl, log_ratio, x)
             parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))
-            progress(min(first + size, starts) * repeats)
+            progress(len(x))
     return Evaluation(*(torch.cat(column) for column in zip(*parts)))

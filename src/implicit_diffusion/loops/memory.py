@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,8 @@ def _moments(optimizer: torch.optim.Optimizer) -> float:
     p = nn.Parameter(torch.zeros(2, 3))
     p.grad = torch.zeros_like(p)
     try:
-        probe = type(optimizer)([optimizer.param_groups[0] | {"params": [p]}])
+        build: Any = type(optimizer)
+        probe = build([optimizer.param_groups[0] | {"params": [p]}])
         probe.step()
     except (TypeError, RuntimeError, ValueError):
         return 2.0  # an optimizer that cannot be built like this: as many as Adam

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops import evaluate
@@ -55,10 +55,16 @@ class Fit:
         return self.loop.update.updates
 
     @property
-    def chain(self) -> Chain:
-        """The chain under the averaged weights where there is an average, under the present ones elsewhere."""
+    def denoiser(self) -> nn.Module:
+        """The averaged network where there is an average, the present one elsewhere."""
         ema = self.loop.update.ema
-        return self.loop.chain if ema is None else self.loop.chain.replace(denoiser=ema.module)
+        return self.loop.denoiser if ema is None else ema.module
+
+    @property
+    def chain(self) -> Chain:
+        """The chain of that network."""
+        same = self.denoiser is self.loop.denoiser
+        return self.loop.chain if same else self.loop.chain.replace(denoiser=self.denoiser)
 
 
 Callback = Callable[[Fit], str | None]
