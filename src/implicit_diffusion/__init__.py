@@ -8,6 +8,13 @@ After *Implicit Diffusion: Efficient Optimization through Stochastic Sampling* (
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
+from implicit_diffusion.denoisers.pretrained import (
+    DiffusersDenoiser,
+    Pretrained,
+    load_pretrained,
+    save_pipeline,
+    scheduler_for,
+)
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import (
@@ -30,6 +37,7 @@ __all__ = [
     "Bound",
     "Chain",
     "ChainTable",
+    "DiffusersDenoiser",
     "DriftPenalty",
     "Evaluation",
     "FullBackprop",
@@ -44,13 +52,17 @@ __all__ = [
     "Objective",
     "Particles",
     "PathKL",
+    "Pretrained",
     "Queue",
     "Reward",
     "Update",
     "bound",
     "evaluate",
+    "load_pretrained",
     "ou_probability_flow",
     "ou_reverse_sde",
     "read_table",
+    "save_pipeline",
+    "scheduler_for",
 ]
 __version__ = "0.1.0"

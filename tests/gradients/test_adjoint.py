@@ -9,7 +9,7 @@ from implicit_diffusion.gradients import Adjoint, FullBackprop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests.oracles import affine_chain, exact_terms, riccati, table
+from tests.oracles import affine_chain, exact_terms, table
 
 
 class SmallUNet(nn.Module):
@@ -106,7 +106,7 @@ def test_equals_closed_form_on_a_deterministic_linear_chain():
     torch.testing.assert_close(values["drift_penalty"], drift.detach(), rtol=1e-12, atol=1e-12)
 
 
-def estimates(mutate=lambda objective: objective, beta=0.5, estimator=Adjoint()):
+def estimates(mutate=lambda objective: objective, beta=0.5):
     """The adjoint on 400 independent batches of a stochastic linear chain, and the exact gradient."""
     chain, quadratic = affine_chain(4, 2, pretrained_rows=(3,))
     perturb(chain.denoiser, 0.2)
@@ -116,7 +116,7 @@ def estimates(mutate=lambda objective: objective, beta=0.5, estimator=Adjoint())
     for index in range(400):
         for p in parameters:
             p.grad = None
-        estimator(chain, objective, Noise(5), 250, index)
+        Adjoint()(chain, objective, Noise(5), 250, index)
         draws.append(torch.cat([p.grad.flatten() for p in parameters]))
     r, kl, _ = exact_terms(chain, quadratic)
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(-r + beta * kl, parameters)])
@@ -156,29 +156,3 @@ def test_the_test_sees_mutations(mutate):
     z, _ = z_of_projection(draws, exact)
     each = (draws.mean(0) - exact)[exact != 0] / (draws.std(0)[exact != 0] / len(draws) ** 0.5)
     assert abs(z) > 4 or each.abs().max() > 4.5
-
-
-def spread(control_variate, beta=0.5):
-    """Γ on 400 batches at the Riccati optimum, and the exact gradient, which is zero there."""
-    chain, quadratic = affine_chain(4, 2, pretrained_rows=(3,))
-    _, gain, shift = riccati(chain, quadratic, beta)
-    chain.denoiser.gain.data, chain.denoiser.shift.data = gain, shift
-    draws = []
-    for index in range(400):
-        for p in chain.denoiser.parameters():
-            p.grad = None
-        Adjoint(control_variate)(chain, Reward(quadratic) + beta * PathKL(), Noise(6), 50, index)
-        draws.append(torch.cat([p.grad.flatten() for p in chain.denoiser.parameters()]))
-    return torch.stack(draws)
-
-
-def test_the_control_variate_keeps_the_mean_and_takes_the_noise():
-    draws, exact = estimates(estimator=Adjoint(control_variate=True))
-    z, error = z_of_projection(draws, exact)
-    assert error < 0.02 / 4
-    assert abs(z) < 4
-    plain, sharp = (spread(flag) for flag in (False, True))
-    moved = plain.std(0) > 0
-    assert sharp[:, moved].var(0).sum() < 0.75 * plain[:, moved].var(0).sum()
-    for draws in (plain, sharp):
-        assert (draws.mean(0)[moved] / (draws.std(0)[moved] / len(draws) ** 0.5)).abs().max() < 4.5

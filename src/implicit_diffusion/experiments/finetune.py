@@ -22,10 +22,9 @@ from implicit_diffusion.denoisers.pretrained import Pretrained, load_pretrained,
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import judging
-from implicit_diffusion.experiments.plan import Plan, make_plan, plot, pretrained_samples, show
+from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.sample import write_chain
-from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.memory import check_memory, predict_memory
@@ -79,8 +78,6 @@ class Config:
     """Adam's learning rate at the start; cosine decay to zero."""
     max_grad_norm: float = 1.0
     """Γ is clipped to this norm, in deviations of the pretrained reward."""
-    control_variate: bool = True
-    """Take the noise of the path KL out of the gradient, for one vector–Jacobian product more."""
     accumulate: int = 1
     """Gradients averaged per update."""
     ema: float | None = None
@@ -90,7 +87,7 @@ class Config:
     seed: int = 0
     """Of all noise."""
     starts: int = 512
-    """Initial noises on which before and after are judged, 4 trajectories from each."""
+    """Initial noises on which before and after are judged, 4 trajectories from each; half as many serve the plan."""
     device: str = "auto"
     """"cpu", "cuda", …; auto takes an accelerator where there is one."""
 
@@ -106,8 +103,8 @@ class Config:
             raise InvalidInputError(f"--kl-weight must be finite and ≥ 0, got {self.kl_weight}")
         if self.target_kl is not None and self.kl_weight == 0:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
-        if self.starts < 2:
-            raise InvalidInputError(f"--starts must be ≥ 2 for a standard error, got {self.starts}")
+        if self.starts < 4:
+            raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     if directory is None:
         directory = RunDirectory.create(config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
     noise = Noise(config.seed)
-    plan = _plan(problem, noise, directory)
+    plan = _plan(problem, noise, directory, config.starts // 2)
     if config.plan:
         return plan.summary()
     beta = plan_beta(plan) if config.kl_weight is None else config.kl_weight
@@ -239,17 +236,8 @@ def make_loop(config: Config, problem: Problem, beta: float, reward_std: float, 
         accumulate=config.accumulate,
     )
     if config.loop == "nested":
-        estimator = Adjoint(config.control_variate)
-        return Nested(problem.chain, objective, update, batch=config.batch, noise=noise, estimator=estimator)
-    return Queue(
-        problem.chain,
-        objective,
-        update,
-        batch=config.batch,
-        noise=noise,
-        stride=config.stride,
-        control_variate=config.control_variate,
-    )
+        return Nested(problem.chain, objective, update, batch=config.batch, noise=noise)
+    return Queue(problem.chain, objective, update, batch=config.batch, noise=noise, stride=config.stride)
 
 
 def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
@@ -260,10 +248,15 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
     return [reached, held_out]
 
 
-def _plan(problem: Problem, noise: Noise, directory: RunDirectory) -> Plan:
-    with progress(256 * 16, "planning") as bar:
-        samples = pretrained_samples(
-            problem.chain, problem.reward, noise.stream(PLAN), progress=lambda done: bar.update(advance=done)
+def _plan(problem: Problem, noise: Noise, directory: RunDirectory, starts: int) -> Plan:
+    with progress(16 * starts, "planning") as bar:
+        samples = evaluate(
+            problem.chain.pretrained(),
+            problem.reward,
+            noise.stream(PLAN),
+            starts=starts,
+            repeats=16,
+            progress=lambda done: bar.update(advance=done),
         )
     plan = make_plan(samples)
     show(plan)

@@ -9,19 +9,15 @@ those that would buy round numbers of σ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.loops import Evaluation, evaluate
+from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.samplers.chain import Chain
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # in standard deviations of the pretrained reward
 
@@ -75,7 +71,7 @@ def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None) -> P
     """The plan from trajectories of the pretrained chain, several per start.
 
     Args:
-        evaluation: of the pretrained chain, see `pretrained_samples`.
+        evaluation: of the pretrained chain; 256 starts with 16 repeats resolve a gain of two deviations.
         betas: KL weights to try; by default those of `GAINS`.
 
     Raises:
@@ -88,19 +84,6 @@ def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None) -> P
     chosen = sorted(betas or (std / gain for gain in GAINS), reverse=True)
     memory, memory_se = memory_of_start(evaluation.reward)
     return Plan(reward, reward_se, std, tuple(bound(evaluation, beta) for beta in chosen), memory, memory_se)
-
-
-def pretrained_samples(
-    chain: Chain,
-    reward: Callable[[Tensor], Tensor],
-    noise: Noise,
-    *,
-    starts: int = 256,
-    repeats: int = 16,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Evaluation:
-    """`starts` × `repeats` trajectories of the pretrained chain, scored; 256 × 16 resolve a gain of 2 deviations."""
-    return evaluate(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
 
 
 def show(plan: Plan, unit: str = "") -> None:

@@ -10,18 +10,11 @@ write f(x_1..x_B) = F(Σ_i δ_{x_i}/B). The chain rule, read from the end, is
 so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, exact but for rounding (discretise, then
 differentiate). Only the states x_k are kept: memory does not grow with the network's activations times N. Each row
 costs one call of the network with gradient, through `.backward()`, so that distributed wrappers see it.
-
-With a path KL of weight β in the objective, noise remains in Γ even at the best θ. A control variate takes it away: add
-β⟨b_k(u_θ − u_0), ξ_k⟩/s_k to the cost of row k, but only where λ_k is formed, not in Γ. Given x_k its mean is zero, so
-Γ keeps its expectation; with it the cost along a path is −R + β log dP_θ/dP_0, which under the tilted law is the same
-for all paths from one x_0, and then every λ that Γ sees balances the gradient of c_k path by path ("sticking the
-landing", Roeder et al., arXiv 1703.09194). The price is one more vector–Jacobian product with respect to x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -51,7 +44,6 @@ def pull_back(
     x: Float[Tensor, "slots batch *event"],
     rows: Sequence[int],
     adjoint: Float[Tensor, "slots batch *event"],
-    noise: Float[Tensor, "slots batch *event"] | None = None,
 ) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]]]:
     """One row of the adjoint on several slots at once: adds ∇_θ surrogate to `.grad`.
 
@@ -61,7 +53,6 @@ def pull_back(
         x: states x_k, one row k per slot.
         rows: the rows k, one per slot.
         adjoint: λ_{k+1}.
-        noise: ξ_k, for the control variate; None goes without.
 
     Returns:
         λ_k, and the batch mean of every running cost on every slot, unweighted, by name.
@@ -70,33 +61,18 @@ def pull_back(
     with torch.enable_grad():
         transition = chain.transition(x, rows, reference=bool(objective.running))
         surrogate = (transition.b * adjoint * transition.u).sum()
-        costs, variates = {}, []
+        costs = {}
         for weight, term in objective.running:
             cost = term.cost(transition).mean(1)
             surrogate = surrogate + weight * cost.sum()
             costs[term.name] = cost.detach()
-            if noise is not None and (variate := term.variate(transition, noise)) is not None:
-                variates.append(weight * variate.mean(1).sum())
-    if variates:
-        surrogate.backward(inputs=chain.trainable, retain_graph=True)
-        (gradient,) = torch.autograd.grad(surrogate + sum(variates), x)
-    else:
-        surrogate.backward()
-        assert x.grad is not None
-        gradient = x.grad
-    return transition.a * adjoint + gradient, costs
+    surrogate.backward()
+    assert x.grad is not None
+    return transition.a * adjoint + x.grad, costs
 
 
-@dataclass(frozen=True)
 class Adjoint:
-    """∇ℓ from one batch of trajectories: sample them, then run the adjoint back from the end.
-
-    Args:
-        control_variate: take the noise of the path KL out of the gradient (module docstring). Without, Γ is the
-            gradient of the batch's own objective, as autograd would find it.
-    """
-
-    control_variate: bool = False
+    """∇ℓ from one batch of trajectories: sample them, then run the adjoint back from the end."""
 
     def __call__(
         self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int = 0
@@ -111,8 +87,7 @@ class Adjoint:
             adjoint, values = terminal_adjoint(objective, states.pop())
             lam = adjoint[None]
             for row in reversed(range(chain.num_steps)):
-                xi = chain.innovation(noise, batch, [index], [row]) if self.control_variate else None
-                lam, costs = pull_back(chain, objective, states.pop()[None], [row], lam, xi)
+                lam, costs = pull_back(chain, objective, states.pop()[None], [row], lam)
                 for name, cost in costs.items():
                     values[name] = values.get(name, 0) + cost.sum()
         return values

@@ -52,16 +52,15 @@ class Queue(Loop):
     Args:
         stride: rows that every slot moves per iteration; N/stride slots are in flight each way. More stride means
             less memory, less staleness and less parallelism; with stride N the queue is the nested loop.
-        control_variate: as in `Adjoint`.
 
     The other arguments are those of `Loop`.
     """
 
-    def __init__(self, *args: Any, stride: int = 1, control_variate: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not 1 <= stride <= self.chain.num_steps:
             raise InvalidInputError(f"stride must lie in 1..{self.chain.num_steps} (the chain's steps), got {stride}")
-        self.stride, self.control_variate = stride, control_variate
+        self.stride = stride
         self.slots: list[Slot] = []
         self.values: dict[str, Tensor] = {}  # last seen: terminal values
         self.costs: dict[str, dict[int, Tensor]] = {}  # last seen: running costs by row
@@ -145,12 +144,9 @@ class Queue(Loop):
             return [], []
         rows = [slot.row for slot, _ in turned]
         x = torch.stack([slot.states.pop() for slot, _ in turned])
-        lam = torch.stack([lam for _, lam in turned])
-        indices = [slot.index for slot, _ in turned]
-        xi = self.chain.innovation(self.noise, self.batch, indices, rows) if self.control_variate else None
-        adjoint, costs = pull_back(self.chain, self.objective, x, rows, lam, xi)
-        for (slot, _), pulled in zip(turned, adjoint):
-            slot.adjoint = pulled
+        adjoint, costs = pull_back(self.chain, self.objective, x, rows, torch.stack([lam for _, lam in turned]))
+        for (slot, _), lam in zip(turned, adjoint):
+            slot.adjoint = lam
         for name, cost in costs.items():
             self.costs.setdefault(name, {}).update(zip(rows, cost))
         return [adjoint], rows

@@ -103,11 +103,5 @@ class RunningCost(Term):
         """c_k(x_k, θ) for every sample, differentiable in θ and x."""
         raise NotImplementedError
 
-    def variate(
-        self, transition: Transition, noise: Float[Tensor, "slots batch *event"]
-    ) -> Float[Tensor, "slots batch"] | None:
-        """A term of mean zero given x_k, in the row's noise ξ_k, that sharpens the adjoint; None: there is none."""
-        return None
-
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raise `InvalidInputError` where the cost has no finite value on the trained rows."""

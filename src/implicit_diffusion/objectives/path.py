@@ -35,14 +35,6 @@ class PathKL(RunningCost):
         gain = torch.where(transition.trained, transition.b / transition.s, 0)
         return squared_norm(gain * (transition.u - transition.u0)) / 2
 
-    def variate(
-        self, transition: Transition, noise: Float[Tensor, "slots batch *event"]
-    ) -> Float[Tensor, "slots batch"]:
-        """⟨b_k(u_θ − u_0), ξ_k⟩/s_k, which completes the cost to the log-likelihood ratio of the row."""
-        assert transition.u0 is not None
-        gain = torch.where(transition.trained, transition.b / transition.s, 0)
-        return (gain * (transition.u - transition.u0) * noise).flatten(2).sum(-1)
-
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raises InvalidInputError where a trained row has (nearly) no noise: there the KL is infinite or useless."""
         bad = [row for row in table.noiseless() if row in trained_rows]

@@ -80,13 +80,6 @@ class Chain:
         """Rows on which u_θ acts."""
         return tuple(row for row in range(self.num_steps) if row not in self.pretrained_rows)
 
-    @property
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters of u_θ that ask for a gradient."""
-        return (
-            [p for p in self.denoiser.parameters() if p.requires_grad] if isinstance(self.denoiser, nn.Module) else []
-        )
-
     def replace(self, **changes: Any) -> Chain:
         """The same chain with other `denoiser`, `reference` or `pretrained_rows`."""
         kept = {

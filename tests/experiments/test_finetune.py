@@ -1,0 +1,229 @@
+"""The main job end to end, on a tiny scale: from a diffusers folder to a diffusers folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from implicit_diffusion.cli import main
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline, scheduler_for
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.experiments import judging
+from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.experiments.rewards import brightness
+from implicit_diffusion.loops import evaluate
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.samplers.chain import Chain
+
+TINY = ["--num-steps", "4", "--batch", "2", "--updates", "6", "--starts", "8", "--lr", "1e-3", "--kl-weight", "2.5"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the queue on the shipped digits."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["finetune", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+def test_the_run_directory_holds_what_is_promised(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    promised = """reward_before reward_after path_kl j_before j_after j_bound j_bound_se captured seconds network_evaluations
+        updates classifier_confidence_before classifier_confidence_after class_histogram_before
+        class_histogram_after reward_exported"""
+    assert set(promised.split()) <= summary.keys()
+    assert summary["updates"] == 6 and summary["path_kl"] > 0
+    assert summary["j_bound"] < summary["j_before"]
+    assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], abs=0.5)
+    config = json.loads((finished / "config.json").read_text())
+    assert config["kl_weight"] == 2.5 and config["scheduler"] == "ddpm" and config["seed"] == 0
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 6
+    assert {"plan.png", "samples.png", "frontier.png", "training.png"} <= {p.name for p in finished.glob("figures/*")}
+    assert "http" not in (finished / "report.html").read_text().split("<body")[0]
+    card = (finished / "model" / "README.md").read_text()
+    assert "num_inference_steps=4" in card and "brightness" in card
+
+
+LOAD = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+pipeline.set_progress_bar_config(disable=True)
+draws = torch.Generator().manual_seed(0)
+images = pipeline(batch_size=3, num_inference_steps=4, generator=draws, output_type="np").images
+print(type(pipeline).__name__, images.shape)
+"""
+
+
+def test_plain_diffusers_loads_the_result_in_a_fresh_process(finished):
+    call = [sys.executable, "-c", LOAD, finished / "model"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "DDPMPipeline (3, 8, 8, 1)"
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_the_exported_pipeline_is_our_sampler(finished, kind, monkeypatch):
+    """The same draws, before the pipeline clamps: every scheduler step of the pipeline against every row of ours."""
+    loaded = load_pretrained(finished / "model")
+    scheduler = scheduler_for(loaded.scheduler, kind)
+    options = {"eta": 1.0} if kind == "ddim" else {}
+    chain = Chain(loaded.denoiser, read_table(scheduler, 4, **options), loaded.event_shape)
+    noise, batch = Noise(3), 5
+    ours = chain.sample(noise, batch)
+    draws = iter([noise.normal((batch, *chain.event_shape), 0, k) for k in range(5)])
+    for module in ("ddpm", "ddim"):
+        monkeypatch.setattr(f"diffusers.pipelines.{module}.pipeline_{module}.randn_tensor", lambda *a, **k: next(draws))
+        monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *a, **k: next(draws))
+    pipeline = type(loaded)(loaded.denoiser, scheduler, loaded.event_shape, "").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    last = []
+    step = scheduler.step
+    monkeypatch.setattr(pipeline.scheduler, "step", lambda *a, **k: last.append(step(*a, **k)) or last[-1])
+    pipeline(batch_size=batch, num_inference_steps=4, output_type="np", **options)
+    torch.testing.assert_close(last[-1].prev_sample, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--loop", "nested"], ["--scheduler", "ddim"], ["--stride", "2", "--ema", "0.9", "--accumulate", "2"]],
+    ids=["nested", "ddim", "stride, average, accumulation"],
+)
+def test_variants_run(options, tmp_path):
+    assert main(["finetune", *TINY, "--updates", "2", *options, "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["updates"] == 2 and summary["captured"] is not None
+
+
+def test_deterministic_chain_with_drift_penalty(tmp_path):
+    options = ["--scheduler", "ddim", "--eta", "0", "--penalty", "drift", "--out", str(tmp_path / "run")]
+    assert main(["finetune", *TINY, "--updates", "2", *options]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["path_kl"] is None and summary["captured"] is None and summary["reward_after"] is not None
+
+
+def test_target_kl_stops(tmp_path):
+    options = ["--target-kl", "1e-6", "--target-kl-mode", "stop", "--updates", "60", "--out", str(tmp_path / "run")]
+    assert main(["finetune", *TINY, *options]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["updates"] < 60 and "reached the target" in summary["stopped"]
+
+
+def test_plan_only(tmp_path, capsys):
+    assert main(["finetune", "--plan", "--num-steps", "4", "--starts", "8", "--out", str(tmp_path / "run")]) == 0
+    assert "--kl-weight" in capsys.readouterr().out
+    assert (tmp_path / "run" / "figures" / "plan.png").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+REWARDS = """
+import torch
+def fine(x): return x.flatten(1).sum(1)
+def scalar(x): return x.mean()
+def other_dtype(x): return x.double().flatten(1).sum(1)
+def nan(x): return (x.flatten(1).sum(1) - 1e6).log()
+def detached(x): return x.detach().flatten(1).sum(1)
+"""
+BAD = {
+    "one number per sample": ["--reward", "{file}:scalar"],
+    "must return the dtype": ["--reward", "{file}:other_dtype"],
+    "NaN or infinite": ["--reward", "{file}:nan"],
+    "not differentiable": ["--reward", "{file}:detached"],
+    "no function 'missing'": ["--reward", "{file}:missing"],
+    "there is no file": ["--reward", "nowhere.py:fine"],
+    "no module 'nowhere'": ["--reward", "nowhere:fine"],
+    "neither brightness": ["--reward", "shiny"],
+    "is no folder": ["--model", "nowhere-at-all"],
+    "--num-steps must be": ["--num-steps", "0"],
+    "num_steps = 2000 is more than": ["--num-steps", "2000"],
+    "--kl-weight must be finite": ["--kl-weight", "-1"],
+    "--kl-weight must be finite and": ["--kl-weight", "nan"],
+    "--lr must be": ["--lr", "0"],
+    "--updates must be": ["--updates", "0"],
+    "stride must lie": ["--stride", "9"],
+    "no row of": ["--scheduler", "ddim", "--eta", "0"],
+    "exists and is not empty": ["--out", "{folder}"],
+    "--target-kl needs": ["--target-kl", "0.5", "--kl-weight", "0"],
+    "will not fit": ["--batch", "1000000000"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_clear_line(message, tmp_path, capsys):
+    file = tmp_path / "rewards.py"
+    file.write_text(REWARDS)
+    options = [o.format(file=file, folder=tmp_path) for o in BAD[message]]
+    out = [] if "--out" in options else ["--out", str(tmp_path / "run")]
+    assert main(["finetune", *TINY, *out, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.splitlines()[-1].startswith("error: ")
+
+
+def test_unknown_scheduler_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--scheduler", "euler"])
+    assert "ddpm" in capsys.readouterr().err
+
+
+@pytest.fixture
+def clipping_folder(tmp_path):
+    """A three-channel model whose scheduler clips, as many on the hub do."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )
+    return save_pipeline(tmp_path / "clips", DiffusersDenoiser(unet), DDPMScheduler(clip_sample=True), "a test")
+
+
+def test_clipping_is_refused_unless_switched_off_and_then_accounted_for(clipping_folder, tmp_path, capsys):
+    call = ["finetune", *TINY, "--updates", "2", "--model", str(clipping_folder), "--out", str(tmp_path / "run")]
+    assert main(call) == 2
+    assert "--no-clip" in capsys.readouterr().err
+    assert main([*call, "--no-clip"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["clipping"]["largest_change"] > 0 and summary["quality_before"] is None
+    saved = json.loads((tmp_path / "run" / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["clip_sample"] is False
+
+
+def test_effect_of_clipping_uses_the_chains_own_draws():
+    """With a clip range that never bites, both samplers agree."""
+    loaded = load_pretrained("digits")
+    free = scheduler_for(loaded.scheduler, "ddpm")
+    chain = Chain(loaded.denoiser, read_table(free, 4), loaded.event_shape)
+    clipped = type(free).from_config(free.config, clip_sample=True, clip_sample_range=1e6)
+    effect = judging.effect_of_clipping(chain, clipped, brightness, Noise(0), {})
+    assert effect["largest_change"] < 1e-4
+
+
+def test_a_constant_reward_has_no_plan():
+    loaded = load_pretrained("digits")
+    chain = Chain(loaded.denoiser, read_table(loaded.scheduler, 2), loaded.event_shape)
+    with pytest.raises(ValueError, match="varies"):
+        make_plan(evaluate(chain, lambda x: 0 * x.flatten(1).sum(1), Noise(0), starts=4, repeats=2))
+
+
+def test_sample_draws_a_grid(finished, tmp_path, capsys):
+    from PIL import Image
+
+    out = tmp_path / "grid.png"
+    assert main(["sample", "--model", str(finished / "model"), "--num", "5", "--out", str(out)]) == 0
+    assert Image.open(out).size == (3 * 64, 2 * 64)
+    assert main(["sample", "--model", str(finished / "model"), "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_resume_refuses_a_finished_run(finished, capsys):
+    assert main(["resume", str(finished)]) == 2
+    assert "no interrupted run" in capsys.readouterr().err
