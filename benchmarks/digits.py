@@ -22,7 +22,7 @@ from common import hardware, save
 
 BETAS = {"0.5 σ": 5.3, "1 σ": 2.6, "2 σ": 0.9}  # of brightness, by the gain that the bound allows
 EXTRA = {10: [], 50: ["--batch", "8", "--updates", "200"]}
-COLUMNS = tuple(["captured", "reward_before", "reward_after", "path_kl", "j_before", "j_after", "j_bound", "j_bound_se", "seconds"])
+COLUMNS = ("captured", "reward_before", "reward_after", "path_kl", "j_before", "j_after", "j_bound", "j_bound_se")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     rows = []
     for name, group in groups.items():
         row = {"arm": name, "kl_weight": statistics.mean(s["kl_weight"] for s in group)}
-        for column in COLUMNS:
+        for column in (*COLUMNS, "seconds"):
             values = [s[column] for s in group]
             row[column] = statistics.mean(values)
             row[f"{column}_range"] = [min(values), max(values)]

@@ -145,7 +145,9 @@ def test_pixels_out_of_range(good):
 
 
 def test_a_lucky_bound(good):
-    assert titles(replace(good, bound=replace(good.bound, effective_samples=1.3))) == ["The bound is uncertain"]
+    assert titles(replace(good, bound=replace(good.bound, effective_samples=1.3, trusted=False))) == [
+        "The bound is uncertain"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_the_curve_is_exact_for_a_gaussian_reward():
     """There R = m + σ √(2 KL), a straight line in √KL with slope dR/dKL = β at KL = (σ/β)²/2."""
     m, sigma = 1.0, 0.5
     j = 0.0, 0.0
-    bounds = [Bound(b, *j, m + sigma**2 / b, 0.0, (sigma / b) ** 2 / 2, 0.0, *j, 9.0) for b in (2.0, 1.0, 0.25)]
+    bounds = [Bound(b, *j, m + sigma**2 / b, 0.0, (sigma / b) ** 2 / 2, 0.0, 9.0, True) for b in (2.0, 1.0, 0.25)]
     kl = np.linspace(0, 2, 50)
     assert tangent_curve(m, bounds, kl) == pytest.approx(m + sigma * np.sqrt(2 * kl))
     assert np.isnan(tangent_curve(m, bounds, np.array([2.1]))).all()

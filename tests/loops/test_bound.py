@@ -27,12 +27,15 @@ def trained(chain, reward):
 def test_equals_the_closed_form(problem, control):
     chain, reward, (conditional, unconditional) = problem
     chain = chain if control == "pretrained" else trained(chain, reward)
-    b = bound(evaluate(chain, reward, Noise(2), starts=20_000, repeats=8, chunk=40_000), BETA)
+    evaluation = evaluate(chain, reward, Noise(2), starts=20_000, repeats=8, chunk=40_000)
+    b, pooled = bound(evaluation, BETA), bound(evaluation, BETA, conditional=False)
     gain = -exact_terms(chain.pretrained(), reward)[0].item() - conditional
     assert b.j_se < 0.03 * gain
     assert abs(b.j - conditional) < 4 * b.j_se
-    assert abs(b.j_unconditional - unconditional) < 4 * b.j_unconditional_se
-    assert b.j == pytest.approx(-b.reward + BETA * b.path_kl, abs=1e-9)
+    assert abs(pooled.j - unconditional) < 4 * pooled.j_se
+    for found in (b, pooled):
+        assert found.j == pytest.approx(-found.reward + BETA * found.path_kl, abs=1e-9)
+        assert found.trusted
 
 
 def test_trained_samples_are_sharper(problem):
@@ -51,6 +54,17 @@ def test_the_optimum_law_is_the_derivative_of_the_cumulant(problem):
     exact = -(up - down) / (2 * d)
     b = bound(evaluate(trained(chain, reward), reward, Noise(4), starts=20_000, repeats=8, chunk=40_000), BETA)
     assert abs(b.reward - exact) < 4 * b.reward_se
+
+
+def test_errors_of_the_unconditional_bound_cover():
+    """Its standard errors against the spread over 200 independent evaluations of a Gaussian reward."""
+    draws = torch.randn(200, 500, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    zeros = torch.zeros_like(draws[0])
+    found = [bound(Evaluation(w, zeros, zeros, w[..., None]), 1.0, conditional=False) for w in draws]
+    for name in ("j", "reward", "path_kl"):
+        values = torch.tensor([getattr(b, name) for b in found])
+        errors = torch.tensor([getattr(b, f"{name}_se") for b in found])
+        assert 0.8 < errors.mean() / values.std() < 1.2
 
 
 def test_jackknife_takes_the_bias_away():

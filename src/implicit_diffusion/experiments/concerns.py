@@ -66,7 +66,7 @@ def _run(outcome: Outcome) -> list[Concern]:
     elif captured is not None and captured_se > 0.05:
         text = f"The share of the possible gain is known to {percent(captured_se)} only: judge more --starts."
         found.append(Concern(False, "A rough number", text))
-    if outcome.bound is not None and outcome.bound.effective_samples < 2:
+    if outcome.bound is not None and not outcome.bound.trusted:
         text = (
             f"The bound rests on {outcome.bound.effective_samples:.1f} effective samples per start: "
             "a few lucky trajectories decide it, and with it the captured share."

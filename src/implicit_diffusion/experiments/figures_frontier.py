@@ -32,7 +32,7 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     axes = figure.subplots()
 
     kl = np.linspace(0, reach, 400)
-    trusted = [b for b in bounds if b.effective_samples >= 2] + [best]
+    trusted = [b for b in bounds if b.trusted] + [best]
     ceiling = np.min([-(b.j - 2 * b.j_se) + b.beta * kl for b in trusted], axis=0)
     curve = tangent_curve(outcome.plan.reward, bounds, kl) if bounds else np.full_like(kl, np.nan)
     low = min(outcome.plan.reward, s["reward_before"], *(r for *_, r, _ in path))
@@ -43,7 +43,7 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
 
     axes.plot(kl, curve, color=BOUND, label="best possible, by KL weight")
     for certain in (True, False):
-        shown = [b for b in bounds if (b.effective_samples >= 2) is certain and b.path_kl < reach]
+        shown = [b for b in bounds if (b.trusted) is certain and b.path_kl < reach]
         colour = {"color": BOUND, "markerfacecolor": BOUND if certain else "white"}
         _points(axes, [(b.path_kl, b.path_kl_se, b.reward, b.reward_se) for b in shown], fmt="o", ms=4.5, **colour)
         for b in shown:

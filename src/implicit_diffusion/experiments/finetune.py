@@ -91,7 +91,8 @@ class Config:
     device: str = "auto"
     """"cpu", "cuda", …; auto takes an accelerator where there is one."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
         for name in ("num_steps", "batch", "updates", "accumulate", "stride"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {getattr(self, name)}")
@@ -153,9 +154,10 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         config: see there.
         directory: of an interrupted run to go on with; None begins a new one.
     """
-    problem = build(config)
+    config.check()
     if directory is None:
         directory = RunDirectory.create(config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
+    problem = build(config)
     noise = Noise(config.seed)
     plan = _plan(problem, noise, directory, config.starts // 2)
     if config.plan:

@@ -19,7 +19,7 @@ from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
 
-GAINS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)  # in standard deviations of the pretrained reward
+GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Plan:
 
     Args:
         reward: E R of the pretrained chain, with its standard error; `reward_std` is the deviation between samples.
-        bounds: the optimum for each β, the weakest tilt first.
+        bounds: the optimum for each β, the weakest tilt first; the unconditional bound, which is never too pessimistic
+            and tight where `memory` is small.
         memory: share of the reward's variance that x_0 decides, with its standard error; 0 for a memoryless chain.
     """
 
@@ -39,7 +40,7 @@ class Plan:
     memory: float
     memory_se: float
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, Any]]:
         """The table: one row per β, gains relative to the pretrained chain, J in units of reward."""
         return [
             {
@@ -51,6 +52,7 @@ class Plan:
                 "path_kl_se": b.path_kl_se,
                 "j_gain": -self.reward - b.j,
                 "effective_samples": b.effective_samples,
+                "trusted": b.trusted,
             }
             for b in self.bounds
         ]
@@ -83,7 +85,9 @@ def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None) -> P
         raise InvalidInputError(f"reward is {reward:g} for every pretrained sample; fine-tuning needs one that varies")
     chosen = sorted(betas or (std / gain for gain in GAINS), reverse=True)
     memory, memory_se = memory_of_start(evaluation.reward)
-    return Plan(reward, reward_se, std, tuple(bound(evaluation, beta) for beta in chosen), memory, memory_se)
+    return Plan(
+        reward, reward_se, std, tuple(bound(evaluation, beta, conditional=False) for beta in chosen), memory, memory_se
+    )
 
 
 def show(plan: Plan, unit: str = "") -> None:
@@ -101,7 +105,7 @@ def show(plan: Plan, unit: str = "") -> None:
     for column in ("--kl-weight", "reward gain", "in deviations", "path KL (nats)", "gain of J"):
         table.add_column(column, justify="right")
     for row in plan.rows():
-        mark = " ?" if row["effective_samples"] < 2 else ""
+        mark = " ?" if not row["trusted"] else ""
         table.add_row(
             f"{row['kl_weight']:.3g}",
             f"{row['reward_gain']:+.3g} ± {row['reward_gain_se']:.1g}{mark}",

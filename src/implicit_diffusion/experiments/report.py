@@ -191,7 +191,7 @@ def _plan(outcome: Outcome) -> str:
     plan = outcome.plan
     rows, chosen = [], None
     for index, row in enumerate(plan.rows()):
-        unsure = " ?" if row["effective_samples"] < 2 else ""
+        unsure = " ?" if not row["trusted"] else ""
         rows.append(
             [
                 f"{row['kl_weight']:.3g}",
@@ -206,7 +206,7 @@ def _plan(outcome: Outcome) -> str:
     columns = ("KL weight", "reward gain", "in deviations", "path KL (nats)", "gain of J")
     doubt = (
         " A “?” marks numbers that rest on too few effective samples."
-        if any(b.effective_samples < 2 for b in plan.bounds)
+        if any(not b.trusted for b in plan.bounds)
         else ""
     )
     return f"""<section><h2>The plan: what each KL weight could buy</h2>

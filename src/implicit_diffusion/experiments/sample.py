@@ -65,7 +65,7 @@ def run(config: Config) -> Path:
     return config.out
 
 
-def write_chain(folder: Path, **chain: float) -> None:
+def write_chain(folder: Path, **chain: int | float) -> None:
     """Note beside a pipeline what it was fine-tuned for: num_steps, and eta for DDIM."""
     (folder / CHAIN_FILE).write_text(json.dumps(chain) + "\n", encoding="utf-8")
 

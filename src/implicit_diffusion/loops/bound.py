@@ -33,12 +33,12 @@ class Bound:
 
     Args:
         beta: KL weight, in reward per nat.
-        j: J*, given x_0.
+        j: J*.
         reward: E R under the optimal path law.
         path_kl: its KL to the pretrained path, in nats.
-        j_unconditional: −β log E e^{R/β}, a lower bound of `j`, equal to it for a memoryless chain.
-        effective_samples: 1/Σw² of the importance weights within a start, on average over the starts; numbers from
-            fewer than about 2 per start rest on a few lucky trajectories.
+        effective_samples: 1/Σw² of the importance weights: within a start, on average over the starts, where the
+            bound is conditional; of all trajectories together where it is not.
+        trusted: whether these are enough (2 per start, or 50) not to rest on a few lucky trajectories.
     """
 
     beta: float
@@ -48,17 +48,18 @@ class Bound:
     reward_se: float
     path_kl: float
     path_kl_se: float
-    j_unconditional: float
-    j_unconditional_se: float
     effective_samples: float
+    trusted: bool
 
 
-def bound(evaluation: Evaluation, beta: float) -> Bound:
+def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> Bound:
     """J* from trajectories of any control of the chain.
 
     Args:
         evaluation: with at least 2 repeats per start.
         beta: KL weight > 0.
+        conditional: given x_0, as above. Otherwise −β log E e^{R/β} over all trajectories: a bound that is never too
+            high and tight for a memoryless chain, and whose bias falls with all of them instead of the repeats.
 
     Raises:
         InvalidInputError: beta not positive and finite, or a single trajectory per start.
@@ -70,25 +71,19 @@ def bound(evaluation: Evaluation, beta: float) -> Bound:
         raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
     reward = evaluation.reward.double()
     log_weights = reward / beta - evaluation.log_ratio.double()
-    value, tilted = _jackknife(log_weights, reward)
-    j, j_se = mean_and_error(-beta * value)
-    r, r_se = mean_and_error(tilted)
-    kl, kl_se = mean_and_error(tilted / beta - value)
-
-    top = log_weights.max()
-    weight, weight_se = mean_and_error((log_weights - top).exp())
-    within = torch.softmax(log_weights, 1)
+    if conditional:
+        value, tilted = _jackknife(log_weights, reward)
+        effective = (1 / torch.softmax(log_weights, 1).square().sum(1)).mean().item()
+    else:
+        value, tilted = _influence(log_weights, reward)
+        effective = (1 / torch.softmax(log_weights.flatten(), 0).square().sum()).item()
     return Bound(
-        beta=beta,
-        j=j,
-        j_se=j_se,
-        reward=r,
-        reward_se=r_se,
-        path_kl=kl,
-        path_kl_se=kl_se,
-        j_unconditional=-beta * (math.log(weight) + top.item()),
-        j_unconditional_se=beta * weight_se / weight,
-        effective_samples=(1 / within.square().sum(1)).mean().item(),
+        beta,
+        *mean_and_error(-beta * value),
+        *mean_and_error(tilted),
+        *mean_and_error(tilted / beta - value),
+        effective_samples=effective,
+        trusted=effective >= (2 if conditional else 50),
     )
 
 
@@ -153,3 +148,13 @@ def _jackknife(
 
     value = corrected((total / repeats).log(), (total_left / (repeats - 1)).log()) + top[:, 0]
     return value, corrected(weighted / total, weighted_left / total_left)
+
+
+def _influence(
+    log_weights: Float[Tensor, "starts repeats"], reward: Float[Tensor, "starts repeats"]
+) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
+    """The same over all trajectories at once, as one number per start: their mean is it, their spread its error."""
+    value = log_weights.logsumexp((0, 1)) - math.log(log_weights.numel())
+    w = (log_weights - value).exp()  # of mean one
+    tilted = (w * reward).mean()
+    return value + (w - 1).mean(1), tilted + (w * (reward - tilted)).mean(1)

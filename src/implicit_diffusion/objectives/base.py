@@ -58,7 +58,7 @@ class Objective:
 
     def weight(self, kind: type[Term]) -> float:
         """Total coefficient of the terms of a kind; 0 where there is none."""
-        return sum(c for c, term in self.terms if isinstance(term, kind))
+        return sum((c for c, term in self.terms if isinstance(term, kind)), start=0.0)
 
     def with_weight(self, kind: type[Term], weight: float) -> Objective:
         """The same objective with another coefficient on the terms of a kind (a KL weight under adaptation)."""
