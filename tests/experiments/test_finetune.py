@@ -30,8 +30,8 @@ def finished(tmp_path_factory):
 
 def test_the_run_directory_holds_what_is_promised(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    promised = """reward_before reward_after path_kl j_before j_after j_bound j_bound_se captured seconds network_evaluations
-        updates classifier_confidence_before classifier_confidence_after class_histogram_before
+    promised = """reward_before reward_after path_kl j_before j_after j_bound j_bound_se captured seconds updates
+        network_evaluations classifier_confidence_before classifier_confidence_after class_histogram_before
         class_histogram_after reward_exported"""
     assert set(promised.split()) <= summary.keys()
     assert summary["updates"] == 6 and summary["path_kl"] > 0

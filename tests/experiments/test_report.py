@@ -13,7 +13,7 @@ from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.figures import draw
 from implicit_diffusion.experiments.figures_frontier import frontier, tangent_curve
 from implicit_diffusion.experiments.figures_samples import samples
-from implicit_diffusion.experiments.figures_training import cost, smooth, staleness, training
+from implicit_diffusion.experiments.figures_training import _fresh, cost, smooth, staleness, training
 from implicit_diffusion.experiments.outcome import number, percent
 from implicit_diffusion.experiments.report import command, write_report
 from implicit_diffusion.loops.bound import Bound
@@ -211,6 +211,11 @@ def test_the_curve_is_exact_for_a_gaussian_reward():
     kl = np.linspace(0, 2, 50)
     assert tangent_curve(m, bounds, kl) == pytest.approx(m + sigma * np.sqrt(2 * kl))
     assert np.isnan(tangent_curve(m, bounds, np.array([2.1]))).all()
+
+
+def test_rewards_that_a_draining_queue_repeats_count_once(good):
+    repeated = [*good.metrics[:5], *(good.metrics[4] | {"updates": n} for n in (6, 7))]
+    assert _fresh(replace(good, metrics=repeated)) == {1, 2, 3, 4, 5}
 
 
 def test_smooth_keeps_straight_lines_and_shortens_windows_at_the_ends():

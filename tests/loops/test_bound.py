@@ -35,7 +35,6 @@ def test_equals_the_closed_form(problem, control):
     assert abs(pooled.j - unconditional) < 4 * pooled.j_se
     for found in (b, pooled):
         assert found.j == pytest.approx(-found.reward + BETA * found.path_kl, abs=1e-9)
-        assert found.trusted
 
 
 def test_trained_samples_are_sharper(problem):

@@ -45,7 +45,7 @@ def test_rows_without_noise_are_refused_with_three_ways_out():
     s = chain.table.s.clone()
     s[3] = 1e-10
     rows = ChainTable(chain.table.a, chain.table.b, s, chain.table.m, chain.table.t, chain.table.h, name="DDPM")
-    with pytest.raises(InvalidInputError, match=r"row 3 .*eta > 0.*pretrained_rows=\"noiseless\".*DriftPenalty"):
+    with pytest.raises(InvalidInputError, match=r"row 3 .*reverse SDE.*pretrained_rows='noiseless'.*DriftPenalty"):
         PathKL().check(rows, (0, 1, 2, 3))
     PathKL().check(rows, (0, 1, 2))
     DriftPenalty().check(rows, (0, 1, 2, 3))

@@ -74,7 +74,7 @@ class Config:
     """Rows that each trajectory in the queue moves per iteration; more needs less memory."""
     updates: int = 250
     """Optimizer steps."""
-    lr: float = 1e-4
+    lr: float = 5e-5
     """Adam's learning rate at the start; cosine decay to zero."""
     max_grad_norm: float = 1.0
     """Γ is clipped to this norm, in deviations of the pretrained reward."""
@@ -86,8 +86,8 @@ class Config:
     """Switch off the scheduler's clip_sample, which no adjoint passes; what that changes is reported."""
     seed: int = 0
     """Of all noise."""
-    starts: int = 512
-    """Initial noises on which before and after are judged, 4 trajectories from each; half as many serve the plan."""
+    starts: int = 256
+    """Initial noises for the plan, 16 trajectories from each, and for judging before and after, 8 from each."""
     device: str = "auto"
     """"cpu", "cuda", …; auto takes an accelerator where there is one."""
 
@@ -159,7 +159,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         directory = RunDirectory.create(config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
     problem = build(config)
     noise = Noise(config.seed)
-    plan = _plan(problem, noise, directory, config.starts // 2)
+    plan = _plan(problem, noise, directory, config.starts)
     if config.plan:
         return plan.summary()
     beta = plan_beta(plan) if config.kl_weight is None else config.kl_weight
@@ -270,14 +270,14 @@ def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[
     """Before, after, and the trained network on all rows, on the same noise."""
     chain = state.chain
     everywhere = chain.replace(reference=chain.denoiser, pretrained_rows=())
-    with progress(3 * 4 * config.starts, "judging") as bar:
+    with progress(3 * 8 * config.starts, "judging") as bar:
         before, after, exported = (
             evaluate(
                 judged,
                 problem.reward,
                 noise.stream(AFTER),
                 starts=config.starts,
-                repeats=4,
+                repeats=8,
                 progress=lambda done: bar.update(advance=done),
             )
             for judged in (chain.pretrained(), chain, everywhere)

@@ -15,8 +15,6 @@ first step of a chain with trailing spacing. The loss is E|u_theta(x_t, t) - v_t
 exponential moving average. Dropout keeps the network from learning the 1437 training digits by heart.
 """
 
-import json
-import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +24,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InvalidInputError, NonFiniteError
-from . import digits
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments.digits_card import model_card
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,10 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         InvalidInputError: data other than "digits", or an `out` that exists and is not empty.
     """
-    from diffusers import DDPMPipeline
-
     if config.data != "digits":
         raise InvalidInputError(f"data: got {config.data!r}; only 'digits' is known")
-    if config.out.exists() and any(config.out.iterdir()):
-        raise InvalidInputError(f"out: {config.out} exists and is not empty; name a new folder")
+    directory = RunDirectory.create(config.out)
+    directory.write_config(config)
     start = time.perf_counter()
     unet, scheduler = train(config)
     seconds = time.perf_counter() - start
@@ -87,14 +87,10 @@ def run(config: Config) -> dict[str, Any]:
         "loss_held_out": denoising_loss(unet, scheduler, real.held_out),
         "seconds": seconds,
     }
-    model = config.out / "model"
-    DDPMPipeline(unet, scheduler).save_pretrained(model, safe_serialization=True)
-    (model / "README.md").write_text(model_card(summary))
-    (config.out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    figure = config.out / "figures" / "samples.png"
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    plot_samples({"real": real.held_out} | {f"{n} steps": x for n, x in drawn.items()}, figure)
-    log.info("wrote %s", config.out)
+    save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, model_card(summary))
+    directory.write_summary(summary)
+    plot_samples({"real": real.held_out} | {f"{n} steps": x for n, x in drawn.items()}, directory.figure("samples"))
+    print(f"model     {directory.model}")
     return summary
 
 
@@ -164,19 +160,19 @@ def _train(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
         ],
         [warmup],
     )
-    for step in range(1, config.steps + 1):
-        x = data[torch.randint(len(data), (config.batch,), generator=generator)]
-        loss = _loss(unet, scheduler, x, generator).mean()
-        if not loss.isfinite():
-            raise NonFiniteError(f"the loss is {loss.item()} at step {step} of {config.steps}; try a smaller lr")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.step(unet.parameters())
-        if step % max(1, config.steps // 20) == 0:
-            log.info("step %d of %d: loss %.4f", step, config.steps, loss.item())
+    with progress(config.steps, "pretraining") as bar:
+        for step in range(1, config.steps + 1):
+            x = data[torch.randint(len(data), (config.batch,), generator=generator)]
+            loss = _loss(unet, scheduler, x, generator).mean()
+            if not loss.isfinite():
+                raise NonFiniteError(f"the loss is {loss.item()} at step {step} of {config.steps}; try a smaller lr")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average.step(unet.parameters())
+            bar.update({"loss": loss.detach()})
     average.copy_to(unet.parameters())
     return unet.eval(), scheduler
 
@@ -205,17 +201,12 @@ def denoising_loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, r
     return torch.cat([_loss(unet, scheduler, x, generator) for _ in range(repeats)]).mean().item()
 
 
-@torch.no_grad()
 def sample_digits(
     unet: "UNet2DModel", scheduler: "DDPMScheduler", num_steps: int, n: int, seed: int
 ) -> Float[Tensor, "n 1 8 8"]:
-    """Ancestral sampling (Ho et al., arXiv 2006.11239, algorithm 2) in `num_steps` steps; samples (n, 1, 8, 8)."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, *digits.EVENT_SHAPE, generator=generator)
-    scheduler.set_timesteps(num_steps)
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t).sample, t, x, generator=generator).prev_sample
-    return x
+    """Samples (n, 1, 8, 8) of the chain that `scheduler` runs in `num_steps` steps."""
+    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), digits.EVENT_SHAPE)
+    return chain.sample(Noise(seed), n)
 
 
 def plot_samples(groups: dict[str, Tensor], path: Path, rows: int = 8, columns: int = 12) -> None:
@@ -236,88 +227,3 @@ def plot_samples(groups: dict[str, Tensor], path: Path, rows: int = 8, columns: 
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def model_card(summary: dict[str, Any]) -> str:
-    """The README.md of the model folder: what it is, how to make and use it, and how good its samples are."""
-    config, quality = summary["config"], summary["quality"]
-    real = next(iter(quality.values()))
-    held_out, reference = real["held_out"], real["mmd_reference"]
-
-    def row(name: str, q: dict[str, Any], mmd: str) -> str:
-        numbers = (
-            "classifier_confidence",
-            "judge_confidence",
-            "judge_agreement",
-            "nearest_distance",
-            "memorised",
-        )
-        return f"| {name} | " + " | ".join(f"{q[key]:.3f}" for key in numbers) + f" | {mmd} |"
-
-    rows = [row(f"{n} steps", q, f"{q['mmd']:.5f}") for n, q in quality.items()]
-    rows.append(row("held-out digits", held_out, f"{reference['mean']:.5f} (95 %: {reference['quantile_95']:.5f})"))
-    shares = [
-        f"| {n} steps | " + " | ".join(f"{h:.3f}" for h in q["class_histogram"]) + " |" for n, q in quality.items()
-    ]
-    return CARD.format(
-        parameters=summary["parameters"],
-        channels=", ".join(map(str, config["channels"])),
-        steps=config["steps"],
-        batch=config["batch"],
-        seconds=summary["seconds"],
-        prediction_type=config["prediction_type"],
-        beta_schedule=config["beta_schedule"],
-        samples=config["samples"],
-        chains=" and ".join(map(str, quality)),
-        rows="\n".join(rows),
-        shares="\n".join(shares),
-        classes=" | ".join(map(str, range(10))),
-        classifier_accuracy=summary["classifier_accuracy"],
-        judge_accuracy=summary["judge_accuracy"],
-        loss_train=summary["loss_train"],
-        loss_held_out=summary["loss_held_out"],
-    )
-
-
-CARD = """---
-library_name: diffusers
-license: apache-2.0
-tags: [unconditional-image-generation, ddpm]
----
-# A small diffusion model of handwritten digits, 8 by 8 pixels
-
-A `UNet2DModel` with {parameters} parameters (channels {channels}), trained by denoising score matching
-({prediction_type}, schedule {beta_schedule}, {steps} steps of {batch} images, {seconds:.0f} s on one thread) on 1437
-of the 1797 handwritten digits of scikit-learn (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998). It
-is made for short ancestral chains with trailing spacing and without clipping, which its scheduler says too. Reproduce
-it with
-
-    implicit-diffusion pretrain --data digits --out DIR
-
-and sample from it with plain diffusers:
-
-    from diffusers import DiffusionPipeline
-    images = DiffusionPipeline.from_pretrained("DIR/model")(batch_size=16, num_inference_steps=50).images
-
-## Quality
-
-{samples} samples of the DDPM chain with {chains} steps, not clipped, beside the 360 digits that nothing was trained on:
-
-| | classifier confidence | judge confidence | agreement | nearest distance | memorised | MMD² |
-|---|---|---|---|---|---|---|
-{rows}
-
-The classifier is a small convolutional network (accuracy on the held-out digits {classifier_accuracy:.3f}), the judge
-a support vector machine ({judge_accuracy:.3f}); agreement is the share of images to which both give one class. Nearest
-distance is the mean distance to the nearest training digit; memorised are images nearer to one than 99 % of the
-held-out digits are. MMD² is the squared maximum mean discrepancy to the held-out digits (Gaussian kernel, median
-distance); its last row is that between two random halves of the real digits: mean over splits and 95 % quantile.
-
-The denoising loss is {loss_train:.4f} on training digits and {loss_held_out:.4f} on held-out ones.
-
-Shares of the classes, by the classifier:
-
-| | {classes} |
-|---|---|---|---|---|---|---|---|---|---|---|
-{shares}
-"""

@@ -38,7 +38,7 @@ class Bound:
         path_kl: its KL to the pretrained path, in nats.
         effective_samples: 1/Σw² of the importance weights: within a start, on average over the starts, where the
             bound is conditional; of all trajectories together where it is not.
-        trusted: whether these are enough (2 per start, or 50) not to rest on a few lucky trajectories.
+        trusted: whether these are enough (half the repeats, or 50) not to rest on a few lucky trajectories.
     """
 
     beta: float
@@ -83,7 +83,7 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
         *mean_and_error(tilted),
         *mean_and_error(tilted / beta - value),
         effective_samples=effective,
-        trusted=effective >= (2 if conditional else 50),
+        trusted=effective >= (repeats / 2 if conditional else 50),
     )
 
 

@@ -44,9 +44,9 @@ class PathKL(RunningCost):
         which = f"row {row}" if len(bad) == 1 else f"{len(bad)} rows, among them row {row},"
         raise InvalidInputError(
             f"PathKL is infinite on a trained row without noise: {which} of the {len(table)} rows of {table.name} "
-            f"has s = {table.s[row]:.1e} beside b = {table.b[row]:.1e}. Choose a chain with noise on its rows "
-            '(DDPM, or DDIM with eta > 0); or keep the pretrained network there, pretrained_rows="noiseless"; or, for '
-            "deterministic chains, use DriftPenalty instead of PathKL"
+            f"has s = {table.s[row]:.1e} beside b = {table.b[row]:.1e}. Choose a chain with noise on all its rows (a "
+            "reverse SDE, or DDPM with variance_type='fixed_large'); or keep the pretrained network there, "
+            "pretrained_rows='noiseless'; or, for deterministic chains, use DriftPenalty instead of PathKL"
         )
 
 
