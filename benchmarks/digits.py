@@ -53,7 +53,7 @@ def run(name: str, options: list[str], folder: Path) -> dict:
     """The summary of one run, made now or before."""
     if not (folder / "summary.json").exists():
         call = [sys.executable, "-m", "implicit_diffusion", "finetune", *options, "--out", str(folder)]
-        log = folder.with_suffix(".log")
+        log = folder.parent / f"{folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             subprocess.run(call, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from implicit_diffusion.errors import ImplicitDiffusionError
 
 
@@ -15,14 +17,12 @@ from implicit_diffusion.errors import ImplicitDiffusionError
 class Resume:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     """The run directory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one line and exit status 2."""
-    import tyro
-
     from implicit_diffusion.experiments import finetune, pretrain, sample
 
     commands = (

@@ -1,6 +1,8 @@
 """The main job end to end, on a tiny scale: from a diffusers folder to a diffusers folder."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import torch
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline, scheduler_for
 from implicit_diffusion.denoisers.scheduler import read_table
-from implicit_diffusion.experiments import judging
+from implicit_diffusion.experiments import finetune, judging
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.rewards import brightness
 from implicit_diffusion.loops import evaluate
@@ -222,6 +224,22 @@ def test_sample_draws_a_grid(finished, tmp_path, capsys):
     assert Image.open(out).size == (3 * 64, 2 * 64)
     assert main(["sample", "--model", str(finished / "model"), "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C after three of six updates, then `resume`: the exported weights agree bit for bit."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupt = lambda fit: os.kill(os.getpid(), signal.SIGINT) if fit.updates == 3 else None  # noqa: E731
+        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
+        assert main(["finetune", *TINY, "--out", str(out)]) == 130
+    assert "implicit-diffusion resume" in capsys.readouterr().err
+    assert main(["resume", str(out)]) == 0
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert [json.loads(line)["updates"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 7)
+    )
 
 
 def test_resume_refuses_a_finished_run(finished, capsys):
