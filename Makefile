@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 .PHONY: demo test test-all lint types docs bench clean
 
 demo: $(READY)  ## fine-tune the shipped digits model for brightness
-	$(BIN)/implicit-diffusion finetune --model digits --reward brightness --kl-weight 2.5 \
+	$(BIN)/implicit-diffusion finetune --model digits --reward brightness --kl-weight 2.6 \
 		--out runs/demo-$$(date -u +%Y%m%dT%H%M%SZ)
 
 test: $(READY)  ## the tests, without the slow ones
@@ -27,8 +27,8 @@ types: $(READY)
 docs: $(READY)  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
-bench: $(READY)
-	$(BIN)/python benchmarks/chains.py
+bench: $(READY)  ## everything under benchmarks/; an hour and more
+	for script in chains queue_bias time_to_target digits; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache

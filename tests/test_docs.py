@@ -4,6 +4,7 @@ The ```python blocks of a page run in order, in one namespace and in an empty fo
 block leaves it out.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 ROOT = Path(__file__).parents[1]
 GENERATED = {"_build", "api"}
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not GENERATED & set(page.relative_to(ROOT).parts)]
-PAGES = [ROOT / "README.md", *WRITTEN]
+NUMBER = re.compile(r"\d+\.\d+")
 
 
 def run_examples(page):
@@ -25,10 +26,22 @@ def run_examples(page):
     return document.namespace
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_examples(page)
+
+
+def test_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    """To the last digit but one: rounding differs between processors."""
+    monkeypatch.chdir(tmp_path)
+    run_examples(ROOT / "README.md")
+    printed = capsys.readouterr().out.strip()
+    said = re.search(r"```text\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", said)
+    assert [float(x) for x in NUMBER.findall(printed)] == pytest.approx(
+        [float(x) for x in NUMBER.findall(said)], rel=0.05
+    )
 
 
 def test_examples_share_a_namespace_and_may_be_skipped(tmp_path):
