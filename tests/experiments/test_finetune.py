@@ -226,12 +226,16 @@ def test_sample_draws_a_grid(finished, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def interrupt_at_three(fit):
+    if fit.updates == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C after three of six updates, then `resume`: the exported weights agree bit for bit."""
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        interrupt = lambda fit: os.kill(os.getpid(), signal.SIGINT) if fit.updates == 3 else None  # noqa: E731
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
+        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt_at_three])
         assert main(["finetune", *TINY, "--out", str(out)]) == 130
     assert "implicit-diffusion resume" in capsys.readouterr().err
     assert main(["resume", str(out)]) == 0

@@ -117,7 +117,7 @@ def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) ->
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
     return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
 
-Trained by implicit-diffusion: E[reward] against {config["kl_weight"]:.4g} × KL of the sampling path to the pretrained
+Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × KL of the sampling path to the pretrained
 model, over a chain of {chain.num_steps} {config["scheduler"].upper()} steps ({chain.table.name}).
 
 | | before | after |
@@ -137,7 +137,7 @@ images = pipeline(batch_size=16, num_inference_steps={chain.num_steps}{eta}).ima
 ```
 
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, trailing spacing, clip_sample off.
-β = {config["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
+β = {summary["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 
 

@@ -11,6 +11,7 @@ An objective is a weighted sum of terms, F = Σ_j c_j F_j, and is minimised. Ter
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from jaxtyping import Float
 from torch import Tensor
@@ -85,23 +86,23 @@ class Term(Objective):
         return self.name, value
 
 
-class TerminalObjective(Term):
+class TerminalObjective(Term, ABC):
     """A functional of the particles at the sampler's end."""
 
+    @abstractmethod
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         """F(p), differentiable in the particles' positions."""
-        raise NotImplementedError
 
     def check(self, particles: Particles) -> None:
         """Raise `InvalidInputError` where the objective cannot be differentiated at these particles."""
 
 
-class RunningCost(Term):
+class RunningCost(Term, ABC):
     """A cost paid on every row of a chain."""
 
+    @abstractmethod
     def cost(self, transition: Transition) -> Float[Tensor, "slots batch"]:
         """c_k(x_k, θ) for every sample, differentiable in θ and x."""
-        raise NotImplementedError
 
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raise `InvalidInputError` where the cost has no finite value on the trained rows."""
