@@ -112,6 +112,19 @@ def test_target_kl_stops(tmp_path):
     assert summary["updates"] < 60 and "reached the target" in summary["stopped"]
 
 
+def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
+    """config.json says where β began and the command that repeats the run; all else says where it ended, or both."""
+    out = tmp_path / "run"
+    assert main(["finetune", *TINY, "--target-kl", "1e-3", "--out", str(out)]) == 0
+    config, summary = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "summary"))
+    end = summary["kl_weight"]
+    assert config["kl_weight"] == summary["kl_weight_at_start"] == 2.5 and end > 2.5
+    report = (out / "report.html").read_text()
+    assert f"KL weight {end:.4g} (adapted, 2.5 at the start)" in report
+    assert "kl_weight, at the start</th><td>2.5<" in report and f"target_kl)</th><td>{end:.6g}<" in report
+    assert "--kl-weight 2.5" in report and f"{end:.4g} × KL" in (out / "model" / "README.md").read_text()
+
+
 def test_plan_only(tmp_path, capsys):
     assert main(["finetune", "--plan", "--num-steps", "4", "--starts", "8", "--out", str(tmp_path / "run")]) == 0
     assert "--kl-weight" in capsys.readouterr().out
@@ -146,13 +159,16 @@ BAD = {
     "stride must lie": ["--stride", "9"],
     "no row of": ["--scheduler", "ddim", "--eta", "0"],
     "exists and is not empty": ["--out", "{folder}"],
-    "--target-kl needs": ["--target-kl", "0.5", "--kl-weight", "0"],
+    "--target-kl needs a path KL in": ["--target-kl", "0.5", "--kl-weight", "0"],
+    "--target-kl needs --penalty path-kl": ["--target-kl", "0.5", "--penalty", "drift"],
     "will not fit": ["--batch", "1000000000"],
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_one_clear_line(message, tmp_path, capsys):
+def test_bad_input_is_one_clear_line_before_any_work(message, tmp_path, capsys, monkeypatch):
+    """Not a single trajectory of the plan is drawn, and no run directory is left behind."""
+    monkeypatch.setattr(finetune, "evaluate", lambda *arguments, **options: pytest.fail("the plan was made"))
     file = tmp_path / "rewards.py"
     file.write_text(REWARDS)
     options = [o.format(file=file, folder=tmp_path) for o in BAD[message]]
@@ -160,6 +176,15 @@ def test_bad_input_is_one_clear_line(message, tmp_path, capsys):
     assert main(["finetune", *TINY, *out, *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_plan_can_refuse_leaves_no_run_directory(tmp_path, capsys):
+    file = tmp_path / "rewards.py"
+    file.write_text("def constant(x): return 0 * x.flatten(1).sum(1)")
+    assert main(["finetune", *TINY, "--reward", f"{file}:constant", "--out", str(tmp_path / "run")]) == 2
+    assert "needs one that varies" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_scheduler_is_refused(capsys):

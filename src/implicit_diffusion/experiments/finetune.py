@@ -104,6 +104,8 @@ class Config:
             raise InvalidInputError(f"--kl-weight must be finite and ≥ 0, got {self.kl_weight}")
         if self.target_kl is not None and self.kl_weight == 0:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
+        if self.target_kl is not None and self.penalty == "drift":
+            raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
         if self.starts < 4:
             raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")
 
@@ -155,18 +157,23 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         directory: of an interrupted run to go on with; None begins a new one.
     """
     config.check()
+    out = config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}")
     if directory is None:
-        directory = RunDirectory.create(config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
-    problem = build(config)
-    noise = Noise(config.seed)
-    plan = _plan(problem, noise, directory, config.starts)
-    if config.plan:
-        return plan.summary()
-    beta = plan_beta(plan) if config.kl_weight is None else config.kl_weight
-    loop = make_loop(config, problem, beta, plan.reward_std, noise)
-    directory.write_config(replace(config, kl_weight=beta, out=directory.path, device=str(problem.chain.device)))
+        RunDirectory.check(out)
+    problem, noise = build(config), Noise(config.seed)
+    loop = make_loop(config, problem, noise)
     memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
+    samples = _pretrained_samples(problem, noise, config.starts)
+    plan = make_plan(samples)
+    directory = directory or RunDirectory.create(out)  # from here on, nothing is refused
+    show(plan)
+    plot(plan, samples, directory.figure("plan"))
+    if config.plan:
+        return plan.summary()
+    started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
+    scale(loop, started, config.max_grad_norm * plan.reward_std)
+    directory.write_config(replace(config, kl_weight=started, out=out, device=str(problem.chain.device)))
     print(f"memory predicted: {memory}")
     state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
     if state.stopped == "interrupted":
@@ -180,6 +187,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     found = judging.judge(before, after, exported, beta)
     summary = found.summary | {
         "kl_weight": beta,
+        "kl_weight_at_start": started,
         "seconds": state.seconds,
         "network_evaluations": loop.chain.evaluations,
         "updates": state.updates,
@@ -222,24 +230,26 @@ def plan_beta(plan: Plan) -> float:
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
 
 
-def make_loop(config: Config, problem: Problem, beta: float, reward_std: float, noise: Noise) -> Loop:
-    """The loop that `config` asks for.
-
-    The norm of Γ is in reward per parameter, so the clip is stated in deviations of the reward.
-    """
+def make_loop(config: Config, problem: Problem, noise: Noise) -> Loop:
+    """The loop that `config` asks for, before β and the clip are known; `scale` sets them."""
     penalty: Objective = PathKL() if config.penalty == "path-kl" else DriftPenalty()
-    objective = Reward(problem.reward) + beta * penalty
+    objective = Reward(problem.reward) + (1.0 if config.kl_weight is None else config.kl_weight) * penalty
     optimizer = torch.optim.Adam(problem.pretrained.denoiser.parameters(), lr=config.lr)
     update = Update(
         optimizer,
         schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates),
-        max_grad_norm=config.max_grad_norm * reward_std,
         ema_decay=config.ema,
         accumulate=config.accumulate,
     )
     if config.loop == "nested":
         return Nested(problem.chain, objective, update, batch=config.batch, noise=noise)
     return Queue(problem.chain, objective, update, batch=config.batch, noise=noise, stride=config.stride)
+
+
+def scale(loop: Loop, beta: float, max_grad_norm: float) -> None:
+    """Set what the plan decides: β, and the clip, since the norm of Γ is in units of the reward."""
+    loop.objective = loop.objective.with_weight(PathKL, beta).with_weight(DriftPenalty, beta)
+    loop.update.max_grad_norm = max_grad_norm
 
 
 def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
@@ -250,9 +260,9 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
     return [reached, held_out]
 
 
-def _plan(problem: Problem, noise: Noise, directory: RunDirectory, starts: int) -> Plan:
+def _pretrained_samples(problem: Problem, noise: Noise, starts: int) -> Evaluation:
     with progress(16 * starts, "planning") as bar:
-        samples = evaluate(
+        return evaluate(
             problem.chain.pretrained(),
             problem.reward,
             noise.stream(PLAN),
@@ -260,10 +270,6 @@ def _plan(problem: Problem, noise: Noise, directory: RunDirectory, starts: int) 
             repeats=16,
             progress=lambda done: bar.update(advance=done),
         )
-    plan = make_plan(samples)
-    show(plan)
-    plot(plan, samples, directory.figure("plan"))
-    return plan
 
 
 def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:

@@ -42,6 +42,11 @@ class Outcome:
         return float(self.summary.get("kl_weight", self.config["kl_weight"]))
 
     @property
+    def adapted(self) -> bool:
+        """Whether β moved during the run, so that config.json, which says where it began, and `beta` differ."""
+        return self.beta != self.config["kl_weight"]
+
+    @property
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
         return f"{self.config['num_steps']} {self.config['scheduler'].upper()} steps"

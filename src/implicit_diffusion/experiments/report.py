@@ -41,7 +41,7 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
         _quality(outcome),
         _plan(outcome),
         _use(outcome, directory),
-        _configuration(outcome.config),
+        _configuration(outcome),
     ]
     page = f"""<!doctype html>
 <html lang="en">
@@ -88,7 +88,10 @@ def _headline(outcome: Outcome, title: str) -> str:
         tiles.append(_tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
     cost = f"{s['updates']} updates, {s['network_evaluations']:,} network evaluations"
     tiles.append(_tile("Training time", _duration(s["seconds"]), cost))
-    facts = [outcome.chain, f"{config['loop']} loop", f"KL weight {outcome.beta:.4g}", f"seed {config['seed']}"]
+    weight = f"KL weight {outcome.beta:.4g}"
+    if outcome.adapted:
+        weight += f" (adapted, {config['kl_weight']:.4g} at the start)"
+    facts = [outcome.chain, f"{config['loop']} loop", weight, f"seed {config['seed']}"]
     return f"""<header>
 <p class="kicker">implicit-diffusion · fine-tuning report</p>
 <h1>{escape(title)}</h1>
@@ -246,8 +249,13 @@ def command(config: dict[str, Any]) -> str:
     return " \\\n  ".join(words)
 
 
-def _configuration(config: dict[str, Any]) -> str:
-    rows = ([key, value if isinstance(value, str) else json.dumps(value)] for key, value in config.items())
+def _configuration(outcome: Outcome) -> str:
+    config = outcome.config
+    rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in config.items()]
+    if outcome.adapted:
+        place = list(config).index("kl_weight")
+        rows[place][0] = "kl_weight, at the start"
+        rows.insert(place + 1, ["kl_weight, at the end (adapted to target_kl)", f"{outcome.beta:.6g}"])
     return f"""<section><details><summary>Configuration</summary>
 {_table(("setting", "value"), rows, cls="plain")}</details></section>
 """

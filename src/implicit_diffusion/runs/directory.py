@@ -35,7 +35,15 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path) -> RunDirectory:
-        """Make the folder, with its parents.
+        """Make the folder, with its parents. Errors as in `check`."""
+        cls.check(path)
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @staticmethod
+    def check(path: str | Path) -> None:
+        """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
         Raises:
             InvalidInputError: `path` is a file, or a folder with something in it.
@@ -45,8 +53,6 @@ class RunDirectory:
             raise InvalidInputError(f"--out {path} is a file; name a new folder")
         if path.is_dir() and any(path.iterdir()):
             raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
 
     @property
     def model(self) -> Path:
