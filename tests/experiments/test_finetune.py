@@ -168,7 +168,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_one_clear_line_before_any_work(message, tmp_path, capsys, monkeypatch):
     """Not a single trajectory of the plan is drawn, and no run directory is left behind."""
-    monkeypatch.setattr(finetune, "evaluate", lambda *arguments, **options: pytest.fail("the plan was made"))
+    monkeypatch.setattr(finetune, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
     file = tmp_path / "rewards.py"
     file.write_text(REWARDS)
     options = [o.format(file=file, folder=tmp_path) for o in BAD[message]]

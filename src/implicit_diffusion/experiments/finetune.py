@@ -23,6 +23,7 @@ from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
+from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.sample import write_chain
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
@@ -164,7 +165,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     loop = make_loop(config, problem, noise)
     memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
-    samples = _pretrained_samples(problem, noise, config.starts)
+    samples = _pretrained_samples(config, problem, noise)
     plan = make_plan(samples)
     directory = directory or RunDirectory.create(out)  # from here on, nothing is refused
     show(plan)
@@ -260,13 +261,14 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
     return [reached, held_out]
 
 
-def _pretrained_samples(problem: Problem, noise: Noise, starts: int) -> Evaluation:
-    with progress(16 * starts, "planning") as bar:
-        return evaluate(
-            problem.chain.pretrained(),
+def _pretrained_samples(config: Config, problem: Problem, noise: Noise) -> Evaluation:
+    with progress(16 * config.starts, "planning") as bar:
+        return evaluate_pretrained(
+            problem.chain,
             problem.reward,
             noise.stream(PLAN),
-            starts=starts,
+            name=config.reward,
+            starts=config.starts,
             repeats=16,
             progress=lambda done: bar.update(advance=done),
         )
@@ -274,20 +276,13 @@ def _pretrained_samples(problem: Problem, noise: Noise, starts: int) -> Evaluati
 
 def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Before, after, and the trained network on all rows, on the same noise."""
-    chain = state.chain
+    chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
     everywhere = chain.replace(reference=chain.denoiser, pretrained_rows=())
     with progress(3 * 8 * config.starts, "judging") as bar:
-        before, after, exported = (
-            evaluate(
-                judged,
-                problem.reward,
-                noise.stream(AFTER),
-                starts=config.starts,
-                repeats=8,
-                progress=lambda done: bar.update(advance=done),
-            )
-            for judged in (chain.pretrained(), chain, everywhere)
-        )
+        sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
+        sizes["progress"] = lambda done: bar.update(advance=done)
+        before = evaluate_pretrained(chain, reward, noise, name=config.reward, **sizes)
+        after, exported = (evaluate(judged, reward, noise, **sizes) for judged in (chain, everywhere))
     return before, after, exported
 
 
