@@ -25,14 +25,31 @@ from implicit_diffusion.errors import (
     NonFiniteError,
 )
 from implicit_diffusion.gradients import Adjoint, FullBackprop
-from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
+from implicit_diffusion.loops import Evaluation, Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
 from implicit_diffusion.loops.bound import Bound, bound
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
+from implicit_diffusion.objectives import (
+    MMD,
+    DriftPenalty,
+    ForwardKL,
+    Functional,
+    Objective,
+    PathKL,
+    ReverseKL,
+    Reward,
+    Sinkhorn,
+    gaussian_kernel,
+)
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials import GaussianMixture, Guided
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law, warm_up
 from implicit_diffusion.samplers.chain import Chain
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "MMD",
+    "ULA",
     "Adjoint",
     "Bound",
     "Chain",
@@ -40,12 +57,17 @@ __all__ = [
     "DiffusersDenoiser",
     "DriftPenalty",
     "Evaluation",
+    "ForwardKL",
     "FullBackprop",
+    "Functional",
     "GaussianDenoiser",
+    "GaussianMixture",
+    "Guided",
     "ImplicitDiffusionError",
     "InvalidInputError",
     "MemoryLimitError",
     "Nested",
+    "NestedParticles",
     "Noise",
     "NonAffineError",
     "NonFiniteError",
@@ -54,15 +76,23 @@ __all__ = [
     "PathKL",
     "Pretrained",
     "Queue",
+    "ReverseKL",
     "Reward",
+    "Single",
+    "Sinkhorn",
+    "Underdamped",
+    "Unrolled",
     "Update",
     "bound",
     "evaluate",
+    "gaussian_kernel",
     "load_pretrained",
     "ou_probability_flow",
     "ou_reverse_sde",
+    "power_law",
     "read_table",
     "save_pipeline",
     "scheduler_for",
+    "warm_up",
 ]
 __version__ = "0.1.0"

@@ -31,6 +31,11 @@ class Particles:
             return self.x.new_full((len(self),), 1 / len(self))
         return torch.softmax(self.log_weights, 0)
 
+    @property
+    def ess(self) -> Float[Tensor, ""]:
+        """Effective sample size of the weights, 1/Σ w_i²: n where they are equal, 1 where one carries all."""
+        return 1 / self.weights.square().sum()
+
     def mean(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
         """E_p[values] = Σ_i w_i values_i."""
         return values.mean() if self.log_weights is None else self.weights @ values

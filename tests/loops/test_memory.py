@@ -83,7 +83,7 @@ def test_activations_of_a_large_reward_count():
 )
 def test_parameters_gradients_and_moments(optimizer, moments):
     loop = build(optimizer=optimizer)
-    theta = sum(p.nbytes for p in loop.denoiser.parameters())
+    theta = sum(p.nbytes for p in loop.model.parameters())
     counter = 8  # the average counts its updates
     memory = predict_memory(loop)
     assert memory.resident == 3 * theta + counter  # θ, u_0 and the average
@@ -94,8 +94,8 @@ def test_prediction_leaves_no_trace():
     loop = build(objective=Reward(lambda x: x.sum(1)) + PathKL())
     predict_memory(loop)
     assert loop.chain.evaluations == 0
-    assert all(p.grad is None for p in loop.denoiser.parameters())
-    assert loop.denoiser.training
+    assert all(p.grad is None for p in loop.model.parameters())
+    assert loop.model.training
 
 
 def test_refusal_names_parts_and_ways_out():

@@ -1,6 +1,5 @@
 """Denoisers u(x, t; θ) and the tables that make samplers of them."""
 
-from implicit_diffusion.denoisers.frozen import eval_mode, frozen_copy
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
 from implicit_diffusion.denoisers.pretrained import (
@@ -12,6 +11,7 @@ from implicit_diffusion.denoisers.pretrained import (
 )
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
+from implicit_diffusion.frozen import eval_mode, frozen_copy
 
 __all__ = [
     "ChainTable",

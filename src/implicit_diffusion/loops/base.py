@@ -1,4 +1,4 @@
-"""What the loops share: a chain, an objective, an update, and a state that continues bit for bit."""
+"""What all loops share: an objective, an update, noise, and a state that continues bit for bit."""
 
 from __future__ import annotations
 
@@ -7,54 +7,34 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
-from implicit_diffusion.particles import Particles
-from implicit_diffusion.samplers.chain import Chain
-
-TRIAL = 2**31  # trajectory on which a loop tries chain and objective; no run injects so many
 
 
 class Loop(ABC):
     """One `step()` is one iteration; `state_dict()` holds all that the next one depends on.
 
     Args:
-        chain: the sampler, whose denoiser is trained in place.
-        objective: F, e.g. `Reward(r) + beta * PathKL()`; may be replaced between steps.
+        model: what is trained in place.
+        role: what the model is called in messages, "denoiser" or "potential".
+        objective: F, which is minimised; may be replaced between steps by one with the same terms.
         update: a torch optimizer, or an `Update` around one.
-        batch: trajectories injected together (B).
         noise: source of every random number.
 
     Raises:
-        InvalidInputError: a batch below one; an optimizer that does not move the denoiser; an objective that cannot be
-            differentiated on samples of the chain, or has no finite value on its rows.
+        InvalidInputError: an optimizer that does not move the model.
     """
 
     def __init__(
-        self,
-        chain: Chain,
-        objective: Objective,
-        update: Update | torch.optim.Optimizer,
-        *,
-        batch: int,
-        noise: Noise,
+        self, model: Any, role: str, objective: Objective, update: Update | torch.optim.Optimizer, noise: Noise
     ) -> None:
-        if batch < 1:
-            raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
-        self.chain, self.objective, self.batch, self.noise = chain, objective, batch, noise
+        self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
-        self.denoiser = self.update.bind(chain.denoiser)
-        for _, cost in objective.running:
-            cost.check(chain.table, chain.trained_rows)
-        trial = Particles(chain.sample(noise, 2, TRIAL))
-        for _, term in objective.terminal:
-            term.check(trial)
-        chain.evaluations = 0
-        self.injected = 0  # trajectories begun
+        self.model: nn.Module = self.update.bind(model, role)
         self.iteration = 0
 
     @abstractmethod
@@ -62,8 +42,8 @@ class Loop(ABC):
         """One iteration.
 
         Returns:
-            metrics: the objective and its terms on the training noise, `grad_norm` and `lr` where θ moved,
-            `updates`, `network_evaluations`; 0-d tensors are left on their device.
+            metrics: the objective and its terms on the training noise, `grad_norm` and `lr` where θ moved, `updates`
+            and what the work was; 0-d tensors are left on their device.
 
         Raises:
             NonFiniteError: NaN or infinity, before θ is touched.
@@ -73,16 +53,18 @@ class Loop(ABC):
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all, yielding every step's metrics."""
 
+    @abstractmethod
+    def cost(self) -> dict[str, int]:
+        """The work so far, by name."""
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, numbers and strings in dicts and lists."""
         return {
-            "denoiser": dict(self.denoiser.state_dict()),
+            "model": dict(self.model.state_dict()),
             "update": self.update.state_dict(),
             "weights": [weight for weight, _ in self.objective.terms],
             "seed": self.noise.seed,
-            "injected": self.injected,
             "iteration": self.iteration,
-            "evaluations": self.chain.evaluations,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,20 +75,19 @@ class Loop(ABC):
         """
         if state["seed"] != self.noise.seed:
             raise InvalidInputError(f"state was saved under seed {state['seed']}, but noise has seed {self.noise.seed}")
-        self.denoiser.load_state_dict(state["denoiser"])
+        self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)
         self.objective = Objective(tuple(zip(state["weights"], terms, strict=True)))
-        self.injected, self.iteration = state["injected"], state["iteration"]
-        self.chain.evaluations = state["evaluations"]
+        self.iteration = state["iteration"]
 
     def _metrics(self, values: dict[str, Tensor]) -> dict[str, Any]:
         """What the terms report, and their weighted sum once every term has a value."""
         known = [(c, term) for c, term in self.objective.terms if term.name in values]
         metrics: dict[str, Any] = dict(term.report(values[term.name]) for _, term in known)
-        if all(c == 0 or term.name in values for c, term in self.objective.terms):
+        if known and all(c == 0 or term.name in values for c, term in self.objective.terms):
             metrics["objective"] = sum(c * values[term.name] for c, term in known)
-        return metrics | {"updates": self.update.updates, "network_evaluations": self.chain.evaluations}
+        return metrics | {"updates": self.update.updates} | self.cost()
 
     def _bad_value(self, values: dict[str, Tensor]) -> str | None:
         """Names the term whose value is not finite, if any."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.gradients import FullBackprop
-from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.nested import Nested
+from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.loops.queue import Queue
 from implicit_diffusion.particles import Particles
 
@@ -57,7 +57,7 @@ class Memory:
         return f"{_size(self.total)} ({parts})"
 
 
-def predict_memory(loop: Loop) -> Memory:
+def predict_memory(loop: ChainLoop) -> Memory:
     """Predict what `loop` needs; tries its network and objective on three samples, and leaves no trace."""
     chain, objective, batch = loop.chain, loop.objective, loop.batch
     slots = -(-chain.num_steps // loop.stride) if isinstance(loop, Queue) else 1
@@ -82,7 +82,7 @@ def predict_memory(loop: Loop) -> Memory:
     else:
         activations = max(slots * row, end) * batch
 
-    modules = [m for m in (loop.denoiser, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
+    modules = [m for m in (loop.model, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
     held = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     trained = sum(p.nbytes for p in loop.update.parameters if p.requires_grad)
     resident = sum(held.values())

@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from implicit_diffusion.gradients import Adjoint
-from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.on_chain import ChainLoop
 
 
-class Nested(Loop):
+class Nested(ChainLoop):
     """B fresh trajectories per step: N network calls forward and N with gradient for one gradient estimate.
 
     Args:
         estimator: of the gradient of one batch of trajectories; the exact adjoint by default.
 
-    The other arguments are those of `Loop`.
+    The other arguments are those of `ChainLoop`.
     """
 
     def __init__(self, *args: Any, estimator: Callable[..., dict[str, Tensor]] | None = None, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.adjoint import pull_back, terminal_adjoint
-from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.on_chain import ChainLoop
 
 
 @dataclass
@@ -46,14 +46,14 @@ class Slot:
         return len(self.states) - 1
 
 
-class Queue(Loop):
+class Queue(ChainLoop):
     """One network call forward and one with gradient per iteration.
 
     Args:
         stride: rows that every slot moves per iteration; N/stride slots are in flight each way. More stride means
             less memory, less staleness and less parallelism; with stride N the queue is the nested loop.
 
-    The other arguments are those of `Loop`.
+    The other arguments are those of `ChainLoop`.
     """
 
     def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ class Update:
         optimizer: any torch optimizer whose `step` needs no closure.
         schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
         max_grad_norm: clip the norm of Γ to this value.
-        ema_decay: keep an exponential moving average of the denoiser, θ̄ ← decay·θ̄ + (1 − decay)·θ after every update.
+        ema_decay: keep an exponential moving average of the model, θ̄ ← decay·θ̄ + (1 − decay)·θ after every update.
         accumulate: average Γ over this many calls before each update.
 
     Raises:
@@ -59,23 +59,27 @@ class Update:
         """The parameters that the optimizer moves."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def bind(self, denoiser: Any) -> nn.Module:
-        """Tie the update to the denoiser that it moves, and return it; called by the loops.
+    def bind(self, model: Any, role: str = "model") -> nn.Module:
+        """Tie the update to the model that it moves, and return it; called by the loops.
+
+        Args:
+            model: the module that the sampler runs on.
+            role: what it is called in messages.
 
         Raises:
-            InvalidInputError: the optimizer moves no trainable parameter of the denoiser.
+            InvalidInputError: the optimizer moves no trainable parameter of the model.
         """
-        own = {id(p) for p in denoiser.parameters()} if isinstance(denoiser, nn.Module) else set()
+        own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(
-                "optimizer holds none of the denoiser's parameters: build it from the parameters of the very module "
-                "that the chain samples with"
+                f"optimizer holds none of the {role}'s parameters: build it from the parameters of the very module "
+                "that the sampler runs on"
             )
         if not any(p.requires_grad for p in held):
-            raise InvalidInputError("every parameter of the denoiser that the optimizer holds is frozen")
-        module: nn.Module = denoiser
-        self.denoiser = module
+            raise InvalidInputError(f"every parameter of the {role} that the optimizer holds is frozen")
+        module: nn.Module = model
+        self.model = module
         if self.ema_decay is not None:
             self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)).requires_grad_(False)
         return module
@@ -113,7 +117,7 @@ class Update:
         if self.schedule is not None:
             self.schedule.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.denoiser)
+            self.ema.update_parameters(self.model)
         return {"grad_norm": norm, "lr": lr}
 
     def state_dict(self) -> dict[str, Any]:

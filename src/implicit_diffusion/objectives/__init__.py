@@ -1,7 +1,26 @@
 """Objectives F: functionals of the distribution that a sampler produces, always minimised."""
 
-from implicit_diffusion.objectives.base import Objective, RunningCost, TerminalObjective
+from implicit_diffusion.objectives.base import Charges, GibbsObjective, Objective, RunningCost, TerminalObjective
+from implicit_diffusion.objectives.functional import Functional
+from implicit_diffusion.objectives.kl import ForwardKL, ReverseKL
+from implicit_diffusion.objectives.mmd import MMD, gaussian_kernel
 from implicit_diffusion.objectives.path import DriftPenalty, PathKL
 from implicit_diffusion.objectives.reward import Reward
+from implicit_diffusion.objectives.sinkhorn import Sinkhorn
 
-__all__ = ["DriftPenalty", "Objective", "PathKL", "Reward", "RunningCost", "TerminalObjective"]
+__all__ = [
+    "MMD",
+    "Charges",
+    "DriftPenalty",
+    "ForwardKL",
+    "Functional",
+    "GibbsObjective",
+    "Objective",
+    "PathKL",
+    "ReverseKL",
+    "Reward",
+    "RunningCost",
+    "Sinkhorn",
+    "TerminalObjective",
+    "gaussian_kernel",
+]

@@ -1,18 +1,25 @@
 """The algebra of objectives.
 
-An objective is a weighted sum of terms, F = Σ_j c_j F_j, and is minimised. Terms come in two kinds:
+An objective is a weighted sum of terms, F = Σ_j c_j F_j, and is minimised. Terms come in three kinds:
 
-- a `TerminalObjective` is a functional of the particles at the sampler's end (a reward, a divergence to data);
-- a `RunningCost` is paid along a denoising chain, Σ_k E c_k(x_k, θ) (a path KL).
+- a `TerminalObjective` is a functional of points alone (a reward, a divergence to data), at the end of a chain or under
+  the stationary law of a potential;
+- a `GibbsObjective` needs the density e^{−V} behind the particles (the KL divergences), so it has no place on chains;
+- a `RunningCost` is paid along a denoising chain, Σ_k E c_k(x_k, θ) (a path KL), so it has no place elsewhere.
 
 `Reward(r) + 0.5 * PathKL()` composes them; the estimators of ∇F look only at `terms`.
+
+Under a stationary law π_θ ∝ e^{−V} an objective is the signed measure ν = −(F′ − E_p F′)·p that it puts on points, and
+∇F(π_θ) = ∇_θ ∫ V_θ dν: see `Charges`, and `implicit_diffusion.gradients.gibbs` for the derivation.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +27,23 @@ from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.transition import Transition
+
+
+@dataclass(frozen=True)
+class Charges:
+    """The signed measure ν that an objective puts on points, of total mass zero.
+
+    Args:
+        particles: on the particles, with shape (n,).
+        points: other points, with shape (m, *event); None where there are none.
+        on_points: on these, with shape (m,).
+        value: F where the particles tell it; None where they do not.
+    """
+
+    particles: Float[Tensor, " n"]
+    points: Float[Tensor, "m *event"] | None = None
+    on_points: Float[Tensor, " m"] | None = None
+    value: Float[Tensor, ""] | None = None
 
 
 class Objective:
@@ -41,8 +65,13 @@ class Objective:
 
     @property
     def terminal(self) -> list[tuple[float, TerminalObjective]]:
-        """The terms paid at the end."""
+        """The terms that points alone decide."""
         return [(c, term) for c, term in self.terms if isinstance(term, TerminalObjective)]
+
+    @property
+    def stationary(self) -> list[tuple[float, GibbsObjective]]:
+        """The terms that make sense under a stationary law, but for those of weight zero."""
+        return [(c, term) for c, term in self.terms if isinstance(term, GibbsObjective) and c != 0]
 
     @property
     def running(self) -> list[tuple[float, RunningCost]]:
@@ -86,15 +115,82 @@ class Term(Objective):
         return self.name, value
 
 
-class TerminalObjective(Term, ABC):
-    """A functional of the particles at the sampler's end."""
+class GibbsObjective(Term, ABC):
+    """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}."""
+
+    constant_charges: bool = False  # whether uniform particles are charged alike: one pull then serves sampler and Γ
+
+    @abstractmethod
+    def charges(
+        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
+    ) -> Charges:
+        """The measure ν of this term.
+
+        Args:
+            particles: p.
+            energy: V at the particles.
+            points: what `draw` returned.
+        """
+
+    def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"] | None:
+        """The points besides the particles that one estimate of the gradient uses; None where there are none."""
+        return None
+
+    def estimate(
+        self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
+    ) -> Float[Tensor, ""] | None:
+        """F as far as it can be told.
+
+        Args:
+            charges: as returned by `charges`.
+            on_points: V at the points.
+            log_z: log ∫ e^{−V}, where weighted particles know it.
+        """
+        return charges.value
+
+    def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
+        """Raise `InvalidInputError` where there are no charges on these particles."""
+
+
+class TerminalObjective(GibbsObjective):
+    """A functional of points alone."""
 
     @abstractmethod
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         """F(p), differentiable in the particles' positions."""
 
+    def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
+        """F′(p) at the particles, defined up to a constant, and F(p).
+
+        By autograd through the weights w = softmax(A): moving mass changes them alone, and ∂F/∂A_i = w_i (F′_i − E F′).
+        """
+        with torch.enable_grad():
+            weights = particles.weights.detach()
+            logs = weights.log().requires_grad_()
+            value = self.value(Particles(particles.x, logs))
+            if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InvalidInputError(
+                    f"{self.name} must be a 0-d tensor that depends on the particles' weights through torch "
+                    f"operations, got {given}"
+                )
+            (slope,) = torch.autograd.grad(value, logs)
+        return slope / weights, value.detach()
+
+    def charges(
+        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
+    ) -> Charges:
+        with torch.no_grad():
+            variation, value = self.first_variation(particles)
+            return Charges(centred(-variation, particles), value=value)
+
     def check(self, particles: Particles) -> None:
         """Raise `InvalidInputError` where the objective cannot be differentiated at these particles."""
+
+    def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
+        found = self.charges(particles, energy, None).particles
+        if not found.isfinite().all():
+            raise InvalidInputError(f"the first variation of {self.name} is NaN or infinite on the initial particles")
 
 
 class RunningCost(Term, ABC):
@@ -106,3 +202,11 @@ class RunningCost(Term, ABC):
 
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raise `InvalidInputError` where the cost has no finite value on the trained rows."""
+
+
+def centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, " n"]:
+    """w_i (values_i − mean)/(1 − Σ w²), of total zero: with uniform weights the factor is n/(n − 1), and a covariance
+    with anything is unbiased for independent particles.
+    """
+    w = particles.weights
+    return w * (values - w @ values) / (1 - w.square().sum())

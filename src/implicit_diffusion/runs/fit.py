@@ -22,6 +22,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.checkpoint import load_state, save_state
@@ -55,16 +56,18 @@ class Fit:
         return self.loop.update.updates
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The averaged network where there is an average, the present one elsewhere."""
+    def model(self) -> nn.Module:
+        """The averaged model where there is an average, the present one elsewhere."""
         ema = self.loop.update.ema
-        return self.loop.denoiser if ema is None else ema.module
+        return self.loop.model if ema is None else ema.module
 
     @property
     def chain(self) -> Chain:
-        """The chain of that network."""
-        same = self.denoiser is self.loop.denoiser
-        return self.loop.chain if same else self.loop.chain.replace(denoiser=self.denoiser)
+        """The denoising chain of that model; only loops over chains have one."""
+        if not isinstance(self.loop, ChainLoop):
+            raise InvalidInputError(f"a {type(self.loop).__name__} samples from a potential: it has no denoising chain")
+        same = self.model is self.loop.model
+        return self.loop.chain if same else self.loop.chain.replace(denoiser=self.model)
 
 
 Callback = Callable[[Fit], str | None]

@@ -1,0 +1,50 @@
+"""Modules that hold still: frozen copies to compare with, and evaluation mode while a network is a function.
+
+Dropout and BatchNorm's running statistics make u a random function, or one with a memory. Inside samplers and
+gradients it has to be one function of (x, t; θ), so networks run in evaluation mode there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from implicit_diffusion.errors import InvalidInputError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen_copy(module: Module) -> Module:
+    """A deep copy of `module` in evaluation mode whose parameters ask for no gradient.
+
+    Raises:
+        InvalidInputError: `module` is no `torch.nn.Module`. Copying a plain function would share the
+            parameters that it closes over, and the "frozen" copy would be trained along with the original.
+    """
+    if not isinstance(module, nn.Module):
+        raise InvalidInputError(
+            f"frozen_copy: module must be a torch.nn.Module, got {type(module).__name__}; wrap the function "
+            "in a module that owns its parameters, or build the frozen copy yourself."
+        )
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+@contextmanager
+def eval_mode(*modules: object) -> Iterator[None]:
+    """Run `modules` in evaluation mode inside the block; afterwards every submodule has its own mode again.
+
+    Objects that are no `torch.nn.Module` (plain functions used as denoisers, None) have no mode and are
+    passed over.
+    """
+    modes = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,136 @@
+"""What the single loop is compared with: the nested loop and the unrolled sampler, over the same particles and kernels.
+
+They exist to be compared with at equal work (`gradient_evaluations`, pulls through V at all the particles) and at equal
+seconds, and are no defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.loops.particle import ParticleLoop, innermost
+from implicit_diffusion.objectives import TerminalObjective
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials.energy import Energy, energy_of
+
+
+class NestedParticles(ParticleLoop):
+    """Run the sampler first, then make one update: T steps of the kernel under one θ, and Γ at the last particles.
+
+    Args:
+        inner_steps: T ≥ 1.
+        restart: begin every inner run at X_0; otherwise where the last one ended, as persistent contrastive divergence
+            does.
+
+    The other arguments are those of `ParticleLoop`; the particles carry no weights.
+    """
+
+    def __init__(self, *args: Any, inner_steps: int, restart: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if inner_steps < 1:
+            raise InvalidInputError(f"inner_steps must be an integer ≥ 1, got {inner_steps}")
+        _refuse_weights(self)
+        self.inner_steps = inner_steps
+        self.initial = self.walkers if restart else None
+
+    def step(self) -> dict[str, Any]:
+        start = self.iteration * self.inner_steps
+        walkers = self.walkers if self.initial is None else self.initial
+        with eval_mode(self.model):
+            for k in range(start, start + self.inner_steps):
+                walkers, move = self._take(walkers, energy_of(self.model, walkers.x), self._draws(k), self._h(k))
+            points = self._points(self.iteration)
+            fused = fused_pass(self.model, self.parameters, self.objective.stationary, walkers.x, points)
+        self._hand_over(fused.gradients)
+        self.iteration += 1
+        self.evaluations += self.inner_steps * self.kernel.evaluations + 1
+        moved = self.update.step([walkers.x.sum()], lambda: self._diagnose(walkers, fused.values))
+        self.walkers = walkers
+        acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
+        return self._metrics(fused.values) | acceptance | moved
+
+    def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        while self.update.updates < updates:
+            yield self.step()
+
+
+class Unrolled(ParticleLoop):
+    """Differentiate F through the last K steps of the sampler by automatic differentiation, then update.
+
+    Each step moves the particles K times with θ in the graph; what θ did to them before is cut off, which biases the
+    gradient, and the graph is K steps deep. It needs an objective that is differentiable in the particles: jumps of a
+    reward do not show. Kernels that reject are refused, since their choices have no derivative.
+
+    Args:
+        unrolled_steps: K ≥ 1.
+
+    The other arguments are those of `ParticleLoop`; the particles carry no weights.
+
+    Raises:
+        InvalidInputError: a kernel that rejects; an objective that is not differentiable in the particles.
+    """
+
+    def __init__(self, *args: Any, unrolled_steps: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if unrolled_steps < 1:
+            raise InvalidInputError(f"unrolled_steps must be an integer ≥ 1, got {unrolled_steps}")
+        _refuse_weights(self)
+        if self.kernel.target_acceptance is not None:
+            raise InvalidInputError(
+                f"{type(self.kernel).__name__} accepts or rejects, which has no derivative; unroll ULA or Underdamped"
+            )
+        for weight, term in self.objective.stationary:
+            if not isinstance(term, TerminalObjective):
+                raise InvalidInputError(f"{type(term).__name__} has no derivative in the particles; use Single")
+            if weight != 0:
+                term.check(self.particles)
+        self.unrolled_steps = unrolled_steps
+
+    def step(self) -> dict[str, Any]:
+        start, walkers = self.iteration * self.unrolled_steps, self.walkers
+        x, momentum = walkers.x, walkers.momentum
+        with eval_mode(self.model), torch.enable_grad():
+            for k in range(start, start + self.unrolled_steps):
+                *numbers, _ = self._draws(k)
+                here = self._differentiable_energy(x)
+                move = self.kernel.move(x, momentum, here, self._differentiable_energy, tuple(numbers), self._h(k))
+                x, momentum = move.x, move.momentum
+            values = {
+                term.name: term.value(Particles(x))
+                for _, term in self.objective.stationary
+                if isinstance(term, TerminalObjective)
+            }
+            total = sum((c * values[term.name] for c, term in self.objective.stationary), start=0 * x.sum())
+            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        self._hand_over(gradients)
+        self.iteration += 1
+        self.evaluations += 2 * self.unrolled_steps * self.kernel.evaluations
+        moved = innermost(x.detach()), None if momentum is None else momentum.detach()
+        after = walkers._replace(x=moved[0], momentum=moved[1])
+        values = {name: value.detach() for name, value in values.items()}
+        info = self.update.step([after.x.sum()], lambda: self._diagnose(after, values))
+        self.walkers = after
+        return self._metrics(values) | info
+
+    def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        while self.update.updates < updates:
+            yield self.step()
+
+    def _differentiable_energy(self, x: Tensor) -> Energy:
+        """V and ∇V as functions of x and θ."""
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        value = self.model(x)
+        (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        return Energy(value, grad)
+
+
+def _refuse_weights(loop: ParticleLoop) -> None:
+    if loop.weighted or loop.lag:
+        raise InvalidInputError(f"{type(loop).__name__} carries no weights; leave weighted and lag out, or use Single")

@@ -1,0 +1,107 @@
+"""Are the particles where π_θ is, and does Γ know where it goes? Numbers, and plain words on what to change.
+
+- *lag*: by how many deviations the mean of V (or of the charges) over the particles is off, told by the weights;
+- *signal-to-noise* of Γ: its norm over the standard error of it, from groups of particles;
+- *effective samples in time* and *R-hat* of a statistic recorded along the run (Vehtari et al., arXiv 1903.08008):
+  whether chains that started apart have come together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.potentials.energy import energy_of
+
+LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # where `advice` speaks up
+
+
+def signal_to_noise(loop: ParticleLoop, groups: int = 8) -> float:
+    """‖Γ‖ over its standard error, from Γ of `groups` groups of the present particles, without their weights.
+
+    Below one, the step on θ is mostly noise. It changes nothing in the loop.
+    """
+    x, points = loop.walkers.x, loop._points(loop.iteration)
+    with eval_mode(loop.model):
+        estimates = []
+        for part in x[: len(x) // groups * groups].chunk(groups):
+            fused = fused_pass(loop.model, loop.parameters, loop.objective.stationary, part, points)
+            estimates.append(torch.cat([g.flatten() for g in fused.gradients if g is not None]))
+    stacked = torch.stack(estimates).double()
+    error = (stacked.var(0).sum() / groups).sqrt()
+    return (stacked.mean(0).norm() / error).item()
+
+
+def statistics(loop: ParticleLoop) -> dict[str, float]:
+    """Mean ‖x‖ and mean V of the particles."""
+    with eval_mode(loop.model):
+        energy = energy_of(loop.model, loop.walkers.x).value
+    return {"mean_norm": loop.walkers.x.flatten(1).norm(dim=1).mean().item(), "mean_energy": energy.mean().item()}
+
+
+def r_hat(values: Float[Tensor, "time chains"]) -> float:
+    """Split R-hat of a statistic: the deviation over all chains against that within them; 1 where they agree."""
+    halves = torch.cat(values.double()[: len(values) // 2 * 2].chunk(2), 1)
+    within = halves.var(0).mean()
+    return ((halves.mean(0).var() + within * (1 - 1 / len(halves))) / within).sqrt().item()
+
+
+def ess_in_time(values: Float[Tensor, "time chains"]) -> float:
+    """Effective number of independent draws in each chain's `time` values, by Geyer's initial positive sequence."""
+    centred = values.double() - values.double().mean()
+    time = len(centred)
+    spectrum = torch.fft.rfft(centred, n=2 * time, dim=0).abs().square()
+    covariance = torch.fft.irfft(spectrum, dim=0)[:time].mean(1) / time
+    rho = covariance / covariance[0]
+    pairs = rho[0 : 2 * (time // 2) : 2] + rho[1::2]
+    negative = (pairs <= 0).nonzero()
+    kept = pairs[: int(negative[0])] if len(negative) else pairs
+    return time / max(1e-12, (2 * kept.sum() - 1).item())
+
+
+def advice(
+    loop: ParticleLoop, metrics: dict[str, Any], history: Float[Tensor, "time chains"] | None = None
+) -> list[str]:
+    """What looks wrong, in plain words with what to change; empty where nothing does.
+
+    Args:
+        loop: as it stands.
+        metrics: of its last step.
+        history: a statistic of some particles along the run, for R-hat.
+    """
+    found = []
+    if float(metrics.get("lag", 0.0)) > LAG:
+        found.append(
+            f"the particles lag behind θ: weighted and plain means differ by {float(metrics['lag']):.2f} deviations. "
+            "Take weighted=True, a smaller learning rate, or more sampler steps per update"
+        )
+    if loop.weighted and float(metrics["ess"]) < EFFECTIVE * loop.n:
+        found.append(
+            f"{float(metrics['ess']):.0f} of {loop.n} particles carry the weight: θ moves too far per step. Take a "
+            "smaller learning rate or more particles"
+        )
+    if "acceptance" in metrics and not ACCEPTED[0] < float(metrics["acceptance"]) < ACCEPTED[1]:
+        change = "smaller" if float(metrics["acceptance"]) < ACCEPTED[0] else "larger"
+        found.append(
+            f"{float(metrics['acceptance']):.0%} of the proposals are accepted: take a {change} step size, or tune it "
+            "with warm_up"
+        )
+    noise = signal_to_noise(loop)
+    if math.isfinite(noise) and noise < NOISE:
+        found.append(
+            f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more particles or a "
+            "smaller learning rate"
+        )
+    if history is not None and r_hat(history) > MIXED:
+        found.append(
+            f"the particles do not mix (R-hat {r_hat(history):.2f}): they stay in the modes where they began. Take "
+            "weighted=True with X_0 drawn from π_θ; longer runs will not help"
+        )
+    return found

@@ -1,0 +1,70 @@
+"""What the loops over denoising chains share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import GibbsObjective, Objective, TerminalObjective
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.samplers.chain import Chain
+
+TRIAL = 2**31  # trajectory on which a loop tries chain and objective; no run injects so many
+
+
+class ChainLoop(Loop):
+    """A loop over the trajectories of a chain.
+
+    Args:
+        chain: the sampler, whose denoiser is trained in place.
+        objective: F, e.g. `Reward(r) + beta * PathKL()`.
+        update: a torch optimizer, or an `Update` around one.
+        batch: trajectories injected together (B).
+        noise: source of every random number.
+
+    Raises:
+        InvalidInputError: a batch below one; an optimizer that does not move the denoiser; an objective that cannot be
+            differentiated on samples of the chain, has no finite value on its rows, or needs a density.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        objective: Objective,
+        update: Update | torch.optim.Optimizer,
+        *,
+        batch: int,
+        noise: Noise,
+    ) -> None:
+        if batch < 1:
+            raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
+        super().__init__(chain.denoiser, "denoiser", objective, update, noise)
+        self.chain, self.batch = chain, batch
+        for _, cost in objective.running:
+            cost.check(chain.table, chain.trained_rows)
+        trial = Particles(chain.sample(noise, 2, TRIAL))
+        for weight, term in objective.terms:
+            if isinstance(term, TerminalObjective):
+                term.check(trial)
+            elif isinstance(term, GibbsObjective) and weight != 0:
+                raise InvalidInputError(
+                    f"{type(term).__name__} needs the density of the samples, which a denoising chain does not have; "
+                    "on a chain take PathKL to stay near the pretrained model, MMD or Sinkhorn to approach data"
+                )
+        chain.evaluations = 0
+        self.injected = 0  # trajectories begun
+
+    def cost(self) -> dict[str, int]:
+        return {"network_evaluations": self.chain.evaluations}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"injected": self.injected, "evaluations": self.chain.evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.injected, self.chain.evaluations = state["injected"], state["evaluations"]

@@ -1,0 +1,249 @@
+"""What the loops over stationary samplers share: particles, their weights, and the noise that moves them.
+
+One sampler's step and one fused pass are plain functions of tensors here (`close`, `resample`, `move`), put together by
+the loops. Random numbers are drawn for a block of iterations at once, outside of what may be compiled; blocks are
+addressed by number, so that a restored loop draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import GibbsObjective, Objective
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
+from implicit_diffusion.samplers.kernel import Kernel, Move
+from implicit_diffusion.samplers.resampling import systematic
+
+BLOCK = 2**17  # numbers drawn at once: several iterations of few particles, one of many
+KERNEL, DATA, START = range(3)  # streams of noise
+
+
+class Walkers(NamedTuple):
+    """Particles between two iterations, with what their next increment of weights needs.
+
+    Args:
+        x: positions, with shape (n, *event).
+        momentum: as `x`; None for kernels without.
+        log_weights: A, with shape (n,).
+        log_z: log Z_θ less the log mean e^A of the present weights: carried over the resamplings.
+        previous: where the last step came from, as `x`.
+        debt: its part of the increment, with shape (n,).
+        h: its step size.
+        lag: by how many deviations weighted and unweighted means differed when the weights were last given up.
+    """
+
+    x: Tensor
+    momentum: Tensor | None
+    log_weights: Tensor
+    log_z: Tensor
+    previous: Tensor
+    debt: Tensor
+    h: Tensor
+    lag: Tensor
+
+
+class ParticleLoop(Loop):
+    """A loop over particles that a Markov kernel moves.
+
+    Args:
+        potential: V, an `nn.Module` (n, *event) → (n,), trained in place.
+        kernel: the sampler's step, `ULA(0.1)` for one.
+        objective: F, e.g. `Reward(r)` or `ForwardKL(data)`.
+        update: a torch optimizer of the potential's parameters, or an `Update` around one.
+        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+        noise: source of every random number.
+        weighted: weigh the particles so that averages are exact although θ moves, resample them when half of their
+            number is left effective, and keep log Z. X_0 must then be draws from π_θ.
+        lag: also tell by how much unweighted particles lag behind π_θ.
+
+    Raises:
+        InvalidInputError: whatever of these does not fit the others; the message says which.
+    """
+
+    def __init__(
+        self,
+        potential: nn.Module,
+        kernel: Kernel,
+        objective: Objective,
+        update: Update | torch.optim.Optimizer,
+        *,
+        particles: Float[Tensor, "n *event"] | int,
+        noise: Noise,
+        weighted: bool = False,
+        lag: bool = False,
+    ) -> None:
+        super().__init__(potential, "potential", objective, update, noise)
+        self.kernel, self.weighted, self.lag = kernel, weighted, lag
+        if (weighted or lag) and not kernel.weighted:
+            raise InvalidInputError(
+                f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC, or weighted=False"
+            )
+        if objective.running:
+            names = ", ".join(type(term).__name__ for _, term in objective.running)
+            raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
+        x = self._start(particles)
+        self.parameters = [p for p in self.update.parameters if p.requires_grad]
+        with eval_mode(potential):
+            check_potential(potential, x)
+            here = energy_of(potential, x)
+            for _, term in objective.stationary:
+                term.check_stationary(Particles(x), here.value)
+        momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
+        zeros = [x.new_zeros(()) for _ in range(3)]
+        self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
+        self.log_z0 = float(
+            getattr(potential, "log_z", 0.0)
+        )  # log Z at the start; without it log Z is relative to that
+        self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
+        self._drawn: tuple[int, tuple[Tensor, ...]] = (-1, ())
+        self._step_sizes: dict[float, Tensor] = {}
+
+    @property
+    def particles(self) -> Particles:
+        """The present particles, weighted where the loop weighs."""
+        return Particles(self.walkers.x, self.walkers.log_weights if self.weighted else None)
+
+    @property
+    def n(self) -> int:
+        """The number of particles."""
+        return len(self.walkers.x)
+
+    def cost(self) -> dict[str, int]:
+        return {"gradient_evaluations": self.evaluations}
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"walkers": self.walkers._asdict(), "log_z0": self.log_z0, "evaluations": self.evaluations}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        saved: dict[str, Any] = {}
+        for name, value in state["walkers"].items():
+            saved[name] = value if value is None else innermost(value.to(self.walkers.x))
+        self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
+
+    def _start(self, particles: Tensor | int) -> Tensor:
+        if isinstance(particles, int):
+            if particles < 2:
+                raise InvalidInputError(f"particles must be at least 2, got {particles}")
+            if not hasattr(self.model, "sample"):
+                raise InvalidInputError(
+                    f"particles={particles} needs a potential with a method sample(n, noise); pass the particles "
+                    "themselves, with shape (n, *event)"
+                )
+            x: Tensor = self.model.sample(particles, self.noise, START, 0)  # type: ignore[operator]
+        else:
+            x = particles
+        if len(x) < 2 or x.ndim < 2:
+            raise InvalidInputError(
+                f"particles must have shape (n, *event) with n ≥ 2 and an event of at least one dimension, got "
+                f"{tuple(x.shape)}"
+            )
+        if not x.is_floating_point() or not x.isfinite().all():
+            raise InvalidInputError(f"particles must be finite floating-point numbers, got {x.dtype}")
+        first = next(self.model.parameters())
+        if (first.dtype, first.device) != (x.dtype, x.device):
+            raise InvalidInputError(
+                f"particles are {x.dtype} on {x.device}, the potential's parameters {first.dtype} on "
+                f"{first.device}; use particles.to(device, dtype)"
+            )
+        return innermost(x.detach().clone())
+
+    def _draws(self, iteration: int) -> tuple[Tensor, ...]:
+        """The random numbers of one sampler's step: the kernel's, and one U(0, 1) for resampling."""
+        x = self.walkers.x
+        count = max(1, BLOCK // x.numel())
+        block, i = divmod(iteration, count)
+        if self._drawn[0] != block:
+            generator = self.noise.generator(KERNEL, block, device=x.device)
+            uniform = torch.rand(count, generator=generator, device=x.device, dtype=x.dtype)
+            self._drawn = (block, (*self.kernel.draws(generator, count, x), uniform))
+        return tuple(numbers[i] for numbers in self._drawn[1])
+
+    def _points(self, iteration: int) -> list[Tensor | None]:
+        """For every term of the objective the points besides the particles that it charges."""
+        if not any(type(term).draw is not GibbsObjective.draw for _, term in self.objective.stationary):
+            return [None for _ in self.objective.stationary]
+        generator = self.noise.generator(DATA, iteration, device=self.walkers.x.device)
+        return [term.draw(generator) for _, term in self.objective.stationary]
+
+    def _h(self, k: int) -> Tensor:
+        h = self.kernel.step(k)
+        if h not in self._step_sizes:
+            self._step_sizes = {h: self.walkers.x.new_tensor(h)}
+        return self._step_sizes[h]
+
+    def _take(self, walkers: Walkers, here: Energy, draws: tuple[Tensor, ...], h: Tensor) -> tuple[Walkers, Move]:
+        """Resample where the weights call for it, then move. `here` is V and ∇V at the walkers."""
+        *numbers, uniform = draws
+        if self.weighted:
+            walkers, here = resample(walkers, here, uniform)
+        move = self.kernel.move(
+            walkers.x, walkers.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h
+        )
+        debt = walkers.debt if move.debt is None else move.debt
+        return walkers._replace(x=move.x, momentum=move.momentum, previous=walkers.x, debt=debt, h=h.clone()), move
+
+    def _hand_over(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add Γ to the parameters' `.grad`."""
+        for p, g in zip(self.parameters, gradients):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad + g
+
+    def _diagnose(self, walkers: Walkers, values: dict[str, Tensor]) -> str | None:
+        bad = int((~walkers.x.flatten(1).isfinite().all(1)).sum())
+        if bad:
+            return (
+                f"iteration {self.iteration - 1}: {bad} of {self.n} particles became NaN or infinite; take a smaller "
+                "step size, or check that the potential confines them"
+            )
+        return self._bad_value(values)
+
+
+def close(kernel: Kernel, walkers: Walkers, here: Energy) -> Walkers:
+    """The weights under the θ of `here`: A ← A + debt − repay."""
+    repaid = kernel.repay(walkers.previous, walkers.x, here, walkers.h)
+    return walkers._replace(log_weights=walkers.log_weights + walkers.debt - repaid)
+
+
+def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Log (1/n) Σ_i e^{A_i}."""
+    return (log_weights - log_weights.amax()).exp().mean().log() + log_weights.amax()
+
+
+def resample(walkers: Walkers, here: Energy, uniform: Float[Tensor, ""]) -> tuple[Walkers, Energy]:
+    """Where fewer than half of the particles are effective, draw them anew by their weights and carry log Z on.
+
+    Free of branches, so that it compiles and no device is waited for.
+    """
+    log_weights, n = walkers.log_weights, len(walkers.x)
+    due = exhausted(log_weights)
+    chosen = torch.where(due, systematic(log_weights, uniform), torch.arange(n, device=log_weights.device))
+    taken = walkers._replace(
+        x=walkers.x[chosen],
+        momentum=None if walkers.momentum is None else walkers.momentum[chosen],
+        log_weights=torch.where(due, 0.0, log_weights),
+        log_z=walkers.log_z + torch.where(due, log_mean_exp(log_weights), 0.0),
+    )
+    return taken, Energy(here.value[chosen], here.grad[chosen])
+
+
+def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
+    """Whether the effective sample size is below n/2."""
+    return Particles(log_weights, log_weights).ess < len(log_weights) / 2
+
+
+def innermost(x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
+    """The same numbers; short vectors are laid out with the particles innermost, which is what vectorises."""
+    return x.mT.contiguous().mT if x.ndim == 2 and x.shape[1] <= 16 else x.contiguous()

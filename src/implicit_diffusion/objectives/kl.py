@@ -1,0 +1,121 @@
+"""The two KL divergences between a stationary law π_θ ∝ e^{−V} and another one.
+
+Both are differentiated in closed form: with ∇log π_θ = −∇V + E_π ∇V
+
+    ∇ KL(p_ref‖π_θ) = E_ref ∇V − E_π ∇V                    charges +1/m on data, −w_i on particles
+    ∇ KL(π_θ‖e^{−U}/Z) = Cov_π(V − U, ∇V)                  charges w_i (V_i − U_i − mean) on particles
+
+The entropy of p_ref and the normaliser of e^{−U} are constants, and drop out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.frozen import frozen_copy
+from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
+from implicit_diffusion.particles import Particles
+
+
+class ForwardKL(GibbsObjective):
+    """KL(p_ref‖π_θ): maximum likelihood of an energy-based model.
+
+    Reported is the cross-entropy E_ref[V] + log Z in nats, i.e. the KL plus the entropy of the data, where weighted
+    particles know log Z; nothing elsewhere.
+
+    Args:
+        data: draws from p_ref, with shape (m, *event).
+        batch: data per estimate, drawn with replacement; all of them where None.
+        name: under which metrics report it.
+
+    Raises:
+        InvalidInputError: no data, data that are NaN or infinite, or a batch below one.
+    """
+
+    constant_charges = True
+
+    def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
+        if len(data) == 0 or not data.isfinite().all():
+            raise InvalidInputError(f"data must be finite and at least one, got shape {tuple(data.shape)}")
+        if batch is not None and batch < 1:
+            raise InvalidInputError(f"batch must be an integer ≥ 1, or None for all data, got {batch}")
+        self.data, self.batch, self.name = data, batch, name
+
+    def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"]:
+        if self.batch is None:
+            return self.data
+        index = torch.randint(len(self.data), (self.batch,), generator=generator, device=self.data.device)
+        return self.data[index]
+
+    def charges(
+        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
+    ) -> Charges:
+        assert points is not None
+        return Charges(-particles.weights, points, points.new_full((len(points),), 1 / len(points)))
+
+    def estimate(
+        self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
+    ) -> Float[Tensor, ""] | None:
+        return None if on_points is None or log_z is None else on_points.mean() + log_z
+
+    def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
+        """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
+        x = particles.x
+        if self.data.shape[1:] != x.shape[1:]:
+            raise InvalidInputError(
+                f"ForwardKL: data have event shape {tuple(self.data.shape[1:])}, particles {tuple(x.shape[1:])}; they "
+                "must agree"
+            )
+        if (self.data.dtype, self.data.device) != (x.dtype, x.device):
+            raise InvalidInputError(
+                f"ForwardKL: data are {self.data.dtype} on {self.data.device}, particles {x.dtype} on {x.device}; use "
+                "data.to(x)"
+            )
+
+
+class ReverseKL(GibbsObjective):
+    """KL(π_θ‖e^{−U}/Z), in nats.
+
+    With U a frozen copy of the initial potential it is the KL to the initial model, `ReverseKL.to_initial(potential)`.
+    The value is E_p[U − V] + log E_p e^{V − U}, consistent, and biased low for few particles.
+
+    Args:
+        potential: U, (n, *event) → (n,).
+        name: under which metrics report it.
+    """
+
+    def __init__(self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl") -> None:
+        self.potential, self.name = potential, name
+
+    @classmethod
+    def to_initial(cls, potential: nn.Module, name: str = "kl_to_initial") -> ReverseKL:
+        """KL to the law of `potential` as it stands now."""
+        return cls(frozen_copy(potential), name)
+
+    def charges(
+        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
+    ) -> Charges:
+        with torch.no_grad():
+            excess = energy - self.potential(particles.x)
+            log_weights = particles.log_weights
+            if log_weights is None:
+                log_mean = excess.logsumexp(0) - math.log(len(excess))
+            else:
+                log_mean = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
+            return Charges(centred(excess, particles), value=log_mean - particles.mean(excess))
+
+    def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
+        """Raises InvalidInputError: a potential U of wrong shape, or NaN or infinite on the particles."""
+        with torch.no_grad():
+            reference = self.potential(particles.x)
+        if reference.shape != energy.shape or not reference.isfinite().all():
+            raise InvalidInputError(
+                f"ReverseKL: its potential must return finite numbers of shape {tuple(energy.shape)} on the particles, "
+                f"got shape {tuple(reference.shape)}"
+            )

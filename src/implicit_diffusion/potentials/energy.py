@@ -1,0 +1,67 @@
+"""V and ∇V at the particles, and what a module must satisfy to be a potential."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+
+
+class Energy(NamedTuple):
+    """V and ∇V at n points, detached.
+
+    Args:
+        value: V(x_i; θ), with shape (n,).
+        grad: ∇V(x_i; θ), with shape (n, *event).
+    """
+
+    value: Float[Tensor, " n"]
+    grad: Float[Tensor, "n *event"]
+
+
+def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Energy:
+    """V and ∇V at x: one forward and one pull. V(x)_i depends on x_i alone, so ∇ Σ_i V_i holds all the ∇V_i."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = potential(x)
+        (grad,) = torch.autograd.grad(value.sum(), x)
+    return Energy(value.detach(), grad)
+
+
+def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> None:
+    """Try a potential on some points.
+
+    Raises:
+        InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
+            points that influence each other (BatchNorm in training mode, say).
+    """
+    with torch.enable_grad():
+        probe = x[:2].detach().clone().requires_grad_()
+        value = potential(probe)
+    if not isinstance(value, Tensor) or value.shape != (len(probe),):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidInputError(
+            f"potential must return one number per particle, shape ({len(probe)},) for input {tuple(probe.shape)}, got "
+            f"{given}; sum over all dimensions but the first"
+        )
+    if (value.dtype, value.device) != (x.dtype, x.device):
+        raise InvalidInputError(
+            f"potential must return the particles' dtype and device, {x.dtype} on {x.device}, got {value.dtype} on "
+            f"{value.device}; move one of them, e.g. potential.to(x.device, x.dtype)"
+        )
+    grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
+    if grad is None:
+        raise InvalidInputError(
+            "potential is not differentiable in x: its result does not depend on the particles through torch "
+            "operations; remove .detach(), .numpy() and torch.no_grad() from it"
+        )
+    if len(probe) > 1 and grad[1].any():
+        raise InvalidInputError("potential mixes particles: V(x)_0 depends on x_1; each value must depend on its own x")
+    for what, tensor in (("values", value), ("gradients", grad)):
+        if not tensor.isfinite().all():
+            raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")

@@ -1,0 +1,37 @@
+"""Guidance: sample from a tilted potential in place of training one.
+
+    V_guided(x) = V(x) − λ R(x),        density ∝ π(x) e^{λ R(x)}
+
+A sampler driven by it needs ∇R in every step, for every sample drawn, for ever; training pays once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError
+
+
+class Guided(nn.Module):
+    """V − λR as a potential.
+
+    Args:
+        potential: V, (n, *event) → (n,).
+        reward: R, (n, *event) → (n,), differentiable.
+        weight: λ; finite.
+
+    Raises:
+        InvalidInputError: a weight that is NaN or infinite.
+    """
+
+    def __init__(self, potential: nn.Module, reward: Callable[[Tensor], Tensor], weight: float) -> None:
+        super().__init__()
+        if not abs(weight) < float("inf"):
+            raise InvalidInputError(f"weight must be finite, got {weight}")
+        self.potential, self.reward, self.weight = potential, reward, weight
+
+    def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+        return self.potential(x) - self.weight * self.reward(x)

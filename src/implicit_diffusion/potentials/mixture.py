@@ -1,0 +1,71 @@
+"""Mixtures of isotropic Gaussians: the potential whose law is known in closed form.
+
+    V(x; θ) = −log Σ_i softmax(θ)_i e^{−‖x − c_i‖²/(2σ²)}
+
+Every component has the same width, so that the normaliser (2πσ²)^{d/2} does not depend on the weights. Points are
+laid out with the particles innermost, (modes, d, n): sums over few modes and few dimensions then run over contiguous
+particles, which is what processors vectorise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.noise import Noise
+
+
+class GaussianMixture(nn.Module):
+    """V(x) = −log Σ_i softmax(logits)_i exp(−‖x − means_i‖²/(2 std²)) over vectors x.
+
+    Args:
+        means: the centres c_i, with shape (modes, d).
+        logits: θ, with shape (modes,); zeros, i.e. equal weights, where None.
+        std: σ > 0 of every component, fixed.
+
+    The parameters are `logits` and `means`; freeze either with `.requires_grad_(False)`.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, or std ≤ 0.
+    """
+
+    def __init__(
+        self, means: Float[Tensor, "modes d"], logits: Float[Tensor, " modes"] | None = None, std: float = 1.0
+    ) -> None:
+        super().__init__()
+        logits = means.new_zeros(len(means)) if logits is None else logits
+        if means.ndim != 2 or logits.shape != means.shape[:1]:
+            raise InvalidInputError(
+                f"means must have shape (modes, d) and logits shape (modes,), got {tuple(means.shape)} and "
+                f"{tuple(logits.shape)}"
+            )
+        if not 0 < std < math.inf:
+            raise InvalidInputError(f"std must be positive and finite, got {std}")
+        self.means, self.logits, self.std = nn.Parameter(means.clone()), nn.Parameter(logits.clone()), float(std)
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        difference = (x.mT - self.means[:, :, None]) / self.std
+        exponent = self.logits.log_softmax(0)[:, None] - difference.square().sum(1) / 2
+        return -exponent.logsumexp(0)
+
+    @property
+    def weights(self) -> Float[Tensor, " modes"]:
+        """softmax(logits): the probability of each component."""
+        return self.logits.detach().softmax(0)
+
+    @property
+    def log_z(self) -> float:
+        """Log ∫ e^{−V} = (d/2) log(2πσ²)."""
+        return self.means.shape[1] / 2 * math.log(2 * math.pi * self.std**2)
+
+    @torch.no_grad()
+    def sample(self, n: int, noise: Noise, *key: int) -> Float[Tensor, "n d"]:
+        """N exact draws from π_θ; the same key gives the same draws."""
+        generator = noise.generator(*key, 0, device=self.means.device)
+        which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        xi = noise.normal((n, self.means.shape[1]), *key, 1, device=self.means.device, dtype=self.means.dtype)
+        return self.means[which] + self.std * xi

@@ -1,0 +1,156 @@
+"""What a stationary sampler is: a Markov kernel that leaves π_θ ∝ e^{−V(·; θ)} (nearly) invariant.
+
+A kernel moves particles by one step and keeps no state of its own. It is handed V and ∇V at the particles, which the
+caller needs as well, and all its random numbers, which are drawn elsewhere; so a step is a plain function of tensors.
+
+**Weights while θ moves.** Particles that make one step per update of θ lag behind π_θ. Every kernel with
+`weighted = True` knows the increments that make weighted averages exact along any path of θ fixed in advance
+(Jarzynski's equality; Neal's annealed importance sampling, arXiv physics/9803008):
+
+    A_{k+1} = A_k + debt_k − repay_{k+1},       E_{π_{θ_k}} φ = E[φ(X_k) e^{A_k}] / E[e^{A_k}]
+
+`debt` is known at the end of a step under θ_k. `repay` needs V and ∇V at the new particles under θ_{k+1}, which the
+next step computes anyway: weights cost no evaluation of V.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.potentials.energy import Energy
+
+Schedule = float | Callable[[int], float]
+
+
+class Move(NamedTuple):
+    """One step taken.
+
+    Args:
+        x: the new particles, with shape (n, *event).
+        momentum: for the next step, as `x`; None for kernels without.
+        debt: the part of the weights' increment that this step's θ decides, with shape (n,); None without increments.
+        acceptance: probability that each proposal had, with shape (n,); None for kernels that do not reject.
+    """
+
+    x: Tensor
+    momentum: Tensor | None = None
+    debt: Tensor | None = None
+    acceptance: Tensor | None = None
+
+
+class Kernel(ABC):
+    """A sampler's step.
+
+    Args:
+        step_size: h > 0, or a function k ↦ h_k of the iteration k = 0, 1, … (`power_law`).
+
+    Raises:
+        InvalidInputError: a step size that is not positive and finite.
+    """
+
+    weighted: bool = True  # whether increments of weights are known
+    evaluations: int = 1  # of ∇V per step, the one at the particles included
+    target_acceptance: float | None = None  # what `warm_up` tunes the step size to
+
+    def __init__(self, step_size: Schedule) -> None:
+        self.step_size = step_size
+        self.step(0)
+
+    def step(self, k: int) -> float:
+        """h_k."""
+        h = self.step_size(k) if callable(self.step_size) else self.step_size
+        if not 0 < h < math.inf:
+            raise InvalidInputError(f"step_size must be positive and finite, got {h} for iteration {k}")
+        return float(h)
+
+    def draws(self, generator: torch.Generator, count: int, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
+        """The random numbers of `count` steps: N(0, 1) with shape (count, n, *event); see `uniforms`."""
+        return (normals(generator, count, x),)
+
+    def momentum(self, generator: torch.Generator, x: Float[Tensor, "n *event"]) -> Tensor | None:
+        """A first momentum; None for kernels without."""
+        return None
+
+    @abstractmethod
+    def move(
+        self,
+        x: Float[Tensor, "n *event"],
+        momentum: Tensor | None,
+        here: Energy,
+        energy: Callable[[Tensor], Energy],
+        draws: tuple[Tensor, ...],
+        h: Float[Tensor, ""],
+    ) -> Move:
+        """One step from x under the present θ.
+
+        Args:
+            x: particles.
+            momentum: as the last `Move` left it.
+            here: V and ∇V at x.
+            energy: V and ∇V anywhere else.
+            draws: this step's part of `draws`.
+            h: step size.
+        """
+
+    @abstractmethod
+    def repay(
+        self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
+    ) -> Float[Tensor, " n"]:
+        """What closes the increment of the step previous → x (taken with step size h) under the θ of `here`."""
+
+
+class ExactKernel(Kernel):
+    """A kernel that leaves π_θ itself invariant: the weights change with θ at fixed x, A += V_θ(x) − V_θ′(x)."""
+
+    def repay(
+        self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
+    ) -> Float[Tensor, " n"]:
+        return here.value
+
+    def draws(self, generator: torch.Generator, count: int, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
+        """N(0, 1) with shape (count, n, *event) and U(0, 1) with shape (count, n)."""
+        uniform = torch.rand((count, len(x)), generator=generator, device=x.device, dtype=x.dtype)
+        return normals(generator, count, x), uniform
+
+
+def metropolis(
+    log_ratio: Float[Tensor, " n"],
+    uniform: Float[Tensor, " n"],
+    old: tuple[Float[Tensor, "n *event"], Float[Tensor, " n"]],
+    new: tuple[Float[Tensor, "n *event"], Float[Tensor, " n"]],
+) -> Move:
+    """Accept new = (x, V) with probability min(1, e^{log_ratio}), keep old elsewhere; V at the result is the debt."""
+    accept = uniform < log_ratio.exp()  # NaN is not accepted
+    chosen = accept.view(-1, *[1] * (old[0].ndim - 1))
+    x = torch.where(chosen, new[0], old[0])
+    return Move(x, None, torch.where(accept, new[1], old[1]), log_ratio.exp().clamp(max=1))
+
+
+def inner(a: Float[Tensor, "n *event"], b: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+    """⟨a_i, b_i⟩ of every particle."""
+    return (a * b).flatten(1).sum(1)
+
+
+def power_law(scale: float, exponent: float) -> Callable[[int], float]:
+    """The schedule k ↦ scale · (k + 1)^{−exponent}, k = 0, 1, …
+
+    The paper's discrete rates have h_k = c k^{−1/3} and η_k = h_k k^{−1/3}: `power_law(c, 1/3)` for the sampler and
+    `power_law(c, 2/3)` for θ (with `torch.optim.lr_scheduler.LambdaLR`).
+    """
+    return lambda k: scale * (k + 1) ** -exponent
+
+
+def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
+    """N(0, 1) with shape (count, *x.shape), laid out in memory as x is."""
+    if x.ndim == 2 and x.stride(0) == 1:
+        shape = (count, x.shape[1], x.shape[0])
+        return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
+    return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
