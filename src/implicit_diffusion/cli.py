@@ -23,13 +23,15 @@ class Resume:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one line and exit status 2."""
-    from implicit_diffusion.experiments import finetune, pretrain, sample
+    from implicit_diffusion.experiments import finetune, hexagon, pretrain, recovery, sample
 
     commands = (
         Annotated[finetune.Config, tyro.conf.subcommand("finetune")]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
         | Annotated[pretrain.Config, tyro.conf.subcommand("pretrain")]
+        | Annotated[hexagon.Config, tyro.conf.subcommand("hexagon")]
+        | Annotated[recovery.Config, tyro.conf.subcommand("recovery")]
     )
     try:
         chosen = tyro.cli(
@@ -39,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Start here:\n"
             "  implicit-diffusion finetune --plan                 what each KL weight can buy\n"
             "  implicit-diffusion finetune --kl-weight 2.5        fine-tune the shipped digits for brightness\n"
-            "  implicit-diffusion sample --model RUN/model        look at the result",
+            "  implicit-diffusion sample --model RUN/model        look at the result\n"
+            "  implicit-diffusion hexagon                         the paper's first experiment, in all its arms\n"
+            "  implicit-diffusion recovery --problem two-modes    why weighted particles",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
@@ -52,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sample.run(chosen)
             case pretrain.Config():
                 pretrain.run(chosen)
+            case hexagon.Config():
+                hexagon.run(chosen)
+            case recovery.Config():
+                recovery.run(chosen)
     except ImplicitDiffusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,344 @@
+"""The paper's first experiment in all its arms: move the weights of six Gaussians towards a reward.
+
+    untrained   Langevin dynamics on V(·; θ_0)
+    implicit    one Langevin step and one step on θ per iteration (the single loop)
+    weighted    the same with particles weighted for the motion of θ, begun at draws from π_θ0
+    guidance    Langevin dynamics on V(·; θ_0) − λ R_smooth: no training
+    transfer    Langevin dynamics on V(·; θ_opt), θ_opt from `implicit`: what training leaves behind
+    nested      20 Langevin steps from X_0, then one step on θ
+    unrolled    backpropagation through the last 5 Langevin steps
+
+Arms that train get the same number of pulls through V at all particles. Nested and unrolled run with the same η as the
+single loop, and again with the η of a published grid at which their final exact reward is best (`…_tuned`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, hard_reward, mixture, smooth_reward
+from implicit_diffusion.loops import NestedParticles, Single, Unrolled
+from implicit_diffusion.loops.diagnostics import advice
+from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import ForwardKL, Objective, Reward
+from implicit_diffusion.potentials import GaussianMixture, Guided
+from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.samplers import ULA
+from implicit_diffusion.samplers.simulate import simulate
+
+INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 2
+START, DATA, TRAIN, TUNE = range(4)  # streams of noise
+TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
+COMPILED_FROM = 2 * 10**8  # particle steps in all, above which compiling pays
+
+
+@dataclass(frozen=True)
+class Config:
+    """Reproduce section 5.1 of the paper: optimise the weights of six Gaussians through Langevin sampling."""
+
+    steps: int = 5000
+    """Iterations of the single loop, K; the other arms get as many gradient evaluations."""
+    particles: int = 1000
+    """n."""
+    seeds: int = 10
+    """Runs of every arm."""
+    seed: int = 0
+    """Of the first run."""
+    sigma: float = 1.0
+    """Standard deviation of the Gaussians, whose centres lie at radius 4."""
+    step_size: float | None = None
+    """h of the Langevin steps; 0.2 σ² by default."""
+    lr: float = 0.1
+    """η of plain gradient steps on θ."""
+    forward_kl: float = 0.0
+    """Weight of KL(π_θ0‖π_θ) beside the reward."""
+    guidance: float = 10.0
+    """λ of the arm that samples V − λ R_smooth."""
+    grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+    """η tried for nested and unrolled."""
+    compile: bool | None = None
+    """Compile the single loop's inner update; by default from 2·10⁸ particle steps in all, where it pays."""
+    out: Path | None = None
+    """Run directory, new or empty. By default runs/hexagon-<time>."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
+        for name, least in (("steps", 10), ("particles", 2), ("seeds", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InvalidInputError(
+                    f"--{name.replace('_', '-')} must be an integer ≥ {least}, got {getattr(self, name)}"
+                )
+        for name in ("sigma", "step_size", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+        for name in ("forward_kl", "guidance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be finite and ≥ 0, got {getattr(self, name)}")
+        if not self.grid or min(self.grid) <= 0:
+            raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")
+
+    def resolved(self) -> Config:
+        """The same with defaults that depend on others filled in."""
+        work = self.steps * self.particles * self.seeds
+        return replace(
+            self,
+            step_size=0.2 * self.sigma**2 if self.step_size is None else self.step_size,
+            compile=work >= COMPILED_FROM and shutil.which("c++") is not None if self.compile is None else self.compile,
+        )
+
+
+@dataclass
+class Trace:
+    """One run of one arm.
+
+    Args:
+        arm: its name.
+        seed: of its noise.
+        potential: the final one.
+        points: what happened, one dictionary per record.
+        clouds: particles at the beginning, half-way and at the end, with θ there.
+        seconds: spent sampling and training.
+        tail: rewards of the last tenth of the iterations.
+        advice: what the diagnostics say at the end.
+    """
+
+    arm: str
+    seed: int
+    potential: nn.Module
+    points: list[dict[str, Any]] = field(default_factory=list)
+    clouds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    seconds: float = 0.0
+    tail: list[float] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """All arms and seeds, summary, figures; returns the summary.
+
+    Raises:
+        InvalidInputError: a number out of range, or an `out` with something in it.
+    """
+    config.check()
+    config = config.resolved()
+    out = config.out or Path(f"runs/hexagon-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    directory = RunDirectory.create(out)
+    directory.write_config(replace(config, out=out))
+    exact, arms = Exact(config.sigma), Arms(config)
+    names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
+    if len(names) < len(ARMS):
+        print("unrolled: left out, since a forward KL has no derivative in the particles")
+    grids: dict[str, dict[str, float]] = {}
+    traces: list[Trace] = []
+    with progress(len(names) * config.seeds, "hexagon") as bar:
+        for name in names:
+            if name.endswith("_tuned"):
+                grids[name] = arms.tune(name, exact)
+            for seed in range(config.seed, config.seed + config.seeds):
+                trace = arms.run(name, seed)
+                describe(trace, exact)
+                for point in trace.points:
+                    directory.append_metrics({"arm": name, "seed": seed} | point)
+                traces.append(trace)
+                bar.update()
+    summary = {
+        "arms": {name: summarise([t for t in traces if t.arm == name], exact) for name in names},
+        "grids": grids,
+        "tuned": arms.rates,
+        "reward_exact_initial": exact.reward(torch.tensor(LOGITS)),
+        "reward_exact_best": exact.per_mode.max().item(),
+        "advice": {t.arm: t.advice for t in traces if t.seed == config.seed and t.advice},
+    }
+    directory.write_summary(summary)
+
+    from implicit_diffusion.experiments.hexagon_figures import draw
+
+    draw(config, traces, directory)
+    show(summary, directory)
+    return summary
+
+
+class Arms:
+    """How every arm runs."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.step_size is not None
+        self.config, self.kernel = config, ULA(config.step_size)
+        self.rates = dict.fromkeys(TRAINED, config.lr)
+        self.optimal: dict[int, Tensor] = {}  # θ_opt by seed
+
+    def run(self, name: str, seed: int) -> Trace:
+        """One run of one arm."""
+        noise = Noise(seed)
+        if name in TRAINED:
+            return self._train(name, seed, noise, self.rates[name])
+        potential: nn.Module = mixture(self.optimal[seed] if name == "transfer" else None, self.config.sigma)
+        if name == "guidance":
+            potential = Guided(potential, smooth_reward, self.config.guidance)
+        return self._sample(name, seed, noise, potential)
+
+    def tune(self, name: str, exact: Exact) -> dict[str, float]:
+        """Final exact reward for every η of the grid, on seeds of their own; the best one is kept."""
+        rewards = {}
+        for rate in self.config.grid:
+            runs = [self._train(name, seed, Noise(seed).stream(TUNE), rate) for seed in range(TUNING_SEEDS)]
+            rewards[f"{rate:g}"] = mean(exact.reward(_logits(t.potential)) for t in runs)
+        self.rates[name] = float(max(rewards, key=rewards.__getitem__))
+        return rewards
+
+    def start(self, noise: Noise, exact: bool) -> Tensor:
+        """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes ask for them."""
+        n, initial = self.config.particles, mixture(None, self.config.sigma)
+        if exact or self.config.sigma < 1:
+            return initial.sample(n, noise, START)
+        return noise.normal((n, 2), START)
+
+    def loop(self, name: str, noise: Noise, rate: float) -> tuple[ParticleLoop, int]:
+        """The loop of an arm that trains, and its updates."""
+        config, potential = self.config, mixture(None, self.config.sigma)
+        objective: Objective = Reward(hard_reward)
+        if config.forward_kl:
+            data = mixture(None, config.sigma).sample(100_000, noise, DATA)
+            objective = objective + config.forward_kl * ForwardKL(data, batch=config.particles)
+        sgd = torch.optim.SGD([potential.logits], lr=rate)
+        common: dict[str, Any] = {
+            "particles": self.start(noise, exact=name == "weighted"),
+            "noise": noise.stream(TRAIN),
+        }
+        budget = 2 * config.steps
+        if name.startswith("nested"):
+            nested = NestedParticles(potential, self.kernel, objective, sgd, inner_steps=INNER, **common)
+            return nested, max(1, budget // (INNER + 1))
+        if name.startswith("unrolled"):
+            unrolled = Unrolled(potential, self.kernel, objective, sgd, unrolled_steps=UNROLL, **common)
+            return unrolled, max(1, budget // (2 * UNROLL))
+        weighted = name == "weighted"
+        common |= {"weighted": weighted, "lag": not weighted, "compiled": bool(config.compile)}
+        return Single(potential, self.kernel, objective, sgd, **common), config.steps
+
+    def _train(self, name: str, seed: int, noise: Noise, rate: float) -> Trace:
+        loop, updates = self.loop(name, noise, rate)
+        potential = loop.model
+        assert isinstance(potential, GaussianMixture)
+
+        def steps() -> Iterator[tuple[dict[str, Any], Tensor]]:
+            for metrics in loop.run(updates):
+                yield metrics, loop.walkers.x
+
+        trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
+        last = trace.points[-1]
+        trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last})
+        if name == "implicit":
+            self.optimal[seed] = potential.logits.detach().clone()
+        return trace
+
+    def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:
+        steps, per = self.config.steps, self.kernel.evaluations
+        x = self.start(noise, exact=False)
+
+        def moves() -> Iterator[tuple[dict[str, Any], Tensor]]:
+            for k, move in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
+                yield {"reward": hard_reward(move.x).mean(), "gradient_evaluations": k * per}, move.x
+
+        return _record(Trace(name, seed, potential), moves(), steps, lambda: _logits(potential).detach())
+
+
+ARMS = ("untrained", "implicit", "weighted", "guidance", "transfer", *TRAINED[2:])
+SHOWN = ("reward", "gradient_evaluations", "lag", "ess", "log_z", "grad_norm")
+
+
+def _record(
+    trace: Trace, steps: Iterator[tuple[dict[str, Any], Tensor]], total: int, logits: Callable[[], Tensor]
+) -> Trace:
+    """Drive `total` steps; keep a hundred records, three clouds of particles and the rewards of the last tenth."""
+    due = {round(total * (i + 1) / RECORDS) for i in range(RECORDS)}
+    start, clouds = time.perf_counter(), (1, (total + 1) // 2, total)
+    for k, (metrics, x) in enumerate(steps, 1):
+        trace.seconds += time.perf_counter() - start
+        if k > total - max(1, total // 10):
+            trace.tail.append(float(metrics["reward"]))
+        if k in due:
+            point = {name: float(metrics[name]) for name in SHOWN if name in metrics}
+            trace.points.append({"iteration": k, "seconds": trace.seconds, "logits": logits()} | point)
+        if k in clouds:
+            trace.clouds.append((x.detach().clone(), logits()))
+        start = time.perf_counter()
+    return trace
+
+
+def _logits(potential: nn.Module) -> Tensor:
+    inner = potential.potential if isinstance(potential, Guided) else potential
+    assert isinstance(inner, GaussianMixture)
+    return inner.logits
+
+
+def describe(trace: Trace, exact: Exact) -> None:
+    """Add to every record what is known exactly under its θ; guidance has no θ of its own."""
+    coarse, initial = Exact(exact.sigma, 200), torch.tensor(LOGITS)
+    for point in trace.points:
+        logits = point.pop("logits")
+        if trace.arm != "guidance":
+            point["reward_exact"] = exact.reward(logits)
+            point["kl_from_initial"] = coarse.kl_of_weights(logits, initial) if trace.arm in TRAINED else None
+            point["mode_probabilities"] = logits.softmax(0).tolist()
+
+
+def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
+    """One arm: means over its seeds."""
+    rewards = [mean(t.tail) for t in traces]
+    initial = mixture(None, exact.sigma, torch.float64)
+    finals = [t.potential.double() for t in traces]
+    modes = torch.tensor([exact.modes(p) for p in finals], dtype=torch.float64)
+    arm: dict[str, Any] = {"reward": mean(rewards), "reward_std": stdev(rewards) if len(rewards) > 1 else None}
+    if traces[0].arm != "guidance":
+        arm["reward_exact"] = mean(exact.reward(_logits(p)) for p in finals)
+        modes = torch.stack([_logits(p).detach().double().softmax(0) for p in finals])
+    return arm | {
+        "mode_probabilities": modes.mean(0).tolist(),
+        "kl_from_initial": mean(exact.kl(p, initial) for p in finals),
+        "seconds": mean(t.seconds for t in traces),
+        "gradient_evaluations": traces[0].points[-1]["gradient_evaluations"],
+    }
+
+
+def show(summary: dict[str, Any], directory: RunDirectory) -> None:
+    """Print the arms as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Reward of the particles (last tenth, ± over seeds) and exactly under π_θ",
+        caption=f"Exact at θ_0 {summary['reward_exact_initial']:.4f}, best possible "
+        f"{summary['reward_exact_best']:.4f}. ∇V: pulls through V at all particles.",
+    )
+    for column in ("arm", "η", "reward", "±", "exact", "mode 2", "KL to θ_0", "s", "∇V"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    for name, arm in summary["arms"].items():
+        table.add_row(
+            name,
+            f"{summary['tuned'][name]:g}" if name in summary["tuned"] else "",
+            f"{arm['reward']:.4f}",
+            "" if arm["reward_std"] is None else f"{arm['reward_std']:.4f}",
+            f"{arm['reward_exact']:.4f}" if "reward_exact" in arm else "",
+            f"{arm['mode_probabilities'][1]:.3f}",
+            f"{arm['kl_from_initial']:.3f}",
+            f"{arm['seconds']:.1f}",
+            f"{arm['gradient_evaluations']:.0f}",
+        )
+    Console().print(table)
+    for arm, lines in summary["advice"].items():
+        for line in lines:
+            print(f"{arm}: {line}")
+    print(f"run       {directory.path}")

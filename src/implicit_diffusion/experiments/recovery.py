@@ -1,0 +1,171 @@
+"""Learn a distribution back: maximum likelihood of mixture weights in a single loop, against the exact KL.
+
+    hexagon     data from the hexagon at θ_0, training from equal weights
+    two-modes   modes at (±4, 0), data weights (.8, .2), training from (.5, .5): particles cannot cross
+
+Each with unweighted and with weighted particles, at a constant rate and at one that decreases like the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
+from implicit_diffusion.loops import Single, Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import ForwardKL
+from implicit_diffusion.potentials import GaussianMixture
+from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.samplers import ULA
+
+START, DATA, TRAIN = range(3)  # streams of noise
+ARMS = ("unweighted", "weighted", "unweighted-decreasing", "weighted-decreasing")
+TAIL = 500  # updates whose mean is reported
+
+
+@dataclass(frozen=True)
+class Config:
+    """Learn the weights of a mixture from data, by maximum likelihood in a single loop."""
+
+    problem: Literal["hexagon", "two-modes"] = "hexagon"
+    """"hexagon": six modes that particles can cross between. "two-modes": two that they cannot."""
+    steps: int = 5000
+    """Iterations."""
+    particles: int = 1000
+    """n; the data per iteration are as many, fresh ones of 100,000."""
+    seeds: int = 5
+    """Runs of every arm."""
+    seed: int = 0
+    """Of the first run."""
+    step_size: float | None = None
+    """h; 0.2 on the hexagon, 0.05 for two modes by default."""
+    lr: float = 0.1
+    """η of plain gradient steps; "decreasing" arms multiply it by (1 + k/500)^(−2/3)."""
+    out: Path | None = None
+    """Run directory, new or empty. By default runs/recovery-<time>."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
+        for name, least in (("steps", TAIL), ("particles", 2), ("seeds", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InvalidInputError(f"--{name} must be an integer ≥ {least}, got {getattr(self, name)}")
+        for name in ("step_size", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """All arms and seeds, summary, figure; returns the summary."""
+    config.check()
+    h = {"hexagon": 0.2, "two-modes": 0.05}[config.problem] if config.step_size is None else config.step_size
+    out = config.out or Path(f"runs/recovery-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    config = replace(config, step_size=h, out=out)
+    directory = RunDirectory.create(out)
+    directory.write_config(config)
+    curves: dict[str, Tensor] = {}
+    with progress(len(ARMS) * config.seeds, "recovery") as bar:
+        for name in ARMS:
+            runs = []
+            for seed in range(config.seed, config.seed + config.seeds):
+                runs.append(train(config, name, seed))
+                bar.update()
+            curves[name] = torch.stack(runs)
+    target, start = models(config.problem)
+    before = exact_kls(target, start.logits.detach()[None])[0]
+    arms = {name: _summarise(runs[:, -TAIL:].mean(1)) for name, runs in curves.items()}
+    summary = {"kl_before": before[0].item(), "kl_to_data_before": before[1].item(), "arms": arms}
+    directory.write_summary(summary)
+    plot(curves, before[0].item(), directory.figure("kl"))
+    print(f"exact KL(data‖model) and KL(model‖data), mean of the last {TAIL} updates (lowest – highest seed)")
+    print(f"  {'before training':22s} {before[0]:.4f}  {before[1]:.4f}")
+    for name, arm in arms.items():
+        low, high = arm["kl_range"]
+        print(f"  {name:22s} {arm['kl']:.2e}  {arm['kl_to_data']:.2e}   ({low:.1e} – {high:.1e})")
+    print(f"run       {directory.path}")
+    return summary
+
+
+def _summarise(runs: Float[Tensor, "seeds 2"]) -> dict[str, Any]:
+    forward, reverse = runs.mean(0).tolist()
+    return {"kl": forward, "kl_to_data": reverse, "kl_range": [runs[:, 0].min().item(), runs[:, 0].max().item()]}
+
+
+def models(problem: str) -> tuple[GaussianMixture, GaussianMixture]:
+    """The law of the data, and the model before training."""
+    if problem == "hexagon":
+        return mixture(torch.tensor(LOGITS)), mixture(torch.zeros(len(LOGITS)))
+    means = torch.tensor([[4.0, 0.0], [-4.0, 0.0]])
+    data, model = GaussianMixture(means, torch.tensor([0.8, 0.2]).log()), GaussianMixture(means)
+    model.means.requires_grad_(False)
+    return data, model
+
+
+def train(config: Config, name: str, seed: int) -> Float[Tensor, "updates 2"]:
+    """Exact KL(data‖model) and KL(model‖data) after every update."""
+    noise = Noise(seed)
+    target, model = models(config.problem)
+    sgd = torch.optim.SGD([model.logits], lr=config.lr)
+    decreasing = name.endswith("decreasing")
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: (1 + k / 500) ** (-2 / 3)) if decreasing else None
+    assert config.step_size is not None
+    loop = Single(
+        model,
+        ULA(config.step_size),
+        ForwardKL(target.sample(100_000, noise, DATA), batch=config.particles),
+        Update(sgd, schedule=schedule),
+        particles=model.sample(config.particles, noise, START),
+        noise=noise.stream(TRAIN),
+        weighted=name.startswith("weighted"),
+    )
+    path = torch.stack([model.logits.detach().clone() for _ in loop.run(config.steps)])
+    return exact_kls(target, path)
+
+
+@torch.no_grad()
+def exact_kls(target: GaussianMixture, path: Float[Tensor, "updates modes"]) -> Float[Tensor, "updates 2"]:
+    """KL(data‖model) and KL(model‖data) for every θ on a path, by quadrature."""
+    grid, target = Exact(points=160), target.double()
+    components = torch.cdist(grid.grid, target.means).square() / -2  # both laws have the same normaliser
+    log_p = (components + target.logits.log_softmax(0)).logsumexp(1)
+    near = log_p > log_p.max() - 30
+    components, log_p = components[near], log_p[near]
+    p, area = log_p.exp(), grid.cell**2 / (math.tau * target.std**2)
+    kls = []
+    for theta in path.double().log_softmax(1):
+        log_q = (components + theta).logsumexp(1)
+        kls.append(torch.stack([p @ (log_p - log_q), log_q.exp() @ (log_q - log_p)]) * area)
+    return torch.stack(kls)
+
+
+def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
+    """Exact KL against updates, a band over seeds per arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, runs in curves.items():
+        ys = runs[..., 0].clamp(min=1e-7)
+        colour = "#2a9d5c" if name.startswith("weighted") else "#1f6f8b"
+        style = "--" if name.endswith("decreasing") else "-"
+        axis.plot(ys.log().mean(0).exp(), color=colour, ls=style, lw=1.5, label=name)
+        if not name.endswith("decreasing"):
+            axis.fill_between(range(ys.shape[1]), ys.amin(0), ys.amax(0), color=colour, alpha=0.15, lw=0)
+    axis.axhline(before, color="0.5", ls=":", lw=1)
+    axis.set(yscale="log", xlabel="updates", ylabel="exact KL(data‖model), nats", title="Geometric means over seeds")
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
