@@ -22,7 +22,7 @@ from implicit_diffusion.experiments.rewards import brightness
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
 ASSET = ROOT / "src" / "implicit_diffusion" / "assets" / "digits"
-BETA = 2.5  # KL weight of the demo
+BETA = 2.6  # KL weight of the demo
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

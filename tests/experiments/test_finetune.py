@@ -98,6 +98,13 @@ def test_variants_run(options, tmp_path):
     assert summary["updates"] == 2 and summary["captured"] is not None
 
 
+@pytest.mark.parametrize(("num_steps", "stride"), [(4, 1), (10, 1), (11, 2)])
+def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
+    options = ["--num-steps", str(num_steps), "--updates", "1", "--starts", "4", "--out", str(tmp_path / "run")]
+    assert main(["finetune", *TINY, *options]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stride"] == stride
+
+
 def test_deterministic_chain_with_drift_penalty(tmp_path):
     options = ["--scheduler", "ddim", "--eta", "0", "--penalty", "drift", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, "--updates", "2", *options]) == 0

@@ -27,8 +27,8 @@ from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.sample import write_chain
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
-from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.memory import check_memory, predict_memory
+from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
 from implicit_diffusion.runs import RunDirectory, progress
@@ -71,8 +71,9 @@ class Config:
     """Steps of the chain, N."""
     batch: int = 16
     """Trajectories injected per iteration."""
-    stride: int = 1
-    """Rows that each trajectory in the queue moves per iteration; more needs less memory."""
+    stride: int | None = None
+    """Rows that each trajectory in the queue moves per iteration; by default N/10, so that ten batches are in flight
+    each way. More needs less memory and is less stale."""
     updates: int = 250
     """Optimizer steps."""
     lr: float = 5e-5
@@ -95,8 +96,9 @@ class Config:
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         for name in ("num_steps", "batch", "updates", "accumulate", "stride"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {value}")
         for name in ("lr", "max_grad_norm", "target_kl"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -158,6 +160,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         directory: of an interrupted run to go on with; None begins a new one.
     """
     config.check()
+    config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     out = config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}")
     if directory is None:
         RunDirectory.check(out)
@@ -202,7 +205,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     }
     resolved = json.loads((directory.path / "config.json").read_text())
     card = judging.model_card(resolved, summary, loop.chain)
-    save_pipeline(directory.model, state.denoiser, problem.scheduler, card)
+    save_pipeline(directory.model, state.model, problem.scheduler, card)
     write_chain(
         directory.model, num_steps=config.num_steps, **({"eta": config.eta} if config.scheduler == "ddim" else {})
     )
@@ -231,7 +234,7 @@ def plan_beta(plan: Plan) -> float:
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
 
 
-def make_loop(config: Config, problem: Problem, noise: Noise) -> Loop:
+def make_loop(config: Config, problem: Problem, noise: Noise) -> ChainLoop:
     """The loop that `config` asks for, before β and the clip are known; `scale` sets them."""
     penalty: Objective = PathKL() if config.penalty == "path-kl" else DriftPenalty()
     objective = Reward(problem.reward) + (1.0 if config.kl_weight is None else config.kl_weight) * penalty
@@ -244,10 +247,10 @@ def make_loop(config: Config, problem: Problem, noise: Noise) -> Loop:
     )
     if config.loop == "nested":
         return Nested(problem.chain, objective, update, batch=config.batch, noise=noise)
-    return Queue(problem.chain, objective, update, batch=config.batch, noise=noise, stride=config.stride)
+    return Queue(problem.chain, objective, update, batch=config.batch, noise=noise, stride=config.stride or 1)
 
 
-def scale(loop: Loop, beta: float, max_grad_norm: float) -> None:
+def scale(loop: ChainLoop, beta: float, max_grad_norm: float) -> None:
     """Set what the plan decides: β, and the clip, since the norm of Γ is in units of the reward."""
     loop.objective = loop.objective.with_weight(PathKL, beta).with_weight(DriftPenalty, beta)
     loop.update.max_grad_norm = max_grad_norm

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.base import TRIAL
 from implicit_diffusion.loops.bound import Bound, bound, captured
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
