@@ -40,11 +40,13 @@ def eval_mode(*modules: object) -> Iterator[None]:
     Objects that are no `torch.nn.Module` (plain functions used as denoisers, None) have no mode and are
     passed over.
     """
-    modes = [(part, part.training) for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    training = [
+        part for module in modules if isinstance(module, nn.Module) for part in module.modules() if part.training
+    ]
     try:
-        for part, _ in modes:
+        for part in training:
             part.training = False
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in training:
+            part.training = True

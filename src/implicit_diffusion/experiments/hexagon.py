@@ -41,7 +41,7 @@ from implicit_diffusion.samplers.simulate import simulate
 INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 2
 START, DATA, TRAIN, TUNE = range(4)  # streams of noise
 TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
-COMPILED_FROM = 2 * 10**8  # particle steps in all, above which compiling pays
+COMPILED_FROM = 20_000  # iterations in all, above which compiling pays
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Config:
     grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
     """η tried for nested and unrolled."""
     compile: bool | None = None
-    """Compile the single loop's inner update; by default from 2·10⁸ particle steps in all, where it pays."""
+    """Compile the single loop's inner update; by default from 20,000 iterations (steps × seeds), where it pays."""
     out: Path | None = None
     """Run directory, new or empty. By default runs/hexagon-<time>."""
 
@@ -92,11 +92,12 @@ class Config:
 
     def resolved(self) -> Config:
         """The same with defaults that depend on others filled in."""
-        work = self.steps * self.particles * self.seeds
         return replace(
             self,
             step_size=0.2 * self.sigma**2 if self.step_size is None else self.step_size,
-            compile=work >= COMPILED_FROM and shutil.which("c++") is not None if self.compile is None else self.compile,
+            compile=self.steps * self.seeds >= COMPILED_FROM and shutil.which("c++") is not None
+            if self.compile is None
+            else self.compile,
         )
 
 
@@ -178,6 +179,7 @@ class Arms:
         self.config, self.kernel = config, ULA(config.step_size)
         self.rates = dict.fromkeys(TRAINED, config.lr)
         self.optimal: dict[int, Tensor] = {}  # θ_opt by seed
+        self.compiled: dict[str, ParticleLoop] = {}  # by arm: compiling once serves all seeds
 
     def run(self, name: str, seed: int) -> Trace:
         """One run of one arm."""
@@ -226,7 +228,12 @@ class Arms:
             return unrolled, max(1, budget // (2 * UNROLL))
         weighted = name == "weighted"
         common |= {"weighted": weighted, "lag": not weighted, "compiled": bool(config.compile)}
-        return Single(potential, self.kernel, objective, sgd, **common), config.steps
+        fresh = Single(potential, self.kernel, objective, sgd, **common)
+        loop = self.compiled.setdefault(name, fresh) if config.compile else fresh
+        if loop is not fresh:
+            loop.noise, loop.objective = fresh.noise, fresh.objective
+            loop.load_state_dict(fresh.state_dict())
+        return loop, config.steps
 
     def _train(self, name: str, seed: int, noise: Noise, rate: float) -> Trace:
         loop, updates = self.loop(name, noise, rate)
@@ -239,6 +246,7 @@ class Arms:
 
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
+        trace.potential = mixture(potential.logits.detach(), self.config.sigma)
         trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last})
         if name == "implicit":
             self.optimal[seed] = potential.logits.detach().clone()

@@ -82,18 +82,18 @@ def fused_pass(
             if weigh is not None:
                 log_weights, log_z = weigh(here)
         particles = Particles(x.detach(), log_weights)
-        on_particles, total, values = torch.zeros_like(energy), torch.zeros_like(energy[0]), {}
-        remaining = iter(rest)
+        on_particles, values, remaining = torch.zeros_like(energy), {}, iter(rest)
+        outside: list[Tensor] = []
         for (weight, term), y in zip(terms, points, strict=True):
             found: Charges = term.charges(particles, energy.detach(), y)
-            on_particles = on_particles + weight * found.particles
+            on_particles = on_particles.add(found.particles, alpha=weight)
             at_points = None if y is None else next(remaining)
             if at_points is not None and found.on_points is not None:
-                total = total + weight * (found.on_points @ at_points)
+                outside.append(weight * (found.on_points @ at_points))
             value = term.estimate(found, None if at_points is None else at_points.detach(), log_z)
             if value is not None:
                 values[term.name] = value
-        total = total + on_particles @ energy
+        total = sum(outside, start=on_particles @ energy)
         if alike:
             force, *gradients = torch.autograd.grad(total, [x, *parameters], allow_unused=True)
             here = Energy(energy.detach(), force / on_particles.view(-1, *[1] * (x.ndim - 1)))

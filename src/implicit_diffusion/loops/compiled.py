@@ -27,27 +27,37 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         if self.reason is not None:
             return self.function(*args)
-        first = self._compiled is None
-        if self._compiled is None:
-            self._compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
+        if self._compiled is not None:
+            return self._run(args)
+        self._compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
         try:
-            with _config().patch(SETTINGS):
-                return self._compiled(*args)
+            return self._run(args)
         except Exception as error:  # whatever dynamo and inductor raise, by kind of obstacle
-            if not first:
-                raise
             result = self.function(*args)  # an error of the function's own is raised here as it is
             self.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             warnings.warn(f"not compiled, runs eagerly: {self.reason}", stacklevel=3)
             return result
 
+    def _run(self, args: tuple[Any, ...]) -> Any:
+        assert self._compiled is not None
+        try:
+            return self._compiled(*args)
+        except (
+            _dynamo().exc.TorchDynamoException
+        ):  # a call that has to compile (again) needs the settings, the others do not
+            with _config().patch(SETTINGS):
+                return self._compiled(*args)
+
 
 SWITCH = "trace_autograd_ops"
-# Read when a call compiles, which a later one may do again; every loop compiles its own inner update.
-SETTINGS = {SWITCH: True, "recompile_limit": 10**6}
+SETTINGS = {SWITCH: True, "recompile_limit": 10**6}  # every loop compiles an inner update of its own
+
+
+def _dynamo() -> Any:
+    import torch._dynamo
+
+    return torch._dynamo
 
 
 def _config() -> Any:
-    import torch._dynamo
-
-    return torch._dynamo.config
+    return _dynamo().config

@@ -115,6 +115,11 @@ class ParticleLoop(Loop):
         return Particles(self.walkers.x, self.walkers.log_weights if self.weighted else None)
 
     @property
+    def tracked(self) -> bool:
+        """Whether log-weights are kept, to weigh with or to tell the lag."""
+        return self.weighted or self.lag
+
+    @property
     def n(self) -> int:
         """The number of particles."""
         return len(self.walkers.x)
@@ -150,14 +155,14 @@ class ParticleLoop(Loop):
                 f"particles must have shape (n, *event) with n ≥ 2 and an event of at least one dimension, got "
                 f"{tuple(x.shape)}"
             )
-        if not x.is_floating_point() or not x.isfinite().all():
-            raise InvalidInputError(f"particles must be finite floating-point numbers, got {x.dtype}")
         first = next(self.model.parameters())
         if (first.dtype, first.device) != (x.dtype, x.device):
             raise InvalidInputError(
                 f"particles are {x.dtype} on {x.device}, the potential's parameters {first.dtype} on "
                 f"{first.device}; use particles.to(device, dtype)"
             )
+        if not x.isfinite().all():
+            raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
         return innermost(x.detach().clone())
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:
@@ -192,8 +197,11 @@ class ParticleLoop(Loop):
         move = self.kernel.move(
             walkers.x, walkers.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h
         )
-        debt = walkers.debt if move.debt is None else move.debt
-        return walkers._replace(x=move.x, momentum=move.momentum, previous=walkers.x, debt=debt, h=h.clone()), move
+        moved = walkers._replace(x=move.x, momentum=move.momentum)
+        if self.tracked:
+            debt = self.kernel.owe(walkers.x, here, move, h)
+            moved = moved._replace(previous=walkers.x, debt=debt, h=h.clone())
+        return moved, move
 
     def _hand_over(self, gradients: Iterable[Tensor | None]) -> None:
         """Add Γ to the parameters' `.grad`."""
@@ -207,6 +215,13 @@ class ParticleLoop(Loop):
             return (
                 f"iteration {self.iteration - 1}: {bad} of {self.n} particles became NaN or infinite; take a smaller "
                 "step size, or check that the potential confines them"
+            )
+        with eval_mode(self.model):
+            unbounded = int((~energy_of(self.model, self.walkers.x).value.isfinite()).sum())
+        if unbounded:
+            return (
+                f"iteration {self.iteration - 1}: V is NaN or infinite at {unbounded} of {self.n} particles; take a "
+                "smaller step size, or check that the potential confines them"
             )
         return self._bad_value(values)
 
@@ -244,6 +259,6 @@ def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
     return Particles(log_weights, log_weights).ess < len(log_weights) / 2
 
 
-def innermost(x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
+def innermost(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The same numbers; short vectors are laid out with the particles innermost, which is what vectorises."""
     return x.mT.contiguous().mT if x.ndim == 2 and x.shape[1] <= 16 else x.contiguous()

@@ -10,7 +10,7 @@ costs a second forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -30,32 +30,59 @@ class Single(ParticleLoop):
     Args:
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
-        compiled: compile the inner update with `torch.compile`, in full or not at all (`loop.compiled.reason`).
+        compiled: compile the inner update with `torch.compile`, in full or not at all (`loop.compiled.reason`). Where
+            an update is the optimizer's step and nothing else, it is compiled along, from the second call on: the
+            first creates the optimizer's state.
+        iterations: made by one `step()`, whose metrics are those of the last; for small problems, where the cost is
+            that of the calls. θ moves in each of them.
 
     The other arguments are those of `ParticleLoop`.
+
+    Raises:
+        InvalidInputError: also where several iterations per step would skip a schedule, average or accumulation.
     """
 
     def __init__(
-        self, *args: Any, order: Literal["paper", "x-first"] = "paper", compiled: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        order: Literal["paper", "x-first"] = "paper",
+        compiled: bool = False,
+        iterations: int = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if order not in ("paper", "x-first"):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {order!r}')
-        self.order = order
-        inner = self._paper if order == "paper" else self._x_first
-        self.compiled = Compiled(inner) if compiled else None
-        self._inner = self.compiled or inner
+        if iterations < 1 or (iterations > 1 and not self.update.plain):
+            raise InvalidInputError(
+                f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
+                "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
+            )
+        self.order, self.iterations = order, iterations
+        self._inner = self._paper if order == "paper" else self._x_first
+        self._plain = iterations > 1 or (compiled and self.update.plain)
+        function: Callable[..., Any] = self._several if self._plain else self._inner
+        self.compiled = Compiled(function) if compiled else None
+        self._function = self.compiled or function
 
     def step(self) -> dict[str, Any]:
+        first, count = self.iteration, self.iterations
+        inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
+        self.iteration += count
+        self.evaluations += count * (self.kernel.evaluations + (not self._one_pull) + (self.order == "x-first"))
         with eval_mode(self.model):
-            walkers, gradients, info = self._inner(
-                self.walkers, self._draws(self.iteration), self._points(self.iteration), self._h(self.iteration)
-            )
-        self._hand_over(gradients)
-        self.iteration += 1
-        self.evaluations += self.kernel.evaluations + (0 if self._one_pull else 1) + (self.order == "x-first")
-        values = info.pop("values")
-        moved = self.update.step([info.pop("alarm")], lambda: self._diagnose(walkers, values))
+            if not self._plain:
+                walkers, gradients, info = self._function(self.walkers, *inputs[0])
+                self._hand_over(gradients)
+            elif self.update.updates == 0:
+                walkers, info = self._several(self.walkers, inputs)
+            else:
+                walkers, info = self._function(self.walkers, inputs)
+        values, alarm, norm = info.pop("values"), info.pop("alarm"), info.pop("norm")
+        if self._plain:
+            moved = self.update.account(alarm, lambda: self._diagnose(walkers, values), norm, count)
+        else:
+            moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
         return self._metrics(values) | info | moved
 
@@ -66,7 +93,18 @@ class Single(ParticleLoop):
     @property
     def _one_pull(self) -> bool:
         terms = self.objective.stationary
-        return not (self.weighted or self.lag) and all(term.constant_charges for _, term in terms)
+        return not self.tracked and all(term.constant_charges for _, term in terms)
+
+    def _several(
+        self, walkers: Walkers, inputs: list[tuple[tuple[Tensor, ...], list[Tensor | None], Tensor]]
+    ) -> tuple[Walkers, dict[str, Any]]:
+        """Iterations with their updates of θ, none of which is made once something is not finite."""
+        alarm = torch.zeros_like(walkers.log_z)
+        for draws, points, h in inputs:
+            walkers, gradients, info = self._inner(walkers, draws, points, h)
+            alarm = alarm + info["alarm"] + info["norm"]
+            self.update.masked(self.parameters, gradients, alarm.isfinite())
+        return walkers, info | {"alarm": alarm}
 
     def _paper(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
@@ -79,7 +117,7 @@ class Single(ParticleLoop):
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
     ) -> tuple[Walkers, tuple[Tensor | None, ...], dict[str, Any]]:
         here = energy_of(self.model, walkers.x)
-        if self.weighted or self.lag:
+        if self.tracked:
             walkers = close(self.kernel, walkers, here)
         walkers, move = self._take(walkers, here, draws, h)
         walkers, fused = self._charge(walkers, points)
@@ -90,7 +128,7 @@ class Single(ParticleLoop):
     def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused]:
         """One fused pass at the walkers, whose weights it closes."""
         terms = self.objective.stationary
-        if not (self.weighted or self.lag):
+        if not self.tracked:
             return walkers, fused_pass(self.model, self.parameters, terms, walkers.x, points)
         closed = walkers
 
@@ -108,7 +146,8 @@ class Single(ParticleLoop):
 
     def _info(self, before: Walkers, after: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
         """Values of the terms, diagnostics of the particles, and one number that is finite if all is well."""
-        info: dict[str, Any] = {"values": fused.values, "alarm": after.x.sum() + fused.here.value.sum()}
+        info: dict[str, Any] = {"values": fused.values, "alarm": after.x.sum()}
+        info["norm"] = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None])
         if acceptance is not None:
             info["acceptance"] = acceptance.mean()
         if self.weighted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,12 +85,15 @@ class Update:
             self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)).requires_grad_(False)
         return module
 
-    def step(self, watched: Sequence[Tensor], diagnose: Callable[[], str | None]) -> dict[str, Any]:
+    def step(
+        self, watched: Sequence[Tensor], diagnose: Callable[[], str | None], norm: Tensor | None = None
+    ) -> dict[str, Any]:
         """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
 
         Args:
             watched: tensors that must be finite as well.
             diagnose: says in words what is not finite; None where it cannot tell.
+            norm: of all the gradients, where it is known already and none were accumulated before.
 
         Returns:
             metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
@@ -97,15 +101,15 @@ class Update:
         Raises:
             NonFiniteError: NaN or infinity; θ has not been touched then.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.stack([norm.float(), *(x.sum().float() for x in watched)]).isfinite().all():
+        if norm is None or self.pending:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
             raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
         self.pending += 1
         if self.pending < self.accumulate:
             return {}
         if self.accumulate > 1:
-            torch._foreach_mul_(gradients, 1 / self.accumulate)
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / self.accumulate)
             norm = norm / self.accumulate
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
@@ -119,6 +123,36 @@ class Update:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return {"grad_norm": norm, "lr": lr}
+
+    @property
+    def plain(self) -> bool:
+        """Whether an update is the optimizer's step and nothing else, so that it may be compiled along (`masked`)."""
+        hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", {}) or getattr(
+            self.optimizer, "_optimizer_step_post_hooks", {}
+        )
+        return self.accumulate == 1 and not (self.schedule or self.max_grad_norm or self.ema_decay or hooks)
+
+    def masked(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ok: Tensor) -> None:
+        """The optimizer's step where `ok`, nothing elsewhere: free of branches, and nothing is waited for."""
+        state = (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        held = [*parameters, *state]
+        before = [t.detach().clone() for t in held]
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients):
+                if g is not None:
+                    if p.grad is None:
+                        p.grad = torch.empty_like(p)
+                    p.grad.copy_(g)
+            inspect.unwrap(type(self.optimizer).step)(self.optimizer)  # its wrappers profile, and stop compilation
+            for t, old in zip(held, before):
+                t.copy_(torch.where(ok, t, old))
+
+    def account(self, alarm: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int) -> dict[str, Any]:
+        """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
+        if not math.isfinite(alarm):
+            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+        self.updates += count
+        return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, but for the model's own parameters."""

@@ -175,7 +175,7 @@ class TerminalObjective(GibbsObjective):
                     f"operations, got {given}"
                 )
             (slope,) = torch.autograd.grad(value, logs)
-        return slope / weights, value.detach()
+        return torch.where(weights > 0, slope / weights, 0), value.detach()  # weights may underflow
 
     def charges(
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
@@ -208,5 +208,7 @@ def centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, 
     """w_i (values_i − mean)/(1 − Σ w²), of total zero: with uniform weights the factor is n/(n − 1), and a covariance
     with anything is unbiased for independent particles.
     """
+    if particles.log_weights is None:
+        return (values - values.mean()) / (len(values) - 1)
     w = particles.weights
     return w * (values - w @ values) / (1 - w.square().sum())

@@ -60,8 +60,8 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             "potential is not differentiable in x: its result does not depend on the particles through torch "
             "operations; remove .detach(), .numpy() and torch.no_grad() from it"
         )
-    if len(probe) > 1 and grad[1].any():
-        raise InvalidInputError("potential mixes particles: V(x)_0 depends on x_1; each value must depend on its own x")
     for what, tensor in (("values", value), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
+    if len(probe) > 1 and grad[1].any():
+        raise InvalidInputError("potential mixes particles: V(x)_0 depends on x_1; each value must depend on its own x")

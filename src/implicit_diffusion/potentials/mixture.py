@@ -48,9 +48,8 @@ class GaussianMixture(nn.Module):
         self.means, self.logits, self.std = nn.Parameter(means.clone()), nn.Parameter(logits.clone()), float(std)
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        difference = (x.mT - self.means[:, :, None]) / self.std
-        exponent = self.logits.log_softmax(0)[:, None] - difference.square().sum(1) / 2
-        return -exponent.logsumexp(0)
+        squares = (x.mT - self.means[:, :, None]).square().sum(1)
+        return -(self.logits.log_softmax(0)[:, None] - squares / (2 * self.std**2)).logsumexp(0)
 
     @property
     def weights(self) -> Float[Tensor, " modes"]:

@@ -36,13 +36,13 @@ class Move(NamedTuple):
     Args:
         x: the new particles, with shape (n, *event).
         momentum: for the next step, as `x`; None for kernels without.
-        debt: the part of the weights' increment that this step's θ decides, with shape (n,); None without increments.
+        energy: V at the new particles under the step's θ, with shape (n,), where it is known; None elsewhere.
         acceptance: probability that each proposal had, with shape (n,); None for kernels that do not reject.
     """
 
     x: Tensor
     momentum: Tensor | None = None
-    debt: Tensor | None = None
+    energy: Tensor | None = None
     acceptance: Tensor | None = None
 
 
@@ -101,6 +101,10 @@ class Kernel(ABC):
         """
 
     @abstractmethod
+    def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
+        """The `debt` of a move from x: the part of the increment that the step's own θ, that of `here`, decides."""
+
+    @abstractmethod
     def repay(
         self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
     ) -> Float[Tensor, " n"]:
@@ -109,6 +113,10 @@ class Kernel(ABC):
 
 class ExactKernel(Kernel):
     """A kernel that leaves π_θ itself invariant: the weights change with θ at fixed x, A += V_θ(x) − V_θ′(x)."""
+
+    def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
+        assert move.energy is not None
+        return move.energy
 
     def repay(
         self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
@@ -127,7 +135,7 @@ def metropolis(
     old: tuple[Float[Tensor, "n *event"], Float[Tensor, " n"]],
     new: tuple[Float[Tensor, "n *event"], Float[Tensor, " n"]],
 ) -> Move:
-    """Accept new = (x, V) with probability min(1, e^{log_ratio}), keep old elsewhere; V at the result is the debt."""
+    """Accept new = (x, V) with probability min(1, e^{log_ratio}), keep old elsewhere."""
     accept = uniform < log_ratio.exp()  # NaN is not accepted
     chosen = accept.view(-1, *[1] * (old[0].ndim - 1))
     x = torch.where(chosen, new[0], old[0])

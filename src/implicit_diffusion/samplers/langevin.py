@@ -43,8 +43,10 @@ class ULA(Kernel):
         h: Float[Tensor, ""],
     ) -> Move:
         (xi,) = draws
-        y = x - h * here.grad + (2 * h).sqrt() * xi
-        return Move(y, debt=alpha(x, y, here, h))
+        return Move(x - h * here.grad + (2 * h).sqrt() * xi)
+
+    def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
+        return alpha(x, move.x, here, h)
 
     def repay(
         self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]

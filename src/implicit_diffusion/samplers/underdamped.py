@@ -25,6 +25,8 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers.kernel import Kernel, Move, Schedule, normals
 
+NO_WEIGHTS = "underdamped Langevin has no increment of weights; take ULA, MALA or HMC"
+
 
 class Underdamped(Kernel):
     """BAOAB with unit mass.
@@ -65,10 +67,13 @@ class Underdamped(Kernel):
         p = kept * p + (1 - kept**2).sqrt() * xi
         return Move(x + h / 2 * p, p)
 
+    def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
+        raise InvalidInputError(NO_WEIGHTS)
+
     def repay(
         self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
     ) -> Float[Tensor, " n"]:
-        raise InvalidInputError("underdamped Langevin has no increment of weights; take ULA, MALA or HMC")
+        raise InvalidInputError(NO_WEIGHTS)
 
     def velocity(self, momentum: Float[Tensor, "n *event"], here: Energy, h: float) -> Float[Tensor, "n *event"]:
         """BAOAB's velocity after a full step: the stored momentum with its closing half-kick."""
