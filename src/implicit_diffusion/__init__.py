@@ -27,6 +27,7 @@ from implicit_diffusion.errors import (
 from implicit_diffusion.gradients import Adjoint, FullBackprop
 from implicit_diffusion.loops import Evaluation, Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
 from implicit_diffusion.loops.bound import Bound, bound
+from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import (
     MMD,
@@ -83,16 +84,20 @@ __all__ = [
     "Underdamped",
     "Unrolled",
     "Update",
+    "advice",
     "bound",
+    "ess_in_time",
     "evaluate",
     "gaussian_kernel",
     "load_pretrained",
     "ou_probability_flow",
     "ou_reverse_sde",
     "power_law",
+    "r_hat",
     "read_table",
     "save_pipeline",
     "scheduler_for",
+    "signal_to_noise",
     "warm_up",
 ]
 __version__ = "0.1.0"

@@ -323,15 +323,17 @@ def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
 
 def show(summary: dict[str, Any], directory: RunDirectory) -> None:
     """Print the arms as a table."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
+        box=SIMPLE_HEAD,
         title="Reward of the particles (last tenth, ± over seeds) and exactly under π_θ",
         caption=f"Exact at θ_0 {summary['reward_exact_initial']:.4f}, best possible "
-        f"{summary['reward_exact_best']:.4f}. ∇V: pulls through V at all particles.",
+        f"{summary['reward_exact_best']:.4f}. KL: to π_θ0. ∇V: pulls through V at all particles.",
     )
-    for column in ("arm", "η", "reward", "±", "exact", "mode 2", "KL to θ_0", "s", "∇V"):
+    for column in ("arm", "η", "reward", "±", "exact", "mode 2", "KL", "s", "∇V"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, arm in summary["arms"].items():
         table.add_row(

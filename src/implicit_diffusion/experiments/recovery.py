@@ -49,7 +49,7 @@ class Config:
     step_size: float | None = None
     """h; 0.2 on the hexagon, 0.05 for two modes by default."""
     lr: float = 0.1
-    """η of plain gradient steps; "decreasing" arms multiply it by (1 + k/500)^(−2/3)."""
+    """η of plain gradient steps; "decreasing" arms multiply it by (1 + k/100)^(−2/3)."""
     out: Path | None = None
     """Run directory, new or empty. By default runs/recovery-<time>."""
 
@@ -116,7 +116,7 @@ def train(config: Config, name: str, seed: int) -> Float[Tensor, "updates 2"]:
     target, model = models(config.problem)
     sgd = torch.optim.SGD([model.logits], lr=config.lr)
     decreasing = name.endswith("decreasing")
-    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: (1 + k / 500) ** (-2 / 3)) if decreasing else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: (1 + k / 100) ** (-2 / 3)) if decreasing else None
     assert config.step_size is not None
     loop = Single(
         model,

@@ -101,7 +101,7 @@ def advice(
         )
     if history is not None and r_hat(history) > MIXED:
         found.append(
-            f"the particles do not mix (R-hat {r_hat(history):.2f}): they stay in the modes where they began. Take "
-            "weighted=True with X_0 drawn from π_θ; longer runs will not help"
+            f"chains have not come together (R-hat {r_hat(history):.2f}). Either the record is short, or particles stay "
+            "in the modes where they began: if a longer run says the same, take weighted=True with X_0 drawn from π_θ"
         )
     return found

@@ -147,7 +147,7 @@ class ParticleLoop(Loop):
                     f"particles={particles} needs a potential with a method sample(n, noise); pass the particles "
                     "themselves, with shape (n, *event)"
                 )
-            x: Tensor = self.model.sample(particles, self.noise, START, 0)  # type: ignore[operator]
+            x: Tensor = self.model.sample(particles, self.noise.stream(START, 0))  # type: ignore[operator]
         else:
             x = particles
         if len(x) < 2 or x.ndim < 2:

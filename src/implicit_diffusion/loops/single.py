@@ -109,9 +109,9 @@ class Single(ParticleLoop):
     def _paper(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
     ) -> tuple[Walkers, tuple[Tensor | None, ...], dict[str, Any]]:
-        walkers, fused = self._charge(walkers, points)
+        walkers, fused, told = self._charge(walkers, points)
         moved, move = self._take(walkers, fused.here, draws, h)
-        return moved, fused.gradients, self._info(walkers, moved, fused, move.acceptance)
+        return moved, fused.gradients, told | _info(moved, fused, move.acceptance)
 
     def _x_first(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
@@ -120,16 +120,16 @@ class Single(ParticleLoop):
         if self.tracked:
             walkers = close(self.kernel, walkers, here)
         walkers, move = self._take(walkers, here, draws, h)
-        walkers, fused = self._charge(walkers, points)
+        walkers, fused, told = self._charge(walkers, points)
         # The next increment is that of θ alone, at particles that stay where they are.
         settled = walkers._replace(previous=walkers.x, debt=fused.here.value, h=torch.zeros_like(h))
-        return settled, fused.gradients, self._info(walkers, settled, fused, move.acceptance)
+        return settled, fused.gradients, told | _info(settled, fused, move.acceptance)
 
-    def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused]:
-        """One fused pass at the walkers, whose weights it closes."""
+    def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused, dict[str, Any]]:
+        """One fused pass at the walkers, whose weights it closes, and what these tell."""
         terms = self.objective.stationary
         if not self.tracked:
-            return walkers, fused_pass(self.model, self.parameters, terms, walkers.x, points)
+            return walkers, fused_pass(self.model, self.parameters, terms, walkers.x, points), {}
         closed = walkers
 
         def weigh(here: Energy) -> tuple[Tensor | None, Tensor | None]:
@@ -140,36 +140,43 @@ class Single(ParticleLoop):
             return closed.log_weights, self.log_z0 + closed.log_z + log_mean_exp(closed.log_weights)
 
         fused = fused_pass(self.model, self.parameters, terms, walkers.x, points, weigh)
-        if self.lag and not self.weighted:
-            closed = forget(closed, fused)
-        return closed, fused
-
-    def _info(self, before: Walkers, after: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-        """Values of the terms, diagnostics of the particles, and one number that is finite if all is well."""
-        info: dict[str, Any] = {"values": fused.values, "alarm": after.x.sum()}
-        info["norm"] = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None])
-        if acceptance is not None:
-            info["acceptance"] = acceptance.mean()
         if self.weighted:
-            info["ess"] = fused.particles.ess
-            info["log_z"] = self.log_z0 + before.log_z + log_mean_exp(before.log_weights)
-        if self.lag and not self.weighted:
-            info["lag"] = before.lag
-        return info
+            log_z = self.log_z0 + closed.log_z + log_mean_exp(closed.log_weights)
+            return closed, fused, {"ess": fused.particles.ess, "log_z": log_z}
+        closed, lag = forget(closed, fused, alike=all(term.constant_charges for _, term in terms))
+        return closed, fused, {"lag": lag}
 
 
-def forget(walkers: Walkers, fused: Fused) -> Walkers:
-    """For particles that carry weights for information only: note the lag and forget them once they are exhausted.
+def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
+    """Values of the terms, the norm of Γ, and one number that is finite if the particles are."""
+    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None])
+    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": walkers.x.sum()}
+    return info if acceptance is None else info | {"acceptance": acceptance.mean()}
+
+
+def forget(walkers: Walkers, fused: Fused, alike: bool) -> tuple[Walkers, Tensor]:
+    """For particles that carry weights for information only: their lag, and the weights given up once exhausted.
 
     The lag is by how many standard deviations the weighted mean of V, or of the charges, differs from the plain one.
     Particles that keep up have weights that say nothing about where they are, and no lag however spread the weights.
+    Weights begin anew when fewer than half of the particles are effective; the lag that they told then stays on record
+    until the next time.
+
+    Args:
+        walkers: with weights closed under the present θ.
+        fused: V and charges there.
+        alike: whether all charges are the same, and tell nothing.
     """
-    log_weights = walkers.log_weights
-    w = torch.softmax(log_weights, 0)
+    w = torch.softmax(walkers.log_weights, 0)
 
     def difference(values: Tensor) -> Tensor:
-        return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).detach()
+        return (w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)
 
-    lag = torch.maximum(difference(fused.here.value), difference(fused.charges))
-    due = exhausted(log_weights)
-    return walkers._replace(log_weights=torch.where(due, 0.0, log_weights), lag=torch.where(due, lag, walkers.lag))
+    lag = difference(fused.here.value)
+    if not alike:
+        lag = torch.maximum(lag, difference(fused.charges.detach()))
+    due = exhausted(walkers.log_weights)
+    kept = walkers._replace(
+        log_weights=torch.where(due, 0.0, walkers.log_weights), lag=torch.where(due, lag, walkers.lag)
+    )
+    return kept, torch.maximum(lag, walkers.lag)

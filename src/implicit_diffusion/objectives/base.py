@@ -81,7 +81,13 @@ class Objective:
     def __add__(self, other: Objective) -> Objective:
         return Objective(self.terms + other.terms)
 
-    def __mul__(self, factor: float) -> Objective:
+    def __neg__(self) -> Objective:
+        return -1.0 * self
+
+    def __sub__(self, other: Objective) -> Objective:
+        return self + -other
+
+    def __mul__(self, factor: float | int) -> Objective:
         return Objective(tuple((factor * c, term) for c, term in self.terms))
 
     __rmul__ = __mul__

@@ -151,7 +151,7 @@ def power_law(scale: float, exponent: float) -> Callable[[int], float]:
     """The schedule k ↦ scale · (k + 1)^{−exponent}, k = 0, 1, …
 
     The paper's discrete rates have h_k = c k^{−1/3} and η_k = h_k k^{−1/3}: `power_law(c, 1/3)` for the sampler and
-    `power_law(c, 2/3)` for θ (with `torch.optim.lr_scheduler.LambdaLR`).
+    `power_law(c, 2/3)` for θ, by `torch.optim.lr_scheduler.LambdaLR`, which multiplies: begin with lr=1.
     """
     return lambda k: scale * (k + 1) ** -exponent
 
