@@ -1,0 +1,128 @@
+"""The two KL divergences: charges by hand, values by quadrature, and no place on chains."""
+
+import math
+
+import pytest
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.gradients import Adjoint
+from implicit_diffusion.loops import Nested
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import ForwardKL, PathKL, ReverseKL, Reward
+from implicit_diffusion.particles import Particles
+from tests.oracles import affine_chain
+from tests.oracles_gibbs import Quartic, line
+
+F64 = torch.float64
+DATA = torch.linspace(-1, 2, 7, dtype=F64)[:, None]
+
+
+def weighted(n=9, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Particles(torch.randn(n, 1, generator=g, dtype=F64), torch.randn(n, generator=g, dtype=F64))
+
+
+def test_forward_charges_are_those_of_maximum_likelihood():
+    p, term = weighted(), ForwardKL(DATA)
+    found = term.charges(p, Quartic()(p.x).detach(), term.draw(torch.Generator()))
+    torch.testing.assert_close(found.particles, -p.weights)
+    torch.testing.assert_close(found.on_points, torch.full((7,), 1 / 7, dtype=F64))
+    assert found.value is None and term.constant_charges
+    assert (found.particles.sum() + found.on_points.sum()).abs() < 1e-15
+
+
+def test_cross_entropy_needs_log_z():
+    potential, p, term = Quartic(), weighted(), ForwardKL(DATA)
+    log_z = torch.tensor(line().law(potential)[1], dtype=F64)
+    at_data = potential(DATA).detach()
+    found = term.charges(p, potential(p.x).detach(), DATA)
+    assert term.estimate(found, at_data, None) is None
+    log_density = -at_data - log_z
+    torch.testing.assert_close(term.estimate(found, at_data, log_z), -log_density.mean())
+
+
+def test_batches_are_drawn_from_the_data_and_replayed():
+    term = ForwardKL(DATA, batch=5)
+    one, two, three = (term.draw(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert one.shape == (5, 1) and torch.equal(one, two) and not torch.equal(one, three)
+    assert torch.isin(one, DATA).all()
+    many = ForwardKL(DATA, batch=70_000).draw(torch.Generator().manual_seed(2))
+    counts = torch.bincount(torch.searchsorted(DATA[:, 0], many[:, 0]), minlength=7)
+    assert ((counts - 10_000).abs() < 4 * math.sqrt(10_000)).all()
+
+
+def test_reverse_charges_and_value_by_hand():
+    p, here = weighted(), Quartic()
+    term = ReverseKL(Quartic((-0.5, 0.8)))
+    energy, other, w = here(p.x).detach(), term.potential(p.x).detach(), p.weights
+    excess = energy - other
+    found = term.charges(p, energy, None)
+    expected = w * (excess - (w * excess).sum()) / (1 - (w**2).sum())
+    torch.testing.assert_close(found.particles, expected, rtol=1e-12, atol=1e-14)
+    assert found.particles.sum().abs() < 1e-14
+    torch.testing.assert_close(found.value, (w * excess.exp()).sum().log() - (w * excess).sum())
+    shifted = ReverseKL(lambda x: term.potential(x) + 3.7).charges(p, energy, None)
+    torch.testing.assert_close(shifted.particles, found.particles, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(shifted.value, found.value, rtol=1e-11, atol=1e-13)  # and of the normaliser of e^{−U}
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_reverse_value_is_the_kl_by_quadrature(weights):
+    here, other, n = Quartic(), Quartic((-0.2, 0.1)), 200_000
+    p, log_z = line().law(here)
+    q, other_log_z = line().law(other)
+    exact = (p * (p / q).log()).sum().item()
+    base = Quartic((0.0, 0.0)) if weights else here
+    x = base.draw(n, torch.Generator().manual_seed(0))
+    energy = here(x).detach()
+    particles = Particles(x, base(x).detach() - energy if weights else None)
+    value = ReverseKL(other).charges(particles, energy, None).value.item()
+    w, excess = particles.weights, energy - other(x).detach()
+    ratio = (excess + log_z - other_log_z).exp()  # dq/dp; the estimate is a smooth function of two weighted means
+    influence = w * (ratio - excess + (w * excess).sum() - 1)
+    error = influence.square().sum().sqrt().item()
+    assert error < 0.02 * exact
+    assert abs(value - exact) < 4 * error
+
+
+def test_kl_to_the_initial_potential_is_zero_and_then_not():
+    potential, p = Quartic(), weighted()
+    term = ReverseKL.to_initial(potential)
+    start = term.charges(p, potential(p.x).detach(), None)
+    assert start.value.abs() < 1e-14 and start.particles.abs().max() < 1e-14
+    potential.theta.data += 0.3
+    assert term.charges(p, potential(p.x).detach(), None).value > 1e-3
+    assert not any(parameter.requires_grad for parameter in term.potential.parameters())
+
+
+@pytest.mark.parametrize("term", [ForwardKL(torch.zeros(3, 2, dtype=F64)), ReverseKL(lambda x: x.sum(1))])
+def test_chains_refuse_what_needs_a_density(term):
+    """Either alone or beside a reward: a chain has no e^{−V}."""
+    chain, reward = affine_chain(4, 2)
+    for objective in (Reward(reward) + term, Reward(reward) + 0.1 * PathKL() + 2.0 * term, 1.0 * term):
+        with pytest.raises(InvalidInputError, match=type(term).__name__):
+            Nested(chain, objective, torch.optim.SGD(chain.denoiser.parameters(), lr=0.1), batch=2, noise=Noise(0))
+    assert Adjoint  # estimators are reached through the loops, which check
+
+
+@pytest.mark.parametrize(
+    ("message", "build"),
+    [
+        ("data must be finite and at least one", lambda: ForwardKL(DATA[:0])),
+        ("data must be finite", lambda: ForwardKL(DATA * float("nan"))),
+        ("batch must be an integer ≥ 1", lambda: ForwardKL(DATA, batch=0)),
+        ("data have event shape", lambda: check(ForwardKL(torch.zeros(3, 2, dtype=F64)))),
+        ("data are torch.float32", lambda: check(ForwardKL(DATA.float()))),
+        ("ReverseKL: its potential must return finite", lambda: check(ReverseKL(lambda x: x.sum()))),
+        ("ReverseKL: its potential must return finite", lambda: check(ReverseKL(lambda x: (x[:, 0] - 99).log()))),
+    ],
+)
+def test_refusals(message, build):
+    with pytest.raises(InvalidInputError, match=message):
+        build()
+
+
+def check(term):
+    p = weighted()
+    term.check_stationary(p, Quartic()(p.x).detach())

@@ -1,0 +1,219 @@
+"""What every functional of points owes: F′ against differences, charges of total zero, gradients in positions."""
+
+import pytest
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.gradients import terminal_adjoint
+from implicit_diffusion.objectives import MMD, Functional, Reward, Sinkhorn, gaussian_kernel
+from implicit_diffusion.particles import Particles
+from tests.oracles_gibbs import sinkhorn_divergence
+
+F64 = torch.float64
+DATA = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.5
+EPSILON = 1.5
+
+
+def variance_and_mean(x, w):
+    mean = w @ x
+    return (mean - 1).square().sum() + (w @ x.square() - mean.square()).log().sum()
+
+
+TERMS = {
+    "reward": Reward(lambda x: x.sin().sum(1)),
+    "functional": Functional(variance_and_mean),
+    "mmd": MMD(DATA, gaussian_kernel(1.3)),
+    "sinkhorn": Sinkhorn(DATA, EPSILON),
+}
+
+
+def particles(n=8, seed=0, weighted=True):
+    g = torch.Generator().manual_seed(seed)
+    x, a = torch.randn(n, 2, generator=g, dtype=F64), torch.randn(n, generator=g, dtype=F64)
+    return Particles(x, a if weighted else None)
+
+
+def value_of(name, x, w):
+    """F(Σ w_i δ_{x_i}) in our own words, for any weights that sum to one."""
+    if name == "reward":
+        return -(w @ x.sin().sum(1)).item()
+    if name == "functional":
+        return variance_and_mean(x, w).item()
+    if name == "mmd":
+        k = gaussian_kernel(1.3)
+        gram = k(DATA, DATA)
+        within = (gram.sum() - gram.diagonal().sum()) / 30
+        return (w @ k(x, x) @ w - 2 * w @ k(x, DATA).mean(1) + within).item()
+    return sinkhorn_divergence(w, x, torch.full((6,), 1 / 6, dtype=F64), DATA, EPSILON)
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_first_variation_against_differences_of_the_value(name, weighted):
+    """d/dε F((1−ε)p + εq) = ∫F′ d(q − p), for q another law on the same points.
+
+    MMD is a U-statistic, which leaves out pairs of a particle with itself: on a law with atoms it is compared with
+    F only in the limit of atoms split into many copies, by extrapolation.
+    """
+    p = particles(weighted=weighted)
+    w = p.weights
+    q = torch.rand(8, generator=torch.Generator().manual_seed(5), dtype=F64)
+    q, step = q / q.sum(), 1e-4
+    sides = [value_of(name, p.x, (1 - e) * w + e * q) for e in (step, -step)]
+    slope = (sides[0] - sides[1]) / (2 * step)
+    if name == "mmd":
+        (f100, v100), (f200, v200) = (split(TERMS[name], p, copies) for copies in (100, 200))
+        variation, value = 2 * f200 - f100, 2 * v200 - v100
+    else:
+        variation, value = TERMS[name].first_variation(p)
+    tolerance = 3e-5 if name == "mmd" else 1e-7
+    assert ((q - w) @ variation).item() == pytest.approx(slope, rel=tolerance, abs=tolerance)
+    assert value.item() == pytest.approx(value_of(name, p.x, w), rel=tolerance, abs=tolerance)
+    torch.testing.assert_close(TERMS[name].value(p).detach(), TERMS[name].first_variation(p)[1])
+
+
+def split(term, p, copies):
+    """F′ and F where each atom is `copies` particles of equal weight."""
+    x = p.x.repeat_interleave(copies, 0)
+    variation, value = term.first_variation(Particles(x, p.weights.log().repeat_interleave(copies)))
+    return variation[::copies], value
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_charges(name, weighted):
+    """−w_i(F′_i − mean)/(1 − Σw²): total zero, the factor n/(n − 1) where weights are equal, F′'s constant is gone."""
+    p, term = particles(weighted=weighted), TERMS[name]
+    w, (variation, value) = p.weights, TERMS[name].first_variation(p)
+    found = term.charges(p, torch.zeros(8, dtype=F64), None)
+    expected = -w * (variation - w @ variation) / (1 - w.square().sum())
+    torch.testing.assert_close(found.particles, expected, rtol=1e-10, atol=1e-12)
+    if not weighted:
+        torch.testing.assert_close(found.particles, -(variation - variation.mean()) / 7, rtol=1e-10, atol=1e-12)
+    assert found.particles.sum().abs() < 1e-12 and found.points is None
+    torch.testing.assert_close(found.value, value)
+
+    class Shifted(type(term)):
+        def first_variation(self, particles):
+            variation, value = super().first_variation(particles)
+            return variation + 11.0, value
+
+    shifted = Shifted.__new__(Shifted)
+    shifted.__dict__ = term.__dict__
+    again = shifted.charges(p, torch.zeros(8, dtype=F64), None)
+    torch.testing.assert_close(again.particles, found.particles, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_in_positions(name, weighted):
+    p = particles(n=5, weighted=weighted)
+    step = 1e-4 if name == "sinkhorn" else 1e-6  # its solver stops at 1e−9
+    assert torch.autograd.gradcheck(
+        lambda x: TERMS[name].value(Particles(x, p.log_weights)), p.x.clone().requires_grad_(), eps=step, atol=2e-5
+    )
+
+
+def test_terminal_adjoint_of_a_sum_on_a_chain():
+    """λ_N,i = ∂f/∂x_i of 2 Reward + 0.5 MMD + Sinkhorn + Functional, each term reported by its name."""
+    objective = 2.0 * TERMS["reward"] + 0.5 * TERMS["mmd"] + TERMS["sinkhorn"] + TERMS["functional"]
+    x = particles().x
+    adjoint, values = terminal_adjoint(objective, x)
+    step, (i, j) = 1e-4, (3, 1)
+
+    def total(shift):
+        moved = x.clone()
+        moved[i, j] += shift
+        return sum(c * term.value(Particles(moved)) for c, term in objective.terminal).item()
+
+    assert adjoint[i, j].item() == pytest.approx((total(step) - total(-step)) / (2 * step), rel=1e-4, abs=1e-6)
+    assert set(values) == {"reward", "mmd2", "sinkhorn", "functional"}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_particles_without_weight_do_not_count(name):
+    """Weights may underflow to zero; such particles bear no charge, and the others those of a law without them."""
+    p = particles()
+    x, a = torch.cat([p.x, p.x[:1] + 3]), torch.cat([p.log_weights, p.log_weights[:1] - 2000])
+    found = TERMS[name].charges(Particles(x, a), torch.zeros(9, dtype=F64), None)
+    expected = TERMS[name].charges(p, torch.zeros(8, dtype=F64), None)
+    assert found.particles[8] == 0
+    torch.testing.assert_close(found.particles[:8], expected.particles, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-7, atol=1e-9)
+
+
+def test_events_of_any_shape():
+    g = torch.Generator().manual_seed(3)
+    x, data = torch.randn(7, 2, 3, generator=g, dtype=F64), torch.randn(5, 2, 3, generator=g, dtype=F64)
+    for build in (lambda d: MMD(d), lambda d: Sinkhorn(d, 2.0)):
+        folded, flat = build(data), build(data.flatten(1))
+        torch.testing.assert_close(folded.value(Particles(x)), flat.value(Particles(x.flatten(1))))
+        with pytest.raises(InvalidInputError, match=r"data have event shape \(2, 3\), particles \(6,\)"):
+            folded.value(Particles(x.flatten(1)))
+
+
+def test_reports_and_terms():
+    f = TERMS["reward"] + 0.5 * (TERMS["mmd"] + 2.0 * TERMS["sinkhorn"])
+    assert [(c, term.name) for c, term in f.terms] == [(1.0, "reward"), (0.5, "mmd2"), (1.0, "sinkhorn")]
+    assert f.stationary == f.terminal and not f.running
+    assert [term.name for _, term in (0.0 * TERMS["mmd"] + TERMS["reward"]).stationary] == ["reward"]
+
+
+@pytest.mark.parametrize(
+    ("message", "build"),
+    [
+        ("data must be finite and at least two", lambda: MMD(DATA[:1])),
+        ("data must be finite", lambda: MMD(DATA * float("inf"))),
+        ("bandwidth must be positive", lambda: gaussian_kernel(0.0)),
+        ("data must be finite and at least one", lambda: Sinkhorn(DATA[:0], 1.0)),
+        ("epsilon must be positive", lambda: Sinkhorn(DATA, 0.0)),
+        ("data have event shape", lambda: MMD(DATA).value(Particles(torch.zeros(3, 1, dtype=F64)))),
+        ("functional must be a 0-d tensor", lambda: charge(lambda x, w: w * x[:, 0])),
+        (
+            "functional must be a 0-d tensor that depends on the particles' weights",
+            lambda: charge(lambda x, w: x.sum()),
+        ),
+        ("functional must be a 0-d tensor", lambda: charge(lambda x, w: (w @ x[:, 0]).detach())),
+        ("first variation of functional is NaN", lambda: charge(lambda x, w: (w @ x[:, 0] - 99).sqrt())),
+    ],
+)
+def test_refusals(message, build):
+    with pytest.raises(InvalidInputError, match=message):
+        build()
+
+
+def test_a_solver_that_does_not_converge_says_so(monkeypatch):
+    import ot
+
+    right = ot.bregman.sinkhorn_log
+    monkeypatch.setattr(ot.bregman, "sinkhorn_log", lambda *a, **k: right(*a, **(k | {"numItermax": 20})))
+    with pytest.raises(InvalidInputError, match=r"Sinkhorn did not converge .* epsilon 0\.1; .* take a larger epsilon"):
+        Sinkhorn(DATA, 0.1).value(particles())
+
+
+def test_sinkhorn_value_from_the_plans_of_another_solver():
+    """OT_ε from POT's plans: ⟨T, C⟩ + ε KL(T‖a⊗b)."""
+    import ot
+
+    p, b = particles(), torch.full((6,), 1 / 6, dtype=F64)
+
+    def divergence(w):
+        total = 0.0
+        for c, one, x, other, y in ((1, w, p.x, b, DATA), (-0.5, w, p.x, w, p.x), (-0.5, b, DATA, b, DATA)):
+            cost = (x[:, None] - y).square().sum(-1)
+            plan = ot.sinkhorn(one, other, cost, EPSILON, method="sinkhorn", stopThr=1e-13, numItermax=5000)
+            total += c * ((plan * cost).sum() + EPSILON * (plan * (plan / (one[:, None] * other)).log()).sum())
+        return total
+
+    w, q = p.weights, torch.full((8,), 1 / 8, dtype=F64)
+    variation, value = TERMS["sinkhorn"].first_variation(p)
+    torch.testing.assert_close(value, divergence(w), rtol=1e-8, atol=1e-8)
+    slope = (divergence(w + 1e-4 * (q - w)) - divergence(w - 1e-4 * (q - w))) / 2e-4
+    torch.testing.assert_close((q - w) @ variation, slope, rtol=1e-6, atol=1e-7)
+
+
+def charge(function):
+    p = particles()
+    unchecked = Functional(function)
+    unchecked.value = lambda p: function(p.x, p.weights)  # beneath the run-time type checks of the tests
+    unchecked.check_stationary(p, torch.zeros(8, dtype=F64))

@@ -1,0 +1,69 @@
+"""Warm-up reaches its target; resampling counts as it should."""
+
+import pytest
+import torch
+
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.samplers import HMC, MALA, ULA, warm_up
+from implicit_diffusion.samplers.resampling import systematic
+from tests.oracles_gibbs import Banana, Harmonic, Quartic, advance
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("start", [1e-3, 5.0])
+@pytest.mark.parametrize(("kernel", "target"), [(MALA, None), (HMC, None), (MALA, 0.8), (HMC, 0.6)])
+def test_reaches_the_target(kernel, target, start):
+    potential = Banana()
+    x = potential.draw(500, torch.Generator().manual_seed(0))
+    tuned, x = warm_up(kernel(start), potential, x, Noise(0), target=target)
+    target = target or {MALA: 0.574, HMC: 0.8}[kernel]
+    measured = [advance(tuned, potential, x, 1, seed=k).acceptance.mean() for k in range(20)]
+    assert abs(torch.stack(measured).mean().item() - target) < 0.02
+    assert isinstance(tuned, kernel) and tuned.step_size != start
+
+
+def test_is_replayable_and_leaves_the_kernel_and_the_mode_alone():
+    kernel, potential = MALA(0.1), Quartic().train()
+    x = potential.draw(50, torch.Generator().manual_seed(0))
+    one, two = (warm_up(kernel, potential, x, Noise(3), steps=30) for _ in range(2))
+    assert one[0].step_size == two[0].step_size and torch.equal(one[1], two[1])
+    assert kernel.step_size == 0.1 and potential.training
+
+
+def test_refusals():
+    x = torch.zeros(4, 2, dtype=F64)
+    with pytest.raises(InvalidInputError, match="ULA never rejects"):
+        warm_up(ULA(0.1), Harmonic(), x, Noise(0))
+    with pytest.raises(InvalidInputError, match="steps must be"):
+        warm_up(MALA(0.1), Harmonic(), x, Noise(0), steps=19)
+    with pytest.raises(InvalidInputError, match="target must lie"):
+        warm_up(MALA(0.1), Harmonic(), x, Noise(0), target=1.0)
+    with pytest.raises(NonFiniteError, match="smaller step size"):
+        warm_up(MALA(0.1), Harmonic(), x * float("nan"), Noise(0))
+
+
+def test_systematic_resampling_counts_floor_or_ceil_and_is_unbiased():
+    n, draws = 40, 1000
+    log_weights = 2 * torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=F64)
+    share = n * log_weights.softmax(0)
+    total = torch.zeros(n, dtype=F64)
+    for u in (torch.arange(draws, dtype=F64) + 0.5) / draws:  # the mean over the uniform, by the midpoint rule
+        index = systematic(log_weights, u)
+        counts = torch.bincount(index, minlength=n).to(F64)
+        assert counts.sum() == n
+        assert ((counts == share.floor()) | (counts == share.ceil())).all()
+        total += counts
+    assert (total / draws - share).abs().max() < 2 / draws
+
+
+def test_systematic_resampling_at_the_edges():
+    zero, one = torch.tensor(0.0), torch.tensor(1 - 2.0**-24)
+    even = torch.zeros(1000)
+    for u in (torch.tensor(0.01), torch.tensor(0.5)):
+        assert torch.equal(systematic(even, u), torch.arange(1000))
+    assert systematic(even, zero).max() == 999
+    alone = torch.full((8,), -200.0)
+    alone[3] = 0
+    assert (systematic(alone, one) == 3).all() and (systematic(alone, zero) == 3).all()
