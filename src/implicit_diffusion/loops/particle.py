@@ -197,7 +197,8 @@ class ParticleLoop(Loop):
         move = self.kernel.move(
             walkers.x, walkers.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h
         )
-        moved = walkers._replace(x=move.x, momentum=move.momentum)
+        momentum = None if move.momentum is None else innermost(move.momentum)
+        moved = walkers._replace(x=innermost(move.x), momentum=momentum)  # one layout: a resumed run adds alike
         if self.tracked:
             debt = self.kernel.owe(walkers.x, here, move, h)
             moved = moved._replace(previous=walkers.x, debt=debt, h=h.clone())

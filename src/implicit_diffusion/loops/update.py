@@ -175,4 +175,6 @@ class Update:
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)
+        if not bad:
+            return "the particles or the norm of the gradient overflow"
         return f"the gradient of {bad} of {len(self.parameters)} parameter tensors holds NaN or infinity"

@@ -139,7 +139,7 @@ def metropolis(
     accept = uniform < log_ratio.exp()  # NaN is not accepted
     chosen = accept.view(-1, *[1] * (old[0].ndim - 1))
     x = torch.where(chosen, new[0], old[0])
-    return Move(x, None, torch.where(accept, new[1], old[1]), log_ratio.exp().clamp(max=1))
+    return Move(x, None, torch.where(accept, new[1], old[1]), log_ratio.exp().clamp(max=1).nan_to_num(0.0))
 
 
 def inner(a: Float[Tensor, "n *event"], b: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
@@ -157,8 +157,11 @@ def power_law(scale: float, exponent: float) -> Callable[[int], float]:
 
 
 def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
-    """N(0, 1) with shape (count, *x.shape), laid out in memory as x is."""
-    if x.ndim == 2 and x.stride(0) == 1:
+    """N(0, 1) with shape (count, *x.shape), for short vectors with the particles innermost.
+
+    The numbers depend on the shape of x alone, not on its layout in memory: a resumed run draws the same.
+    """
+    if x.ndim == 2 and x.shape[1] <= 16:
         shape = (count, x.shape[1], x.shape[0])
         return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
     return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
