@@ -16,10 +16,12 @@ class Particles:
     Args:
         x: positions, with shape (n, *event).
         log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
+        log_z: log ∫ e^{−V} of the law that they stand for, where they carry it.
     """
 
     x: Float[Tensor, "n *event"]
     log_weights: Float[Tensor, " n"] | None = None
+    log_z: Float[Tensor, ""] | None = None
 
     def __len__(self) -> int:
         return len(self.x)

@@ -15,32 +15,19 @@ single loop, and again with the η of a published grid at which their final exac
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, hard_reward, mixture, smooth_reward
-from implicit_diffusion.loops import NestedParticles, Single, Unrolled
-from implicit_diffusion.loops.diagnostics import advice
-from implicit_diffusion.loops.particle import ParticleLoop
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import ForwardKL, Objective, Reward
-from implicit_diffusion.potentials import GaussianMixture, Guided
+from implicit_diffusion.experiments.hexagon_arms import ARMS, TRAINED, Arms, Trace, logits_of
+from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
 from implicit_diffusion.runs import RunDirectory, progress
-from implicit_diffusion.samplers import ULA
-from implicit_diffusion.samplers.simulate import simulate
 
-INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 2
-START, DATA, TRAIN, TUNE = range(4)  # streams of noise
-TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
 COMPILED_FROM = 20_000  # iterations in all, above which compiling pays
 
 
@@ -101,31 +88,6 @@ class Config:
         )
 
 
-@dataclass
-class Trace:
-    """One run of one arm.
-
-    Args:
-        arm: its name.
-        seed: of its noise.
-        potential: the final one.
-        points: what happened, one dictionary per record.
-        clouds: particles at the beginning, half-way and at the end, with θ there.
-        seconds: spent sampling and training.
-        tail: rewards of the last tenth of the iterations.
-        advice: what the diagnostics say at the end.
-    """
-
-    arm: str
-    seed: int
-    potential: nn.Module
-    points: list[dict[str, Any]] = field(default_factory=list)
-    clouds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    seconds: float = 0.0
-    tail: list[float] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
-
-
 def run(config: Config) -> dict[str, Any]:
     """All arms and seeds, summary, figures; returns the summary.
 
@@ -171,127 +133,6 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-class Arms:
-    """How every arm runs."""
-
-    def __init__(self, config: Config) -> None:
-        assert config.step_size is not None
-        self.config, self.kernel = config, ULA(config.step_size)
-        self.rates = dict.fromkeys(TRAINED, config.lr)
-        self.optimal: dict[int, Tensor] = {}  # θ_opt by seed
-        self.compiled: dict[str, ParticleLoop] = {}  # by arm: compiling once serves all seeds
-
-    def run(self, name: str, seed: int) -> Trace:
-        """One run of one arm."""
-        noise = Noise(seed)
-        if name in TRAINED:
-            return self._train(name, seed, noise, self.rates[name])
-        potential: nn.Module = mixture(self.optimal[seed] if name == "transfer" else None, self.config.sigma)
-        if name == "guidance":
-            potential = Guided(potential, smooth_reward, self.config.guidance)
-        return self._sample(name, seed, noise, potential)
-
-    def tune(self, name: str, exact: Exact) -> dict[str, float]:
-        """Final exact reward for every η of the grid, on seeds of their own; the best one is kept."""
-        rewards = {}
-        for rate in self.config.grid:
-            runs = [self._train(name, seed, Noise(seed).stream(TUNE), rate) for seed in range(TUNING_SEEDS)]
-            rewards[f"{rate:g}"] = mean(exact.reward(_logits(t.potential)) for t in runs)
-        self.rates[name] = float(max(rewards, key=rewards.__getitem__))
-        return rewards
-
-    def start(self, noise: Noise, exact: bool) -> Tensor:
-        """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes ask for them."""
-        n, initial = self.config.particles, mixture(None, self.config.sigma)
-        if exact or self.config.sigma < 1:
-            return initial.sample(n, noise, START)
-        return noise.normal((n, 2), START)
-
-    def loop(self, name: str, noise: Noise, rate: float) -> tuple[ParticleLoop, int]:
-        """The loop of an arm that trains, and its updates."""
-        config, potential = self.config, mixture(None, self.config.sigma)
-        objective: Objective = Reward(hard_reward)
-        if config.forward_kl:
-            data = mixture(None, config.sigma).sample(100_000, noise, DATA)
-            objective = objective + config.forward_kl * ForwardKL(data, batch=config.particles)
-        sgd = torch.optim.SGD([potential.logits], lr=rate)
-        common: dict[str, Any] = {
-            "particles": self.start(noise, exact=name == "weighted"),
-            "noise": noise.stream(TRAIN),
-        }
-        budget = 2 * config.steps
-        if name.startswith("nested"):
-            nested = NestedParticles(potential, self.kernel, objective, sgd, inner_steps=INNER, **common)
-            return nested, max(1, budget // (INNER + 1))
-        if name.startswith("unrolled"):
-            unrolled = Unrolled(potential, self.kernel, objective, sgd, unrolled_steps=UNROLL, **common)
-            return unrolled, max(1, budget // (2 * UNROLL))
-        weighted = name == "weighted"
-        common |= {"weighted": weighted, "lag": not weighted, "compiled": bool(config.compile)}
-        fresh = Single(potential, self.kernel, objective, sgd, **common)
-        loop = self.compiled.setdefault(name, fresh) if config.compile else fresh
-        if loop is not fresh:
-            loop.noise, loop.objective = fresh.noise, fresh.objective
-            loop.load_state_dict(fresh.state_dict())
-        return loop, config.steps
-
-    def _train(self, name: str, seed: int, noise: Noise, rate: float) -> Trace:
-        loop, updates = self.loop(name, noise, rate)
-        potential = loop.model
-        assert isinstance(potential, GaussianMixture)
-
-        def steps() -> Iterator[tuple[dict[str, Any], Tensor]]:
-            for metrics in loop.run(updates):
-                yield metrics, loop.walkers.x
-
-        trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
-        last = trace.points[-1]
-        trace.potential = mixture(potential.logits.detach(), self.config.sigma)
-        trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last})
-        if name == "implicit":
-            self.optimal[seed] = potential.logits.detach().clone()
-        return trace
-
-    def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:
-        steps, per = self.config.steps, self.kernel.evaluations
-        x = self.start(noise, exact=False)
-
-        def moves() -> Iterator[tuple[dict[str, Any], Tensor]]:
-            for k, move in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
-                yield {"reward": hard_reward(move.x).mean(), "gradient_evaluations": k * per}, move.x
-
-        return _record(Trace(name, seed, potential), moves(), steps, lambda: _logits(potential).detach())
-
-
-ARMS = ("untrained", "implicit", "weighted", "guidance", "transfer", *TRAINED[2:])
-SHOWN = ("reward", "gradient_evaluations", "lag", "ess", "log_z", "grad_norm")
-
-
-def _record(
-    trace: Trace, steps: Iterator[tuple[dict[str, Any], Tensor]], total: int, logits: Callable[[], Tensor]
-) -> Trace:
-    """Drive `total` steps; keep a hundred records, three clouds of particles and the rewards of the last tenth."""
-    due = {round(total * (i + 1) / RECORDS) for i in range(RECORDS)}
-    start, clouds = time.perf_counter(), (1, (total + 1) // 2, total)
-    for k, (metrics, x) in enumerate(steps, 1):
-        trace.seconds += time.perf_counter() - start
-        if k > total - max(1, total // 10):
-            trace.tail.append(float(metrics["reward"]))
-        if k in due:
-            point = {name: float(metrics[name]) for name in SHOWN if name in metrics}
-            trace.points.append({"iteration": k, "seconds": trace.seconds, "logits": logits()} | point)
-        if k in clouds:
-            trace.clouds.append((x.detach().clone(), logits()))
-        start = time.perf_counter()
-    return trace
-
-
-def _logits(potential: nn.Module) -> Tensor:
-    inner = potential.potential if isinstance(potential, Guided) else potential
-    assert isinstance(inner, GaussianMixture)
-    return inner.logits
-
-
 def describe(trace: Trace, exact: Exact) -> None:
     """Add to every record what is known exactly under its θ; guidance has no θ of its own."""
     coarse, initial = Exact(exact.sigma, 200), torch.tensor(LOGITS)
@@ -311,8 +152,8 @@ def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
     modes = torch.tensor([exact.modes(p) for p in finals], dtype=torch.float64)
     arm: dict[str, Any] = {"reward": mean(rewards), "reward_std": stdev(rewards) if len(rewards) > 1 else None}
     if traces[0].arm != "guidance":
-        arm["reward_exact"] = mean(exact.reward(_logits(p)) for p in finals)
-        modes = torch.stack([_logits(p).detach().double().softmax(0) for p in finals])
+        arm["reward_exact"] = mean(exact.reward(logits_of(p)) for p in finals)
+        modes = torch.stack([logits_of(p).detach().double().softmax(0) for p in finals])
     return arm | {
         "mode_probabilities": modes.mean(0).tolist(),
         "kl_from_initial": mean(exact.kl(p, initial) for p in finals),

@@ -12,7 +12,8 @@ from implicit_diffusion.experiments.hexagon_problem import MODES, mixture
 from implicit_diffusion.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from implicit_diffusion.experiments.hexagon import Config, Trace
+    from implicit_diffusion.experiments.hexagon import Config
+    from implicit_diffusion.experiments.hexagon_arms import Trace
 
 COLOURS = {
     "untrained": "#8a8f98",

@@ -81,7 +81,7 @@ def fused_pass(
             here = Energy(energy.detach(), force)
             if weigh is not None:
                 log_weights, log_z = weigh(here)
-        particles = Particles(x.detach(), log_weights)
+        particles = Particles(x.detach(), log_weights, log_z)
         on_particles, values, remaining = torch.zeros_like(energy), {}, iter(rest)
         outside: list[Tensor] = []
         for (weight, term), y in zip(terms, points, strict=True):

@@ -15,10 +15,11 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import fused_pass
-from implicit_diffusion.loops.particle import ParticleLoop, innermost
+from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.samplers.kernel import innermost
 
 
 class NestedParticles(ParticleLoop):

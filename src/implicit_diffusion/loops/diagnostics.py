@@ -101,7 +101,7 @@ def advice(
         )
     if history is not None and r_hat(history) > MIXED:
         found.append(
-            f"chains have not come together (R-hat {r_hat(history):.2f}). Either the record is short, or particles stay "
-            "in the modes where they began: if a longer run says the same, take weighted=True with X_0 drawn from π_θ"
+            f"chains have not come together (R-hat {r_hat(history):.2f}): either the record is short, or particles "
+            "stay in the modes where they began. If a longer run says the same, take weighted=True with X_0 from π_θ"
         )
     return found

@@ -22,7 +22,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import GibbsObjective, Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
-from implicit_diffusion.samplers.kernel import Kernel, Move
+from implicit_diffusion.samplers.kernel import Kernel, Move, innermost
 from implicit_diffusion.samplers.resampling import systematic
 
 BLOCK = 2**17  # numbers drawn at once: several iterations of few particles, one of many
@@ -258,8 +258,3 @@ def resample(walkers: Walkers, here: Energy, uniform: Float[Tensor, ""]) -> tupl
 def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
     """Whether the effective sample size is below n/2."""
     return Particles(log_weights, log_weights).ess < len(log_weights) / 2
-
-
-def innermost(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The same numbers; short vectors are laid out with the particles innermost, which is what vectorises."""
-    return x.mT.contiguous().mT if x.ndim == 2 and x.shape[1] <= 16 else x.contiguous()

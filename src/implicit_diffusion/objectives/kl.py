@@ -83,20 +83,24 @@ class ReverseKL(GibbsObjective):
     """KL(π_θ‖e^{−U}/Z), in nats.
 
     With U a frozen copy of the initial potential it is the KL to the initial model, `ReverseKL.to_initial(potential)`.
-    The value is E_p[U − V] + log E_p e^{V − U}, consistent, and biased low for few particles.
+    The value is E_p[U − V] + log Z_U − log Z_V. Where the difference of the last two is not known, it is estimated by
+    log E_p e^{V − U}: consistent, but far too low once the particles have left the bulk of e^{−U}.
 
     Args:
         potential: U, (n, *event) → (n,).
         name: under which metrics report it.
+        log_z: log Z_U, on the scale of the log Z that weighted particles carry.
     """
 
-    def __init__(self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl") -> None:
-        self.potential, self.name = potential, name
+    def __init__(
+        self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
+    ) -> None:
+        self.potential, self.name, self.log_z = potential, name, log_z
 
     @classmethod
     def to_initial(cls, potential: nn.Module, name: str = "kl_to_initial") -> ReverseKL:
-        """KL to the law of `potential` as it stands now."""
-        return cls(frozen_copy(potential), name)
+        """KL to the law of `potential` as it stands now, where a loop with weighted particles begins."""
+        return cls(frozen_copy(potential), name, float(getattr(potential, "log_z", 0.0)))
 
     def charges(
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
@@ -104,11 +108,13 @@ class ReverseKL(GibbsObjective):
         with torch.no_grad():
             excess = energy - self.potential(particles.x)
             log_weights = particles.log_weights
-            if log_weights is None:
-                log_mean = excess.logsumexp(0) - math.log(len(excess))
+            if self.log_z is not None and particles.log_z is not None:
+                log_ratio = self.log_z - particles.log_z
+            elif log_weights is None:
+                log_ratio = excess.logsumexp(0) - math.log(len(excess))
             else:
-                log_mean = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
-            return Charges(centred(excess, particles), value=log_mean - particles.mean(excess))
+                log_ratio = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
+            return Charges(centred(excess, particles), value=log_ratio - particles.mean(excess))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: a potential U of wrong shape, or NaN or infinite on the particles."""

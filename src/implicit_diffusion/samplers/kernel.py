@@ -156,12 +156,22 @@ def power_law(scale: float, exponent: float) -> Callable[[int], float]:
     return lambda k: scale * (k + 1) ** -exponent
 
 
+def short(x: Tensor) -> bool:
+    """Whether x holds vectors so short that loops over their coordinates do not vectorise."""
+    return x.ndim == 2 and x.shape[1] <= 16
+
+
+def innermost(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same numbers; short vectors are laid out with the particles innermost, which does vectorise."""
+    return x.mT.contiguous().mT if short(x) else x.contiguous()
+
+
 def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
     """N(0, 1) with shape (count, *x.shape), for short vectors with the particles innermost.
 
     The numbers depend on the shape of x alone, not on its layout in memory: a resumed run draws the same.
     """
-    if x.ndim == 2 and x.shape[1] <= 16:
+    if short(x):
         shape = (count, x.shape[1], x.shape[0])
         return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
     return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
