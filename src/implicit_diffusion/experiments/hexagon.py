@@ -154,6 +154,8 @@ def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
     if traces[0].arm != "guidance":
         arm["reward_exact"] = mean(exact.reward(logits_of(p)) for p in finals)
         modes = torch.stack([logits_of(p).detach().double().softmax(0) for p in finals])
+    if traces[0].diagnostics:
+        arm["diagnostics"] = traces[0].diagnostics
     return arm | {
         "mode_probabilities": modes.mean(0).tolist(),
         "kl_from_initial": mean(exact.kl(p, initial) for p in finals),

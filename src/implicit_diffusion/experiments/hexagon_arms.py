@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.experiments.hexagon_problem import Exact, hard_reward, mixture, smooth_reward
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
-from implicit_diffusion.loops.diagnostics import advice
+from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Objective, Reward
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from implicit_diffusion.experiments.hexagon import Config
 
 INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 2
+WATCHED = 128  # particles whose mixing is looked at
 START, DATA, TRAIN, TUNE = range(4)  # streams of noise
 TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
 ARMS = ("untrained", "implicit", "weighted", "guidance", "transfer", *TRAINED[2:])
@@ -43,7 +44,9 @@ class Trace:
         clouds: particles at the beginning, half-way and at the end, with θ there.
         seconds: spent sampling and training.
         tail: rewards of the last tenth of the iterations.
-        advice: what the diagnostics say at the end.
+        history: first coordinate of some particles, one row per record.
+        diagnostics: of the loop at the end, and of the second half of the history.
+        advice: what they say, in words.
     """
 
     arm: str
@@ -53,6 +56,8 @@ class Trace:
     clouds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     seconds: float = 0.0
     tail: list[float] = field(default_factory=list)
+    history: list[Tensor] = field(default_factory=list)
+    diagnostics: dict[str, float] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
 
 
@@ -132,7 +137,12 @@ class Arms:
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
         trace.potential = mixture(potential.logits.detach(), self.config.sigma)
-        trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last})
+        history = torch.stack(trace.history[len(trace.history) // 2 :])
+        trace.diagnostics = statistics(loop) | {"signal_to_noise": signal_to_noise(loop), "r_hat": r_hat(history)}
+        trace.diagnostics |= {"ess_in_time": ess_in_time(history), "records": len(history)}
+        trace.advice = advice(
+            loop, {k: last[k] for k in ("lag", "ess") if k in last}, None if name.startswith("nested") else history
+        )
         if name == "implicit":
             self.optimal[seed] = potential.logits.detach().clone()
         return trace
@@ -160,6 +170,7 @@ def _record(
             trace.tail.append(float(metrics["reward"]))
         if k in due:
             point = {name: float(metrics[name]) for name in SHOWN if name in metrics}
+            trace.history.append(x[:WATCHED, 0].detach().clone())
             trace.points.append({"iteration": k, "seconds": trace.seconds, "logits": logits()} | point)
         if k in clouds:
             trace.clouds.append((x.detach().clone(), logits()))

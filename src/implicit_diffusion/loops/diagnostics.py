@@ -74,7 +74,8 @@ def advice(
     Args:
         loop: as it stands.
         metrics: of its last step.
-        history: a statistic of some particles along the run, for R-hat.
+        history: a statistic of some particles along the run, for R-hat; resampling breaks chains, so weighted loops
+            have none.
     """
     found = []
     if float(metrics.get("lag", 0.0)) > LAG:
@@ -99,7 +100,7 @@ def advice(
             f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more particles or a "
             "smaller learning rate"
         )
-    if history is not None and r_hat(history) > MIXED:
+    if history is not None and not loop.weighted and r_hat(history) > MIXED:
         found.append(
             f"chains have not come together (R-hat {r_hat(history):.2f}): either the record is short, or particles "
             "stay in the modes where they began. If a longer run says the same, take weighted=True with X_0 from π_θ"
