@@ -21,7 +21,7 @@ import tyro
 from common import hardware, save
 
 BETAS = {"0.5 σ": 5.3, "1 σ": 2.6, "2 σ": 1.4}  # of brightness, by the gain that the bound allows
-EXTRA = {10: [], 50: ["--batch", "8", "--updates", "200", "--lr", "2.5e-5", "--starts", "64"]}
+EXTRA = {10: [], 50: ["--starts", "128"]}
 COLUMNS = ("captured", "reward_before", "reward_after", "path_kl", "j_before", "j_after", "j_bound", "j_bound_se")
 
 

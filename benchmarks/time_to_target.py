@@ -144,11 +144,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     share = f"{100 * results['config']['share']:g} %"
     axes[0].text(
-        1,
+        0.58,
         results["target"],
-        f"{share} of the way ",
+        f"{share} of the way",
         transform=axes[0].get_yaxis_transform(),
-        ha="right",
+        ha="center",
         va="bottom",
         color="0.4",
     )
