@@ -28,7 +28,7 @@ docs: $(READY)  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 bench: $(READY)  ## everything under benchmarks/; an hour and more
-	for script in chains queue_bias time_to_target digits; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in chains stationary queue_bias time_to_target digits; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache

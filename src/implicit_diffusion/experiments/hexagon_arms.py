@@ -137,12 +137,12 @@ class Arms:
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
         trace.potential = mixture(potential.logits.detach(), self.config.sigma)
-        history = torch.stack(trace.history[len(trace.history) // 2 :])
-        trace.diagnostics = statistics(loop) | {"signal_to_noise": signal_to_noise(loop), "r_hat": r_hat(history)}
-        trace.diagnostics |= {"ess_in_time": ess_in_time(history), "records": len(history)}
-        trace.advice = advice(
-            loop, {k: last[k] for k in ("lag", "ess") if k in last}, None if name.startswith("nested") else history
-        )
+        trace.diagnostics = statistics(loop) | {"signal_to_noise": signal_to_noise(loop)}
+        history = None
+        if len(trace.history) >= 8 and not name.startswith("nested"):  # nested particles begin anew every time
+            history = torch.stack(trace.history[len(trace.history) // 2 :])
+            trace.diagnostics |= {"r_hat": r_hat(history), "ess_in_time": ess_in_time(history), "records": len(history)}
+        trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last}, history)
         if name == "implicit":
             self.optimal[seed] = potential.logits.detach().clone()
         return trace
