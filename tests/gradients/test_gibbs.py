@@ -66,9 +66,12 @@ def judge(rows, truth):
     return z_scores(rows, truth).abs().max(), (along.mean() - 1).item(), (along.std() / math.sqrt(len(along))).item()
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in SIZES else name for name in NAMES]
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["iid", "weighted"])
 @pytest.mark.parametrize("dim", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SLOW)
 def test_against_finite_differences_of_quadrature(name, dim, weighted):
     worst, error, standard = judge(batches(dim, name, weighted), exact(dim, name))
     assert standard <= 0.005, "too few samples to see an error of 2 %"
@@ -99,7 +102,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("name", ["reward", "reverse_kl", "functional", "mmd"])
+@pytest.mark.parametrize("name", ["reward", "reverse_kl", "functional", pytest.param("mmd", marks=pytest.mark.slow)])
 def test_mutations_are_seen(name, mutation, monkeypatch):
     weighted = mutation == "weights forgotten"
     right, mutant = base.centred, MUTATIONS[mutation]
@@ -109,6 +112,7 @@ def test_mutations_are_seen(name, mutation, monkeypatch):
     assert worst > 4 or abs(error) > 4 * standard
 
 
+@pytest.mark.slow
 def test_mutations_of_sinkhorn_are_seen(monkeypatch):
     """Fewer batches than above: dropped self-terms and a sign are gross."""
     case, right = CASES[1]["sinkhorn"].objective, base.centred
