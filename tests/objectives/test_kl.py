@@ -93,7 +93,7 @@ def test_reverse_value_uses_log_z_where_particles_carry_it():
     energy, term = (x - 4).square().sum(1) / 2, ReverseKL(lambda y: y.square().sum(1) / 2 - 3, log_z=log_z + 3)
     known = term.charges(Particles(x, torch.zeros(n, dtype=F64), torch.tensor(log_z, dtype=F64)), energy, None).value
     assert abs(known - 8) < 4 * 4 / n**0.5  # V − U varies by 4
-    assert term.charges(Particles(x), energy, None).value < 7
+    assert term.charges(Particles(x[:500]), energy[:500], None).value < 7
 
 
 def test_kl_to_the_initial_potential_is_zero_and_then_not():
