@@ -14,8 +14,7 @@ single loop, and again with the η of a published grid at which their final exac
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,69 +22,10 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.hexagon_arms import ARMS, TRAINED, Arms, Trace, logits_of
+from implicit_diffusion.experiments.hexagon_arms import Config as Config
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
 from implicit_diffusion.runs import RunDirectory, progress
-
-COMPILED_FROM = 20_000  # iterations in all, above which compiling pays
-
-
-@dataclass(frozen=True)
-class Config:
-    """Reproduce section 5.1 of the paper: optimise the weights of six Gaussians through Langevin sampling."""
-
-    steps: int = 5000
-    """Iterations of the single loop, K; the other arms get as many gradient evaluations."""
-    particles: int = 1000
-    """n."""
-    seeds: int = 10
-    """Runs of every arm."""
-    seed: int = 0
-    """Of the first run."""
-    sigma: float = 1.0
-    """Standard deviation of the Gaussians, whose centres lie at radius 4."""
-    step_size: float | None = None
-    """h of the Langevin steps; 0.2 σ² by default."""
-    lr: float = 0.1
-    """η of plain gradient steps on θ."""
-    forward_kl: float = 0.0
-    """Weight of KL(π_θ0‖π_θ) beside the reward."""
-    guidance: float = 10.0
-    """λ of the arm that samples V − λ R_smooth."""
-    grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-    """η tried for nested and unrolled."""
-    compile: bool | None = None
-    """Compile the single loop's inner update; by default from 20,000 iterations (steps × seeds), where it pays."""
-    out: Path | None = None
-    """Run directory, new or empty. By default runs/hexagon-<time>."""
-
-    def check(self) -> None:
-        """Raise `InvalidInputError` where a number is out of range."""
-        for name, least in (("steps", 10), ("particles", 2), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(
-                    f"--{name.replace('_', '-')} must be an integer ≥ {least}, got {getattr(self, name)}"
-                )
-        for name in ("sigma", "step_size", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-        for name in ("forward_kl", "guidance"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be finite and ≥ 0, got {getattr(self, name)}")
-        if not self.grid or min(self.grid) <= 0:
-            raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")
-
-    def resolved(self) -> Config:
-        """The same with defaults that depend on others filled in."""
-        return replace(
-            self,
-            step_size=0.2 * self.sigma**2 if self.step_size is None else self.step_size,
-            compile=self.steps * self.seeds >= COMPILED_FROM and shutil.which("c++") is not None
-            if self.compile is None
-            else self.compile,
-        )
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -128,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
 
     from implicit_diffusion.experiments.hexagon_figures import draw
 
-    draw(config, traces, directory)
+    draw(config.sigma, traces, directory)
     show(summary, directory)
     return summary
 

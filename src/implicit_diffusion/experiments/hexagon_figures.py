@@ -12,7 +12,6 @@ from implicit_diffusion.experiments.hexagon_problem import MODES, mixture
 from implicit_diffusion.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from implicit_diffusion.experiments.hexagon import Config
     from implicit_diffusion.experiments.hexagon_arms import Trace
 
 COLOURS = {
@@ -28,31 +27,31 @@ COLOURS = {
 }
 
 
-def draw(config: Config, traces: Sequence[Trace], directory: RunDirectory) -> None:
+def draw(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
     """particles, curves, modes and lag, as PNG files in the run directory."""
     import matplotlib
 
     matplotlib.use("Agg")
-    _particles(config, traces, directory)
+    _particles(sigma, traces, directory)
     _curves(traces, directory)
     _modes(traces, directory)
     _lag(traces, directory)
 
 
-def _particles(config: Config, traces: Sequence[Trace], directory: RunDirectory) -> None:
+def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
     """Rows: arms of the first seed; columns: before, half-way, after; contours of π_θ there."""
     import matplotlib.pyplot as plt
 
     shown = [trace for trace in traces if trace.seed == traces[0].seed and not trace.arm.endswith("_tuned")]
     figure, axes = plt.subplots(3, len(shown), figsize=(2.3 * len(shown), 7.2), layout="constrained", squeeze=False)
-    half = 4 + 3.2 * max(config.sigma, 0.35)
+    half = 4 + 3.2 * max(sigma, 0.35)
     axis = torch.linspace(-half, half, 220)
     grid = torch.cartesian_prod(axis, axis)
     for column, trace in enumerate(shown):
         for row, ((x, logits), when) in enumerate(zip(trace.clouds, ("first step", "half-way", "end"))):
             ax = axes[row][column]
             with torch.no_grad():
-                density = (-mixture(logits, config.sigma)(grid)).exp().view(220, 220).T
+                density = (-mixture(logits, sigma)(grid)).exp().view(220, 220).T
             levels = [share * float(density.max()) for share in (0.03, 0.1, 0.3, 0.7)]
             ax.contour(axis, axis, density, levels=levels, colors="0.45", linewidths=0.7)
             points = x[:: max(1, len(x) // 400)]
