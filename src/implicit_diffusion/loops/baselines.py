@@ -6,7 +6,6 @@ seconds, and are no defaults.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,10 +55,6 @@ class NestedParticles(ParticleLoop):
         self.walkers = walkers
         acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
-
-    def run(self, updates: int) -> Iterator[dict[str, Any]]:
-        while self.update.updates < updates:
-            yield self.step()
 
 
 class Unrolled(ParticleLoop):
@@ -119,10 +114,6 @@ class Unrolled(ParticleLoop):
         info = self.update.step([after.x.sum()], lambda: self._diagnose(after, values))
         self.walkers = after
         return self._metrics(values) | info
-
-    def run(self, updates: int) -> Iterator[dict[str, Any]]:
-        while self.update.updates < updates:
-            yield self.step()
 
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""

@@ -7,7 +7,7 @@ addressed by number, so that a restored loop draws the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +123,10 @@ class ParticleLoop(Loop):
     def n(self) -> int:
         """The number of particles."""
         return len(self.walkers.x)
+
+    def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        while self.update.updates < updates:
+            yield self.step()
 
     def cost(self) -> dict[str, int]:
         return {"gradient_evaluations": self.evaluations}

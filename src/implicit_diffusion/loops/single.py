@@ -10,7 +10,7 @@ costs a second forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -85,10 +85,6 @@ class Single(ParticleLoop):
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
         return self._metrics(values) | info | moved
-
-    def run(self, updates: int) -> Iterator[dict[str, Any]]:
-        while self.update.updates < updates:
-            yield self.step()
 
     @property
     def _one_pull(self) -> bool:
