@@ -87,18 +87,19 @@ def describe(trace: Trace, exact: Exact) -> None:
 def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
     """One arm: means over its seeds."""
     rewards = [mean(t.tail) for t in traces]
-    initial = mixture(None, exact.sigma, torch.float64)
+    initial, coarse = mixture(None, exact.sigma, torch.float64), Exact(exact.sigma, 200)
     finals = [t.potential.double() for t in traces]
-    modes = torch.tensor([exact.modes(p) for p in finals], dtype=torch.float64)
     arm: dict[str, Any] = {"reward": mean(rewards), "reward_std": stdev(rewards) if len(rewards) > 1 else None}
     if traces[0].arm != "guidance":
         arm["reward_exact"] = mean(exact.reward(logits_of(p)) for p in finals)
         modes = torch.stack([logits_of(p).detach().double().softmax(0) for p in finals])
+    else:
+        modes = torch.tensor([coarse.modes(p) for p in finals], dtype=torch.float64)
     if traces[0].diagnostics:
         arm["diagnostics"] = traces[0].diagnostics
     return arm | {
         "mode_probabilities": modes.mean(0).tolist(),
-        "kl_from_initial": mean(exact.kl(p, initial) for p in finals),
+        "kl_from_initial": mean(coarse.kl(p, initial) for p in finals),
         "seconds": mean(t.seconds for t in traces),
         "gradient_evaluations": traces[0].points[-1]["gradient_evaluations"],
     }
