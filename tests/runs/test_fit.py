@@ -111,7 +111,7 @@ def test_a_non_finite_value_leaves_the_last_good_state_on_disk(tmp_path, every, 
         fit(loop, 30, callbacks=[spoil], directory=directory, checkpoint_every=every)
     saved = load_state(directory.checkpoint)["loop"]
     assert saved["update"]["updates"] == last
-    assert saved["denoiser"]["gain"].isfinite().all()
+    assert saved["model"]["gain"].isfinite().all()
 
 
 def test_bad_updates():

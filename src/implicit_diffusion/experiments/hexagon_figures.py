@@ -134,7 +134,7 @@ def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
     plt.close(figure)
 
 
-TRAINED_SHOWN = ("implicit", "weighted", "nested_tuned", "unrolled_tuned")
+TRAINED_SHOWN = ("implicit", "weighted", "nested", "unrolled")
 
 
 def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:
