@@ -22,10 +22,9 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import GibbsObjective, Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
-from implicit_diffusion.samplers.kernel import Kernel, Move, innermost
+from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
 from implicit_diffusion.samplers.resampling import systematic
 
-BLOCK = 2**17  # numbers drawn at once: several iterations of few particles, one of many
 KERNEL, DATA, START = range(3)  # streams of noise
 
 

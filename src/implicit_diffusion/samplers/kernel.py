@@ -28,6 +28,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.potentials.energy import Energy
 
 Schedule = float | Callable[[int], float]
+BLOCK = 2**17  # numbers drawn at once: several steps of few particles, one of many
 
 
 class Move(NamedTuple):

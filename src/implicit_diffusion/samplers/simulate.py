@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials.energy import check_potential, energy_of
-from implicit_diffusion.samplers.kernel import Kernel, Move
-
-BLOCK = 2**17  # numbers drawn at once
+from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move
 
 
 def simulate(
