@@ -27,8 +27,9 @@ types: $(READY)
 docs: $(READY)  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
-bench: $(READY)  ## everything under benchmarks/; an hour and more
-	for script in chains stationary queue_bias time_to_target digits; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+bench: $(READY)  ## everything under benchmarks/, with the peers that it compares with; hours
+	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
+	for script in chains stationary ebm queue_bias time_to_target digits; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache

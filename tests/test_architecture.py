@@ -30,7 +30,7 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # Kept out of `import implicit_diffusion`: it costs what torch costs.
-HEAVY = {"accelerate", "diffusers", "matplotlib", "ot", "peft", "rich", "sklearn", "transformers", "tyro"}
+HEAVY = {"accelerate", "datasets", "diffusers", "matplotlib", "ot", "peft", "rich", "sklearn", "transformers", "tyro"}
 
 # torch initialises weights, and drops out, from the global generator: these files may seed it, inside fork_rng only.
 SEEDED = {"experiments/digits.py", "experiments/pretrain.py"}
