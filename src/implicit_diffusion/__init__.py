@@ -18,6 +18,7 @@ from implicit_diffusion.denoisers.pretrained import (
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import (
+    DivergenceError,
     ImplicitDiffusionError,
     InvalidInputError,
     MemoryLimitError,
@@ -42,9 +43,10 @@ from implicit_diffusion.objectives import (
     gaussian_kernel,
 )
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials import GaussianMixture, Guided
+from implicit_diffusion.potentials import GaussianMixture, Guided, Tilted, conv, mlp
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law, warm_up
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.samplers.followers import Followers, annealed
 
 __all__ = [
     "HMC",
@@ -56,8 +58,10 @@ __all__ = [
     "Chain",
     "ChainTable",
     "DiffusersDenoiser",
+    "DivergenceError",
     "DriftPenalty",
     "Evaluation",
+    "Followers",
     "ForwardKL",
     "FullBackprop",
     "Functional",
@@ -81,15 +85,19 @@ __all__ = [
     "Reward",
     "Single",
     "Sinkhorn",
+    "Tilted",
     "Underdamped",
     "Unrolled",
     "Update",
     "advice",
+    "annealed",
     "bound",
+    "conv",
     "ess_in_time",
     "evaluate",
     "gaussian_kernel",
     "load_pretrained",
+    "mlp",
     "ou_probability_flow",
     "ou_reverse_sde",
     "power_law",

@@ -23,13 +23,14 @@ class Resume:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one line and exit status 2."""
-    from implicit_diffusion.experiments import finetune, hexagon, pretrain, recovery, sample
+    from implicit_diffusion.experiments import ebm, finetune, hexagon, pretrain, recovery, sample
 
     commands = (
         Annotated[finetune.Config, tyro.conf.subcommand("finetune")]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
         | Annotated[pretrain.Config, tyro.conf.subcommand("pretrain")]
+        | Annotated[ebm.Config, tyro.conf.subcommand("ebm")]
         | Annotated[hexagon.Config, tyro.conf.subcommand("hexagon")]
         | Annotated[recovery.Config, tyro.conf.subcommand("recovery")]
     )
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  implicit-diffusion finetune --plan                 what each KL weight can buy\n"
             "  implicit-diffusion finetune --kl-weight 2.5        fine-tune the shipped digits for brightness\n"
             "  implicit-diffusion sample --model RUN/model        look at the result\n"
+            "  implicit-diffusion ebm --data moons                train an energy-based model and its likelihood\n"
             "  implicit-diffusion hexagon                         the paper's first experiment, in all its arms\n"
             "  implicit-diffusion recovery --problem two-modes    why weighted particles",
             args=arguments,
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sample.run(chosen)
             case pretrain.Config():
                 pretrain.run(chosen)
+            case ebm.Config():
+                ebm.run(chosen)
             case hexagon.Config():
                 hexagon.run(chosen)
             case recovery.Config():

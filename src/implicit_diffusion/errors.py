@@ -20,5 +20,9 @@ class NonFiniteError(ImplicitDiffusionError, ArithmeticError):
     """NaN or infinity in a running computation; raised before it reaches the parameters or a file."""
 
 
+class DivergenceError(ImplicitDiffusionError, ArithmeticError):
+    """A training that runs away though its numbers are still finite; raised before its result replaces a sound one."""
+
+
 class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""

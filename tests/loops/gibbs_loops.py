@@ -57,8 +57,8 @@ BUILDS = {
     "weighted x-first": (Single, ULA(0.2), {"order": "x-first", "weighted": True}),
     "weighted x-first mala": (Single, MALA(0.2), {"order": "x-first", "weighted": True}),
     "nested": (NestedParticles, ULA(0.2), {"inner_steps": 3}),
-    "nested, persistent": (NestedParticles, MALA(0.2), {"inner_steps": 3, "restart": False}),
-    "nested underdamped": (NestedParticles, Underdamped(0.2), {"inner_steps": 3, "restart": False}),
+    "nested, persistent": (NestedParticles, MALA(0.2), {"inner_steps": 3, "begin": "last"}),
+    "nested underdamped": (NestedParticles, Underdamped(0.2), {"inner_steps": 3, "begin": "last"}),
     "unrolled": (Unrolled, ULA(0.2), {"unrolled_steps": 3}),
     "unrolled underdamped": (Unrolled, Underdamped(0.2), {"unrolled_steps": 2}),
 }

@@ -76,14 +76,14 @@ def test_unrolled_underdamped_by_hand():
     assert not loop.walkers.x.requires_grad and not loop.walkers.momentum.requires_grad
 
 
-@pytest.mark.parametrize("restart", [True, False])
-def test_nested_by_hand(restart):
+@pytest.mark.parametrize("begin", ["initial", "last"])
+def test_nested_by_hand(begin):
     """T steps under one θ, then Γ at the last particles; again from X_0, or from where the last run ended."""
     h, s, inner = 0.2, 1.5, 3
-    loop = location_loop(NestedParticles, ULA(h), SMOOTH["reward"], inner_steps=inner, restart=restart)
+    loop = location_loop(NestedParticles, ULA(h), SMOOTH["reward"], inner_steps=inner, begin=begin)
     x, theta = X, THETA
     for outer in range(3):
-        x = X if restart else x
+        x = X if begin == "initial" else x
         for k in range(outer * inner, (outer + 1) * inner):
             x = x - h * s * (x - theta) + math.sqrt(2 * h) * loop._draws(k)[0]
         theta = theta - 0.1 * estimate(Location(theta, s), SMOOTH["reward"], x)

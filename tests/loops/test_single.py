@@ -9,13 +9,13 @@ import torch
 
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.loops import Single
-from implicit_diffusion.loops.particle import Walkers, log_mean_exp, resample
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Functional, ReverseKL, Reward
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.runs import load_state, save_state
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
+from implicit_diffusion.samplers.walkers import Walkers, log_mean_exp, resample
 from tests.loops.gibbs_loops import BUILDS, F64, build, follower, path, wave
 from tests.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
 

@@ -6,7 +6,7 @@ seconds, and are no defaults.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,33 +20,43 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.samplers.kernel import innermost
 
+Begin = Literal["initial", "last", "data"]
+
 
 class NestedParticles(ParticleLoop):
     """Run the sampler first, then make one update: T steps of the kernel under one θ, and Γ at the last particles.
 
     Args:
         inner_steps: T ≥ 1.
-        restart: begin every inner run at X_0; otherwise where the last one ended, as persistent contrastive divergence
-            does.
+        begin: every inner run at "initial", X_0; at "last", where the one before ended (persistent contrastive
+            divergence); or at "data", the draw of the objective that has data (contrastive divergence, Hinton, 2002).
 
     The other arguments are those of `ParticleLoop`; the particles carry no weights.
     """
 
-    def __init__(self, *args: Any, inner_steps: int, restart: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, inner_steps: int, begin: Begin = "initial", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if inner_steps < 1:
             raise InvalidInputError(f"inner_steps must be an integer ≥ 1, got {inner_steps}")
+        if begin not in get_args(Begin):
+            raise InvalidInputError(f"begin must be one of {', '.join(get_args(Begin))}, got {begin!r}")
         _refuse_weights(self)
-        self.inner_steps = inner_steps
-        self.initial = self.walkers if restart else None
+        self.inner_steps, self.begin, self.initial = inner_steps, begin, self.walkers
+        if begin == "data" and len(self._data(self._points(0))) != self.n:
+            raise InvalidInputError(
+                f'begin="data" needs as many particles as data per estimate, got {self.n} and '
+                f"{len(self._data(self._points(0)))}; set the batch of the objective"
+            )
 
     def step(self) -> dict[str, Any]:
         start = self.iteration * self.inner_steps
-        walkers = self.walkers if self.initial is None else self.initial
+        points = self._points(self.iteration)
+        walkers = self.initial if self.begin == "initial" else self.walkers
+        if self.begin == "data":
+            walkers = walkers._replace(x=innermost(self._data(points)))
         with eval_mode(self.model):
             for k in range(start, start + self.inner_steps):
                 walkers, move = self._take(walkers, energy_of(self.model, walkers.x), self._draws(k), self._h(k))
-            points = self._points(self.iteration)
             fused = fused_pass(self.model, self.parameters, self.objective.stationary, walkers.x, points)
         self._hand_over(fused.gradients)
         self.iteration += 1
@@ -55,6 +65,12 @@ class NestedParticles(ParticleLoop):
         self.walkers = walkers
         acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
+
+    def _data(self, points: list[Tensor | None]) -> Tensor:
+        drawn = [y for y in points if y is not None]
+        if not drawn:
+            raise InvalidInputError('begin="data" needs an objective with data, such as ForwardKL')
+        return drawn[0]
 
 
 class Unrolled(ParticleLoop):

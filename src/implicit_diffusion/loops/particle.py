@@ -1,14 +1,13 @@
 """What the loops over stationary samplers share: particles, their weights, and the noise that moves them.
 
-One sampler's step and one fused pass are plain functions of tensors here (`close`, `resample`, `move`), put together by
-the loops. Random numbers are drawn for a block of iterations at once, outside of what may be compiled; blocks are
+Random numbers are drawn for a block of iterations at once, outside of what may be compiled; blocks are
 addressed by number, so that a restored loop draws the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,33 +22,9 @@ from implicit_diffusion.objectives import GibbsObjective, Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
 from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
 KERNEL, DATA, START = range(3)  # streams of noise
-
-
-class Walkers(NamedTuple):
-    """Particles between two iterations, with what their next increment of weights needs.
-
-    Args:
-        x: positions, with shape (n, *event).
-        momentum: as `x`; None for kernels without.
-        log_weights: A, with shape (n,).
-        log_z: log Z_θ less the log mean e^A of the present weights: carried over the resamplings.
-        previous: where the last step came from, as `x`.
-        debt: its part of the increment, with shape (n,).
-        h: its step size.
-        lag: by how many deviations weighted and unweighted means differed when the weights were last given up.
-    """
-
-    x: Tensor
-    momentum: Tensor | None
-    log_weights: Tensor
-    log_z: Tensor
-    previous: Tensor
-    debt: Tensor
-    h: Tensor
-    lag: Tensor
 
 
 class ParticleLoop(Loop):
@@ -110,8 +85,13 @@ class ParticleLoop(Loop):
 
     @property
     def particles(self) -> Particles:
-        """The present particles, weighted where the loop weighs."""
-        return Particles(self.walkers.x, self.walkers.log_weights if self.weighted else None)
+        """The present particles; where the loop weighs, with the weights and the log Z of the present θ."""
+        if not self.weighted:
+            return Particles(self.walkers.x)
+        with eval_mode(self.model):
+            walkers = close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x))
+        log_z = self.log_z0 + walkers.log_z + log_mean_exp(walkers.log_weights)
+        return Particles(walkers.x, walkers.log_weights, log_z)
 
     @property
     def tracked(self) -> bool:
@@ -228,36 +208,3 @@ class ParticleLoop(Loop):
                 "smaller step size, or check that the potential confines them"
             )
         return self._bad_value(values)
-
-
-def close(kernel: Kernel, walkers: Walkers, here: Energy) -> Walkers:
-    """The weights under the θ of `here`: A ← A + debt − repay."""
-    repaid = kernel.repay(walkers.previous, walkers.x, here, walkers.h)
-    return walkers._replace(log_weights=walkers.log_weights + walkers.debt - repaid)
-
-
-def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Log (1/n) Σ_i e^{A_i}."""
-    return (log_weights - log_weights.amax()).exp().mean().log() + log_weights.amax()
-
-
-def resample(walkers: Walkers, here: Energy, uniform: Float[Tensor, ""]) -> tuple[Walkers, Energy]:
-    """Where fewer than half of the particles are effective, draw them anew by their weights and carry log Z on.
-
-    Free of branches, so that it compiles and no device is waited for.
-    """
-    log_weights, n = walkers.log_weights, len(walkers.x)
-    due = exhausted(log_weights)
-    chosen = torch.where(due, systematic(log_weights, uniform), torch.arange(n, device=log_weights.device))
-    taken = walkers._replace(
-        x=walkers.x[chosen],
-        momentum=None if walkers.momentum is None else walkers.momentum[chosen],
-        log_weights=torch.where(due, 0.0, log_weights),
-        log_z=walkers.log_z + torch.where(due, log_mean_exp(log_weights), 0.0),
-    )
-    return taken, Energy(here.value[chosen], here.grad[chosen])
-
-
-def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
-    """Whether the effective sample size is below n/2."""
-    return Particles(log_weights, log_weights).ess < len(log_weights) / 2

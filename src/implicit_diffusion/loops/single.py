@@ -20,8 +20,9 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass
 from implicit_diffusion.loops.compiled import Compiled
-from implicit_diffusion.loops.particle import ParticleLoop, Walkers, close, exhausted, log_mean_exp
+from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.samplers.walkers import Walkers, close, exhausted, log_mean_exp
 
 
 class Single(ParticleLoop):

@@ -1,0 +1,150 @@
+"""All arms of energy-based training on one law of the plane, at equal cost, each with the best rate of a grid.
+
+The grid is searched on one seed of its own; arms that diverge at a rate count as infinitely bad there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
+from implicit_diffusion.experiments.ebm_arms import ARMS, make_loop, pulls_per_update
+from implicit_diffusion.experiments.ebm_data import load
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from implicit_diffusion.experiments.ebm import Config, Trained
+
+GRID = (1e-3, 3e-3, 1e-2)
+GRID_SEED = 1000  # beyond those of the runs
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """Every arm on every seed; returns the summary.
+
+    Raises:
+        InvalidInputError: data without a known law, or an `out` with something in it.
+    """
+    out = config.out or Path(f"runs/ebm-compare-{config.data}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    RunDirectory.check(out)
+    if load(config.data, Noise(config.seed)).law is None:
+        raise InvalidInputError(
+            f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
+        )
+    directory = RunDirectory.create(out)
+    directory.write_config(replace(config, out=out))
+    summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}}
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    for arm in ARMS:
+        tried = {lr: final_kl(attempt(config, arm, lr, GRID_SEED, judged=False)) for lr in GRID}
+        best = min(tried, key=tried.__getitem__)
+        runs = [attempt(config, arm, best, config.seed + i) for i in range(config.seeds)]
+        summary["grid"][arm] = {f"{lr:g}": kl if math.isfinite(kl) else None for lr, kl in tried.items()}
+        summary["arms"][arm] = {"lr": best} | _summarise(runs)
+        curves[arm] = [run.curve for run in runs if run is not None]
+        for seed, curve in enumerate(curves[arm]):
+            for point in curve:
+                directory.append_metrics({"arm": arm, "seed": config.seed + seed} | point)
+        print(f"{arm:9s} lr {best:g}  KL {summary['arms'][arm]['kl']}", flush=True)
+    summary["paired"] = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
+    directory.write_summary(summary)
+
+    from implicit_diffusion.experiments.ebm_figures import draw_comparison
+
+    draw_comparison(config.data, curves, directory)
+    show(summary, directory)
+    return summary
+
+
+def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = True) -> Trained | None:
+    """One training at the cost of the weighted arm's `--steps` updates; None where it diverged."""
+    from implicit_diffusion.experiments.ebm import ANNEAL, log_z_by_annealing, train
+
+    data = load(config.data, Noise(seed))
+    base = config.settings(data)
+    budget = base.updates * pulls_per_update("weighted", base.moves)
+    settings = replace(
+        base,
+        arm=arm,
+        lr=lr,
+        seed=seed,
+        updates=budget // pulls_per_update(arm, base.moves),
+    )
+    try:
+        run = train(settings, data, make_loop(settings, data), looks=8 if judged else 1)
+    except (DivergenceError, NonFiniteError) as error:
+        print(f"{arm}, lr {lr:g}, seed {seed}: {error}", flush=True)
+        return None
+    if judged and arm == "weighted":
+        last = run.curve[-1]
+        last["log_z_estimate"], last["log_z_estimate_se"] = log_z_by_annealing(run.model, Noise(seed).stream(ANNEAL))
+    return run
+
+
+def final_kl(run: Trained | None) -> float:
+    """The exact KL at the end; infinite for a run that diverged."""
+    return math.inf if run is None else run.curve[-1]["kl"]
+
+
+def _summarise(runs: list[Trained | None]) -> dict[str, Any]:
+    """Means over the seeds that came through."""
+    through = [run for run in runs if run is not None]
+    found: dict[str, Any] = {"diverged": len(runs) - len(through), "kl": None}
+    if not through:
+        return found
+    last = [run.curve[-1] for run in through]
+    found |= {"kl": mean(p["kl"] for p in last), "kl_std": stdev(p["kl"] for p in last) if len(last) > 1 else None}
+    found |= {"kls": [p["kl"] for p in last], "nll": mean(p["nll"] for p in last)}
+    found["seconds"] = mean(run.fit.seconds for run in through)
+    found["gradient_evaluations"] = last[0]["gradient_evaluations"]
+    if "mode_error" in last[0]:
+        found["mode_error"] = mean(p["mode_error"] for p in last)
+    if "log_z_estimate" in last[0]:
+        found["log_z_z_scores"] = [(p["log_z_estimate"] - p["log_z"]) / p["log_z_estimate_se"] for p in last]
+        found["log_z_errors"] = [p["log_z_estimate"] - p["log_z"] for p in last]
+    return found
+
+
+def paired(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> dict[str, float] | None:
+    """Mean over seeds of log(our KL/their KL) and its standard error; None where a seed is missing."""
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return None
+    ratios = [math.log(a[-1]["kl"] / b[-1]["kl"]) for a, b in zip(ours, theirs)]
+    return {"log_ratio": mean(ratios), "se": stdev(ratios) / math.sqrt(len(ratios))}
+
+
+def show(summary: dict[str, Any], directory: RunDirectory) -> None:
+    """Print the arms as a table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"Exact KL(data‖model) on {summary['data']}, nats, at equal cost",
+        caption="log ratio: of weighted's KL to the arm's, paired over seeds",
+    )
+    for column in ("arm", "lr", "KL", "±", "modes off", "log ratio", "diverged", "s"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    for name, arm in summary["arms"].items():
+        ratio = summary["paired"].get(name)
+        table.add_row(
+            name,
+            f"{arm['lr']:g}",
+            "–" if arm["kl"] is None else f"{arm['kl']:.4f}",
+            f"{arm['kl_std']:.4f}" if arm.get("kl_std") is not None else "",
+            f"{arm['mode_error']:.3f}" if "mode_error" in arm else "",
+            f"{ratio['log_ratio']:.2f} ± {ratio['se']:.2f}" if ratio else "",
+            f"{arm['diverged']}" if arm["diverged"] else "",
+            f"{arm['seconds']:.0f}" if "seconds" in arm else "",
+        )
+    Console().print(table)
+    scores = summary["arms"]["weighted"].get("log_z_z_scores", [])
+    print("z-scores of log Z: " + ", ".join(f"{z:+.2f}" for z in scores))
+    print(f"run       {directory.path}")

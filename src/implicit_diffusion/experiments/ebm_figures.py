@@ -1,0 +1,174 @@
+"""Pictures of an energy-based model: on the plane its density, energy and particles; for images particles and data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.energy_model import EnergyModel
+from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.runs import RunDirectory
+
+COLOURS = {"weighted": "#2a9d5c", "hmc": "#7fb069", "implicit": "#1f6f8b", "cd": "#c1666b", "pcd": "#e8a33d"}
+NAMES = {
+    "weighted": "weighted",
+    "hmc": "the same, without weights",
+    "implicit": "implicit (one Langevin step)",
+    "cd": "CD-5",
+    "pcd": "PCD-5",
+}
+
+
+def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> None:
+    """figures/density.png and figures/training.png where there is a plane, figures/particles.png for images."""
+    plt = _pyplot()
+    if len(data.event_shape) == 3:
+        _draw_images(model, data, directory)
+    elif data.event_shape == (2,):
+        _draw_plane(model, data, directory)
+    points = [p for p in directory.read_metrics() if "kl" in p]
+    if not points:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    updates = [p["updates"] for p in points]
+    axes[0].plot(updates, [p["kl"] for p in points], color=COLOURS["weighted"], marker=".")
+    axes[0].set(xlabel="updates", ylabel="exact KL(data‖model), nats", yscale="log")
+    axes[1].plot(updates, [p["log_z"] for p in points], color="0.2", label="exact", lw=1.5)
+    if "log_z_estimate" in points[0]:
+        estimate, error = ([p[name] for p in points] for name in ("log_z_estimate", "log_z_estimate_se"))
+        axes[1].errorbar(
+            updates,
+            estimate,
+            yerr=[2 * e for e in error],
+            color=COLOURS["weighted"],
+            fmt=".",
+            label="followers, ± 2 s.e.",
+        )
+    if "log_z" in points[0]:
+        axes[1].set(xlabel="updates", ylabel="log Z")
+        axes[1].legend(frameon=False)
+    _finish(figure, axes, directory.figure("training"))
+
+
+def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
+    plt = _pyplot()
+    half = 1.25 * data.train.abs().amax().item()
+    quadrature = Quadrature(data.shift, data.scale, half=half, cell=2 * half / 240)
+    log_q, _ = quadrature.log_density(model.potential)
+    side, extent = len(quadrature.axis), (-half, half, -half, half)
+
+    def image(values: torch.Tensor) -> Any:
+        return values.reshape(side, side).mT.numpy()
+
+    panels = 4 if data.law is not None else 3
+    figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels, 3.4), layout="constrained", sharex=True, sharey=True)
+    shown = {"origin": "lower", "extent": extent, "cmap": "magma"}
+    density = log_q.exp()
+    if data.law is not None:
+        density_of_data = data.law.log_density(quadrature.grid).exp()
+        top = density_of_data.max().item()
+        axes[0].imshow(image(density_of_data), vmin=0, vmax=top, **shown)
+        axes[0].set_title("data's density")
+    else:
+        top = density.max().item()
+    axes[-3].imshow(image(density), vmin=0, vmax=top, **shown)
+    axes[-3].set_title("model's density")
+    energy = -log_q + log_q.max()
+    contours = axes[-2].imshow(image(energy.clamp(max=12)), **shown | {"cmap": "viridis_r"})
+    axes[-2].set_title("energy above its minimum")
+    figure.colorbar(contours, ax=axes[-2], shrink=0.75, label="nats")
+    held, particles = data.held_out[:1000], (model.particles * model.scale + model.shift)[:1000]
+    axes[-1].scatter(*held.T, s=3, color="0.7", lw=0, label="held-out data")
+    axes[-1].scatter(*particles.T, s=3, color=COLOURS["weighted"], lw=0, label="particles")
+    axes[-1].set_title("particles")
+    axes[-1].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
+    for axis in axes:
+        axis.set(aspect="equal", xlim=(-half, half), ylim=(-half, half), xlabel="$x_1$")
+    axes[0].set_ylabel("$x_2$")
+    figure.savefig(directory.figure("density"), dpi=130)
+    plt.close(figure)
+
+
+def _draw_images(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    particles = model.particles[:64] * model.scale + model.shift
+    low, high = (
+        data.train.quantile(0.01).item() if data.train.numel() < 2**24 else data.train.amin().item(),
+        data.train.amax().item(),
+    )
+    for axis, images, title in zip(axes, (data.held_out[:64], particles), ("held-out data", "particles")):
+        tile(axis, images, low, high)
+        axis.set_title(title)
+    figure.savefig(directory.figure("particles"), dpi=130)
+    plt.close(figure)
+
+
+def tile(axis: Any, images: torch.Tensor, low: float, high: float) -> None:
+    """Up to 64 images (n, C, H, W) in rows of eight; grey or RGB."""
+    shown = ((images[:64] - low) / (high - low)).clamp(0, 1)
+    missing = -len(shown) % 8
+    shown = torch.nn.functional.pad(
+        torch.cat([shown, torch.ones_like(shown[:1]).expand(missing, *shown.shape[1:])]), (0, 1, 0, 1), value=1.0
+    )
+    rows = torch.cat([torch.cat(list(row), dim=2) for row in shown.split(8)], dim=1)
+    picture = rows.permute(1, 2, 0)
+    axis.imshow(picture[..., 0] if picture.shape[-1] != 3 else picture, cmap="gray", vmin=0, vmax=1)
+    axis.set_axis_off()
+
+
+def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], directory: RunDirectory) -> None:
+    """figures/comparison.png: exact KL against pulls and seconds, and log Z against exact, with bands over seeds."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.6), layout="constrained")
+    for arm, runs in curves.items():
+        whole = [run for run in runs if len(run) == max(map(len, runs))]
+        if not whole:
+            continue
+        kl = torch.tensor([[p["kl"] for p in run] for run in whole])
+        for axis, key in zip(axes, ("gradient_evaluations", "seconds")):
+            x = torch.tensor([[float(p[key]) for p in run] for run in whole]).mean(0)
+            axis.plot(x, kl.log().mean(0).exp(), color=COLOURS[arm], marker=".", label=NAMES[arm])
+            axis.fill_between(x, kl.amin(0), kl.amax(0), color=COLOURS[arm], alpha=0.15, lw=0)
+    for axis, label in zip(axes, ("pulls through V at all particles", "seconds")):
+        axis.set(xlabel=label, ylabel="exact KL(data‖model), nats", yscale="log")
+    axes[0].set_title(f"{name}: geometric means and ranges over seeds", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8)
+    whole = [run for run in curves.get("weighted", []) if run]
+    difference = torch.tensor([[p["log_z_particles"] - p["log_z"] for p in run] for run in whole])
+    updates = [p["updates"] for p in whole[0]]
+    axes[2].axhline(0, color="0.5", lw=1)
+    axes[2].plot(updates, difference.mean(0), color=COLOURS["weighted"], label="training's own weights")
+    axes[2].fill_between(updates, difference.amin(0), difference.amax(0), color=COLOURS["weighted"], alpha=0.15, lw=0)
+    ends = [(p["log_z_estimate"] - p["log_z"], 2 * p["log_z_estimate_se"]) for p in (run[-1] for run in whole)]
+    places = updates[-1] * (1.02 + 0.015 * torch.arange(len(ends)))
+    axes[2].errorbar(
+        places,
+        [d for d, _ in ends],
+        yerr=[e for _, e in ends],
+        fmt=".",
+        color=COLOURS["cd"],
+        label="annealing, ± 2 s.e.",
+    )
+    axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
+    axes[2].legend(frameon=False, fontsize=8)
+    _finish(figure, axes, directory.figure("comparison"))
+
+
+def _finish(figure: Any, axes: Any, path: Any) -> None:
+    for axis in axes:
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

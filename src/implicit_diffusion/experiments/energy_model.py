@@ -1,0 +1,182 @@
+"""A trained energy-based model on disk: a potential in standardised coordinates, with its log Z.
+
+    log p(x) = −V((x − shift)/scale) − log Z − Σ log scale
+
+A folder holds `model.safetensors` (the network, shift, scale, particles) and `model.json` (how to build the network,
+log Z and its standard error). Nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.potentials import Tilted, conv, mlp
+from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
+from implicit_diffusion.samplers.kernel import Kernel
+from implicit_diffusion.samplers.simulate import simulate
+
+FORMAT = "implicit-diffusion energy model"
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+SAMPLERS = ("ula", "mala", "underdamped", "hmc")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the potential of a model is built."""
+
+    kind: Literal["mlp", "conv"]
+    event_shape: tuple[int, ...]
+    width: int
+    depth: int = 3
+
+    def build(self, noise: Noise) -> Tilted:
+        """The potential before training: π_θ = N(0, I)."""
+        if self.kind == "conv":
+            return Tilted(conv(self.event_shape, noise, width=self.width), self.event_shape)
+        if len(self.event_shape) != 1:
+            raise InvalidInputError(f"--potential mlp needs vectors, got events {self.event_shape}; take conv")
+        return Tilted(mlp(self.event_shape[0], noise, width=self.width, depth=self.depth), self.event_shape)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The sampler of a model: a kernel by name, with its step size in standardised coordinates."""
+
+    sampler: Literal["ula", "mala", "underdamped", "hmc"]
+    step_size: float
+    leapfrogs: int = 3
+
+    def kernel(self) -> Kernel:
+        """The kernel."""
+        if self.sampler == "hmc":
+            return HMC(self.step_size, self.leapfrogs)
+        return {"ula": ULA, "mala": MALA, "underdamped": Underdamped}[self.sampler](self.step_size)
+
+
+@dataclass(frozen=True)
+class EnergyModel:
+    """A potential with the coordinates of its data.
+
+    Args:
+        architecture: of the potential.
+        potential: V of standardised points.
+        shift, scale: z = (x − shift)/scale, broadcastable to an event.
+        moves: the sampler that it was trained with.
+        particles: standardised draws from (nearly) π_θ, with shape (n, *event): where sampling begins.
+        log_z: log ∫ e^{−V}; None where it is not known, and no likelihood is.
+        log_z_se: its standard error; zero where it was computed by quadrature.
+    """
+
+    architecture: Architecture
+    potential: Tilted
+    shift: Tensor
+    scale: Tensor
+    moves: Moves
+    particles: Tensor
+    log_z: float | None = None
+    log_z_se: float | None = None
+
+    def standardise(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
+        """The model's coordinates of data."""
+        return ((x - self.shift) / self.scale).to(self.particles)
+
+    @torch.no_grad()
+    def log_density(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+        """Log p(x) in nats, per unit of the data's volume, in double precision.
+
+        Raises:
+            InvalidInputError: data of another event shape, or a model whose log Z is not known.
+        """
+        if self.log_z is None:
+            raise InvalidInputError("this model does not know its log Z: train it with --weighted")
+        event = self.architecture.event_shape
+        if x.shape[1:] != event:
+            raise InvalidInputError(f"data have event shape {tuple(x.shape[1:])}, the model {event}; they must agree")
+        energy = torch.cat([self.potential(part) for part in self.standardise(x).split(2**14)]).double()
+        return -energy - self.log_z - self.scale.double().expand(event).log().sum()
+
+    def sample(self, n: int, noise: Noise, steps: int = 200) -> Float[Tensor, "n *event"]:
+        """N draws: particles of the training, moved `steps` further by the model's own sampler, in data's coordinates.
+
+        Particles do not cross between far modes, so shares of modes are those of the training's particles.
+        """
+        generator = noise.generator(0)
+        chosen = torch.randint(len(self.particles), (n,), generator=generator)
+        z = self.particles[chosen]
+        for move in simulate(self.moves.kernel(), self.potential, z, noise.stream(1), steps):
+            z = move.x
+        return z * self.scale + self.shift
+
+    def with_log_z(self, log_z: float, log_z_se: float) -> EnergyModel:
+        """The same model with another log Z."""
+        return replace(self, log_z=log_z, log_z_se=log_z_se)
+
+    def save(self, folder: Path) -> None:
+        """Write the two files, each in one step."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"shift": self.shift, "scale": self.scale, "particles": self.particles}
+        tensors |= {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
+        with replacing(folder / WEIGHTS) as file:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+        described = {
+            "format": FORMAT,
+            "architecture": vars(self.architecture) | {"event_shape": list(self.architecture.event_shape)},
+            "moves": vars(self.moves),
+            "log_z": self.log_z,
+            "log_z_se": self.log_z_se,
+        }
+        with replacing(folder / DESCRIPTION) as file:
+            file.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def is_energy_model(folder: str | Path) -> bool:
+    """Whether a folder holds an energy-based model."""
+    return (Path(folder) / DESCRIPTION).is_file()
+
+
+def load_energy_model(folder: str | Path) -> EnergyModel:
+    """Read what `EnergyModel.save` wrote.
+
+    Raises:
+        InvalidInputError: no such folder, or files that are damaged or no energy-based model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not is_energy_model(folder):
+        raise InvalidInputError(
+            f"--model {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
+        )
+    try:
+        said: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if said.get("format") != FORMAT:
+            raise ValueError(f"its format is {said.get('format')!r}")
+        kind = said["architecture"]
+        architecture = Architecture(**kind | {"event_shape": tuple(kind["event_shape"])})
+        tensors = load_file(folder / WEIGHTS)
+        potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
+        prefix = "potential."
+        potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        moves, log_z, error = Moves(**said["moves"]), said["log_z"], said["log_z_se"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as cause:
+        raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {cause}") from cause
+    if log_z is not None and not math.isfinite(log_z):
+        raise InvalidInputError(f"--model {folder}: log_z must be finite, got {log_z}")
+    potential.eval().requires_grad_(False)
+    return EnergyModel(
+        architecture, potential, tensors["shift"], tensors["scale"], moves, tensors["particles"], log_z, error
+    )

@@ -1,0 +1,142 @@
+"""A Gaussian tilted by a network: the energy-based model whose beginning is known exactly.
+
+    V(x; θ) = ‖x‖²/2 + f(x; θ),        π_θ(x) ∝ N(x; 0, I) e^{−f(x; θ)}
+
+With f = 0 at the start (a last layer of zeros) π_θ0 is N(0, I): X_0 is drawn exactly and log Z_θ0 = (d/2) log 2π, which
+is what weighted particles need. The Gaussian also confines the particles where f has nothing to say; f must not fall
+faster than ‖x‖²/2 grows. Data are standardised first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.noise import Noise
+
+
+class Tilted(nn.Module):
+    """V(x) = ‖x‖²/2 + f(x).
+
+    Args:
+        network: f, from (n, *event) to (n,) or (n, 1); `mlp` and `conv` build some whose last layer is zero.
+        event_shape: of x.
+
+    While f is zero, `log_z` is log ∫ e^{−V} and `sample` draws from π_θ. A network that is not zero has neither; loops
+    then take particles from elsewhere (`annealed`, say) and tell log Z relative to the start.
+    """
+
+    def __init__(self, network: nn.Module, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.event_shape = network, tuple(event_shape)
+
+    def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+        return x.flatten(1).square().sum(1) / 2 + self.network(x).reshape(len(x))
+
+    @property
+    def log_z(self) -> float:
+        """(d/2) log 2π. Raises AttributeError where f is not zero: log Z is not known then."""
+        if not self._is_gaussian(self._draw(8, Noise(0))):
+            raise AttributeError("log Z is known only while the network is zero")
+        return math.prod(self.event_shape) / 2 * math.log(2 * math.pi)
+
+    @torch.no_grad()
+    def sample(self, n: int, noise: Noise, *key: int) -> Float[Tensor, "n *event"]:
+        """N exact draws from π_θ while f is zero; the same key gives the same draws.
+
+        Raises:
+            InvalidInputError: f is not zero.
+        """
+        x = self._draw(n, noise, *key)
+        if not self._is_gaussian(x):
+            raise InvalidInputError(
+                "exact draws exist only while the network is zero; reach this potential by `annealed`, and pass the "
+                "particles themselves"
+            )
+        return x
+
+    def tempered(self, t: float) -> Tilted:
+        """‖x‖²/2 + t f(x), sharing the network: a path from N(0, I) at t = 0 to this potential at t = 1."""
+        return Tilted(Scaled(self.network, t), self.event_shape)
+
+    def _draw(self, n: int, noise: Noise, *key: int) -> Tensor:
+        first = next(self.parameters())
+        return noise.normal((n, *self.event_shape), *key, device=first.device, dtype=first.dtype)
+
+    @torch.no_grad()
+    def _is_gaussian(self, x: Tensor) -> bool:
+        return not self.network(x).any()
+
+
+class Scaled(nn.Module):
+    """t f(x)."""
+
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *one"]:
+        return self.factor * self.network(x)
+
+
+def mlp(dimension: int, noise: Noise, *, width: int = 128, depth: int = 3) -> nn.Sequential:
+    """A smooth perceptron from (n, dimension) to (n, 1): `depth` hidden layers with SiLU and a last layer of zeros.
+
+    Smooth, because ∇f moves the particles: a kink in f is a jump of their drift.
+    """
+    generator, sizes = noise.generator(0), [dimension, *[width] * depth]
+    hidden = [
+        part
+        for into, out in itertools.pairwise(sizes)
+        for part in (_drawn(nn.Linear, into, out, generator=generator), nn.SiLU())
+    ]
+    return nn.Sequential(*hidden, zero_linear(width))
+
+
+def conv(event_shape: Sequence[int], noise: Noise, *, width: int = 32) -> nn.Sequential:
+    """A smooth convolutional network from images (n, C, H, W) to (n, 1), with a last layer of zeros.
+
+    Three convolutions, the last two of which halve height and width, then a hidden layer over all that is left.
+
+    Raises:
+        InvalidInputError: an event that is no image (channels, height, width).
+    """
+    if len(event_shape) != 3:
+        raise InvalidInputError(f"conv needs images (channels, height, width), got events {tuple(event_shape)}")
+    generator, (channels, height, across) = noise.generator(0), event_shape
+    cells = -(-height // 4) * -(-across // 4)
+    return nn.Sequential(
+        _drawn(nn.Conv2d, channels, width, 3, padding=1, generator=generator),
+        nn.SiLU(),
+        _drawn(nn.Conv2d, width, 2 * width, 3, stride=2, padding=1, generator=generator),
+        nn.SiLU(),
+        _drawn(nn.Conv2d, 2 * width, 4 * width, 3, stride=2, padding=1, generator=generator),
+        nn.SiLU(),
+        nn.Flatten(),
+        _drawn(nn.Linear, 4 * width * cells, 4 * width, generator=generator),
+        nn.SiLU(),
+        zero_linear(4 * width),
+    )
+
+
+def zero_linear(width: int) -> nn.Linear:
+    """A linear layer (n, width) → (n, 1) of zeros, without a bias: a constant in V says nothing about π."""
+    last = nn.utils.skip_init(nn.Linear, width, 1, bias=False)
+    nn.init.zeros_(last.weight)
+    return last
+
+
+def _drawn(kind: type[nn.Module], *sizes: int, generator: torch.Generator, **options: int) -> nn.Module:
+    """A layer whose weights have variance 1/fan_in and whose biases are zero: unit inputs give unit outputs."""
+    layer = nn.utils.skip_init(kind, *sizes, **options)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+    nn.init.kaiming_normal_(weight, nonlinearity="linear", generator=generator)
+    nn.init.zeros_(bias)
+    return layer
