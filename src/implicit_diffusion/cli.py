@@ -23,7 +23,7 @@ class Resume:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one line and exit status 2."""
-    from implicit_diffusion.experiments import ebm, finetune, hexagon, pretrain, recovery, sample
+    from implicit_diffusion.experiments import ebm, finetune, hexagon, pretrain, recovery, sample, score, tilt
 
     commands = (
         Annotated[finetune.Config, tyro.conf.subcommand("finetune")]
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
         | Annotated[pretrain.Config, tyro.conf.subcommand("pretrain")]
         | Annotated[ebm.Config, tyro.conf.subcommand("ebm")]
+        | Annotated[score.Config, tyro.conf.subcommand("score")]
+        | Annotated[tilt.Config, tyro.conf.subcommand("tilt")]
         | Annotated[hexagon.Config, tyro.conf.subcommand("hexagon")]
         | Annotated[recovery.Config, tyro.conf.subcommand("recovery")]
     )
@@ -60,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pretrain.run(chosen)
             case ebm.Config():
                 ebm.run(chosen)
+            case score.Config():
+                score.run(chosen)
+            case tilt.Config():
+                tilt.run(chosen)
             case hexagon.Config():
                 hexagon.run(chosen)
             case recovery.Config():

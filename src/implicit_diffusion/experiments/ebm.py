@@ -49,8 +49,9 @@ class Config:
     """Updates of θ; 1000 on the plane, 4000 for the rest by default."""
     particles: int = 1000
     """n, and data per update."""
-    step_size: float = 0.06
-    """h in standardised coordinates; ula wants about its square."""
+    step_size: float | None = None
+    """h in standardised coordinates: by default 0.06 on the plane and 0.2 elsewhere for hmc, about its square for
+    ula and mala."""
     leapfrogs: int = 4
     """Of hmc. Together with the step size they should carry a particle through its mode."""
     lr: float = 3e-3
@@ -78,10 +79,9 @@ class Config:
                 f"--particles must be a multiple of 16, for groups of followers, got {self.particles}"
             )
         for name in ("step_size", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidInputError(
-                    f"--{name.replace('_', '-')} must be positive and finite, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
         if not 0 <= self.weight_decay < math.inf:
             raise InvalidInputError(f"--weight-decay must be finite and ≥ 0, got {self.weight_decay}")
 
@@ -89,9 +89,11 @@ class Config:
         """What to train on these data."""
         kind = self.potential or ("mlp" if len(data.event_shape) == 1 else "conv")
         architecture = Architecture(kind, data.event_shape, self.width or {"mlp": 64, "conv": 16}[kind])
+        h = 0.06 if len(data.event_shape) == 1 else 0.2
+        default = {"hmc": h, "underdamped": h, "ula": h**2, "mala": h**2}[self.sampler]
         return Settings(
             architecture,
-            Moves(self.sampler, self.step_size, self.leapfrogs),
+            Moves(self.sampler, self.step_size or default, self.leapfrogs),
             "weighted" if self.weighted else "hmc",
             self.particles,
             self.steps or (1000 if data.law else 4000),
@@ -119,7 +121,8 @@ def run(config: Config) -> dict[str, Any]:
     settings = config.settings(data)
     loop = make_loop(settings, data)
     directory = RunDirectory.create(out)
-    directory.write_config(replace(config, out=out, steps=settings.updates, width=settings.architecture.width))
+    width, h = settings.architecture.width, settings.moves.step_size
+    directory.write_config(replace(config, out=out, steps=settings.updates, width=width, step_size=h))
     trained = train(settings, data, loop, directory)
     summary = judge(trained, data) | {"advice": advice(loop, trained.fit.metrics)}
     model = trained.model.with_log_z(summary["log_z_estimate"], summary["log_z_estimate_se"])
@@ -129,7 +132,7 @@ def run(config: Config) -> dict[str, Any]:
     if data.event_shape == (1, 8, 8):
         from implicit_diffusion.experiments.ebm_digits import judge_digits
 
-        summary |= judge_digits(model, data, directory)
+        summary |= judge_digits(model, data, directory, settings.updates, config.seed)
     directory.write_summary(summary)
 
     from implicit_diffusion.experiments.ebm_figures import draw

@@ -21,7 +21,7 @@ from implicit_diffusion.runs import RunDirectory
 if TYPE_CHECKING:
     from implicit_diffusion.experiments.ebm import Config, Trained
 
-GRID = (1e-3, 3e-3, 1e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 GRID_SEED = 1000  # beyond those of the runs
 
 

@@ -26,8 +26,8 @@ class Data:
 
     Args:
         train, held_out: with shape (m, *event).
-        shift, scale: of the training data, broadcastable to an event: per coordinate for vectors, one number for
-            images, whose pixels share a scale.
+        shift, scale: mean and deviation of every coordinate of the training data, with the shape of an event; pixels
+            that (nearly) never change get a hundredth of the largest deviation.
         law: where the data come from, if that is known.
     """
 
@@ -69,9 +69,10 @@ def load(name: str, noise: Noise) -> Data:
         )
     else:
         train, held_out = split(read_array(name), noise)
-    if train.ndim > 2:
-        return Data(train, held_out, train.mean()[None, None, None], train.std()[None, None, None])
-    return Data(train, held_out, train.mean(0), train.std(0))
+    scale = train.std(0)
+    return Data(
+        train, held_out, train.mean(0), scale.clamp(min=0.01 * scale.amax().item()) if train.ndim > 2 else scale
+    )
 
 
 def dequantised(levels: Float[Tensor, "n *event"], generator: torch.Generator) -> Float[Tensor, "n *event"]:

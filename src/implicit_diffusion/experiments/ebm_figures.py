@@ -23,7 +23,7 @@ NAMES = {
 
 def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> None:
     """figures/density.png and figures/training.png where there is a plane, figures/particles.png for images."""
-    plt = _pyplot()
+    plt = pyplot()
     if len(data.event_shape) == 3:
         _draw_images(model, data, directory)
     elif data.event_shape == (2,):
@@ -49,11 +49,11 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
     if "log_z" in points[0]:
         axes[1].set(xlabel="updates", ylabel="log Z")
         axes[1].legend(frameon=False)
-    _finish(figure, axes, directory.figure("training"))
+    finish(figure, axes, directory.figure("training"))
 
 
 def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     half = 1.25 * data.train.abs().amax().item()
     quadrature = Quadrature(data.shift, data.scale, half=half, cell=2 * half / 240)
     log_q, _ = quadrature.log_density(model.potential)
@@ -92,14 +92,11 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
 
 
 def _draw_images(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    low, high = data.train.amin().item(), data.train.amax().item()
     particles = model.particles[:64] * model.scale + model.shift
-    low, high = (
-        data.train.quantile(0.01).item() if data.train.numel() < 2**24 else data.train.amin().item(),
-        data.train.amax().item(),
-    )
-    for axis, images, title in zip(axes, (data.held_out[:64], particles), ("held-out data", "particles")):
+    for axis, images, title in zip(axes, (data.held_out, particles), ("held-out data", "particles")):
         tile(axis, images, low, high)
         axis.set_title(title)
     figure.savefig(directory.figure("particles"), dpi=130)
@@ -107,21 +104,18 @@ def _draw_images(model: EnergyModel, data: Data, directory: RunDirectory) -> Non
 
 
 def tile(axis: Any, images: torch.Tensor, low: float, high: float) -> None:
-    """Up to 64 images (n, C, H, W) in rows of eight; grey or RGB."""
-    shown = ((images[:64] - low) / (high - low)).clamp(0, 1)
-    missing = -len(shown) % 8
-    shown = torch.nn.functional.pad(
-        torch.cat([shown, torch.ones_like(shown[:1]).expand(missing, *shown.shape[1:])]), (0, 1, 0, 1), value=1.0
-    )
-    rows = torch.cat([torch.cat(list(row), dim=2) for row in shown.split(8)], dim=1)
-    picture = rows.permute(1, 2, 0)
-    axis.imshow(picture[..., 0] if picture.shape[-1] != 3 else picture, cmap="gray", vmin=0, vmax=1)
+    """Show up to 64 images (n, C, H, W), grey or RGB, in rows of eight; `low` is black and `high` white."""
+    count = min(64, len(images)) // 8 * 8
+    shown = ((images[:count] - low) / (high - low)).clamp(0, 1)
+    framed = torch.nn.functional.pad(shown, (0, 1, 0, 1), value=1.0)
+    picture = framed.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows H, 8 W, C)
+    axis.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
     axis.set_axis_off()
 
 
 def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], directory: RunDirectory) -> None:
     """figures/comparison.png: exact KL against pulls and seconds, and log Z against exact, with bands over seeds."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.6), layout="constrained")
     for arm, runs in curves.items():
         whole = [run for run in runs if len(run) == max(map(len, runs))]
@@ -154,18 +148,20 @@ def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], di
     )
     axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
     axes[2].legend(frameon=False, fontsize=8)
-    _finish(figure, axes, directory.figure("comparison"))
+    finish(figure, axes, directory.figure("comparison"))
 
 
-def _finish(figure: Any, axes: Any, path: Any) -> None:
+def finish(figure: Any, axes: Any, path: Any) -> None:
+    """Grid, no frame, into a file."""
     for axis in axes:
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot that draws to files only."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -103,6 +103,30 @@ class ParticleLoop(Loop):
         """The number of particles."""
         return len(self.walkers.x)
 
+    def refresh(self, particles: Particles) -> None:
+        """Go on from other particles that stand for the present π_θ: draws, weighted or not, from `annealed`, say.
+
+        What the old ones accumulated, weights, errors of log Z and of the masses of modes, ends with them.
+
+        Raises:
+            InvalidInputError: particles of another number or shape; weights in a loop without.
+        """
+        x = particles.x
+        if x.shape != self.walkers.x.shape or (particles.log_weights is not None and not self.weighted):
+            raise InvalidInputError(
+                f"refresh needs {tuple(self.walkers.x.shape)} particles, with weights only where the loop weighs, got "
+                f"{tuple(x.shape)}"
+            )
+        with eval_mode(self.model):
+            value = energy_of(self.model, x).value
+        weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights
+        weights = weights - log_mean_exp(weights)
+        log_z = self.walkers.log_z if particles.log_z is None else particles.log_z - self.log_z0
+        zero = torch.zeros_like(log_z)
+        self.walkers = self.walkers._replace(
+            x=innermost(x.detach().clone()), log_weights=weights, log_z=log_z, previous=x, debt=value, h=zero, lag=zero
+        )
+
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
         while self.update.updates < updates:
             yield self.step()

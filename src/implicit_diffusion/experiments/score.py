@@ -1,0 +1,56 @@
+"""Log-likelihoods of data under a trained energy-based model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.ebm_data import read_array
+from implicit_diffusion.experiments.energy_model import load_energy_model
+from implicit_diffusion.runs.files import replacing
+
+
+@dataclass(frozen=True)
+class Config:
+    """Log-likelihoods of data under a trained energy-based model."""
+
+    model: Path
+    """The model/ folder of an `implicit-diffusion ebm` run."""
+    data: str
+    """FILE.npy with the model's event shape, in the units of its training data."""
+    out: Path | None = None
+    """Write one log-likelihood per datum, in nats, to this new .npy file."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Print the mean log-likelihood, and return it with its standard errors.
+
+    Raises:
+        InvalidInputError: no such model or data, another event shape, or an existing `out`.
+    """
+    if config.out is not None and (config.out.exists() or config.out.suffix != ".npy"):
+        raise InvalidInputError(f"--out {config.out} must name a new .npy file")
+    model = load_energy_model(config.model)
+    scores = model.log_density(read_array(config.data))
+    error = scores.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else None
+    dimension = math.prod(model.architecture.event_shape)
+    found = {
+        "log_likelihood": scores.mean().item(),
+        "standard_error": error,
+        "log_z_standard_error": model.log_z_se,
+        "bits_per_dimension": -scores.mean().item() / dimension / math.log(2),
+        "data": len(scores),
+    }
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(config.out) as file, file.open("wb") as stream:
+            np.save(stream, scores.numpy(), allow_pickle=False)
+    shown = "" if error is None else f" ± {error:.4f} (data)"
+    print(f"log-likelihood {found['log_likelihood']:.4f}{shown} ± {model.log_z_se or 0:.4f} (log Z) nats per datum")
+    print(f"bits per dimension {found['bits_per_dimension']:.4f}")
+    return found
