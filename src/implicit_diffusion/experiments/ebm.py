@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.ebm_arms import Settings, Watch, make_loop, to_model
+from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, make_loop, to_model
 from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
 from implicit_diffusion.experiments.planar import Quadrature
@@ -29,7 +29,7 @@ from implicit_diffusion.samplers.followers import annealed
 
 LOOKS = 12  # exact figures on the way
 ANNEALING = 1600, 200  # particles and steps
-ANNEAL = 6  # a stream of noise beside those of data and training
+JUDGE = 7  # a stream of noise beside those of data and training
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Config:
     ula and mala."""
     leapfrogs: int = 4
     """Of hmc. Together with the step size they should carry a particle through its mode."""
+    refresh: int = 250
+    """Updates after which weighted particles are drawn anew by annealing, which ends the errors that their weights
+    have accumulated; 0 for never."""
     lr: float = 3e-3
     """Of Adam at the start; cosine decay to zero."""
     weight_decay: float = 0.0
@@ -70,14 +73,13 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        for name, least in (("steps", 1), ("particles", 16), ("leapfrogs", 1), ("width", 1), ("seeds", 1), ("seed", 0)):
+        least_of = {"steps": 1, "particles": 16, "leapfrogs": 1, "width": 1, "seeds": 1, "seed": 0, "refresh": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InvalidInputError(f"--{name} must be an integer ≥ {least}, got {value}")
-        if self.particles % 16:
-            raise InvalidInputError(
-                f"--particles must be a multiple of 16, for groups of followers, got {self.particles}"
-            )
+        if self.weighted and self.particles % 8:
+            raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
         for name in ("step_size", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -100,6 +102,7 @@ class Config:
             self.lr,
             self.seed,
             weight_decay=self.weight_decay,
+            refresh=self.refresh if self.weighted else 0,
         )
 
 
@@ -163,7 +166,7 @@ def train(
     """
     standardised, _ = data.standardised()
     save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
-    callbacks: list[Any] = [Watch(standardised, save=save)]
+    callbacks: list[Any] = [Watch(standardised, save=save), Refresh(settings)]
     curve: list[dict[str, Any]] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)
@@ -196,7 +199,7 @@ def judge(trained: Trained, data: Data) -> dict[str, Any]:
     """The headline numbers of a training."""
     _, held_out = data.standardised()
     model, loop = trained.model, trained.loop
-    estimate, error = log_z_by_annealing(model, Noise(trained.settings.seed).stream(ANNEAL))
+    estimate, error = log_z_by_annealing(model, Noise(trained.settings.seed).stream(JUDGE))
     summary: dict[str, Any] = {
         "seconds": trained.fit.seconds,
         "updates": trained.fit.updates,

@@ -29,12 +29,14 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs.fit import Fit
+from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
 INNER = 5  # Langevin steps per update of cd and pcd
 LANGEVIN = Moves("ula", 0.01)  # of implicit, cd and pcd
-NETWORK, TRAIN, START = range(2, 5)  # streams of noise beside the data's
+REFRESHING, GROUPS = 50, 8  # steps of annealing, and its replicates
+NETWORK, TRAIN, START, ANNEAL = range(2, 6)  # streams of noise beside the data's
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Settings:
         lr: of Adam at the start; cosine decay to zero.
         seed: of all noise.
         weight_decay: of AdamW.
+        refresh: updates after which weighted particles are drawn anew by annealing; 0 for never.
     """
 
     architecture: Architecture
@@ -59,6 +62,7 @@ class Settings:
     lr: float
     seed: int
     weight_decay: float = 0.0
+    refresh: int = 0
 
 
 def make_loop(settings: Settings, data: Data) -> ParticleLoop:
@@ -87,6 +91,27 @@ def pulls_per_update(arm: str, moves: Moves) -> int:
     """Pulls through V at all particles that one update of an arm costs."""
     kernel = moves.kernel().evaluations
     return {"weighted": kernel + 1, "hmc": kernel, "implicit": 1, "cd": INNER + 1, "pcd": INNER + 1}[arm]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Callback: every so often, draw the particles anew by annealing from the Gaussian to the present potential.
+
+    That ends what they have accumulated: the errors of their weights, of log Z, and of the masses of modes.
+    """
+
+    settings: Settings
+
+    def __call__(self, fit: Fit) -> None:
+        every, loop = self.settings.refresh, fit.loop
+        if not every or fit.updates % every or fit.updates >= self.settings.updates:
+            return
+        assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
+        noise = Noise(self.settings.seed).stream(ANNEAL, fit.updates)
+        path, kernel = loop.model.tempered, self.settings.moves.kernel()
+        followers = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
+        loop.refresh(followers.particles(loop.model))
+        loop.evaluations += followers.evaluations
 
 
 @dataclass

@@ -64,7 +64,7 @@ def compare(config: Config) -> dict[str, Any]:
 
 def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = True) -> Trained | None:
     """One training at the cost of the weighted arm's `--steps` updates; None where it diverged."""
-    from implicit_diffusion.experiments.ebm import ANNEAL, log_z_by_annealing, train
+    from implicit_diffusion.experiments.ebm import JUDGE, log_z_by_annealing, train
 
     data = load(config.data, Noise(seed))
     base = config.settings(data)
@@ -74,6 +74,7 @@ def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = Tr
         arm=arm,
         lr=lr,
         seed=seed,
+        refresh=0,
         updates=budget // pulls_per_update(arm, base.moves),
     )
     try:
@@ -83,7 +84,7 @@ def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = Tr
         return None
     if judged and arm == "weighted":
         last = run.curve[-1]
-        last["log_z_estimate"], last["log_z_estimate_se"] = log_z_by_annealing(run.model, Noise(seed).stream(ANNEAL))
+        last["log_z_estimate"], last["log_z_estimate_se"] = log_z_by_annealing(run.model, Noise(seed).stream(JUDGE))
     return run
 
 
