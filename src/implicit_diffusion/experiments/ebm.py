@@ -179,7 +179,7 @@ def train(
                 if loop.weighted:
                     found["log_z_particles"] = float(loop.particles.log_z or 0.0)
                 curve.append(work | found)
-                state.metrics |= {k: v for k, v in found.items() if isinstance(v, float)}
+                state.metrics |= {f"exact_{name}": value for name, value in found.items()}
 
         callbacks.append(look)
     state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.arm)

@@ -133,7 +133,7 @@ class Watch:
     """
 
     data: Tensor
-    every: int = 20
+    every: int = 50
     patience: int = 2
     save: Callable[[Fit], None] | None = None
     bad: int = field(default=0, init=False)

@@ -28,27 +28,24 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
         _draw_images(model, data, directory)
     elif data.event_shape == (2,):
         _draw_plane(model, data, directory)
-    points = [p for p in directory.read_metrics() if "kl" in p]
-    if not points:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    points = [p for p in directory.read_metrics() if "exact_kl" in p]
+    if points:
+        _draw_training(points, summary, directory)
+
+
+def _draw_training(points: list[dict[str, Any]], summary: dict[str, Any], directory: RunDirectory) -> None:
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     updates = [p["updates"] for p in points]
-    axes[0].plot(updates, [p["kl"] for p in points], color=COLOURS["weighted"], marker=".")
+    axes[0].plot(updates, [p["exact_kl"] for p in points], color=COLOURS["weighted"], marker=".")
     axes[0].set(xlabel="updates", ylabel="exact KL(data‖model), nats", yscale="log")
-    axes[1].plot(updates, [p["log_z"] for p in points], color="0.2", label="exact", lw=1.5)
-    if "log_z_estimate" in points[0]:
-        estimate, error = ([p[name] for p in points] for name in ("log_z_estimate", "log_z_estimate_se"))
-        axes[1].errorbar(
-            updates,
-            estimate,
-            yerr=[2 * e for e in error],
-            color=COLOURS["weighted"],
-            fmt=".",
-            label="followers, ± 2 s.e.",
-        )
+    axes[1].plot(updates, [p["exact_log_z"] for p in points], color="0.2", label="exact", lw=1.5)
     if "log_z" in points[0]:
-        axes[1].set(xlabel="updates", ylabel="log Z")
-        axes[1].legend(frameon=False)
+        told = [p["log_z"] for p in points]
+        axes[1].plot(updates, told, color=COLOURS["weighted"], ls="--", label="training's own weights")
+    end = {"yerr": [2 * summary["log_z_estimate_se"]], "fmt": "o", "ms": 4, "color": COLOURS["cd"]}
+    axes[1].errorbar(updates[-1:], [summary["log_z_estimate"]], **end, label="annealing, ± 2 s.e.")
+    axes[1].set(xlabel="updates", ylabel="log Z")
+    axes[1].legend(frameon=False)
     finish(figure, axes, directory.figure("training"))
 
 
@@ -63,7 +60,7 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
         return values.reshape(side, side).mT.numpy()
 
     panels = 4 if data.law is not None else 3
-    figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels, 3.4), layout="constrained", sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels, 3.7), layout="constrained", sharex=True, sharey=True)
     shown = {"origin": "lower", "extent": extent, "cmap": "magma"}
     density = log_q.exp()
     if data.law is not None:
