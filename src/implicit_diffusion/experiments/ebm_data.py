@@ -18,6 +18,7 @@ TRAIN, HELD_OUT = range(2)  # streams of noise
 SIZES = 20_000, 10_000  # of laws
 SHARE = 0.2  # of an array that is held out
 GREY_LEVELS = 17  # of the handwritten digits
+COPIES = 20  # of each, with noise of their own: a network could learn a single draw by heart
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,8 @@ def load(name: str, noise: Noise) -> Data:
         from implicit_diffusion.experiments.digits import load_digits
 
         digits = load_digits()
-        train, held_out = (
-            dequantised((images + 1) * 8, noise.generator(key))
-            for key, images in zip((TRAIN, HELD_OUT), (digits.train, digits.held_out))
-        )
+        train = dequantised(((digits.train + 1) * 8).repeat(COPIES, 1, 1, 1), noise.generator(TRAIN))
+        held_out = dequantised((digits.held_out + 1) * 8, noise.generator(HELD_OUT))
     else:
         train, held_out = split(read_array(name), noise)
     scale = train.std(0)

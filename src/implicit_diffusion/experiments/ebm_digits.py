@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.experiments.ebm_data import GREY_LEVELS, Data
+from implicit_diffusion.experiments.ebm_data import COPIES, GREY_LEVELS, Data
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
@@ -97,6 +97,7 @@ def _kernel_density(data: Data) -> dict[str, Any]:
 def _chosen(
     train: Tensor, held_out: Tensor, options: tuple[Any, ...], fit: Callable[[Any, np.ndarray], Any]
 ) -> dict[str, Any]:
+    train = train[: len(train) // COPIES]  # one copy: copies would meet in both parts of the choice
     x, y = (part.flatten(1).double().numpy() for part in (train, held_out))
     fifth = len(x) // 5
     tried = {option: fit(option, x[fifth:]).score_samples(x[:fifth]).mean() for option in options}

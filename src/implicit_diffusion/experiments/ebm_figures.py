@@ -23,7 +23,6 @@ NAMES = {
 
 def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> None:
     """figures/density.png and figures/training.png where there is a plane, figures/particles.png for images."""
-    plt = pyplot()
     if len(data.event_shape) == 3:
         _draw_images(model, data, directory)
     elif data.event_shape == (2,):
