@@ -23,10 +23,10 @@ class Resume:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one line and exit status 2."""
-    from implicit_diffusion.experiments import ebm, finetune, hexagon, pretrain, recovery, sample, score, tilt
+    from implicit_diffusion.experiments import ebm, finetune, hexagon, pretrain, recovery, resuming, sample, score, tilt
 
     commands = (
-        Annotated[finetune.Config, tyro.conf.subcommand("finetune")]
+        Annotated[tyro.conf.FlagCreatePairsOff[finetune.Config], tyro.conf.subcommand("finetune")]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
         | Annotated[pretrain.Config, tyro.conf.subcommand("pretrain")]
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  implicit-diffusion hexagon                         the paper's first experiment, in all its arms\n"
             "  implicit-diffusion recovery --problem two-modes    why weighted particles",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         match chosen:
             case finetune.Config():
                 finetune.run(chosen)
             case Resume():
-                finetune.resume(chosen.run)
+                resuming.resume(chosen.run)
             case sample.Config():
                 sample.run(chosen)
             case pretrain.Config():

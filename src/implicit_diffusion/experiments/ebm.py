@@ -106,8 +106,12 @@ class Config:
         )
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
     """Train, judge, save, draw; returns the summary.
+
+    Args:
+        config: see there.
+        directory: of an interrupted run to go on with; None begins a new one.
 
     Raises:
         InvalidInputError: bad options or data, before anything is trained.
@@ -119,14 +123,17 @@ def run(config: Config) -> dict[str, Any]:
 
         return compare(config)
     out = config.out or Path(f"runs/ebm-{Path(config.data).stem}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-    RunDirectory.check(out)
+    if directory is None:
+        RunDirectory.check(out)
     data = load(config.data, Noise(config.seed))
     settings = config.settings(data)
     loop = make_loop(settings, data)
-    directory = RunDirectory.create(out)
+    directory = directory or RunDirectory.create(out)
     width, h = settings.architecture.width, settings.moves.step_size
     directory.write_config(replace(config, out=out, steps=settings.updates, width=width, step_size=h))
     trained = train(settings, data, loop, directory)
+    if trained.fit.stopped == "interrupted":
+        raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {directory.path}`")
     summary = judge(trained, data) | {"advice": advice(loop, trained.fit.metrics)}
     model = trained.model.with_log_z(summary["log_z_estimate"], summary["log_z_estimate_se"])
     if "log_z" in summary:

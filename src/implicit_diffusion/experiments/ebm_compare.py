@@ -1,7 +1,7 @@
 """All arms of energy-based training on one law of the plane, at equal cost, each with the best rate of a grid.
 
-The grid is searched on one seed of its own; arms that diverge at a rate count as infinitely bad there. "hmc" is there to
-tell what the weights do, and takes the rate of "weighted".
+The grid is searched on one seed of its own; arms that diverge at a rate count as infinitely bad there. "hmc" is there
+to tell what the weights do, and takes the rate of "weighted".
 """
 
 from __future__ import annotations

@@ -216,19 +216,6 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     return summary
 
 
-def resume(path: Path) -> dict[str, Any]:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted.
-
-    Raises:
-        InvalidInputError: no interrupted run there.
-    """
-    directory = RunDirectory(path)
-    if not directory.checkpoint.exists() or (path / "summary.json").exists():
-        raise InvalidInputError(f"{path} is no interrupted run: it needs a checkpoint/ and no summary.json")
-    values = json.loads((path / "config.json").read_text())
-    return run(Config(**values | {"out": path}), directory)
-
-
 def plan_beta(plan: Plan) -> float:
     """The β whose bound promises about one standard deviation of reward."""
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
