@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_marginal
@@ -87,6 +87,18 @@ def test_many_ddim_steps_map_noise_onto_the_data_law():
     torch.testing.assert_close(x, MEAN + VARIANCE.sqrt() * start, rtol=0, atol=0.1)
 
 
+def test_the_flow_prediction_is_epsilon_minus_sample():
+    t = torch.tensor([1.0, 400.0, 1000.0], dtype=F64)
+    x = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    flow, epsilon, sample = (
+        GaussianDenoiser.from_scheduler(MEAN, VARIANCE, scheduler, p)(x, t) for p in (None, "epsilon", "sample")
+    )
+    torch.testing.assert_close(flow, epsilon - sample)
+    sigma = (t / 1000)[:, None, None]
+    torch.testing.assert_close((1 - sigma) * sample + sigma * epsilon, x)
+
+
 def test_the_mean_trains_and_the_variance_does_not():
     denoiser = GaussianDenoiser.ornstein_uhlenbeck(MEAN, VARIANCE)
     denoiser(torch.zeros(5, 2, 2, dtype=F64), torch.full((5,), 0.5, dtype=F64)).sum().backward()
@@ -111,4 +123,4 @@ def test_bad_arguments():
     with pytest.raises(InvalidInputError, match=r"variance has shape \(3,\)"):
         GaussianDenoiser.ornstein_uhlenbeck(MEAN, torch.ones(3))
     with pytest.raises(InvalidInputError, match="has no alphas_cumprod"):
-        GaussianDenoiser.from_scheduler(MEAN, 1.0, FlowMatchEulerDiscreteScheduler())
+        GaussianDenoiser.from_scheduler(MEAN, 1.0, EDMEulerScheduler())

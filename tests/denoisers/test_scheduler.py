@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import itertools
 
 import pytest
 import torch
@@ -10,42 +9,32 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KarrasVeScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
 from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.denoisers.supported import MORE_STEPS, STEPS, SUPPORTED, Case
 from implicit_diffusion.errors import InvalidInputError, NonAffineError
 
-SPACINGS = ("leading", "trailing", "linspace")
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-DDPM = [
-    pytest.param(
-        DDPMScheduler, {"variance_type": v, "timestep_spacing": s, "prediction_type": p}, {}, id=f"ddpm-{v}-{s}-{p}"
-    )
-    for v, s, p in itertools.product(("fixed_small", "fixed_large", "fixed_small_log"), SPACINGS, PREDICTIONS)
-]
-DDIM = [
-    pytest.param(DDIMScheduler, {"timestep_spacing": s, "prediction_type": p}, {"eta": eta}, id=f"ddim-{eta}-{s}-{p}")
-    for eta, s, p in itertools.product((0.0, 0.3, 1.0), SPACINGS, PREDICTIONS)
-]
 MORE = [
-    pytest.param(
-        DDPMScheduler, {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}, {}, id="cosine"
-    ),
-    pytest.param(DDPMScheduler, {"steps_offset": 1}, {}, id="ddpm-offset"),
-    pytest.param(DDIMScheduler, {"steps_offset": 1, "set_alpha_to_one": False}, {"eta": 1.0}, id="ddim-offset"),
-    pytest.param(
-        DDIMScheduler,
+    Case("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}),
+    Case("DDPMScheduler", {"steps_offset": 1}),
+    Case("DDIMScheduler", {"steps_offset": 1, "set_alpha_to_one": False}, {"eta": 1.0}),
+    Case(
+        "DDIMScheduler",
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         {"eta": 0.5},
-        id="zero-snr",
     ),
+    Case("EulerAncestralDiscreteScheduler", {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}),
+    Case("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
 ]
 
 
@@ -54,23 +43,50 @@ def make(scheduler_class, config):
 
 
 def double(scheduler):
-    """A copy whose coefficient tensors are float64."""
+    """A copy whose coefficient tensors are float64, also those that `set_timesteps` makes."""
+
+    class Double(type(scheduler)):
+        def set_timesteps(self, *arguments, **options):
+            super().set_timesteps(*arguments, **options)
+            to_double(self, but=("timesteps",))
+
     scheduler = copy.deepcopy(scheduler)
-    for name, value in vars(scheduler).items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            setattr(scheduler, name, value.double())
+    to_double(scheduler)
+    scheduler.__class__ = Double
     return scheduler
 
 
-def parity_error(scheduler, table, options, dtype=torch.float64):
+def to_double(scheduler, but=()):
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in but:
+            setattr(scheduler, name, value.double())
+
+
+def single_inside(scheduler):
+    """Whether `step` multiplies a float32 state or noise, whatever the precision of its coefficients."""
+    config = scheduler.config
+    return (
+        isinstance(scheduler, DPMSolverMultistepScheduler)
+        or config.get("stochastic_sampling", False)
+        or (
+            isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
+            and config.prediction_type == "v_prediction"
+        )
+    )
+
+
+def parity_error(scheduler, table, options, dtype=torch.float64, mu=None):
     """Largest |step − table| over all rows, relative to the row's largest term a x, b u or s ξ (where above 1)."""
+    draws_single = isinstance(scheduler, DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler)
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(len(table))
+    scheduler.set_timesteps(len(table), **({} if mu is None else {"mu": mu}))
     draws = torch.Generator().manual_seed(20)
     worst = 0.0
     for k in range(len(table)):
-        x, u = (torch.randn(3, 2, 5, 5, generator=draws, dtype=torch.float64).to(dtype) for _ in "xu")
-        xi = torch.randn(x.shape, generator=torch.Generator().manual_seed(k), dtype=dtype)
+        # As float32 holds them: some schedulers cast the state.
+        x, u = (torch.randn(3, 2, 5, 5, generator=draws).to(dtype) for _ in "xu")
+        generator = torch.Generator().manual_seed(k)
+        xi = torch.randn(x.shape, generator=generator, dtype=torch.float32 if draws_single else dtype).to(dtype)
         t = scheduler.timesteps[k]
         assert float(t) == table.t[k]
         if hasattr(scheduler, "scale_model_input"):
@@ -83,20 +99,33 @@ def parity_error(scheduler, table, options, dtype=torch.float64):
     return worst
 
 
-@pytest.mark.parametrize(
-    ("scheduler_class", "config", "options", "num_steps"),
-    [pytest.param(*case.values, n, id=f"{case.id}-{n}") for case in DDPM + DDIM + MORE for n in (1, 10)]
-    # An N that does not divide T, and a longer chain, for every eleventh case.
-    + [pytest.param(*case.values, n, id=f"{case.id}-{n}") for case in (DDPM + DDIM + MORE)[::11] for n in (13, 50)],
-)
-def test_every_row_is_the_schedulers_step(scheduler_class, config, options, num_steps):
-    scheduler = make(scheduler_class, config)
-    table = read_table(scheduler, num_steps, **options)
+def check(case, num_steps, doubled=False):
+    scheduler = case.make()
+    table = read_table(scheduler, num_steps, mu=case.mu, **case.step)
     assert len(table) == num_steps
-    assert parity_error(scheduler, table, options) < 1e-12  # float32 coefficients, float64 arithmetic
-    assert parity_error(scheduler, table, options, dtype=torch.float32) < 1e-6  # as a pipeline runs it
-    exact = double(scheduler)
-    assert parity_error(exact, read_table(exact, num_steps, **options), options) < 1e-12
+    exact = not single_inside(scheduler)
+    error = parity_error(scheduler, table, case.step, mu=case.mu)  # float32 coefficients, float64 arithmetic
+    assert error < (1e-12 if exact else 1e-6), (case, num_steps, error)
+    error = parity_error(scheduler, table, case.step, dtype=torch.float32, mu=case.mu)  # as a pipeline runs it
+    assert error < 1e-6, (case, num_steps, error)
+    if exact and doubled:
+        scheduler = double(scheduler)
+        table = read_table(scheduler, num_steps, mu=case.mu, **case.step)
+        error = parity_error(scheduler, table, case.step, mu=case.mu)
+        assert error < 1e-12, (case, num_steps, error)
+
+
+@pytest.mark.parametrize("number", range(len(SUPPORTED)), ids=lambda i: f"{i}-{SUPPORTED[i].scheduler}")
+def test_every_row_of_every_supported_case_is_the_schedulers_step(number):
+    for i, case in enumerate(SUPPORTED[number].cases()):
+        for num_steps in STEPS + (MORE_STEPS if i == 0 else ()):
+            check(case, num_steps, doubled=num_steps == 10 and i % 3 == 0)
+
+
+@pytest.mark.parametrize("case", MORE, ids=str)
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_other_options_too(case, num_steps):
+    check(case, num_steps, doubled=num_steps == 10)
 
 
 def test_parity_with_all_training_timesteps():
@@ -126,6 +155,40 @@ def test_ddpm_agrees_with_its_formula():
     torch.testing.assert_close(table.s, variance.sqrt(), rtol=1e-12, atol=0)
     assert table.noiseless() == (9,)
     assert table.s[9] == pytest.approx(1e-10, rel=1e-12)
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+ONE_CHAIN = {
+    "ddim": (DDIMScheduler(clip_sample=False, **TRAILING), {"eta": 1.0}),
+    "ancestral Euler": (EulerAncestralDiscreteScheduler(**TRAILING), {}),
+    "SDE-DPM-Solver++": (
+        DPMSolverMultistepScheduler(solver_order=1, algorithm_type="sde-dpmsolver++", **TRAILING),
+        {},
+    ),
+}
+ONE_FLOW = {
+    "Euler": EulerDiscreteScheduler(**TRAILING),
+    "DPM-Solver++": DPMSolverMultistepScheduler(solver_order=1, **TRAILING),
+}
+
+
+def assert_same_sampler(table, other):
+    """In the network's own scale, to the precision of float32 σ's; the start to 1/2σ² = 2e−5."""
+    table, other = table.unscaled(), other.unscaled()
+    for column, atol in (("a", 1e-5), ("b", 2e-5), ("s", 1e-5), ("m", 0), ("t", 0)):
+        torch.testing.assert_close(getattr(table, column), getattr(other, column), rtol=1e-4, atol=atol)
+    assert table.initial_std == pytest.approx(other.initial_std, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ONE_CHAIN)
+def test_four_names_for_ddpm(name):
+    scheduler, options = ONE_CHAIN[name]
+    assert_same_sampler(read_table(scheduler, 10, **options), read_table(make(DDPMScheduler, TRAILING), 10))
+
+
+@pytest.mark.parametrize("name", ["Euler", "DPM-Solver++"])
+def test_three_names_for_the_probability_flow(name):
+    assert_same_sampler(read_table(ONE_FLOW[name], 10), read_table(make(DDIMScheduler, TRAILING), 10))
 
 
 def test_last_rows_differ_by_spacing_and_variance():
@@ -169,16 +232,6 @@ def test_time_name_and_initial_noise():
 
 
 @pytest.mark.parametrize(
-    "scheduler", [EulerDiscreteScheduler(), EulerAncestralDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()]
-)
-def test_schedulers_with_a_step_counter_and_scaled_inputs(scheduler):
-    """They compute in float32 inside; here because the probing is to hold for them as it stands."""
-    table = read_table(scheduler, 10)
-    assert parity_error(scheduler, table, {}) < 1e-6
-    assert (table.m[0] < 1) == hasattr(scheduler, "scale_model_input")
-
-
-@pytest.mark.parametrize(
     ("scheduler", "options", "message"),
     [
         (DDPMScheduler(), {}, "clip_sample=False.*--no-clip"),
@@ -188,9 +241,11 @@ def test_schedulers_with_a_step_counter_and_scaled_inputs(scheduler):
         (DDPMScheduler(clip_sample=False, variance_type="learned_range"), {}, "learned_range"),
         (DDPMScheduler(clip_sample=False, variance_type="fixed_large_log"), {}, "NaN; use 'fixed_large'"),
         (DDIMScheduler(clip_sample=False), {"use_clipped_model_output": True}, "use_clipped_model_output"),
-        (DPMSolverMultistepScheduler(), {}, r"row 1 \(t = .*relative residual .*multistep"),
-        (UniPCMultistepScheduler(), {}, r"row 1 .*multistep"),
-        (LMSDiscreteScheduler(), {}, r"row 1 .*multistep"),
+        (DPMSolverMultistepScheduler(), {}, "solver_order=2.*multistep.*solver_order=1"),
+        (DPMSolverSinglestepScheduler(solver_order=3), {}, "solver_order=3.*second-order"),
+        (UniPCMultistepScheduler(), {}, "solver_order=2.*multistep"),
+        (UniPCMultistepScheduler(solver_order=1), {}, r"row 1 \(t = .*relative residual .*multistep"),
+        (LMSDiscreteScheduler(), {}, r"row 1 \(t = .*relative residual .*multistep"),
         (HeunDiscreteScheduler(), {}, "19 network calls for num_steps = 10"),
         (PNDMScheduler(), {}, "network calls for num_steps = 10"),
     ],
@@ -225,12 +280,23 @@ def test_trailing_spacing_that_rounds_to_one_step_too_many():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"etta": 1.0}, "no option 'etta'; it has eta, use_clipped"), ({"generator": None}, "given by the chain")],
+    ("scheduler", "options", "message"),
+    [
+        (DDIMScheduler(clip_sample=False), {"etta": 1.0}, "no option 'etta'; it has eta, use_clipped"),
+        (DDIMScheduler(clip_sample=False), {"generator": None}, "given by the chain"),
+        (EulerDiscreteScheduler(), {"s_churn": 5.0}, "after the network has looked.*EulerAncestralDiscreteScheduler"),
+        (FlowMatchEulerDiscreteScheduler(), {"s_churn": 5.0}, "ignores the option.*memoryless_flow"),
+        (FlowMatchEulerDiscreteScheduler(), {"per_token_timesteps": torch.ones(1)}, "a row of a table has one time"),
+    ],
 )
-def test_step_options_are_checked(options, message):
+def test_step_options_are_checked(scheduler, options, message):
     with pytest.raises(InvalidInputError, match=message):
-        read_table(make(DDIMScheduler, {}), 5, **options)
+        read_table(scheduler, 5, **options)
+
+
+def test_no_churn_is_no_option():
+    plain, spelled = (read_table(EulerDiscreteScheduler(), 5, **o) for o in ({}, {"s_churn": 0.0, "s_noise": 1.0}))
+    assert all(torch.equal(getattr(plain, c), getattr(spelled, c)) for c in "abs") and (plain.s == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +311,17 @@ def test_step_options_are_checked(options, message):
         ),
         (DDPMScheduler(clip_sample=False, steps_offset=1), {}, 1000, "lower its steps_offset"),
         (object(), {}, 10, "must be a diffusers scheduler, got object"),
+        (EulerAncestralDiscreteScheduler(prediction_type="sample"), {}, 10, "not implemented yet: sample"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}, 10, r"mu=.*or.*use_dynamic_shifting=False"),
+        (FlowMatchEulerDiscreteScheduler(), {"mu": 1.0}, 10, "mu=1 needs a scheduler with use_dynamic_shifting=True"),
+        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), {}, 1, "not finite.*shift_terminal with a single step"),
+        (KarrasVeScheduler(), {}, 10, "does not make the step"),
+        (
+            DPMSolverMultistepScheduler(solver_order=1, timestep_spacing="leading", num_train_timesteps=20),
+            {},
+            20,
+            "first two timesteps are both 0",
+        ),
     ],
 )
 def test_unusable_schedulers(scheduler, options, num_steps, message):

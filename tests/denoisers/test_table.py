@@ -68,3 +68,22 @@ def test_from_dict_names_wrong_keys():
     saved["c"] = saved.pop("b")
     with pytest.raises(InvalidInputError, match=r"missing keys \['b'\], unknown keys \['c'\]"):
         ChainTable.from_dict(saved)
+
+
+def test_unscaled_is_the_same_sampler_in_the_networks_scale():
+    """One roll-out in both scales: z_k = m_k x_k all the way, and the same x_N."""
+    draws = torch.Generator().manual_seed(0)
+    columns = {name: 0.5 + torch.rand(5, generator=draws, dtype=torch.float64) for name in "abshmt"}
+    table = ChainTable(**columns, initial_std=3.0)
+    plain = table.unscaled()
+    assert (plain.m == 1).all()
+    x = torch.randn(4, generator=draws, dtype=torch.float64)
+    z = plain.initial_std * x
+    x = table.initial_std * x
+    for k in range(5):
+        torch.testing.assert_close(z, table.m[k] * x)
+        xi = torch.randn(4, generator=draws, dtype=torch.float64)
+        u = torch.sin(table.m[k] * x + table.t[k])
+        x = table.a[k] * x + table.b[k] * u + table.s[k] * xi
+        z = plain.a[k] * z + plain.b[k] * u + plain.s[k] * xi
+    torch.testing.assert_close(z, x)

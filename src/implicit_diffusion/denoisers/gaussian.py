@@ -1,13 +1,14 @@
 """The Gaussian denoiser: a network u whose chain can be worked out by hand.
 
-For data X_0 ~ N(μ, diag v) and a variance-preserving process x_t = α x_0 + σ ε, everything a network could
-learn is known. With the marginal variance w = α² v + σ² and the centred state r = (x − αμ)/w (all
-elementwise),
+For data X_0 ~ N(μ, diag v) and a process x_t = α x_0 + σ ε (α² + σ² = 1 for diffusion models, α + σ = 1 for flow
+matching), everything a network could learn is known. With the marginal variance w = α² v + σ² and the centred
+state r = (x − αμ)/w (all elementwise),
 
     score       S = ∇log p_t(x)       = −r
     epsilon     ε̂ = E[ε | x_t = x]    = σ r
     sample      x̂ = E[X_0 | x_t = x]  = μ + α v r
     v           v̂ = α ε̂ − σ x̂        = (1 − v) ασ r − σμ      (Salimans & Ho, arXiv 2202.00512, appendix D)
+    flow        E[ε − X_0 | x_t = x]  = ε̂ − x̂                 (Lipman et al., arXiv 2210.02747, from data to noise)
 
 u is affine in x, so a chain of it is a linear Gaussian recursion: means, variances, path KL and the best
 control under a quadratic reward are closed forms. It also is the smallest thing that can be trained, since μ
@@ -23,11 +24,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from implicit_diffusion.denoisers.flow import is_flow
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_marginal
 from implicit_diffusion.errors import InvalidInputError
 
 Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
-PREDICTIONS = ("score", "epsilon", "sample", "v_prediction")
+PREDICTIONS = ("score", "epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 class GaussianDenoiser(nn.Module):
@@ -39,7 +41,7 @@ class GaussianDenoiser(nn.Module):
             `variance`.
         marginal: t ↦ (α(t), σ(t)), both with the shape of t. `GaussianDenoiser.ornstein_uhlenbeck` and
             `GaussianDenoiser.from_scheduler` supply it.
-        prediction: "score", "epsilon", "sample" or "v_prediction".
+        prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction".
 
     Raises:
         InvalidInputError: unknown prediction, variance not positive or not of the event's shape.
@@ -87,13 +89,17 @@ class GaussianDenoiser(nn.Module):
         scheduler: Any,
         prediction: str | None = None,
     ) -> GaussianDenoiser:
-        """In the integer timesteps of a diffusers scheduler, α² = alphas_cumprod[t].
+        """In the timesteps of a diffusers scheduler: integers with α² = alphas_cumprod[t], or a flow's t = T(1 − α).
 
-        `prediction` defaults to the scheduler's `prediction_type`, which is what its chain expects.
+        `prediction` defaults to the scheduler's `prediction_type`, which is what its chain expects, and to
+        "flow_prediction" for flows.
 
         Raises:
-            InvalidInputError: the scheduler has no `alphas_cumprod`.
+            InvalidInputError: the scheduler is neither a flow's nor has `alphas_cumprod`.
         """
+        if is_flow(scheduler):
+            marginal = FlowMarginal(scheduler.config.num_train_timesteps)
+            return cls(mean, variance, marginal, prediction or "flow_prediction")
         if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
             raise InvalidInputError(
                 f"{type(scheduler).__name__} has no alphas_cumprod, so its process is no "
@@ -116,6 +122,8 @@ class GaussianDenoiser(nn.Module):
             return sigma * r
         if self.prediction == "sample":
             return self.mean + alpha * self.variance * r
+        if self.prediction == "flow_prediction":
+            return (sigma - alpha * self.variance) * r - self.mean
         return (1 - self.variance) * alpha * sigma * r - sigma * self.mean
 
 
@@ -132,3 +140,20 @@ class DiscreteMarginal(nn.Module):
         """α and σ with the shape of `t`; times are rounded to the integers that they are."""
         alpha_bar = self.alphas_cumprod[t.round().long()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+class FlowMarginal(nn.Module):
+    """t ↦ (1 − σ, σ) with σ = t/T, the straight path of flow matching in the timesteps of diffusers.
+
+    Args:
+        timesteps: T, `num_train_timesteps` of the scheduler.
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+
+    def forward(self, t: Shaped[Tensor, " batch"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """α and σ with the shape of `t`."""
+        sigma = t.double() / self.timesteps
+        return 1 - sigma, sigma

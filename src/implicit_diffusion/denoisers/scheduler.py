@@ -15,6 +15,11 @@ that is drawn a second time from the same seed.
 and m_k comes from `scale_model_input` in the same way. At last one roll-out through all rows with unrelated u
 must follow the table: hidden state (multistep solvers) shows here.
 
+Many schedulers count their calls instead of looking at t. A fresh copy is therefore told its row by `set_begin_index`,
+which also keeps two rows apart that share a rounded timestep; the roll-out starts without, as pipelines do. Some cast
+the state, or the noise that they draw, to float32: x is drawn so that float32 holds it, and ξ in both precisions, of
+which the better fit is the scheduler's.
+
 The schedulers of diffusers keep their coefficients in float32. They are read as they are, since the chain is to be the
 one that diffusers runs. Near t = 0, where 1 − ᾱ_t is a difference of float32 numbers, they are off by up to a relative
 5e−4 (DDPM's default noise schedule, N = 1000; 8e−5 up to N = 50), and so is the table.
@@ -31,6 +36,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_diffusion.denoisers.refusals import (
+    check_num_steps,
+    check_step_options,
+    refuse_what_is_no_table,
+    wrong_number_of_timesteps,
+)
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, NonAffineError
 from implicit_diffusion.noise import Noise
@@ -40,7 +51,7 @@ PROBES = (0.0, 1.0, 1e-2, 1.0, 1e2)  # scale of x and u in each sample
 TOLERANCE = 1e-5  # relative; float32 inside a scheduler makes 1e−7, a clip or a second order 1e−2 and more
 NOISE = Noise(seed=0)
 STATE, OUTPUT, XI = range(3)  # keys of a probe's x, u and ξ
-GIVEN_BY_THE_CHAIN = ("model_output", "timestep", "sample", "generator", "variance_noise", "return_dict")
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
 
 
 class Row(NamedTuple):
@@ -52,13 +63,14 @@ class Row(NamedTuple):
     m: float
 
 
-def read_table(scheduler: Any, num_steps: int, **step_options: Any) -> ChainTable:
+def read_table(scheduler: Any, num_steps: int, *, mu: float | None = None, **step_options: Any) -> ChainTable:
     """The table of the chain that `scheduler` runs in `num_steps` steps.
 
     Args:
-        scheduler: a diffusers scheduler; it is copied, not touched. Supported: DDPM (variances fixed_small,
-            fixed_small_log, fixed_large) and DDIM with any η, in any timestep spacing and prediction type.
+        scheduler: a diffusers scheduler; it is copied, not touched. `implicit_diffusion.denoisers.supported` lists
+            what is tested: DDPM, DDIM, Euler, ancestral Euler, flow-matching Euler and first-order DPM-Solvers.
         num_steps: N, from 1 to the scheduler's number of training timesteps.
+        mu: exponent of the resolution-dependent time shift, for schedulers with use_dynamic_shifting=True.
         **step_options: passed on to every `scheduler.step`, such as eta=1.0 for DDIM.
 
     Returns:
@@ -68,16 +80,16 @@ def read_table(scheduler: Any, num_steps: int, **step_options: Any) -> ChainTabl
         NonAffineError: the scheduler's step is no affine function of (x, u, ξ), or it has hidden state
             (clipping, thresholding, learned variances, second-order and multistep solvers). The message says
             what to change.
-        InvalidInputError: num_steps is out of range, a step option is unknown, a coefficient is not finite,
-            or `scheduler` is no diffusers scheduler.
+        InvalidInputError: num_steps is out of range, a step option is unknown or refused, a coefficient is not
+            finite, the scheduler itself refuses its options, or `scheduler` is no diffusers scheduler.
     """
     if not all(hasattr(scheduler, name) for name in ("config", "set_timesteps", "step")):
         raise InvalidInputError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}.")
-    _check_num_steps(scheduler, num_steps)
-    _check_step_options(scheduler, step_options)
-    _refuse_what_is_no_table(scheduler.config, step_options)
+    check_num_steps(scheduler, num_steps)
+    check_step_options(scheduler, step_options)
+    refuse_what_is_no_table(scheduler, mu)
 
-    probe = _Probe(copy.deepcopy(scheduler), num_steps, step_options)
+    probe = _Probe(copy.deepcopy(scheduler), num_steps, mu, step_options)
     rows = [probe.read(k) for k in range(num_steps)]
     probe.verify_roll_out(rows)
 
@@ -90,7 +102,7 @@ def read_table(scheduler: Any, num_steps: int, **step_options: Any) -> ChainTabl
         t=probe.timesteps.double(),
         h=torch.full((num_steps,), 1.0 / num_steps, dtype=torch.float64),
         initial_std=float(getattr(probe.scheduler, "init_noise_sigma", 1.0)),
-        name=_name(scheduler, num_steps, step_options),
+        name=_name(scheduler, num_steps, mu, step_options),
     )
 
 
@@ -100,32 +112,44 @@ class _Probe:
 
     scheduler: Any
     num_steps: int
+    mu: float | None
     step_options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        self.scheduler.set_timesteps(self.num_steps)
+        name = type(self.scheduler).__name__
+        try:
+            self.scheduler.set_timesteps(self.num_steps, **({} if self.mu is None else {"mu": self.mu}))
+        except Exception as error:  # ValueError, TypeError, KeyError, AssertionError, ... by scheduler
+            raise InvalidInputError(f"{name} cannot make {self.num_steps} timesteps: {error}") from error
         self.timesteps: Tensor = self.scheduler.timesteps
         self.takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        self.noise: list[Tensor] = []  # ξ of every row read so far, in the precision in which the scheduler draws it
         if len(self.timesteps) != self.num_steps:
-            raise NonAffineError(_wrong_number_of_timesteps(self.scheduler, self.num_steps))
+            raise NonAffineError(wrong_number_of_timesteps(self.scheduler, self.num_steps))
+        if self.num_steps > 1 and self.timesteps[0] == self.timesteps[1]:
+            raise InvalidInputError(
+                f"{name} in {self.num_steps} steps: its first two timesteps are both {float(self.timesteps[0]):g}, and "
+                "diffusers then begins with the second; take fewer steps."
+            )
 
     def read(self, k: int) -> Row:
         """Row k by least squares on samples 0 and 1, verified on the others."""
         scale = torch.tensor(PROBES, dtype=torch.float64).reshape(-1, 1, 1, 1)
-        x, u, xi = scale * _normal(k, STATE), scale * _normal(k, OUTPUT), _normal(k, XI)
-        y, scaled = self._step(self._fresh(), k, x, u)
+        x, u = (scale * _normal(k, STATE)).float().double(), scale * _normal(k, OUTPUT)
+        y, scaled = self._step(self._fresh(k), k, x, u)
         if not (y.isfinite().all() and scaled.isfinite().all()):
             raise InvalidInputError(
                 f"{self._where(k)}: the step is not finite. Usual causes: DDIM with eta > 1 (the square root of a "
-                "negative variance), or prediction_type='epsilon' at zero terminal SNR (rescale_betas_zero_snr=True), "
-                "where x_0 cannot be told from the noise."
+                "negative variance); prediction_type='epsilon' at zero terminal SNR (rescale_betas_zero_snr=True), "
+                "where x_0 cannot be told from the noise; shift_terminal with a single step."
             )
 
-        s = _dot(xi[0], y[0]) / _dot(xi[0], xi[0])
+        s, xi = self._fit_noise(k, y[0])
+        self.noise.append(xi)
         regressors = torch.stack([x[1].flatten(), u[1].flatten()], dim=1)
         a, b = torch.linalg.lstsq(regressors, (y[1] - s * xi[1]).reshape(-1, 1)).solution.flatten()
         m = _dot(x[1], scaled[1]) / _dot(x[1], x[1])
-        row = Row(float(a), float(b), float(s), float(m))
+        row = Row(float(a), float(b), s, float(m))
         for i in range(2, len(PROBES)):
             residual = max(_residual(y[i], a * x[i], b * u[i], s * xi[i]), _residual(scaled[i], m * x[i]))
             if not residual <= TOLERANCE:
@@ -137,28 +161,40 @@ class _Probe:
                 )
         return row
 
+    def _fit_noise(self, k: int, y: Tensor) -> tuple[float, Tensor]:
+        """(s, ξ) of y = s ξ for sample 0, with ξ in the precision that fits better."""
+        fits = []
+        for dtype in (torch.float64, torch.float32):
+            xi = _normal(k, XI, dtype=dtype).double()
+            s = float(_dot(xi[0], y) / _dot(xi[0], xi[0]))
+            fits.append((_residual(y, s * xi[0]), s, xi))
+        _, s, xi = min(fits, key=lambda fit: fit[0])
+        return s, xi
+
     def verify_roll_out(self, rows: list[Row]) -> None:
         """One scheduler through all rows, its own x and unrelated u: each step must still be the table's."""
-        scheduler, x = self._fresh(), _normal(0, STATE)
+        scheduler, y = self._fresh(), _normal(0, STATE)
         for k, row in enumerate(rows):
-            u = _normal(k, OUTPUT)
+            x, u = y.float().double(), _normal(k, OUTPUT)
             y, _ = self._step(scheduler, k, x, u)
-            residual = _residual(y, row.a * x, row.b * u, row.s * _normal(k, XI))
+            residual = _residual(y, row.a * x, row.b * u, row.s * self.noise[k])
             if not residual <= TOLERANCE:
                 raise NonAffineError(
                     f"{self._where(k)}: after the rows before it, its step differs from the same step of a "
                     f"fresh scheduler (relative residual {residual:.1e}): it remembers earlier network "
                     "outputs, as second-order and multistep solvers do. Use DDPMScheduler or DDIMScheduler."
                 )
-            x = y
 
-    def _fresh(self) -> Any:
-        """A copy with a state of its own. The config, which is immutable, is shared: most of a copy's time."""
+    def _fresh(self, row: int | None = None) -> Any:
+        """A copy with a state of its own, standing on `row`. The config is shared: most of a copy's time."""
         config = self.scheduler.config
-        return copy.deepcopy(self.scheduler, {id(config): config})
+        scheduler = copy.deepcopy(self.scheduler, {id(config): config})
+        if row is not None and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(row)
+        return scheduler
 
     def _step(self, scheduler: Any, k: int, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_{k+1}, m_k x) from `scheduler` on row k, with the noise ξ = `_normal(k, XI)`."""
+        """(x_{k+1}, m_k x) from `scheduler` on row k, with noise from the generator of `_normal(k, XI)`."""
         t = self.timesteps[k]
         options = dict(self.step_options)
         if self.takes_generator:
@@ -171,79 +207,15 @@ class _Probe:
             raise InvalidInputError(
                 f"{self._where(k)}: the scheduler has no such timestep ({error}); lower its steps_offset."
             ) from error
+        except Exception as error:  # NotImplementedError, ValueError, TypeError, RuntimeError, ... by scheduler
+            raise InvalidInputError(
+                f"{self._where(k)}: the scheduler does not make the step step(u, t, x): {error}"
+            ) from error
         return y.double(), scaled.double()
 
     def _where(self, k: int) -> str:
         name = type(self.scheduler).__name__
         return f"{name} in {self.num_steps} steps, row {k} (t = {float(self.timesteps[k]):g})"
-
-
-def _check_num_steps(scheduler: Any, num_steps: object) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise InvalidInputError(f"num_steps must be an integer ≥ 1, got {num_steps!r}.")
-    limit = scheduler.config.get("num_train_timesteps", num_steps)
-    if num_steps > limit:
-        raise InvalidInputError(
-            f"num_steps = {num_steps} is more than the {limit} timesteps that the model was trained on; "
-            f"take at most {limit}."
-        )
-
-
-def _check_step_options(scheduler: Any, step_options: Mapping[str, Any]) -> None:
-    known = [p for p in inspect.signature(scheduler.step).parameters if p not in GIVEN_BY_THE_CHAIN]
-    for option in step_options:
-        if option in GIVEN_BY_THE_CHAIN:
-            raise InvalidInputError(f"step option {option!r} is given by the chain itself; leave it out.")
-        if option not in known:
-            name = type(scheduler).__name__
-            raise InvalidInputError(
-                f"{name}.step has no option {option!r}; it has {', '.join(known) if known else 'no options'}."
-            )
-
-
-def _refuse_what_is_no_table(config: Mapping[str, Any], step_options: Mapping[str, Any]) -> None:
-    """Options whose effect is known: say so before probing, with the way out."""
-    if config.get("thresholding"):
-        raise NonAffineError(
-            "thresholding=True rescales each sample by a quantile of itself, which no table can express; "
-            "build the scheduler with thresholding=False (`--no-clip` on the command line)."
-        )
-    if config.get("clip_sample"):
-        raise NonAffineError(
-            "clip_sample=True clamps the predicted x_0, which no table can express; build the scheduler with "
-            "clip_sample=False (`--no-clip` on the command line). It may change the pretrained samples: "
-            "look at them."
-        )
-    variance = config.get("variance_type")
-    if variance in ("learned", "learned_range"):
-        raise NonAffineError(
-            f"variance_type={variance!r}: the network sets the noise of each step, so s_k is no number in a "
-            "table; use 'fixed_small' or 'fixed_large' with a network that predicts no variance."
-        )
-    if variance == "fixed_large_log":
-        raise NonAffineError(
-            "variance_type='fixed_large_log' does not work in diffusers: its step takes the square root of "
-            "log β_t, a negative number, and returns NaN; use 'fixed_large', which is the same variance."
-        )
-    if step_options.get("use_clipped_model_output"):
-        raise NonAffineError(
-            "use_clipped_model_output=True recomputes the noise from a clipped x_0, and clipping is no "
-            "table; leave it out, it does nothing once clip_sample=False."
-        )
-
-
-def _wrong_number_of_timesteps(scheduler: Any, num_steps: int) -> str:
-    name, found = type(scheduler).__name__, len(scheduler.timesteps)
-    if scheduler.config.get("timestep_spacing") == "trailing" and found == num_steps + 1:
-        return (
-            f"{name} makes {found} timesteps for num_steps = {num_steps}: diffusers' trailing spacing rounds "
-            "to one too many for this number and ends at t = −1. Take a number of steps that divides "
-            f"{scheduler.config.num_train_timesteps}, or one nearby."
-        )
-    return (
-        f"{name} makes {found} network calls for num_steps = {num_steps}, as second-order solvers do; a "
-        "table has one call per row. Use DDPMScheduler or DDIMScheduler."
-    )
 
 
 def _residual(y: Tensor, *terms: Tensor) -> float:
@@ -252,20 +224,23 @@ def _residual(y: Tensor, *terms: Tensor) -> float:
     return float((y - sum(terms)).abs().max()) / (size or 1.0)
 
 
-def _normal(*key: int) -> Tensor:
+def _normal(*key: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Drawn as the scheduler draws it from `NOISE.generator(*key)`."""
-    return NOISE.normal((len(PROBES), *EVENT), *key, dtype=torch.float64)
+    return NOISE.normal((len(PROBES), *EVENT), *key, dtype=dtype)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum()
 
 
-def _name(scheduler: Any, num_steps: int, step_options: Mapping[str, Any]) -> str:
-    """For example "DDPM, 10 steps, trailing, fixed_small, epsilon"."""
+def _name(scheduler: Any, num_steps: int, mu: float | None, step_options: Mapping[str, Any]) -> str:
+    """One line for reports, such as "DDPM, 10 steps, trailing, fixed_small, epsilon"."""
     config = scheduler.config
     parts = [type(scheduler).__name__.removesuffix("Scheduler"), f"{num_steps} steps"]
-    options = (config.get(key) for key in ("timestep_spacing", "variance_type", "prediction_type"))
+    options = (config.get(key) for key in ("timestep_spacing", "variance_type", "prediction_type", "algorithm_type"))
     parts += [option for option in options if option]
+    parts += [key.removeprefix("use_").removesuffix("_sigmas") + " sigmas" for key in SIGMAS if config.get(key)]
+    parts += [f"shift={config[key]:g}" for key in ("shift", "flow_shift") if config.get(key, 1.0) != 1.0]
+    parts += [] if mu is None else [f"mu={mu:g}"]
     parts += [f"{option}={value}" for option, value in step_options.items()]
     return ", ".join(parts)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,23 @@ class ChainTable:
     def __len__(self) -> int:
         """Number N of rows, which is the number of network calls."""
         return len(self.a)
+
+    def unscaled(self) -> ChainTable:
+        """The same sampler in the network's own scale: z_k = m_k x_k, so that every m is 1, and z_N = x_N.
+
+            z_{k+1} = m_{k+1} (a_k/m_k z_k + b_k u(z_k, t_k) + s_k ξ_k),     m_N = 1,     z_0 ~ N(0, (m_0 σ_0)² I)
+
+        It turns the σ-parameterised Euler schedulers into DDIM and DDPM.
+        """
+        after = torch.cat([self.m[1:], torch.ones(1, dtype=torch.float64)])
+        return replace(
+            self,
+            a=after / self.m * self.a,
+            b=after * self.b,
+            s=after * self.s,
+            m=torch.ones_like(self.m),
+            initial_std=float(self.m[0]) * self.initial_std,
+        )
 
     def noiseless(self, tolerance: float = 1e-4) -> tuple[int, ...]:
         """Rows whose noise is too small to carry a path KL: s_k ≤ tolerance · |b_k|.
