@@ -55,7 +55,7 @@ class Family:
 
     def cases(self) -> Iterator[Case]:
         """Every combination."""
-        for *choices, step, mu in itertools.product(*self.axes, self.step, self.mu):
+        for choices, step, mu in itertools.product(itertools.product(*self.axes), self.step, self.mu):
             config = {option: value for choice in choices for option, value in choice.items()}
             yield Case(self.scheduler, config, dict(step), mu)
 
