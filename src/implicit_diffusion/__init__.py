@@ -6,14 +6,15 @@
 After *Implicit Diffusion: Efficient Optimization through Stochastic Sampling* (Marion et al., arXiv 2402.05468).
 """
 
+from implicit_diffusion.denoisers.flow import memoryless_flow
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
+from implicit_diffusion.denoisers.kinds import default_kind, scheduler_for, table_for
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
 from implicit_diffusion.denoisers.pretrained import (
     DiffusersDenoiser,
     Pretrained,
     load_pretrained,
     save_pipeline,
-    scheduler_for,
 )
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
@@ -93,11 +94,13 @@ __all__ = [
     "annealed",
     "bound",
     "conv",
+    "default_kind",
     "ess_in_time",
     "evaluate",
     "gaussian_kernel",
     "load_pretrained",
     "mlp",
+    "memoryless_flow",
     "ou_probability_flow",
     "ou_reverse_sde",
     "power_law",
@@ -106,6 +109,7 @@ __all__ = [
     "save_pipeline",
     "scheduler_for",
     "signal_to_noise",
+    "table_for",
     "warm_up",
 ]
 __version__ = "0.1.0"

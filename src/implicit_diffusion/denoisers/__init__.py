@@ -1,29 +1,35 @@
 """Denoisers u(x, t; θ) and the tables that make samplers of them."""
 
+from implicit_diffusion.denoisers.flow import memoryless_flow
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
+from implicit_diffusion.denoisers.kinds import KINDS, default_kind, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
 from implicit_diffusion.denoisers.pretrained import (
     DiffusersDenoiser,
     Pretrained,
     load_pretrained,
     save_pipeline,
-    scheduler_for,
 )
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 
 __all__ = [
+    "KINDS",
     "ChainTable",
     "DiffusersDenoiser",
     "GaussianDenoiser",
     "Pretrained",
+    "default_kind",
     "eval_mode",
     "frozen_copy",
     "load_pretrained",
+    "memoryless_flow",
     "ou_probability_flow",
     "ou_reverse_sde",
+    "pipeline_for",
     "read_table",
     "save_pipeline",
     "scheduler_for",
+    "table_for",
 ]

@@ -1,7 +1,7 @@
-"""Models of diffusers: load one as a denoiser, choose the scheduler of its chain, save the result as a pipeline.
+"""Models of diffusers: load one as a denoiser, save the result as a pipeline.
 
 load_pretrained("digits")  →  Pretrained(denoiser, scheduler, event_shape)
-scheduler_for(scheduler, "ddpm", clip=False)  →  a scheduler that `read_table` can read
+scheduler_for(scheduler, "ddpm", clip=False)  →  a scheduler that `read_table` can read (`denoisers.kinds`)
 save_pipeline(folder, denoiser, scheduler, card)  →  a folder that plain DiffusionPipeline.from_pretrained loads
 """
 
@@ -17,10 +17,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.checkpoints import Checkpoint, find_checkpoint
+from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
 from implicit_diffusion.errors import InvalidInputError
 
-SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
-SPACINGS = ("trailing", "leading", "linspace")
+# Their steps are functions of (u, t, x) as they are, from N(0, I): what DDPMPipeline does with any scheduler.
+RUN_BY_DDPM_PIPELINE = (
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
 CARD_HEADER = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -68,7 +74,7 @@ class Pretrained:
 
     @property
     def pipeline(self) -> Any:
-        """A `DDPMPipeline` or `DDIMPipeline` that shares this network and scheduler."""
+        """A `DDPMPipeline` or `DDIMPipeline` that shares this network and scheduler. Raises as `save_pipeline`."""
         return as_pipeline(self.denoiser, self.scheduler)
 
 
@@ -93,46 +99,14 @@ def load_pretrained(model: str | Path) -> Pretrained:
     )
 
 
-def scheduler_for(
-    scheduler: Any, kind: str | None = None, *, clip: bool | None = None, spacing: str = "trailing"
-) -> Any:
-    """A fresh scheduler with the noise schedule and prediction type of `scheduler`; the original is untouched.
-
-    Args:
-        scheduler: a diffusers scheduler, usually the checkpoint's own.
-        kind: "ddpm", "ddim", or None for the class of `scheduler`.
-        clip: False switches both `clip_sample` and `thresholding` off (needed by `read_table`), True switches
-            `clip_sample` on, None keeps both as they are. Clipping is part of how a model was meant to be sampled:
-            without it the samples may change, so compare them.
-        spacing: of the timesteps. The default "trailing" starts at the noisiest timestep, where x is (nearly) the
-            N(0, I) that the chain starts from; "leading", the default of diffusers, starts up to T/N timesteps below
-            (Lin et al., arXiv 2305.08891).
-
-    Raises:
-        InvalidInputError: unknown kind or spacing.
-    """
-    import diffusers
-
-    if kind is not None and kind not in SCHEDULERS:
-        raise InvalidInputError(f"scheduler: unknown kind {kind!r}; take one of {', '.join(SCHEDULERS)}.")
-    if spacing not in SPACINGS:
-        raise InvalidInputError(f"spacing: unknown {spacing!r}; take one of {', '.join(SPACINGS)}.")
-    scheduler_class = type(scheduler) if kind is None else getattr(diffusers, SCHEDULERS[kind])
-    options: dict[str, Any] = {"timestep_spacing": spacing}
-    if clip is not None:
-        options["clip_sample"] = clip
-    if clip is False:
-        options["thresholding"] = False
-    return scheduler_class.from_config(scheduler.config, **options)
-
-
 def save_pipeline(folder: str | Path, denoiser: nn.Module, scheduler: Any, card: str) -> Path:
     """Write a pipeline that plain `DiffusionPipeline.from_pretrained(folder)` loads, with its model card.
 
     Args:
         folder: created where missing.
         denoiser: a `DiffusersDenoiser`; its model is saved as safetensors.
-        scheduler: a `DDPMScheduler` (saved as a DDPMPipeline) or `DDIMScheduler` (DDIMPipeline). A pipeline does not
+        scheduler: a `DDIMScheduler` (saved as a DDIMPipeline), or one whose steps a DDPMPipeline makes as they are:
+            DDPM, first-order DPM-Solver, flow-matching Euler (`denoisers.kinds.pipeline_for`). A pipeline does not
             store the number of steps or η: the card should say them.
         card: Markdown of README.md. Hub metadata are put in front unless it starts with its own (`---`).
 
@@ -161,13 +135,14 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
             f"denoiser: only a DiffusersDenoiser is a diffusers pipeline, got {type(denoiser).__name__}; save its "
             "state_dict yourself, with safetensors.torch.save_file."
         )
-    if isinstance(scheduler, diffusers.DDPMScheduler):
-        return diffusers.DDPMPipeline(unet=denoiser.model, scheduler=scheduler)
     if isinstance(scheduler, diffusers.DDIMScheduler):
         return diffusers.DDIMPipeline(unet=denoiser.model, scheduler=scheduler)
+    if isinstance(scheduler, tuple(getattr(diffusers, name) for name in RUN_BY_DDPM_PIPELINE)):
+        return diffusers.DDPMPipeline(unet=denoiser.model, scheduler=scheduler)
     raise InvalidInputError(
-        f"scheduler: a {type(scheduler).__name__} has no unconditional pipeline in diffusers; take DDPMScheduler or "
-        "DDIMScheduler (`scheduler_for`)."
+        f"scheduler: a {type(scheduler).__name__} has no unconditional pipeline in diffusers (DDPMPipeline starts at "
+        "N(0, I) and does not scale the network's input); take DDPMScheduler or DDIMScheduler (`scheduler_for`), which "
+        "ancestral Euler and Euler are in other coordinates."
     )
 
 

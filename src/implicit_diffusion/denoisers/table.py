@@ -100,6 +100,18 @@ class ChainTable:
             initial_std=float(self.m[0]) * self.initial_std,
         )
 
+    def agrees_with(self, other: ChainTable, tolerance: float = 1e-3) -> bool:
+        """Whether two tables are the same sampler up to rounding of float32 σ's: same N and times, and rows that differ
+        by less than `tolerance` of the row's largest coefficient, in the network's own scale (`unscaled`).
+        """
+        if len(self) != len(other) or not torch.equal(self.t, other.t):
+            return False
+        one, two = (
+            torch.stack([table.a, table.b, table.s, torch.full_like(table.a, table.initial_std)])
+            for table in (self.unscaled(), other.unscaled())
+        )
+        return bool(((one - two).abs().amax(0) <= tolerance * one.abs().amax(0)).all())
+
     def noiseless(self, tolerance: float = 1e-4) -> tuple[int, ...]:
         """Rows whose noise is too small to carry a path KL: s_k ≤ tolerance · |b_k|.
 
