@@ -65,7 +65,7 @@ def test_the_rows_are_those_of_sde_dpm_solver():
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
     )
-    flow.set_timesteps(12)
+    flow.set_timesteps(12, sigmas=[1 - k / 12 for k in range(12)])
     solver.set_timesteps(12)
     solver.sigmas = flow.sigmas.double()
     draws = torch.Generator().manual_seed(1)
@@ -102,14 +102,27 @@ def test_the_first_row_forgets_and_the_last_returns_the_predicted_data():
         assert table.initial_std == 1.0 and (table.m == 1).all()
 
 
-def test_times_and_levels_are_the_schedulers():
+def test_levels_are_even_before_the_schedulers_shift():
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    table, euler = memoryless_flow(flow, 9), read_table(flow, 9)
-    assert torch.equal(table.t, euler.t)
-    torch.testing.assert_close(table.h, -euler.b, rtol=1e-6, atol=1e-9)
+    table = memoryless_flow(flow, 9)
+    even = 1 - torch.arange(9, dtype=F64) / 9
+    torch.testing.assert_close(table.t / 1000, 3 * even / (1 + 2 * even), rtol=1e-6, atol=0)
     assert table.name == "memoryless flow, 9 steps, shift=3"
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    assert torch.equal(memoryless_flow(dynamic, 9, mu=1.15).t, read_table(dynamic, 9, mu=1.15).t)
+    shift = torch.tensor(1.15, dtype=F64).exp()
+    torch.testing.assert_close(
+        memoryless_flow(dynamic, 9, mu=1.15).t / 1000, shift * even / (1 + (shift - 1) * even), rtol=1e-6, atol=0
+    )
+    before = flow.sigmas.clone()
+    memoryless_flow(flow, 4)
+    assert torch.equal(flow.sigmas, before)
+
+
+def test_every_row_but_the_last_has_noise_to_steer_by():
+    """s/|b| of the weakest row; diffusers' own levels (the last but one at 1/T) would leave some thousandths."""
+    for n in (4, 10, 50):
+        table = memoryless_flow(FlowMatchEulerDiscreteScheduler(), n)
+        assert (table.s / table.b.abs())[:-1].min() > 0.5
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS[:2], ids=["uniform", "shifted"])

@@ -16,6 +16,8 @@ from diffusers import (
     UNet2DModel,
 )
 
+from implicit_diffusion.denoisers.flow import memoryless_flow
+from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.denoisers.kinds import KINDS, default_kind, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
 from implicit_diffusion.denoisers.scheduler import read_table
@@ -97,9 +99,7 @@ def test_the_folder_of_a_kind_samples_its_chain(kind, unet, tmp_path):
 
     eta = 0.0 if other == "ddim" else 1.0  # DDIMPipeline's default
     table = table_for(scheduler, kind, 5, eta=eta)
-    assert table.agrees_with(table_for(saved, other, 5, eta=eta)) == (kind != "flow-memoryless")
-    if kind == "flow-memoryless":
-        table = table_for(saved, other, 5)
+    assert table.agrees_with(table_for(saved, other, 5, eta=eta))
     assert table.unscaled().initial_std == pytest.approx(1, rel=3e-5)
     table = table.unscaled()
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +110,41 @@ def test_the_folder_of_a_kind_samples_its_chain(kind, unet, tmp_path):
             x = mean + (table.s[k] * torch.randn(x.shape, generator=generator) if table.s[k] > 0 else 0)
     drawn = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
     torch.testing.assert_close(torch.from_numpy(images), drawn, rtol=0, atol=1e-4)
+
+
+def law(table, denoiser):
+    """Variance of x_N and Cov(x_0, x_N) for x_0 ~ N(0, 1) and a denoiser u = p x + q."""
+    q = denoiser(torch.zeros(len(table), 1).double(), table.t).flatten()
+    factors = table.a + table.b * (denoiser(torch.ones(len(table), 1).double(), table.t).flatten() - q)
+    variance = covariance = 1.0
+    for factor, s in zip(factors.tolist(), table.s.tolist()):
+        variance, covariance = factor**2 * variance + s**2, factor * covariance
+    return variance, covariance
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_memoryless_kind_is_the_memoryless_flow_and_forgets(shift):
+    """Up to 1/T = 1e−3 in the noise levels; the law is the flow's too, and next to nothing of x_0 is left."""
+    checkpoint = FlowMatchEulerDiscreteScheduler(shift=shift)
+    denoiser = GaussianDenoiser.from_scheduler(torch.tensor([1.3]).double(), 0.4, checkpoint)
+    for num_steps in (5, 10, 50):
+        table = table_for(scheduler_for(checkpoint, "flow-memoryless"), "flow-memoryless", num_steps)
+        derived = memoryless_flow(checkpoint, num_steps)
+        assert (table.t - derived.t).abs().max() <= 2
+        for column in "abs":
+            torch.testing.assert_close(getattr(table, column), getattr(derived, column), rtol=0, atol=5e-3)
+        variance, covariance = law(table, denoiser)
+        assert variance == pytest.approx(law(derived, denoiser)[0], rel=5e-3)
+        assert abs(covariance) < 1e-5
+
+
+def test_unusual_flows_take_the_derived_rows_and_no_pipeline():
+    checkpoint = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler = scheduler_for(checkpoint, "flow-memoryless")
+    table = table_for(scheduler, "flow-memoryless", 6)
+    assert torch.equal(table.t, memoryless_flow(checkpoint, 6).t) and "karras" in table.name
+    saved, kind = pipeline_for(scheduler, "flow-memoryless")
+    assert kind == "flow-euler" and not table.agrees_with(table_for(saved, kind, 6))
 
 
 def test_defaults_follow_the_checkpoint():

@@ -196,7 +196,7 @@ def test_what_only_the_plan_can_refuse_leaves_no_run_directory(tmp_path, capsys)
 
 def test_unknown_scheduler_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["finetune", "--scheduler", "euler"])
+        main(["finetune", "--scheduler", "heun"])
     assert "ddpm" in capsys.readouterr().err
 
 

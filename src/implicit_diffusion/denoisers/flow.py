@@ -25,6 +25,10 @@ and, with x̂ = x − σu,
 
 It is the posterior of x_σ' given x_σ and x̂, as DDPM's step is, and the first-order step of SDE-DPM-Solver++. The first
 row (σ = 1) has a = −b: what is left of x_0 is x_0 − u(x_0), the predicted data. The last row (σ' = 0) returns x̂, s = 0.
+
+The N noise levels are 1, 1 − 1/N, …, 1/N before the scheduler's own shift and spacing, as the pipelines of large flow
+models choose them. Left to itself the scheduler goes down to 1/T with its last level but one, whatever N is: the row
+before would have a large b and hardly any noise, and a path KL would have nowhere else to look.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from implicit_diffusion.denoisers.refusals import check_num_steps, check_shift
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler runs a flow-matching model (u = noise − data), and not a diffusion model."""
@@ -50,11 +56,10 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) -> ChainTable:
-    """The memoryless SDE of a flow-matching model, at the noise levels of its scheduler (module docstring).
+    """The memoryless SDE of a flow-matching model, with the shift and σ-spacing of its scheduler (module docstring).
 
     Args:
-        scheduler: a `FlowMatchEulerDiscreteScheduler`, whose `set_timesteps` says the σ's: its shift and σ-spacing
-            count. It is copied, not touched.
+        scheduler: a `FlowMatchEulerDiscreteScheduler`; it is copied, not touched.
         num_steps: N, from 1 to the scheduler's number of training timesteps.
         mu: exponent of the resolution-dependent time shift, for schedulers with use_dynamic_shifting=True.
 
@@ -73,7 +78,8 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     check_num_steps(scheduler, num_steps)
     check_shift(scheduler, mu)
     levels = copy.deepcopy(scheduler)
-    levels.set_timesteps(num_steps, **({} if mu is None else {"mu": mu}))
+    even = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
+    levels.set_timesteps(num_steps, sigmas=even, **({} if mu is None else {"mu": mu}))
     sigma, after = levels.sigmas[:-1].double(), levels.sigmas[1:].double()
     if len(sigma) != num_steps or not ((sigma > after).all() and sigma[0] <= 1 and after[-1] == 0):
         raise InvalidInputError(
@@ -83,7 +89,7 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     alpha, alpha_after = 1 - sigma, 1 - after
     rho = alpha * after / (alpha_after * sigma)
     ones = torch.ones_like(sigma)
-    shift = scheduler.config.shift
+    shift, spacing = scheduler.config.shift, [key for key in SIGMAS if scheduler.config.get(key)]
     return ChainTable(
         a=alpha_after + after * rho,
         b=alpha * rho * after - alpha_after * sigma,
@@ -92,5 +98,12 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
         t=levels.timesteps.double(),
         h=sigma - after,
         initial_std=1.0,
-        name=f"memoryless flow, {num_steps} steps" + f", shift={shift:g}" * (shift != 1),
+        name=", ".join(
+            [
+                f"memoryless flow, {num_steps} steps",
+                *(key.removeprefix("use_").replace("_", " ") for key in spacing),
+                *[f"shift={shift:g}"] * (shift != 1),
+                *([] if mu is None else [f"mu={mu:g}"]),
+            ]
+        ),
     )

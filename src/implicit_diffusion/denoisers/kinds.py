@@ -7,7 +7,12 @@
 A diffusion model (one with `alphas_cumprod`) and a flow model speak of different quantities, so each has kinds of its
 own. The unconditional pipelines of diffusers start at N(0, I) and do not scale the network's input. Two kinds do not
 live on that scale, but the same sampler has another name there (`ChainTable.unscaled`): Euler is DDIM without noise,
-ancestral Euler is DDPM. The memoryless flow has no pipeline: its folder integrates the flow's ODE, and says so.
+ancestral Euler is DDPM.
+
+The memoryless flow is run by DPMSolverMultistepScheduler (first order, sde-dpmsolver++, flow sigmas): the rows of
+`memoryless_flow` at noise levels from 1 − 1/T instead of 1, with times rounded down to integers. It has a fixed shift
+only. A flow scheduler with another σ-spacing takes `memoryless_flow` itself, which no pipeline runs; the folder then
+integrates the ODE of the same network, and a run says so.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from implicit_diffusion.errors import InvalidInputError
 
 SPACINGS = ("trailing", "leading", "linspace")
 SIGMA_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+UNUSUAL_FLOWS = (*SIGMA_SPACINGS, "use_dynamic_shifting", "shift_terminal", "invert_sigmas")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ KINDS = {
     "euler-ancestral": Kind("EulerAncestralDiscreteScheduler", "ancestral Euler", pipeline="ddpm"),
     "dpm-solver": Kind("DPMSolverMultistepScheduler", "first-order DPM-Solver"),
     "flow-euler": Kind("FlowMatchEulerDiscreteScheduler", "flow Euler", flow=True),
-    "flow-memoryless": Kind("FlowMatchEulerDiscreteScheduler", "memoryless flow", flow=True, pipeline="flow-euler"),
+    "flow-memoryless": Kind("DPMSolverMultistepScheduler", "memoryless flow", flow=True),
 }
 
 
@@ -100,7 +106,8 @@ def scheduler_for(
     scheduler_class = type(scheduler)
     if kind is not None:
         check_family(scheduler, kind)
-        scheduler_class = getattr(diffusers, KINDS[kind].scheduler)
+        unusual = kind == "flow-memoryless" and any(scheduler.config.get(option) for option in UNUSUAL_FLOWS)
+        scheduler_class = getattr(diffusers, KINDS["flow-euler" if unusual else kind].scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
     options = {"timestep_spacing": spacing} | _clipping(scheduler, scheduler_class.__name__, known, clip)
     if kind is not None:
@@ -146,7 +153,10 @@ def _options(scheduler: Any, kind: str) -> dict[str, Any]:
     """What a kind asks for, beyond its class."""
     config = scheduler.config
     if KINDS[kind].flow:
-        return {"shift": config["flow_shift"]} if "flow_shift" in config else {}
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        sde = {"solver_order": 1, "algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero"}
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        return {"shift": shift} | (sde | flow if kind == "flow-memoryless" else {})
     if kind == "euler-ancestral" and config.get("prediction_type") == "sample":
         raise InvalidInputError(
             "scheduler: diffusers' ancestral Euler has no prediction_type='sample'; take ddpm, which is the same chain."
@@ -174,25 +184,42 @@ def table_for(scheduler: Any, kind: str, num_steps: int, *, eta: float = 1.0) ->
     Raises:
         InvalidInputError: as `read_table` and `memoryless_flow` do.
     """
-    if kind == "flow-memoryless":
+    if kind == "flow-memoryless" and type(scheduler).__name__ == KINDS["flow-euler"].scheduler:
         return memoryless_flow(scheduler, num_steps)
     return read_table(scheduler, num_steps, **({"eta": eta} if kind == "ddim" else {}))
 
 
-def pipeline_for(scheduler: Any, kind: str, *, clip: bool | None = None) -> tuple[Any, str]:
+def pipeline_for(scheduler: Any, kind: str) -> tuple[Any, str]:
     """The scheduler that a pipeline of diffusers needs to sample the chain of `kind`, and its kind.
 
     Euler's is DDIM with η = 0, which is what `DDIMPipeline` does unless told otherwise. Where N does not divide the
     number of training timesteps, diffusers' DDIM and DDPM step to other times than they stop at next, and differ from
-    Euler by per cents; for "flow-memoryless" the pipeline samples the ODE of the same network. `agrees_with` tells.
+    Euler by per cents; a memoryless flow with an unusual σ-spacing gets the ODE. `ChainTable.agrees_with` tells.
 
     Args:
-        scheduler: from `scheduler_for(…, kind)`.
+        scheduler: from `scheduler_for(…, kind)`, without clipping.
         kind: one of `KINDS`.
-        clip: as in `scheduler_for`.
     """
     other = KINDS[kind].pipeline
+    if kind == "flow-memoryless" and type(scheduler).__name__ == KINDS["flow-euler"].scheduler:
+        return scheduler, "flow-euler"
     if not other:
         return scheduler, kind
     spacing = scheduler.config.get("timestep_spacing", "trailing")
-    return scheduler_for(scheduler, other, clip=clip, spacing=spacing), other
+    return scheduler_for(scheduler, other, clip=False, spacing=spacing), other
+
+
+def clipped_for(scheduler: Any, kind: str, *, noisy: bool, eta: float = 1.0) -> tuple[Any, dict[str, float]]:
+    """What the chain of `kind` was before clipping was switched off: a scheduler that clips, and its step's options.
+
+    Only DDPM and DDIM clip; the other kinds are one of them in other coordinates.
+
+    Args:
+        scheduler: the checkpoint's own, of a diffusion model.
+        kind: one of `KINDS`.
+        noisy: whether the chain has noise.
+        eta: noise of DDIM.
+    """
+    twin = kind if kind in ("ddpm", "ddim") else "ddpm" if noisy else "ddim"
+    options = {"eta": eta if kind == "ddim" else 0.0} if twin == "ddim" else {}
+    return scheduler_for(scheduler, twin, clip=True), options

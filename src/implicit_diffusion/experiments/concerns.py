@@ -101,11 +101,16 @@ def _export(outcome: Outcome) -> list[Concern]:
     error = math.hypot(s["reward_exported_se"], s["reward_after_se"])
     if abs(difference) < max(EXPORT * abs(gain), 2 * error):
         return []
+    earned = number(exported, s["reward_exported_se"]), number(s["reward_after"], s["reward_after_se"])
     text = (
-        "model/ runs the trained network on every step of the chain and earns "
-        f"{number(exported, s['reward_exported_se'])}; the chain that was trained keeps the pretrained network where "
-        f"there is no noise and earns {number(s['reward_after'], s['reward_after_se'])}."
+        f"model/ runs the trained network on every step of the chain and earns {earned[0]}; the chain that was trained "
+        f"keeps the pretrained network where there is no noise and earns {earned[1]}."
     )
+    if not s.get("pipeline_is_the_chain", True):
+        text = (
+            f"Diffusers cannot sample the chain that was trained, which earns {earned[1]}; model/ runs {s['pipeline']} "
+            f"instead and earns {earned[0]}. `implicit-diffusion sample` draws from the trained chain."
+        )
     return [Concern(True, "The exported model differs from the trained chain", text)]
 
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from implicit_diffusion.denoisers.pretrained import Pretrained, load_pretrained, save_pipeline, scheduler_for
-from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.denoisers.kinds import clipped_for, default_kind, pipeline_for, scheduler_for, table_for
+from implicit_diffusion.denoisers.pretrained import Pretrained, as_pipeline, load_pretrained, save_pipeline
+from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
@@ -61,8 +62,11 @@ class Config:
     """Run directory, new or empty. By default runs/finetune-<time>."""
     loop: Literal["queue", "nested"] = "queue"
     """One pipelined loop, or sample-then-differentiate."""
-    scheduler: Literal["ddpm", "ddim"] = "ddpm"
-    """The chain's sampler, read off the checkpoint's scheduler."""
+    scheduler: (
+        Literal["ddpm", "ddim", "euler", "euler-ancestral", "dpm-solver", "flow-euler", "flow-memoryless"] | None
+    ) = None
+    """The chain's sampler, on the checkpoint's noise schedule. By default the one that forgets its start: ddpm for
+    diffusion models, flow-memoryless for flow models. euler and flow-euler have no noise and need --penalty drift."""
     eta: float = 1.0
     """Noise of DDIM; 0 is deterministic and needs --penalty drift."""
     penalty: Literal["path-kl", "drift"] = "path-kl"
@@ -118,10 +122,11 @@ class Problem:
     """A checkpoint, its chain and the reward: all that does not depend on β."""
 
     pretrained: Pretrained
-    scheduler: Any
+    kind: str
     chain: Chain
     reward: Callable[[Tensor], Tensor]
     clipping: dict[str, float] | None
+    exported: tuple[Any, ChainTable]  # the scheduler of the exported pipeline, and the chain that it runs
 
 
 def build(config: Config) -> Problem:
@@ -135,21 +140,25 @@ def build(config: Config) -> Problem:
     pretrained.denoiser.to(_device(config.device))
     torch.nn.utils.convert_conv2d_weight_memory_format(pretrained.denoiser, torch.channels_last)  # a third faster
     clip = False if config.no_clip else None
-    scheduler = scheduler_for(pretrained.scheduler, config.scheduler, clip=clip)
-    options = {"eta": config.eta} if config.scheduler == "ddim" else {}
-    table = read_table(scheduler, config.num_steps, **options)
+    kind = config.scheduler or default_kind(pretrained.scheduler)
+    scheduler = scheduler_for(pretrained.scheduler, kind, clip=clip)
+    table = table_for(scheduler, kind, config.num_steps, eta=config.eta)
+    saved, its_kind = pipeline_for(scheduler, kind)
+    as_pipeline(pretrained.denoiser, saved)
+    exported = saved, table_for(saved, its_kind, config.num_steps, eta=config.eta if kind == "ddim" else 0.0)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if config.penalty == "path-kl" else ()
     chain = Chain(pretrained.denoiser, table, pretrained.event_shape, pretrained_rows=rows)
     if not chain.trained_rows:
         raise InvalidInputError(
-            f"no row of {table.name} has noise, so a path KL leaves nothing to train; take --eta 1, or --penalty drift"
+            f"no row of {table.name} has noise, so a path KL leaves nothing to train; take a --scheduler with noise "
+            "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or --penalty drift"
         )
     Reward(reward).check(judging.particles(chain))
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
-        clipped = scheduler_for(pretrained.scheduler, config.scheduler, clip=True)
+        clipped, options = clipped_for(pretrained.scheduler, kind, noisy=bool(table.s.any()), eta=config.eta)
         clipping = judging.effect_of_clipping(chain, clipped, reward, Noise(config.seed).stream(PLAN), options)
-    return Problem(pretrained, scheduler, chain, reward, clipping)
+    return Problem(pretrained, kind, chain, reward, clipping, exported)
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -177,6 +186,8 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         return plan.summary()
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
     scale(loop, started, config.max_grad_norm * plan.reward_std)
+    resolved_kind: Any = problem.kind
+    config = replace(config, scheduler=resolved_kind)
     directory.write_config(replace(config, kl_weight=started, out=out, device=str(problem.chain.device)))
     print(f"memory predicted: {memory}")
     state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
@@ -199,16 +210,16 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         "staleness_max": state.metrics.get("staleness_max"),
         "predicted_memory_bytes": memory.total,
         "clipping": problem.clipping,
+        "pipeline": problem.exported[1].name,
+        "pipeline_is_the_chain": loop.chain.table.agrees_with(problem.exported[1]),
         "memory": {"share": plan.memory, "se": plan.memory_se},
         "plan": plan.summary()["rows"],
         **judging.digits_quality(before, after, exported),
     }
     resolved = json.loads((directory.path / "config.json").read_text())
     card = judging.model_card(resolved, summary, loop.chain)
-    save_pipeline(directory.model, state.model, problem.scheduler, card)
-    write_chain(
-        directory.model, num_steps=config.num_steps, **({"eta": config.eta} if config.scheduler == "ddim" else {})
-    )
+    save_pipeline(directory.model, state.model, problem.exported[0], card)
+    write_chain(directory.model, loop.chain.table, **({"eta": config.eta} if problem.kind == "ddim" else {}))
     directory.write_summary(summary)
     outcome = Outcome(resolved, summary, plan, before, after, found.bound, directory.read_metrics())
     report = write_report(outcome, draw(outcome, directory), directory)
@@ -265,9 +276,9 @@ def _pretrained_samples(config: Config, problem: Problem, noise: Noise) -> Evalu
 
 
 def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:
-    """Before, after, and the trained network on all rows, on the same noise."""
+    """Before, after, and the exported pipeline with the trained network on all rows, on the same noise."""
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
-    everywhere = chain.replace(reference=chain.denoiser, pretrained_rows=())
+    everywhere = Chain(chain.denoiser, problem.exported[1], chain.event_shape, reference=chain.denoiser)
     with progress(3 * 8 * config.starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)

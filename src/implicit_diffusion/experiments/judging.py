@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, captured
@@ -94,7 +95,7 @@ def effect_of_clipping(
         options: of `clipped.step`.
     """
     count = 128
-    x = chain.initial(noise, count)
+    x = float(chain.table.m[0]) * chain.initial(noise, count)  # in the network's scale, which is the clipped sampler's
     clipped.set_timesteps(chain.num_steps)
     with chain.evaluating():
         for row, t in enumerate(clipped.timesteps):
@@ -114,11 +115,18 @@ def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) ->
     """README.md of the exported pipeline."""
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
+    kind = KINDS[config["scheduler"]]
+    spacing = "the checkpoint's noise levels" if kind.flow else "trailing spacing, clip_sample off"
+    runs = f"During training {kept}; this pipeline runs the trained network on all of them."
+    if not summary["pipeline_is_the_chain"]:
+        runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
+it runs {summary["pipeline"]} with the trained network, and earns what the table says. The trained chain itself is
+in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
     return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
 
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × KL of the sampling path to the pretrained
-model, over a chain of {chain.num_steps} {config["scheduler"].upper()} steps ({chain.table.name}).
+model, over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name}).
 
 | | before | after |
 |---|---|---|
@@ -127,7 +135,7 @@ model, over a chain of {chain.num_steps} {config["scheduler"].upper()} steps ({c
 | path KL (nats) | 0 | {_number(summary["path_kl"])} |
 | share of the possible gain of J | 0 | {_number(summary["captured"])} |
 
-During training {kept}; this pipeline runs the trained network on all of them.
+{runs}
 
 ```python
 from diffusers import DiffusionPipeline
@@ -136,7 +144,7 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 images = pipeline(batch_size=16, num_inference_steps={chain.num_steps}{eta}).images
 ```
 
-Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, trailing spacing, clip_sample off.
+Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, {spacing}.
 β = {summary["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments.plan import Plan
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
@@ -49,7 +50,7 @@ class Outcome:
     @property
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
-        return f"{self.config['num_steps']} {self.config['scheduler'].upper()} steps"
+        return f"{self.config['num_steps']} {KINDS[self.config['scheduler']].words} steps"
 
     @property
     def gain_in_std(self) -> float:

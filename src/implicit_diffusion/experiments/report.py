@@ -230,10 +230,17 @@ def _use(outcome: Outcome, directory: RunDirectory) -> str:
 
 pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
 images = pipeline(batch_size=16, {options}).images"""
+    other = ""
+    if not outcome.summary.get("pipeline_is_the_chain", True):
+        other = (
+            f"<p>It runs {escape(outcome.summary['pipeline'])}, which is not the chain that was trained: diffusers has "
+            "none for that. To draw from the trained chain:</p>\n<pre><code>implicit-diffusion sample --model "
+            f"{escape(str(directory.model))}</code></pre>\n"
+        )
     return f"""<section><h2>Use the model</h2>
 <p>Plain diffusers loads it, without this package:</p>
 <pre><code>{escape(code)}</code></pre>
-<h2>Run it again</h2>
+{other}<h2>Run it again</h2>
 <pre><code>{escape(command(config))}</code></pre></section>
 """
 

@@ -1,4 +1,9 @@
-"""Draw a grid of images from a diffusers folder, with plain diffusers."""
+"""Draw a grid of images from a diffusers folder: by the chain that it was fine-tuned for, else with plain diffusers.
+
+A fine-tuned model comes with `chain.json`, the table of its chain. The network then runs on all rows of that very
+table, whether or not diffusers has a pipeline for it. Another number of steps is another chain, for which the folder's
+pipeline is asked.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,17 @@ from typing import Any
 import torch
 
 from implicit_diffusion.denoisers.pretrained import load_pretrained
+from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.samplers.chain import Chain
 
 CHAIN_FILE = "chain.json"  # beside model_index.json: the chain that a pipeline was trained for
 
 
 @dataclass(frozen=True)
 class Config:
-    """Draw a grid of images from a model, with plain diffusers."""
+    """Draw a grid of images from a model."""
 
     model: str = "digits"
     """"digits" (shipped), a diffusers folder such as RUN/model, or a hub id owner/name."""
@@ -27,7 +35,8 @@ class Config:
     out: Path = Path("grid.png")
     """Picture to write; an existing one is left alone."""
     num_steps: int | None = None
-    """Steps of the sampler; by default those that the model was fine-tuned for, or 50."""
+    """Steps of the sampler. By default the chain that the model was fine-tuned for; else the folder's own pipeline, by
+    default in 50 steps."""
     seed: int = 0
 
 
@@ -37,22 +46,29 @@ def run(config: Config) -> Path:
     Raises:
         InvalidInputError: no images asked for, an existing file, or no such model.
     """
-    from diffusers.utils import make_image_grid
+    from diffusers.utils import make_image_grid, pt_to_pil
 
     if config.num < 1:
         raise InvalidInputError(f"--num must be an integer ≥ 1, got {config.num}")
     if config.out.exists():
         raise InvalidInputError(f"--out {config.out} exists; name a new file")
-    pipeline = load_pretrained(config.model).pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    trained_for = read_chain(config.model)
-    options = {"eta": trained_for["eta"]} if "eta" in trained_for else {}
-    images = pipeline(
-        batch_size=config.num,
-        num_inference_steps=config.num_steps or trained_for.get("num_steps", 50),
-        generator=torch.Generator().manual_seed(config.seed),
-        **options,
-    ).images
+    pretrained, trained_for = load_pretrained(config.model), read_chain(config.model)
+    num_steps = config.num_steps or trained_for.get("num_steps", 50)
+    if "table" in trained_for and num_steps == trained_for["num_steps"]:
+        table = ChainTable.from_dict(trained_for["table"])
+        images = pt_to_pil(
+            Chain(pretrained.denoiser, table, pretrained.event_shape).sample(Noise(config.seed), config.num)
+        )
+    else:
+        pipeline = pretrained.pipeline
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"eta": trained_for["eta"]} if "eta" in trained_for else {}
+        generator = torch.Generator().manual_seed(config.seed)
+        images = pipeline(batch_size=config.num, num_inference_steps=num_steps, generator=generator, **options).images
+        if "table" in trained_for:
+            print(
+                f"fine-tuned for {trained_for['table']['name']}; these are {num_steps} steps of the folder's pipeline"
+            )
     columns = math.ceil(math.sqrt(config.num))
     rows = math.ceil(config.num / columns)
     blank = images[0].copy()
@@ -65,8 +81,9 @@ def run(config: Config) -> Path:
     return config.out
 
 
-def write_chain(folder: Path, **chain: int | float) -> None:
-    """Note beside a pipeline what it was fine-tuned for: num_steps, and eta for DDIM."""
+def write_chain(folder: Path, table: ChainTable, **options: float) -> None:
+    """Note beside a pipeline what it was fine-tuned for: num_steps, the table, and eta for DDIM."""
+    chain = {"num_steps": len(table), **options, "table": table.to_dict()}
     (folder / CHAIN_FILE).write_text(json.dumps(chain) + "\n", encoding="utf-8")
 
 
