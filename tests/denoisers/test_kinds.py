@@ -97,9 +97,10 @@ def test_the_folder_of_a_kind_samples_its_chain(kind, unet, tmp_path):
     ).images
     assert type(load_pretrained(folder).scheduler) is type(saved)
 
-    eta = 0.0 if other == "ddim" else 1.0  # DDIMPipeline's default
-    table = table_for(scheduler, kind, 5, eta=eta)
-    assert table.agrees_with(table_for(saved, other, 5, eta=eta))
+    table = table_for(scheduler, kind, 5, eta=0.0)  # DDIMPipeline's default
+    for num_steps in (5, 6, 17):  # whether they divide T or not
+        saved_table = table_for(saved, other, num_steps, eta=0.0)
+        assert table_for(scheduler, kind, num_steps, eta=0.0).agrees_with(saved_table)
     assert table.unscaled().initial_std == pytest.approx(1, rel=3e-5)
     table = table.unscaled()
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +125,7 @@ def law(table, denoiser):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_memoryless_kind_is_the_memoryless_flow_and_forgets(shift):
-    """Up to 1/T = 1e−3 in the noise levels; the law is the flow's too, and next to nothing of x_0 is left."""
+    """Up to 1/T in the noise levels, which changes ρ of the first row by N/T; next to nothing of x_0 is left."""
     checkpoint = FlowMatchEulerDiscreteScheduler(shift=shift)
     denoiser = GaussianDenoiser.from_scheduler(torch.tensor([1.3]).double(), 0.4, checkpoint)
     for num_steps in (5, 10, 50):
@@ -132,10 +133,12 @@ def test_the_memoryless_kind_is_the_memoryless_flow_and_forgets(shift):
         derived = memoryless_flow(checkpoint, num_steps)
         assert (table.t - derived.t).abs().max() <= 2
         for column in "abs":
-            torch.testing.assert_close(getattr(table, column), getattr(derived, column), rtol=0, atol=5e-3)
+            torch.testing.assert_close(
+                getattr(table, column), getattr(derived, column), rtol=0, atol=1.5e-3 * num_steps
+            )
         variance, covariance = law(table, denoiser)
         assert variance == pytest.approx(law(derived, denoiser)[0], rel=5e-3)
-        assert abs(covariance) < 1e-5
+        assert covariance**2 < 1e-6 * variance  # the share of the output's variance that x_0 decides
 
 
 def test_unusual_flows_take_the_derived_rows_and_no_pipeline():

@@ -1,5 +1,7 @@
 """Every combination on the list of supported ones, row by row, and which of them are the same sampler."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import (
@@ -12,7 +14,7 @@ from diffusers import (
 from tests.denoisers.parity import double, make, parity_error, single_inside
 
 from implicit_diffusion.denoisers.scheduler import read_table
-from implicit_diffusion.denoisers.supported import MORE_STEPS, STEPS, SUPPORTED, Case
+from implicit_diffusion.denoisers.supported import MORE_STEPS, STEPS, SUPPORTED, Case, markdown
 
 MORE = [
     Case("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}),
@@ -89,3 +91,8 @@ def test_four_names_for_ddpm(name):
 @pytest.mark.parametrize("name", ["Euler", "DPM-Solver++"])
 def test_three_names_for_the_probability_flow(name):
     assert_same_sampler(read_table(ONE_FLOW[name], 10), read_table(make(DDIMScheduler, TRAILING), 10))
+
+
+def test_the_documentation_shows_this_list():
+    page = Path(__file__).parents[2] / "docs" / "howto" / "schedulers.md"
+    assert markdown() in page.read_text(encoding="utf-8")

@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 
 from implicit_diffusion.cli import main
@@ -139,7 +145,7 @@ def test_noisy_kinds_are_ddpm_in_other_words(diffusion_model, tmp_path):
             assert runs[kind][name] == pytest.approx(runs["ddpm"][name], rel=0.02, abs=0.02)
 
 
-def test_euler_is_saved_as_ddim(diffusion_model, tmp_path):
+def test_euler_is_saved_as_first_order_dpm_solver(diffusion_model, tmp_path):
     out = tmp_path / "run"
     options = ["--num-steps", "5", "--scheduler", "euler", "--penalty", "drift", "--out", str(out)]
     options += ["--model", diffusion_model]
@@ -147,7 +153,8 @@ def test_euler_is_saved_as_ddim(diffusion_model, tmp_path):
     _, summary, chain = read(out)
     assert summary["pipeline_is_the_chain"] is True and "eta" not in chain
     assert chain["table"]["initial_std"] > 1000  # the cosine schedule's largest σ
-    assert type(load_pretrained(out / "model").pipeline).__name__ == "DDIMPipeline"
+    saved = load_pretrained(out / "model").scheduler
+    assert isinstance(saved, DPMSolverMultistepScheduler) and saved.config.algorithm_type == "dpmsolver++"
     assert main(["sample", "--model", str(out / "model"), "--num", "2", "--out", str(tmp_path / "grid.png")]) == 0
 
 

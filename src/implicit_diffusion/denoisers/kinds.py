@@ -6,8 +6,8 @@
 
 A diffusion model (one with `alphas_cumprod`) and a flow model speak of different quantities, so each has kinds of its
 own. The unconditional pipelines of diffusers start at N(0, I) and do not scale the network's input. Two kinds do not
-live on that scale, but the same sampler has another name there (`ChainTable.unscaled`): Euler is DDIM without noise,
-ancestral Euler is DDPM.
+live on that scale, but the same sampler has another name there (`ChainTable.unscaled`): Euler is the first-order
+DPM-Solver++ (and DDIM without noise), ancestral Euler is DDPM.
 
 The memoryless flow is run by DPMSolverMultistepScheduler (first order, sde-dpmsolver++, flow sigmas): the rows of
 `memoryless_flow` at noise levels from 1 − 1/T instead of 1, with times rounded down to integers. It has a fixed shift
@@ -53,7 +53,7 @@ class Kind:
 KINDS = {
     "ddpm": Kind("DDPMScheduler", "DDPM"),
     "ddim": Kind("DDIMScheduler", "DDIM"),
-    "euler": Kind("EulerDiscreteScheduler", "Euler", pipeline="ddim"),
+    "euler": Kind("EulerDiscreteScheduler", "Euler", pipeline="dpm-solver"),
     "euler-ancestral": Kind("EulerAncestralDiscreteScheduler", "ancestral Euler", pipeline="ddpm"),
     "dpm-solver": Kind("DPMSolverMultistepScheduler", "first-order DPM-Solver"),
     "flow-euler": Kind("FlowMatchEulerDiscreteScheduler", "flow Euler", flow=True),
@@ -192,9 +192,9 @@ def table_for(scheduler: Any, kind: str, num_steps: int, *, eta: float = 1.0) ->
 def pipeline_for(scheduler: Any, kind: str) -> tuple[Any, str]:
     """The scheduler that a pipeline of diffusers needs to sample the chain of `kind`, and its kind.
 
-    Euler's is DDIM with η = 0, which is what `DDIMPipeline` does unless told otherwise. Where N does not divide the
-    number of training timesteps, diffusers' DDIM and DDPM step to other times than they stop at next, and differ from
-    Euler by per cents; a memoryless flow with an unusual σ-spacing gets the ODE. `ChainTable.agrees_with` tells.
+    Whether it samples the same chain, `ChainTable.agrees_with` tells: a memoryless flow with an unusual σ-spacing gets
+    the ODE instead. Euler is not saved as DDIM, which in diffusers steps from t to t − T//N, and that is not quite
+    where its next row stands unless N divides T.
 
     Args:
         scheduler: from `scheduler_for(…, kind)`, without clipping.
@@ -206,7 +206,10 @@ def pipeline_for(scheduler: Any, kind: str) -> tuple[Any, str]:
     if not other:
         return scheduler, kind
     spacing = scheduler.config.get("timestep_spacing", "trailing")
-    return scheduler_for(scheduler, other, clip=False, spacing=spacing), other
+    saved = scheduler_for(scheduler, other, clip=False, spacing=spacing)
+    if kind == "euler":
+        saved.register_to_config(algorithm_type="dpmsolver++")  # no noise
+    return saved, other
 
 
 def clipped_for(scheduler: Any, kind: str, *, noisy: bool, eta: float = 1.0) -> tuple[Any, dict[str, float]]:

@@ -142,7 +142,7 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
     raise InvalidInputError(
         f"scheduler: a {type(scheduler).__name__} has no unconditional pipeline in diffusers (DDPMPipeline starts at "
         "N(0, I) and does not scale the network's input); take DDPMScheduler or DDIMScheduler (`scheduler_for`), which "
-        "ancestral Euler and Euler are in other coordinates."
+        "ancestral Euler and Euler are in other coordinates (`pipeline_for`)."
     )
 
 
