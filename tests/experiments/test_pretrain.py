@@ -70,7 +70,7 @@ def test_the_shipped_model_samples_digits(num_steps):
     from diffusers import DDPMPipeline
 
     pipeline = DDPMPipeline.from_pretrained(SHIPPED, local_files_only=True)
-    samples = pretrain.sample_digits(pipeline.unet, pipeline.scheduler, num_steps, n=200, seed=5)
+    samples = pretrain.sample_images(pipeline.unet, pipeline.scheduler, num_steps, n=200, seed=5)
     result = digits.quality(samples)
     assert result["classifier_confidence"] > 0.9 and result["judge_agreement"] > 0.85
     assert result["mmd"] < 0.01

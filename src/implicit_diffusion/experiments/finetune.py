@@ -49,7 +49,8 @@ class Config:
     model: str = "digits"
     """"digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: str = "brightness"
-    """"brightness", "darkness", "digit-0" … "digit-9", or your own FILE.py:function from (n, C, H, W) to (n,)."""
+    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function from (n, C, H, W) to
+    (n,)."""
     kl_weight: float | None = None
     """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward."""
     target_kl: float | None = None

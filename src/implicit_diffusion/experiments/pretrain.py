@@ -1,4 +1,4 @@
-r"""Pretrain a small diffusion model on the real handwritten digits: the model that ships with this package.
+r"""Pretrain a diffusion model: on the real handwritten digits (the model that ships with this package), or on images.
 
 Denoising score matching (Vincent, *A Connection Between Score Matching and Denoising Autoencoders*, 2011; Ho et al.,
 *Denoising Diffusion Probabilistic Models*, arXiv 2006.11239, algorithm 1) on the variance-preserving path
@@ -13,12 +13,16 @@ with the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672, eq. 17) and the
 The velocity suits short chains: x itself is recovered without a division by sqrt(abar_t), which is nearly zero at the
 first step of a chain with trailing spacing. The loss is E|u_theta(x_t, t) - v_t|^2; the weights kept are their
 exponential moving average. Dropout keeps the network from learning the 1437 training digits by heart.
+
+The U-Net follows the size of the images (`implicit_diffusion.experiments.data`): levels until the shorter side has 4 to
+7 pixels, at most five; attention at levels of 9 to 16 pixels below the first; two residual blocks per level, one up to
+16 pixels.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,8 +31,8 @@ from torch import Tensor
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, save_pipeline
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.experiments import digits
-from implicit_diffusion.experiments.digits_card import model_card
+from implicit_diffusion.experiments import digits, digits_card, images_card
+from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.samplers.chain import Chain
@@ -39,74 +43,126 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """The published setting. On one kind of processor it gives the same weights bit for bit."""
+    """Pretrain a diffusion model. The defaults are the published setting for the digits.
+
+    On one kind of processor they give the same weights bit for bit.
+    """
 
     data: str = "digits"
-    out: Path = Path("runs/pretrain-digits")
+    """"digits", a folder of images, or a hub id of the datasets library such as ylecun/mnist or uoft-cs/cifar10."""
+    out: Path | None = None
+    """Run directory, new or empty. By default runs/pretrain-<data>."""
+    size: tuple[int, int] | None = None
+    """Height and width to bring the images to; by default their own, rounded to what the U-Net can halve."""
     steps: int = 3000
+    """Optimizer steps."""
     batch: int = 64
-    lr: float = 2e-3  # after a linear warm-up over 200 steps; then cosine decay to zero
+    """Images per step."""
+    lr: float = 2e-3
+    """After a linear warm-up over 200 steps; then cosine decay to zero."""
     ema_decay: float = 0.999
+    """Of the average of the weights, which is what is kept."""
     dropout: float = 0.1
-    channels: tuple[int, ...] = (24, 48)  # at 8x8 and 4x4 pixels; multiples of 8
-    prediction_type: str = "v_prediction"
-    beta_schedule: str = "squaredcos_cap_v2"
+    """Of the residual blocks."""
+    channels: tuple[int, ...] | None = None
+    """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    """What the network predicts."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """Noise schedule."""
     train_timesteps: int = 1000
+    """Timesteps of the noise schedule, T."""
     seed: int = 0
-    chains: tuple[int, ...] = (10, 50)  # chain lengths at which the samples are judged
+    """Of weights, batches, times and noise."""
+    chains: tuple[int, ...] = (10, 50)
+    """Chain lengths at which the samples are judged, or drawn."""
     samples: int = 2000
+    """Digits to judge per chain length; of other images 96 are drawn."""
+    device: str | None = None
+    """"cpu", "cuda", …; by default the CPU for digits, and an accelerator where there is one for other images."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
+        for name in ("steps", "batch", "train_timesteps", "samples"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {getattr(self, name)}")
+        if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
+            raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
+        if not 0 < self.lr < float("inf"):
+            raise InvalidInputError(f"--lr must be positive and finite, got {self.lr}")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train, judge and save: `model/` (a diffusers folder), `summary.json` and `figures/samples.png` in `config.out`.
 
     Returns:
-        The summary: the config, the quality of the samples per chain length, the classifiers' held-out accuracy,
-        the number of parameters, the losses on training and held-out digits and the seconds of the training.
+        The summary: the config, the number of parameters, the losses on training and held-out images and the seconds
+        of the training; of digits also the quality of the samples per chain length and the classifiers' held-out
+        accuracy.
 
     Raises:
-        InvalidInputError: data other than "digits", or an `out` that exists and is not empty.
+        InvalidInputError: data that cannot be had, a setting out of range, or an `out` that is not empty.
     """
-    if config.data != "digits":
-        raise InvalidInputError(f"data: got {config.data!r}; only 'digits' is known")
-    directory = RunDirectory.create(config.out)
+    config.check()
+    out = config.out or Path(f"runs/pretrain-{Path(config.data).name}")
+    RunDirectory.check(out)
+    data = _load(config)
+    directory = RunDirectory.create(out)
+    config = replace(config, out=out, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
     directory.write_config(config)
     start = time.perf_counter()
-    unet, scheduler = train(config)
+    unet, scheduler = train(config, data)
     seconds = time.perf_counter() - start
 
-    real = digits.load_digits()
-    drawn = {n: sample_digits(unet, scheduler, n, config.samples, config.seed) for n in config.chains}
-    summary = {
+    count = config.samples if data.name == "digits" else 96
+    drawn = {n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape) for n in config.chains}
+    summary: dict[str, Any] = {
         "config": asdict(config) | {"out": str(config.out)},
-        "quality": {str(n): digits.quality(x) for n, x in drawn.items()},
-        "classifier_accuracy": digits.accuracy(digits.load_classifier()),
-        "judge_accuracy": digits.accuracy(digits.fit_judge()),
+        "images": {"train": len(data.train), "held_out": len(data.held_out), "event_shape": data.event_shape},
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "loss_train": denoising_loss(unet, scheduler, real.train),
-        "loss_held_out": denoising_loss(unet, scheduler, real.held_out),
+        "loss_train": denoising_loss(unet, scheduler, data.train[: 10 * len(data.held_out)]),
+        "loss_held_out": denoising_loss(unet, scheduler, data.held_out),
         "seconds": seconds,
     }
-    save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, model_card(summary))
+    if data.name == "digits":
+        summary["quality"] = {str(n): digits.quality(x) for n, x in drawn.items()}
+        summary["classifier_accuracy"] = digits.accuracy(digits.load_classifier())
+        summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
+    card = digits_card.model_card(summary) if data.name == "digits" else images_card.model_card(summary)
+    save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
     directory.write_summary(summary)
-    plot_samples({"real": real.held_out} | {f"{n} steps": x for n, x in drawn.items()}, directory.figure("samples"))
+    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
+    plot_samples(groups, directory.figure("samples"))
     print(f"model     {directory.model}")
     return summary
 
 
-def build(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
+def _load(config: Config) -> Images:
+    return load_images(config.data, config.size, len(config.channels) if config.channels else None)
+
+
+def _widths(event_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    return widths_for(*event_shape[1:])
+
+
+def build(
+    config: Config, event_shape: tuple[int, int, int] = digits.EVENT_SHAPE
+) -> "tuple[UNet2DModel, DDPMScheduler]":
     """The untrained network and the scheduler: never clipping, since a clipped chain is not affine in the network."""
     from diffusers import DDPMScheduler, UNet2DModel
 
-    levels = len(config.channels)
+    channels, height, width = event_shape
+    widths = config.channels or _widths(event_shape)
+    shorter = [min(height, width) >> level for level in range(len(widths))]
+    attends = [level > 0 and 9 <= side <= 16 for level, side in enumerate(shorter)]
     unet = UNet2DModel(
-        sample_size=digits.EVENT_SHAPE[-1],
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=config.channels,
-        down_block_types=("DownBlock2D",) * levels,
-        up_block_types=("UpBlock2D",) * levels,
-        layers_per_block=1,
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        layers_per_block=1 if shorter[0] <= 16 else 2,
         norm_num_groups=8,
         add_attention=False,
         dropout=config.dropout,
@@ -122,33 +178,45 @@ def build(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
     return unet, scheduler
 
 
-def train(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
-    """Train and return the averaged network, in eval mode, and its scheduler.
+def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDPMScheduler]":
+    """Train and return the averaged network, in eval mode on its device, and its scheduler.
 
-    Digits, times and noise come from an explicit generator. Weight initialisation and dropout know none, so the global
-    one is seeded inside a fork, and the caller's random state is as before afterwards. Training runs on one thread:
-    how many share a sum decides its rounding, and the result must not depend on that.
+    Images, times and noise come from an explicit generator. Weight initialisation and dropout know none, so the global
+    one is seeded inside a fork, and the caller's random state is as before afterwards. On the digits, training runs on
+    one thread: how many share a sum decides its rounding, and the result must not depend on that.
+
+    Args:
+        config: see there.
+        data: the images of `config.data`, where they are loaded already.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite; the update is not done.
     """
+    data = data or _load(config)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if data.name == "digits":
+        torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            return _train(config)
+            return _train(config, data)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
+def _device(config: Config, data: Images) -> torch.device:
+    if config.device is not None:
+        return torch.device(config.device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if data.name == "digits" or accelerator is None else accelerator
+
+
+def _train(config: Config, data: Images) -> "tuple[UNet2DModel, DDPMScheduler]":
     from diffusers.training_utils import EMAModel
 
-    data = digits.load_digits().train
     generator = torch.Generator().manual_seed(config.seed)
-    unet, scheduler = build(config)
-    unet.train()
+    unet, scheduler = build(config, data.event_shape)
+    unet.to(_device(config, data)).train()
     average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(200, max(1, config.steps // 10))
@@ -162,7 +230,7 @@ def _train(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
     )
     with progress(config.steps, "pretraining") as bar:
         for step in range(1, config.steps + 1):
-            x = data[torch.randint(len(data), (config.batch,), generator=generator)]
+            x = data.train[torch.randint(len(data.train), (config.batch,), generator=generator)]
             loss = _loss(unet, scheduler, x, generator).mean()
             if not loss.isfinite():
                 raise NonFiniteError(f"the loss is {loss.item()} at step {step} of {config.steps}; try a smaller lr")
@@ -179,6 +247,7 @@ def _train(config: Config) -> "tuple[UNet2DModel, DDPMScheduler]":
 
 def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator: torch.Generator) -> Tensor:
     """|u(x_t, t) - target|^2 per pixel, at random times and noise, with shape (batch,)."""
+    x = as_floats(x)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), generator=generator)
     noise = torch.randn(x.shape, generator=generator)
     targets = {
@@ -186,27 +255,33 @@ def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator:
         "epsilon": lambda: noise,
         "sample": lambda: x,
     }
-    target = targets[scheduler.config.prediction_type]()
-    prediction = unet(scheduler.add_noise(x, noise, t), t).sample
+    target = targets[scheduler.config.prediction_type]().to(unet.device)
+    prediction = unet(scheduler.add_noise(x, noise, t).to(unet.device), t.to(unet.device)).sample
     return (prediction - target).square().flatten(1).mean(1)
 
 
 @torch.no_grad()
 def denoising_loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, repeats: int = 20) -> float:
-    """The loss of the trained network on given digits, the same `repeats` times and noises per digit at each call.
+    """The loss of the trained network on given images, the same `repeats` times and noises per image at each call.
 
-    Much lower on training digits than on held-out ones means that the network has learnt the former by heart.
+    Much lower on training images than on held-out ones means that the network has learnt the former by heart.
     """
     generator = torch.Generator().manual_seed(0)
-    return torch.cat([_loss(unet, scheduler, x, generator) for _ in range(repeats)]).mean().item()
+    parts = x.split(4096) if len(x) > 4096 else (x,)
+    return torch.cat([_loss(unet, scheduler, part, generator) for _ in range(repeats) for part in parts]).mean().item()
 
 
-def sample_digits(
-    unet: "UNet2DModel", scheduler: "DDPMScheduler", num_steps: int, n: int, seed: int
-) -> Float[Tensor, "n 1 8 8"]:
-    """Samples (n, 1, 8, 8) of the chain that `scheduler` runs in `num_steps` steps."""
-    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), digits.EVENT_SHAPE)
-    return chain.sample(Noise(seed), n)
+def sample_images(
+    unet: "UNet2DModel",
+    scheduler: "DDPMScheduler",
+    num_steps: int,
+    n: int,
+    seed: int,
+    event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
+) -> Float[Tensor, "n *event"]:
+    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU."""
+    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape)
+    return chain.sample(Noise(seed), n).cpu()
 
 
 def plot_samples(groups: dict[str, Tensor], path: Path, rows: int = 8, columns: int = 12) -> None:
@@ -218,10 +293,13 @@ def plot_samples(groups: dict[str, Tensor], path: Path, rows: int = 8, columns: 
 
     figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.0), squeeze=False)
     for axis, (name, images) in zip(axes[0], groups.items(), strict=True):
-        tiles = torch.full((rows, columns, 10, 10), -0.4)  # a grey frame of one pixel between the images
-        shown = images[: rows * columns, 0].clamp(-1, 1)
-        tiles.view(-1, 10, 10)[: len(shown), 1:9, 1:9] = shown
-        axis.imshow(tiles.permute(0, 2, 1, 3).reshape(rows * 10, columns * 10).numpy(), cmap="gray", vmin=-1, vmax=1)
+        shown = images[: rows * columns].clamp(-1, 1) / 2 + 0.5
+        _, channels, height, width = shown.shape
+        # A grey frame of one pixel between the images.
+        tiles = torch.full((rows * columns, channels, height + 2, width + 2), 0.3)
+        tiles[: len(shown), :, 1:-1, 1:-1] = shown
+        grid = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        axis.imshow(grid.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)
         axis.set_title(name)
         axis.set_axis_off()
     figure.tight_layout()

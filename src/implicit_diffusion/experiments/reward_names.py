@@ -15,18 +15,18 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import digits, rewards
 
-SHIPPED = "brightness, darkness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
+SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
 
 
 def load_reward(name: str) -> Callable[[Tensor], Tensor]:
-    """The reward called `name`: "brightness", "darkness", "digit-3", "package.module:function" or "file.py:function".
+    """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
 
     A file or module that the user names is imported, and so executed.
 
     Raises:
         InvalidInputError: nothing of that name; the message says what was looked for.
     """
-    if name in ("brightness", "darkness"):
+    if name in ("brightness", "darkness", "redness"):
         return getattr(rewards, name)
     if match := re.fullmatch(r"digit-(\d)", name):
         return digits.digit_log_probability(int(match[1]))

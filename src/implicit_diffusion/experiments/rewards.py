@@ -1,10 +1,12 @@
-"""Rewards that need nothing but torch: how bright, or how dark, an image is.
+"""Rewards that need nothing but torch: how bright, how dark or how red an image is.
 
 Images have pixels in [-1, 1]; -1 is black, +1 is full white. A reward is any callable (batch, *event) -> (batch,).
 """
 
 from jaxtyping import Float
 from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
 
 
 def brightness(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
@@ -29,3 +31,27 @@ def darkness(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
         Rewards with shape (batch,).
     """
     return -brightness(x)
+
+
+def redness(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
+    """Red minus the mean of green and blue, averaged over the image, in per cent of full scale.
+
+    The paper's reward for CIFAR-10 (Marion et al., arXiv 2402.05468): 100 for pure red, 0 for any grey, -50 for pure
+    green or blue. Linear, not clipped.
+
+    Args:
+        x: colour images with shape (batch, 3, height, width), nominally in [-1, 1].
+
+    Returns:
+        Rewards with shape (batch,).
+
+    Raises:
+        InvalidInputError: images without three channels.
+    """
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise InvalidInputError(
+            f"reward redness needs colour images (n, 3, height, width), got {tuple(x.shape)}; take brightness for grey "
+            "images"
+        )
+    red, green, blue = x.flatten(2).mean(2).unbind(1)
+    return 50.0 * (red - (green + blue) / 2)

@@ -1,0 +1,30 @@
+"""The model card of a model that was pretrained on images of the user's own."""
+
+from typing import Any
+
+
+def model_card(summary: dict[str, Any]) -> str:
+    """The README.md of the model folder: what it is, how it was made, and how to use it."""
+    config, images = summary["config"], summary["images"]
+    channels, height, width = images["event_shape"]
+    colour = "grey" if channels == 1 else "colour"
+    size, seconds = f"--size {height} {width}", f"{summary['seconds']:.0f} s"
+    return f"""# A diffusion model of {config["data"]}
+
+A `UNet2DModel` with {summary["parameters"]} parameters (channels {", ".join(map(str, config["channels"]))}), trained by
+denoising score matching ({config["prediction_type"]}, schedule {config["beta_schedule"]}, {config["steps"]} steps of
+{config["batch"]} images, {seconds}) on {images["train"]} {colour} images of {height} by {width} pixels.
+It is made for ancestral chains with trailing spacing and without clipping, which its scheduler says too. Made by
+
+    implicit-diffusion pretrain --data {config["data"]} {size} --steps {config["steps"]} --batch {config["batch"]} \\
+        --lr {config["lr"]:g} --seed {config["seed"]} --out DIR
+
+The denoising loss is {summary["loss_train"]:.4f} on training images and {summary["loss_held_out"]:.4f} on
+{images["held_out"]} images held out.
+
+```python
+from diffusers import DiffusionPipeline
+
+images = DiffusionPipeline.from_pretrained("this folder")(batch_size=16, num_inference_steps=50).images
+```
+"""
