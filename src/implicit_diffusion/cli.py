@@ -23,13 +23,25 @@ class Resume:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, dispatch, and turn our own errors into one line and exit status 2."""
-    from implicit_diffusion.experiments import ebm, finetune, hexagon, pretrain, recovery, resuming, sample, score, tilt
+    from implicit_diffusion.experiments import (
+        ebm,
+        finetune,
+        hexagon,
+        pretrain,
+        recovery,
+        resuming,
+        sample,
+        score,
+        sweep,
+        tilt,
+    )
 
     commands = (
         Annotated[tyro.conf.FlagCreatePairsOff[finetune.Config], tyro.conf.subcommand("finetune")]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
+        | Annotated[tyro.conf.FlagCreatePairsOff[sweep.Config], tyro.conf.subcommand("sweep")]
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
-        | Annotated[pretrain.Config, tyro.conf.subcommand("pretrain")]
+        | Annotated[tyro.conf.FlagCreatePairsOff[pretrain.Config], tyro.conf.subcommand("pretrain")]
         | Annotated[ebm.Config, tyro.conf.subcommand("ebm")]
         | Annotated[score.Config, tyro.conf.subcommand("score")]
         | Annotated[tilt.Config, tyro.conf.subcommand("tilt")]
@@ -46,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  implicit-diffusion finetune --kl-weight 2.5        fine-tune the shipped digits for brightness\n"
             "  implicit-diffusion sample --model RUN/model        look at the result\n"
             "  implicit-diffusion ebm --data moons                train an energy-based model and its likelihood\n"
+            "  implicit-diffusion sweep --kl-weights 1 2 4        reward against KL, one run per weight\n"
             "  implicit-diffusion hexagon                         the paper's first experiment, in all its arms\n"
             "  implicit-diffusion recovery --problem two-modes    why weighted particles",
             args=arguments,
@@ -56,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 finetune.run(chosen)
             case Resume():
                 resuming.resume(chosen.run)
+            case sweep.Config():
+                sweep.run(chosen)
             case sample.Config():
                 sample.run(chosen)
             case pretrain.Config():

@@ -10,34 +10,17 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
 )
 from PIL import Image
+from tests.experiments.toy_model import folder
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.denoisers.pretrained import load_pretrained
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 
 TINY = ["--num-steps", "4", "--batch", "2", "--updates", "3", "--starts", "8", "--lr", "1e-3", "--kl-weight", "2.5"]
-
-
-def folder(path, scheduler):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=3,  # no digits, whose quality would be judged
-            out_channels=3,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-        )
-    return str(save_pipeline(path, DiffusersDenoiser(unet), scheduler, "a test"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,232 @@
+"""Reward against KL over a range of KL weights: the paper's curves for any model and reward, beside what can be had.
+
+Every β is a fine-tuning run of its own (`implicit_diffusion.experiments.finetune`), in a folder of its own under the
+sweep's. Finished runs are kept, interrupted ones are gone on with, so that a sweep can be stopped at any time and given
+further β later. The frontier is that of `implicit_diffusion.loops.bound`, from the pretrained samples that all runs
+share: for each β the reward and the path KL of the tilted law dP* ∝ e^{R/β} dP_0, below whose J no control can get.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments import finetune
+from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, STYLE, canvas
+from implicit_diffusion.experiments.figures_frontier import tangent_curve
+from implicit_diffusion.experiments.outcome import number, percent
+from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.experiments.remembered import evaluate_pretrained
+from implicit_diffusion.loops import Evaluation
+from implicit_diffusion.loops.bound import Bound, bound
+from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.directory import plain
+
+CURVE = 12  # KL weights of the drawn frontier
+KEPT = ("reward_before", "reward_after", "reward_exported", "path_kl", "j_before", "j_after", "j_bound", "captured")
+OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
+LEFT_BY_AN_EARLY_END = {"config.json", "figures"}  # of a run that ended before its first checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fine-tune once for every KL weight, and draw reward against KL beside what can be had."""
+
+    kl_weights: tuple[float, ...] = ()
+    """The β's, in reward per nat. By default the plan's, for gains of ¼ to 2 deviations of the pretrained reward."""
+    each: finetune.Config = field(default_factory=finetune.Config)
+    """Options of every run; --out is the sweep's folder, one subfolder per run."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""
+        for beta in self.kl_weights:
+            if not 0 < beta < float("inf"):
+                raise InvalidInputError(f"--kl-weights must be positive and finite, got {beta}")
+        if len(set(self.kl_weights)) < len(self.kl_weights):
+            raise InvalidInputError(f"--kl-weights must differ, got {' '.join(f'{b:g}' for b in self.kl_weights)}")
+        for name in OF_ONE_RUN:
+            if getattr(self.each, name) not in (None, False):
+                raise InvalidInputError(f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights")
+        if self.each.penalty != "path-kl":
+            raise InvalidInputError("a sweep compares path KLs: --penalty drift has none")
+        self.each.check()
+
+
+def run(config: Config) -> dict[str, Any]:
+    """All runs that are not finished yet, then the table, `figures/frontier.png` and `summary.json` in the folder.
+
+    Returns:
+        The summary: `rows`, one per β with the headline numbers of its run; `frontier`, the best possible reward and
+        path KL per β; the pretrained reward.
+
+    Raises:
+        InvalidInputError: from the options, the model or the reward; a folder with something else in it, or with a
+            sweep of other options.
+        KeyboardInterrupt: the running run was interrupted; the same command goes on.
+    """
+    config.check()
+    out = config.each.out or Path(f"runs/sweep-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    _check_folder(out, config)
+    samples = _pretrained(config.each)
+    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples).bounds))
+    directory = RunDirectory(out)
+    out.mkdir(parents=True, exist_ok=True)
+    directory.write_config(_settings(config))
+    for beta in betas:
+        _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"))
+    found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
+    summary = {
+        "reward": config.each.reward,
+        "reward_pretrained": mean_and_error(samples.reward)[0],
+        "reward_pretrained_se": mean_and_error(samples.reward)[1],
+        "rows": [{"kl_weight": beta, **s} for beta, (s, _) in found.items()],
+        "frontier": [_point(b) for b in _frontier(samples, list(found))],
+    }
+    directory.write_summary(summary)
+    show(summary)
+    plot(summary, {beta: metrics for beta, (_, metrics) in found.items()}, samples, directory.figure("frontier"))
+    print(f"sweep     {out}")
+    return summary
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What must agree between two parts of a sweep: everything but the β's, the folder and the device."""
+    settings = asdict(config.each)
+    for name in (*OF_ONE_RUN, "out", "device"):
+        del settings[name]
+    return plain(settings)
+
+
+def _check_folder(out: Path, config: Config) -> None:
+    """Raise unless `out` is new, empty, or holds a sweep of the same options."""
+    if not (out / "config.json").is_file():
+        RunDirectory.check(out)
+        return
+    saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), _settings(config)
+    different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    if different:
+        told = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
+        raise InvalidInputError(f"--out {out} holds a sweep of other options: {told}; choose another --out")
+
+
+def _pretrained(each: finetune.Config) -> Evaluation:
+    """Trajectories of the pretrained chain, those of every run's plan."""
+    problem, noise = finetune.build(each), Noise(each.seed).stream(finetune.PLAN)
+    with progress(16 * each.starts, "planning") as bar:
+        return evaluate_pretrained(
+            problem.chain,
+            problem.reward,
+            noise,
+            name=each.reward,
+            starts=each.starts,
+            repeats=16,
+            progress=lambda done: bar.update(advance=done),
+        )
+
+
+def _one(config: finetune.Config) -> None:
+    """Run, go on, or leave alone what is finished."""
+    assert config.out is not None
+    if (config.out / "summary.json").exists():
+        print(f"finished  {config.out}")
+    elif (config.out / "checkpoint").exists():
+        finetune.resume(config.out)
+    else:
+        if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= LEFT_BY_AN_EARLY_END:
+            shutil.rmtree(config.out)
+        finetune.run(config)
+
+
+def _finished(out: Path) -> list[float]:
+    """The β of all finished runs of the folder, those of earlier calls too."""
+    return sorted(float(path.parent.name.removeprefix("beta-")) for path in out.glob("beta-*/summary.json"))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The headline numbers of a run, and its metrics."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    kept = {key: summary.get(key) for name in KEPT for key in (name, f"{name}_se")}
+    kept |= {"updates": summary["updates"], "seconds": summary["seconds"], "run": folder.name}
+    return kept, RunDirectory(folder).read_metrics()
+
+
+def _frontier(samples: Evaluation, betas: list[float]) -> list[Bound]:
+    """The optimum for each β, and for some in between, the weakest tilt first."""
+    curve = np.geomspace(max(betas), min(betas), CURVE).tolist() if len(betas) > 1 else []
+    return [bound(samples, beta, conditional=False) for beta in sorted({*betas, *curve}, reverse=True)]
+
+
+def _point(b: Bound) -> dict[str, Any]:
+    return {
+        "kl_weight": b.beta,
+        "reward": b.reward,
+        "reward_se": b.reward_se,
+        "path_kl": b.path_kl,
+        "path_kl_se": b.path_kl_se,
+        "trusted": b.trusted,
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    before = number(summary["reward_pretrained"], summary["reward_pretrained_se"])
+    table = Table(title=f"{summary['reward']} against path KL (pretrained reward {before})")
+    for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
+        table.add_column(column, justify="right")
+    for row in summary["rows"]:
+        cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl", "j_after", "j_bound")]
+        table.add_row(f"{row['kl_weight']:.4g}", *cells, percent(row["captured"], row["captured_se"]))
+    Console().print(table)
+
+
+def plot(summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], samples: Evaluation, path: Path) -> None:
+    """The frontier with all runs, and reward and path KL over the updates, one colour per β."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        rows = summary["rows"]
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(rows)))
+        figure = canvas(7.6)
+        axes = figure.subplot_mosaic([["top", "top"], ["reward", "kl"]], height_ratios=[3, 2])
+        _draw_frontier(axes["top"], summary, _frontier(samples, [row["kl_weight"] for row in rows]))
+        for row, shade in zip(rows, shades):
+            bars = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_after_se"], "elinewidth": 1.3}
+            end = row["path_kl"], row["reward_after"]
+            axes["top"].errorbar(*end, fmt="D", color=shade, markeredgecolor="white", zorder=5, **bars)
+            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": shade}
+            axes["top"].annotate(f"β = {row['kl_weight']:.3g}", end, **place)
+            for name, key in (("reward", "held_out_reward"), ("kl", "held_out_path_kl")):
+                seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
+                axes[name].plot([m["updates"] for m in seen], [m[key] for m in seen], "o-", ms=3, color=shade)
+        axes["top"].legend(loc="lower right")
+        axes["reward"].axhline(summary["reward_pretrained"], color=BEFORE, lw=1)
+        axes["reward"].set(xlabel="updates", ylabel="mean reward, held out")
+        axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")
+        figure.savefig(path)
+
+
+def _draw_frontier(axes: Any, summary: dict[str, Any], found: list[Bound]) -> None:
+    """What can be had: the curve, and open circles where it rests on too few effective samples."""
+    bounds = [b for b in found if b.path_kl > 0]
+    if bounds:
+        kl = np.linspace(0, bounds[-1].path_kl, 300)
+        axes.plot(kl, tangent_curve(summary["reward_pretrained"], bounds, kl), color=BOUND, label="best possible")
+    doubtful = [b for b in bounds if not b.trusted]
+    if doubtful:
+        points = [b.path_kl for b in doubtful], [b.reward for b in doubtful]
+        axes.plot(*points, "o", ms=4.5, color=BOUND, markerfacecolor="white", label="rests on few samples")
+    axes.plot([0], [summary["reward_pretrained"]], "s", color=BEFORE, ms=8, label="pretrained")
+    axes.plot([], [], "D", color=AFTER, label="fine-tuned, ± 2 s.e.")
+    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward")

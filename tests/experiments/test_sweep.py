@@ -1,0 +1,120 @@
+"""A sweep over β: one run each, kept and gone on with, and the frontier beside them."""
+
+import itertools
+import json
+import os
+import signal
+
+import pytest
+from diffusers import DDPMScheduler
+from tests.experiments.toy_model import folder
+
+from implicit_diffusion.cli import main
+from implicit_diffusion.experiments import finetune, sweep
+
+TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "8", "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return ["--model", folder(tmp_path_factory.mktemp("models") / "model", DDPMScheduler(clip_sample=False))]
+
+
+@pytest.fixture(scope="module")
+def swept(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweeps") / "sweep"
+    assert main(["sweep", *model, *TINY, "--kl-weights", "4", "2", "--out", str(out)]) == 0
+    return out
+
+
+def read(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_one_run_per_weight_and_one_summary(swept):
+    summary = read(swept)
+    assert [row["kl_weight"] for row in summary["rows"]] == [2, 4]
+    for row in summary["rows"]:
+        own = read(swept / row["run"])
+        assert own["kl_weight"] == row["kl_weight"] and own["reward_after"] == row["reward_after"]
+        assert row["path_kl"] > 0 and row["updates"] == 4 and row["captured"] is not None
+    assert (swept / "figures" / "frontier.png").stat().st_size > 5000
+    assert json.loads((swept / "config.json").read_text())["num_steps"] == 3
+
+
+def test_the_frontier_is_the_bound_of_the_pretrained_samples(swept):
+    """Weaker weights buy more reward for more KL, and the slope between neighbours is their β (dR = β dKL)."""
+    summary = read(swept)
+    points = summary["frontier"]
+    betas = [p["kl_weight"] for p in points]
+    assert betas == sorted(betas, reverse=True) and {2.0, 4.0} <= set(betas)
+    assert points[0]["reward"] > summary["reward_pretrained"]
+    for strong, weak in itertools.pairwise(points[1:]):
+        slope = (weak["reward"] - strong["reward"]) / (weak["path_kl"] - strong["path_kl"])
+        assert weak["kl_weight"] * 0.98 < slope < strong["kl_weight"] * 1.02
+
+
+def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch, capsys):
+    runs = []
+    original = finetune.run
+    monkeypatch.setattr(finetune, "run", lambda config, *rest: runs.append(config.kl_weight) or original(config, *rest))
+    before = (swept / "beta-2" / "summary.json").stat().st_mtime_ns
+    assert main(["sweep", *model, *TINY, "--kl-weights", "2", "8", "--out", str(swept)]) == 0
+    assert runs == [8.0] and (swept / "beta-2" / "summary.json").stat().st_mtime_ns == before
+    assert "finished" in capsys.readouterr().out
+    assert [row["kl_weight"] for row in read(swept)["rows"]] == [2, 4, 8]
+    assert main(["sweep", *model, *TINY, "--lr", "2e-3", "--kl-weights", "2", "--out", str(swept)]) == 2
+    assert "lr was 0.001 and is 0.002" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second run; the same command finishes it, with the weights of an uninterrupted one."""
+    out = tmp_path / "sweep"
+    call = ["sweep", *model, *TINY, "--kl-weights", "2", "4", "--out", str(out)]
+
+    def interrupt(fit):
+        if fit.updates == 2 and fit.loop.objective.weight(finetune.PathKL) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
+        assert main(call) == 130
+    assert (out / "beta-2" / "summary.json").exists() and not (out / "summary.json").exists()
+    assert main(call) == 0
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    assert (out / "beta-4" / name).read_bytes() == (swept / "beta-4" / name).read_bytes()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_path):
+    out = tmp_path / "sweep"
+    (out / "beta-2" / "figures").mkdir(parents=True)
+    (out / "beta-2" / "config.json").write_text("{}")
+    settings = sweep._settings(
+        sweep.Config(each=finetune.Config(model=model[1], num_steps=3, batch=2, updates=2, starts=8, lr=1e-3))
+    )
+    (out / "config.json").write_text(json.dumps(settings))
+    assert main(["sweep", *model, *TINY, "--updates", "2", "--kl-weights", "2", "--out", str(out)]) == 0
+    assert read(out)["rows"][0]["updates"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kl-weights", "0"], "--kl-weights must be positive"),
+        (["--kl-weights", "2", "2"], "--kl-weights must differ"),
+        (["--kl-weight", "2"], "--kl-weight is for one run; a sweep takes --kl-weights"),
+        (["--plan"], "--plan is for one run"),
+        (["--penalty", "drift"], "path KLs"),
+        (["--batch", "0"], "--batch"),
+        (["--model", "nowhere-at-all"], "is no folder"),
+        (["--out", "{folder}"], "exists and is not empty"),
+    ],
+)
+def test_bad_options_leave_nothing_behind(options, message, tmp_path, capsys):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / "something").write_text("else")
+    options = [o.format(folder=folder) for o in options]
+    out = [] if "--out" in options else ["--out", str(tmp_path / "sweep")]
+    assert main(["sweep", *TINY, *out, *options]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "sweep").exists()
