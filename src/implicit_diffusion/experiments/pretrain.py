@@ -193,13 +193,14 @@ def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDP
         NonFiniteError: the loss became NaN or infinite; the update is not done.
     """
     data = data or _load(config)
+    device = _device(config, data)
     threads = torch.get_num_threads()
     if data.name == "digits":
         torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            return _train(config, data)
+            return _train(config, data, device)
     finally:
         torch.set_num_threads(threads)
 
@@ -211,12 +212,12 @@ def _device(config: Config, data: Images) -> torch.device:
     return torch.device("cpu") if data.name == "digits" or accelerator is None else accelerator
 
 
-def _train(config: Config, data: Images) -> "tuple[UNet2DModel, DDPMScheduler]":
+def _train(config: Config, data: Images, device: torch.device) -> "tuple[UNet2DModel, DDPMScheduler]":
     from diffusers.training_utils import EMAModel
 
     generator = torch.Generator().manual_seed(config.seed)
     unet, scheduler = build(config, data.event_shape)
-    unet.to(_device(config, data)).train()
+    unet.to(device).train()
     average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(200, max(1, config.steps // 10))
