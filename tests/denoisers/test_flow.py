@@ -200,3 +200,25 @@ def test_which_schedulers_are_a_flows():
     assert is_flow(DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
     assert not is_flow(DPMSolverMultistepScheduler())
     assert not is_flow(DDPMScheduler())
+
+
+def test_the_tilted_law_is_the_optimum():
+    """Data N(μ, v), reward R = x: the tilted law is N(μ + v/β, v), J falls by v/2β, and the chain gets there.
+
+    Its network is the one of data N(μ + δ, v), which differs from u by a constant on every row, so that reward and path
+    KL are G δ and K δ²/2 in closed form. (The last row has no noise and keeps u.) The optimum over δ has δ = G/Kβ and
+    gains G²/2Kβ; memorylessness is G → 1 and K → 1/v.
+    """
+    scheduler, steps, errors = SCHEDULERS[0], [50, 100, 200, 400], []
+    shifted = gaussian(scheduler, mean=MEAN + 1)
+    for n in steps:
+        table, x = memoryless_flow(scheduler, n), torch.zeros(n, 1, dtype=F64)
+        u, slope_of_u = (gaussian(scheduler)(y, table.t).flatten() for y in (x, x + 1))
+        change = (table.b * (shifted(x, table.t).flatten() - u)).detach()[:-1]
+        factors = (table.a + table.b * (slope_of_u - u)).detach()
+        onward = factors.flip(0).cumprod(0).flip(0)[1:]
+        G, K = (onward * change).sum(), (change / table.s[:-1]).square().sum()
+        errors.append([abs(G / K - VARIANCE).item(), abs(G**2 / K - VARIANCE).item()])
+    for column in zip(*errors):
+        assert slope(steps, column) == pytest.approx(-1, abs=0.15)
+        assert column[-1] < 0.03 * VARIANCE
