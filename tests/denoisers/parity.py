@@ -53,6 +53,7 @@ def parity_error(scheduler, table, options, dtype=torch.float64, mu=None):
     draws_single = isinstance(scheduler, DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(len(table), **({} if mu is None else {"mu": mu}))
+    assert table.initial_std == float(getattr(scheduler, "init_noise_sigma", 1.0))
     draws = torch.Generator().manual_seed(20)
     worst = 0.0
     for k in range(len(table)):

@@ -135,7 +135,7 @@ def test_euler_is_saved_as_first_order_dpm_solver(diffusion_model, tmp_path):
     assert main(["finetune", *TINY, *options]) == 0
     _, summary, chain = read(out)
     assert summary["pipeline_is_the_chain"] is True and "eta" not in chain
-    assert chain["table"]["initial_std"] > 1000  # the cosine schedule's largest σ
+    assert chain["table"]["initial_std"] == pytest.approx(1, rel=1e-6) and set(chain["table"]["m"]) == {1.0}
     saved = load_pretrained(out / "model").scheduler
     assert isinstance(saved, DPMSolverMultistepScheduler) and saved.config.algorithm_type == "dpmsolver++"
     assert main(["sample", "--model", str(out / "model"), "--num", "2", "--out", str(tmp_path / "grid.png")]) == 0

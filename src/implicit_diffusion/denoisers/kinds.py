@@ -173,7 +173,10 @@ def _options(scheduler: Any, kind: str) -> dict[str, Any]:
 
 
 def table_for(scheduler: Any, kind: str, num_steps: int, *, eta: float = 1.0) -> ChainTable:
-    """The chain of a kind.
+    """The chain of a kind, in the network's own scale: the same x_0 and coefficients whichever name a sampler has.
+
+    Euler's σ-parameterised states would be the same sampler with numbers up to the largest σ, and with another drift
+    penalty, which unlike the path KL depends on the scale of the states.
 
     Args:
         scheduler: from `scheduler_for(…, kind)`.
@@ -186,7 +189,7 @@ def table_for(scheduler: Any, kind: str, num_steps: int, *, eta: float = 1.0) ->
     """
     if kind == "flow-memoryless" and type(scheduler).__name__ == KINDS["flow-euler"].scheduler:
         return memoryless_flow(scheduler, num_steps)
-    return read_table(scheduler, num_steps, **({"eta": eta} if kind == "ddim" else {}))
+    return read_table(scheduler, num_steps, **({"eta": eta} if kind == "ddim" else {})).unscaled()
 
 
 def pipeline_for(scheduler: Any, kind: str) -> tuple[Any, str]:

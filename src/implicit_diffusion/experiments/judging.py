@@ -95,7 +95,7 @@ def effect_of_clipping(
         options: of `clipped.step`.
     """
     count = 128
-    x = float(chain.table.m[0]) * chain.initial(noise, count)  # in the network's scale, which is the clipped sampler's
+    x = chain.initial(noise, count)
     clipped.set_timesteps(chain.num_steps)
     with chain.evaluating():
         for row, t in enumerate(clipped.timesteps):
