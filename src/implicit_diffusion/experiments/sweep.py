@@ -24,6 +24,7 @@ from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.outcome import number, percent
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
+from implicit_diffusion.experiments.resuming import resume
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -139,7 +140,7 @@ def _one(config: finetune.Config) -> None:
     if (config.out / "summary.json").exists():
         print(f"finished  {config.out}")
     elif (config.out / "checkpoint").exists():
-        finetune.resume(config.out)
+        resume(config.out)
     else:
         if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= LEFT_BY_AN_EARLY_END:
             shutil.rmtree(config.out)
