@@ -18,6 +18,8 @@ import torch
 from implicit_diffusion.denoisers.pretrained import load_pretrained
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments import sample_energy
+from implicit_diffusion.experiments.energy_model import is_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 
@@ -29,11 +31,11 @@ class Config:
     """Draw a grid of images from a model."""
 
     model: str = "digits"
-    """"digits" (shipped), a diffusers folder such as RUN/model, or a hub id owner/name."""
+    """"digits" (shipped), a folder such as RUN/model, of diffusers or an energy-based model, or a hub id owner/name."""
     num: int = 64
     """Images."""
     out: Path = Path("grid.png")
-    """Picture to write; an existing one is left alone."""
+    """Picture to write, or of an energy-based model FILE.npy; an existing file is left alone."""
     num_steps: int | None = None
     """Steps of the sampler. By default the chain that the model was fine-tuned for; else the folder's own pipeline, by
     default in 50 steps."""
@@ -52,6 +54,8 @@ def run(config: Config) -> Path:
         raise InvalidInputError(f"--num must be an integer ≥ 1, got {config.num}")
     if config.out.exists():
         raise InvalidInputError(f"--out {config.out} exists; name a new file")
+    if is_energy_model(config.model):
+        return sample_energy.sample(Path(config.model), config.num, config.out, config.num_steps, config.seed)
     pretrained, trained_for = load_pretrained(config.model), read_chain(config.model)
     num_steps = config.num_steps or trained_for.get("num_steps", 50)
     if "table" in trained_for and num_steps == trained_for["num_steps"]:

@@ -1,0 +1,48 @@
+"""Draw from a trained energy-based model: a picture, or an array of draws in the units of its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs.files import replacing
+
+
+def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> Path:
+    """Write `num` draws to `out`: FILE.npy takes them as they are, any other name a picture of images or of a plane.
+
+    Raises:
+        InvalidInputError: no such model, or draws that have no picture.
+    """
+    model = load_energy_model(folder)
+    event = model.architecture.event_shape
+    if out.suffix != ".npy" and len(event) != 3 and event != (2,):
+        raise InvalidInputError(f"--out {out}: events of shape {event} have no picture; name a file FILE.npy")
+    x = model.sample(num, Noise(seed), **({} if steps is None else {"steps": steps}))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npy":
+        with replacing(out) as file, file.open("wb") as stream:
+            np.save(stream, x.numpy(), allow_pickle=False)
+    else:
+        _draw(model, x, out)
+    print(out)
+    return out
+
+
+def _draw(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
+    from implicit_diffusion.experiments.ebm_figures import COLOURS, pyplot, tile
+
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    if len(model.architecture.event_shape) == 3:
+        tile(axis, x, x.amin().item(), x.amax().item())
+    else:
+        axis.scatter(*x.T, s=3, lw=0, color=COLOURS["weighted"])
+        axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
