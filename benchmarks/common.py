@@ -77,7 +77,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def hardware() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the numbers were measured on, and how busy it was when the benchmark began."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -94,6 +94,12 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_at_start": round(load, 2),
         "idle": load < 0.5,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, and the digits model."""
+    return machine() | {
         "parameters": sum(p.numel() for p in digits_chain(2).denoiser.parameters()),
         "pretrained": ASSET.exists(),
     }
