@@ -20,13 +20,13 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from implicit_diffusion.experiments.ebm import Config, Trained
+    from implicit_diffusion.experiments import ebm  # named so: Sphinx knows many a Config
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 GRID_SEED = 1000  # beyond those of the runs
 
 
-def compare(config: Config) -> dict[str, Any]:
+def compare(config: ebm.Config) -> dict[str, Any]:
     """Every arm on every seed; returns the summary.
 
     Raises:
@@ -66,7 +66,7 @@ def compare(config: Config) -> dict[str, Any]:
     return summary
 
 
-def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = True) -> Trained | None:
+def attempt(config: ebm.Config, arm: str, lr: float, seed: int, *, judged: bool = True) -> ebm.Trained | None:
     """One training at the cost of the weighted arm's `--steps` updates; None where it diverged."""
     from implicit_diffusion.experiments.ebm import JUDGE, log_z_by_annealing, train
 
@@ -92,12 +92,12 @@ def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = Tr
     return run
 
 
-def final_kl(run: Trained | None) -> float:
+def final_kl(run: ebm.Trained | None) -> float:
     """The exact KL at the end; infinite for a run that diverged."""
     return math.inf if run is None else run.curve[-1]["kl"]
 
 
-def _summarise(runs: list[Trained | None]) -> dict[str, Any]:
+def _summarise(runs: list[ebm.Trained | None]) -> dict[str, Any]:
     """Means over the seeds that came through."""
     through = [run for run in runs if run is not None]
     found: dict[str, Any] = {"diverged": len(runs) - len(through), "kl": None}
