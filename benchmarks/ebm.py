@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import machine, ratio, save
+from common import DEVICE, machine, ratio, save
 from ebm_sides import (
     COMPILED,
     EAGER,
@@ -130,6 +130,9 @@ def middle(points: list[dict[str, float] | None], key: str) -> float | None:
 
 
 def main(config: Config) -> None:
+    if DEVICE != "cpu":
+        print("left out: a benchmark of the CPU; run it with CUDA_VISIBLE_DEVICES= (empty)")
+        return
     config = config.effective()
     torch.set_num_threads(config.threads)
     parameters = sum(p.numel() for p in network(config, 0).parameters())
