@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError
 from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, make_loop, to_model
 from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
@@ -28,6 +28,28 @@ from implicit_diffusion.runs.fit import Fit, fit
 from implicit_diffusion.samplers.followers import annealed
 
 LOOKS = 12  # exact figures on the way
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vectors": {
+        "potential": "mlp",
+        "steps": 1000,
+        "particles": 1000,
+        "step_size": 0.06,
+        "refresh": 250,
+        "lr": 3e-3,
+        "weight_decay": 0.0,
+        "width": 64,
+    },
+    "images": {
+        "potential": "conv",
+        "steps": 1200,
+        "particles": 256,
+        "step_size": 0.2,
+        "refresh": 100,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "width": 16,
+    },
+}
 ANNEALING = 1600, 200  # particles and steps
 JUDGE = 7  # a stream of noise beside those of data and training
 
@@ -46,21 +68,21 @@ class Config:
     weighted: bool = True
     """Weigh the particles for the motion of θ: right masses of modes, and log Z. Underdamped has no weights."""
     steps: int | None = None
-    """Updates of θ; 1000 on the plane, 4000 for the rest by default."""
-    particles: int = 1000
-    """n, and data per update."""
+    """Updates of θ; 1000 for vectors, 1200 for images by default."""
+    particles: int | None = None
+    """n, and data per update; 1000 for vectors, 256 for images by default."""
     step_size: float | None = None
-    """h in standardised coordinates: by default 0.06 on the plane and 0.2 elsewhere for hmc, about its square for
-    ula and mala."""
+    """h in standardised coordinates: for hmc and underdamped 0.06 for vectors, 0.2 for images by default; the square of
+    that for ula and mala."""
     leapfrogs: int = 4
     """Of hmc. Together with the step size they should carry a particle through its mode."""
-    refresh: int = 250
+    refresh: int | None = None
     """Updates after which weighted particles are drawn anew by annealing, which ends the errors that their weights
-    have accumulated; 0 for never."""
-    lr: float = 3e-3
-    """Of Adam at the start; cosine decay to zero."""
-    weight_decay: float = 0.0
-    """Of AdamW; holds a network down that out-grows the Gaussian."""
+    have accumulated; 0 for never; 250 for vectors, 100 for images by default."""
+    lr: float | None = None
+    """Of Adam at the start, with cosine decay to zero; 3e-3 for vectors, 1e-3 for images by default."""
+    weight_decay: float | None = None
+    """Of AdamW; holds a network down that out-grows the Gaussian. 0 for vectors, 0.01 for images by default."""
     width: int | None = None
     """Of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
     compare: bool = False
@@ -78,31 +100,35 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InvalidInputError(f"--{name} must be an integer ≥ {least}, got {value}")
-        if self.weighted and self.particles % 8:
+        if self.weighted and self.particles is not None and self.particles % 8:
             raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
         for name in ("step_size", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-        if not 0 <= self.weight_decay < math.inf:
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise InvalidInputError(f"--weight-decay must be finite and ≥ 0, got {self.weight_decay}")
+
+    def resolved(self, data: Data) -> Config:
+        """With the defaults for these data in place of None."""
+        defaults = DEFAULTS["images" if len(data.event_shape) == 3 else "vectors"]
+        if self.sampler in ("ula", "mala"):
+            defaults = defaults | {"step_size": defaults["step_size"] ** 2}
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def settings(self, data: Data) -> Settings:
         """What to train on these data."""
-        kind = self.potential or ("mlp" if len(data.event_shape) == 1 else "conv")
-        architecture = Architecture(kind, data.event_shape, self.width or {"mlp": 64, "conv": 16}[kind])
-        h = 0.06 if len(data.event_shape) == 1 else 0.2
-        default = {"hmc": h, "underdamped": h, "ula": h**2, "mala": h**2}[self.sampler]
+        known: Any = self.resolved(data)
         return Settings(
-            architecture,
-            Moves(self.sampler, self.step_size or default, self.leapfrogs),
+            Architecture(known.potential, data.event_shape, known.width),
+            Moves(self.sampler, known.step_size, self.leapfrogs),
             "weighted" if self.weighted else "hmc",
-            self.particles,
-            self.steps or (1000 if data.law else 4000),
-            self.lr,
+            known.particles,
+            known.steps,
+            known.lr,
             self.seed,
-            weight_decay=self.weight_decay,
-            refresh=self.refresh if self.weighted else 0,
+            weight_decay=known.weight_decay,
+            refresh=known.refresh if self.weighted else 0,
         )
 
 
@@ -129,9 +155,8 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     settings = config.settings(data)
     loop = make_loop(settings, data)
     directory = directory or RunDirectory.create(out)
-    width, h = settings.architecture.width, settings.moves.step_size
-    directory.write_config(replace(config, out=out, steps=settings.updates, width=width, step_size=h))
-    trained = train(settings, data, loop, directory)
+    directory.write_config(replace(config.resolved(data), out=out))
+    trained = train(settings, data, loop, directory, LOOKS)
     if trained.fit.stopped == "interrupted":
         raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {directory.path}`")
     summary = judge(trained, data) | {"advice": advice(loop, trained.fit.metrics)}
@@ -139,7 +164,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     if "log_z" in summary:
         model = model.with_log_z(summary["log_z"], 0.0)
     model.save(directory.model)
-    if data.event_shape == (1, 8, 8):
+    if config.data == "digits":
         from implicit_diffusion.experiments.ebm_digits import judge_digits
 
         summary |= judge_digits(model, data, directory, settings.updates, config.seed)
@@ -163,9 +188,7 @@ class Trained:
     curve: list[dict[str, Any]]
 
 
-def train(
-    settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None = None, looks: int = LOOKS
-) -> Trained:
+def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
     """Train, with followers and watch; on the plane with exact figures along the way.
 
     Raises:
@@ -189,16 +212,23 @@ def train(
                 state.metrics |= {f"exact_{name}": value for name, value in found.items()}
 
         callbacks.append(look)
-    state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.arm)
+    if directory is not None:
+        to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
+    try:
+        state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.arm)
+    except DivergenceError as error:
+        kept = f"; the last sound model is in {directory.model}" if directory is not None else ""
+        raise DivergenceError(f"{error}{kept}") from error
     return Trained(settings, state, loop, to_model(settings, loop, data), curve)
 
 
 def log_z_by_annealing(model: EnergyModel, noise: Noise, steps: int = ANNEALING[1]) -> tuple[float, float]:
     """Log Z of a potential and its standard error over replicate runs, by annealed importance sampling."""
-    kernel = (
-        replace(model.moves, sampler="hmc").kernel() if model.moves.sampler == "underdamped" else model.moves.kernel()
-    )
-    followers = annealed(model.potential.tempered, kernel, ANNEALING[0], noise, steps=steps)
+    moves = model.moves
+    if moves.sampler != "hmc":  # which cannot explode
+        images = len(model.architecture.event_shape) == 3
+        moves = Moves("hmc", DEFAULTS["images" if images else "vectors"]["step_size"])
+    followers = annealed(model.potential.tempered, moves.kernel(), ANNEALING[0], noise, steps=steps)
     return followers.log_z(model.potential)
 
 

@@ -12,6 +12,7 @@ Arms are compared at equal numbers of pulls through V at all particles.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,11 +108,12 @@ class Refresh:
         if not every or fit.updates % every or fit.updates >= self.settings.updates:
             return
         assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
-        noise = Noise(self.settings.seed).stream(ANNEAL, fit.updates)
+        began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
         path, kernel = loop.model.tempered, self.settings.moves.kernel()
         followers = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
         loop.refresh(followers.particles(loop.model))
         loop.evaluations += followers.evaluations
+        fit.seconds += time.monotonic() - began
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Watch:
     """
 
     data: Tensor
-    every: int = 50
+    every: int = 20
     patience: int = 2
     save: Callable[[Fit], None] | None = None
     bad: int = field(default=0, init=False)
@@ -147,7 +149,7 @@ class Watch:
             return
         loop = fit.loop
         assert isinstance(loop, ParticleLoop)
-        found = self.diagnose(loop)
+        found = self.diagnose(loop, fit.metrics.get("acceptance"))
         self.bad = self.bad + 1 if found else 0
         if found and self.bad >= self.patience:
             raise DivergenceError(f"update {fit.updates}: {found}")
@@ -155,7 +157,7 @@ class Watch:
             self.save(fit)
 
     @torch.no_grad()
-    def diagnose(self, loop: ParticleLoop) -> str | None:
+    def diagnose(self, loop: ParticleLoop, acceptance: float | Tensor | None = None) -> str | None:
         """What has gone wrong, if anything."""
         x = loop.walkers.x
         far = (x.flatten(1).norm(dim=1) > 10 * self.radius).sum().item()
@@ -167,11 +169,17 @@ class Watch:
         with eval_mode(loop.model):
             data, particles = loop.model(self.data), loop.model(x)
         gap = data.mean() - loop.particles.mean(particles)
-        spread = max(data.std().item(), math.sqrt(math.prod(x.shape[1:]) / 2))
-        if gap.abs() > 10 * spread:
+        usual = math.sqrt(math.prod(x.shape[1:]) / 2)  # deviation of −log p under p, of a Gaussian of that dimension
+        spread = min(max(data.std().item(), usual), 10 * usual)  # of a sound model; it would grow with what runs away
+        if not gap.abs() < 10 * spread:
             return (
                 f"the mean energy of the data is {gap:.3g} from that of the particles, {gap.abs() / spread:.0f} times "
                 "its spread: particles are not where the model is. Take a smaller --lr, --weighted, or more --particles"
+            )
+        if acceptance is not None and acceptance < 0.01:
+            return (
+                f"{acceptance:.1%} of the proposals are accepted: particles stand still, and Γ means nothing. Take a "
+                "smaller --step-size or --lr"
             )
         return None
 

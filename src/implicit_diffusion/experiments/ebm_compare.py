@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
-from implicit_diffusion.experiments.ebm_arms import ARMS, make_loop, pulls_per_update
+from implicit_diffusion.experiments.ebm_arms import ARMS, Settings, make_loop, pulls_per_update
 from implicit_diffusion.experiments.ebm_data import load
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
@@ -30,40 +30,54 @@ def compare(config: ebm.Config) -> dict[str, Any]:
     """Every arm on every seed; returns the summary.
 
     Raises:
-        InvalidInputError: data without a known law, or an `out` with something in it.
+        InvalidInputError: data without a known law, a sampler without weights, too few steps for some arm, or an `out`
+            with something in it.
     """
     out = config.out or Path(f"runs/ebm-compare-{config.data}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
     RunDirectory.check(out)
-    if load(config.data, Noise(config.seed)).law is None:
+    data = load(config.data, Noise(config.seed))
+    if data.law is None:
         raise InvalidInputError(
             f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
         )
+    for arm in ARMS:
+        settings = at_equal_cost(config.settings(data), arm)
+        if settings.updates < 1:
+            raise InvalidInputError(f"--steps {config.steps} are too few: their cost is that of no update of {arm}")
+        make_loop(settings, data)
     directory = RunDirectory.create(out)
     directory.write_config(replace(config, out=out))
     summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}}
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by arm and seed
     for arm in ARMS:
         if arm == "hmc":  # weighted without its weights, and nothing else
             best, tried = summary["arms"]["weighted"]["lr"], {}
         else:
             tried = {lr: final_kl(attempt(config, arm, lr, GRID_SEED, judged=False)) for lr in GRID}
             best = min(tried, key=tried.__getitem__)
-        runs = [attempt(config, arm, best, config.seed + i) for i in range(config.seeds)]
+        seeds = range(config.seed, config.seed + config.seeds)
+        runs = [attempt(config, arm, best, seed) for seed in seeds]
         summary["grid"][arm] = {f"{lr:g}": kl if math.isfinite(kl) else None for lr, kl in tried.items()}
         summary["arms"][arm] = {"lr": best} | _summarise(runs)
-        curves[arm] = [run.curve for run in runs if run is not None]
-        for seed, curve in enumerate(curves[arm]):
+        curves[arm] = {seed: run.curve for seed, run in zip(seeds, runs) if run is not None}
+        for seed, curve in curves[arm].items():
             for point in curve:
-                directory.append_metrics({"arm": arm, "seed": config.seed + seed} | point)
+                directory.append_metrics({"arm": arm, "seed": seed} | point)
         print(f"{arm:9s} lr {best:g}  KL {summary['arms'][arm]['kl']}", flush=True)
     summary["paired"] = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
     directory.write_summary(summary)
 
     from implicit_diffusion.experiments.ebm_figures import draw_comparison
 
-    draw_comparison(config.data, curves, directory)
+    draw_comparison(config.data, {arm: list(of_seeds.values()) for arm, of_seeds in curves.items()}, directory)
     show(summary, directory)
     return summary
+
+
+def at_equal_cost(weighted: Settings, arm: str) -> Settings:
+    """As many updates of an arm as cost the pulls of the weighted arm's; without refreshments."""
+    budget = weighted.updates * pulls_per_update("weighted", weighted.moves)
+    return replace(weighted, arm=arm, refresh=0, updates=budget // pulls_per_update(arm, weighted.moves))
 
 
 def attempt(config: ebm.Config, arm: str, lr: float, seed: int, *, judged: bool = True) -> ebm.Trained | None:
@@ -71,18 +85,9 @@ def attempt(config: ebm.Config, arm: str, lr: float, seed: int, *, judged: bool 
     from implicit_diffusion.experiments.ebm import JUDGE, log_z_by_annealing, train
 
     data = load(config.data, Noise(seed))
-    base = config.settings(data)
-    budget = base.updates * pulls_per_update("weighted", base.moves)
-    settings = replace(
-        base,
-        arm=arm,
-        lr=lr,
-        seed=seed,
-        refresh=0,
-        updates=budget // pulls_per_update(arm, base.moves),
-    )
+    settings = replace(at_equal_cost(config.settings(data), arm), lr=lr, seed=seed)
     try:
-        run = train(settings, data, make_loop(settings, data), looks=8 if judged else 1)
+        run = train(settings, data, make_loop(settings, data), None, 8 if judged else 1)
     except (DivergenceError, NonFiniteError) as error:
         print(f"{arm}, lr {lr:g}, seed {seed}: {error}", flush=True)
         return None
@@ -116,11 +121,11 @@ def _summarise(runs: list[ebm.Trained | None]) -> dict[str, Any]:
     return found
 
 
-def paired(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> dict[str, float] | None:
+def paired(ours: dict[int, list[dict[str, Any]]], theirs: dict[int, list[dict[str, Any]]]) -> dict[str, float] | None:
     """Mean over seeds of log(our KL/their KL) and its standard error; None where a seed is missing."""
-    if len(ours) != len(theirs) or len(ours) < 2:
+    if ours.keys() != theirs.keys() or len(ours) < 2:
         return None
-    ratios = [math.log(a[-1]["kl"] / b[-1]["kl"]) for a, b in zip(ours, theirs)]
+    ratios = [math.log(curve[-1]["kl"] / theirs[seed][-1]["kl"]) for seed, curve in ours.items()]
     return {"log_ratio": mean(ratios), "se": stdev(ratios) / math.sqrt(len(ratios))}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def read_array(name: str) -> Float[Tensor, "m *event"]:
         raise InvalidInputError(f"--data {name}: no such file; give one of {', '.join(LAWS)}, digits, or FILE.npy")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise InvalidInputError(f"--data {name} is no plain .npy array: {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise InvalidInputError(f"--data {name} must hold one array of numbers, got {getattr(array, 'dtype', array)}")
@@ -94,7 +95,10 @@ def read_array(name: str) -> Float[Tensor, "m *event"]:
         raise InvalidInputError(
             f"--data {name} must have shape (m, d) or (m, channels, height, width), got {array.shape}"
         )
-    x = torch.from_numpy(array.astype(np.float32))
+    if array.size == 0:
+        raise InvalidInputError(f"--data {name} holds no data, got shape {array.shape}")
+    with np.errstate(over="ignore"):  # what single precision cannot hold is infinite, and refused
+        x = torch.from_numpy(array.astype(np.float32))
     bad = int((~x.flatten(1).isfinite().all(1)).sum())
     if bad:
         raise InvalidInputError(f"--data {name}: {bad} of {len(x)} rows hold NaN or infinity; remove or impute them")

@@ -115,7 +115,7 @@ BASELINES: dict[str, Callable[[Data], dict[str, Any]]] = {
 def long_chains(model: EnergyModel, data: Data, directory: RunDirectory, steps: int, noise: Noise) -> dict[str, Any]:
     """Particles moved `steps` further: their pictures on the way, their energies, and what the digits' judge says."""
     z = model.particles[:CHAINS]
-    wanted = [0, steps // 100, steps // 10, steps]
+    wanted = sorted({0, steps // 100, steps // 10, steps})
     shown, energies = [(0, z)], [_energy(model, z)]
     with progress(steps, "long chains") as bar:
         for k, move in enumerate(simulate(model.moves.kernel(), model.potential, z, noise, steps), start=1):

@@ -125,25 +125,29 @@ def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], di
     for axis, label in zip(axes, ("pulls through V at all particles", "seconds")):
         axis.set(xlabel=label, ylabel="exact KL(data‖model), nats", yscale="log")
     axes[0].set_title(f"{name}: geometric means and ranges over seeds", fontsize=10)
-    axes[0].legend(frameon=False, fontsize=8)
+    if any(curves.values()):
+        axes[0].legend(frameon=False, fontsize=8)
     whole = [run for run in curves.get("weighted", []) if run]
-    difference = torch.tensor([[p["log_z_particles"] - p["log_z"] for p in run] for run in whole])
-    updates = [p["updates"] for p in whole[0]]
-    axes[2].axhline(0, color="0.5", lw=1)
-    axes[2].plot(updates, difference.mean(0), color=COLOURS["weighted"], label="training's own weights")
-    axes[2].fill_between(updates, difference.amin(0), difference.amax(0), color=COLOURS["weighted"], alpha=0.15, lw=0)
-    ends = [(p["log_z_estimate"] - p["log_z"], 2 * p["log_z_estimate_se"]) for p in (run[-1] for run in whole)]
-    places = updates[-1] * (1.02 + 0.015 * torch.arange(len(ends)))
-    axes[2].errorbar(
-        places,
-        [d for d, _ in ends],
-        yerr=[e for _, e in ends],
-        fmt=".",
-        color=COLOURS["cd"],
-        label="annealing, ± 2 s.e.",
-    )
-    axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
-    axes[2].legend(frameon=False, fontsize=8)
+    if whole:
+        difference = torch.tensor([[p["log_z_particles"] - p["log_z"] for p in run] for run in whole])
+        updates = [p["updates"] for p in whole[0]]
+        axes[2].axhline(0, color="0.5", lw=1)
+        axes[2].plot(updates, difference.mean(0), color=COLOURS["weighted"], label="training's own weights")
+        axes[2].fill_between(
+            updates, difference.amin(0), difference.amax(0), color=COLOURS["weighted"], alpha=0.15, lw=0
+        )
+        ends = [(p["log_z_estimate"] - p["log_z"], 2 * p["log_z_estimate_se"]) for p in (run[-1] for run in whole)]
+        places = updates[-1] * (1.02 + 0.015 * torch.arange(len(ends)))
+        axes[2].errorbar(
+            places,
+            [d for d, _ in ends],
+            yerr=[e for _, e in ends],
+            fmt=".",
+            color=COLOURS["cd"],
+            label="annealing, ± 2 s.e.",
+        )
+        axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
+        axes[2].legend(frameon=False, fontsize=8)
     finish(figure, axes, directory.figure("comparison"))
 
 

@@ -44,6 +44,8 @@ class Architecture:
         """The potential before training: π_θ = N(0, I)."""
         if self.kind == "conv":
             return Tilted(conv(self.event_shape, noise, width=self.width), self.event_shape)
+        if self.kind != "mlp":
+            raise InvalidInputError(f"--potential must be mlp or conv, got {self.kind!r}")
         if len(self.event_shape) != 1:
             raise InvalidInputError(f"--potential mlp needs vectors, got events {self.event_shape}; take conv")
         return Tilted(mlp(self.event_shape[0], noise, width=self.width, depth=self.depth), self.event_shape)
@@ -99,7 +101,7 @@ class EnergyModel:
             InvalidInputError: data of another event shape, or a model whose log Z is not known.
         """
         if self.log_z is None:
-            raise InvalidInputError("this model does not know its log Z: train it with --weighted")
+            raise InvalidInputError("this model does not know its log Z: its training was interrupted, or diverged")
         event = self.architecture.event_shape
         if x.shape[1:] != event:
             raise InvalidInputError(f"data have event shape {tuple(x.shape[1:])}, the model {event}; they must agree")
@@ -172,11 +174,14 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
         prefix = "potential."
         potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         moves, log_z, error = Moves(**said["moves"]), said["log_z"], said["log_z_se"]
+        moves.kernel()
+        shift, scale, particles = (tensors[name] for name in ("shift", "scale", "particles"))
+        event = architecture.event_shape
+        if particles.shape[1:] != event or torch.broadcast_shapes(shift.shape, scale.shape, event) != event:
+            raise ValueError(f"particles, shift and scale do not have the event shape {event}")
+        if log_z is not None and not math.isfinite(log_z):
+            raise ValueError(f"log_z must be finite, got {log_z}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as cause:
         raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {cause}") from cause
-    if log_z is not None and not math.isfinite(log_z):
-        raise InvalidInputError(f"--model {folder}: log_z must be finite, got {log_z}")
     potential.eval().requires_grad_(False)
-    return EnergyModel(
-        architecture, potential, tensors["shift"], tensors["scale"], moves, tensors["particles"], log_z, error
-    )
+    return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error)

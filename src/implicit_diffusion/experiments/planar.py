@@ -21,7 +21,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import GaussianMixture
 
 CENTRES = 256  # on curves; their spacing is a small part of the noise
-HALF, CELL = 5.0, 1 / 16  # the grid covers [−5, 5]²; midpoints of smooth laws converge exponentially
+HALF, CELL = 8.0, 1 / 16  # the grid covers [−8, 8]²; midpoints of smooth laws converge exponentially
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _checkerboard() -> Law:
     def log_density(x: Tensor) -> Tensor:
         i, j = x.double().floor().unbind(1)
         inside = (i.abs() <= 2) & (i < 2) & (j >= -2) & (j < 2) & ((i + j) % 2 == 0)
-        return torch.where(inside, -math.log(len(squares)), -math.inf)
+        return torch.full_like(i, -math.log(len(squares))).where(inside, -math.inf)  # of i's dtype
 
     def sample(n: int, noise: Noise) -> Tensor:
         generator = noise.generator(0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
-from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.experiments.planar import CELL, HALF, Quadrature
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
@@ -90,6 +90,8 @@ def run(config: Config) -> dict[str, Any]:
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
+    if not model.moves.kernel().weighted:
+        raise InvalidInputError(f"--model: its sampler {model.moves.sampler} knows no weights; train it with another")
     reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
     exact = Exact(model, reward)
     directory = RunDirectory.create(out)
@@ -158,11 +160,26 @@ class Exact:
     Args:
         model: π_0.
         reward: R of points in the data's units.
+
+    Raises:
+        InvalidInputError: a reward of another shape or not finite, or a model that does not fit the quadrature's grid.
     """
 
     def __init__(self, model: EnergyModel, reward: Callable[[Tensor], Tensor]) -> None:
         self.quadrature = Quadrature(model.shift, model.scale)
-        self.reward = reward(self.quadrature.grid.to(model.particles)).double()
+        values = reward(self.quadrature.grid.to(model.particles))
+        if values.shape != (len(self.quadrature.grid),) or not values.isfinite().all():
+            raise InvalidInputError(
+                f"--reward must return one finite number per point, shape (n,) for input (n, 2), got shape "
+                f"{tuple(values.shape)} for {tuple(self.quadrature.grid.shape)}"
+            )
+        outside = (model.particles * model.scale + model.shift).abs().amax(1) > HALF
+        if outside.double().mean() > 0.01 or model.scale.amin() < 2 * CELL:
+            raise InvalidInputError(
+                f"--model: the quadrature covers [−{HALF:g}, {HALF:g}]² in cells of {CELL:g}, which does not fit "
+                f"data of mean {model.shift.tolist()} and deviation {model.scale.tolist()}; train on standardised data"
+            )
+        self.reward = values.double()
         self.log_initial = self.quadrature.log_density(model.potential)[0]
         self.reward_initial = self._mean(self.log_initial, self.reward)
 

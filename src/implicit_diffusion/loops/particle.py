@@ -109,14 +109,20 @@ class ParticleLoop(Loop):
         What the old ones accumulated, weights, errors of log Z and of the masses of modes, ends with them.
 
         Raises:
-            InvalidInputError: particles of another number or shape; weights in a loop without.
+            InvalidInputError: particles of another number, shape, dtype or device, or not finite; weights in a loop
+                without.
         """
-        x = particles.x
-        if x.shape != self.walkers.x.shape or (particles.log_weights is not None and not self.weighted):
+        x, kept = particles.x.detach(), self.walkers.x
+        if (x.shape, x.dtype, x.device) != (kept.shape, kept.dtype, kept.device) or (
+            particles.log_weights is not None and not self.weighted
+        ):
             raise InvalidInputError(
-                f"refresh needs {tuple(self.walkers.x.shape)} particles, with weights only where the loop weighs, got "
-                f"{tuple(x.shape)}"
+                f"refresh needs {tuple(kept.shape)} particles, {kept.dtype} on {kept.device}, with weights only where "
+                f"the loop weighs, got {tuple(x.shape)}, {x.dtype} on {x.device}"
             )
+        if not x.isfinite().all():
+            raise InvalidInputError("refresh needs finite particles, but they hold NaN or infinity")
+        x = innermost(x.clone())
         with eval_mode(self.model):
             value = energy_of(self.model, x).value
         weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights
@@ -124,7 +130,7 @@ class ParticleLoop(Loop):
         log_z = self.walkers.log_z if particles.log_z is None else particles.log_z - self.log_z0
         zero = torch.zeros_like(log_z)
         self.walkers = self.walkers._replace(
-            x=innermost(x.detach().clone()), log_weights=weights, log_z=log_z, previous=x, debt=value, h=zero, lag=zero
+            x=x, log_weights=weights, log_z=log_z, previous=x, debt=value, h=zero, lag=zero
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:

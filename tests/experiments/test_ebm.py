@@ -1,0 +1,221 @@
+"""Energy-based training end to end, small: what a run leaves behind, says, and says again with the same seed."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tests.experiments.energy_models import bent
+
+from implicit_diffusion import cli
+from implicit_diffusion.experiments import ebm, ebm_compare, ebm_digits, score
+from implicit_diffusion.experiments.ebm_arms import ARMS
+from implicit_diffusion.experiments.ebm_data import load
+from implicit_diffusion.experiments.energy_model import Architecture, Moves, load_energy_model
+from implicit_diffusion.experiments.planar import Quadrature, law
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory
+
+TINY = ebm.Config("eight-gaussians", steps=30, particles=32, width=8, refresh=10, step_size=0.3, leapfrogs=2, lr=0.03)
+KEYS = {
+    "nll", "kl", "log_z", "log_z_estimate", "log_z_estimate_se", "mmd2", "seconds", "gradient_evaluations", "updates",
+    "nll_held_out", "nll_held_out_se", "log_z_particles", "ess", "mode_masses", "mode_error", "advice",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(ebm, "LOOKS", 2)
+    monkeypatch.setattr(ebm, "ANNEALING", (64, 20))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One run, which several tests look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ebm, "LOOKS", 2)
+        patch.setattr(ebm, "ANNEALING", (64, 20))
+        out = tmp_path_factory.mktemp("ebm") / "deep" / "run"
+        return ebm.run(dataclasses.replace(TINY, out=out)), out
+
+
+def test_a_run_leaves_what_it_says(tiny):
+    summary, out = tiny
+    assert summary.keys() == KEYS and json.loads((out / "summary.json").read_text()) == summary
+    assert {path.name for path in (out / "figures").iterdir()} == {"density.png", "training.png"}
+    assert {path.name for path in (out / "model").iterdir()} == {"model.json", "model.safetensors"}
+    said = json.loads((out / "config.json").read_text())
+    assert (said["steps"], said["width"], said["step_size"], said["data"]) == (30, 8, 0.3, "eight-gaussians")
+    lines = RunDirectory(out).read_metrics()
+    assert [line["updates"] for line in lines] == list(range(1, 31))
+    assert [line["updates"] for line in lines if "exact_kl" in line] == [15, 30]
+    assert summary["updates"] == 30
+    assert summary["gradient_evaluations"] == 30 * 4 + 2 * 50 * 3  # with two refreshments
+    assert 0 < summary["ess"] <= 32 and summary["log_z_estimate_se"] > 0
+
+
+def test_its_figures_are_exact(tiny):
+    """Against quadrature on a finer grid; the model knows its log Z, and score says the same as the summary."""
+    summary, out = tiny
+    model, target = load_energy_model(out / "model"), law("eight-gaussians")
+    assert (model.log_z, model.log_z_se) == (summary["log_z"], 0.0)
+    fine = Quadrature(model.shift, model.scale, target, half=10.0, cell=1 / 20).figures(model.potential)
+    for figure in ("kl", "nll", "log_z", "mode_error"):
+        cut = 1e-4 if figure == "mode_error" else 1e-6  # borders between modes cut cells
+        assert summary[figure] == pytest.approx(fine[figure], abs=cut)
+    assert abs(summary["nll"] - summary["nll_held_out"]) < 4 * summary["nll_held_out_se"]
+    assert sum(summary["mode_masses"]) == pytest.approx(1, abs=1e-6)
+
+
+def test_training_improves(tiny):
+    summary, out = tiny
+    target = law("eight-gaussians")
+    data = load("eight-gaussians", Noise(0))
+    start = Quadrature(data.shift, data.scale, target).figures(Architecture("mlp", (2,), 8).build(Noise(0)))
+    assert summary["kl"] < start["kl"] - 0.05
+    curve = [line["exact_kl"] for line in RunDirectory(out).read_metrics() if "exact_kl" in line]
+    assert curve[1] < curve[0] < start["kl"] and curve[1] == summary["kl"]
+
+
+def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
+    again = ebm.run(dataclasses.replace(TINY, out=tmp_path / "again"))
+    files = [(path / "model" / "model.safetensors").read_bytes() for path in (tiny[1], tmp_path / "again")]
+    assert files[0] == files[1]
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in tiny[0].items() if k != "seconds"}
+
+
+def test_score_of_the_command_line(tiny, tmp_path, capsys):
+    summary, out = tiny
+    x = load("eight-gaussians", Noise(0)).held_out
+    np.save(tmp_path / "x.npy", x.numpy())
+    arguments = ["--model", str(out / "model"), "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path / "s.npy")]
+    assert cli.main(["score", *arguments]) == 0
+    assert f"log-likelihood {-summary['nll_held_out']:.4f}" in capsys.readouterr().out
+    model = load_energy_model(out / "model")
+    assert np.array_equal(np.load(tmp_path / "s.npy"), model.log_density(x).numpy())
+    log_p, _ = Quadrature(model.shift, model.scale).log_density(model.potential)
+    assert np.isclose(np.load(tmp_path / "s.npy").mean(), -summary["nll"], atol=4 * summary["nll_held_out_se"])
+    assert log_p.exp().sum().item() / 256 == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 4, 4)], ids=str)
+def test_an_array_of_ones_own(shape, tmp_path):
+    """No law is known: log Z by annealing, with its standard error, and nothing that would need the law."""
+    np.save(tmp_path / "x.npy", 5 + 3 * np.random.default_rng(0).standard_normal((80, *shape)))
+    config = dataclasses.replace(TINY, data=str(tmp_path / "x.npy"), steps=12, out=tmp_path / "run")
+    summary = ebm.run(config)
+    assert summary.keys() == KEYS - {"kl", "nll", "log_z", "mode_masses", "mode_error"}
+    model = load_energy_model(tmp_path / "run" / "model")
+    assert (model.log_z, model.log_z_se) == (summary["log_z_estimate"], summary["log_z_estimate_se"])
+    assert model.architecture == Architecture("mlp" if len(shape) == 1 else "conv", shape, 8)
+    figures = {path.name for path in (tmp_path / "run").glob("figures/*.png")}
+    assert figures == (set() if len(shape) == 1 else {"particles.png"})
+    found = score.run(score.Config(tmp_path / "run" / "model", str(tmp_path / "x.npy")))
+    assert found["log_z_standard_error"] == summary["log_z_estimate_se"]
+    gaussian = -math.prod(shape) * math.log(3 * math.sqrt(2 * math.pi * math.e))
+    assert abs(found["log_likelihood"] - gaussian) < 0.35 * math.prod(shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ula", "mala", "underdamped"])
+def test_other_samplers(sampler, tmp_path):
+    weighted = sampler != "underdamped"
+    changes = {"sampler": sampler, "weighted": weighted, "steps": 6, "step_size": None, "out": tmp_path / "run"}
+    summary = ebm.run(dataclasses.replace(TINY, **changes))
+    assert ("ess" in summary) == weighted and {"kl", "log_z_estimate"} <= summary.keys()
+    moves = load_energy_model(tmp_path / "run" / "model").moves
+    expected = 0.06 if sampler == "underdamped" else 0.06**2
+    assert moves.sampler == sampler and moves.step_size == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_log_z_by_annealing_of_a_known_potential():
+    """Over ten seeds the z-scores are those of Student's t with 7 degrees of freedom."""
+    model, scores = bent(moves=Moves("hmc", 0.4, 2)), []
+    for seed in range(10):
+        estimate, error = ebm.log_z_by_annealing(model, Noise(seed))
+        scores.append((math.exp(estimate - model.log_z) - 1) / error)
+    assert abs(sum(scores) / 10) < 4 * math.sqrt(1.4 / 10) and max(map(abs, scores)) < 8
+
+
+def test_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(ebm_digits, "CHAINS", 8)
+    monkeypatch.setattr(ebm_digits, "COMPONENTS", (2, 3))
+    monkeypatch.setattr(ebm_digits, "BANDWIDTHS", (0.5,))
+    summary = ebm.run(ebm.Config("digits", steps=4, particles=16, width=2, leapfrogs=1, out=tmp_path / "run"))
+    assert summary["bits_per_dimension"] == pytest.approx(summary["nll_held_out"] / 64 / math.log(2))
+    assert summary["chain_steps"] == [0, 4, 40] and len(summary["chain_energy"]) == 3
+    assert summary["auroc"].keys() == {"shuffled", "uniform"} and all(0 <= a <= 1 for a in summary["auroc"].values())
+    for name, chosen in (("gaussian_mixture", (2, 3)), ("kernel_density", (0.5,))):
+        baseline = summary["baselines"][name]
+        assert baseline["chosen"] in chosen and baseline["nll_se"] > 0
+        assert baseline["bits_per_dimension"] == pytest.approx(baseline["nll"] / 64 / math.log(2))
+    assert 0.5 < summary["data_confidence"] <= 1
+    figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
+    assert figures == {"particles", "chains"}
+
+
+def test_images_of_the_digits_size_are_not_taken_for_digits(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((40, 1, 8, 8)))
+    config = ebm.Config(str(tmp_path / "x.npy"), steps=2, particles=16, width=2, leapfrogs=1, out=tmp_path / "run")
+    assert "baselines" not in ebm.run(config)
+
+
+def test_kernel_density_is_one_of_grey_levels():
+    """Log-densities are per unit of the data's own volume: on Gaussian data near the Gaussian's entropy."""
+    data = load("eight-gaussians", Noise(0))
+    scale = torch.tensor([5.0, 0.2])
+    x = Noise(0).normal((1500, 2)) * scale
+    data = dataclasses.replace(data, train=x[:1000], held_out=x[1000:], shift=x.mean(0), scale=x.std(0), law=None)
+    entropy = scale.log().sum().item() + math.log(2 * math.pi * math.e)
+    for baseline in (ebm_digits._kernel_density(data), ebm_digits._mixture(data)):
+        assert baseline["nll"] == pytest.approx(entropy, abs=4 * baseline["nll_se"] + 0.35)
+    images = torch.arange(8.0).view(2, 1, 2, 2)
+    mixed = ebm_digits.shuffled(images, Noise(0).generator(0))
+    assert mixed.shape == images.shape and torch.equal(mixed.flatten(1).sort(1)[0], images.flatten(1))
+    assert ebm_digits.auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+
+
+def test_a_comparison_is_fair(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ebm_compare, "GRID", (1e-3, 1e-2))
+    out = tmp_path / "run"
+    config = dataclasses.replace(TINY, compare=True, steps=16, seeds=2, out=out)
+    summary = ebm.run(config)
+    assert summary.keys() == {"data", "grid", "arms", "paired"} and set(summary["arms"]) == set(ARMS)
+    assert json.loads((out / "summary.json").read_text()) == summary
+    pulls = [arm["gradient_evaluations"] for arm in summary["arms"].values()]
+    assert max(pulls) == 16 * 4 and min(pulls) > 16 * 4 - 6  # equal but for one update of six pulls
+    lines = RunDirectory(out).read_metrics()
+    for arm, found in summary["arms"].items():
+        assert found["diverged"] == 0 and len(found["kls"]) == 2 and found["kl"] == pytest.approx(sum(found["kls"]) / 2)
+        searched = "weighted" if arm == "hmc" else arm  # the ablation takes the rate of what it ablates
+        assert found["lr"] == min((1e-3, 1e-2), key=lambda lr, grid=summary["grid"][searched]: grid[f"{lr:g}"])
+        last = [[p for p in lines if (p["arm"], p["seed"]) == (arm, seed)][-1] for seed in (0, 1)]
+        assert [p["kl"] for p in last] == found["kls"]
+    ratios = [math.log(a / b) for a, b in zip(*(summary["arms"][arm]["kls"] for arm in ("weighted", "cd")))]
+    assert summary["paired"]["cd"]["log_ratio"] == pytest.approx(sum(ratios) / 2)
+    assert summary["paired"]["cd"]["se"] == pytest.approx(abs(ratios[0] - ratios[1]) / 2)
+    assert len(summary["arms"]["weighted"]["log_z_z_scores"]) == 2
+    assert (out / "figures" / "comparison.png").exists()
+    said = capsys.readouterr().out
+    assert "at equal cost" in said and "z-scores of log Z" in said
+
+
+def test_comparisons_pair_by_seed():
+    def curves(**kl):
+        return {int(seed[1:]): [{"kl": 9.0}, {"kl": value}] for seed, value in kl.items()}
+
+    found = ebm_compare.paired(curves(s0=1.0, s1=2.0), curves(s1=4.0, s0=4.0))
+    assert found["log_ratio"] == pytest.approx((math.log(1 / 4) + math.log(1 / 2)) / 2)
+    assert ebm_compare.paired(curves(s0=1.0, s1=2.0), curves(s0=1.0, s2=2.0)) is None  # another seed is missing in each
+    assert ebm_compare.paired(curves(s0=1.0), curves(s0=1.0)) is None
+
+
+def test_a_comparison_survives_arms_that_diverge(tmp_path, monkeypatch):
+    monkeypatch.setattr(ebm_compare, "ARMS", ("weighted", "implicit"))
+    monkeypatch.setattr(ebm_compare, "attempt", lambda *args, **kwargs: None)
+    summary = ebm.run(dataclasses.replace(TINY, compare=True, seeds=2, out=tmp_path / "run"))
+    assert summary["arms"]["weighted"]["kl"] is None and summary["arms"]["weighted"]["diverged"] == 2
+    assert summary["paired"] == {"implicit": None} and set(summary["grid"]["weighted"].values()) == {None}

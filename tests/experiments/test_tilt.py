@@ -1,0 +1,155 @@
+"""Reward training of an energy-based model: the optimum in closed form, training towards it, and what is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tests.experiments.energy_models import bent, gaussian
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments import tilt
+from implicit_diffusion.experiments.energy_model import Moves
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory
+
+TINY = tilt.Config(Path("model"), kl_weights=(0.25, 1.0), steps=40, particles=64, lr=2e-2, seeds=2)
+
+
+def test_the_optimum_of_the_half_plane_is_a_closed_form():
+    """With mass m of the half plane: E R = m e^{1/w}/(1 − m + m e^{1/w}), value −w log(1 − m + m e^{1/w})."""
+    model = gaussian()
+    exact, cut = tilt.Exact(model, tilt.half_plane), -model.shift[0].item() / model.scale[0].item()
+    m = 1 - (1 + math.erf(cut / math.sqrt(2))) / 2
+    assert exact.reward_initial == pytest.approx(m, abs=1e-4)
+    for w in (0.1, 0.5, 2.0):
+        found, total = exact.optimum(w), 1 - m + m * math.exp(1 / w)
+        reward = m * math.exp(1 / w) / total
+        assert found["reward"] == pytest.approx(reward, abs=2e-4)
+        assert found["objective"] == pytest.approx(-w * math.log(total), abs=2e-4)
+        assert found["kl"] == pytest.approx(reward / w - math.log(total), abs=2e-3)
+    start = exact.judge(model.potential, 0.5)
+    assert start["kl"] == pytest.approx(0, abs=1e-12) and start["objective"] == pytest.approx(-exact.reward_initial)
+
+
+def test_the_optimum_is_one():
+    """No law in between, and none beyond, is better; as a reward that is linear shifts a Gaussian by s²/w."""
+    model = gaussian()
+    exact, w = tilt.Exact(model, lambda x: x[:, 1]), 2.0
+    variance = model.scale[1].item() ** 2
+    found = exact.optimum(w)
+    assert found["reward"] == pytest.approx(model.shift[1].item() + variance / w, abs=1e-4)
+    assert found["kl"] == pytest.approx(variance / w**2 / 2, abs=1e-4)
+    for other in (1.8, 2.2):
+        beside = exact.optimum(other)
+        assert w * beside["kl"] - beside["reward"] > found["objective"]
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_training_begins_at_the_model(weighted):
+    model = bent()
+    exact, held = tilt.Exact(model, tilt.half_plane), tilt.initial(model, 4000, Noise(0), weighted=weighted)
+    assert (held.log_weights is not None) == weighted and held.log_z is None
+    reward = held.mean(tilt.half_plane(held.x * model.scale + model.shift)).item()
+    assert (
+        abs(reward - exact.reward_initial) < 4 * 0.5 / math.sqrt(4000) * 1.5
+    )  # resampled particles are not independent
+
+
+def test_a_tiny_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tilt, "ANNEALING", 20)
+    model = bent()
+    model.save(tmp_path / "model")
+    out = tmp_path / "run"
+    config = dataclasses.replace(TINY, model=tmp_path / "model", out=out)
+    summary = tilt.run(config)
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert [row["kl_weight"] for row in summary["rows"]] == [0.25, 1.0]
+    m = summary["reward_initial"]
+    for row in summary["rows"]:
+        w = row["kl_weight"]
+        value = -w * math.log(1 - m + m * math.exp(1 / w))
+        assert row["optimum"]["objective"] == pytest.approx(value, abs=1e-6)
+        for arm in tilt.ARMS:
+            assert value - 1e-9 <= row[arm]["objective"] and row[arm]["kl"] > 0
+            assert row[arm]["reward_std"] >= 0
+    gained = [-m - summary["rows"][0][arm]["objective"] for arm in tilt.ARMS]
+    possible = -m - summary["rows"][0]["optimum"]["objective"]
+    assert min(gained) > 0.3 * possible  # training improves what it says it does
+    assert len(RunDirectory(out).read_metrics()) == 2 * 2 * 2
+    assert (out / "figures" / "tilt.png").exists() and "before training" in capsys.readouterr().out
+
+
+def test_the_model_itself_is_left_alone(monkeypatch):
+    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    model = bent()
+    before = {k: v.clone() for k, v in model.potential.state_dict().items()}
+    config = dataclasses.replace(TINY, steps=3)
+    first, again = (tilt.train(config, model, tilt.half_plane, 0.5, "weighted", 1) for _ in range(2))
+    assert all(torch.equal(v, before[k]) for k, v in model.potential.state_dict().items())
+    assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(first.network[-1].weight, model.potential.network[-1].weight)
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    gaussian().save(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(
+        "import numpy, torch\ndef up(x): return torch.from_numpy(numpy.sign(x.numpy()[:, 1]))\n"
+    )
+    config = dataclasses.replace(TINY, model=tmp_path / "model", steps=2, seeds=1, reward=f"{tmp_path}/mine.py:up")
+    row = tilt.run(dataclasses.replace(config, kl_weights=(1.0,), out=tmp_path / "run"))["rows"][0]
+    assert row["weighted"]["reward_std"] is None and row["optimum"]["reward"] > row["weighted"]["reward"]
+
+
+BAD = {
+    "--steps": {"steps": 0},
+    "--particles must be an integer": {"particles": 8},
+    "--particles must be a multiple of 8": {"particles": 20},
+    "--seeds": {"seeds": 0},
+    "--kl-weights": {"kl_weights": ()},
+    "--kl-weights must": {"kl_weights": (1.0, 0.0)},
+    "--lr": {"lr": math.nan},
+    "neither": {"reward": "half"},
+    "there is no file": {"reward": "nowhere.py:f"},
+}
+WRONG = {
+    r"--reward must return one finite number per point": "column",
+    r"--reward must return one finite number per point, shape \(n,\)": "nan",
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_options_are_named_and_leave_no_folder(message, tmp_path):
+    gaussian().save(tmp_path / "model")
+    with pytest.raises(InvalidInputError, match=message):
+        tilt.run(dataclasses.replace(TINY, model=tmp_path / "model", out=tmp_path / "run", **BAD[message]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_rewards_that_do_not_fit(message, tmp_path):
+    gaussian().save(tmp_path / "model")
+    (tmp_path / "bad.py").write_text("def column(x): return x[:, :1]\ndef nan(x): return (x[:, 0] - 99).log()\n")
+    config = dataclasses.replace(TINY, model=tmp_path / "model", out=tmp_path / "run")
+    with pytest.raises(InvalidInputError, match=message):
+        tilt.run(dataclasses.replace(config, reward=f"{tmp_path}/bad.py:{WRONG[message]}"))
+    assert not (tmp_path / "run").exists()
+
+
+MODELS = {
+    "a model of the plane is needed": lambda: gaussian((3,), torch.zeros(3), torch.ones(3)),
+    "its sampler underdamped knows no weights": lambda: gaussian(moves=Moves("underdamped", 0.1)),
+    r"the quadrature covers \[−8, 8\]²": lambda: gaussian(shift=torch.tensor([100.0, 0.0])),
+    r"the quadrature covers .* in cells of 0.0625": lambda: gaussian(scale=torch.tensor([0.01, 1.0])),
+}
+
+
+@pytest.mark.parametrize("message", MODELS)
+def test_models_that_do_not_fit(message, tmp_path):
+    MODELS[message]().save(tmp_path / "model")
+    with pytest.raises(InvalidInputError, match=message):
+        tilt.run(dataclasses.replace(TINY, model=tmp_path / "model", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
