@@ -129,6 +129,10 @@ def paired(ours: dict[int, list[dict[str, Any]]], theirs: dict[int, list[dict[st
     return {"log_ratio": mean(ratios), "se": stdev(ratios) / math.sqrt(len(ratios))}
 
 
+def _plus_minus(spread: float | None) -> str:
+    return "" if spread is None else f" ± {spread:.2g}"
+
+
 def show(summary: dict[str, Any], directory: RunDirectory) -> None:
     """Print the arms as a table."""
     from rich.box import SIMPLE_HEAD
@@ -138,19 +142,19 @@ def show(summary: dict[str, Any], directory: RunDirectory) -> None:
     table = Table(
         box=SIMPLE_HEAD,
         title=f"Exact KL(data‖model) on {summary['data']}, nats, at equal cost",
-        caption="log ratio: of weighted's KL to the arm's, paired over seeds",
+        caption="± deviation over seeds. modes: total variation of their masses. log ratio: of weighted's KL to the "
+        "arm's, paired over seeds, ± s.e.",
     )
-    for column in ("arm", "lr", "KL", "±", "modes off", "log ratio", "diverged", "s"):
+    for column in ("arm", "lr", "KL", "modes", "log ratio", "failed", "s"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, arm in summary["arms"].items():
         ratio = summary["paired"].get(name)
         table.add_row(
             name,
             f"{arm['lr']:g}",
-            "–" if arm["kl"] is None else f"{arm['kl']:.4f}",
-            f"{arm['kl_std']:.4f}" if arm.get("kl_std") is not None else "",
+            "–" if arm["kl"] is None else f"{arm['kl']:.3g}" + _plus_minus(arm.get("kl_std")),
             f"{arm['mode_error']:.3f}" if "mode_error" in arm else "",
-            f"{ratio['log_ratio']:.2f} ± {ratio['se']:.2f}" if ratio else "",
+            f"{ratio['log_ratio']:.2f}" + _plus_minus(ratio["se"]) if ratio else "",
             f"{arm['diverged']}" if arm["diverged"] else "",
             f"{arm['seconds']:.0f}" if "seconds" in arm else "",
         )

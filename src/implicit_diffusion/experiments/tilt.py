@@ -48,11 +48,11 @@ class Config:
     """"half-plane", 1 where x_1 ≥ 0, or your own FILE.py:function from (n, 2) to (n,); a black box will do."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
     """w, in reward per nat."""
-    steps: int = 500
+    steps: int = 800
     """Updates of θ."""
-    particles: int = 1000
+    particles: int = 512
     """n."""
-    lr: float = 2e-3
+    lr: float = 5e-3
     """Of Adam at the start; cosine decay to zero."""
     seeds: int = 5
     """Runs of every arm and weight."""
