@@ -6,9 +6,11 @@
 After *Implicit Diffusion: Efficient Optimization through Stochastic Sampling* (Marion et al., arXiv 2402.05468).
 """
 
+from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.denoisers.flow import memoryless_flow
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.denoisers.kinds import default_kind, scheduler_for, table_for
+from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
 from implicit_diffusion.denoisers.pretrained import (
     DiffusersDenoiser,
@@ -18,6 +20,7 @@ from implicit_diffusion.denoisers.pretrained import (
 )
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
+from implicit_diffusion.denoisers.text import embed_prompts
 from implicit_diffusion.errors import (
     DivergenceError,
     ImplicitDiffusionError,
@@ -30,6 +33,7 @@ from implicit_diffusion.gradients import Adjoint, FullBackprop
 from implicit_diffusion.loops import Evaluation, Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
 from implicit_diffusion.loops.bound import Bound, bound
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
+from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import (
     MMD,
@@ -58,9 +62,12 @@ __all__ = [
     "Bound",
     "Chain",
     "ChainTable",
+    "ClassifierFree",
     "DiffusersDenoiser",
     "DivergenceError",
+    "Drawn",
     "DriftPenalty",
+    "Embedded",
     "Evaluation",
     "Followers",
     "ForwardKL",
@@ -90,20 +97,26 @@ __all__ = [
     "Underdamped",
     "Unrolled",
     "Update",
+    "WithoutAdapter",
+    "add_lora",
     "advice",
     "annealed",
     "bound",
+    "checkpoint_activations",
     "conv",
     "default_kind",
+    "embed_prompts",
     "ess_in_time",
     "evaluate",
     "gaussian_kernel",
     "load_pretrained",
     "memoryless_flow",
+    "merged",
     "mlp",
     "ou_probability_flow",
     "ou_reverse_sde",
     "power_law",
+    "predict_memory",
     "r_hat",
     "read_table",
     "save_pipeline",

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from implicit_diffusion.experiments import (
         ebm,
         finetune,
+        finetune_config,
         hexagon,
         pretrain,
         recovery,
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     commands = (
-        Annotated[tyro.conf.FlagCreatePairsOff[finetune.Config], tyro.conf.subcommand("finetune")]
+        Annotated[tyro.conf.FlagCreatePairsOff[finetune_config.Config], tyro.conf.subcommand("finetune")]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[tyro.conf.FlagCreatePairsOff[sweep.Config], tyro.conf.subcommand("sweep")]
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         match chosen:
-            case finetune.Config():
+            case finetune_config.Config():
                 finetune.run(chosen)
             case Resume():
                 resuming.resume(chosen.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,14 @@ class Particles:
         x: positions, with shape (n, *event).
         log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
         log_z: log ∫ e^{−V} of the law that they stand for, where they carry it.
+        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None where
+            there was nothing.
     """
 
     x: Float[Tensor, "n *event"]
     log_weights: Float[Tensor, " n"] | None = None
     log_z: Float[Tensor, ""] | None = None
+    condition: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x)

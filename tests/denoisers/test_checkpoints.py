@@ -34,9 +34,13 @@ def write(folder, index=INDEX, weights="diffusion_pytorch_model.safetensors", fl
 
 def test_both_layouts_are_found(tmp_path):
     nested = inspect_folder(write(tmp_path / "nested"))
-    assert (nested.unet.name, nested.scheduler.name, nested.scheduler_class) == ("unet", "scheduler", "DDPMScheduler")
+    assert (nested.network.name, nested.scheduler.name, nested.scheduler_class) == (
+        "unet",
+        "scheduler",
+        "DDPMScheduler",
+    )
     flat = inspect_folder(write(tmp_path / "flat", flat=True))
-    assert flat.unet == flat.scheduler == tmp_path / "flat"
+    assert flat.network == flat.scheduler == tmp_path / "flat"
 
 
 def test_digits_is_the_shipped_folder():
@@ -59,7 +63,7 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, weights):
             "DDPMPipeline with .*: CLIPTextModel",
         ),
         ({**INDEX, "unet": ["diffusers", "UNet2DConditionModel"]}, "unet: UNet2DConditionModel"),
-        ({**INDEX, "unet": ["my_code", "UNet2DModel"]}, "Only unconditional pipelines"),
+        ({**INDEX, "unet": ["my_code", "UNet2DModel"]}, "What can be fine-tuned are pipelines of a UNet2DModel"),
         ({**INDEX, "scheduler": ["my_code", "MyScheduler"]}, r"my_code\.MyScheduler.*never run"),
         ({"_class_name": "DDPMPipeline"}, "with nothing"),
     ],
@@ -147,7 +151,7 @@ def test_a_cached_model_needs_no_hub(tmp_path, hub, monkeypatch):
     hub(port=9)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = cached(tmp_path, "some/model", write)
-    assert find_checkpoint("some/model").unet == snapshot / "unet"
+    assert find_checkpoint("some/model").network == snapshot / "unet"
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # an interrupted download
     with pytest.raises(InvalidInputError, match="cannot be reached on the hub"):
         find_checkpoint("some/model")
@@ -193,6 +197,41 @@ def test_a_model_is_fetched_without_what_is_not_loaded(tmp_path, downloads, flat
         "model_index.json",
         "scheduler_config.json",
     }
+
+
+LATENT = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "safety_checker": [None, None],
+}
+
+
+def test_a_latent_pipeline_is_fetched_with_all_its_parts_and_nothing_else(tmp_path, downloads):
+    remote = write(tmp_path / "remote", index=LATENT)
+    wanted = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json"]
+    wanted += ["text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"]
+    extra = [
+        "v1-5.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/weights.bin",
+        "vae_2/config.json",
+    ]
+    for name in (*wanted, *extra):
+        (remote / name).parent.mkdir(exist_ok=True)
+        (remote / name).write_text("{}")
+    found = find_checkpoint("some/model")
+    assert found.family.pipelines == ("StableDiffusionPipeline",) and found.family.latent
+    own = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert set(downloads) == {*wanted, *own, "scheduler/scheduler_config.json"}
+    for file in (found.folder / "tokenizer").iterdir():
+        file.unlink()
+    (found.folder / "tokenizer").rmdir()
+    with pytest.raises(InvalidInputError, match="lacks tokenizer, which its model_index"):
+        find_checkpoint(found.folder)
 
 
 def test_other_pipelines_and_pickles_are_refused_before_their_weights_are_fetched(tmp_path, downloads):

@@ -175,7 +175,7 @@ def test_unknown_schedulers_and_spacings():
     ("changes", "message"),
     [
         ({"out_channels": 2}, "returns 2 channels for 1"),
-        ({"num_class_embeds": 10}, "class-conditional"),
+        ({"class_embed_type": "timestep"}, "embeds its classes by .timestep."),
         ({"sample_size": None}, "no sample_size"),
     ],
 )

@@ -1,12 +1,13 @@
 """Find the folder that a model's name stands for, and look at it before anything is loaded.
 
 A name is "digits" (the model that comes with this package), a local folder, or a hub id `owner/name`. The folder must
-be an unconditional diffusers pipeline: `model_index.json`, a `UNet2DModel` with safetensors weights, a scheduler.
+be a diffusers pipeline of a known family (`families`): `model_index.json`, a network with safetensors weights, a
+scheduler, and what the family has besides, a decoder and text encoders.
 
-Nothing in a checkpoint is ever executed: weights are safetensors, never pickles; the two classes named in
-`model_index.json` are looked up in diffusers and nowhere else. A local folder never touches the network. A hub id is
-first looked for in the local cache; only if it is not there does one request with a short timeout ask the hub, so that
-a closed network is an error after seconds. `HF_HUB_OFFLINE=1` skips the request.
+Nothing in a checkpoint is ever executed: weights are safetensors, never pickles; the classes named in
+`model_index.json` are looked up in diffusers and transformers and nowhere else. A local folder never touches the
+network. A hub id is first looked for in the local cache; only if it is not there does one request with a short timeout
+ask the hub, so that a closed network is an error after seconds. `HF_HUB_OFFLINE=1` skips the request.
 """
 
 from __future__ import annotations
@@ -14,35 +15,54 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from implicit_diffusion.denoisers.families import FAMILIES, PIXELS, Family, family_of
 from implicit_diffusion.errors import InvalidInputError
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
-HUB_FILES = ("unet/*.json", "scheduler/*.json", "*/diffusion_pytorch_model*.safetensors", "*.json", "*.safetensors")
-HUB_VARIANTS = ("*.fp16*", "*.non_ema*", "text_encoder*", "vae*")  # never loaded
+FLAT_FILES = ("*.json", "*.safetensors")  # of old repositories of pixel models, with all parts in one folder
+PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+VARIANTS = ("*.fp16*", "*.non_ema*")  # never loaded
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has been looked at: where its parts are, and the diffusers class of its scheduler."""
+    """A folder that has been looked at.
 
-    unet: Path
+    Args:
+        network: where the network is.
+        scheduler: where the scheduler is.
+        scheduler_class: its class in diffusers.
+        family: which kind of pipeline it is.
+        folder: of all of it.
+        index: its model_index.json.
+    """
+
+    network: Path
     scheduler: Path
     scheduler_class: str
+    family: Family = PIXELS
+    folder: Path = Path()
+    index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """The parts that are there: name → (library, class)."""
+        return _parts(self.index)
 
 
 def find_checkpoint(model: str | Path) -> Checkpoint:
     """The checkpoint called `model`: "digits", a folder, or a hub id.
 
     Raises:
-        InvalidInputError: nothing of that name exists or can be reached, or what is there is no unconditional
-            diffusers pipeline with safetensors weights. The message says what was found and what to do.
+        InvalidInputError: nothing of that name exists or can be reached, or what is there is no diffusers pipeline of
+            a known family with safetensors weights. The message says what was found and what to do.
     """
     if model == "digits":
         return inspect_folder(DIGITS)
@@ -58,26 +78,33 @@ def find_checkpoint(model: str | Path) -> Checkpoint:
 def inspect_folder(folder: Path) -> Checkpoint:
     """Check a diffusers folder without loading anything.
 
-    Both layouts of diffusers are understood: parts in `unet/` and `scheduler/`, or (older hub repositories) everything
-    in the folder itself.
+    Both layouts of diffusers are understood: parts in folders of their own, or (older hub repositories) network and
+    scheduler in the folder itself.
 
     Raises:
         InvalidInputError: see `find_checkpoint`.
     """
-    scheduler_class = _read_index(folder)
-    unet, scheduler = (folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler"))
-    for needed in (unet / "config.json", scheduler / "scheduler_config.json"):
-        if not needed.is_file():
+    family, index = _read_index(folder)
+    network, scheduler = (folder / part if (folder / part).is_dir() else folder for part in (family.part, "scheduler"))
+    others = sorted(_parts(index).keys() - {family.part, "scheduler"})
+    for needed in (network / "config.json", scheduler / "scheduler_config.json", *(folder / part for part in others)):
+        if not needed.exists():
             raise InvalidInputError(
                 f"model: {folder} lacks {needed.relative_to(folder)}, which its model_index.json promises; "
                 f"it holds {_listing(folder)}."
             )
-    _require_safetensors(str(folder), (path.name for path in unet.iterdir()))
-    return Checkpoint(unet, scheduler, scheduler_class)
+    for holder in (network, *(folder / part for part in family.needs)):
+        _require_safetensors(str(folder), (path.name for path in holder.iterdir()))
+    return Checkpoint(network, scheduler, _parts(index)["scheduler"][1], family, folder, index)
 
 
-def _read_index(folder: Path) -> str:
-    """Name of the scheduler's class in `model_index.json`, if that describes an unconditional UNet2DModel pipeline."""
+def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    pairs = {name: tuple(where) for name, where in index.items() if isinstance(where, list) and len(where) == 2}
+    return {name: where for name, where in pairs.items() if all(isinstance(word, str) for word in where)}
+
+
+def _read_index(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """`model_index.json` and the family of the pipeline that it describes, if that is one that is known."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise InvalidInputError(
@@ -87,22 +114,24 @@ def _read_index(folder: Path) -> str:
     try:
         index: Any = json.loads(path.read_text(encoding="utf-8"))
         pipeline = index["_class_name"]
-        parts = {name: tuple(where) for name, where in index.items() if isinstance(where, list) and len(where) == 2}
+        parts = _parts(index)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"model: {path} is no valid model index ({error}).") from error
-    library, scheduler = parts.get("scheduler", ("", ""))
-    if set(parts) != {"unet", "scheduler"} or parts["unet"] != ("diffusers", "UNet2DModel"):
+    family = family_of(pipeline, parts)
+    if family is None:
         found = ", ".join(f"{name}: {where[-1]}" for name, where in parts.items()) or "nothing"
+        known = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise InvalidInputError(
-            f"model: {folder} is a {pipeline} with {found}. Only unconditional pipelines of a UNet2DModel and a "
-            "scheduler (DDPMPipeline, DDIMPipeline) can be fine-tuned so far, not text-conditional or latent ones."
+            f"model: {folder} is a {pipeline} with {found}. What can be fine-tuned are pipelines of a UNet2DModel and "
+            f"a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts."
         )
-    if library != "diffusers":
-        raise InvalidInputError(
-            f"model: {folder} brings its own scheduler code ({library}.{scheduler}), and code from checkpoints is "
-            "never run; use a scheduler of diffusers."
-        )
-    return str(scheduler)
+    for name, (library, code) in parts.items():
+        if library not in ("diffusers", "transformers") and (name, library) != ("safety_checker", "stable_diffusion"):
+            raise InvalidInputError(
+                f"model: {folder} brings its own {name} code ({library}.{code}), and code from checkpoints is "
+                f"never run; use a {name} of diffusers."
+            )
+    return family, index
 
 
 def _require_safetensors(where: str, names: Iterable[str]) -> None:
@@ -150,8 +179,12 @@ def _from_hub(hub_id: str) -> Checkpoint:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         raise InvalidInputError(f"model: {hub_id!r} cannot be reached on the hub ({reason}). {advice}") from error
     names = [sibling.rfilename for sibling in siblings]
+    wanted: tuple[str, ...] = FLAT_FILES
     if "model_index.json" in names:
-        _read_index(Path(snapshot_download(hub_id, allow_patterns=["model_index.json"])))
+        index = _read_index(Path(snapshot_download(hub_id, allow_patterns=["model_index.json"])))[1]
+        in_folders = [part for part in _parts(index) if any(name.startswith(f"{part}/") for name in names)]
+        parts = [f"{part}/{pattern}" for part in in_folders for pattern in PART_FILES]
+        wanted = ("model_index.json", *parts) if in_folders else FLAT_FILES
     _require_safetensors(hub_id, names)
-    folder = snapshot_download(hub_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_VARIANTS))
+    folder = snapshot_download(hub_id, allow_patterns=list(wanted), ignore_patterns=list(VARIANTS))
     return inspect_folder(Path(folder))

@@ -3,21 +3,28 @@
 load_pretrained("digits")  →  Pretrained(denoiser, scheduler, event_shape)
 scheduler_for(scheduler, "ddpm", clip=False)  →  a scheduler that `read_table` can read (`denoisers.kinds`)
 save_pipeline(folder, denoiser, scheduler, card)  →  a folder that plain DiffusionPipeline.from_pretrained loads
+
+What is not trained, text encoders and decoders, is copied from the original folder as the files that it is.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import nn
 
-from implicit_diffusion.denoisers.checkpoints import Checkpoint, find_checkpoint
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser as DiffusersDenoiser
+from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.checkpoints import PICKLES, Checkpoint, find_checkpoint
+from implicit_diffusion.denoisers.families import PIXELS, Family
 from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
+from implicit_diffusion.denoisers.latents import Decoder, check_latents
 from implicit_diffusion.errors import InvalidInputError
 
 # Their steps are functions of (u, t, x) as they are, from N(0, I): what DDPMPipeline does with any scheduler.
@@ -29,31 +36,13 @@ RUN_BY_DDPM_PIPELINE = (
 )
 CARD_HEADER = """---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags:
 - diffusers
 - implicit-diffusion
 ---
 
 """
-
-
-class DiffusersDenoiser(nn.Module):
-    """A diffusers model such as `UNet2DModel` as a denoiser u(x, t).
-
-    Args:
-        model: called as model(x, t, return_dict=False, **condition); the first thing that it returns is u.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
-    ) -> Float[Tensor, "batch *event"]:
-        """u(x, t) with one time per sample; `condition` (class labels, say) goes to the model as it is."""
-        return self.model(x, t, return_dict=False, **condition)[0]
 
 
 @dataclass(frozen=True)
@@ -63,52 +52,87 @@ class Pretrained:
     Attributes:
         denoiser: the network, in evaluation mode, on the CPU.
         scheduler: the checkpoint's own diffusers scheduler.
-        event_shape: (channels, height, width) of one sample.
+        event_shape: (channels, height, width) of one sample, an image or a latent.
         source: the name that was asked for.
+        num_classes: that the network is conditioned on; None where it is not.
+        decoder: from latents to images; None where samples are images.
+        checkpoint: the folder it came from; None where it came from nowhere.
     """
 
     denoiser: DiffusersDenoiser
     scheduler: Any
     event_shape: tuple[int, ...]
     source: str
+    num_classes: int | None = None
+    decoder: Decoder | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def family(self) -> Family:
+        """Which kind of pipeline it is."""
+        return PIXELS if self.checkpoint is None else self.checkpoint.family
+
+    @property
+    def condition(self) -> str | None:
+        """What it is sampled under: "prompts", "classes" or nothing."""
+        return self.family.condition or ("classes" if self.num_classes else None)
 
     @property
     def pipeline(self) -> Any:
-        """A `DDPMPipeline` or `DDIMPipeline` that shares this network and scheduler. Raises as `save_pipeline`."""
-        return as_pipeline(self.denoiser, self.scheduler)
+        """The diffusers pipeline of this network and scheduler."""
+        if self.checkpoint is None or self.family is PIXELS:
+            return as_pipeline(self.denoiser, self.scheduler)
+        import diffusers
+
+        given = {self.family.part: self.denoiser.model, "scheduler": self.scheduler}
+        pipeline_class = getattr(diffusers, self.family.pipelines[0])
+        folder = str(self.checkpoint.folder)
+        return pipeline_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
 
 
 def load_pretrained(model: str | Path) -> Pretrained:
-    """Load an unconditional diffusers model.
+    """Load a diffusers model: unconditional, class-conditional or text-conditional, of images or of latents.
 
     Args:
         model: "digits" (shipped with this package), a local diffusers folder (never touches the network), or a hub id
             `owner/name` (looked up in the local cache first; an unreachable hub is an error after seconds).
 
     Raises:
-        InvalidInputError: no such model, no unconditional diffusers pipeline, pickled or incomplete weights, a class-
-            conditional network, or one that predicts a variance as well.
+        InvalidInputError: no such model, no diffusers pipeline of a known family, pickled or incomplete weights, an
+            autoencoder that belongs to another network, or a network that predicts a variance as well.
     """
     checkpoint = find_checkpoint(model)
-    unet = _load_unet(checkpoint, str(model))
+    network = _load_network(checkpoint, str(model))
+    event_shape = _event_shape(network, str(model))
+    decoder = None
+    if checkpoint.family.latent:
+        decoder = Decoder(_load_part("AutoencoderKL", checkpoint.folder / "vae", "autoencoder", str(model)))
+        check_latents(decoder, event_shape[0], str(model))
     return Pretrained(
-        denoiser=DiffusersDenoiser(unet).eval(),
+        denoiser=DiffusersDenoiser(network).eval(),
         scheduler=_load_scheduler(checkpoint, str(model)),
-        event_shape=_event_shape(unet, str(model)),
+        event_shape=event_shape,
         source=str(model),
+        num_classes=_num_classes(network, checkpoint, str(model)),
+        decoder=decoder,
+        checkpoint=checkpoint,
     )
 
 
-def save_pipeline(folder: str | Path, denoiser: nn.Module, scheduler: Any, card: str) -> Path:
+def save_pipeline(
+    folder: str | Path, denoiser: nn.Module, scheduler: Any, card: str, *, original: Pretrained | None = None
+) -> Path:
     """Write a pipeline that plain `DiffusionPipeline.from_pretrained(folder)` loads, with its model card.
 
     Args:
         folder: created where missing.
-        denoiser: a `DiffusersDenoiser`; its model is saved as safetensors.
-        scheduler: a `DDIMScheduler` (saved as a DDIMPipeline), or one whose steps a DDPMPipeline makes as they are:
-            DDPM, first-order DPM-Solver, flow-matching Euler (`denoisers.kinds.pipeline_for`). A pipeline does not
-            store the number of steps or η: the card should say them.
+        denoiser: a `DiffusersDenoiser`, or guidance and embeddings around one; its model is saved as safetensors.
+        scheduler: of diffusers. A pipeline of images takes a `DDIMScheduler` (saved as a DDIMPipeline), or one whose
+            steps a DDPMPipeline makes as they are: DDPM, first-order DPM-Solver, flow-matching Euler
+            (`denoisers.kinds.pipeline_for`). A pipeline does not store the number of steps, η or guidance: the card
+            should say them.
         card: Markdown of README.md. Hub metadata are put in front unless it starts with its own (`---`).
+        original: what was loaded; a latent pipeline gets its decoder and text encoders from there.
 
     Returns:
         The folder.
@@ -116,14 +140,54 @@ def save_pipeline(folder: str | Path, denoiser: nn.Module, scheduler: Any, card:
     Raises:
         InvalidInputError: the denoiser is no `DiffusersDenoiser`, or the scheduler of another class.
     """
-    folder = Path(folder)
-    as_pipeline(denoiser, scheduler)  # refuses what is none before anything is copied
+    folder, denoiser = Path(folder), inner(denoiser)
+    family = PIXELS if original is None else original.family
+    if family is PIXELS:
+        as_pipeline(denoiser, scheduler)  # refuses what is none before anything is copied
     plain = copy.deepcopy(denoiser)
     torch.nn.utils.convert_conv2d_weight_memory_format(plain, torch.contiguous_format)  # safetensors wants it so
-    as_pipeline(plain, scheduler).save_pretrained(folder, safe_serialization=True)
-    header = "" if card.startswith("---\n") else CARD_HEADER
+    if original is None or original.checkpoint is None or family is PIXELS:
+        as_pipeline(plain, scheduler).save_pretrained(folder, safe_serialization=True)
+    else:
+        _save_beside(folder, plain, scheduler, original.checkpoint)
+    task = "text-to-image" if family.condition == "prompts" else "unconditional-image-generation"
+    header = "" if card.startswith("---\n") else CARD_HEADER.format(task=task)
     (folder / "README.md").write_text(header + card.rstrip() + "\n", encoding="utf-8")
     return folder
+
+
+def save_adapter(folder: Path, adapter: dict[str, torch.Tensor], original: Pretrained) -> Path | None:
+    """Write a low-rank adapter that `pipeline.load_lora_weights(folder)` adds to the original pipeline.
+
+    Args:
+        folder: created where missing.
+        adapter: weights under peft's names, from `adapter_of`.
+        original: what was loaded.
+
+    Returns:
+        The folder; None where this kind of pipeline cannot load adapters.
+    """
+    import diffusers
+
+    family = original.family
+    pipeline_class: Any = getattr(diffusers, family.pipelines[0]) if family.pipelines else None
+    if not hasattr(pipeline_class, "save_lora_weights"):
+        return None
+    pipeline_class.save_lora_weights(folder, **{f"{family.part}_lora_layers": adapter}, safe_serialization=True)
+    return folder
+
+
+def _save_beside(folder: Path, denoiser: Any, scheduler: Any, checkpoint: Checkpoint) -> None:
+    """Network and scheduler as they are now, all other parts as the files that they were."""
+    part = checkpoint.family.part
+    for other in checkpoint.parts.keys() - {part, "scheduler"}:
+        pickles = shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES))
+        shutil.copytree(checkpoint.folder / other, folder / other, ignore=pickles, dirs_exist_ok=True)
+    denoiser.model.save_pretrained(folder / part, safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {key: value for key, value in checkpoint.index.items() if key != "_name_or_path"}
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
@@ -146,19 +210,20 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
     )
 
 
-def _load_unet(checkpoint: Checkpoint, source: str) -> Any:
-    from diffusers import UNet2DModel
+def _load_part(class_name: str, folder: Path, what: str, source: str) -> Any:
+    """A model of diffusers with all its weights."""
+    import diffusers
 
     try:
-        unet, info = UNet2DModel.from_pretrained(
-            str(checkpoint.unet),
+        part, info = getattr(diffusers, class_name).from_pretrained(
+            str(folder),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by kind of damage
-        raise InvalidInputError(f"model: the network of {source!r} cannot be loaded: {error}") from error
+        raise InvalidInputError(f"model: the {what} of {source!r} cannot be loaded: {error}") from error
     if info["missing_keys"]:
         # diffusers would only warn, and leave these weights random.
         missing = info["missing_keys"]
@@ -166,17 +231,32 @@ def _load_unet(checkpoint: Checkpoint, source: str) -> Any:
             f"model: the weights of {source!r} lack {len(missing)} tensors that its config asks for, "
             f"such as {sorted(missing)[0]!r}."
         )
-    if unet.config.out_channels != unet.config.in_channels:
+    return part
+
+
+def _load_network(checkpoint: Checkpoint, source: str) -> Any:
+    network = _load_part(checkpoint.family.network, checkpoint.network, "network", source)
+    channels = network.config.in_channels
+    if network.config.out_channels != channels and checkpoint.family.condition != "classes":
         raise InvalidInputError(
-            f"model: the network of {source!r} returns {unet.config.out_channels} channels for "
-            f"{unet.config.in_channels}, so it predicts a variance as well; only a mean can be fine-tuned so far."
+            f"model: the network of {source!r} returns {network.config.out_channels} channels for "
+            f"{channels}, so it predicts a variance as well; only a mean can be fine-tuned so far."
         )
-    if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
+    network.register_to_config(_name_or_path="")  # a local path, which would be saved with the result
+    return network
+
+
+def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | None:
+    """How many classes the network tells apart."""
+    config = network.config
+    if checkpoint.family.condition == "classes":
+        return int(config.num_embeds_ada_norm)  # DiT; one more row of its embedding stands for no class
+    if checkpoint.family is PIXELS and config.class_embed_type is not None:
         raise InvalidInputError(
-            f"model: the network of {source!r} is class-conditional; only unconditional ones can be fine-tuned so far."
+            f"model: the network of {source!r} embeds its classes by {config.class_embed_type!r}; class-conditional "
+            "networks need class labels, i.e. num_class_embeds without a class_embed_type."
         )
-    unet.register_to_config(_name_or_path="")  # a local path, which would be saved with the result
-    return unet
+    return config.get("num_class_embeds")
 
 
 def _load_scheduler(checkpoint: Checkpoint, source: str) -> Any:

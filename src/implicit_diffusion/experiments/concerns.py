@@ -115,8 +115,8 @@ def _export(outcome: Outcome) -> list[Concern]:
 
 
 def _pixels(outcome: Outcome) -> list[Concern]:
-    before, after = outside(outcome.before), outside(outcome.after)
-    if outcome.before.samples.ndim != 5 or after - before < OUTSIDE:
+    before, after = map(outside, outcome.images) if outcome.images is not None else (0.0, 0.0)
+    if after - before < OUTSIDE:
         return []
     text = (
         f"{percent(after)} of the pixels lie clearly outside [−1, 1], {percent(before)} did before. "

@@ -15,12 +15,12 @@ COLUMNS, ROWS = 4, 5
 
 def samples(outcome: Outcome) -> tuple[Any, str, str] | None:
     """Pairs of images from the same noise, each with its reward."""
-    before, after = outcome.before, outcome.after
-    if before.samples.ndim != 5:
+    if outcome.images is None:
         return None
-    count = min(COLUMNS * ROWS, len(before.samples), len(after.samples))
+    before, after = outcome.images
+    count = min(COLUMNS * ROWS, len(before), len(after))
     rows = -(-count // COLUMNS)
-    height, width = before.samples.shape[-2:]
+    height, width = before.shape[-2:]
     ratios = ([1, 0.05, 1, 0.25] * COLUMNS)[:-1]
     tile = WIDTH / sum(ratios) * height / width  # inches high
     label, header = 0.24, 0.22
@@ -32,16 +32,17 @@ def samples(outcome: Outcome) -> tuple[Any, str, str] | None:
     places = decimals(outcome.plan.reward_std)
     for index in range(count):
         row, column = divmod(index, COLUMNS)
-        for side, (evaluation, colour) in enumerate(((before, BEFORE), (after, AFTER))):
+        sides = (before, outcome.before, BEFORE), (after, outcome.after, AFTER)
+        for side, (images, evaluation, colour) in enumerate(sides):
             axes = figure.add_subplot(grid[row, 4 * column + 2 * side])
-            axes.imshow(_pixels(evaluation.samples[index, 0]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(_pixels(images[index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             reward = f"{evaluation.reward[index, 0]:.{places}f}".replace("-", "−")
             axes.set_xlabel(reward, fontsize=8.5, color=colour, labelpad=2, fontweight="bold" if side else "normal")
             if row == 0:
                 axes.set_title(("before", "after")[side], fontsize=8.5, color=colour, loc="center", pad=3)
-    channels = before.samples.shape[2]
+    channels = before.shape[1]
     shown = "" if channels in (1, 3) else f" Shown is the mean over the {channels} channels."
     caption = (
         f"Each pair starts from the same noise: the pretrained model on the left, the fine-tuned one on the right, its "

@@ -10,156 +10,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from implicit_diffusion.denoisers.kinds import clipped_for, default_kind, pipeline_for, scheduler_for, table_for
-from implicit_diffusion.denoisers.pretrained import Pretrained, as_pipeline, load_pretrained, save_pipeline
-from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.denoisers.lora import adapter_of, merged
+from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
 from implicit_diffusion.experiments import judging
+from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
+from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, make_loop, scale
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
-from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.sample import write_chain
-from implicit_diffusion.loops import Evaluation, Nested, Queue, Update, evaluate
+from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.loops.memory import check_memory, predict_memory
-from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
+from implicit_diffusion.objectives import DriftPenalty, PathKL
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
 from implicit_diffusion.samplers.chain import Chain
 
-PLAN, DURING, AFTER = 1, 2, 3  # streams of noise apart from training's
-
-
-@dataclass(frozen=True)
-class Config:
-    """Fine-tune a diffusion model for a reward, with a KL leash to the pretrained model.
-
-    Minimises −E[reward] + kl_weight · KL(path). See what each kl_weight can buy first, with --plan.
-    """
-
-    model: str = "digits"
-    """"digits" (shipped), a diffusers folder, or a hub id owner/name."""
-    reward: str = "brightness"
-    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function from (n, C, H, W) to
-    (n,)."""
-    kl_weight: float | None = None
-    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward."""
-    target_kl: float | None = None
-    """Path KL in nats to aim at; see target_kl_mode."""
-    target_kl_mode: Literal["adapt", "stop"] = "adapt"
-    """Adapt β until the path KL sits at the target, or stop there."""
-    plan: bool = False
-    """Only print what each kl_weight can buy, from pretrained samples."""
-    out: Path | None = None
-    """Run directory, new or empty. By default runs/finetune-<time>."""
-    loop: Literal["queue", "nested"] = "queue"
-    """One pipelined loop, or sample-then-differentiate."""
-    scheduler: (
-        Literal["ddpm", "ddim", "euler", "euler-ancestral", "dpm-solver", "flow-euler", "flow-memoryless"] | None
-    ) = None
-    """The chain's sampler, on the checkpoint's noise schedule. By default the one that forgets its start: ddpm for
-    diffusion models, flow-memoryless for flow models. euler and flow-euler have no noise and need --penalty drift."""
-    eta: float = 1.0
-    """Noise of DDIM; 0 is deterministic and needs --penalty drift."""
-    penalty: Literal["path-kl", "drift"] = "path-kl"
-    """What kl_weight weighs: the path KL (rows without noise keep the pretrained network), or the drifts' distance."""
-    num_steps: int = 10
-    """Steps of the chain, N."""
-    batch: int = 16
-    """Trajectories injected per iteration."""
-    stride: int | None = None
-    """Rows that each trajectory in the queue moves per iteration; by default N/10, so that ten batches are in flight
-    each way. More needs less memory and is less stale."""
-    updates: int = 250
-    """Optimizer steps."""
-    lr: float = 5e-5
-    """Adam's learning rate at the start; cosine decay to zero."""
-    max_grad_norm: float = 1.0
-    """Γ is clipped to this norm, in deviations of the pretrained reward."""
-    accumulate: int = 1
-    """Gradients averaged per update."""
-    ema: float | None = None
-    """Decay of an average of the weights, which is then what is judged and exported."""
-    no_clip: bool = False
-    """Switch off the scheduler's clip_sample, which no adjoint passes; what that changes is reported."""
-    seed: int = 0
-    """Of all noise."""
-    starts: int = 256
-    """Initial noises for the plan, 16 trajectories from each, and for judging before and after, 8 from each."""
-    device: str = "auto"
-    """"cpu", "cuda", …; auto takes an accelerator where there is one."""
-
-    def check(self) -> None:
-        """Raise `InvalidInputError` where a number is out of range."""
-        for name in ("num_steps", "batch", "updates", "accumulate", "stride"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {value}")
-        for name in ("lr", "max_grad_norm", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-        if self.kl_weight is not None and not 0 <= self.kl_weight < float("inf"):
-            raise InvalidInputError(f"--kl-weight must be finite and ≥ 0, got {self.kl_weight}")
-        if self.target_kl is not None and self.kl_weight == 0:
-            raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
-        if self.target_kl is not None and self.penalty == "drift":
-            raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
-        if self.starts < 4:
-            raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A checkpoint, its chain and the reward: all that does not depend on β."""
-
-    pretrained: Pretrained
-    kind: str
-    chain: Chain
-    reward: Callable[[Tensor], Tensor]
-    clipping: dict[str, float] | None
-    exported: tuple[Any, ChainTable]  # the scheduler of the exported pipeline, and the chain that it runs
-
-
-def build(config: Config) -> Problem:
-    """Load everything, try the reward on two pretrained samples.
-
-    Raises:
-        InvalidInputError: from any of the parts; see `load_pretrained`, `read_table`, `load_reward`, `Reward.check`.
-    """
-    reward = load_reward(config.reward)
-    pretrained = load_pretrained(config.model)
-    pretrained.denoiser.to(_device(config.device))
-    torch.nn.utils.convert_conv2d_weight_memory_format(pretrained.denoiser, torch.channels_last)  # a third faster
-    clip = False if config.no_clip else None
-    kind = config.scheduler or default_kind(pretrained.scheduler)
-    scheduler = scheduler_for(pretrained.scheduler, kind, clip=clip)
-    table = table_for(scheduler, kind, config.num_steps, eta=config.eta)
-    saved, its_kind = pipeline_for(scheduler, kind)
-    as_pipeline(pretrained.denoiser, saved)
-    exported = saved, table_for(saved, its_kind, config.num_steps, eta=config.eta if kind == "ddim" else 0.0)
-    rows: Literal["noiseless"] | tuple[()] = "noiseless" if config.penalty == "path-kl" else ()
-    chain = Chain(pretrained.denoiser, table, pretrained.event_shape, pretrained_rows=rows)
-    if not chain.trained_rows:
-        raise InvalidInputError(
-            f"no row of {table.name} has noise, so a path KL leaves nothing to train; take a --scheduler with noise "
-            "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or --penalty drift"
-        )
-    Reward(reward).check(judging.particles(chain))
-    clipping = None
-    if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
-        clipped, options = clipped_for(pretrained.scheduler, kind, noisy=bool(table.s.any()), eta=config.eta)
-        clipping = judging.effect_of_clipping(chain, clipped, reward, Noise(config.seed).stream(PLAN), options)
-    return Problem(pretrained, kind, chain, reward, clipping, exported)
+PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -170,17 +42,22 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         directory: of an interrupted run to go on with; None begins a new one.
     """
     config.check()
+    if directory is not None and (directory.path / PROMPTS).is_file():
+        config = replace(config, prompts=directory.path / PROMPTS)
     config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     out = config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}")
     if directory is None:
         RunDirectory.check(out)
     problem, noise = build(config), Noise(config.seed)
+    config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
     loop = make_loop(config, problem, noise)
     memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
     samples = _pretrained_samples(config, problem, noise)
-    plan = make_plan(samples)
+    plan = make_plan(samples, conditional=problem.chain.condition is not None)
     directory = directory or RunDirectory.create(out)  # from here on, nothing is refused
+    if problem.conditioning.prompts:
+        (directory.path / PROMPTS).write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
     show(plan)
     plot(plan, samples, directory.figure("plan"))
     if config.plan:
@@ -210,6 +87,12 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         "stopped": state.stopped,
         "staleness_max": state.metrics.get("staleness_max"),
         "predicted_memory_bytes": memory.total,
+        "condition": problem.pretrained.condition,
+        "pipeline_class": (problem.pretrained.family.pipelines or (None,))[0],
+        "event_shape": problem.chain.event_shape,
+        "num_classes": problem.pretrained.num_classes,
+        "compiled": problem.compiled,
+        **({"reward_std_before": plan.reward_std} if plan.conditional else {}),
         "clipping": problem.clipping,
         "pipeline": problem.exported[1].name,
         "pipeline_is_the_chain": loop.chain.table.agrees_with(problem.exported[1]),
@@ -219,10 +102,10 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     }
     resolved = json.loads((directory.path / "config.json").read_text())
     card = judging.model_card(resolved, summary, loop.chain)
-    save_pipeline(directory.model, state.model, problem.exported[0], card)
-    write_chain(directory.model, loop.chain.table, **({"eta": config.eta} if problem.kind == "ddim" else {}))
+    _export(config, problem, state, directory, card)
     directory.write_summary(summary)
-    outcome = Outcome(resolved, summary, plan, before, after, found.bound, directory.read_metrics())
+    decoded: Any = problem.decoded(before, after)
+    outcome = Outcome(resolved, summary, plan, before, after, found.bound, directory.read_metrics(), decoded)
     report = write_report(outcome, draw(outcome, directory), directory)
     judging.print_headline(summary, directory, report)
     return summary
@@ -233,30 +116,22 @@ def plan_beta(plan: Plan) -> float:
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
 
 
-def make_loop(config: Config, problem: Problem, noise: Noise) -> ChainLoop:
-    """The loop that `config` asks for, before β and the clip are known; `scale` sets them."""
-    penalty: Objective = PathKL() if config.penalty == "path-kl" else DriftPenalty()
-    objective = Reward(problem.reward) + (1.0 if config.kl_weight is None else config.kl_weight) * penalty
-    optimizer = torch.optim.Adam(problem.pretrained.denoiser.parameters(), lr=config.lr)
-    update = Update(
-        optimizer,
-        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates),
-        ema_decay=config.ema,
-        accumulate=config.accumulate,
-    )
-    if config.loop == "nested":
-        return Nested(problem.chain, objective, update, batch=config.batch, noise=noise)
-    return Queue(problem.chain, objective, update, batch=config.batch, noise=noise, stride=config.stride or 1)
-
-
-def scale(loop: ChainLoop, beta: float, max_grad_norm: float) -> None:
-    """Set what the plan decides: β, and the clip, since the norm of Γ is in units of the reward."""
-    loop.objective = loop.objective.with_weight(PathKL, beta).with_weight(DriftPenalty, beta)
-    loop.update.max_grad_norm = max_grad_norm
+def _export(config: Config, problem: Problem, state: Fit, directory: RunDirectory, card: str) -> None:
+    """The pipeline with the trained network, adapters merged; and the adapters alone, where diffusers loads them."""
+    save_pipeline(directory.model, merged(state.model), problem.exported[0], card, original=problem.pretrained)
+    adapter = adapter_of(state.model)
+    if adapter is not None:
+        save_adapter(directory.model / "lora", adapter, problem.pretrained)
+    options = {"eta": config.eta if problem.kind == "ddim" else None}
+    options |= {"guidance": config.guidance, "null_class": config.null_class}
+    given = {name: value for name, value in options.items() if value is not None}
+    write_chain(directory.model, problem.chain.table, **given)
 
 
 def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
-    held_out = HeldOut(problem.reward, noise.stream(DURING), every=max(1, config.updates // 10))
+    held_out = HeldOut(
+        problem.reward, noise.stream(DURING), every=max(1, config.updates // 10), starts=min(128, 8 * config.starts)
+    )
     if config.target_kl is None:
         return [held_out]
     reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)
@@ -279,17 +154,11 @@ def _pretrained_samples(config: Config, problem: Problem, noise: Noise) -> Evalu
 def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Before, after, and the exported pipeline with the trained network on all rows, on the same noise."""
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
-    everywhere = Chain(chain.denoiser, problem.exported[1], chain.event_shape, reference=chain.denoiser)
+    network, condition = chain.denoiser, chain.condition
+    everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
     with progress(3 * 8 * config.starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)
         before = evaluate_pretrained(chain, reward, noise, name=config.reward, **sizes)
         after, exported = (evaluate(judged, reward, noise, **sizes) for judged in (chain, everywhere))
     return before, after, exported
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, captured
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives.reward import Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.samplers.chain import Chain
@@ -33,7 +35,8 @@ class Judgement:
 
 def particles(chain: Chain) -> Particles:
     """Two pretrained samples, to try a reward on."""
-    return Particles(chain.sample(Noise(0), 2, TRIAL))
+    noise = Noise(0)
+    return chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
 
 
 def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: float) -> Judgement:
@@ -83,7 +86,7 @@ def digits_quality(before: Evaluation, after: Evaluation, exported: Evaluation) 
 
 @torch.no_grad()
 def effect_of_clipping(
-    chain: Chain, clipped: Any, reward: Callable[[Tensor], Tensor], noise: Noise, options: dict[str, Any]
+    chain: Chain, clipped: Any, reward: Callable[..., Tensor], noise: Noise, options: dict[str, Any]
 ) -> dict[str, float]:
     """What switching `clip_sample` off changed, on 128 samples of the same noise.
 
@@ -95,19 +98,19 @@ def effect_of_clipping(
         options: of `clipped.step`.
     """
     count = 128
-    x = chain.initial(noise, count)
+    x, condition = chain.initial(noise, count), chain.conditions(noise, count, [0])
     clipped.set_timesteps(chain.num_steps)
     with chain.evaluating():
         for row, t in enumerate(clipped.timesteps):
-            u = chain.denoiser(x, t.to(x.device, x.dtype).expand(count))
+            u = chain.transition(x[None], [row], condition=condition).u[0]
             generator = noise.generator(0, row + 1, device=x.device)
             x = clipped.step(u, t, x, generator=generator, **options).prev_sample
     free = chain.sample(noise, count)
     return {
         "mean_absolute_change": (free - x).abs().mean().item(),
         "largest_change": (free - x).abs().max().item(),
-        "reward_with_clipping": reward(x).mean().item(),
-        "reward_without_clipping": reward(free).mean().item(),
+        "reward_with_clipping": Reward(reward).of(chain.endpoint(x, noise)).mean().item(),
+        "reward_without_clipping": Reward(reward).of(chain.endpoint(free, noise)).mean().item(),
     }
 
 
@@ -123,6 +126,7 @@ def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) ->
 it runs {summary["pipeline"]} with the trained network, and earns what the table says. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
+    guidance = f", guidance {config['guidance']:g}" if config.get("guidance") else ""
     return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
 
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × KL of the sampling path to the pretrained
@@ -141,10 +145,10 @@ model, over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name})
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-images = pipeline(batch_size=16, num_inference_steps={chain.num_steps}{eta}).images
+{usage(config, summary)}
 ```
 
-Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}, {spacing}.
+Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 β = {summary["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments.plan import Plan
@@ -27,6 +28,7 @@ class Outcome:
         after: the fine-tuned chain on the same noise.
         bound: J* and the law that attains it; None where the objective has no path KL.
         metrics: the lines of metrics.jsonl, one per update.
+        decoded: images of the first starts, before and after, where samples are latents.
     """
 
     config: dict[str, Any]
@@ -36,6 +38,14 @@ class Outcome:
     after: Evaluation
     bound: Bound | None
     metrics: list[dict[str, Any]]
+    decoded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def images(self) -> tuple[Tensor, Tensor] | None:
+        """Images before and after from the same noise, each of shape (n, C, H, W); None where samples are none."""
+        if self.decoded is not None or self.before.samples.ndim != 5:
+            return self.decoded
+        return self.before.samples[:, 0], self.after.samples[:, 0]
 
     @property
     def beta(self) -> float:
@@ -103,6 +113,6 @@ def percent(share: float | None, error: float | None = None) -> str:
     return f"{text}\N{NO-BREAK SPACE}%"
 
 
-def outside(evaluation: Evaluation, margin: float = 0.1) -> float:
+def outside(images: Tensor, margin: float = 0.1) -> float:
     """Share of pixels outside [-1, 1] by more than `margin`, which an image file cannot show."""
-    return (evaluation.samples.abs() > 1 + margin).to(torch.float64).mean().item()
+    return (images.abs() > 1 + margin).to(torch.float64).mean().item()

@@ -4,13 +4,16 @@ A few trajectories from each of many x_0, scored once, give for every β the rew
 law dP* ∝ e^{R/β} dP_0, which no fine-tuning can beat in J = −E R + β·KL (`implicit_diffusion.loops.bound`), and tell
 how far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β: the β on offer are
 those that would buy round numbers of σ.
+
+Where samples come under prompts or class labels, these are no sampler's choice: the bound is then the one given the
+start (x_0 and its prompt), and σ the deviation between samples of one start.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,10 @@ class Plan:
     Args:
         reward: E R of the pretrained chain, with its standard error; `reward_std` is the deviation between samples.
         bounds: the optimum for each β, the weakest tilt first; the unconditional bound, which is never too pessimistic
-            and tight where `memory` is small.
+            and tight where `memory` is small, or the one given the start.
         memory: share of the reward's variance that x_0 decides, with its standard error; 0 for a memoryless chain.
+        conditional: whether the bounds are given the start; `reward_se` of a bound is then that of the gain, which the
+            spread between prompts does not enter.
     """
 
     reward: float
@@ -39,6 +44,7 @@ class Plan:
     bounds: tuple[Bound, ...]
     memory: float
     memory_se: float
+    conditional: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
         """The table: one row per β, gains relative to the pretrained chain, J in units of reward."""
@@ -46,7 +52,7 @@ class Plan:
             {
                 "kl_weight": b.beta,
                 "reward_gain": b.reward - self.reward,
-                "reward_gain_se": math.hypot(b.reward_se, self.reward_se),
+                "reward_gain_se": b.reward_se if self.conditional else math.hypot(b.reward_se, self.reward_se),
                 "reward_gain_in_std": (b.reward - self.reward) / self.reward_std,
                 "path_kl": b.path_kl,
                 "path_kl_se": b.path_kl_se,
@@ -69,25 +75,30 @@ class Plan:
         }
 
 
-def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None) -> Plan:
+def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None, *, conditional: bool = False) -> Plan:
     """The plan from trajectories of the pretrained chain, several per start.
 
     Args:
         evaluation: of the pretrained chain; 256 starts with 16 repeats resolve a gain of two deviations.
         betas: KL weights to try; by default those of `GAINS`.
+        conditional: given the start; for chains under a condition.
 
     Raises:
         InvalidInputError: a reward that does not vary over the samples: nothing can be tilted.
     """
     reward, reward_se = mean_and_error(evaluation.reward)
-    std = evaluation.reward.double().std().item()
+    values = evaluation.reward.double()
+    std = (values.var(1).mean().sqrt() if conditional else values.std()).item()
     if not std > 0:
         raise InvalidInputError(f"reward is {reward:g} for every pretrained sample; fine-tuning needs one that varies")
     chosen = sorted(betas or (std / gain for gain in GAINS), reverse=True)
     memory, memory_se = memory_of_start(evaluation.reward)
-    return Plan(
-        reward, reward_se, std, tuple(bound(evaluation, beta, conditional=False) for beta in chosen), memory, memory_se
-    )
+    bounds = [bound(evaluation, beta, conditional=False) for beta in chosen]
+    if conditional:  # of rewards less their start's mean: a tilt given the start shifts with it
+        centred = replace(evaluation, reward=evaluation.reward - evaluation.reward.mean(1, keepdim=True))
+        found = [bound(centred, beta) for beta in chosen]
+        bounds = [replace(b, reward=b.reward + reward, j=b.j - reward) for b in found]
+    return Plan(reward, reward_se, std, tuple(bounds), memory, memory_se, conditional)
 
 
 def show(plan: Plan, unit: str = "") -> None:
@@ -95,10 +106,11 @@ def show(plan: Plan, unit: str = "") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    decides = "x_0 and its condition decide" if plan.conditional else "x_0 decides"
     table = Table(
         title=f"What the KL weight buys (pretrained reward {plan.reward:.4g} ± {plan.reward_se:.1g}{unit}, "
         f"deviation between samples {plan.reward_std:.3g})",
-        caption=f"Best possible, not yet what N steps attain. x_0 decides {100 * plan.memory:.1f} ± "
+        caption=f"Best possible, not yet what N steps attain. {decides} {100 * plan.memory:.1f} ± "
         f"{100 * plan.memory_se:.1f} % of the reward's variance (0 % = memoryless). A '?' marks numbers that rest on "
         "too few effective samples.",
     )

@@ -3,9 +3,10 @@
 The plan and the judgement "before" cost as much as some training, and are the same for every β, learning rate and loop.
 They are kept as safetensors under IMPLICIT_DIFFUSION_CACHE ("off" keeps nothing; by default
 ~/.cache/implicit-diffusion), one folder per key, which may be deleted at any time. The key hashes all that decides the
-numbers: the network's weights and configuration, the chain's table, the reward, the noise, the sizes, device and dtype,
-the versions of torch, diffusers and NumPy, and every file of this package. Rewards of the user's own are not
-remembered, for what their code depends on is not known, and neither are evaluations too large for a cache.
+numbers: the network's weights, configuration and precision, the chain's table, the reward, the noise, the sizes, device
+and dtype, the versions of torch, diffusers and NumPy, and every file of this package. Rewards of the user's own are not
+remembered, for what their code depends on is not known, and neither are chains under conditions or evaluations too
+large for a cache.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
@@ -35,7 +36,7 @@ LIMIT = 64_000_000  # bytes of one evaluation
 
 def evaluate_pretrained(
     chain: Chain,
-    reward: Callable[[Tensor], Tensor],
+    reward: Callable[..., Tensor],
     noise: Noise,
     *,
     name: str,
@@ -54,7 +55,7 @@ def evaluate_pretrained(
         repeats: trajectories from each x_0.
         progress: called with the number of trajectories just done.
     """
-    folder = _cache()
+    folder = _cache() if chain.condition is None else None
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
     if folder is None or ":" in name or size > LIMIT or not isinstance(chain.reference, DiffusersDenoiser):
         return evaluate(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
@@ -78,6 +79,7 @@ def _cache() -> Path | None:
 def _key(chain: Chain, network: DiffusersDenoiser, *others: object) -> str:
     """The key of an evaluation; `others` are told apart by their repr."""
     told = [_software(), repr(others), str(chain.device), str(chain.dtype), str(chain.event_shape)]
+    told += [str(network.precision), str(network.compiled is not None)]
     told += [json.dumps(chain.table.to_dict()), json.dumps(dict(network.model.config), default=str, sort_keys=True)]  # type: ignore[arg-type]
     digest = hashlib.sha256("\n".join(told).encode())
     for name, weight in network.state_dict().items():

@@ -15,6 +15,7 @@ from typing import Any
 
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.outcome import Outcome, Picture, number, outside, percent
+from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.runs import RunDirectory
 
 CSS = Path(__file__).with_suffix(".css")
@@ -155,10 +156,9 @@ def _quality(outcome: Outcome) -> str:
     looks = [s.get(f"quality_{when}") for when in ("before", "after", "exported")]
     rewards = ((s[name], s[name + "_se"]) if s.get(name) is not None else (None, None) for name in REWARDS)
     rows = [["mean reward", "", *(number(*reward) for reward in rewards)]]
-    if outcome.before.samples.ndim == 5:
-        rows.append(
-            ["pixels outside [−1, 1]", "", percent(outside(outcome.before)), percent(outside(outcome.after)), ""]
-        )
+    if outcome.images is not None:
+        before, after = outcome.images
+        rows.append(["pixels outside [−1, 1]", "", percent(outside(before)), percent(outside(after)), ""])
     if looks[0] and looks[1]:
         for label, key in QUALITY.items():
             write = _two_digits if key in ("mmd", "nearest_distance") else percent
@@ -223,13 +223,10 @@ what training attains. The pretrained reward is {number(plan.reward, plan.reward
 
 def _use(outcome: Outcome, directory: RunDirectory) -> str:
     config = outcome.config
-    options = f"num_inference_steps={config['num_steps']}"
-    if config["scheduler"] == "ddim":
-        options += f", eta={config.get('eta', 1.0):g}"
     code = f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
-images = pipeline(batch_size=16, {options}).images"""
+{usage(config, outcome.summary)}"""
     other = ""
     if not outcome.summary.get("pipeline_is_the_chain", True):
         other = (

@@ -17,14 +17,16 @@ def resume(path: Path) -> dict[str, Any]:
     Raises:
         InvalidInputError: no interrupted run there.
     """
-    from implicit_diffusion.experiments import ebm, finetune
+    from implicit_diffusion.experiments import ebm, finetune, finetune_config
 
     directory = RunDirectory(path)
     if not directory.checkpoint.exists() or (path / "summary.json").exists():
         raise InvalidInputError(f"{path} is no interrupted run: it needs a checkpoint/ and no summary.json")
     values = json.loads((path / "config.json").read_text())
-    for experiment in (finetune, ebm):
-        kind: Any = experiment.Config
-        if {field.name for field in dataclasses.fields(kind)} == values.keys():
-            return experiment.run(kind(**values | {"out": path}), directory)
+    experiments: tuple[tuple[Any, Any], ...] = ((finetune_config.Config, finetune.run), (ebm.Config, ebm.run))
+    for kind, run in experiments:
+        fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+        if fields.keys() == values.keys():
+            paths = {name: Path(values[name]) for name in fields if "Path" in fields[name] and values[name] is not None}
+            return run(kind(**values | paths | {"out": path}), directory)
     raise InvalidInputError(f"{path}/config.json belongs to no experiment of this release that can be resumed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments import finetune
+from implicit_diffusion.experiments import finetune, finetune_config
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.outcome import number, percent
 from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.experiments.problem import PLAN, build
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.resuming import resume
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, bound
+from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
@@ -35,7 +37,7 @@ from implicit_diffusion.runs.directory import plain
 CURVE = 12  # KL weights of the drawn frontier
 KEPT = ("reward_before", "reward_after", "reward_exported", "path_kl", "j_before", "j_after", "j_bound", "captured")
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
-LEFT_BY_AN_EARLY_END = {"config.json", "figures"}  # of a run that ended before its first checkpoint
+LEFT_BY_AN_EARLY_END = {"config.json", "figures", finetune.PROMPTS}  # of a run that ended before its first checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Config:
 
     kl_weights: tuple[float, ...] = ()
     """The β's, in reward per nat. By default the plan's, for gains of ¼ to 2 deviations of the pretrained reward."""
-    each: finetune.Config = field(default_factory=finetune.Config)
+    each: finetune_config.Config = field(default_factory=finetune_config.Config)
     """Options of every run; --out is the sweep's folder, one subfolder per run."""
 
     def check(self) -> None:
@@ -77,24 +79,25 @@ def run(config: Config) -> dict[str, Any]:
     config.check()
     out = config.each.out or Path(f"runs/sweep-{datetime.now(UTC):%Y%m%dT%H%M%S}")
     _check_folder(out, config)
-    samples = _pretrained(config.each)
-    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples).bounds))
+    samples, conditional = _pretrained(config.each)
+    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
     directory = RunDirectory(out)
     out.mkdir(parents=True, exist_ok=True)
     directory.write_config(_settings(config))
     for beta in betas:
         _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"))
     found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
+    frontier = _frontier(samples, list(found), conditional)
     summary = {
         "reward": config.each.reward,
         "reward_pretrained": mean_and_error(samples.reward)[0],
         "reward_pretrained_se": mean_and_error(samples.reward)[1],
         "rows": [{"kl_weight": beta, **s} for beta, (s, _) in found.items()],
-        "frontier": [_point(b) for b in _frontier(samples, list(found))],
+        "frontier": [_point(b) for b in frontier],
     }
     directory.write_summary(summary)
     show(summary)
-    plot(summary, {beta: metrics for beta, (_, metrics) in found.items()}, samples, directory.figure("frontier"))
+    plot(summary, {beta: metrics for beta, (_, metrics) in found.items()}, frontier, directory.figure("frontier"))
     print(f"sweep     {out}")
     return summary
 
@@ -119,11 +122,11 @@ def _check_folder(out: Path, config: Config) -> None:
         raise InvalidInputError(f"--out {out} holds a sweep of other options: {told}; choose another --out")
 
 
-def _pretrained(each: finetune.Config) -> Evaluation:
-    """Trajectories of the pretrained chain, those of every run's plan."""
-    problem, noise = finetune.build(each), Noise(each.seed).stream(finetune.PLAN)
+def _pretrained(each: finetune_config.Config) -> tuple[Evaluation, bool]:
+    """Trajectories of the pretrained chain, those of every run's plan, and whether they come under a condition."""
+    problem, noise = build(each), Noise(each.seed).stream(PLAN)
     with progress(16 * each.starts, "planning") as bar:
-        return evaluate_pretrained(
+        samples = evaluate_pretrained(
             problem.chain,
             problem.reward,
             noise,
@@ -132,9 +135,10 @@ def _pretrained(each: finetune.Config) -> Evaluation:
             repeats=16,
             progress=lambda done: bar.update(advance=done),
         )
+    return samples, problem.chain.condition is not None
 
 
-def _one(config: finetune.Config) -> None:
+def _one(config: finetune_config.Config) -> None:
     """Run, go on, or leave alone what is finished."""
     assert config.out is not None
     if (config.out / "summary.json").exists():
@@ -160,10 +164,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return kept, RunDirectory(folder).read_metrics()
 
 
-def _frontier(samples: Evaluation, betas: list[float]) -> list[Bound]:
+def _frontier(samples: Evaluation, betas: list[float], conditional: bool) -> tuple[Bound, ...]:
     """The optimum for each β, and for some in between, the weakest tilt first."""
     curve = np.geomspace(max(betas), min(betas), CURVE).tolist() if len(betas) > 1 else []
-    return [bound(samples, beta, conditional=False) for beta in sorted({*betas, *curve}, reverse=True)]
+    return make_plan(samples, sorted({*betas, *curve}, reverse=True), conditional=conditional).bounds
 
 
 def _point(b: Bound) -> dict[str, Any]:
@@ -192,7 +196,9 @@ def show(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def plot(summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], samples: Evaluation, path: Path) -> None:
+def plot(
+    summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], frontier: Sequence[Bound], path: Path
+) -> None:
     """The frontier with all runs, and reward and path KL over the updates, one colour per β."""
     import matplotlib
 
@@ -201,7 +207,7 @@ def plot(summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], sa
         shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(rows)))
         figure = canvas(7.6)
         axes = figure.subplot_mosaic([["top", "top"], ["reward", "kl"]], height_ratios=[3, 2])
-        _draw_frontier(axes["top"], summary, _frontier(samples, [row["kl_weight"] for row in rows]))
+        _draw_frontier(axes["top"], summary, frontier)
         for row, shade in zip(rows, shades):
             bars = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_after_se"], "elinewidth": 1.3}
             end = row["path_kl"], row["reward_after"]
@@ -218,7 +224,7 @@ def plot(summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], sa
         figure.savefig(path)
 
 
-def _draw_frontier(axes: Any, summary: dict[str, Any], found: list[Bound]) -> None:
+def _draw_frontier(axes: Any, summary: dict[str, Any], found: Sequence[Bound]) -> None:
     """What can be had: the curve, and open circles where it rests on too few effective samples."""
     bounds = [b for b in found if b.path_kl > 0]
     if bounds:

@@ -14,7 +14,7 @@ costs one call of the network with gradient, through `.backward()`, so that dist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -27,12 +27,13 @@ from implicit_diffusion.samplers.chain import Chain
 
 
 def terminal_adjoint(
-    objective: Objective, x: Float[Tensor, "batch *event"]
+    objective: Objective, x: Float[Tensor, "batch *event"], condition: Mapping[str, Tensor] | None = None
 ) -> tuple[Float[Tensor, "batch *event"], dict[str, Tensor]]:
     """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        values = [(c, term, term.value(Particles(x))) for c, term in objective.terminal]
+        ends = Particles(x, condition=condition)
+        values = [(c, term, term.value(ends)) for c, term in objective.terminal]
         total = sum((c * value for c, _, value in values), start=0 * x.sum())
     (adjoint,) = torch.autograd.grad(total, x)
     return adjoint, {term.name: value.detach() for _, term, value in values}
@@ -44,6 +45,7 @@ def pull_back(
     x: Float[Tensor, "slots batch *event"],
     rows: Sequence[int],
     adjoint: Float[Tensor, "slots batch *event"],
+    condition: Mapping[str, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]]]:
     """One row of the adjoint on several slots at once: adds ∇_θ surrogate to `.grad`.
 
@@ -53,13 +55,14 @@ def pull_back(
         x: states x_k, one row k per slot.
         rows: the rows k, one per slot.
         adjoint: λ_{k+1}.
+        condition: of the slots, from `Chain.conditions`.
 
     Returns:
         λ_k, and the batch mean of every running cost on every slot, unweighted, by name.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        transition = chain.transition(x, rows, reference=bool(objective.running))
+        transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
         surrogate = (transition.b * adjoint * transition.u).sum()
         costs = {}
         for weight, term in objective.running:
@@ -83,11 +86,13 @@ class Adjoint:
             every term's value by name, unweighted, running costs summed over the rows (a path KL is in nats).
         """
         states = chain.trajectory(noise, batch, index)
+        condition = chain.conditions(noise, batch, [index])
         with chain.evaluating():
-            adjoint, values = terminal_adjoint(objective, states.pop())
+            end = chain.endpoint(states.pop(), noise, index)
+            adjoint, values = terminal_adjoint(objective, end.x, end.condition)
             lam = adjoint[None]
             for row in reversed(range(chain.num_steps)):
-                lam, costs = pull_back(chain, objective, states.pop()[None], [row], lam)
+                lam, costs = pull_back(chain, objective, states.pop()[None], [row], lam, condition)
                 for name, cost in costs.items():
                     values[name] = values.get(name, 0) + cost.sum()
         return values

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
-from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
 
 
@@ -31,8 +30,9 @@ class FullBackprop:
                     cost = running.cost(transition).mean()
                     total = total + weight * cost
                     values[running.name] = values.get(running.name, 0) + cost.detach()
+            end = chain.endpoint(x, noise, index)
             for weight, term in objective.terminal:
-                value = term.value(Particles(x))
+                value = term.value(end)
                 total = total + weight * value
                 values[term.name] = value.detach()
             total.backward()

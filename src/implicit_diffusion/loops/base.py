@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.loops.update import Update
+from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 
@@ -58,9 +58,12 @@ class Loop(ABC):
         """The work so far, by name."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: tensors, numbers and strings in dicts and lists."""
+        """All that the next step depends on: tensors, numbers and strings in dicts and lists.
+
+        Frozen parameters (all but the adapter's, under LoRA) are no part of it: they are those of the arguments.
+        """
         return {
-            "model": dict(self.model.state_dict()),
+            "model": moving(self.model),
             "update": self.update.state_dict(),
             "weights": [weight for weight, _ in self.objective.terms],
             "seed": self.noise.seed,
@@ -75,7 +78,7 @@ class Loop(ABC):
         """
         if state["seed"] != self.noise.seed:
             raise InvalidInputError(f"state was saved under seed {state['seed']}, but noise has seed {self.noise.seed}")
-        self.model.load_state_dict(state["model"])
+        restore(self.model, state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)
         self.objective = Objective(tuple(zip(state["weights"], terms, strict=True)))

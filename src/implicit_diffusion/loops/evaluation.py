@@ -21,7 +21,10 @@ from torch import Tensor
 
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
+from implicit_diffusion.objectives.reward import Reward
 from implicit_diffusion.samplers.chain import Chain
+
+NUMBERS = 2**18  # in the states of one network call
 
 
 @dataclass(frozen=True)
@@ -55,38 +58,43 @@ def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, flo
 @torch.no_grad()
 def evaluate(
     chain: Chain,
-    reward: Callable[[Tensor], Tensor],
+    reward: Callable[..., Tensor],
     noise: Noise,
     *,
     starts: int,
     repeats: int = 1,
-    chunk: int = 256,
+    chunk: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Sample a chain and score its samples.
 
-    Two chains evaluated under the same noise share x_0 and every ξ_k, so that their differences are sharp.
+    Two chains evaluated under the same noise share x_0, its condition and every ξ_k, so that their differences are
+    sharp. A start is an x_0 with its condition: all its repeats have the same prompt.
 
     Args:
         chain: the sampler; a chain whose denoiser is its own reference has log-ratio zero and pays one network call
             per step.
-        reward: R, (n, *event) → (n,).
+        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
         noise: of the evaluation; take `Noise(seed).stream(1)` to keep it apart from training.
         starts: independent x_0.
         repeats: trajectories from each x_0; the conditional bound needs several.
-        chunk: trajectories in one network call, rounded down to whole starts. Numbers depend on it through the noise.
+        chunk: trajectories in one network call, rounded down to whole starts; by default 256 small ones, and fewer
+            the larger they are. Numbers depend on it through the noise.
         progress: called with the number of trajectories just done.
     """
     parts: list[tuple[Tensor, ...]] = []
+    if chunk is None:
+        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
     size = max(1, chunk // repeats)
     compare = chain.denoiser is not chain.reference
+    score = Reward(reward)
     singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
     with chain.evaluating():
         for index, first in enumerate(range(0, starts, size)):
             x = chain.initial(noise, min(size, starts - first), index).repeat_interleave(repeats, 0)
             kl = log_ratio = x.new_zeros(len(x))
             for row, (transition, xi, state) in enumerate(
-                chain.walk(x, noise, index, reference=compare and not singular)
+                chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
             ):
                 x = state[0]
                 if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
@@ -96,7 +104,8 @@ def evaluate(
                     log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
             if singular:
                 kl, log_ratio = kl + math.inf, log_ratio + math.nan
-            rows = (reward(x), kl, log_ratio, x)
+            end = chain.endpoint(x, noise, index, repeats=repeats)
+            rows = (score.of(end), kl, log_ratio, x)
             parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))
             progress(len(x))
     return Evaluation(*(torch.cat(column) for column in zip(*parts)))

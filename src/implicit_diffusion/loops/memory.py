@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.gradients import FullBackprop
 from implicit_diffusion.loops.nested import Nested
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.loops.on_chain import TRIAL, ChainLoop
 from implicit_diffusion.loops.queue import Queue
-from implicit_diffusion.particles import Particles
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,15 @@ def predict_memory(loop: ChainLoop) -> Memory:
 
     def pull(n: int) -> object:
         x = torch.zeros(1, n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
-        transition = chain.transition(x, chain.trained_rows[:1] or [0], reference=bool(objective.running))
+        condition = chain.conditions(loop.noise, n, [TRIAL])
+        rows = chain.trained_rows[:1] or [0]
+        transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
         return [transition.u, *(cost.cost(transition) for _, cost in objective.running)]
 
     def finish(n: int) -> object:
         x = torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
-        return [term.value(Particles(x)) for _, term in objective.terminal]
+        end = chain.endpoint(x, loop.noise, TRIAL)
+        return [term.value(end) for _, term in objective.terminal]
 
     evaluations = chain.evaluations
     with chain.evaluating():
@@ -109,7 +111,7 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
         raise MemoryLimitError(
             f"the run will not fit: it is predicted to need {memory}, of which {_size(needed)} is still to be "
             f"allocated, but {device} has {_size(available)} free; take a smaller batch, a larger stride of the queue, "
-            'or loop="nested"'
+            'loop="nested", gradient checkpointing or low-rank adapters'
         )
 
 

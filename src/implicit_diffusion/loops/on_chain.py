@@ -11,7 +11,6 @@ from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import GibbsObjective, Objective, TerminalObjective
-from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
 
 TRIAL = 2**31  # trajectory on which a loop tries chain and objective; no run injects so many
@@ -47,7 +46,7 @@ class ChainLoop(Loop):
         self.chain, self.batch = chain, batch
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
-        trial = Particles(chain.sample(noise, 2, TRIAL))
+        trial = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
         for weight, term in objective.terms:
             if isinstance(term, TerminalObjective):
                 term.check(trial)

@@ -128,12 +128,14 @@ class Queue(ChainLoop):
             return []
         rows = [slot.row for slot in moving]
         xi = self.chain.innovation(self.noise, self.batch, [slot.index for slot in moving], rows)
-        x = self.chain.transition(torch.stack([slot.states[-1] for slot in moving]), rows).push(xi)
+        condition = self._conditions(moving)
+        x = self.chain.transition(torch.stack([slot.states[-1] for slot in moving]), rows, condition=condition).push(xi)
         for slot, state in zip(moving, x):
             if slot.row + 1 < self.chain.num_steps:
                 slot.states.append(state.clone())  # a view would keep its whole iteration alive
             else:
-                slot.adjoint, values = terminal_adjoint(self.objective, state)
+                end = self.chain.endpoint(state, self.noise, slot.index)
+                slot.adjoint, values = terminal_adjoint(self.objective, end.x, end.condition)
                 self.values |= values
         return [x]
 
@@ -144,12 +146,17 @@ class Queue(ChainLoop):
             return [], []
         rows = [slot.row for slot, _ in turned]
         x = torch.stack([slot.states.pop() for slot, _ in turned])
-        adjoint, costs = pull_back(self.chain, self.objective, x, rows, torch.stack([lam for _, lam in turned]))
+        lam = torch.stack([lam for _, lam in turned])
+        condition = self._conditions([slot for slot, _ in turned])
+        adjoint, costs = pull_back(self.chain, self.objective, x, rows, lam, condition)
         for (slot, _), lam in zip(turned, adjoint):
             slot.adjoint = lam
         for name, cost in costs.items():
             self.costs.setdefault(name, {}).update(zip(rows, cost))
         return [adjoint], rows
+
+    def _conditions(self, slots: list[Slot]) -> dict[str, Tensor] | None:
+        return self.chain.conditions(self.noise, self.batch, [slot.index for slot in slots])
 
     def _diagnose(self) -> str | None:
         states = [(f"states x_{k}", slot, x) for slot in self.slots for k, x in enumerate(slot.states)]

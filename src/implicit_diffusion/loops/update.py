@@ -14,6 +14,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 
 
+def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
+    """The state of a model without its frozen parameters: those that are frozen in `like`, under a prefix."""
+    frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `moving` kept; what it left out must be there already."""
+    model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
+
+
 class Update:
     """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
 
@@ -158,7 +169,7 @@ class Update:
         """All that the next update depends on, but for the model's own parameters."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
-        state["ema"] = None if self.ema is None else dict(self.ema.state_dict())
+        state["ema"] = None if self.ema is None else moving(self.ema, like=self.model, prefix="module.")
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
 
@@ -168,7 +179,7 @@ class Update:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            restore(self.ema, state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient

@@ -173,7 +173,7 @@ class TerminalObjective(GibbsObjective):
         with torch.enable_grad():
             weights = particles.weights.detach()
             logs = weights.log().requires_grad_()
-            value = self.value(Particles(particles.x, logs))
+            value = self.value(Particles(particles.x, logs, condition=particles.condition))
             if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InvalidInputError(

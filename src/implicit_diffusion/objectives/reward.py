@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives.base import TerminalObjective
@@ -20,18 +22,34 @@ class Reward(TerminalObjective):
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype;
-            each reward depends on its own sample alone.
+            each reward depends on its own sample alone. One that takes two arguments, R(x, condition), is also given
+            what the samples were sampled under: tensors by name, as the denoiser gets them.
         name: under which metrics report it.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], name: str = "reward") -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: Callable[..., Tensor], name: str = "reward") -> None:
+        self.function, self.name, self.conditional = function, name, takes_condition(function)
+
+    def of(self, particles: Particles) -> Any:
+        """R at the particles: R(x), or R(x, condition) where it takes two arguments.
+
+        Raises:
+            InvalidInputError: it takes two, but the particles were sampled under nothing.
+        """
+        if not self.conditional:
+            return self.function(particles.x)
+        if particles.condition is None:
+            raise InvalidInputError(
+                "reward takes two arguments, but the samples come without a condition (prompts, class labels): give "
+                "the chain a condition, or take a reward of the samples alone"
+            )
+        return self.function(particles.x, particles.condition)
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
-        return -particles.mean(self.function(particles.x))
+        return -particles.mean(self.of(particles))
 
     def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        reward = self.function(particles.x)
+        reward = self.of(particles)
         return -reward, -particles.mean(reward)
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
@@ -46,7 +64,7 @@ class Reward(TerminalObjective):
         """
         x = particles.x.detach().requires_grad_()
         with torch.enable_grad():
-            reward = self.function(x)
+            reward = self.of(Particles(x, condition=particles.condition))
         self._check_form(reward, x)
         if not reward.requires_grad:
             raise InvalidInputError(
@@ -62,7 +80,7 @@ class Reward(TerminalObjective):
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity."""
         with torch.no_grad():
-            reward = self.function(particles.x)
+            reward = self.of(particles)
         self._check_form(reward, particles.x)
         _check_finite("values", reward)
 
@@ -77,6 +95,16 @@ class Reward(TerminalObjective):
             raise InvalidInputError(
                 f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
             )
+
+
+def takes_condition(function: Callable[..., Any]) -> bool:
+    """Whether a function must be given a second positional argument."""
+    try:
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):  # built-in functions need not have one
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters.values()) >= 2
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

@@ -143,13 +143,13 @@ class HeldOut:
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
     Args:
-        reward: R, (n, *event) → (n,).
+        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
         noise: of the evaluation, the same at every call.
         every: updates between two evaluations.
         starts: trajectories of each.
     """
 
-    reward: Callable[[Tensor], Tensor]
+    reward: Callable[..., Tensor]
     noise: Noise
     every: int = 25
     starts: int = 128

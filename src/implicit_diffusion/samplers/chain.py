@@ -7,26 +7,32 @@ carry a slot axis, (slots, batch, *event), and every slot stands on a row of its
 stages advance in one network call. The pretrained network u_0 acts on the `pretrained_rows` and is what path costs
 compare u_θ with.
 
+Under a `condition`, every trajectory has its own class labels or prompts and the network is u_θ(x, t, **condition).
+They are addressed by key, like the noise: forward and backward passes, nested loops, queues and resumed runs see the
+same ones, and so do u_0 and terminal objectives.
+
 Networks run in eval mode: dropout would make u_θ a random function, and the adjoint of a random function is another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.particles import Particles
 from implicit_diffusion.transition import Transition
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[..., Tensor]
+Condition = Callable[[Noise, int, int], Mapping[str, Tensor]]
 
 
 class Chain:
@@ -34,12 +40,14 @@ class Chain:
 
     Args:
         denoiser: u_θ(x, t), any callable with x of shape (batch, *event) and t of shape (batch,) → shape of x.
-            Trainable where it is an `nn.Module`.
+            Trainable where it is an `nn.Module`. Under a condition it is called as u(x, t, **condition).
         table: the rows (a, b, s, m, t); see `read_table`, `ou_reverse_sde`.
         event_shape: shape of one sample, e.g. (1, 8, 8).
         reference: the pretrained u_0. Where None, a frozen copy of `denoiser` as it stands now.
         pretrained_rows: rows on which u_0 acts in place of u_θ; "noiseless" means those whose noise vanishes, on
             which a path KL would be infinite.
+        condition: (noise, batch, index) → what trajectory `index` is sampled under, tensors with leading dimension
+            `batch` by name; the same arguments must give the same ones. See `Drawn`.
 
     Raises:
         InvalidInputError: an event shape that is empty or not positive; a row that the table does not have.
@@ -53,8 +61,9 @@ class Chain:
         *,
         reference: Denoiser | None = None,
         pretrained_rows: Iterable[int] | Literal["noiseless"] = (),
+        condition: Condition | None = None,
     ) -> None:
-        self.denoiser, self.table, self.event_shape = denoiser, table, tuple(event_shape)
+        self.denoiser, self.table, self.event_shape, self.condition = denoiser, table, tuple(event_shape), condition
         if not self.event_shape or min(self.event_shape) < 1:
             raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}")
         if reference is None:
@@ -81,11 +90,12 @@ class Chain:
         return tuple(row for row in range(self.num_steps) if row not in self.pretrained_rows)
 
     def replace(self, **changes: Any) -> Chain:
-        """The same chain with other `denoiser`, `reference` or `pretrained_rows`."""
+        """The same chain with other `denoiser`, `reference`, `pretrained_rows` or `condition`."""
         kept = {
             "denoiser": self.denoiser,
             "reference": self.reference,
             "pretrained_rows": self.pretrained_rows,
+            "condition": self.condition,
         }
         return Chain(table=self.table, event_shape=self.event_shape, **(kept | changes))
 
@@ -94,11 +104,22 @@ class Chain:
         return self.replace(denoiser=self.reference)
 
     def transition(
-        self, x: Float[Tensor, "slots batch *event"], rows: Sequence[int], *, reference: bool = False
+        self,
+        x: Float[Tensor, "slots batch *event"],
+        rows: Sequence[int],
+        *,
+        reference: bool = False,
+        condition: Mapping[str, Tensor] | None = None,
     ) -> Transition:
         """Predictions and coefficients for states on the given rows, one row per slot.
 
-        With `reference`, u_0 is evaluated on every slot as well. One call of u_θ on the trained slots, one of u_0.
+        One call of u_θ on the trained slots, one of u_0 on the others.
+
+        Args:
+            x: the states.
+            rows: one per slot.
+            reference: evaluate u_0 on every slot as well.
+            condition: tensors with leading dimensions (slots, batch), from `conditions`.
 
         Raises:
             InvalidInputError: the denoiser's output does not have its input's shape.
@@ -106,15 +127,16 @@ class Chain:
         c = self._rows(tuple(rows))
         trained = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
         kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
-        u0 = self._predict(self.reference, x, c) if reference else None
+        every, given = list(range(len(rows))), condition or {}
+        u0 = self._predict(self.reference, x, c, given, every) if reference else None
         if not kept:
-            u = self._predict(self.denoiser, x, c)
+            u = self._predict(self.denoiser, x, c, given, every)
         else:
-            parts = [self._predict(self.reference, x[kept], c, kept) if u0 is None else u0[kept]]
+            parts = [self._predict(self.reference, x[kept], c, given, kept) if u0 is None else u0[kept]]
             if trained:
-                parts.append(self._predict(self.denoiser, x[trained], c, trained))
+                parts.append(self._predict(self.denoiser, x[trained], c, given, trained))
             u, order = torch.cat(parts), sorted(range(len(rows)), key=(kept + trained).__getitem__)
-            if order != list(range(len(rows))):
+            if order != every:
                 u = u[order]
         return Transition(x, u, u0, c["a"], c["b"], c["s"], c["h"], c["trained"])
 
@@ -133,13 +155,48 @@ class Chain:
         draws = (noise.normal(shape, i, k + 1, device=self.device, dtype=self.dtype) for i, k in zip(indices, rows))
         return torch.stack(list(draws))
 
+    def conditions(
+        self, noise: Noise, batch: int, indices: Sequence[int]
+    ) -> dict[str, Shaped[Tensor, "slots batch ..."]] | None:
+        """What trajectories `indices` are sampled under; None for a chain without condition.
+
+        Raises:
+            InvalidInputError: the condition is no dict of tensors with leading dimension `batch`.
+        """
+        if self.condition is None:
+            return None
+        drawn = [self.condition(noise, batch, index) for index in indices]
+        for given in drawn:
+            named = given.items() if isinstance(given, Mapping) else [("condition", given)]
+            bad = [(k, v) for k, v in named if not isinstance(v, Tensor) or v.shape[:1] != (batch,)]
+            if bad or not isinstance(given, Mapping):
+                name, value = bad[0] if bad else ("condition", given)
+                found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise InvalidInputError(
+                    f"condition must return a dict of tensors with leading dimension batch = {batch}, one entry per "
+                    f"sample; {name!r} has {found}"
+                )
+        return {name: torch.stack([given[name] for given in drawn]).to(self.device) for name in drawn[0]}
+
     def walk(
-        self, x: Float[Tensor, "batch *event"], noise: Noise, index: int = 0, *, reference: bool = False
+        self,
+        x: Float[Tensor, "batch *event"],
+        noise: Noise,
+        index: int = 0,
+        *,
+        reference: bool = False,
+        repeats: int = 1,
     ) -> Iterator[tuple[Transition, Tensor | None, Tensor]]:
-        """All N rows from x_0 = `x`: yields (transition, ξ_k, x_{k+1}), each with one slot. Differentiable."""
+        """All N rows from x_0 = `x`: yields (transition, ξ_k, x_{k+1}), each with one slot. Differentiable.
+
+        With `repeats`, as many consecutive states share a condition: those of one start.
+        """
         state = x[None]
+        condition = self.conditions(noise, len(x) // repeats, [index])
+        if condition is not None:
+            condition = {name: value.repeat_interleave(repeats, 1) for name, value in condition.items()}
         for row in range(self.num_steps):
-            transition = self.transition(state, [row], reference=reference)
+            transition = self.transition(state, [row], reference=reference, condition=condition)
             xi = self.innovation(noise, len(x), [index], [row])
             state = transition.push(xi)
             yield transition, xi, state
@@ -161,14 +218,27 @@ class Chain:
                 x = state[0]
         return x
 
+    def endpoint(
+        self, x: Float[Tensor, "batch *event"], noise: Noise, index: int = 0, *, repeats: int = 1
+    ) -> Particles:
+        """The particles that end trajectory `index` at x_N = `x`, with what they were sampled under; see `walk`."""
+        condition = self.conditions(noise, len(x) // repeats, [index])
+        if condition is None:
+            return Particles(x)
+        return Particles(x, condition={k: v[0].repeat_interleave(repeats, 0) for k, v in condition.items()})
+
     def evaluating(self) -> AbstractContextManager[None]:
         """Context in which u_θ and u_0 are deterministic functions (eval mode), restored on exit."""
         return eval_mode(*(f for f in (self.denoiser, self.reference) if isinstance(f, nn.Module)))
 
-    def _predict(self, network: Denoiser, x: Tensor, c: dict[str, Tensor], slots: list[int] | None = None) -> Tensor:
-        m, t = (c["m"], c["t"]) if slots is None else (c["m"][slots], c["t"][slots])
+    def _predict(
+        self, network: Denoiser, x: Tensor, c: dict[str, Tensor], condition: Mapping[str, Tensor], slots: list[int]
+    ) -> Tensor:
+        every = len(slots) == len(c["t"])
+        m, t = (c["m"], c["t"]) if every else (c["m"][slots], c["t"][slots])
         inputs = (m * x).flatten(0, 1)
-        u = network(inputs, t.repeat_interleave(x.shape[1]))
+        given = {name: (value if every else value[slots]).flatten(0, 1) for name, value in condition.items()}
+        u = network(inputs, t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
         if u.shape != inputs.shape:
             raise InvalidInputError(

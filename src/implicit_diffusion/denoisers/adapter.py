@@ -1,0 +1,51 @@
+"""Any network of diffusers as a denoiser u(x, t, **condition).
+
+States, adjoints and path costs stay in the chain's precision: what runs in lower precision is the network alone, by
+autocast, and its output comes back in the precision of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+
+class DiffusersDenoiser(nn.Module):
+    """A diffusers model as a denoiser u(x, t).
+
+    Args:
+        model: called as model(x, timestep=t, return_dict=False, **condition); the first thing that it returns is u, and
+            of a mean with a variance (twice the channels of x) the mean.
+
+    Attributes:
+        precision: dtype that the network's layers compute in, by autocast; None for that of its weights.
+        compiled: called in place of `model`, where it has been compiled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.precision: torch.dtype | None = None
+        self.compiled: Callable[..., Any] | None = None
+
+    def forward(
+        self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
+    ) -> Float[Tensor, "batch *event"]:
+        """u(x, t) with one time per sample; `condition` (class labels, say) goes to the model as it is."""
+        call = self.compiled or self.model
+        with torch.autocast(x.device.type, dtype=self.precision) if self.precision else nullcontext():
+            u = call(x, timestep=t, return_dict=False, **condition)[0]
+        channels = x.shape[1]
+        return (u if u.shape[1] == channels else u[:, :channels]).to(x.dtype)
+
+
+def inner(denoiser: nn.Module) -> nn.Module:
+    """The denoiser inside guidance and embeddings, i.e. at the end of `.denoiser`; itself where there is none."""
+    while isinstance(getattr(denoiser, "denoiser", None), nn.Module):
+        denoiser = denoiser.denoiser  # type: ignore[assignment]
+    return denoiser

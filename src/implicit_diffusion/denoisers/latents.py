@@ -1,0 +1,62 @@
+"""From latents to images: the decoder of a latent diffusion model, inside the reward.
+
+A latent pipeline runs its chain on z and shows x = D(z/σ + μ), with the scaling σ and shift μ of its autoencoder. The
+reward is a function of images, so the chain's terminal objective is R ∘ D, differentiated through the decoder, whose
+weights are frozen. A decoder's activations dwarf those of the rest: it works on a few samples at a time and forgets
+what happens inside, to compute it once more on the way back (gradient checkpointing).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from implicit_diffusion.errors import InvalidInputError
+
+PIXELS = 512 * 512  # decoded at a time
+
+
+class Decoder(nn.Module):
+    """Images D(z/σ + μ) of latents z, nominally in [−1, 1].
+
+    Args:
+        vae: an `AutoencoderKL` of diffusers; frozen here.
+
+    Raises:
+        InvalidInputError: its config names no positive scaling_factor.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        scaling = vae.config.get("scaling_factor")
+        if not scaling or not scaling > 0:
+            raise InvalidInputError(
+                f"model: the autoencoder's scaling_factor is {scaling}, so its latents have no scale; set it in "
+                "vae/config.json (0.18215 for Stable Diffusion 1)"
+            )
+        self.vae = vae.eval().requires_grad_(False)
+        self.scaling, self.shift = float(scaling), float(vae.config.get("shift_factor") or 0.0)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, each way
+
+    def forward(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
+        """x, differentiable in z."""
+        size = z.shape[2] * z.shape[3] * self.factor**2
+        parts = z.split(max(1, PIXELS // size))
+        return torch.cat([checkpoint(self._decode, part, use_reentrant=False) for part in parts])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z / self.scaling + self.shift, return_dict=False)[0]
+
+
+def check_latents(decoder: Decoder, channels: int, source: str) -> None:
+    """Raise `InvalidInputError` where the network's latents are none of the decoder's."""
+    found = decoder.vae.config.latent_channels
+    if found != channels:
+        raise InvalidInputError(
+            f"model: the autoencoder of {source!r} has latents of {found} channels, but its network works on {channels}"
+            "; they belong to different models"
+        )

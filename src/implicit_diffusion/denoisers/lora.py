@@ -1,0 +1,158 @@
+r"""Low-rank adapters: train few numbers, and keep u_0 without a second copy of the weights.
+
+A linear (or convolutional) layer W of the network becomes W + B A, with A: in → r and B: r → out the only weights that
+are trained (Hu et al., *LoRA*, arXiv 2106.09685). B starts at zero, so u_θ starts as u_0; and since W never moves, u_0
+is the same module with its adapters switched off (`WithoutAdapter`).
+
+A network whose activations are recomputed on the way back (gradient checkpointing) is recomputed as it was: the switch
+is remembered with every checkpoint, for the way back of u_0 runs after that of u_θ has switched the adapters on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.noise import Noise
+
+ATTENTION, RESIDUAL = ("to_q", "to_k", "to_v", "to_out.0"), ("conv1", "conv2")
+
+
+def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str] | None = None) -> None:
+    """Put adapters on layers of `network`, in place, and freeze all else.
+
+    Args:
+        network: a diffusers model.
+        rank: r.
+        noise: of the initial A.
+        targets: ends of the names of the layers; by default the projections of attention, and of a network without any
+            the convolutions of its residual blocks.
+
+    Raises:
+        InvalidInputError: a rank below one; targets that match no layer that can be adapted.
+    """
+    import peft
+
+    if rank < 1:
+        raise InvalidInputError(f"--lora-rank must be an integer ≥ 1, got {rank}")
+    found = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    if targets is None:
+        attends = any(name.endswith(ATTENTION[0]) for name in found)
+        targets = ATTENTION if attends else RESIDUAL
+    missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in found)]
+    if missing or not targets:
+        ends = sorted({_end(name) for name in found})
+        raise InvalidInputError(
+            f"--lora-targets: no layer of the network is called {', '.join(missing) or 'nothing'}; among those that "
+            f"can be adapted are {', '.join(ends[:12])}"
+        )
+    network.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # peft draws A; it is drawn again below
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+        peft.inject_adapter_in_model(config, network)
+    for key, (name, parameter) in enumerate(network.named_parameters()):
+        if "lora_A" in name:
+            bound = math.sqrt(1 / parameter[0].numel())  # as nn.Linear does
+            uniform = torch.rand(parameter.shape, generator=noise.generator(key), dtype=torch.float64)
+            parameter.data.copy_(bound * (2 * uniform - 1))
+
+
+def _end(name: str) -> str:
+    """The last word of a layer's name, with a number's owner: "to_out.0"."""
+    words = name.split(".")
+    return ".".join(words[-2:]) if words[-1].isdigit() and len(words) > 1 else words[-1]
+
+
+class WithoutAdapter(nn.Module):
+    """u_0: the same denoiser with its adapters switched off, sharing every weight.
+
+    Args:
+        denoiser: with adapters inside.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(
+        self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
+    ) -> Float[Tensor, "batch *event"]:
+        """u_0(x, t, **condition)."""
+        with _switched(self.denoiser, on=False):
+            return self.denoiser(x, t, **condition)
+
+
+def _layers(module: nn.Module) -> list[Any]:
+    """The adapted layers; none where nothing was adapted, and peft is not imported then."""
+    return [part for part in module.modules() if hasattr(part, "lora_A") and hasattr(part, "enable_adapters")]
+
+
+@contextmanager
+def _switched(module: nn.Module, *, on: bool) -> Iterator[None]:
+    layers = _layers(module)
+    before = [not layer.disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = not on  # `enable_adapters` would also switch the weights' requires_grad
+        yield
+    finally:
+        for layer, was in zip(layers, before):
+            layer._disable_adapters = not was
+
+
+def checkpoint_activations(network: Any) -> None:
+    """Keep only the inputs of the network's blocks, and compute the rest once more on the way back.
+
+    Raises:
+        InvalidInputError: the network's class cannot.
+    """
+
+    def recomputed(block: nn.Module, *arguments: Any) -> Any:
+        layers = _layers(block)
+        on = not layers or not layers[0].disable_adapters
+
+        def run(*given: Any) -> Any:
+            with _switched(block, on=on):
+                return block(*given)
+
+        return checkpoint(run, *arguments, use_reentrant=False)
+
+    try:
+        network.enable_gradient_checkpointing(recomputed)
+    except ValueError as error:
+        raise InvalidInputError(f"--gradient-checkpointing: {error}") from error
+
+
+def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
+    """The weights of the adapter inside, under peft's names; None where there is none."""
+    network: Any = getattr(inner(denoiser), "model", denoiser)
+    if not _layers(network):
+        return None
+    import peft
+
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
+    return {name: weight.detach().cpu().contiguous() for name, weight in found.items()}
+
+
+def merged(denoiser: nn.Module) -> nn.Module:
+    """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights: a plain network again."""
+    plain: Any = copy.deepcopy(inner(denoiser))
+    if _layers(plain):
+        from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+        for layer in _layers(plain):
+            layer.merge()
+        recurse_remove_peft_layers(plain.model)
+        plain.model.__dict__.pop("peft_config", None)
+        plain.requires_grad_(True)
+    return plain

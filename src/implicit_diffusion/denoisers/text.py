@@ -1,0 +1,105 @@
+"""Prompts to embeddings, once: the frozen text encoders fill a table, and are let go before anything is trained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.denoisers.checkpoints import Checkpoint
+from implicit_diffusion.errors import InvalidInputError
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # they look at images
+CHUNK = 16  # prompts encoded together
+
+
+@torch.no_grad()
+def embed_prompts(
+    checkpoint: Checkpoint, network: nn.Module, prompts: Sequence[str], device: torch.device
+) -> dict[str, Float[Tensor, "m ..."]]:
+    """The table of `prompts` and, as its last row, of the empty prompt: what stands for no prompt under guidance.
+
+    Args:
+        checkpoint: of the text-conditional pipeline, whose text encoders are loaded for this call.
+        network: its network, to check the embeddings against.
+        prompts: m − 1 of them.
+        device: to encode on, and where the table stays.
+
+    Returns:
+        the arguments of the network that the pipeline would fill, by name.
+
+    Raises:
+        InvalidInputError: no text encoder there, one that cannot be loaded, or one that belongs to another network.
+    """
+    import diffusers
+
+    encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
+    if not encoders:
+        raise InvalidInputError(f"prompts: {checkpoint.folder} has no text encoder that could read them")
+    family = checkpoint.family
+    pipeline_class = getattr(diffusers, family.pipelines[0])
+    slots = inspect.signature(pipeline_class.__init__).parameters.keys()
+    given: dict[str, Any] = dict.fromkeys(slots - checkpoint.parts.keys() - {"self"} | {*UNUSED} & slots)
+    if "requires_safety_checker" in slots:
+        given["requires_safety_checker"] = False
+    given |= {family.part: network, "vae": None}
+    try:
+        with _quiet():
+            pipeline = pipeline_class.from_pretrained(
+                str(checkpoint.folder), use_safetensors=True, local_files_only=True, **given
+            )
+    except Exception as error:  # whatever the two libraries raise, by kind of damage
+        raise InvalidInputError(f"model: the text encoders of {checkpoint.folder} cannot be loaded: {error}") from error
+    for encoder in encoders:
+        getattr(pipeline, encoder).to(device)
+    texts = [*prompts, ""]
+    parts = [_encode(pipeline, texts[i : i + CHUNK], device) for i in range(0, len(texts), CHUNK)]
+    columns = [torch.cat(column).to(device) for column in zip(*parts)]
+    table = dict(zip(family.embeddings, columns, strict=True))
+    _check_width(network, table)
+    return table
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of two libraries, for what is over in seconds."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    both = (diffusers_logging, transformers_logging)
+    shown = [library for library in both if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tensor]:
+    """What the pipeline makes of prompts, without their unconditional counterparts."""
+    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    if hasattr(pipeline, "text_encoder_3"):
+        embeddings, _, pooled, _ = pipeline.encode_prompt(texts, None, None, **options)
+        return [embeddings, pooled]
+    return [pipeline.encode_prompt(texts, **options)[0]]
+
+
+def _check_width(network: Any, table: dict[str, Tensor]) -> None:
+    """The embeddings against the widths that the network's config names, where it names them."""
+    for column, keys in (
+        ("encoder_hidden_states", ("joint_attention_dim", "cross_attention_dim")),
+        ("pooled_projections", ("pooled_projection_dim",)),
+    ):
+        wanted = next((network.config[key] for key in keys if key in network.config), None)
+        if column in table and isinstance(wanted, int) and table[column].shape[-1] != wanted:
+            raise InvalidInputError(
+                f"model: its text encoders make {column} of width {table[column].shape[-1]}, but its network takes "
+                f"{wanted}; they belong to different models"
+            )

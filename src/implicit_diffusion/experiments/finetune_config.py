@@ -1,0 +1,111 @@
+"""What a fine-tuning run can be asked for: all of its options, with their defaults, on one screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from implicit_diffusion.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fine-tune a diffusion model for a reward, with a KL leash to the pretrained model.
+
+    Minimises −E[reward] + kl_weight · KL(path). See what each kl_weight can buy first, with --plan.
+    """
+
+    model: str = "digits"
+    """"digits" (shipped), a diffusers folder, or a hub id owner/name."""
+    reward: str = "brightness"
+    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function from images (n, C, H, W)
+    to (n,); latents are decoded first. A function of two arguments also gets the prompts, or the class labels."""
+    prompts: Path | None = None
+    """Text file with a prompt per line, for text-conditional models."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, part of the trained chain; by default that of the model's pipeline."""
+    null_class: int | None = None
+    """The label that stands for no class in the guidance of a class-conditional U-Net."""
+    kl_weight: float | None = None
+    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward."""
+    target_kl: float | None = None
+    """Path KL in nats to aim at; see target_kl_mode."""
+    target_kl_mode: Literal["adapt", "stop"] = "adapt"
+    """Adapt β until the path KL sits at the target, or stop there."""
+    reference: str | None = None
+    """The model that the KL is taken to, by default --model itself. Name the original when going on from RUN/model."""
+    plan: bool = False
+    """Only print what each kl_weight can buy, from pretrained samples."""
+    out: Path | None = None
+    """Run directory, new or empty. By default runs/finetune-<time>."""
+    loop: Literal["queue", "nested"] = "queue"
+    """One pipelined loop, or sample-then-differentiate."""
+    scheduler: (
+        Literal["ddpm", "ddim", "euler", "euler-ancestral", "dpm-solver", "flow-euler", "flow-memoryless"] | None
+    ) = None
+    """The chain's sampler, on the checkpoint's noise schedule. By default the one that forgets its start: ddpm for
+    diffusion models, flow-memoryless for flow models. euler and flow-euler have no noise and need --penalty drift."""
+    eta: float = 1.0
+    """Noise of DDIM; 0 is deterministic and needs --penalty drift."""
+    penalty: Literal["path-kl", "drift"] = "path-kl"
+    """What kl_weight weighs: the path KL (rows without noise keep the pretrained network), or the drifts' distance."""
+    num_steps: int = 10
+    """Steps of the chain, N."""
+    batch: int = 16
+    """Trajectories injected per iteration."""
+    stride: int | None = None
+    """Rows that each trajectory in the queue moves per iteration; by default N/10, so that ten batches are in flight
+    each way. More needs less memory and is less stale."""
+    updates: int = 250
+    """Optimizer steps."""
+    lr: float = 5e-5
+    """Adam's learning rate at the start; cosine decay to zero."""
+    max_grad_norm: float = 1.0
+    """Γ is clipped to this norm, in deviations of the pretrained reward."""
+    accumulate: int = 1
+    """Gradients averaged per update."""
+    ema: float | None = None
+    """Decay of an average of the weights, which is then what is judged and exported."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank in place of all weights; the frozen reference then costs no memory."""
+    lora_targets: str | None = None
+    """Layers that get adapters, by the ends of their names, "to_q,to_v"; by default the projections of attention,
+    or the convolutions of a network without attention."""
+    gradient_checkpointing: bool = False
+    """Keep less of the network's activations, and compute it once more on the way back."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Of the network alone, by autocast; states, adjoints, path KL and weights stay in float32."""
+    compile: bool = False
+    """torch.compile the network; what stands in the way is said, and it runs as it is."""
+    no_clip: bool = False
+    """Switch off the scheduler's clip_sample, which no adjoint passes; what that changes is reported."""
+    seed: int = 0
+    """Of all noise."""
+    starts: int = 256
+    """Initial noises for the plan, 16 trajectories from each, and for judging before and after, 8 from each."""
+    device: str = "auto"
+    """"cpu", "cuda", …; auto takes an accelerator where there is one."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
+        for name in ("num_steps", "batch", "updates", "accumulate", "stride", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {value}")
+        for name in ("lr", "max_grad_norm", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+        if self.kl_weight is not None and not 0 <= self.kl_weight < float("inf"):
+            raise InvalidInputError(f"--kl-weight must be finite and ≥ 0, got {self.kl_weight}")
+        if self.target_kl is not None and self.kl_weight == 0:
+            raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
+        if self.target_kl is not None and self.penalty == "drift":
+            raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
+            raise InvalidInputError(f"--guidance must be finite and ≥ 0, got {self.guidance}")
+        if self.lora_rank is None and self.lora_targets is not None:
+            raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
+        if self.starts < 4:
+            raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")

@@ -1,0 +1,99 @@
+"""What the network computes in, and whether it is compiled: its outputs change by rounding, nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from tests import tiny
+
+from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.lora import WithoutAdapter
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments import problem
+from implicit_diffusion.experiments.finetune_config import Config
+from implicit_diffusion.experiments.precision import check_precision
+from implicit_diffusion.loops.memory import predict_memory
+from implicit_diffusion.noise import Noise
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    made = tmp_path_factory.mktemp("place")
+    tiny.class_conditional(made / "classes")
+    (made / "rewards.py").write_text("def label(x, labels): return x.flatten(1).mean(1) * (labels + 1)")
+    return made
+
+
+def build(place, **options):
+    model, reward = str(place / "classes"), f"{place}/rewards.py:label"
+    return problem.build(Config(num_steps=4, model=model, reward=reward, **options))
+
+
+def predictions(chain):
+    """u_θ, u_0 and their x-gradient on the same states."""
+    x = chain.initial(Noise(0), 4)[None].requires_grad_()
+    with torch.enable_grad():
+        here = chain.transition(x, [1], reference=True, condition=chain.conditions(Noise(0), 4, [0]))
+        (slope,) = torch.autograd.grad((here.u + here.u0).sum(), x)
+    return here.u.detach(), here.u0.detach(), slope
+
+
+def test_bf16_is_the_networks_alone(place):
+    half, full = (build(place, precision=precision).chain for precision in ("bf16", "float32"))
+    ours, reference, slope = predictions(half)
+    assert ours.dtype == reference.dtype == slope.dtype == torch.float32
+    assert torch.equal(ours, reference)  # the path KL of the start is zero, not rounding
+    theirs = predictions(full)[0]
+    assert 1e-5 < (ours - theirs).abs().max() / theirs.abs().max() < 0.05
+    assert all(p.dtype == torch.float32 for p in half.denoiser.parameters())
+
+
+def test_devices_without_bf16_and_float16_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(InvalidInputError, match="Tesla T4 does not compute in bfloat16; take float32"):
+        check_precision("bf16", torch.device("cuda"))
+    monkeypatch.setattr("torch.nn.functional.conv2d", lambda *a: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    with pytest.raises(InvalidInputError, match=r"cpu does not compute in it \(no kernel\); take float32"):
+        check_precision("bf16", torch.device("cpu"))
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(place):
+    memory, found = {}, {}
+    for checkpointing in (False, True):
+        config = Config(num_steps=4, gradient_checkpointing=checkpointing, kl_weight=1.0, stride=1)
+        made = build(place, gradient_checkpointing=checkpointing)
+        memory[checkpointing] = predict_memory(problem.make_loop(config, made, Noise(0))).activations
+        found[checkpointing] = predictions(made.chain)
+    assert memory[True] < 0.5 * memory[False]
+    for ours, theirs in zip(found[True], found[False]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """torch.compile without code generation: what is tested is that the network can be traced whole."""
+    compiler = torch.compile
+    monkeypatch.setattr("torch.compile", lambda f, **options: compiler(f, backend="aot_eager", **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_compiled_network_is_the_same_function(place, rank, quick_compiler):
+    made, plain = build(place, compile=True, lora_rank=rank), build(place, lora_rank=rank)
+    assert made.compiled == "compiled"
+    assert (rank is not None) == isinstance(made.chain.reference, WithoutAdapter)
+    for ours, theirs in zip(predictions(made.chain), predictions(plain.chain)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    x = made.chain.sample(Noise(0), 3)  # another batch, without gradient
+    torch.testing.assert_close(x, plain.chain.sample(Noise(0), 3), rtol=1e-3, atol=1e-3)
+    twin = copy.deepcopy(inner(made.chain.denoiser))
+    assert twin.compiled.function is twin.model  # a weight average compiles its own network
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(place, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda f, **options: lambda *a, **k: 1 / 0)
+    with pytest.warns(UserWarning, match="not compiled, runs eagerly: ZeroDivisionError"):
+        made = build(place, compile=True)
+    assert made.compiled == "not compiled: ZeroDivisionError: division by zero"
+    assert torch.equal(predictions(made.chain)[0], predictions(build(place).chain)[0])
