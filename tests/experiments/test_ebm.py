@@ -29,6 +29,7 @@ KEYS = {
 def small(monkeypatch):
     monkeypatch.setattr(ebm, "LOOKS", 2)
     monkeypatch.setattr(ebm, "ANNEALING", (64, 20))
+    monkeypatch.setattr(ebm, "ANNEALING_IMAGES", (64, 20))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def tiny(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ebm, "LOOKS", 2)
         patch.setattr(ebm, "ANNEALING", (64, 20))
+        patch.setattr(ebm, "ANNEALING_IMAGES", (64, 20))
         out = tmp_path_factory.mktemp("ebm") / "deep" / "run"
         return ebm.run(dataclasses.replace(TINY, out=out)), out
 

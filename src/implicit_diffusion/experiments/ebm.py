@@ -51,6 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ANNEALING = 1600, 200  # particles and steps
+ANNEALING_IMAGES = 400, 1500  # their weights are heavier: few steps find log Z too low
 JUDGE = 7  # a stream of noise beside those of data and training
 
 
@@ -222,13 +223,13 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
     return Trained(settings, state, loop, to_model(settings, loop, data), curve)
 
 
-def log_z_by_annealing(model: EnergyModel, noise: Noise, steps: int = ANNEALING[1]) -> tuple[float, float]:
+def log_z_by_annealing(model: EnergyModel, noise: Noise) -> tuple[float, float]:
     """Log Z of a potential and its standard error over replicate runs, by annealed importance sampling."""
-    moves = model.moves
+    moves, images = model.moves, len(model.architecture.event_shape) == 3
+    n, steps = ANNEALING_IMAGES if images else ANNEALING
     if moves.sampler != "hmc":  # which cannot explode
-        images = len(model.architecture.event_shape) == 3
         moves = Moves("hmc", DEFAULTS["images" if images else "vectors"]["step_size"])
-    followers = annealed(model.potential.tempered, moves.kernel(), ANNEALING[0], noise, steps=steps)
+    followers = annealed(model.potential.tempered, moves.kernel(), n, noise, steps=steps)
     return followers.log_z(model.potential)
 
 
