@@ -159,6 +159,7 @@ def test_digits(tmp_path, monkeypatch):
     assert figures == {"particles", "chains"}
 
 
+@pytest.mark.slow
 def test_images_of_the_digits_size_are_not_taken_for_digits(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((40, 1, 8, 8)))
     config = ebm.Config(str(tmp_path / "x.npy"), steps=2, particles=16, width=2, leapfrogs=1, out=tmp_path / "run")
@@ -180,6 +181,7 @@ def test_kernel_density_is_one_of_grey_levels():
     assert ebm_digits.auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
 
 
+@pytest.mark.slow
 def test_a_comparison_is_fair(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ebm_compare, "GRID", (1e-3, 1e-2))
     out = tmp_path / "run"

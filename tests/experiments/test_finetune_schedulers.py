@@ -114,6 +114,7 @@ def diffusion_model(tmp_path_factory):
     return folder(tmp_path_factory.mktemp("models") / "diffusion", scheduler)
 
 
+@pytest.mark.slow  # test_kinds compares the tables
 def test_noisy_kinds_are_ddpm_in_other_words(diffusion_model, tmp_path):
     """The same noise gives the same rewards and path KL, before and after, and folders that draw the chain."""
     runs = {}

@@ -18,7 +18,7 @@ ZERO, ONE = torch.zeros(2), torch.ones(2)
 def test_draws_have_the_law_of_the_density(name):
     """Counts in squares of side 5/8 have the masses of the quadrature: χ² at 4 deviations."""
     target = law(name)
-    quadrature = Quadrature(ZERO, ONE, target)
+    quadrature = Quadrature(ZERO, ONE, target, half=5.0)
     p = quadrature.log_p.exp() * quadrature.area
     assert p.sum().item() == pytest.approx(1, abs=1e-9) and quadrature.log_p.dtype == F64
     coarse = p.view(16, 10, 16, 10).sum((1, 3)).flatten()

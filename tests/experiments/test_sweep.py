@@ -67,6 +67,7 @@ def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch,
     assert "lr was 0.001 and is 0.002" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # test_finetune resumes a run
 def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second run; the same command finishes it, with the weights of an uninterrupted one."""
     out = tmp_path / "sweep"
