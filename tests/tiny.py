@@ -20,6 +20,13 @@ TEXT = {
 }
 
 
+PLAIN = {
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "add_attention": False,
+}  # changes of `unet` without attention
+
+
 def seeded(build, *arguments, **options):
     """A module whose initial weights do not depend on what was drawn before."""
     with torch.random.fork_rng():

@@ -13,8 +13,8 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
 )
+from tests import tiny
 
 from implicit_diffusion.denoisers.flow import memoryless_flow
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
@@ -36,19 +36,7 @@ FAMILY = {
 
 @pytest.fixture(scope="module")
 def unet():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-        ).eval()
+    return tiny.unet(**tiny.PLAIN)
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -8,8 +8,9 @@ import sys
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
+from tests import tiny
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline, scheduler_for
@@ -20,19 +21,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def tiny_unet(**changes):
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-        "add_attention": False,
-    }
-    return UNet2DModel(**{**config, **changes})
+    return tiny.unet(**tiny.PLAIN | changes)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tests import tiny
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline, scheduler_for
@@ -203,20 +204,9 @@ def test_unknown_scheduler_is_refused(capsys):
 @pytest.fixture
 def clipping_folder(tmp_path):
     """A three-channel model whose scheduler clips, as many on the hub do."""
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=3,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-        )
+    unet = tiny.unet(in_channels=3, out_channels=3, **tiny.PLAIN | {"add_attention": True})
     return save_pipeline(tmp_path / "clips", DiffusersDenoiser(unet), DDPMScheduler(clip_sample=True), "a test")
 
 

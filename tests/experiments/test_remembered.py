@@ -11,6 +11,7 @@ from implicit_diffusion.loops import evaluate
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 
+NOISE = Noise(0)
 SIZES = {"starts": 4, "repeats": 2}
 
 
@@ -21,7 +22,7 @@ def ask(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(remembered, "evaluate", lambda *a, **k: calls.append(a) or evaluate(*a, **k))
 
-    def asked(chain, reward=brightness, noise=Noise(0), name="brightness", **sizes):  # noqa: B008
+    def asked(chain, reward=brightness, noise=NOISE, name="brightness", **sizes):
         calls.clear()
         found = remembered.evaluate_pretrained(chain, reward, noise, name=name, **(SIZES | sizes))
         fresh = evaluate(chain.pretrained(), reward, noise, **(SIZES | sizes))

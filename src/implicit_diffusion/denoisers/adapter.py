@@ -46,6 +46,5 @@ class DiffusersDenoiser(nn.Module):
 
 def inner(denoiser: nn.Module) -> nn.Module:
     """The denoiser inside guidance and embeddings, i.e. at the end of `.denoiser`; itself where there is none."""
-    while isinstance(getattr(denoiser, "denoiser", None), nn.Module):
-        denoiser = denoiser.denoiser  # type: ignore[assignment]
-    return denoiser
+    within = getattr(denoiser, "denoiser", None)
+    return inner(within) if isinstance(within, nn.Module) else denoiser

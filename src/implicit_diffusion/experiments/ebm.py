@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,14 @@ from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, ma
 from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
 from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.experiments.ranges import at_least, not_negative, positive
 from implicit_diffusion.loops.diagnostics import advice
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.fit import Fit, fit
 from implicit_diffusion.samplers.followers import annealed
 
@@ -96,19 +97,11 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        least_of = {"steps": 1, "particles": 16, "leapfrogs": 1, "width": 1, "seeds": 1, "seed": 0, "refresh": 0}
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InvalidInputError(f"--{name} must be an integer ≥ {least}, got {value}")
+        at_least(self, steps=1, particles=16, leapfrogs=1, width=1, seeds=1, seed=0, refresh=0)
         if self.weighted and self.particles is not None and self.particles % 8:
             raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
-        for name in ("step_size", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise InvalidInputError(f"--weight-decay must be finite and ≥ 0, got {self.weight_decay}")
+        positive(self, "step_size", "lr")
+        not_negative(self, "weight_decay")
 
     def resolved(self, data: Data) -> Config:
         """With the defaults for these data in place of None."""
@@ -149,7 +142,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         from implicit_diffusion.experiments.ebm_compare import compare
 
         return compare(config)
-    out = config.out or Path(f"runs/ebm-{Path(config.data).stem}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.out or dated(f"ebm-{Path(config.data).stem}")
     if directory is None:
         RunDirectory.check(out)
     data = load(config.data, Noise(config.seed))
@@ -190,7 +183,7 @@ class Trained:
 
 
 def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
-    """Train, with followers and watch; on the plane with exact figures along the way.
+    """Train under a watch; on the plane with exact figures along the way.
 
     Raises:
         DivergenceError: see `Watch`; `directory.model` then holds the last sound model.

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from implicit_diffusion.experiments.ebm_arms import ARMS, Settings, make_loop, p
 from implicit_diffusion.experiments.ebm_data import load
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.directory import dated
 
 if TYPE_CHECKING:
     from implicit_diffusion.experiments import ebm  # named so: Sphinx knows many a Config
@@ -33,7 +32,7 @@ def compare(config: ebm.Config) -> dict[str, Any]:
         InvalidInputError: data without a known law, a sampler without weights, too few steps for some arm, or an `out`
             with something in it.
     """
-    out = config.out or Path(f"runs/ebm-compare-{config.data}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.out or dated(f"ebm-compare-{config.data}")
     RunDirectory.check(out)
     data = load(config.data, Noise(config.seed))
     if data.law is None:

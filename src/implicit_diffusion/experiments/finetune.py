@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.denoisers.lora import adapter_of, merged
@@ -28,6 +26,7 @@ from implicit_diffusion.loops.memory import check_memory, predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
 from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
 from implicit_diffusion.samplers.chain import Chain
 
@@ -45,7 +44,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     if directory is not None and (directory.path / PROMPTS).is_file():
         config = replace(config, prompts=directory.path / PROMPTS)
     config = replace(config, stride=config.stride or -(-config.num_steps // 10))
-    out = config.out or Path(f"runs/finetune-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.out or dated("finetune")
     if directory is None:
         RunDirectory.check(out)
     problem, noise = build(config), Noise(config.seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.ranges import at_least, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,13 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        for name in ("num_steps", "batch", "updates", "accumulate", "stride", "lora_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {value}")
-        for name in ("lr", "max_grad_norm", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-        if self.kl_weight is not None and not 0 <= self.kl_weight < float("inf"):
-            raise InvalidInputError(f"--kl-weight must be finite and ≥ 0, got {self.kl_weight}")
+        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1)
+        positive(self, "lr", "max_grad_norm", "target_kl")
+        not_negative(self, "kl_weight", "guidance")
         if self.target_kl is not None and self.kl_weight == 0:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
-        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
-            raise InvalidInputError(f"--guidance must be finite and ≥ 0, got {self.guidance}")
         if self.lora_rank is None and self.lora_targets is not None:
             raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
         if self.starts < 4:

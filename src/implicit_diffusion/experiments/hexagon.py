@@ -15,8 +15,6 @@ single loop, and again with the η of a published grid at which their final exac
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -26,6 +24,7 @@ from implicit_diffusion.experiments.hexagon_arms import ARMS, TRAINED, Arms, Tra
 from implicit_diffusion.experiments.hexagon_arms import Config as Config
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
 from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.directory import dated
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     config.check()
     config = config.resolved()
-    out = config.out or Path(f"runs/hexagon-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.out or dated("hexagon")
     directory = RunDirectory.create(out)
     directory.write_config(replace(config, out=out))
     exact, arms = Exact(config.sigma), Arms(config)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.hexagon_problem import Exact, hard_reward, mixture, smooth_reward
+from implicit_diffusion.experiments.ranges import at_least, not_negative, positive
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -64,18 +65,9 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        for name, least in (("steps", 10), ("particles", 2), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(
-                    f"--{name.replace('_', '-')} must be an integer ≥ {least}, got {getattr(self, name)}"
-                )
-        for name in ("sigma", "step_size", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
-        for name in ("forward_kl", "guidance"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be finite and ≥ 0, got {getattr(self, name)}")
+        at_least(self, steps=10, particles=2, seeds=1, seed=0)
+        positive(self, "sigma", "step_size", "lr")
+        not_negative(self, "forward_kl", "guidance")
         if not self.grid or min(self.grid) <= 0:
             raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")
 

@@ -33,8 +33,10 @@ from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
+from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
@@ -83,13 +85,10 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        for name in ("steps", "batch", "train_timesteps", "samples"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be an integer ≥ 1, got {getattr(self, name)}")
+        at_least(self, steps=1, batch=1, train_timesteps=1, samples=1)
         if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
             raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
-        if not 0 < self.lr < float("inf"):
-            raise InvalidInputError(f"--lr must be positive and finite, got {self.lr}")
+        positive(self, "lr")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -193,7 +192,7 @@ def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDP
         NonFiniteError: the loss became NaN or infinite; the update is not done.
     """
     data = data or _load(config)
-    device = _device(config, data)
+    device = find_device(config.device or ("cpu" if data.name == "digits" else "auto"))
     threads = torch.get_num_threads()
     if data.name == "digits":
         torch.set_num_threads(1)
@@ -203,13 +202,6 @@ def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDP
             return _train(config, data, device)
     finally:
         torch.set_num_threads(threads)
-
-
-def _device(config: Config, data: Images) -> torch.device:
-    if config.device is not None:
-        return torch.device(config.device)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if data.name == "digits" or accelerator is None else accelerator
 
 
 def _train(config: Config, data: Images, device: torch.device) -> "tuple[UNet2DModel, DDPMScheduler]":

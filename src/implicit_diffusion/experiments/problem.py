@@ -29,6 +29,7 @@ from implicit_diffusion.loops import Evaluation, Nested, Queue, Update
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
+from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
@@ -62,7 +63,7 @@ def build(config: Config) -> Problem:
         InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
             `conditioning`, `load_reward`, `Reward.check`.
     """
-    reward, device = load_reward(config.reward), _device(config.device)
+    reward, device = load_reward(config.reward), find_device(config.device)
     precision = check_precision(config.precision, device)
     pretrained = load_pretrained(config.model)
     clip = False if config.no_clip or pretrained.family.latent else None
@@ -167,10 +168,3 @@ def scale(loop: ChainLoop, beta: float, max_grad_norm: float) -> None:
     """Set what the plan decides: β, and the clip, since the norm of Γ is in units of the reward."""
     loop.objective = loop.objective.with_weight(PathKL, beta).with_weight(DriftPenalty, beta)
     loop.update.max_grad_norm = max_grad_norm
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

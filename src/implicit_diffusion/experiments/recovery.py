@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
+from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.samplers import ULA
 
 START, DATA, TRAIN = range(3)  # streams of noise
@@ -55,20 +55,15 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        for name, least in (("steps", TAIL), ("particles", 2), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"--{name} must be an integer ≥ {least}, got {getattr(self, name)}")
-        for name in ("step_size", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidInputError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+        at_least(self, steps=TAIL, particles=2, seeds=1, seed=0)
+        positive(self, "step_size", "lr")
 
 
 def run(config: Config) -> dict[str, Any]:
     """All arms and seeds, summary, figure; returns the summary."""
     config.check()
     h = {"hexagon": 0.2, "two-modes": 0.05}[config.problem] if config.step_size is None else config.step_size
-    out = config.out or Path(f"runs/recovery-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.out or dated("recovery")
     config = replace(config, step_size=h, out=out)
     directory = RunDirectory.create(out)
     directory.write_config(config)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def _key(chain: Chain, network: DiffusersDenoiser, *others: object) -> str:
     """The key of an evaluation; `others` are told apart by their repr."""
     told = [_software(), repr(others), str(chain.device), str(chain.dtype), str(chain.event_shape)]
     told += [str(network.precision), str(network.compiled is not None)]
-    told += [json.dumps(chain.table.to_dict()), json.dumps(dict(network.model.config), default=str, sort_keys=True)]  # type: ignore[arg-type]
+    config: Any = network.model.config
+    told += [json.dumps(chain.table.to_dict()), json.dumps(dict(config), default=str, sort_keys=True)]
     digest = hashlib.sha256("\n".join(told).encode())
     for name, weight in network.state_dict().items():
         digest.update(name.encode())

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
-from implicit_diffusion.runs.directory import plain
+from implicit_diffusion.runs.directory import dated, plain
 
 CURVE = 12  # KL weights of the drawn frontier
 KEPT = ("reward_before", "reward_after", "reward_exported", "path_kl", "j_before", "j_after", "j_bound", "captured")
@@ -77,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: the running run was interrupted; the same command goes on.
     """
     config.check()
-    out = config.each.out or Path(f"runs/sweep-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.each.out or dated("sweep")
     _check_folder(out, config)
     samples, conditional = _pretrained(config.each)
     betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))

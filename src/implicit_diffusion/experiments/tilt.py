@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.experiments.planar import CELL, HALF, Quadrature
+from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
@@ -30,6 +30,7 @@ from implicit_diffusion.objectives import ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -62,15 +63,12 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        for name, least in (("steps", 1), ("particles", 16), ("seeds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"--{name} must be an integer ≥ {least}, got {getattr(self, name)}")
+        at_least(self, steps=1, particles=16, seeds=1, seed=0)
         if self.particles % 8:
             raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
         if not self.kl_weights or not all(0 < w < math.inf for w in self.kl_weights):
             raise InvalidInputError(f"--kl-weights must be positive and finite, got {self.kl_weights}")
-        if not 0 < self.lr < math.inf:
-            raise InvalidInputError(f"--lr must be positive and finite, got {self.lr}")
+        positive(self, "lr")
 
 
 def half_plane(x: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
@@ -85,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
         InvalidInputError: no model of the plane, a reward that does not fit, or a number out of range.
     """
     config.check()
-    out = config.out or Path(f"runs/tilt-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    out = config.out or dated("tilt")
     RunDirectory.check(out)
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):

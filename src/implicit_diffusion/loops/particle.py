@@ -160,7 +160,8 @@ class ParticleLoop(Loop):
                     f"particles={particles} needs a potential with a method sample(n, noise); pass the particles "
                     "themselves, with shape (n, *event)"
                 )
-            x: Tensor = self.model.sample(particles, self.noise.stream(START, 0))  # type: ignore[operator]
+            potential: Any = self.model
+            x: Tensor = potential.sample(particles, self.noise.stream(START, 0))
         else:
             x = particles
         if len(x) < 2 or x.ndim < 2:

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ class RunDirectory:
         text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
         with replacing(self.path / name) as file:
             file.write_text(text + "\n", encoding="utf-8")
+
+
+def dated(name: str) -> Path:
+    """Where a run goes that nobody named: runs/`name`-<UTC time>."""
+    return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
