@@ -206,7 +206,7 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
                 state.metrics |= {f"exact_{name}": value for name, value in found.items()}
 
         callbacks.append(look)
-    if directory is not None:
+    if directory is not None and not directory.model.exists():  # a resumed run has a later one
         to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
     try:
         state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.arm)
