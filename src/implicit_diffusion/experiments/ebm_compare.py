@@ -21,7 +21,7 @@ from implicit_diffusion.runs.directory import dated
 if TYPE_CHECKING:
     from implicit_diffusion.experiments import ebm  # named so: Sphinx knows many a Config
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SEED = 1000  # beyond those of the runs
 
 
