@@ -22,6 +22,7 @@ from common import FIGURES, hardware, save
 from torch import Tensor
 
 from implicit_diffusion import Chain, Nested, Noise, PathKL, Queue, Reward
+from implicit_diffusion.experiments.drawing import finish, sheet
 from implicit_diffusion.loops.base import Loop
 
 sys.path.append(str(Path(__file__).parents[1]))  # the closed forms live with the tests
@@ -93,13 +94,9 @@ def stationary_excess(kind: type[Loop], rate: float, config: Config) -> Tensor:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Left: both loops; right: their difference, replica by replica. Error bars are two standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rates = [point["rate"] for point in results["points"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.9), layout="constrained")
+    figure = sheet(9.2, 3.9)
+    left, right = figure.subplots(1, 2)
     labels = {"nested": "nested loop", "queue": "queue", "difference": "queue − nested, same noise"}
     for axis, names in ((left, ("nested", "queue")), (right, ("difference",))):
         for name in names:
@@ -109,8 +106,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="learning rate η of plain SGD")
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.minorticks_off()
-        axis.grid(alpha=0.25, lw=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
     middle = len(rates) // 2
     for axis, name, power in ((left, "nested", 1), (right, "difference", 2)):
         anchor = results["points"][middle][name][0]
@@ -119,8 +114,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.legend(frameon=False, loc="upper left")
     left.set(ylabel="E J(θ) − J*  (bars: ± 2 standard errors)", title="Stationary excess over the optimum")
     right.set(ylabel="difference (bars: ± 2 standard errors)", title="What the queue's staleness adds")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    finish(figure, path, (left, right))
 
 
 def main(config: Config) -> None:

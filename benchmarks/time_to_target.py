@@ -26,6 +26,7 @@ import torch
 from common import BETA, DEVICE, FIGURES, digits_chain, hardware, objective, save, synchronize
 
 from implicit_diffusion import Chain, Nested, Noise, Queue, Update, evaluate
+from implicit_diffusion.experiments.drawing import finish, sheet
 from implicit_diffusion.experiments.rewards import brightness
 from implicit_diffusion.loops.evaluation import mean_and_error
 
@@ -120,12 +121,8 @@ def reached(points: list[dict[str, Any]], target: float) -> dict[str, float | No
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """J against seconds and against network evaluations: every seed thin, their mean over points thick."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.9), sharey=True, layout="constrained")
+    figure = sheet(9.2, 3.9)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, what in zip(axes, ("seconds", "network_evaluations")):
         for name, colour in COLOURS.items():
             runs = [run for run in results["runs"] if run["loop"] == name]
@@ -140,8 +137,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
             if None not in times:
                 axis.plot(mean(times), results["target"], "o", color=colour, ms=7, mec="white", mew=1.2, zorder=3)
         axis.axhline(results["target"], color="0.5", ls=":", lw=1.2)
-        axis.grid(alpha=0.25, lw=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
     share = f"{100 * results['config']['share']:g} %"
     axes[0].text(
         0.58,
@@ -161,8 +156,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[1].set(xlabel="network evaluations (samples × calls)", title="By the work done")
     axes[1].xaxis.set_major_formatter(lambda v, _: f"{v / 1e3:g}k" if v else "0")
     axes[1].legend(frameon=False, loc="upper right")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    finish(figure, path, axes)
 
 
 def main(config: Config) -> None:

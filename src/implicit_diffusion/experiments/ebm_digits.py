@@ -151,15 +151,14 @@ def _energy(model: EnergyModel, z: Tensor) -> float:
 
 
 def _draw_chains(model: EnergyModel, data: Data, shown: list[tuple[int, Tensor]], directory: RunDirectory) -> None:
-    from implicit_diffusion.experiments.ebm_figures import pyplot, tile
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(3 * (len(shown) + 1), 3.3), layout="constrained")
+    figure = sheet(3 * (len(shown) + 1), 3.3)
+    axes = figure.subplots(1, len(shown) + 1)
     low, high = data.train.amin().item(), data.train.amax().item()
-    tile(axes[0], data.held_out, low, high)
+    tile(axes[0], data.held_out[:64], low, high)
     axes[0].set_title("held-out data")
     for axis, (steps, z) in zip(axes[1:], shown):
-        tile(axis, z * model.scale + model.shift, low, high)
+        tile(axis, z[:64] * model.scale + model.shift, low, high)
         axis.set_title("end of training" if steps == 0 else f"{steps} steps later")
-    figure.savefig(directory.figure("chains"), dpi=130)
-    plt.close(figure)
+    finish(figure, directory.figure("chains"))

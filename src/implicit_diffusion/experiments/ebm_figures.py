@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from implicit_diffusion.experiments.drawing import finish, sheet, tile
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.planar import Quadrature
@@ -33,7 +34,8 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
 
 
 def _draw_training(points: list[dict[str, Any]], summary: dict[str, Any], directory: RunDirectory) -> None:
-    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = sheet(9, 3.4)
+    axes = figure.subplots(1, 2)
     updates = [p["updates"] for p in points]
     axes[0].plot(updates, [p["exact_kl"] for p in points], color=COLOURS["weighted"], marker=".")
     axes[0].set(xlabel="updates", ylabel="exact KL(data‖model), nats", yscale="log")
@@ -45,11 +47,10 @@ def _draw_training(points: list[dict[str, Any]], summary: dict[str, Any], direct
     axes[1].errorbar(updates[-1:], [summary["log_z_estimate"]], **end, label="annealing, ± 2 s.e.")
     axes[1].set(xlabel="updates", ylabel="log Z")
     axes[1].legend(frameon=False)
-    finish(figure, axes, directory.figure("training"))
+    finish(figure, directory.figure("training"), axes)
 
 
 def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
-    plt = pyplot()
     half = 1.25 * data.train.abs().amax().item()
     quadrature = Quadrature(data.shift, data.scale, half=half, cell=2 * half / 240)
     log_q, _ = quadrature.log_density(model.potential)
@@ -59,7 +60,8 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
         return values.reshape(side, side).mT.numpy()
 
     panels = 4 if data.law is not None else 3
-    figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels, 3.7), layout="constrained", sharex=True, sharey=True)
+    figure = sheet(3.3 * panels, 3.7)
+    axes = figure.subplots(1, panels, sharex=True, sharey=True)
     shown = {"origin": "lower", "extent": extent, "cmap": "magma"}
     density = log_q.exp()
     if data.law is not None:
@@ -83,36 +85,24 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
     for axis in axes:
         axis.set(aspect="equal", xlim=(-half, half), ylim=(-half, half), xlabel="$x_1$")
     axes[0].set_ylabel("$x_2$")
-    figure.savefig(directory.figure("density"), dpi=130)
-    plt.close(figure)
+    finish(figure, directory.figure("density"))
 
 
 def _draw_images(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4.2), layout="constrained")
+    figure = sheet(8, 4.2)
+    axes = figure.subplots(1, 2)
     low, high = data.train.amin().item(), data.train.amax().item()
-    particles = model.particles[:64] * model.scale + model.shift
+    particles = model.particles * model.scale + model.shift
     for axis, images, title in zip(axes, (data.held_out, particles), ("held-out data", "particles")):
-        tile(axis, images, low, high)
+        tile(axis, images[:64], low, high)
         axis.set_title(title)
-    figure.savefig(directory.figure("particles"), dpi=130)
-    plt.close(figure)
-
-
-def tile(axis: Any, images: torch.Tensor, low: float, high: float) -> None:
-    """Show up to 64 images (n, C, H, W), grey or RGB, in rows of eight; `low` is black and `high` white."""
-    count = min(64, len(images)) // 8 * 8
-    shown = ((images[:count] - low) / (high - low)).clamp(0, 1)
-    framed = torch.nn.functional.pad(shown, (0, 1, 0, 1), value=1.0)
-    picture = framed.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows H, 8 W, C)
-    axis.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
-    axis.set_axis_off()
+    finish(figure, directory.figure("particles"))
 
 
 def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], directory: RunDirectory) -> None:
     """figures/comparison.png: exact KL against pulls and seconds, and log Z against exact, with bands over seeds."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.6), layout="constrained")
+    figure = sheet(12.5, 3.6)
+    axes = figure.subplots(1, 3)
     for arm, runs in curves.items():
         whole = [run for run in runs if len(run) == max(map(len, runs))]
         if not whole:
@@ -148,23 +138,4 @@ def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], di
         )
         axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
         axes[2].legend(frameon=False, fontsize=8)
-    finish(figure, axes, directory.figure("comparison"))
-
-
-def finish(figure: Any, axes: Any, path: Any) -> None:
-    """Grid, no frame, into a file."""
-    for axis in axes:
-        axis.grid(alpha=0.25, lw=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot().close(figure)
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot that draws to files only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    finish(figure, directory.figure("comparison"), axes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from implicit_diffusion.experiments.drawing import sheet
 from implicit_diffusion.experiments.outcome import Outcome as Outcome
 from implicit_diffusion.experiments.outcome import Picture
 from implicit_diffusion.runs import RunDirectory
@@ -77,7 +78,5 @@ def draw(outcome: Outcome, directory: RunDirectory) -> list[Picture]:
 
 
 def canvas(height: float) -> Any:
-    """An empty figure of the house's width; it knows no window and no global state."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    """An empty figure of the house's width."""
+    return sheet(WIDTH, height)

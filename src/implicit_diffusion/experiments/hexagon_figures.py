@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from implicit_diffusion.experiments.drawing import finish, sheet
 from implicit_diffusion.experiments.hexagon_problem import MODES, mixture
 from implicit_diffusion.runs import RunDirectory
 
@@ -29,9 +30,6 @@ COLOURS = {
 
 def draw(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
     """particles, curves, modes and lag, as PNG files in the run directory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     _particles(sigma, traces, directory)
     _curves(traces, directory)
     _modes(traces, directory)
@@ -40,10 +38,9 @@ def draw(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None
 
 def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
     """Rows: arms of the first seed; columns: before, half-way, after; contours of π_θ there."""
-    import matplotlib.pyplot as plt
-
     shown = [trace for trace in traces if trace.seed == traces[0].seed and not trace.arm.endswith("_tuned")]
-    figure, axes = plt.subplots(3, len(shown), figsize=(2.3 * len(shown), 7.2), layout="constrained", squeeze=False)
+    figure = sheet(2.3 * len(shown), 7.2)
+    axes = figure.subplots(3, len(shown), squeeze=False)
     half = 4 + 3.2 * max(sigma, 0.35)
     axis = torch.linspace(-half, half, 220)
     grid = torch.cartesian_prod(axis, axis)
@@ -66,14 +63,11 @@ def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -
             if row == 2:
                 ax.set_xlabel("x₁", fontsize=9)
     figure.suptitle("Particles over the density of their potential (lines); + is where the reward points", fontsize=11)
-    figure.savefig(directory.figure("particles"), dpi=130)
-    plt.close(figure)
+    finish(figure, directory.figure("particles"))
 
 
 def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
     """Reward of the particles, exact reward and exact KL against gradient evaluations, iterations and seconds."""
-    import matplotlib.pyplot as plt
-
     rows = (
         ("reward", "reward of the particles"),
         ("reward_exact", "E R under π_θ"),
@@ -84,7 +78,8 @@ def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
         ("gradient_evaluations", "gradient evaluations"),
         ("seconds", "seconds"),
     )
-    figure, axes = plt.subplots(3, 3, figsize=(12, 9), sharey="row", sharex="col", layout="constrained")
+    figure = sheet(12, 9)
+    axes = figure.subplots(3, 3, sharey="row", sharex="col")
     for name in dict.fromkeys(trace.arm for trace in traces):
         group = [trace for trace in traces if trace.arm == name]
         for i, (value, label) in enumerate(rows):
@@ -98,25 +93,18 @@ def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
                 axes[i][0].set_ylabel(label)
                 axes[2][j].set_xlabel(title)
     axes[0][1].set_xlim(left=0)
-    for ax in axes.flat:
-        ax.grid(alpha=0.25, lw=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     seeds = len({trace.seed for trace in traces})
     figure.suptitle(f"Means over {seeds} seeds; bands from the lowest to the highest seed")
-    figure.savefig(directory.figure("curves"), dpi=130)
-    plt.close(figure)
+    finish(figure, directory.figure("curves"), axes.flat)
 
 
 def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
     """softmax(θ) against iterations, one panel per arm that trains."""
-    import matplotlib.pyplot as plt
-
     names = [name for name in dict.fromkeys(t.arm for t in traces) if name in TRAINED_SHOWN]
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(3.1 * len(names), 3.3), sharey=True, layout="constrained", squeeze=False
-    )
+    figure = sheet(3.1 * len(names), 3.3)
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)
     colours = [f"C{i}" for i in range(MODES)]
     for ax, name in zip(axes[0], names):
         group = [trace for trace in traces if trace.arm == name]
@@ -126,12 +114,9 @@ def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
             ys = torch.tensor([[point["mode_probabilities"][mode] for point in trace.points] for trace in group])
             _band(ax, x.mean(0), ys, colours[mode], f"mode {mode + 1}")
         ax.set(title=name, xlabel="updates", ylim=(0, 1))
-        ax.grid(alpha=0.25, lw=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("softmax(θ)")
     axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.savefig(directory.figure("modes"), dpi=130)
-    plt.close(figure)
+    finish(figure, directory.figure("modes"), axes.flat)
 
 
 TRAINED_SHOWN = ("implicit", "weighted", "nested", "unrolled")
@@ -139,9 +124,8 @@ TRAINED_SHOWN = ("implicit", "weighted", "nested", "unrolled")
 
 def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:
     """Left: the lag of unweighted particles. Right: their reward less the exact one under θ, beside the weighted."""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
+    figure = sheet(9.2, 3.6)
+    left, right = figure.subplots(1, 2)
     for name in ("implicit", "weighted"):
         group = [trace for trace in traces if trace.arm == name]
         x, reward, exact = (_column(group, what) for what in ("iteration", "reward", "reward_exact"))
@@ -160,11 +144,7 @@ def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:
     right.axhline(0, color="0.5", lw=0.8)
     right.set(xlabel="updates", ylabel="reward of the particles − E R under π_θ", title="How far behind θ they are")
     right.legend(frameon=False)
-    for ax in (left, right):
-        ax.grid(alpha=0.25, lw=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(directory.figure("lag"), dpi=130)
-    plt.close(figure)
+    finish(figure, directory.figure("lag"), (left, right))
 
 
 def _column(group: Sequence[Trace], name: str) -> Tensor | None:

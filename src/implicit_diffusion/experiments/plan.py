@@ -130,12 +130,10 @@ def show(plan: Plan, unit: str = "") -> None:
 
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
-    import matplotlib
+    from implicit_diffusion.experiments.drawing import finish, sheet
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = sheet(10, 4)
+    left, right = figure.subplots(1, 2)
     left.errorbar(
         [b.path_kl for b in plan.bounds],
         [b.reward for b in plan.bounds],
@@ -163,5 +161,4 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     right.plot([], [], color="C0", alpha=0.5, label="tilted means, by β")
     right.set(xlabel="reward", ylabel="pretrained samples", title="Where the pretrained samples lie")
     right.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path, (left, right))

@@ -277,24 +277,12 @@ def sample_images(
     return chain.sample(Noise(seed), n).cpu()
 
 
-def plot_samples(groups: dict[str, Tensor], path: Path, rows: int = 8, columns: int = 12) -> None:
+def plot_samples(groups: dict[str, Tensor], path: Path) -> None:
     """Draw the first images of each group as one grid beside the others; black is -1, white is +1."""
-    import matplotlib
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.0), squeeze=False)
-    for axis, (name, images) in zip(axes[0], groups.items(), strict=True):
-        shown = images[: rows * columns].clamp(-1, 1) / 2 + 0.5
-        _, channels, height, width = shown.shape
-        # A grey frame of one pixel between the images.
-        tiles = torch.full((rows * columns, channels, height + 2, width + 2), 0.3)
-        tiles[: len(shown), :, 1:-1, 1:-1] = shown
-        grid = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        axis.imshow(grid.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)
+    figure = sheet(5.2 * len(groups), 4.0)
+    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        tile(axis, images[:96], low=-1, high=1, columns=12)
         axis.set_title(name)
-        axis.set_axis_off()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    finish(figure, path)

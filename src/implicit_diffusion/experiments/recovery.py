@@ -144,12 +144,10 @@ def exact_kls(target: GaussianMixture, path: Float[Tensor, "updates modes"]) -> 
 
 def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
     """Exact KL against updates, a band over seeds per arm."""
-    import matplotlib
+    from implicit_diffusion.experiments.drawing import finish, sheet
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure = sheet(6.4, 4)
+    axis = figure.subplots()
     for name, runs in curves.items():
         ys = runs[..., 0].clamp(min=1e-7)
         colour = "#2a9d5c" if name.startswith("weighted") else "#1f6f8b"
@@ -159,8 +157,5 @@ def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
             axis.fill_between(range(ys.shape[1]), ys.amin(0), ys.amax(0), color=colour, alpha=0.15, lw=0)
     axis.axhline(before, color="0.5", ls=":", lw=1)
     axis.set(yscale="log", xlabel="updates", ylabel="exact KL(data‖model), nats", title="Geometric means over seeds")
-    axis.grid(alpha=0.25, lw=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path, [axis])

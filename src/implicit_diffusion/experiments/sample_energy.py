@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +36,13 @@ def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> P
 
 
 def _draw(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
-    from implicit_diffusion.experiments.ebm_figures import COLOURS, pyplot, tile
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    figure = sheet(4.2, 4.2)
+    axis = figure.subplots()
     if len(model.architecture.event_shape) == 3:
-        tile(axis, x, x.amin().item(), x.amax().item())
+        tile(axis, x, x.amin().item(), x.amax().item(), columns=math.ceil(len(x) ** 0.5))
     else:
-        axis.scatter(*x.T, s=3, lw=0, color=COLOURS["weighted"])
+        axis.scatter(x[:, 0], x[:, 1], s=3, lw=0, color="#2a9d5c")
         axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    finish(figure, out)

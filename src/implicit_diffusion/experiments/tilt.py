@@ -221,9 +221,11 @@ def show(summary: dict[str, Any], directory: RunDirectory) -> None:
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
-    from implicit_diffusion.experiments.ebm_figures import COLOURS, finish, pyplot
+    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.ebm_figures import COLOURS
 
-    figure, axis = pyplot().subplots(figsize=(5.6, 4), layout="constrained")
+    figure = sheet(5.6, 4)
+    axis = figure.subplots()
     rows = summary["rows"]
     optima = sorted((row["optimum"]["kl"], row["optimum"]["reward"]) for row in rows)
     axis.plot(*zip(*optima), color="0.3", marker="x", label="optimum")
@@ -233,4 +235,4 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axis.errorbar(kls, rewards, yerr=errors, fmt="o", ms=4, color=colour, label=f"{arm}, ± deviation over seeds")
     axis.set(xlabel="KL(π‖π_0), nats", ylabel="expected reward under the model")
     axis.legend(frameon=False)
-    finish(figure, [axis], path)
+    finish(figure, path, [axis])

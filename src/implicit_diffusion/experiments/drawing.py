@@ -1,0 +1,38 @@
+"""What all pictures share: figures that know no window and no global state, plain axes, images side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def sheet(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
+    """Write the figure as PNG; `plain` axes get a faint grid and no frame."""
+    for axis in plain:
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float, high: float, columns: int = 8) -> None:
+    """Show images, grey or RGB, in rows with a grey line around each; `low` is black and `high` white."""
+    shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
+    framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
+    picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    axis.imshow(picture.expand(-1, -1, 3), vmin=0, vmax=1)  # (rows H, columns W, RGB)
+    axis.set_axis_off()
