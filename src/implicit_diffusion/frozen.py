@@ -7,11 +7,13 @@ gradients it has to be one function of (x, t; θ), so networks run in evaluation
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from implicit_diffusion.errors import InvalidInputError
 
@@ -50,3 +52,30 @@ def eval_mode(*modules: object) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def parametrizations(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Layers and the names of their parametrized tensors: those of `torch.nn.utils.parametrizations`."""
+    return [
+        (layer, name)
+        for layer in module.modules()
+        if parametrize.is_parametrized(layer)
+        for name in layer.parametrizations  # type: ignore[union-attr]
+    ]
+
+
+@torch.no_grad()
+def train_once(parametrized: Iterable[tuple[nn.Module, str]]) -> None:
+    """Evaluate parametrized tensors once in training mode.
+
+    Spectral normalisation iterates its estimate of the norm in training mode only; without this it would go on
+    dividing by the norm of the first weights.
+    """
+    for layer, name in parametrized:
+        parts = list(layer.parametrizations[name])  # type: ignore[index]
+        modes = [part.training for part in parts]
+        for part in parts:
+            part.train()
+        getattr(layer, name)
+        for part, mode in zip(parts, modes):
+            part.train(mode)

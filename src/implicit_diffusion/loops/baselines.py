@@ -49,6 +49,7 @@ class NestedParticles(ParticleLoop):
             )
 
     def step(self) -> dict[str, Any]:
+        self.update.begin()
         start = self.iteration * self.inner_steps
         points = self._points(self.iteration)
         walkers = self.initial if self.begin == "initial" else self.walkers
@@ -106,6 +107,7 @@ class Unrolled(ParticleLoop):
         self.unrolled_steps = unrolled_steps
 
     def step(self) -> dict[str, Any]:
+        self.update.begin()
         start, walkers = self.iteration * self.unrolled_steps, self.walkers
         x, momentum = walkers.x, walkers.momentum
         with eval_mode(self.model), torch.enable_grad():

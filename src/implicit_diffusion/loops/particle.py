@@ -20,7 +20,7 @@ from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import GibbsObjective, Objective
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
+from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of, known_log_z
 from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
@@ -72,13 +72,11 @@ class ParticleLoop(Loop):
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
-                term.check_stationary(Particles(x), here.value)
+                term.check_stationary(Particles(x.clone()), here.value)  # a black box may write into what it is given
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
         zeros = [x.new_zeros(()) for _ in range(3)]
         self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
-        self.log_z0 = float(
-            getattr(potential, "log_z", 0.0)
-        )  # log Z at the start; without it log Z is relative to that
+        self.log_z0 = known_log_z(potential)  # log Z at the start; None where nobody knows
         self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
         self._drawn: tuple[int, tuple[Tensor, ...]] = (-1, ())
         self._step_sizes: dict[float, Tensor] = {}
@@ -89,9 +87,7 @@ class ParticleLoop(Loop):
         if not self.weighted:
             return Particles(self.walkers.x)
         with eval_mode(self.model):
-            walkers = close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x))
-        log_z = self.log_z0 + walkers.log_z + log_mean_exp(walkers.log_weights)
-        return Particles(walkers.x, walkers.log_weights, log_z)
+            return self._held(close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x)))
 
     @property
     def tracked(self) -> bool:
@@ -106,7 +102,8 @@ class ParticleLoop(Loop):
     def refresh(self, particles: Particles) -> None:
         """Go on from other particles that stand for the present π_θ: draws, weighted or not, from `annealed`, say.
 
-        What the old ones accumulated, weights, errors of log Z and of the masses of modes, ends with them.
+        What the old ones accumulated, weights, errors of log Z and of the masses of modes, ends with them; log Z goes
+        on from what the new ones say of it, or where they say nothing from what the old ones did.
 
         Raises:
             InvalidInputError: particles of another number, shape, dtype or device, or not finite; weights in a loop
@@ -127,10 +124,14 @@ class ParticleLoop(Loop):
             value = energy_of(self.model, x).value
         weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights
         weights = weights - log_mean_exp(weights)
-        log_z = self.walkers.log_z if particles.log_z is None else particles.log_z - self.log_z0
-        zero = torch.zeros_like(log_z)
+        growth = self.particles.log_z_growth if self.weighted else self.walkers.log_z
+        assert growth is not None
+        if particles.log_z is not None:
+            self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
+            growth = particles.log_z - self.log_z0
+        zero = torch.zeros_like(growth)
         self.walkers = self.walkers._replace(
-            x=x, log_weights=weights, log_z=log_z, previous=x, debt=value, h=zero, lag=zero
+            x=x, log_weights=weights, log_z=growth, previous=x, debt=value, h=zero, lag=zero
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
@@ -150,6 +151,14 @@ class ParticleLoop(Loop):
         for name, value in state["walkers"].items():
             saved[name] = value if value is None else innermost(value.to(self.walkers.x))
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
+
+    def _held(self, closed: Walkers) -> Particles:
+        """The walkers as particles, weighted where the loop weighs; a copy, for objectives may write into it."""
+        x = closed.x.clone()
+        if not self.weighted:
+            return Particles(x)
+        growth = closed.log_z + log_mean_exp(closed.log_weights)
+        return Particles(x, closed.log_weights, None if self.log_z0 is None else self.log_z0 + growth, growth)
 
     def _start(self, particles: Tensor | int) -> Tensor:
         if isinstance(particles, int):
@@ -230,6 +239,11 @@ class ParticleLoop(Loop):
             return (
                 f"iteration {self.iteration - 1}: {bad} of {self.n} particles became NaN or infinite; take a smaller "
                 "step size, or check that the potential confines them"
+            )
+        if self.weighted and self.particles.ess < 1.001:
+            return (
+                f"iteration {self.iteration - 1}: one particle carries all the weight, since θ moved too far in one "
+                "step; take a smaller learning rate or more particles"
             )
         with eval_mode(self.model):
             unbounded = int((~energy_of(self.model, self.walkers.x).value.isfinite()).sum())

@@ -21,8 +21,9 @@ from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
-from implicit_diffusion.samplers.walkers import Walkers, close, exhausted, log_mean_exp
+from implicit_diffusion.samplers.walkers import Walkers, close, exhausted
 
 
 class Single(ParticleLoop):
@@ -73,6 +74,7 @@ class Single(ParticleLoop):
         self.evaluations += count * (self.kernel.evaluations + (not self._one_pull) + (self.order == "x-first"))
         with eval_mode(self.model):
             if not self._plain:
+                self.update.begin()
                 walkers, gradients, info = self._function(self.walkers, *inputs[0])
                 self._hand_over(gradients)
             elif self.update.updates == 0:
@@ -129,17 +131,16 @@ class Single(ParticleLoop):
             return walkers, fused_pass(self.model, self.parameters, terms, walkers.x, points), {}
         closed = walkers
 
-        def weigh(here: Energy) -> tuple[Tensor | None, Tensor | None]:
+        def weigh(here: Energy) -> Particles:
             nonlocal closed
             closed = close(self.kernel, walkers, here)
-            if not self.weighted:
-                return None, None
-            return closed.log_weights, self.log_z0 + closed.log_z + log_mean_exp(closed.log_weights)
+            return self._held(closed)
 
         fused = fused_pass(self.model, self.parameters, terms, walkers.x, points, weigh)
         if self.weighted:
-            log_z = self.log_z0 + closed.log_z + log_mean_exp(closed.log_weights)
-            return closed, fused, {"ess": fused.particles.ess, "log_z": log_z}
+            held = fused.particles
+            told = {"log_z_growth": held.log_z_growth} if held.log_z is None else {"log_z": held.log_z}
+            return closed, fused, {"ess": held.ess} | told
         closed, lag = forget(closed, fused, alike=all(term.constant_charges for _, term in terms))
         return closed, fused, {"lag": lag}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.frozen import parametrizations, train_once
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -32,7 +33,8 @@ class Update:
         optimizer: any torch optimizer whose `step` needs no closure.
         schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
         max_grad_norm: clip the norm of Γ to this value.
-        ema_decay: keep an exponential moving average of the model, θ̄ ← decay·θ̄ + (1 − decay)·θ after every update.
+        ema_decay: keep an exponential moving average of the model: θ̄ = θ after the first update, and
+            θ̄ ← decay·θ̄ + (1 − decay)·θ after every other.
         accumulate: average Γ over this many calls before each update.
 
     Raises:
@@ -58,11 +60,12 @@ class Update:
             raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise InvalidInputError(f"ema_decay must lie in (0, 1), e.g. 0.99, or be None, got {ema_decay}")
-        if accumulate < 1:
+        if not isinstance(accumulate, int) or accumulate < 1:
             raise InvalidInputError(f"accumulate must be an integer ≥ 1, got {accumulate}")
         self.optimizer, self.schedule = optimizer, schedule
         self.max_grad_norm, self.ema_decay, self.accumulate = max_grad_norm, ema_decay, accumulate
         self.ema: AveragedModel | None = None
+        self.bound = False
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
 
@@ -79,8 +82,11 @@ class Update:
             role: what it is called in messages.
 
         Raises:
-            InvalidInputError: the optimizer moves no trainable parameter of the model.
+            InvalidInputError: the optimizer moves no trainable parameter of the model, or the update is another
+                loop's.
         """
+        if self.bound:
+            raise InvalidInputError("update already serves another loop, whose count it keeps; make a new Update")
         own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
         held = [p for p in self.parameters if id(p) in own]
         if not held:
@@ -91,10 +97,16 @@ class Update:
         if not any(p.requires_grad for p in held):
             raise InvalidInputError(f"every parameter of the {role} that the optimizer holds is frozen")
         module: nn.Module = model
-        self.model = module
+        self.model, self.bound, self.parametrized = module, True, parametrizations(module)
+        self.begin()
         if self.ema_decay is not None:
             self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)).requires_grad_(False)
         return module
+
+    def begin(self) -> None:
+        """Drop what `.grad` holds from elsewhere, a pretraining say: Γ is added to what is there."""
+        if not self.pending:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def step(
         self, watched: Sequence[Tensor], diagnose: Callable[[], str | None], norm: Tensor | None = None
@@ -110,12 +122,14 @@ class Update:
             metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
 
         Raises:
-            NonFiniteError: NaN or infinity; θ has not been touched then.
+            NonFiniteError: NaN or infinity; θ has not been touched then, and the gradient is dropped.
         """
         if norm is None or self.pending:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            found, self.pending = diagnose() or self._diagnose(), 0
+            self.begin()
+            raise NonFiniteError(f"{found}; θ was left as it was before the update")
         self.pending += 1
         if self.pending < self.accumulate:
             return {}
@@ -129,6 +143,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = 0
         self.updates += 1
+        train_once(self.parametrized)
         if self.schedule is not None:
             self.schedule.step()
         if self.ema is not None:
@@ -141,7 +156,8 @@ class Update:
         hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", {}) or getattr(
             self.optimizer, "_optimizer_step_post_hooks", {}
         )
-        return self.accumulate == 1 and not (self.schedule or self.max_grad_norm or self.ema_decay or hooks)
+        more = self.schedule or self.max_grad_norm or self.ema_decay or self.parametrized
+        return self.accumulate == 1 and not (more or hooks)
 
     def masked(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ok: Tensor) -> None:
         """The optimizer's step where `ok`, nothing elsewhere: free of branches, and nothing is waited for."""
@@ -182,7 +198,7 @@ class Update:
             restore(self.ema, state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
-            p.grad = gradient
+            p.grad = gradient if gradient is None else gradient.to(p)
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)

@@ -35,13 +35,11 @@ class Charges:
 
     Args:
         particles: on the particles, with shape (n,).
-        points: other points, with shape (m, *event); None where there are none.
-        on_points: on these, with shape (m,).
+        on_points: on the points that `draw` returned, with shape (m,); None where there are none.
         value: F where the particles tell it; None where they do not.
     """
 
     particles: Float[Tensor, " n"]
-    points: Float[Tensor, "m *event"] | None = None
     on_points: Float[Tensor, " m"] | None = None
     value: Float[Tensor, ""] | None = None
 

@@ -21,6 +21,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials.energy import known_log_z
 
 
 class ForwardKL(GibbsObjective):
@@ -57,7 +58,7 @@ class ForwardKL(GibbsObjective):
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
     ) -> Charges:
         assert points is not None
-        return Charges(-particles.weights, points, points.new_full((len(points),), 1 / len(points)))
+        return Charges(-particles.weights, points.new_full((len(points),), 1 / len(points)))
 
     def estimate(
         self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
@@ -83,24 +84,26 @@ class ReverseKL(GibbsObjective):
     """KL(π_θ‖e^{−U}/Z), in nats.
 
     With U a frozen copy of the initial potential it is the KL to the initial model, `ReverseKL.to_initial(potential)`.
-    The value is E_p[U − V] + log Z_U − log Z_V. Where the difference of the last two is not known, it is estimated by
-    log E_p e^{V − U}: consistent, but far too low once the particles have left the bulk of e^{−U}.
+    The value is E_p[U − V] + log Z_U − log Z_V. Weighted particles tell the difference of the last two where both are
+    known, or where U is the potential that their loop began with. Elsewhere it is estimated by log E_p e^{V − U}:
+    consistent, but far too low once the particles have left the bulk of e^{−U}.
 
     Args:
         potential: U, (n, *event) → (n,).
         name: under which metrics report it.
-        log_z: log Z_U, on the scale of the log Z that weighted particles carry.
+        log_z: log Z_U, where it is known.
     """
 
     def __init__(
         self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
     ) -> None:
         self.potential, self.name, self.log_z = potential, name, log_z
+        self.begins = False  # whether U is the potential that the loop began with
 
     @classmethod
     def to_initial(cls, potential: nn.Module, name: str = "kl_to_initial") -> ReverseKL:
-        """KL to the law of `potential` as it stands now, where a loop with weighted particles begins."""
-        return cls(frozen_copy(potential), name, float(getattr(potential, "log_z", 0.0)))
+        """KL to the law of `potential` as it stands now."""
+        return cls(frozen_copy(potential), name, known_log_z(potential))
 
     def charges(
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
@@ -110,6 +113,8 @@ class ReverseKL(GibbsObjective):
             log_weights = particles.log_weights
             if self.log_z is not None and particles.log_z is not None:
                 log_ratio = self.log_z - particles.log_z
+            elif self.begins and particles.log_z_growth is not None:
+                log_ratio = -particles.log_z_growth
             elif log_weights is None:
                 log_ratio = excess.logsumexp(0) - math.log(len(excess))
             else:
@@ -125,3 +130,4 @@ class ReverseKL(GibbsObjective):
                 f"ReverseKL: its potential must return finite numbers of shape {tuple(energy.shape)} on the particles, "
                 f"got shape {tuple(reference.shape)}"
             )
+        self.begins = torch.equal(reference, energy)

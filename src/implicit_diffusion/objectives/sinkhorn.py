@@ -59,6 +59,7 @@ class Sinkhorn(TerminalObjective):
     def _parts(self, particles: Particles) -> tuple[Tensor, Tensor, Tensor]:
         """F′ and F, detached, and the cost under fixed plans, differentiable in positions."""
         x, w = particles.x, particles.weights.detach().double().clamp(min=1e-300)  # they may underflow
+        w = w / w.sum()  # to more digits than single precision has: POT compares marginals
         if x.shape[1:] != self.data.shape[1:]:
             raise InvalidInputError(
                 f"Sinkhorn: data have event shape {tuple(self.data.shape[1:])}, particles {tuple(x.shape[1:])}"

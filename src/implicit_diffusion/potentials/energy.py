@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 
@@ -31,6 +31,22 @@ def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"
         value = potential(x)
         (grad,) = torch.autograd.grad(value.sum(), x)
     return Energy(value.detach(), grad)
+
+
+def known_log_z(potential: object) -> float | None:
+    """Log ∫ e^{−V} of a potential that has it as a number, `potential.log_z`; None where it has none.
+
+    Raises:
+        InvalidInputError: an attribute of that name that is something else.
+    """
+    found = getattr(potential, "log_z", None)
+    number = isinstance(found, (int, float)) or (isinstance(found, Tensor) and found.ndim == 0)
+    if found is not None and (not number or isinstance(found, nn.Parameter)):
+        raise InvalidInputError(
+            f"potential.log_z must be log ∫ e^(−V) as a number, got {type(found).__name__}; call anything else "
+            "by another name"
+        )
+    return None if found is None else float(found)
 
 
 def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> None:

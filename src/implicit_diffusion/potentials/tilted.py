@@ -29,7 +29,7 @@ class Tilted(nn.Module):
         event_shape: of x.
 
     While f is zero, `log_z` is log ∫ e^{−V} and `sample` draws from π_θ. A network that is not zero has neither; loops
-    then take particles from elsewhere (`annealed`, say) and tell log Z relative to the start.
+    then take particles from elsewhere (`annealed`, say) and tell by how much log Z grows.
     """
 
     def __init__(self, network: nn.Module, event_shape: Sequence[int]) -> None:
