@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from implicit_diffusion.errors import DivergenceError, InvalidInputError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, make_loop, to_model
 from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
@@ -186,11 +186,13 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
     """Train under a watch; on the plane with exact figures along the way.
 
     Raises:
-        DivergenceError: see `Watch`; `directory.model` then holds the last sound model.
+        DivergenceError: see `Watch`, which has the last word; `directory.model` then holds the last sound model.
+        NonFiniteError: NaN or infinity; likewise.
     """
     standardised, _ = data.standardised()
     save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
-    callbacks: list[Any] = [Watch(standardised, save=save), Refresh(settings)]
+    watch = Watch(standardised, save=save)
+    callbacks: list[Any] = [watch, Refresh(settings)]
     curve: list[dict[str, Any]] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)
@@ -210,9 +212,12 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
         to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
     try:
         state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.arm)
-    except DivergenceError as error:
+        if state.updates == settings.updates:
+            watch.look(state)
+    except (DivergenceError, NonFiniteError) as error:
+        change = ". Take a smaller --lr or --step-size, or add --weight-decay" if type(error) is NonFiniteError else ""
         kept = f"; the last sound model is in {directory.model}" if directory is not None else ""
-        raise DivergenceError(f"{error}{kept}") from error
+        raise type(error)(f"{error}{change}{kept}") from error
     return Trained(settings, state, loop, to_model(settings, loop, data), curve)
 
 
