@@ -211,7 +211,7 @@ class Arms:
 
 
 def best_rate(rewards: dict[float, list[float]]) -> float:
-    """The smallest rate whose mean reward is within a standard error of the best one's, over the same two or more seeds.
+    """The smallest rate whose mean reward is within a standard error of the best one's, over the same ≥ 2 seeds.
 
     A rate that jumps to one mode or another by chance would win by luck otherwise.
     """
