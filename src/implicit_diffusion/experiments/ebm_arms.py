@@ -65,6 +65,12 @@ class Settings:
     weight_decay: float = 0.0
     refresh: int = 0
 
+    @property
+    def description(self) -> str:
+        """In a word or two: the arms that take `moves` go by their sampler."""
+        weighted = "weighted " if self.arm == "weighted" else ""
+        return f"{weighted}{self.moves.sampler}" if self.arm in ("weighted", "hmc") else self.arm
+
 
 def make_loop(settings: Settings, data: Data) -> ParticleLoop:
     """The loop of an arm, before its first step.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.hexagon_problem import Exact, hard_reward, mixture, smooth_reward
-from implicit_diffusion.experiments.ranges import at_least, not_negative, positive
+from implicit_diffusion.experiments.ranges import WORDS, at_least, not_negative, positive
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -194,7 +194,12 @@ class Arms:
             history = torch.stack(trace.history[len(trace.history) // 2 :])
             diagnostics |= {"r_hat": r_hat(history), "ess_in_time": ess_in_time(history), "records": len(history)}
         trace.diagnostics = finite(diagnostics)
-        trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last}, history)
+        trace.advice = advice(
+            loop,
+            {k: last[k] for k in ("lag", "ess") if k in last},
+            history,
+            words=WORDS | {"weigh": "the weighted arm"},
+        )
         if name == "implicit":
             self.optimal[seed] = potential.logits.detach().clone()
         return trace

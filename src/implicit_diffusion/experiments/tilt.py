@@ -36,7 +36,8 @@ from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
 START, TRAIN, CHOOSE = range(3)  # streams of noise
-ARMS = ("unweighted", "weighted")  # the first is the one to use
+Arm = Literal["unweighted", "weighted"]
+ARMS: tuple[Arm, ...] = ("unweighted", "weighted")  # the first is the one to use
 ANNEALING = 200  # steps
 
 
@@ -50,7 +51,7 @@ class Config:
     """"half-plane", 1 where x_1 ≥ 0, or your own FILE.py:function from (n, 2) to (n,); a black box will do."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
     """w, in reward per nat; one of them gives a result, several a study."""
-    arms: tuple[Literal["unweighted", "weighted"], ...] = ARMS
+    arms: tuple[Arm, ...] = ARMS
     """Ways of training; the models that are kept are those of the first."""
     steps: int = 2000
     """Updates of θ."""
