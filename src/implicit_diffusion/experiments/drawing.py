@@ -30,7 +30,7 @@ def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
 
 
 def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float, high: float, columns: int = 8) -> None:
-    """Show images, grey or RGB, of other channels their mean, in rows with a grey line around each; `low` is black and `high` white."""
+    """Show images in rows with a grey line around each, grey, RGB, or the mean of other channels; `low` is black."""
     shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
     shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)
     framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
