@@ -72,8 +72,8 @@ class Config:
     width: int | None = None
     """Of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
     judge_steps: int | None = None
-    """Annealing steps that tell the final log Z; half as many more tell whether they are enough. 200 for vectors, 1500
-    for images by default, where they are most of the time that follows the training."""
+    """Annealing steps that tell the final log Z, and half as many again that check it; 200 for vectors, 1500 for images
+    by default, where they are most of the time after training."""
     long_chains: bool = False
     """Of images: also move particles ten times as long as training did, to see whether they drift away from data."""
     compare: bool = False
