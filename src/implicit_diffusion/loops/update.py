@@ -65,6 +65,7 @@ class Update:
         self.ema: AveragedModel | None = None
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
+        self.advice = ""  # what to change where numbers overflow, for messages
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -115,7 +116,7 @@ class Update:
         if norm is None or self.pending:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.pending += 1
         if self.pending < self.accumulate:
             return {}
@@ -161,7 +162,7 @@ class Update:
     def account(self, alarm: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int) -> dict[str, Any]:
         """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
         if not math.isfinite(alarm):
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.updates += count
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
@@ -183,6 +184,10 @@ class Update:
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient
+
+    def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
+        found = diagnose() or self._diagnose()
+        return NonFiniteError(f"{found}; θ was left as it was before the update{self.advice}")
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)
