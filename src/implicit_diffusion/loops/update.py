@@ -102,6 +102,8 @@ class Update:
     ) -> dict[str, Any]:
         """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
 
+        The check reads one number, for which the device is waited for; nothing else in an iteration is.
+
         Args:
             watched: tensors that must be finite as well.
             diagnose: says in words what is not finite; None where it cannot tell.
@@ -133,7 +135,7 @@ class Update:
         if self.schedule is not None:
             self.schedule.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self._average(self.ema)
         return {"grad_norm": norm, "lr": lr}
 
     @property
@@ -184,6 +186,17 @@ class Update:
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient
+
+    @torch.no_grad()
+    def _average(self, ema: AveragedModel) -> None:
+        """`update_parameters` of an average that has begun, without its copy of the count to the device."""
+        if ema.n_averaged == 0 or ema.multi_avg_fn is None:
+            ema.update_parameters(self.model)
+            return
+        ema.multi_avg_fn(list(ema.module.parameters()), list(self.model.parameters()), ema.n_averaged)
+        for averaged, own in zip(ema.module.buffers(), self.model.buffers(), strict=True):
+            averaged.copy_(own)
+        ema.n_averaged += 1
 
     def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
         found = diagnose() or self._diagnose()
