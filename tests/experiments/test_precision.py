@@ -94,7 +94,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(place):
         made = build(place, gradient_checkpointing=checkpointing)
         memory[checkpointing] = predict_memory(problem.make_loop(config, made, Noise(0))).activations
         found[checkpointing] = predictions(made.chain)
-    assert memory[True] < 0.5 * memory[False]
+    assert memory[True] < 0.6 * memory[False]  # the largest of four blocks is computed again, and counts
     for ours, theirs in zip(found[True], found[False]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -126,3 +126,23 @@ def test_what_cannot_be_compiled_runs_as_it_is(place, monkeypatch):
         made = build(place, compile=True)
     assert made.compiled == "not compiled: ZeroDivisionError: division by zero"
     assert torch.equal(predictions(made.chain)[0], predictions(build(place).chain)[0])
+
+
+def test_every_network_of_convolutions_is_channels_last_and_transformers_are_not(tmp_path):
+    """u_θ and u_0 of each kind of model, on the command line's way from folder to chain."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "rewards.py").write_text("def bright(x): return x.flatten(1).mean(1)")
+    options = {"num_steps": 4, "reward": f"{tmp_path}/rewards.py:bright"}
+    words = {"prompts": tmp_path / "prompts.txt"}
+    for convolutional, given in (
+        (True, {"model": str(tiny.class_conditional(tmp_path / "classes"))}),
+        (True, {"model": str(tiny.stable_diffusion(tmp_path / "sd"))} | words),
+        (False, {"model": str(tiny.dit(tmp_path / "dit"))}),
+    ):
+        chain = problem.build(Config(**options, **given)).chain
+        for network in (inner(chain.denoiser), inner(chain.reference)):
+            weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+            wide = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]
+            assert wide and all(w.is_contiguous(memory_format=torch.channels_last) == convolutional for w in wide), (
+                type(network)
+            )
