@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -14,6 +15,7 @@ from implicit_diffusion.objectives import GibbsObjective, Objective, TerminalObj
 from implicit_diffusion.samplers.chain import Chain
 
 TRIAL = 2**31  # trajectory on which a loop tries chain and objective; no run injects so many
+HALF = "; the network computes in float16, which ends at 65504: take bfloat16 (--precision bf16) or float32"
 
 
 class ChainLoop(Loop):
@@ -44,6 +46,7 @@ class ChainLoop(Loop):
             raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
+        self.update.advice = HALF if computes_in_float16(chain.denoiser) else ""
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
         trial = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)

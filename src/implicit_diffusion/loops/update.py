@@ -68,6 +68,7 @@ class Update:
         self.bound = False
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
+        self.advice = ""  # what to change where numbers overflow, for messages
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -113,6 +114,8 @@ class Update:
     ) -> dict[str, Any]:
         """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
 
+        The check reads one number, for which the device is waited for; nothing else in an iteration is.
+
         Args:
             watched: tensors that must be finite as well.
             diagnose: says in words what is not finite; None where it cannot tell.
@@ -127,9 +130,7 @@ class Update:
         if norm is None or self.pending:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
-            found, self.pending = diagnose() or self._diagnose(), 0
-            self.begin()
-            raise NonFiniteError(f"{found}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.pending += 1
         if self.pending < self.accumulate:
             return {}
@@ -147,7 +148,7 @@ class Update:
         if self.schedule is not None:
             self.schedule.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self._average(self.ema)
         return {"grad_norm": norm, "lr": lr}
 
     @property
@@ -177,7 +178,7 @@ class Update:
     def account(self, alarm: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int) -> dict[str, Any]:
         """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
         if not math.isfinite(alarm):
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.updates += count
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
@@ -199,6 +200,22 @@ class Update:
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient if gradient is None else gradient.to(p)
+
+    @torch.no_grad()
+    def _average(self, ema: AveragedModel) -> None:
+        """`update_parameters` of an average that has begun, without its copy of the count to the device."""
+        if ema.n_averaged == 0 or ema.multi_avg_fn is None:
+            ema.update_parameters(self.model)
+            return
+        ema.multi_avg_fn(list(ema.module.parameters()), list(self.model.parameters()), ema.n_averaged)
+        for averaged, own in zip(ema.module.buffers(), self.model.buffers(), strict=True):
+            averaged.copy_(own)
+        ema.n_averaged += 1
+
+    def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
+        found, self.pending = diagnose() or self._diagnose(), 0
+        self.begin()
+        return NonFiniteError(f"{found}; θ was left as it was before the update{self.advice}")
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)

@@ -32,6 +32,7 @@ from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.samplers.chain import Chain
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm")
+READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
 
 
 @dataclass
@@ -88,7 +89,7 @@ def fit(
         loop: fresh or restored; with a directory that holds a checkpoint, it is restored from there.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl and the checkpoint; None leaves no trace.
+        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
@@ -106,7 +107,14 @@ def fit(
             state.seconds = saved["seconds"]
             directory.forget_metrics(state.updates)
         _checkpoint(state, directory)
-    last_saved = start = time.monotonic()
+    lines: list[dict[str, Any]] = []
+
+    def write() -> None:
+        waiting, lines[:] = list(lines), []
+        if directory is not None:
+            directory.append_metrics(*waiting)
+
+    last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description) as bar:
         bar.update(advance=state.updates)
         try:
@@ -116,19 +124,25 @@ def fit(
                     state.metrics = metrics | {"seconds": state.seconds}
                     state.stopped = next(filter(None, (callback(state) for callback in callbacks)), None)
                     bar.update({name: metrics[name] for name in SHOWN if name in metrics})
-                    if directory is not None:
-                        directory.append_metrics(state.metrics)
+                    lines.append(state.metrics)
                 if stop.requested:
                     state.stopped = "interrupted"
-                if directory is not None and (state.stopped or time.monotonic() - last_saved > checkpoint_every):
+                save = state.stopped or time.monotonic() - last_saved > checkpoint_every
+                if save or time.monotonic() - last_read > READ_EVERY:
+                    write()
+                    last_read = time.monotonic()
+                if save and directory is not None:
                     _checkpoint(state, directory)
                     last_saved = time.monotonic()
                 if state.stopped:
                     break
                 start = time.monotonic()
+            write()
         except NonFiniteError as error:
             kept = f"; the last good state is in {directory.checkpoint}" if directory is not None else ""
             raise NonFiniteError(f"{error}{kept}") from error
+        finally:
+            write()
     return state
 
 

@@ -124,20 +124,17 @@ class Chain:
         Raises:
             InvalidInputError: the denoiser's output does not have its input's shape.
         """
-        c = self._rows(tuple(rows))
-        trained = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
-        kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
-        every, given = list(range(len(rows))), condition or {}
-        u0 = self._predict(self.reference, x, c, given, every) if reference else None
-        if not kept:
-            u = self._predict(self.denoiser, x, c, given, every)
+        c, given = self._rows(tuple(rows)), condition or {}
+        u0 = self._predict(self.reference, x, c, given) if reference else None
+        if c["kept"].numel() == 0:
+            u = self._predict(self.denoiser, x, c, given)
         else:
-            parts = [self._predict(self.reference, x[kept], c, given, kept) if u0 is None else u0[kept]]
-            if trained:
-                parts.append(self._predict(self.denoiser, x[trained], c, given, trained))
-            u, order = torch.cat(parts), sorted(range(len(rows)), key=(kept + trained).__getitem__)
-            if order != every:
-                u = u[order]
+            parts = [self._predict(self.reference, x, c, given, c["kept"]) if u0 is None else u0[c["kept"]]]
+            if c["own"].numel():
+                parts.append(self._predict(self.denoiser, x, c, given, c["own"]))
+            u = torch.cat(parts)
+            if c["order"].numel():
+                u = u[c["order"]]
         return Transition(x, u, u0, c["a"], c["b"], c["s"], c["h"], c["trained"])
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
@@ -176,7 +173,9 @@ class Chain:
                     f"condition must return a dict of tensors with leading dimension batch = {batch}, one entry per "
                     f"sample; {name!r} has {found}"
                 )
-        return {name: torch.stack([given[name] for given in drawn]).to(self.device) for name in drawn[0]}
+        return {
+            name: torch.stack([given[name] for given in drawn]).to(self.device, non_blocking=True) for name in drawn[0]
+        }
 
     def walk(
         self,
@@ -232,12 +231,18 @@ class Chain:
         return eval_mode(*(f for f in (self.denoiser, self.reference) if isinstance(f, nn.Module)))
 
     def _predict(
-        self, network: Denoiser, x: Tensor, c: dict[str, Tensor], condition: Mapping[str, Tensor], slots: list[int]
+        self,
+        network: Denoiser,
+        x: Tensor,
+        c: dict[str, Tensor],
+        condition: Mapping[str, Tensor],
+        slots: Tensor | None = None,
     ) -> Tensor:
-        every = len(slots) == len(c["t"])
-        m, t = (c["m"], c["t"]) if every else (c["m"][slots], c["t"][slots])
+        m, t = c["m"], c["t"]
+        if slots is not None:
+            x, m, t, condition = x[slots], m[slots], t[slots], {name: value[slots] for name, value in condition.items()}
         inputs = (m * x).flatten(0, 1)
-        given = {name: (value if every else value[slots]).flatten(0, 1) for name, value in condition.items()}
+        given = {name: value.flatten(0, 1) for name, value in condition.items()}
         u = network(inputs, t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
         if u.shape != inputs.shape:
@@ -247,12 +252,20 @@ class Chain:
         return u.unflatten(0, x.shape[:2])
 
     def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:
-        """Coefficients of the given rows on the chain's device, shaped (slots, 1, ...); t shaped (slots,)."""
+        """What the given rows are, on the chain's device: an index by a list would be copied there at every call.
+
+        Coefficients are shaped (slots, 1, ...), t (slots,). `kept` are the slots on pretrained rows, `own` the others,
+        and `order`, where it is not empty, puts their concatenation in order.
+        """
         if rows not in self._coefficients:
             index, ones = list(rows), (1,) * (1 + len(self.event_shape))
             c = {name: getattr(self.table, name)[index].to(self.device, self.dtype) for name in "abshmt"}
             c["trained"] = torch.tensor([row not in self.pretrained_rows for row in rows], device=self.device)
-            self._coefficients[rows] = {
-                name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()
-            }
+            found = {name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()}
+            kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
+            own = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
+            order = sorted(range(len(rows)), key=(kept + own).__getitem__)
+            slots = {"kept": kept, "own": own, "order": [] if order == sorted(order) else order}
+            found |= {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
+            self._coefficients[rows] = found
         return self._coefficients[rows]
