@@ -12,6 +12,9 @@ They are addressed by key, like the noise: forward and backward passes, nested l
 same ones, and so do u_0 and terminal objectives.
 
 Networks run in eval mode: dropout would make u_θ a random function, and the adjoint of a random function is another.
+
+States, times, coefficients, adjoints and path costs have at least single precision. A network with weights in less is
+called in its own, and its output comes back: what half precision may round is u alone.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class Chain:
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        self.dtype = torch.get_default_dtype() if parameter is None else _at_least_single(parameter.dtype)
         self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     @property
@@ -238,13 +241,13 @@ class Chain:
         m, t = (c["m"], c["t"]) if every else (c["m"][slots], c["t"][slots])
         inputs = (m * x).flatten(0, 1)
         given = {name: (value if every else value[slots]).flatten(0, 1) for name, value in condition.items()}
-        u = network(inputs, t.repeat_interleave(x.shape[1]), **given)
+        u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
         if u.shape != inputs.shape:
             raise InvalidInputError(
                 f"denoiser must return the shape of its input, {tuple(inputs.shape)}, got {tuple(u.shape)}"
             )
-        return u.unflatten(0, x.shape[:2])
+        return u.to(x.dtype).unflatten(0, x.shape[:2])
 
     def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:
         """Coefficients of the given rows on the chain's device, shaped (slots, 1, ...); t shaped (slots,)."""
@@ -256,3 +259,13 @@ class Chain:
                 name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()
             }
         return self._coefficients[rows]
+
+
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:
+    """That of a network's weights."""
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return otherwise if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype
