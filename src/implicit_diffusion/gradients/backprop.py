@@ -21,7 +21,7 @@ class FullBackprop:
     ) -> dict[str, Tensor]:
         """Add the gradient of trajectory `index` to the parameters' `.grad`; returns the same values as `Adjoint`."""
         values: dict[str, Tensor] = {}
-        with torch.enable_grad(), chain.evaluating():
+        with torch.enable_grad(), chain.evaluating(), objective.evaluating():
             x = chain.initial(noise, batch, index)
             total = 0 * x.sum()
             for transition, _, state in chain.walk(x, noise, index, reference=bool(objective.running)):

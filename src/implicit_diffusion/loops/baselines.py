@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
@@ -54,7 +53,7 @@ class NestedParticles(ParticleLoop):
         walkers = self.initial if self.begin == "initial" else self.walkers
         if self.begin == "data":
             walkers = walkers._replace(x=innermost(self._data(points)))
-        with eval_mode(self.model):
+        with self.evaluating():
             for k in range(start, start + self.inner_steps):
                 walkers, move = self._take(walkers, energy_of(self.model, walkers.x), self._draws(k), self._h(k))
             fused = fused_pass(self.model, self.parameters, self.objective.stationary, walkers.x, points)
@@ -108,7 +107,7 @@ class Unrolled(ParticleLoop):
     def step(self) -> dict[str, Any]:
         start, walkers = self.iteration * self.unrolled_steps, self.walkers
         x, momentum = walkers.x, walkers.momentum
-        with eval_mode(self.model), torch.enable_grad():
+        with self.evaluating(), torch.enable_grad():
             for k in range(start, start + self.unrolled_steps):
                 *numbers, _ = self._draws(k)
                 here = self._differentiable_energy(x)

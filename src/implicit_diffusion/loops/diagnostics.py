@@ -29,7 +29,7 @@ def signal_to_noise(loop: ParticleLoop, groups: int = 8) -> float:
     Below one, the step on θ is mostly noise. It changes nothing in the loop.
     """
     x, points = loop.walkers.x, loop._points(loop.iteration)
-    with eval_mode(loop.model):
+    with loop.evaluating():
         estimates = []
         for part in x[: len(x) // groups * groups].chunk(groups):
             fused = fused_pass(loop.model, loop.parameters, loop.objective.stationary, part, points)

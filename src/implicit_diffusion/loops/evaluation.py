@@ -89,7 +89,7 @@ def evaluate(
     compare = chain.denoiser is not chain.reference
     score = Reward(reward)
     singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
-    with chain.evaluating():
+    with chain.evaluating(), score.evaluating():
         for index, first in enumerate(range(0, starts, size)):
             x = chain.initial(noise, min(size, starts - first), index).repeat_interleave(repeats, 0)
             kl = log_ratio = x.new_zeros(len(x))

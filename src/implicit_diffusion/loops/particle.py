@@ -7,6 +7,7 @@ addressed by number, so that a restored loop draws the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class ParticleLoop(Loop):
             raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
         x = self._start(particles)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
-        with eval_mode(potential):
+        with self.evaluating():
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
@@ -97,6 +98,12 @@ class ParticleLoop(Loop):
     def tracked(self) -> bool:
         """Whether log-weights are kept, to weigh with or to tell the lag."""
         return self.weighted or self.lag
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        with eval_mode(self.model), self.objective.evaluating():
+            yield
 
     @property
     def n(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.transition import Transition
 
@@ -99,6 +101,13 @@ class Objective:
     def with_weight(self, kind: type[Term], weight: float) -> Objective:
         """The same objective with another coefficient on the terms of a kind (a KL weight under adaptation)."""
         return Objective(tuple((weight if isinstance(term, kind) else c, term) for c, term in self.terms))
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Context in which networks that terms hold (a reward, U, a kernel) are deterministic functions (eval mode).
+
+        Found among the attributes of the terms; one that a plain function closes over is out of reach.
+        """
+        return eval_mode(*(part for _, term in self.terms for part in (term, *vars(term).values())))
 
     def __repr__(self) -> str:
         return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)

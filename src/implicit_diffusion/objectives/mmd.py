@@ -55,7 +55,8 @@ class MMD(TerminalObjective):
         if kernel is None:
             kernel = gaussian_kernel(torch.pdist(data[:2000].flatten(1)).median().item())
         self.data, self.kernel, self.name = data, kernel, name
-        gram = kernel(data, data)
+        with self.evaluating():
+            gram = kernel(data, data)
         self._within = (gram.sum() - gram.diagonal().sum()) / (len(data) * (len(data) - 1))
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:

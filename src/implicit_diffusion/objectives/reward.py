@@ -63,7 +63,7 @@ class Reward(TerminalObjective):
             InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or no gradient.
         """
         x = particles.x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.evaluating():
             reward = self.of(Particles(x, condition=particles.condition))
         self._check_form(reward, x)
         if not reward.requires_grad:

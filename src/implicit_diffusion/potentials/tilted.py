@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 
 
@@ -71,7 +72,8 @@ class Tilted(nn.Module):
 
     @torch.no_grad()
     def _is_gaussian(self, x: Tensor) -> bool:
-        return not self.network(x).any()
+        with eval_mode(self.network):
+            return not self.network(x).any()
 
 
 class Scaled(nn.Module):
