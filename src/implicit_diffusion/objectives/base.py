@@ -183,13 +183,15 @@ class TerminalObjective(GibbsObjective):
             weights = particles.weights.detach()
             logs = weights.log().requires_grad_()
             value = self.value(Particles(particles.x, logs, condition=particles.condition))
-            if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
+            slope = None
+            if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
+                (slope,) = torch.autograd.grad(value, logs, allow_unused=True)
+            if slope is None:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InvalidInputError(
                     f"{self.name} must be a 0-d tensor that depends on the particles' weights through torch "
                     f"operations, got {given}"
                 )
-            (slope,) = torch.autograd.grad(value, logs)
         return torch.where(weights > 0, slope / weights, 0), value.detach()  # weights may underflow
 
     def charges(
@@ -200,7 +202,23 @@ class TerminalObjective(GibbsObjective):
             return Charges(centred(-variation, particles), value=value)
 
     def check(self, particles: Particles) -> None:
-        """Raise `InvalidInputError` where the objective cannot be differentiated at these particles."""
+        """Try to differentiate the objective in the positions of a few samples.
+
+        Raises:
+            InvalidInputError: no 0-d tensor, or one that does not depend on the positions through torch operations.
+        """
+        x = particles.x.detach().requires_grad_()
+        with torch.enable_grad(), self.evaluating():
+            value = self.value(Particles(x, condition=particles.condition))
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInputError(f"{self.name} must be a 0-d tensor, got {given}")
+        if not value.requires_grad or torch.autograd.grad(value, x, allow_unused=True)[0] is None:
+            raise InvalidInputError(
+                f"{self.name} is not differentiable in the samples: its value does not depend on them through torch "
+                "operations; remove .detach(), .numpy(), torch.no_grad() and comparisons from it, or train a potential "
+                "by Single, which needs no such derivative"
+            )
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         found = self.charges(particles, energy, None).particles
