@@ -65,6 +65,9 @@ class NestedParticles(ParticleLoop):
         acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
 
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"inner_steps": self.inner_steps, "begin": self.begin}
+
     def _data(self, points: list[Tensor | None]) -> Tensor:
         drawn = [y for y in points if y is not None]
         if not drawn:
@@ -129,6 +132,9 @@ class Unrolled(ParticleLoop):
         info = self.update.step([after.x.sum()], lambda: self._diagnose(after, values))
         self.walkers = after
         return self._metrics(values) | info
+
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"unrolled_steps": self.unrolled_steps}
 
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""

@@ -64,6 +64,10 @@ class ChainLoop(Loop):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"injected": self.injected, "evaluations": self.chain.evaluations}
 
+    def _like(self) -> dict[str, Any]:
+        chain = {"steps": self.chain.num_steps, "event_shape": list(self.chain.event_shape)}
+        return super()._like() | {"batch": self.batch} | chain
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.injected, self.chain.evaluations = state["injected"], state["evaluations"]

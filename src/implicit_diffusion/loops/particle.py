@@ -151,6 +151,10 @@ class ParticleLoop(Loop):
         own = {"walkers": self.walkers._asdict(), "log_z0": self.log_z0, "evaluations": self.evaluations}
         return super().state_dict() | own
 
+    def _like(self) -> dict[str, Any]:
+        own = {"particles": list(self.walkers.x.shape), "kernel": type(self.kernel).__name__}
+        return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         saved: dict[str, Any] = {}

@@ -86,6 +86,9 @@ class Single(ParticleLoop):
         self.walkers = walkers
         return self._metrics(values) | info | moved
 
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"order": self.order}
+
     @property
     def _one_pull(self) -> bool:
         terms = self.objective.stationary

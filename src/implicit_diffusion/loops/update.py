@@ -173,6 +173,15 @@ class Update:
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
 
+    def like(self) -> dict[str, Any]:
+        """What a state and the update that continues from it must have in common, by name."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "parameters": [len(group["params"]) for group in self.optimizer.param_groups],
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "average": self.ema is not None,
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
