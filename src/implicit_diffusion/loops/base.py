@@ -82,7 +82,7 @@ class Loop(ABC):
         """Continue where `state_dict` was taken, in a loop built from the same arguments.
 
         Raises:
-            InvalidInputError: the state of a loop with another noise, objective, model, update, batch or the like, which
+            InvalidInputError: state of a loop with another noise, objective, model, update, batch or the like, which
                 this one could not continue; nothing has been changed then.
         """
         own = self._like()  # what a state of an earlier version does not tell is taken to agree
