@@ -119,8 +119,8 @@ class ClassifierFree(nn.Module):
         """
         if not self.null.keys() <= condition.keys():
             raise InvalidInputError(
-                f"null holds {', '.join(self.null)}, but the condition {', '.join(condition) or 'nothing'}; guidance needs "
-                "the condition's own names"
+                f"null holds {', '.join(self.null)}, but the condition {', '.join(condition) or 'nothing'}; guidance "
+                "needs names of the condition"
             )
         if self.scale == 1:
             return self.denoiser(x, t, **condition)

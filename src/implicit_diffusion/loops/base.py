@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -26,12 +26,14 @@ class Loop(ABC):
         noise: source of every random number.
 
     Raises:
-        InvalidInputError: an optimizer that does not move the model.
+        InvalidInputError: an optimizer that does not move the model; an argument of another type.
     """
 
     def __init__(
         self, model: Any, role: str, objective: Objective, update: Update | torch.optim.Optimizer, noise: Noise
     ) -> None:
+        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
+        check_type("noise", noise, Noise, "take Noise(0), say")
         self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
         self.model: nn.Module = self.update.bind(model, role)

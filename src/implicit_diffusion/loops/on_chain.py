@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -42,6 +42,7 @@ class ChainLoop(Loop):
     ) -> None:
         if batch < 1:
             raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
+        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape); a potential is trained by Single")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
         for _, cost in objective.running:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
@@ -58,6 +58,7 @@ class ParticleLoop(Loop):
         weighted: bool = False,
         lag: bool = False,
     ) -> None:
+        check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
         if (weighted or lag) and not kernel.weighted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -48,6 +48,7 @@ class Update:
         ema_decay: float | None = None,
         accumulate: int = 1,
     ) -> None:
+        check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
@@ -79,9 +80,10 @@ class Update:
             role: what it is called in messages.
 
         Raises:
-            InvalidInputError: the optimizer moves no trainable parameter of the model.
+            InvalidInputError: no module, or the optimizer moves no trainable parameter of it.
         """
-        own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        check_type(f"the {role}", model, nn.Module, "what is trained is a module that owns its parameters")
+        own = {id(p) for p in model.parameters()}
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(

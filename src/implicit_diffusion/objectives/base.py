@@ -19,13 +19,14 @@ import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.transition import Transition
@@ -81,18 +82,28 @@ class Objective:
         return [(c, term) for c, term in self.terms if isinstance(term, RunningCost) and c != 0]
 
     def __add__(self, other: Objective) -> Objective:
+        check_type("what is added to an objective", other, Objective, "a reward function becomes one by Reward(f)")
         return Objective(self.terms + other.terms)
+
+    def __radd__(self, other: Literal[0]) -> Objective:
+        return self if isinstance(other, int) and other == 0 else self + other  # `sum` begins with 0
 
     def __neg__(self) -> Objective:
         return -1.0 * self
 
     def __sub__(self, other: Objective) -> Objective:
+        check_type("what is taken from an objective", other, Objective, "a reward function becomes one by Reward(f)")
         return self + -other
 
-    def __mul__(self, factor: float | int) -> Objective:
-        return Objective(tuple((factor * c, term) for c, term in self.terms))
+    def __mul__(self, factor: SupportsFloat) -> Objective:
+        check_type("the weight of an objective", factor, SupportsFloat, "weights are numbers")
+        return Objective(tuple((float(factor) * c, term) for c, term in self.terms))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | int) -> Objective:
+        check_type("the divisor of an objective", divisor, SupportsFloat, "weights are numbers")
+        return (1 / float(divisor)) * self
 
     def weight(self, kind: type[Term]) -> float:
         """Total coefficient of the terms of a kind; 0 where there is none."""

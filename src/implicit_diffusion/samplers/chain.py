@@ -28,7 +28,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
@@ -53,7 +53,8 @@ class Chain:
             `batch` by name; the same arguments must give the same ones. See `Drawn`.
 
     Raises:
-        InvalidInputError: an event shape that is empty or not positive; a row that the table does not have.
+        InvalidInputError: an event shape that is empty or not positive; a row that the table does not have; an argument
+            of another type.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class Chain:
         pretrained_rows: Iterable[int] | Literal["noiseless"] = (),
         condition: Condition | None = None,
     ) -> None:
+        check_type("table", table, ChainTable, "a diffusers scheduler becomes one by read_table(scheduler, num_steps)")
+        check_type("denoiser", denoiser, Callable, "it is called as u(x, t)")
+        check_type("event_shape", event_shape, Iterable, "it holds the sizes of one sample, e.g. (1, 8, 8) or (2,)")
         self.denoiser, self.table, self.event_shape, self.condition = denoiser, table, tuple(event_shape), condition
         if not self.event_shape or min(self.event_shape) < 1:
             raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}")
@@ -145,6 +149,7 @@ class Chain:
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
+        check_type("noise", noise, Noise, "take Noise(0), say")
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
         return self.table.initial_std * x
 
@@ -243,6 +248,7 @@ class Chain:
         given = {name: (value if every else value[slots]).flatten(0, 1) for name, value in condition.items()}
         u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
+        check_type("what the denoiser returns", u, Tensor, "a diffusers model becomes one by DiffusersDenoiser(model)")
         if u.shape != inputs.shape:
             raise InvalidInputError(
                 f"denoiser must return the shape of its input, {tuple(inputs.shape)}, got {tuple(u.shape)}"

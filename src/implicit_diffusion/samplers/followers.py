@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
@@ -50,6 +50,8 @@ class Followers:
         groups: int = 8,
         log_z: float = 0.0,
     ) -> None:
+        check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
+        check_type("noise", noise, Noise, "take Noise(0), say")
         if not kernel.weighted:
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC")
         if groups < 2 or len(x) % groups or len(x) < 2 * groups:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials.energy import energy_of
@@ -47,6 +47,8 @@ def warm_up(
         InvalidInputError: a kernel that never rejects; fewer than 20 steps; a target outside (0, 1).
         NonFiniteError: particles became NaN or infinite.
     """
+    check_type("kernel", kernel, Kernel, "take MALA(0.1), say")
+    check_type("noise", noise, Noise, "take Noise(0), say")
     target = kernel.target_acceptance if target is None else target
     if kernel.target_acceptance is None or target is None:
         raise InvalidInputError(
