@@ -114,6 +114,6 @@ def test_a_trained_row_without_noise_has_no_bound():
     other = chain.replace(denoiser=copy.deepcopy(chain.denoiser))
     before, after = (evaluate(c, reward, Noise(0), starts=3, repeats=2) for c in (chain.pretrained(), other))
     for call in (lambda: bound(after, 1.0), lambda: captured(before, after, 1.0)):
-        with pytest.raises(InvalidInputError, match="row of its chain has no noise.*pretrained_rows='noiseless'"):
+        with pytest.raises(InvalidInputError, match=r"row of its chain has no noise.*pretrained_rows='noiseless'"):
             call()
     bound(before, 1.0)  # of the pretrained chain there is one
