@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -163,8 +164,8 @@ class ParticleLoop(Loop):
             saved[name] = value if value is None else innermost(value.to(self.walkers.x))
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
 
-    def _start(self, particles: Tensor | int) -> Tensor:
-        if isinstance(particles, int):
+    def _start(self, particles: Any) -> Tensor:
+        if isinstance(particles, Integral):
             if particles < 2:
                 raise InvalidInputError(f"particles must be at least 2, got {particles}")
             if not hasattr(self.model, "sample"):
@@ -173,8 +174,9 @@ class ParticleLoop(Loop):
                     "themselves, with shape (n, *event)"
                 )
             potential: Any = self.model
-            x: Tensor = potential.sample(particles, self.noise.stream(START, 0))
+            x: Tensor = potential.sample(int(particles), self.noise.stream(START, 0))
         else:
+            check_type("particles", particles, Tensor, "take torch.as_tensor(particles), or a number of them")
             x = particles
         if len(x) < 2 or x.ndim < 2:
             raise InvalidInputError(

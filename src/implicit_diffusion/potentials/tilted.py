@@ -38,7 +38,12 @@ class Tilted(nn.Module):
         self.network, self.event_shape = network, tuple(event_shape)
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        return x.flatten(1).square().sum(1) / 2 + self.network(x).reshape(len(x))
+        f = self.network(x)
+        if f.numel() != len(x):
+            raise InvalidInputError(
+                f"network of Tilted must return shape (n,) or (n, 1), got {tuple(f.shape)} for {len(x)} particles"
+            )
+        return x.flatten(1).square().sum(1) / 2 + f.reshape(len(x))
 
     @property
     def log_z(self) -> float:
