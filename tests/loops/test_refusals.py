@@ -1,10 +1,10 @@
-"""What loops refuse before they begin: objectives that would train nothing."""
+"""What loops refuse before they begin: objectives that would train nothing, schedules that they could not step."""
 
 import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.loops import Queue, Unrolled
+from implicit_diffusion.loops import Queue, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, Functional, Reward
 from implicit_diffusion.samplers import ULA
@@ -48,6 +48,19 @@ def test_objectives_without_a_derivative_in_the_samples(name, build):
         message = "functional (must be a 0-d tensor that depends|is not differentiable)|MMD: data have event shape"
     with pytest.raises(InvalidInputError, match=message):
         build(objective())
+
+
+def test_schedules_that_an_update_cannot_step():
+    one, other = (torch.optim.SGD(Banana().parameters(), lr=0.1) for _ in range(2))
+    rates = torch.optim.lr_scheduler
+    with pytest.raises(InvalidInputError, match=r"ReduceLROnPlateau does not step by itself .*metrics"):
+        Update(one, schedule=rates.ReduceLROnPlateau(one))
+    parts = [rates.ConstantLR(other), rates.ExponentialLR(other, 0.9)]
+    chained = rates.ChainedScheduler([rates.ConstantLR(other)])
+    for schedule in (rates.ExponentialLR(other, 0.9), rates.SequentialLR(other, parts, [2]), chained):
+        with pytest.raises(InvalidInputError, match="schedule is that of another optimizer"):
+            Update(one, schedule=schedule)
+        Update(other, schedule=schedule)
 
 
 def test_differentiable_functionals_and_divergences_pass():

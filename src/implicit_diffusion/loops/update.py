@@ -30,13 +30,14 @@ class Update:
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
-        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
+        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update, without arguments.
         max_grad_norm: clip the norm of Γ to this value.
         ema_decay: keep an exponential moving average of the model, θ̄ ← decay·θ̄ + (1 − decay)·θ after every update.
         accumulate: average Γ over this many calls before each update.
 
     Raises:
-        InvalidInputError: an optimizer that needs a closure; a bound or count that is not positive.
+        InvalidInputError: an optimizer that needs a closure; a schedule that needs a metric or is another optimizer's; a
+            bound or count that is not positive.
     """
 
     def __init__(
@@ -55,6 +56,16 @@ class Update:
                 f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
                 "take a first-order optimizer such as Adam or SGD"
             )
+        if schedule is not None:
+            try:
+                inspect.signature(schedule.step).bind()
+            except TypeError as error:
+                raise InvalidInputError(
+                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, such as "
+                    "CosineAnnealingLR"
+                ) from error
+            if getattr(schedule, "optimizer", optimizer) is not optimizer:
+                raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         if ema_decay is not None and not 0 < ema_decay < 1:

@@ -119,12 +119,8 @@ class ReverseKL(GibbsObjective):
             reference = self.potential(particles.x)
         fits = isinstance(reference, Tensor) and (reference.shape, reference.dtype) == (energy.shape, energy.dtype)
         if not fits or not reference.isfinite().all():
-            given = (
-                f"{reference.dtype}, {tuple(reference.shape)}"
-                if isinstance(reference, Tensor)
-                else type(reference).__name__
-            )
+            form = f"{reference.dtype}, {tuple(reference.shape)}" if isinstance(reference, Tensor) else None
             raise InvalidInputError(
                 f"ReverseKL: its potential must return finite numbers of {energy.dtype}, {tuple(energy.shape)} on the "
-                f"particles, got {given}"
+                f"particles, got {form or type(reference).__name__}"
             )
