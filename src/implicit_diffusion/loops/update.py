@@ -36,8 +36,8 @@ class Update:
         accumulate: average Γ over this many calls before each update.
 
     Raises:
-        InvalidInputError: an optimizer that needs a closure; a schedule that needs a metric or is another optimizer's; a
-            bound or count that is not positive.
+        InvalidInputError: an optimizer that needs a closure; a schedule that needs a metric or is another optimizer's;
+            a bound or count that is not positive.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Update:
                 inspect.signature(schedule.step).bind()
             except TypeError as error:
                 raise InvalidInputError(
-                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, such as "
+                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, say "
                     "CosineAnnealingLR"
                 ) from error
             if getattr(schedule, "optimizer", optimizer) is not optimizer:
