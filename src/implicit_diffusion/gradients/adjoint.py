@@ -33,7 +33,7 @@ def terminal_adjoint(
 ) -> tuple[Float[Tensor, "batch *event"], dict[str, Tensor]]:
     """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted."""
     x = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), objective.evaluating():
         ends = Particles(x, condition=condition)
         values = [(c, term, term.value(ends)) for c, term in objective.terminal]
         total = sum((c * value for c, _, value in values), start=0 * x.sum())

@@ -30,7 +30,7 @@ class FullBackprop:
         if computes_in_float16(chain.denoiser):
             raise InvalidInputError("FullBackprop: cotangents vanish in a float16 network; take Adjoint, or bfloat16")
         values: dict[str, Tensor] = {}
-        with torch.enable_grad(), chain.evaluating():
+        with torch.enable_grad(), chain.evaluating(), objective.evaluating():
             x = chain.initial(noise, batch, index)
             total = 0 * x.sum()
             for transition, _, state in chain.walk(x, noise, index, reference=bool(objective.running)):

@@ -78,7 +78,7 @@ def predict_memory(loop: ChainLoop) -> Memory:
         return [term.value(end) for _, term in objective.terminal]
 
     evaluations = chain.evaluations
-    with chain.evaluating():
+    with chain.evaluating(), objective.evaluating():
         (row, again), (end, _) = _saved_per_sample(pull), _saved_per_sample(finish)
     chain.evaluations = evaluations
     if isinstance(loop, Nested) and isinstance(loop.estimator, FullBackprop):

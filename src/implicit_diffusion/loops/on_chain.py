@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
@@ -44,6 +44,7 @@ class ChainLoop(Loop):
     ) -> None:
         if batch < 1:
             raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
+        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape); a potential is trained by Single")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
         self.update.advice = HALF if computes_in_float16(chain.denoiser) else ""
@@ -66,6 +67,10 @@ class ChainLoop(Loop):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"injected": self.injected, "evaluations": self.chain.evaluations}
+
+    def _like(self) -> dict[str, Any]:
+        chain = {"steps": self.chain.num_steps, "event_shape": list(self.chain.event_shape)}
+        return super()._like() | {"batch": self.batch} | chain
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -72,7 +71,7 @@ class Single(ParticleLoop):
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
         self.iteration += count
         self.evaluations += count * (self.kernel.evaluations + (not self._one_pull) + (self.order == "x-first"))
-        with eval_mode(self.model):
+        with self.evaluating():
             if not self._plain:
                 self.update.begin()
                 walkers, gradients, info = self._function(self.walkers, *inputs[0])
@@ -88,6 +87,9 @@ class Single(ParticleLoop):
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
         return self._metrics(values) | info | moved
+
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"order": self.order}
 
     @property
     def _one_pull(self) -> bool:

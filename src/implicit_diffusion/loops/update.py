@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 from implicit_diffusion.frozen import parametrizations, train_once
 
 
@@ -31,14 +31,15 @@ class Update:
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
-        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
+        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update, without arguments.
         max_grad_norm: clip the norm of Γ to this value.
         ema_decay: keep an exponential moving average of the model: θ̄ = θ after the first update, and
             θ̄ ← decay·θ̄ + (1 − decay)·θ after every other.
         accumulate: average Γ over this many calls before each update.
 
     Raises:
-        InvalidInputError: an optimizer that needs a closure; a bound or count that is not positive.
+        InvalidInputError: an optimizer that needs a closure; a schedule that needs a metric or is another optimizer's;
+            a bound or count that is not positive.
     """
 
     def __init__(
@@ -50,12 +51,23 @@ class Update:
         ema_decay: float | None = None,
         accumulate: int = 1,
     ) -> None:
+        check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
                 f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
                 "take a first-order optimizer such as Adam or SGD"
             )
+        if schedule is not None:
+            try:
+                inspect.signature(schedule.step).bind()
+            except TypeError as error:
+                raise InvalidInputError(
+                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, say "
+                    "CosineAnnealingLR"
+                ) from error
+            if getattr(schedule, "optimizer", optimizer) is not optimizer:
+                raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         if ema_decay is not None and not 0 < ema_decay < 1:
@@ -83,12 +95,13 @@ class Update:
             role: what it is called in messages.
 
         Raises:
-            InvalidInputError: the optimizer moves no trainable parameter of the model, or the update is another
+            InvalidInputError: no module, the optimizer moves no trainable parameter of it, or the update is another
                 loop's.
         """
         if self.bound:
             raise InvalidInputError("update already serves another loop, whose count it keeps; make a new Update")
-        own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        check_type(f"the {role}", model, nn.Module, "what is trained is a module that owns its parameters")
+        own = {id(p) for p in model.parameters()}
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(
@@ -189,6 +202,15 @@ class Update:
         state["ema"] = None if self.ema is None else moving(self.ema, like=self.model, prefix="module.")
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
+
+    def like(self) -> dict[str, Any]:
+        """What a state and the update that continues from it must have in common, by name."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "parameters": [len(group["params"]) for group in self.optimizer.param_groups],
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "average": self.ema is not None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
