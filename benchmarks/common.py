@@ -73,13 +73,13 @@ class Problem:
 DIGITS = Problem(digits_chain, brightness, BETA, deviation=2.7)
 
 
-def milliseconds(function: Callable[[], Any]) -> float:
+def milliseconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """One call, with the device's queue emptied before and after."""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def synchronize() -> None:
@@ -87,12 +87,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]],
+    repeats: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Milliseconds of every function, called in turn, so that a busy moment of the machine strikes all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(warm_up + repeats):
         for name, function in functions.items():
-            spent = milliseconds(function)
+            spent = milliseconds(function, clock)
             if repeat >= warm_up:
                 times[name].append(spent)
     return times

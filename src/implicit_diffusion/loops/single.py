@@ -148,9 +148,16 @@ class Single(ParticleLoop):
 
 
 def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-    """Values of the terms, the norm of Γ, and one number that is finite if the particles are."""
-    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None])
-    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": walkers.x.sum()}
+    """Values of the terms, the norm of Γ, and one number that is finite if the particles are.
+
+    Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
+    pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
+    a break is welcome: without it the intermediate results of all iterations of one call are alive together.
+    """
+    foreach = False if torch.compiler.is_compiling() else None
+    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
+    alarm = torch.nn.utils.get_total_norm([walkers.x.sum()])
+    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": alarm}
     return info if acceptance is None else info | {"acceptance": acceptance.mean()}
 
 
