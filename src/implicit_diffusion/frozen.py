@@ -39,12 +39,11 @@ def frozen_copy(module: Module) -> Module:
 def eval_mode(*modules: object) -> Iterator[None]:
     """Run `modules` in evaluation mode inside the block; afterwards every submodule has its own mode again.
 
-    Objects that are no `torch.nn.Module` (plain functions used as denoisers, None) have no mode and are
-    passed over.
+    A bound method stands for its module. Other objects that are no `torch.nn.Module` (plain functions used as
+    denoisers, None) have no mode and are passed over.
     """
-    training = [
-        part for module in modules if isinstance(module, nn.Module) for part in module.modules() if part.training
-    ]
+    owners = (getattr(module, "__self__", module) for module in modules)
+    training = [part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules() if part.training]
     try:
         for part in training:
             part.training = False

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import digits, rewards
@@ -21,7 +21,7 @@ SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability o
 def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
 
-    A file or module that the user names is imported, and so executed.
+    A file or module that the user names is imported, and so executed; a network found there is put in eval mode.
 
     Raises:
         InvalidInputError: nothing of that name; the message says what was looked for.
@@ -40,7 +40,7 @@ def load_reward(name: str) -> Callable[[Tensor], Tensor]:
         raise InvalidInputError(
             f"--reward: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
         )
-    return found
+    return found.eval() if isinstance(found, nn.Module) else found
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -39,7 +39,7 @@ def signal_to_noise(loop: ParticleLoop, groups: int = 8) -> float:
     one, the step on θ is mostly noise. Every group has a draw of data of its own. It changes nothing in the loop.
     """
     x = loop.walkers.x
-    with eval_mode(loop.model):
+    with loop.evaluating():
         estimates = []
         for i, part in enumerate(x[: len(x) // groups * groups].chunk(groups)):
             points = loop._points(loop.iteration + i)

@@ -7,13 +7,15 @@ addressed by number, so that a restored loop draws the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
@@ -57,6 +59,7 @@ class ParticleLoop(Loop):
         weighted: bool = False,
         lag: bool = False,
     ) -> None:
+        check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
         if (weighted or lag) and not kernel.weighted:
@@ -68,7 +71,7 @@ class ParticleLoop(Loop):
             raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
         x = self._start(particles)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
-        with eval_mode(potential):
+        with self.evaluating():
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
@@ -85,7 +88,7 @@ class ParticleLoop(Loop):
     def particles(self) -> Particles:
         """The present particles; where the loop weighs, with the weights and the log Z of the present θ."""
         if not self.weighted:
-            return Particles(self.walkers.x)
+            return self._held(self.walkers)
         with eval_mode(self.model):
             return self._held(close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x)))
 
@@ -93,6 +96,12 @@ class ParticleLoop(Loop):
     def tracked(self) -> bool:
         """Whether log-weights are kept, to weigh with or to tell the lag."""
         return self.weighted or self.lag
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        with eval_mode(self.model), self.objective.evaluating():
+            yield
 
     @property
     def n(self) -> int:
@@ -145,6 +154,10 @@ class ParticleLoop(Loop):
         own = {"walkers": self.walkers._asdict(), "log_z0": self.log_z0, "evaluations": self.evaluations}
         return super().state_dict() | own
 
+    def _like(self) -> dict[str, Any]:
+        own = {"particles": list(self.walkers.x.shape), "kernel": type(self.kernel).__name__}
+        return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         saved: dict[str, Any] = {}
@@ -160,8 +173,8 @@ class ParticleLoop(Loop):
         growth = closed.log_z + log_mean_exp(closed.log_weights)
         return Particles(x, closed.log_weights, None if self.log_z0 is None else self.log_z0 + growth, growth)
 
-    def _start(self, particles: Tensor | int) -> Tensor:
-        if isinstance(particles, int):
+    def _start(self, particles: Any) -> Tensor:
+        if isinstance(particles, Integral):
             if particles < 2:
                 raise InvalidInputError(f"particles must be at least 2, got {particles}")
             if not hasattr(self.model, "sample"):
@@ -170,8 +183,9 @@ class ParticleLoop(Loop):
                     "themselves, with shape (n, *event)"
                 )
             potential: Any = self.model
-            x: Tensor = potential.sample(particles, self.noise.stream(START, 0))
+            x: Tensor = potential.sample(int(particles), self.noise.stream(START, 0))
         else:
+            check_type("particles", particles, Tensor, "take torch.as_tensor(particles), or a number of them")
             x = particles
         if len(x) < 2 or x.ndim < 2:
             raise InvalidInputError(

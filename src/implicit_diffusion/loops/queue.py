@@ -112,6 +112,9 @@ class Queue(ChainLoop):
         slots = [{"index": s.index, "born": s.born, "states": list(s.states), "adjoint": s.adjoint} for s in self.slots]
         return super().state_dict() | {"slots": slots, "values": dict(self.values), "costs": dict(self.costs)}
 
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"stride": self.stride}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         device = self.chain.device

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -72,7 +71,7 @@ class Single(ParticleLoop):
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
         self.iteration += count
         self.evaluations += count * (self.kernel.evaluations + (not self._one_pull) + (self.order == "x-first"))
-        with eval_mode(self.model):
+        with self.evaluating():
             if not self._plain:
                 self.update.begin()
                 walkers, gradients, info = self._function(self.walkers, *inputs[0])
@@ -88,6 +87,9 @@ class Single(ParticleLoop):
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
         return self._metrics(values) | info | moved
+
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"order": self.order}
 
     @property
     def _one_pull(self) -> bool:
@@ -146,9 +148,16 @@ class Single(ParticleLoop):
 
 
 def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-    """Values of the terms, the norm of Γ, and one number that is finite if the particles are."""
-    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None])
-    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": walkers.x.sum()}
+    """Values of the terms, the norm of Γ, and one number that is finite if the particles are.
+
+    Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
+    pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
+    a break is welcome: without it the intermediate results of all iterations of one call are alive together.
+    """
+    foreach = False if torch.compiler.is_compiling() else None
+    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
+    alarm = torch.nn.utils.get_total_norm([walkers.x.sum()])
+    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": alarm}
     return info if acceptance is None else info | {"acceptance": acceptance.mean()}
 
 

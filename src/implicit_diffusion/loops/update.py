@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 from implicit_diffusion.frozen import parametrizations, train_once
 
 
@@ -31,14 +31,15 @@ class Update:
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
-        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
+        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update, without arguments.
         max_grad_norm: clip the norm of Γ to this value.
         ema_decay: keep an exponential moving average of the model: θ̄ = θ after the first update, and
             θ̄ ← decay·θ̄ + (1 − decay)·θ after every other.
         accumulate: average Γ over this many calls before each update.
 
     Raises:
-        InvalidInputError: an optimizer that needs a closure; a bound or count that is not positive.
+        InvalidInputError: an optimizer that needs a closure; a schedule that needs a metric or is another optimizer's;
+            a bound or count that is not positive.
     """
 
     def __init__(
@@ -50,12 +51,23 @@ class Update:
         ema_decay: float | None = None,
         accumulate: int = 1,
     ) -> None:
+        check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
                 f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
                 "take a first-order optimizer such as Adam or SGD"
             )
+        if schedule is not None:
+            try:
+                inspect.signature(schedule.step).bind()
+            except TypeError as error:
+                raise InvalidInputError(
+                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, say "
+                    "CosineAnnealingLR"
+                ) from error
+            if getattr(schedule, "optimizer", optimizer) is not optimizer:
+                raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         if ema_decay is not None and not 0 < ema_decay < 1:
@@ -68,6 +80,7 @@ class Update:
         self.bound = False
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
+        self.advice = ""  # what to change where numbers overflow, for messages
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -82,12 +95,13 @@ class Update:
             role: what it is called in messages.
 
         Raises:
-            InvalidInputError: the optimizer moves no trainable parameter of the model, or the update is another
+            InvalidInputError: no module, the optimizer moves no trainable parameter of it, or the update is another
                 loop's.
         """
         if self.bound:
             raise InvalidInputError("update already serves another loop, whose count it keeps; make a new Update")
-        own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        check_type(f"the {role}", model, nn.Module, "what is trained is a module that owns its parameters")
+        own = {id(p) for p in model.parameters()}
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(
@@ -113,6 +127,8 @@ class Update:
     ) -> dict[str, Any]:
         """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
 
+        The check reads one number, for which the device is waited for; nothing else in an iteration is.
+
         Args:
             watched: tensors that must be finite as well.
             diagnose: says in words what is not finite; None where it cannot tell.
@@ -127,9 +143,7 @@ class Update:
         if norm is None or self.pending:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
-            found, self.pending = diagnose() or self._diagnose(), 0
-            self.begin()
-            raise NonFiniteError(f"{found}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.pending += 1
         if self.pending < self.accumulate:
             return {}
@@ -147,7 +161,7 @@ class Update:
         if self.schedule is not None:
             self.schedule.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self._average(self.ema)
         return {"grad_norm": norm, "lr": lr}
 
     @property
@@ -177,7 +191,7 @@ class Update:
     def account(self, alarm: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int) -> dict[str, Any]:
         """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
         if not math.isfinite(alarm):
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.updates += count
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
@@ -189,6 +203,15 @@ class Update:
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
 
+    def like(self) -> dict[str, Any]:
+        """What a state and the update that continues from it must have in common, by name."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "parameters": [len(group["params"]) for group in self.optimizer.param_groups],
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "average": self.ema is not None,
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
@@ -199,6 +222,22 @@ class Update:
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient if gradient is None else gradient.to(p)
+
+    @torch.no_grad()
+    def _average(self, ema: AveragedModel) -> None:
+        """`update_parameters` of an average that has begun, without its copy of the count to the device."""
+        if ema.n_averaged == 0 or ema.multi_avg_fn is None:
+            ema.update_parameters(self.model)
+            return
+        ema.multi_avg_fn(list(ema.module.parameters()), list(self.model.parameters()), ema.n_averaged)
+        for averaged, own in zip(ema.module.buffers(), self.model.buffers(), strict=True):
+            averaged.copy_(own)
+        ema.n_averaged += 1
+
+    def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
+        found, self.pending = diagnose() or self._diagnose(), 0
+        self.begin()
+        return NonFiniteError(f"{found}; θ was left as it was before the update{self.advice}")
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
+from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import known_log_z
 
@@ -42,11 +43,10 @@ class ForwardKL(GibbsObjective):
     constant_charges = True
 
     def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
-        if len(data) == 0 or not data.isfinite().all():
-            raise InvalidInputError(f"data must be finite and at least one, got shape {tuple(data.shape)}")
+        self.data = checked(data)
         if batch is not None and batch < 1:
             raise InvalidInputError(f"batch must be an integer ≥ 1, or None for all data, got {batch}")
-        self.data, self.batch, self.name = data, batch, name
+        self.batch, self.name = batch, name
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"]:
         if self.batch is None:
@@ -67,17 +67,7 @@ class ForwardKL(GibbsObjective):
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
-        x = particles.x
-        if self.data.shape[1:] != x.shape[1:]:
-            raise InvalidInputError(
-                f"ForwardKL: data have event shape {tuple(self.data.shape[1:])}, particles {tuple(x.shape[1:])}; they "
-                "must agree"
-            )
-        if (self.data.dtype, self.data.device) != (x.dtype, x.device):
-            raise InvalidInputError(
-                f"ForwardKL: data are {self.data.dtype} on {self.data.device}, particles {x.dtype} on {x.device}; use "
-                "data.to(x)"
-            )
+        check_fits("ForwardKL", self.data, particles.x)
 
 
 class ReverseKL(GibbsObjective):
@@ -122,12 +112,21 @@ class ReverseKL(GibbsObjective):
             return Charges(centred(excess, particles), value=log_ratio - particles.mean(excess))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: a potential U of wrong shape, or NaN or infinite on the particles."""
+        """Raises InvalidInputError: a potential U of wrong shape or dtype, or NaN or infinite on the particles."""
+        x = particles.x
+        first = next(self.potential.parameters(), x) if isinstance(self.potential, nn.Module) else x
+        if (first.dtype, first.device) != (x.dtype, x.device):
+            raise InvalidInputError(
+                f"ReverseKL: its potential is {first.dtype} on {first.device}, particles {x.dtype} on {x.device}; use "
+                "potential.to(x)"
+            )
         with torch.no_grad():
             reference = self.potential(particles.x)
-        if reference.shape != energy.shape or not reference.isfinite().all():
+        fits = isinstance(reference, Tensor) and (reference.shape, reference.dtype) == (energy.shape, energy.dtype)
+        if not fits or not reference.isfinite().all():
+            form = f"{reference.dtype}, {tuple(reference.shape)}" if isinstance(reference, Tensor) else None
             raise InvalidInputError(
-                f"ReverseKL: its potential must return finite numbers of shape {tuple(energy.shape)} on the particles, "
-                f"got shape {tuple(reference.shape)}"
+                f"ReverseKL: its potential must return finite numbers of {energy.dtype}, {tuple(energy.shape)} on the "
+                f"particles, got {form or type(reference).__name__}"
             )
         self.begins = torch.equal(reference, energy)

@@ -50,7 +50,7 @@ def known_log_z(potential: object) -> float | None:
 
 
 def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> None:
-    """Try a potential on some points.
+    """Try a potential: its form and its gradient on two points, whether it is finite on all.
 
     Raises:
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
@@ -76,7 +76,9 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             "potential is not differentiable in x: its result does not depend on the particles through torch "
             "operations; remove .detach(), .numpy() and torch.no_grad() from it"
         )
-    for what, tensor in (("values", value), ("gradients", grad)):
+    with torch.no_grad():
+        everywhere = potential(x)
+    for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
     if len(probe) > 1 and grad[1].any():
