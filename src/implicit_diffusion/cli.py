@@ -90,6 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(error or "interrupted", file=sys.stderr)
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     return 0

@@ -42,7 +42,8 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], abs=0.5)
     config = json.loads((finished / "config.json").read_text())
     assert config["kl_weight"] == 2.5 and config["scheduler"] == "ddpm" and config["seed"] == 0
-    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 6
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 6 and metrics[-1]["network_evaluations"] == summary["network_evaluations"]
     assert {"plan.png", "samples.png", "frontier.png", "training.png"} <= {p.name for p in finished.glob("figures/*")}
     assert "http://" not in (finished / "report.html").read_text()
     card = (finished / "model" / "README.md").read_text()
@@ -268,6 +269,29 @@ def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkey
     )
 
 
-def test_resume_refuses_a_finished_run(finished, capsys):
-    assert main(["resume", str(finished)]) == 2
-    assert "no interrupted run" in capsys.readouterr().err
+def test_resume_says_why_there_is_nothing_to_resume(finished, tmp_path, capsys):
+    for name, files in {"plan": ["plan.json"], "early": ["config.json"], "sweep": ["beta-2/config.json"]}.items():
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("{}")
+    for path, message in {
+        finished: "it is finished",
+        tmp_path / "nowhere": "there is no run",
+        tmp_path / "plan": "it holds a plan",
+        tmp_path / "early": "no checkpoint/",
+        tmp_path / "sweep": "is a sweep",
+    }.items():
+        assert main(["resume", str(path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("during", ["plan", "judging"])
+def test_ctrl_c_outside_training_says_what_can_be_done(during, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, {"plan": "evaluate_pretrained", "judging": "_judge"}[during], interrupt)
+    assert main(["finetune", *TINY, "--updates", "1", "--out", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    go_on = f"interrupted; go on with `implicit-diffusion resume {tmp_path / 'run'}`"
+    assert said == ("interrupted" if during == "plan" else go_on)

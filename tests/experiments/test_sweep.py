@@ -65,6 +65,8 @@ def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch,
     assert [row["kl_weight"] for row in read(swept)["rows"]] == [2, 4, 8]
     assert main(["sweep", *model, *TINY, "--lr", "2e-3", "--kl-weights", "2", "--out", str(swept)]) == 2
     assert "lr was 0.001 and is 0.002" in capsys.readouterr().err
+    assert main(["sweep", *model, *TINY, "--kl-weights", "2", "--out", str(swept / "beta-2")]) == 2
+    assert "something else than a sweep" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # test_finetune resumes a run

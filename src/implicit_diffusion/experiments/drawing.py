@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sheet(width: float, height: float) -> Figure:
+def sheet(width: float | int, height: float | int) -> Figure:
     """An empty figure of that size in inches."""
     from matplotlib.figure import Figure
 

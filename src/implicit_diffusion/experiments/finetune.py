@@ -22,7 +22,8 @@ from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem,
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.sample import write_chain
 from implicit_diffusion.loops import Evaluation, evaluate
-from implicit_diffusion.loops.memory import check_memory, predict_memory
+from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
+from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
 from implicit_diffusion.runs import RunDirectory, progress
@@ -64,24 +65,38 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
     scale(loop, started, config.max_grad_norm * plan.reward_std)
     resolved_kind: Any = problem.kind
-    config = replace(config, scheduler=resolved_kind)
-    directory.write_config(replace(config, kl_weight=started, out=out, device=str(problem.chain.device)))
+    config = replace(config, scheduler=resolved_kind, kl_weight=started, out=out, device=str(problem.chain.device))
+    directory.write_config(config)
     print(f"memory predicted: {memory}")
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
-    if state.stopped == "interrupted":
-        raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {directory.path}`")
+    with directory.resumable():
+        return _train(config, problem, loop, plan, noise, directory, memory)
 
+
+def _train(
+    config: Config,
+    problem: Problem,
+    loop: ChainLoop,
+    plan: Plan,
+    noise: Noise,
+    directory: RunDirectory,
+    memory: Memory,
+) -> dict[str, Any]:
+    """Train, judge, export, report."""
     from implicit_diffusion.experiments.figures import Outcome, draw
     from implicit_diffusion.experiments.report import write_report
 
+    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    if state.stopped == "interrupted":
+        raise KeyboardInterrupt
+    evaluations = loop.chain.evaluations  # of the training: the judges sample from the same chain
     beta = loop.objective.weight(PathKL) or loop.objective.weight(DriftPenalty)
     before, after, exported = _judge(config, problem, state, noise)
     found = judging.judge(before, after, exported, beta)
     summary = found.summary | {
         "kl_weight": beta,
-        "kl_weight_at_start": started,
+        "kl_weight_at_start": config.kl_weight,
         "seconds": state.seconds,
-        "network_evaluations": loop.chain.evaluations,
+        "network_evaluations": evaluations,
         "updates": state.updates,
         "stopped": state.stopped,
         "staleness_max": state.metrics.get("staleness_max"),

@@ -115,6 +115,8 @@ def _check_folder(out: Path, config: Config) -> None:
         RunDirectory.check(out)
         return
     saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), _settings(config)
+    if saved.keys() != asked.keys():
+        raise InvalidInputError(f"--out {out} holds something else than a sweep of this release; choose another --out")
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
         told = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)

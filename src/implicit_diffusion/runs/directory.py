@@ -15,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,22 +40,31 @@ class RunDirectory:
     def create(cls, path: str | Path) -> RunDirectory:
         """Make the folder, with its parents. Errors as in `check`."""
         cls.check(path)
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a name that the file system does not take
+            raise InvalidInputError(f"--out {path} cannot be made: {error}") from error
+        return cls(Path(path))
 
     @staticmethod
     def check(path: str | Path) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
         Raises:
-            InvalidInputError: `path` is a file, or a folder with something in it.
+            InvalidInputError: `path` is a file, below a file, a folder with something in it, or where nothing can be
+                written.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise InvalidInputError(f"--out {path} is a file; name a new folder")
-        if path.is_dir() and any(path.iterdir()):
-            raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
+        try:
+            if path.exists() and not path.is_dir():
+                raise InvalidInputError(f"--out {path} is a file; name a new folder")
+            if path.is_dir() and any(path.iterdir()):
+                raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
+            parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            with tempfile.TemporaryDirectory(dir=parent):  # permissions alone do not tell
+                pass
+        except OSError as error:
+            raise InvalidInputError(f"--out {path} cannot be made ({error}); name a folder elsewhere") from error
 
     @property
     def model(self) -> Path:
@@ -64,6 +75,16 @@ class RunDirectory:
     def checkpoint(self) -> Path:
         """Where `save_state` puts the state to continue from; not made here."""
         return self.path / "checkpoint"
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Tell who interrupts the block how to go on, as soon as there is a checkpoint to go on from."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if not self.checkpoint.exists():
+                raise
+            raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {self.path}`") from error
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
