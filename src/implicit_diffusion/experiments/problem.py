@@ -24,7 +24,7 @@ from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.conditioning import Conditioning, conditioning
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.precision import check_precision, compiled
-from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.experiments.reward_names import blamed, load_reward
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
@@ -95,7 +95,9 @@ def build(config: Config) -> Problem:
         )
     note = compiled(chain, config.compile)
     reward = given.of_states(reward, pretrained.decoder)
-    Reward(reward).check(judging.particles(chain))
+    trial = judging.particles(chain)
+    with blamed(config.reward, "; a reward takes samples (n, …) to (n,), by torch operations that leave them alone"):
+        Reward(reward).check(trial)
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
         clipped, options = clipped_for(pretrained.scheduler, kind, noisy=bool(table.s.any()), eta=config.eta)
