@@ -29,7 +29,7 @@ def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
     figure.savefig(path, dpi=130)
 
 
-def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float, high: float, columns: int = 8) -> None:
+def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8) -> None:
     """Show images, grey or RGB, in rows with a grey line around each; `low` is black and `high` white."""
     shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
     framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
