@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,11 +108,17 @@ def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stride"] == stride
 
 
-def test_deterministic_chain_with_drift_penalty(tmp_path):
+def test_deterministic_chain_with_drift_penalty(tmp_path, capsys):
+    """No plan, no KL and no J, and nothing is said about them."""
     options = ["--scheduler", "ddim", "--eta", "0", "--penalty", "drift", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, "--updates", "2", *options]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["path_kl"] is None and summary["captured"] is None and summary["reward_after"] is not None
+    assert summary["reward_after"] is not None
+    assert all(summary[name] is None for name in ("path_kl", "captured", "j_before", "j_after", "j_bound"))
+    printed, card = capsys.readouterr().out, (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "pretrained reward" in printed and "KL" not in printed and "J  " not in printed
+    assert "KL" not in card and "share" not in card and "2.5 × the squared distance of the drifts" in card
+    assert "KL" not in re.sub('base64,[^"]*', "", (tmp_path / "run" / "report.html").read_text())
 
 
 def test_target_kl_stops(tmp_path):
@@ -134,11 +141,17 @@ def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
     assert "--kl-weight 2.5" in report and f"{end:.4g} × KL" in (out / "model" / "README.md").read_text()
 
 
-def test_plan_only(tmp_path, capsys):
-    assert main(["finetune", "--plan", "--num-steps", "4", "--starts", "8", "--out", str(tmp_path / "run")]) == 0
-    assert "--kl-weight" in capsys.readouterr().out
-    assert (tmp_path / "run" / "figures" / "plan.png").exists()
-    assert not (tmp_path / "run" / "model").exists()
+def test_a_plan_is_kept_and_the_run_may_go_into_its_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    plan = ["--plan", "--num-steps", "4", "--starts", "8", "--kl-weight", "100", "--out", str(out)]
+    assert main(["finetune", *plan]) == 0
+    printed = capsys.readouterr().out
+    files = [out / "plan.json", out / "figures" / "plan.png", out / "figures" / "pretrained.png"]
+    assert all(file.exists() and str(file) in printed for file in files) and not (out / "model").exists()
+    assert 100 in [row["kl_weight"] for row in json.loads(files[0].read_text())["rows"]] and " 100 " in printed
+    assert main(["finetune", *TINY, "--updates", "1", "--out", str(out)]) == 0
+    assert (out / "model").exists()
+    assert main(["finetune", *TINY, "--updates", "1", "--out", str(out)]) == 2
 
 
 REWARDS = """
@@ -167,6 +180,12 @@ BAD = {
     "--updates must be": ["--updates", "0"],
     "stride must lie": ["--stride", "9"],
     "no row of": ["--scheduler", "ddim", "--eta", "0"],
+    "--eta must be finite and": ["--scheduler", "ddim", "--eta", "-1"],
+    "--eta is the noise of --scheduler ddim; the default has": ["--eta", "0.5"],
+    "--eta is the noise of --scheduler ddim; ddpm has": ["--scheduler", "ddpm", "--eta", "1"],
+    "--stride is for --loop queue": ["--loop", "nested", "--stride", "2"],
+    "--target-kl-mode needs a --target-kl": ["--target-kl-mode", "adapt"],
+    "--penalty drift is no KL": ["--penalty", "drift", "--plan"],
     "exists and is not empty": ["--out", "{folder}"],
     "--target-kl needs a path KL in": ["--target-kl", "0.5", "--kl-weight", "0"],
     "--target-kl needs --penalty path-kl": ["--target-kl", "0.5", "--penalty", "drift"],
@@ -249,6 +268,42 @@ def test_sample_draws_a_grid(finished, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_images_do_not_depend_on_what_shares_their_batch_but_on_their_number(finished, tmp_path, monkeypatch):
+    """Batches of two give five images, in order, each batch from noise of its own."""
+    from PIL import Image
+
+    sizes, original = [], Chain.sample
+    monkeypatch.setattr(
+        Chain, "sample", lambda chain, noise, n, first: sizes.append((first, n)) or original(chain, noise, n, first)
+    )
+    monkeypatch.setattr("implicit_diffusion.experiments.sample.NUMBERS", 2 * 64)
+    out = tmp_path / "grid.png"
+    assert main(["sample", "--model", str(finished / "model"), "--num", "5", "--out", str(out)]) == 0
+    assert sizes == [(0, 2), (2, 2), (4, 1)] and Image.open(out).size == (3 * 64, 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "grid"], "must end in .png"),
+        (["--out", "grid.foo"], "must end in .png"),
+        (["--out", "grid.npy"], "only an energy-based model"),
+        (["--out", "file/grid.png"], "cannot be made"),
+        (["--num-steps", "0"], "--num-steps must be"),
+        (["--num-steps", "-1"], "--num-steps must be"),
+        (["--num-steps", "5000"], "more than the 1000 timesteps"),
+        (["--num", "0"], "--num must be"),
+        (["--model", "{run}"], "is the folder of a run; its model is"),
+    ],
+)
+def test_sample_refuses_before_it_samples(options, message, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("implicit_diffusion.experiments.sample.progress", lambda *a: pytest.fail("sampled"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["sample", *(o.format(run=finished) for o in options)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def interrupt_at_three(fit):
     if fit.updates == 3:
         os.kill(os.getpid(), signal.SIGINT)
@@ -261,7 +316,9 @@ def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkey
         patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt_at_three])
         assert main(["finetune", *TINY, "--out", str(out)]) == 130
     assert "implicit-diffusion resume" in capsys.readouterr().err
-    assert main(["resume", str(out)]) == 0
+    with monkeypatch.context() as patched:  # what the plan was made of is read back
+        patched.setattr(finetune, "pretrained_samples", lambda *arguments: pytest.fail("the plan was made again"))
+        assert main(["resume", str(out)]) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"
     assert (out / name).read_bytes() == (finished / name).read_bytes()
     assert [json.loads(line)["updates"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(

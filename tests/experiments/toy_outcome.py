@@ -73,7 +73,9 @@ def digits_outcome(shift=0.93, waste=0.15, **summary):
     for name, values in (
         ("reward_before", before.reward),
         ("reward_after", after.reward),
+        ("reward_gain", after.reward - before.reward),
         ("reward_exported", after.reward + 0.01),
+        ("exported_less_after", 0 * after.reward + 0.01),
         ("path_kl", after.path_kl + 0.03 * before.reward.sub(MEAN)),
         ("j_before", before.objective(BETA)),
         ("j_after", after.objective(BETA)),

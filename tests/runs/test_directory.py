@@ -57,7 +57,7 @@ def test_create_refuses_a_file(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused(out, tmp_path):
     (tmp_path / "file").touch()
     path = out.format(file=tmp_path / "file", folder=tmp_path)
-    with pytest.raises(InvalidInputError, match=r"--out .* cannot be made"):
+    with pytest.raises(InvalidInputError, match=r"--out: .* cannot be made"):
         RunDirectory.create(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, FAINT, INK, canvas
-from implicit_diffusion.experiments.outcome import Outcome, number, percent
+from implicit_diffusion.experiments.outcome import Outcome
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops.bound import Bound
 
 

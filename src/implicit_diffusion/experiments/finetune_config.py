@@ -29,11 +29,12 @@ class Config:
     null_class: int | None = None
     """The label that stands for no class in the guidance of a class-conditional U-Net."""
     kl_weight: float | None = None
-    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward."""
+    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward; the
+    weight of --penalty drift, which has no plan, must be named."""
     target_kl: float | None = None
     """Path KL in nats to aim at; see target_kl_mode."""
-    target_kl_mode: Literal["adapt", "stop"] = "adapt"
-    """Adapt β until the path KL sits at the target, or stop there."""
+    target_kl_mode: Literal["adapt", "stop"] | None = None
+    """Adapt β until the path KL sits at the target (the default), or stop there."""
     reference: str | None = None
     """The model that the KL is taken to, by default --model itself. Name the original when going on from RUN/model."""
     plan: bool = False
@@ -47,8 +48,8 @@ class Config:
     ) = None
     """The chain's sampler, on the checkpoint's noise schedule. By default the one that forgets its start: ddpm for
     diffusion models, flow-memoryless for flow models. euler and flow-euler have no noise and need --penalty drift."""
-    eta: float = 1.0
-    """Noise of DDIM; 0 is deterministic and needs --penalty drift."""
+    eta: float | None = None
+    """Noise of --scheduler ddim, by default 1; 0 is deterministic and needs --penalty drift."""
     penalty: Literal["path-kl", "drift"] = "path-kl"
     """What kl_weight weighs: the path KL (rows without noise keep the pretrained network), or the drifts' distance."""
     num_steps: int = 10
@@ -92,11 +93,21 @@ class Config:
         """Raise `InvalidInputError` where a number is out of range."""
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1)
         positive(self, "lr", "max_grad_norm", "target_kl")
-        not_negative(self, "kl_weight", "guidance")
+        not_negative(self, "kl_weight", "guidance", "eta")
+        if self.eta is not None and self.scheduler != "ddim":
+            raise InvalidInputError(
+                f"--eta is the noise of --scheduler ddim; {self.scheduler or 'the default'} has none"
+            )
+        if self.stride is not None and self.loop != "queue":
+            raise InvalidInputError(f"--stride is for --loop queue; a {self.loop} loop has no batches in flight")
+        if self.target_kl_mode is not None and self.target_kl is None:
+            raise InvalidInputError("--target-kl-mode needs a --target-kl, in nats")
         if self.target_kl is not None and self.kl_weight == 0:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
+        if self.penalty == "drift" and (self.kl_weight is None or self.plan):
+            raise InvalidInputError("--penalty drift is no KL, and has no plan: name its --kl-weight, without --plan")
         if self.lora_rank is None and self.lora_targets is not None:
             raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
         if self.starts < 4:

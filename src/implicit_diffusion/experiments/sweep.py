@@ -21,22 +21,20 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
-from implicit_diffusion.experiments.outcome import number, percent
 from implicit_diffusion.experiments.plan import make_plan
-from implicit_diffusion.experiments.problem import PLAN, build
-from implicit_diffusion.experiments.remembered import evaluate_pretrained
+from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
 
 CURVE = 12  # KL weights of the drawn frontier
 KEPT = ("reward_before", "reward_after", "reward_exported", "path_kl", "j_before", "j_after", "j_bound", "captured")
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
-LEFT_BY_AN_EARLY_END = {"config.json", "figures", finetune.PROMPTS}  # of a run that ended before its first checkpoint
+LEFT_BY_AN_EARLY_END = {"config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS}
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,14 @@ def run(config: Config) -> dict[str, Any]:
     config.check()
     out = config.each.out or dated("sweep")
     _check_folder(out, config)
-    samples, conditional = _pretrained(config.each)
-    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
     directory = RunDirectory(out)
+    samples, conditional = _pretrained(config.each, directory)
+    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
     out.mkdir(parents=True, exist_ok=True)
     directory.write_config(_settings(config))
+    finetune.keep_rewards(samples, directory)
     for beta in betas:
-        _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"))
+        _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"), samples)
     found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
@@ -123,23 +122,14 @@ def _check_folder(out: Path, config: Config) -> None:
         raise InvalidInputError(f"--out {out} holds a sweep of other options: {told}; choose another --out")
 
 
-def _pretrained(each: finetune_config.Config) -> tuple[Evaluation, bool]:
+def _pretrained(each: finetune_config.Config, directory: RunDirectory) -> tuple[Evaluation, bool]:
     """Trajectories of the pretrained chain, those of every run's plan, and whether they come under a condition."""
-    problem, noise = build(each), Noise(each.seed).stream(PLAN)
-    with progress(16 * each.starts, "planning") as bar:
-        samples = evaluate_pretrained(
-            problem.chain,
-            problem.reward,
-            noise,
-            name=each.reward,
-            starts=each.starts,
-            repeats=16,
-            progress=lambda done: bar.update(advance=done),
-        )
+    problem = build(each)
+    samples = finetune.read_rewards(directory) or finetune.pretrained_samples(each, problem)
     return samples, problem.chain.condition is not None
 
 
-def _one(config: finetune_config.Config) -> None:
+def _one(config: finetune_config.Config, pretrained: Evaluation) -> None:
     """Run, go on, or leave alone what is finished."""
     assert config.out is not None
     if (config.out / "summary.json").exists():
@@ -149,7 +139,7 @@ def _one(config: finetune_config.Config) -> None:
     else:
         if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= LEFT_BY_AN_EARLY_END:
             shutil.rmtree(config.out)
-        finetune.run(config)
+        finetune.run(config, pretrained=pretrained)
 
 
 def _finished(out: Path) -> list[float]:
