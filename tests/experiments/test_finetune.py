@@ -98,7 +98,7 @@ def test_the_exported_pipeline_is_our_sampler(finished, kind, monkeypatch):
 def test_variants_run(options, tmp_path):
     assert main(["finetune", *TINY, "--updates", "2", *options, "--out", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["updates"] == 2 and summary["captured"] is not None
+    assert summary["updates"] == 2 and summary["j_bound"] is not None
 
 
 @pytest.mark.parametrize(("num_steps", "stride"), [(4, 1), (10, 1), (11, 2)])

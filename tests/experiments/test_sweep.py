@@ -57,11 +57,19 @@ def test_the_frontier_is_the_bound_of_the_pretrained_samples(swept):
 def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch, capsys):
     runs = []
     original = finetune.run
-    monkeypatch.setattr(finetune, "run", lambda config, *rest: runs.append(config.kl_weight) or original(config, *rest))
+
+    def run(config, **options):
+        runs.append(config.kl_weight)
+        return original(config, **options)
+
+    monkeypatch.setattr(finetune, "run", run)
+    monkeypatch.setattr(finetune, "pretrained_samples", lambda *arguments: pytest.fail("drawn again"))
+    capsys.readouterr()
     before = (swept / "beta-2" / "summary.json").stat().st_mtime_ns
     assert main(["sweep", *model, *TINY, "--kl-weights", "2", "8", "--out", str(swept)]) == 0
     assert runs == [8.0] and (swept / "beta-2" / "summary.json").stat().st_mtime_ns == before
-    assert "finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "finished" in printed and "What the KL weight buys" not in printed
     assert [row["kl_weight"] for row in read(swept)["rows"]] == [2, 4, 8]
     assert main(["sweep", *model, *TINY, "--lr", "2e-3", "--kl-weights", "2", "--out", str(swept)]) == 2
     assert "lr was 0.001 and is 0.002" in capsys.readouterr().err

@@ -81,6 +81,7 @@ def digits_outcome(shift=0.93, waste=0.15, **summary):
         ("j_after", after.objective(BETA)),
     ):
         numbers[name], numbers[name + "_se"] = mean_and_error(values)
+    numbers["held_out_reward_before"] = evaluation(0.0, 0.0, 128, 1, 7).reward.mean().item()
     numbers |= {"j_bound": best.j, "j_bound_se": best.j_se, "kl_weight": BETA}
     numbers |= {"captured": (numbers["j_before"] - numbers["j_after"]) / (numbers["j_before"] - best.j)}
     numbers |= {"captured_se": 0.007, "seconds": 84.6, "network_evaluations": 120_000, "updates": UPDATES}

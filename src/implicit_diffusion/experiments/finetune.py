@@ -109,7 +109,11 @@ def _train(
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise)
     found = judging.judge(before, after, exported, None if drift else beta)
+    held_out = evaluate_pretrained(
+        problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
+    )
     summary = found.summary | {
+        "held_out_reward_before": held_out.reward.mean().item(),
         "kl_weight": beta,
         "kl_weight_at_start": config.kl_weight,
         "seconds": state.seconds,
@@ -189,10 +193,14 @@ def _export(config: Config, problem: Problem, state: Fit, directory: RunDirector
     write_chain(directory.model, problem.chain.table, **given)
 
 
+def _held_out(config: Config) -> int:
+    """Trajectories that are judged during training."""
+    return min(128, 8 * config.starts)
+
+
 def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
-    held_out = HeldOut(
-        problem.reward, noise.stream(DURING), every=max(1, config.updates // 10), starts=min(128, 8 * config.starts)
-    )
+    every = max(1, config.updates // 10)
+    held_out = HeldOut(problem.reward, noise.stream(DURING), every=every, starts=_held_out(config))
     if config.target_kl is None:
         return [held_out]
     reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)

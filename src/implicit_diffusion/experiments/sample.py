@@ -48,8 +48,8 @@ class Config:
     prompts: Path | None = None
     """Text file with a prompt per line, for text-conditional models; images take them in turn."""
     num_steps: int | None = None
-    """Steps of the sampler. By default the chain that the model was fine-tuned for; else the folder's own pipeline, by
-    default in 50 steps."""
+    """Steps of the sampler. By default those of the chain that the model was fine-tuned for, and that chain.
+    Any other number runs the folder's own pipeline, which takes 50 by default."""
     seed: int = 0
     """Of the noise."""
     device: str = "auto"

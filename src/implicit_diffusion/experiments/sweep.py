@@ -19,7 +19,7 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
-from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, STYLE, canvas
+from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.problem import build
@@ -32,7 +32,8 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
 
 CURVE = 12  # KL weights of the drawn frontier
-KEPT = ("reward_before", "reward_after", "reward_exported", "path_kl", "j_before", "j_after", "j_bound", "captured")
+KEPT = ("reward_before", "reward_after", "reward_gain", "reward_exported")
+KEPT += ("path_kl", "j_before", "j_after", "j_bound", "captured")
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
 LEFT_BY_AN_EARLY_END = {"config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS}
 
@@ -151,6 +152,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The headline numbers of a run, and its metrics."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary.get(key) for name in KEPT for key in (name, f"{name}_se")}
+    kept["held_out_reward_before"] = summary["held_out_reward_before"]
     kept |= {"updates": summary["updates"], "seconds": summary["seconds"], "run": folder.name}
     return kept, RunDirectory(folder).read_metrics()
 
@@ -200,31 +202,32 @@ def plot(
         axes = figure.subplot_mosaic([["top", "top"], ["reward", "kl"]], height_ratios=[3, 2])
         _draw_frontier(axes["top"], summary, frontier)
         for row, shade in zip(rows, shades):
-            bars = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_after_se"], "elinewidth": 1.3}
-            end = row["path_kl"], row["reward_after"]
-            axes["top"].errorbar(*end, fmt="D", color=shade, markeredgecolor="white", zorder=5, **bars)
-            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": shade}
-            axes["top"].annotate(f"β = {row['kl_weight']:.3g}", end, **place)
+            style = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_gain_se"], "elinewidth": 1.3, "fmt": "D"}
+            style |= {"color": shade, "markeredgecolor": "white", "zorder": 5}
+            axes["top"].errorbar(
+                row["path_kl"], row["reward_gain"], label=f"fine-tuned, β = {row['kl_weight']:.3g}", **style
+            )
+            base = {"held_out_reward": row["held_out_reward_before"], "held_out_path_kl": 0.0}
             for name, key in (("reward", "held_out_reward"), ("kl", "held_out_path_kl")):
                 seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
-                axes[name].plot([m["updates"] for m in seen], [m[key] for m in seen], "o-", ms=3, color=shade)
-        axes["top"].legend(loc="lower right")
-        axes["reward"].axhline(summary["reward_pretrained"], color=BEFORE, lw=1)
-        axes["reward"].set(xlabel="updates", ylabel="mean reward, held out")
+                values = [0.0, *(m[key] - base[key] for m in seen)]
+                axes[name].plot([0, *(m["updates"] for m in seen)], values, "o-", ms=3, color=shade)
+        axes["top"].legend(loc="lower right", ncols=2)
+        axes["reward"].axhline(0.0, color=BEFORE, lw=1)
+        axes["reward"].set(xlabel="updates", ylabel="reward gained, held out")
         axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")
         figure.savefig(path)
 
 
 def _draw_frontier(axes: Any, summary: dict[str, Any], found: Sequence[Bound]) -> None:
     """What can be had: the curve, and open circles where it rests on too few effective samples."""
-    bounds = [b for b in found if b.path_kl > 0]
+    before, bounds = summary["reward_pretrained"], [b for b in found if b.path_kl > 0]
     if bounds:
         kl = np.linspace(0, bounds[-1].path_kl, 300)
-        axes.plot(kl, tangent_curve(summary["reward_pretrained"], bounds, kl), color=BOUND, label="best possible")
+        axes.plot(kl, tangent_curve(before, bounds, kl) - before, color=BOUND, label="best possible")
     doubtful = [b for b in bounds if not b.trusted]
     if doubtful:
-        points = [b.path_kl for b in doubtful], [b.reward for b in doubtful]
+        points = [b.path_kl for b in doubtful], [b.reward - before for b in doubtful]
         axes.plot(*points, "o", ms=4.5, color=BOUND, markerfacecolor="white", label="rests on few samples")
-    axes.plot([0], [summary["reward_pretrained"]], "s", color=BEFORE, ms=8, label="pretrained")
-    axes.plot([], [], "D", color=AFTER, label="fine-tuned, ± 2 s.e.")
-    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward")
+    axes.plot([0], [0], "s", color=BEFORE, ms=8, label="pretrained")
+    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained, on the same noise")
