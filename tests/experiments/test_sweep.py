@@ -90,6 +90,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
         assert main(call) == 130
+    assert f"the same command, with --out {out}, goes on" in capsys.readouterr().err
     assert (out / "beta-2" / "summary.json").exists() and not (out / "summary.json").exists()
     assert main(call) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"

@@ -83,8 +83,11 @@ def run(config: Config) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     directory.write_config(_settings(config))
     finetune.keep_rewards(samples, directory)
-    for beta in betas:
-        _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"), samples)
+    try:
+        for beta in betas:
+            _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"), samples)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
     found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
