@@ -106,6 +106,23 @@ def test_a_run_without_path_kl(good, tmp_path):
     assert titles(outcome) == []
 
 
+def test_the_frontier_shows_gains_over_the_pretrained_model_on_the_same_noise(good):
+    """However much the held-out noise of the training earns before it, and with the star on the line."""
+    luck = 5.0
+    metrics = [m | {"held_out_reward": m["held_out_reward"] + luck} for m in good.metrics if "held_out_reward" in m]
+    before = good.summary["held_out_reward_before"]
+    lucky = replace(good, metrics=metrics, summary=good.summary | {"held_out_reward_before": before + luck})
+    for outcome in (good, lucky):
+        axes = frontier(outcome)[0].axes[0]
+        dots = next(c for c in axes.collections if "training" in c.get_label())
+        gains = [row[1] - before for row in good.column("held_out_path_kl", "held_out_reward")]
+        assert dots.get_offsets()[:, 1] == pytest.approx(gains)
+        lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+        curve = lines["best possible, by KL weight"]
+        optimum = good.bound.reward - good.summary["reward_before"]
+        assert np.interp(good.bound.path_kl, *curve.T) == pytest.approx(optimum, abs=1e-3)
+
+
 def test_what_there_is_no_data_for_is_not_drawn(good):
     flat = replace(good, metrics=[], before=replace(good.before, samples=good.before.samples.flatten(2)))
     assert training(flat) is None and staleness(flat) is None and samples(flat) is None

@@ -14,6 +14,7 @@ shown is the gain over the pretrained model on the same noise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from implicit_diffusion.experiments.outcome import Outcome
 from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops.bound import Bound
 
+NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
+
 
 def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     """The planned frontier with its errors, the training trajectory on held-out noise, and what is missing."""
@@ -31,7 +34,8 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
         return None
     path = outcome.column("updates", "held_out_path_kl", "held_out_reward")
     reach = 1.45 * max(best.path_kl, s["path_kl"], *(kl for _, kl, *_ in path), 1e-6)
-    plan, bounds = outcome.plan.reward, sorted((b for b in outcome.plan.bounds if b.path_kl > 0), key=_path_kl)
+    plan = outcome.plan.reward
+    bounds = [b for b in outcome.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
     path = [(n, kl, reward - s["held_out_reward_before"]) for n, kl, reward in path]
     figure = canvas(4.6)
     axes = figure.subplots()
@@ -39,8 +43,10 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     kl = np.linspace(0, reach, 400)
     trusted = [(b, plan) for b in bounds if b.trusted] + [(best, s["reward_before"])]
     ceiling = np.min([-(b.j - 2 * b.j_se) - reward + b.beta * kl for b, reward in trusted], axis=0)
-    curve = tangent_curve(plan, bounds, kl) - plan if bounds else np.full_like(kl, np.nan)
     optimum = best.reward - s["reward_before"]
+    knots = [replace(b, reward=b.reward - plan) for b in bounds]
+    knots += [replace(best, reward=optimum)] if best.path_kl > 0 else []
+    curve = tangent_curve(0.0, sorted(knots, key=_path_kl), kl) if knots else np.full_like(kl, np.nan)
     low = min(0.0, s["reward_gain"], *(gain for *_, gain in path))
     high = max(optimum, s["reward_gain"], float(np.nanmax(curve, initial=optimum)))
     limits = low - 0.12 * (high - low), high + 0.22 * (high - low)
@@ -79,8 +85,8 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     caption = (
         "Up is more reward than the pretrained model earns on the same noise, right is farther from it; bars are ± 2 "
         "standard errors. No sampler of this chain enters the grey region; means over few draws, such as the dots of "
-        "the training, may stray into it. The frontier comes from pretrained samples alone; the star is the optimum "
-        "of this run's KL weight, sharpened by the trained samples. The run ends "
+        "the training, may stray into it. The frontier comes from pretrained samples alone, but for the star, the "
+        "optimum of this run's KL weight, which the trained samples tell more sharply. The run ends "
         f"{number(s['j_after'] - best.j, digits=2)} of reward below the dashed line"
     )
     share = s["captured"]

@@ -32,8 +32,8 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
 
 CURVE = 12  # KL weights of the drawn frontier
-KEPT = ("reward_before", "reward_after", "reward_gain", "reward_exported")
-KEPT += ("path_kl", "j_before", "j_after", "j_bound", "captured")
+REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
+KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
 LEFT_BY_AN_EARLY_END = {"config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS}
 
