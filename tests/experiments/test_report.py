@@ -116,7 +116,7 @@ def test_the_frontier_shows_gains_over_the_pretrained_model_on_the_same_noise(go
         axes = frontier(outcome)[0].axes[0]
         dots = next(c for c in axes.collections if "training" in c.get_label())
         gains = [row[1] - before for row in good.column("held_out_path_kl", "held_out_reward")]
-        assert dots.get_offsets()[:, 1] == pytest.approx(gains)
+        assert np.asarray(dots.get_offsets())[:, 1] == pytest.approx(np.array(gains))
         lines = {line.get_label(): line.get_xydata() for line in axes.lines}
         curve = lines["best possible, by KL weight"]
         optimum = good.bound.reward - good.summary["reward_before"]
