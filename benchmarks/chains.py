@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from common import DEVICE, digits_chain, hardware, interleaved, objective, ratio, save, synchronize
+from common import DEVICE, DIGITS, Problem, hardware, interleaved, ratio, save, synchronize
 
 from implicit_diffusion import Adjoint, FullBackprop, Nested, Noise, Queue
 from implicit_diffusion.loops.memory import predict_memory
@@ -94,13 +94,13 @@ def bare_calls(queue: Queue) -> Any:
     return calls
 
 
-def cost(config: Config) -> list[dict[str, Any]]:
+def cost(config: Config, problem: Problem = DIGITS) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for steps, batch in config.cost:
         for kl in (False, True):
-            chain = digits_chain(steps)
+            chain = problem.chain(steps)
             adam = torch.optim.Adam(chain.denoiser.parameters(), lr=1e-9)
-            queue = Queue(chain, objective(kl), adam, batch=batch, noise=Noise(0))
+            queue = Queue(chain, problem.objective(kl), adam, batch=batch, noise=Noise(0))
             fill(queue)
             calls = bare_calls(queue)
 
@@ -125,15 +125,15 @@ def cost(config: Config) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------- queue and nested
 
 
-def throughput(config: Config) -> list[dict[str, Any]]:
+def throughput(config: Config, problem: Problem = DIGITS) -> list[dict[str, Any]]:
     rows = []
     for steps, batches in config.throughput:
         for batch in batches:
             loops = {}
             for name, kind in (("queue", Queue), ("nested", Nested)):
-                chain = digits_chain(steps)
+                chain = problem.chain(steps)
                 adam = torch.optim.Adam(chain.denoiser.parameters(), lr=1e-9)
-                loops[name] = kind(chain, objective(), adam, batch=batch, noise=Noise(0))
+                loops[name] = kind(chain, problem.objective(), adam, batch=batch, noise=Noise(0))
             fill(loops["queue"])
             start = time.perf_counter()
             loops["nested"].step()
@@ -171,9 +171,9 @@ def measure(name: str, steps: int, batch: int) -> dict[str, float]:
     fragments included. A first gradient of the same chain cut to two rows has loaded the kernels by then, and its
     freed memory has been given back.
     """
-    estimator, goal = ESTIMATORS[name](), objective()
+    estimator, goal = ESTIMATORS[name](), DIGITS.objective()
     for n in (2, steps):
-        chain = digits_chain(n)
+        chain = DIGITS.chain(n)
         gc.collect()
         reset_peak()
         before, start = held(), time.perf_counter()

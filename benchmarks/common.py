@@ -1,4 +1,4 @@
-"""What the benchmarks share: the digits problem, the machine's name, and where results go."""
+"""What the benchmarks share: the problem that is trained, the machine's name, and where results go."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from implicit_diffusion import Chain, Objective, PathKL, Reward, read_table
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, scheduler_for
@@ -31,29 +33,53 @@ def digits_chain(num_steps: int) -> Chain:
     if ASSET.exists():
         pretrained = load_pretrained("digits")
         denoiser, scheduler = pretrained.denoiser, pretrained.scheduler
-    else:  # its architecture with random weights: the same cost
-        from implicit_diffusion.experiments.pretrain import Config, build
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            unet, scheduler = build(Config())
-        denoiser = DiffusersDenoiser(unet.eval())
+    else:  # its architecture: the same cost
+        denoiser, scheduler = random_weights(EVENT_SHAPE)
     table = read_table(scheduler_for(scheduler, "ddpm", clip=False), num_steps)
     return Chain(denoiser.to(DEVICE), table, EVENT_SHAPE, pretrained_rows="noiseless")
 
 
-def objective(kl: bool = True) -> Objective:
-    """Brightness, with the demo's path KL or without any."""
-    return Reward(brightness) + BETA * PathKL() if kl else Reward(brightness)
+def random_weights(event_shape: tuple[int, int, int], channels: tuple[int, ...] | None = None) -> tuple[Any, Any]:
+    """The network that `pretrain` would train for such images, untrained, and its scheduler."""
+    from implicit_diffusion.experiments.pretrain import Config, build
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet, scheduler = build(Config(channels=channels), event_shape)
+    return DiffusersDenoiser(unet.eval()), scheduler
 
 
-def milliseconds(function: Callable[[], Any]) -> float:
+@dataclass(frozen=True)
+class Problem:
+    """What is trained: a chain of so many rows, for a reward.
+
+    Args:
+        chain: from the number of rows, on `DEVICE`, with the pretrained weights.
+        reward: of its samples.
+        beta: weight of the path KL.
+        deviation: of the pretrained reward, to which the norm of Γ is clipped as in `finetune`.
+    """
+
+    chain: Callable[[int], Chain]
+    reward: Callable[..., Tensor]
+    beta: float
+    deviation: float
+
+    def objective(self, kl: bool = True) -> Objective:
+        """The reward, with the path KL or without any."""
+        return Reward(self.reward) + self.beta * PathKL() if kl else Reward(self.reward)
+
+
+DIGITS = Problem(digits_chain, brightness, BETA, deviation=2.7)
+
+
+def milliseconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """One call, with the device's queue emptied before and after."""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def synchronize() -> None:
@@ -61,12 +87,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]],
+    repeats: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Milliseconds of every function, called in turn, so that a busy moment of the machine strikes all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(warm_up + repeats):
         for name, function in functions.items():
-            spent = milliseconds(function)
+            spent = milliseconds(function, clock)
             if repeat >= warm_up:
                 times[name].append(spent)
     return times

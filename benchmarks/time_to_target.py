@@ -23,11 +23,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import BETA, DEVICE, FIGURES, digits_chain, hardware, objective, save, synchronize
+from common import DEVICE, DIGITS, FIGURES, Problem, hardware, save, synchronize
 
 from implicit_diffusion import Chain, Nested, Noise, Queue, Update, evaluate
 from implicit_diffusion.experiments.drawing import finish, sheet
-from implicit_diffusion.experiments.rewards import brightness
 from implicit_diffusion.loops.evaluation import mean_and_error
 
 LOOPS = {"queue": Queue, "nested": Nested}
@@ -46,7 +45,6 @@ class Config:
     held_out: int = 256  # trajectories per evaluation
     share: float = 0.9
     seeds: int = 3
-    max_grad_norm: float = 2.7  # a deviation of the pretrained reward, as in `finetune`
     threads: int = 0  # 0: torch's own choice
     smoke: bool = False
 
@@ -54,9 +52,9 @@ class Config:
 SMOKE = {"batches": (4,), "rates": (1e-4,), "seconds": 4.0, "points": 3, "held_out": 32, "seeds": 1}
 
 
-def run(config: Config) -> dict[str, Any]:
-    start, start_se = held_out(digits_chain(config.num_steps), config)
-    grid = [curve(*case, 0, config) for case in itertools.product(LOOPS, config.batches, config.rates)]
+def run(config: Config, problem: Problem = DIGITS) -> dict[str, Any]:
+    start, start_se = held_out(problem.chain(config.num_steps), config, problem)
+    grid = [curve(*case, 0, config, problem) for case in itertools.product(LOOPS, config.batches, config.rates)]
     final = min(mean(point["j"] for point in run["curve"][-3:]) for run in grid)
     target = start - config.share * (start - final)
     for each in grid:
@@ -64,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     best = {name: min((g for g in grid if g["loop"] == name), key=_soonest) for name in LOOPS}
     runs = []
     for name, seed in itertools.product(LOOPS, range(1, config.seeds + 1)):
-        again = curve(name, best[name]["batch"], best[name]["rate"], seed, config)
+        again = curve(name, best[name]["batch"], best[name]["rate"], seed, config, problem)
         runs.append(again | reached(again["curve"], target))
     return {"j_before": start, "j_before_se": start_se, "j_final": final, "target": target, "grid": grid, "runs": runs}
 
@@ -77,12 +75,12 @@ def clock(config: Config) -> Callable[[], float]:
     return time.process_time if config.threads == 1 and DEVICE == "cpu" else time.perf_counter
 
 
-def curve(name: str, batch: int, rate: float, seed: int, config: Config) -> dict[str, Any]:
+def curve(name: str, batch: int, rate: float, seed: int, config: Config, problem: Problem) -> dict[str, Any]:
     """One training run: J on held-out noise against seconds, network evaluations and updates."""
-    chain = digits_chain(config.num_steps)
+    chain = problem.chain(config.num_steps)
     adam = torch.optim.Adam(chain.denoiser.parameters(), lr=rate)
-    update = Update(adam, max_grad_norm=config.max_grad_norm)
-    loop = LOOPS[name](chain, objective(), update, batch=batch, noise=Noise(seed))
+    update = Update(adam, max_grad_norm=problem.deviation)
+    loop = LOOPS[name](chain, problem.objective(), update, batch=batch, noise=Noise(seed))
     spent, points, now = 0.0, [], clock(config)
     for due in range(config.points + 1):
         while spent < due * config.seconds / config.points:
@@ -90,7 +88,7 @@ def curve(name: str, batch: int, rate: float, seed: int, config: Config) -> dict
             loop.step()
             synchronize()
             spent += now() - begin
-        j, j_se = held_out(chain, config)
+        j, j_se = held_out(chain, config, problem)
         evaluations = chain.evaluations
         points.append({"seconds": spent, "network_evaluations": evaluations, "updates": loop.update.updates})
         points[-1] |= {"j": j, "j_se": j_se}
@@ -101,12 +99,12 @@ def curve(name: str, batch: int, rate: float, seed: int, config: Config) -> dict
     return {"loop": name, "batch": batch, "rate": rate, "seed": seed, "curve": points}
 
 
-def held_out(chain: Chain, config: Config) -> tuple[float, float]:
+def held_out(chain: Chain, config: Config, problem: Problem) -> tuple[float, float]:
     """J and its standard error on noise that no run trains on, the same at every call; the count stays untouched."""
     evaluations = chain.evaluations
-    result = evaluate(chain, brightness, Noise(0).stream(1), starts=config.held_out)
+    result = evaluate(chain, problem.reward, Noise(0).stream(1), starts=config.held_out)
     chain.evaluations = evaluations
-    return mean_and_error(result.objective(BETA))
+    return mean_and_error(result.objective(problem.beta))
 
 
 def reached(points: list[dict[str, Any]], target: float) -> dict[str, float | None]:
@@ -165,7 +163,7 @@ def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = {name: getattr(config, name) for name in Config.__dataclass_fields__}
-    results = hardware() | {"config": setting | {"beta": BETA}} | run(config)
+    results = hardware() | {"config": setting | {"beta": DIGITS.beta, "max_grad_norm": DIGITS.deviation}} | run(config)
     for each in results["runs"]:
         took = each["seconds_to_target"]
         print(f"{each['loop']}, seed {each['seed']}:", "not reached" if took is None else f"{took:.1f} s to the target")

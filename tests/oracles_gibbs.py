@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import energy_of
 
 
@@ -158,7 +159,7 @@ def estimate(potential, objective, x, log_weights=None, seed: int = 0) -> Tensor
     """Γ as one vector; with log-weights those of the particles."""
     parameters, generator = list(potential.parameters()), torch.Generator().manual_seed(seed)
     points = [term.draw(generator) for _, term in objective.stationary]
-    weigh = None if log_weights is None else lambda here: (log_weights, None)
+    weigh = None if log_weights is None else lambda here: Particles(x.detach(), log_weights)
     fused = fused_pass(potential, parameters, objective.stationary, x, points, weigh)
     return torch.cat([g.flatten() for g in fused.gradients])
 

@@ -3,6 +3,8 @@
 A message names the argument, says what was given and what would work.
 """
 
+from typing import Any
+
 
 class ImplicitDiffusionError(Exception):
     """Root of all errors that this package raises on purpose."""
@@ -26,3 +28,10 @@ class DivergenceError(ImplicitDiffusionError, ArithmeticError):
 
 class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""
+
+
+def check_type(name: str, value: object, kind: Any, advice: str) -> None:
+    """Raise `InvalidInputError` where an argument is of another kind, with what would make it one."""
+    if not isinstance(value, kind):
+        given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise InvalidInputError(f"{name} must be of type {kind.__name__}, got {given}; {advice}")

@@ -7,11 +7,13 @@ gradients it has to be one function of (x, t; θ), so networks run in evaluation
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from implicit_diffusion.errors import InvalidInputError
 
@@ -37,12 +39,11 @@ def frozen_copy(module: Module) -> Module:
 def eval_mode(*modules: object) -> Iterator[None]:
     """Run `modules` in evaluation mode inside the block; afterwards every submodule has its own mode again.
 
-    Objects that are no `torch.nn.Module` (plain functions used as denoisers, None) have no mode and are
-    passed over.
+    A bound method stands for its module. Other objects that are no `torch.nn.Module` (plain functions used as
+    denoisers, None) have no mode and are passed over.
     """
-    training = [
-        part for module in modules if isinstance(module, nn.Module) for part in module.modules() if part.training
-    ]
+    owners = (getattr(module, "__self__", module) for module in modules)
+    training = [part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules() if part.training]
     try:
         for part in training:
             part.training = False
@@ -50,3 +51,30 @@ def eval_mode(*modules: object) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def parametrizations(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Layers and the names of their parametrized tensors: those of `torch.nn.utils.parametrizations`."""
+    return [
+        (layer, name)
+        for layer in module.modules()
+        if parametrize.is_parametrized(layer)
+        for name in layer.parametrizations  # type: ignore[union-attr]
+    ]
+
+
+@torch.no_grad()
+def train_once(parametrized: Iterable[tuple[nn.Module, str]]) -> None:
+    """Evaluate parametrized tensors once in training mode.
+
+    Spectral normalisation iterates its estimate of the norm in training mode only; without this it would go on
+    dividing by the norm of the first weights.
+    """
+    for layer, name in parametrized:
+        parts = list(layer.parametrizations[name])  # type: ignore[index]
+        modes = [part.training for part in parts]
+        for part in parts:
+            part.train()
+        getattr(layer, name)
+        for part, mode in zip(parts, modes):
+            part.train(mode)

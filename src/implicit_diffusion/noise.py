@@ -7,6 +7,7 @@ integers need not be independent, and a torch CPU generator keeps only the low 3
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,15 +27,22 @@ class Noise:
         prefix: the stream's own key; see `stream`.
 
     Raises:
-        InvalidInputError: a negative seed or key.
+        InvalidInputError: a seed or key that is negative or no integer.
     """
 
     seed: int
     prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if min((self.seed, *self.prefix)) < 0:
-            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {(self.seed, *self.prefix)}")
+        given = (self.seed, *self.prefix)
+        try:
+            seed, *prefix = map(operator.index, given)  # NumPy's integers become Python's, which a state can hold
+        except TypeError as error:
+            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {given}") from error
+        if min((seed, *prefix)) < 0:
+            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {given}")
+        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "prefix", tuple(prefix))
 
     def stream(self, *key: int) -> Noise:
         """An independent family of noise: `noise.stream(1)` never meets a key of `noise` that is one shorter."""

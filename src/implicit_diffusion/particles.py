@@ -18,6 +18,7 @@ class Particles:
         x: positions, with shape (n, *event).
         log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
         log_z: log ∫ e^{−V} of the law that they stand for, where they carry it.
+        log_z_growth: by how much log Z has grown since their loop began, which weights tell though log Z is unknown.
         condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None where
             there was nothing.
     """
@@ -25,6 +26,7 @@ class Particles:
     x: Float[Tensor, "n *event"]
     log_weights: Float[Tensor, " n"] | None = None
     log_z: Float[Tensor, ""] | None = None
+    log_z_growth: Float[Tensor, ""] | None = None
     condition: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:

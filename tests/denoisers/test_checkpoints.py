@@ -73,6 +73,23 @@ def test_other_pipelines_are_refused(tmp_path, index, message):
         find_checkpoint(write(tmp_path / "model", index=index))
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "part", "network"),
+    [
+        ("StableDiffusionXLPipeline", "unet", "UNet2DConditionModel"),
+        ("FluxPipeline", "transformer", "FluxTransformer2DModel"),
+        ("PixArtAlphaPipeline", "transformer", "PixArtTransformer2DModel"),
+    ],
+)
+def test_refused_families_are_named_with_what_would_work(tmp_path, pipeline, part, network):
+    index = {**INDEX, "_class_name": pipeline, part: ["diffusers", network], "vae": ["diffusers", "AutoencoderKL"]}
+    said = (
+        rf"is a {pipeline} with .*{network}.*StableDiffusion3Pipeline with all their parts; .* u\(x, t, \*\*condition"
+    )
+    with pytest.raises(InvalidInputError, match=said):
+        find_checkpoint(write(tmp_path / "model", index))
+
+
 def test_a_folder_that_is_no_model_is_listed(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "photos").mkdir()

@@ -53,6 +53,9 @@ def test_guidance_is_its_formula_in_one_call():
         guided = ClassifierFree(inner, scale, {"prompt": 0})(X, T, prompt=prompt)
         torch.testing.assert_close(guided, without + scale * (given - without))
     assert len(calls) == 3
+    for null, condition in (({"promt": 0}, {"prompt": prompt}), ({"prompt": 0}, {})):
+        with pytest.raises(InvalidInputError, match=r"null holds (promt|prompt), but the condition (prompt|nothing);"):
+            ClassifierFree(inner, 2.0, null)(X, T, **condition)
     for scale, null in ((float("nan"), {"prompt": 0}), (2.0, {})):
         with pytest.raises(InvalidInputError, match="finite scale"):
             ClassifierFree(inner, scale, null)

@@ -229,7 +229,6 @@ BAD = {
     "--lora-rank must be": ("--lora-rank", "0"),
     "is a flow model (FlowMatch": (*FLOW, "--scheduler", "ddpm"),
     "has noise, so a path KL leaves nothing": (*FLOW, "--scheduler", "flow-euler"),
-    "take bf16, which has": ("--precision", "fp16"),
     "its samples are (1, 8, 8), not (4, 8, 8)": (*TEXT, "--reference", "digits"),
     "its classes are None, not 3": (*CLASSES, "--reference", "digits"),
 }

@@ -141,6 +141,9 @@ def test_one_bad_look_is_forgiven(data):
         state.loop.walkers = sound._replace(x=x)
         watch(state)
     assert watch.bad == 1
+    resumed = Watch(watch.data)
+    resumed.load_state_dict(watch.state_dict())
+    assert resumed.bad == 1
 
 
 class Unbounded(nn.Module):

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from diffusers import DDPMScheduler
+from tests import tiny
 from tests.experiments.toy_model import folder
 
 from implicit_diffusion.cli import main
@@ -75,6 +76,20 @@ def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch,
     assert "lr was 0.001 and is 0.002" in capsys.readouterr().err
     assert main(["sweep", *model, *TINY, "--kl-weights", "2", "--out", str(swept / "beta-2")]) == 2
     assert "something else than a sweep" in capsys.readouterr().err
+
+
+def test_a_class_conditional_model_is_swept_given_the_label(tmp_path):
+    """Runs and frontier are of rewards given the start: what labels earn apart is nobody's gain."""
+    tiny.class_conditional(tmp_path / "classes", **tiny.PLAIN)
+    (tmp_path / "rewards.py").write_text("def label(x, labels): return x.flatten(1).mean(1) + 100.0 * labels")
+    words = ["--model", str(tmp_path / "classes"), "--reward", f"{tmp_path}/rewards.py:label"]
+    guided, out = ["--guidance", "2", "--null-class", "0"], tmp_path / "sweep"
+    assert main(["sweep", *words, *guided, *TINY, "--kl-weights", "0.5", "--out", str(out)]) == 0
+    summary = read(out)
+    (row,), (point,) = summary["rows"], summary["frontier"]
+    assert row["kl_weight"] == 0.5 and row["path_kl"] > 0 and row["captured"] is not None
+    assert 100 < summary["reward_pretrained"] < point["reward"] < summary["reward_pretrained"] + 10
+    assert (out / "figures" / "frontier.png").exists()
 
 
 @pytest.mark.slow  # test_finetune resumes a run

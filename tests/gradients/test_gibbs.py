@@ -13,6 +13,7 @@ from functools import cache
 import pytest
 import torch
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.objectives import ForwardKL, base, kl
 from implicit_diffusion.particles import Particles
@@ -134,7 +135,7 @@ def test_mutations_of_the_data_charges_are_seen(flip, monkeypatch):
 
     def mutant(self, particles, energy, points):
         found = right(self, particles, energy, points)
-        return base.Charges(flip * found.particles, points, found.on_points)
+        return base.Charges(flip * found.particles, found.on_points)
 
     monkeypatch.setattr(ForwardKL, "charges", mutant)
     worst, error, standard = judge(batches(1, "forward_kl", False), exact(1, "forward_kl"))
@@ -175,7 +176,7 @@ def test_one_pass_equals_separate_passes(name, weighted):
     potential, generator = POTENTIALS[2](THETA[2]), torch.Generator().manual_seed(0)
     x, logs = potential.draw(50, generator), torch.randn(50, generator=generator, dtype=torch.float64)
     terms = CASES[2][name].objective.stationary
-    points, weigh = [term.draw(generator) for _, term in terms], (lambda here: (logs, None)) if weighted else None
+    points, weigh = [term.draw(generator) for _, term in terms], (lambda here: Particles(x, logs)) if weighted else None
     fused = fused_pass(potential, [potential.theta], terms, x, points, weigh)
     alone = energy_of(potential, x)
     torch.testing.assert_close(fused.here.value, alone.value, rtol=1e-13, atol=1e-13)
@@ -214,12 +215,26 @@ def test_one_pull_for_maximum_likelihood_equals_the_general_path(event):
     for terms in ([(0.7, ForwardKL(y))], [(0.7, ForwardKL(y)), (0.4, ForwardKL(2 * y, name="other"))]):
         points = [term.draw(generator) for _, term in terms]
         one = fused_pass(potential, parameters, terms, x, points)
-        general = fused_pass(potential, parameters, terms, x, points, lambda here: (None, None))
+        general = fused_pass(potential, parameters, terms, x, points, lambda here: Particles(x))
         for a, b in zip((*one.here, *one.gradients, one.charges), (*general.here, *general.gradients, general.charges)):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
     cancelling = [(1.0, ForwardKL(y)), (-1.0, ForwardKL(2 * y, name="other"))]  # the particles bear no charge
     found = fused_pass(potential, parameters, cancelling, x, [y, 2 * y])
     torch.testing.assert_close(found.here.grad, energy_of(potential, x).grad)
+
+
+def test_charges_on_points_that_nobody_drew_are_refused():
+    class Half(ForwardKL):
+        def draw(self, generator):
+            return None
+
+        def charges(self, particles, energy, points):
+            return base.Charges(-particles.weights, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+    potential = POTENTIALS[1](THETA[1])
+    x = torch.zeros(4, 1, dtype=torch.float64)
+    with pytest.raises(InvalidInputError, match="nll charges points: its `draw` must return them"):
+        fused_pass(potential, [potential.theta], [(1.0, Half(x))], x, [None])
 
 
 def test_parameters_that_v_does_not_use_have_no_gradient():

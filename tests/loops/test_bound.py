@@ -1,9 +1,11 @@
 """The bound J* and its law against Gaussian closed forms, from pretrained and from trained samples."""
 
+import copy
+
 import pytest
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops.bound import bound, captured, gain, memory_of_start, possible
 from implicit_diffusion.loops.evaluation import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
@@ -113,3 +115,26 @@ def test_bad_arguments(problem):
         bound(evaluation, 0.0)
     with pytest.raises(InvalidInputError, match="repeats"):
         bound(evaluation, 1.0)
+    for name in ("starts", "repeats", "chunk"):
+        with pytest.raises(InvalidInputError, match=f"{name} must be an integer ≥ 1, got 0"):
+            evaluate(chain, reward, Noise(0), **{"starts": 4, name: 0})
+
+
+def test_rewards_of_another_form_are_no_evaluation(problem):
+    """A column would broadcast against the log-ratios."""
+    chain = problem[0]
+    for shape, reward in ((r"\(4, 1\)", lambda x: x[:, :1]), (r"\(\)", lambda x: x.mean()), ("float", lambda x: 1.0)):
+        with pytest.raises(InvalidInputError, match=f"one number per sample, .* got {shape}"):
+            evaluate(chain, reward, Noise(0), starts=4)
+    with pytest.raises(NonFiniteError, match="the reward of 2 of 4 samples is NaN"):
+        evaluate(chain, lambda x: x[:, 0] / (torch.arange(4) > 1), Noise(0), starts=4)
+
+
+def test_a_trained_row_without_noise_has_no_bound():
+    chain, reward = affine_chain(3, 2, noise=False)
+    other = chain.replace(denoiser=copy.deepcopy(chain.denoiser))
+    before, after = (evaluate(c, reward, Noise(0), starts=3, repeats=2) for c in (chain.pretrained(), other))
+    for call in (lambda: bound(after, 1.0), lambda: captured(before, after, 1.0)):
+        with pytest.raises(InvalidInputError, match=r"row of its chain has no noise.*pretrained_rows='noiseless'"):
+            call()
+    bound(before, 1.0)  # of the pretrained chain there is one

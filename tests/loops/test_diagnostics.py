@@ -66,11 +66,29 @@ def test_signal_to_noise_against_its_closed_form():
     noise = math.sqrt((2.5 + 2 * t**2) / n)
     found = signal_to_noise(location(t), groups=40)
     assert found == pytest.approx(t / noise, rel=0.4)
-    assert signal_to_noise(location(0.0), groups=40) < 4
     loop = location(t)
     before = loop.state_dict()
     signal_to_noise(loop)
     assert loop.iteration == 0 and torch.equal(before["walkers"]["x"], loop.walkers.x) and loop.model.theta.grad is None
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.3, 2.0])
+def test_signal_below_the_noise_is_told_apart(truth):
+    """With many parameters ‖mean‖² is mostly noise, and what is left of it once that is gone has a spread of √(2/d)."""
+    d, n = 400, 64
+    potential = GaussianMixture(torch.zeros(1, d, dtype=F64))
+    potential.logits.requires_grad_(False)
+    target = torch.full((1, d), truth / math.sqrt(n), dtype=F64)  # Γ = −(mean of the data − mean of x): noise √(d/n)
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for _ in range(8):
+        x = torch.randn(n, d, generator=generator, dtype=F64)
+        sgd = torch.optim.SGD(potential.parameters(), lr=0.0)
+        loop = Single(potential, ULA(0.1), ForwardKL(target), sgd, particles=x, noise=Noise(0))
+        squares.append(signal_to_noise(loop) ** 2)
+    spread = (math.sqrt(2 / d) + 2 * truth / math.sqrt(d)) / math.sqrt(8)  # of their mean, over 8 loops
+    clipped = math.sqrt(2 / d)  # of what falls below zero
+    assert abs(sum(squares) / 8 - truth**2) < 4 * 1.3 * spread + clipped
 
 
 def test_statistics():

@@ -150,6 +150,28 @@ def test_fill_drain_and_staleness():
     assert len(list(endless.drain())) == 2 * N - 2 and not endless.slots
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("pretrained_rows", [(), (5,)])
+def test_runs_one_after_the_other_drain_as_well(stride, pretrained_rows):
+    chain, reward = affine_chain(N, 2, pretrained_rows=pretrained_rows)
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=1e-2)
+    loop = Queue(chain, Reward(reward), sgd, batch=2, noise=Noise(0), stride=stride)
+    for updates in (10, 20, 29):
+        assert list(loop.run(updates))
+        assert loop.update.updates == updates and not loop.slots
+
+
+def test_a_state_comes_to_the_device_of_the_chain():
+    first, second = build("queue")[0], build("queue")[0]
+    for _ in range(9):
+        first.step()
+    second.chain.device = torch.device("meta")
+    second.load_state_dict(first.state_dict())
+    held = [x for slot in second.slots for x in (*slot.states, slot.adjoint) if x is not None]
+    held += [*second.values.values(), *(cost for rows in second.costs.values() for cost in rows.values())]
+    assert held and all(x.device.type == "meta" for x in held)
+
+
 @pytest.mark.parametrize("kind", LOOPS)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_state_continues_bit_for_bit(kind, accumulate):

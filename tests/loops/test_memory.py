@@ -1,16 +1,23 @@
 """The prediction against tensors that a running loop really holds, and a network that can be counted by hand."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.lora import checkpoint_activations
 from implicit_diffusion.errors import MemoryLimitError
-from implicit_diffusion.gradients import FullBackprop
+from implicit_diffusion.gradients import FullBackprop, pull_back
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from tests import tiny
 from tests.oracles import affine_chain, table
 
 N, DIM, HIDDEN, BATCH = 7, 3, 5, 4
@@ -76,6 +83,50 @@ def test_activations_of_a_large_reward_count():
     judge = nn.Sequential(nn.Linear(DIM, 1000), nn.Tanh(), nn.Linear(1000, 1), nn.Flatten(0)).double()
     heavy = build(Nested, objective=Reward(judge.requires_grad_(False)))
     assert predict_memory(heavy).activations == BATCH * 1000 * 8  # Tanh's output
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are made inside and still alive, at the fullest moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
+                size = x.untyped_storage().nbytes()
+                self.known.add(key)
+                self.now += size
+                weakref.finalize(x.untyped_storage(), self._gone, key, size)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key, size):
+        self.now -= size
+        self.known.discard(key)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_a_unet_are_those_that_a_pull_back_holds(checkpointing):
+    """With checkpoints too, where one block at a time is computed again."""
+    shape = (3, 16, 16)
+    network = tiny.unet(sample_size=16, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=2)
+    if checkpointing:
+        checkpoint_activations(network)
+    chain = Chain(DiffusersDenoiser(network), table(2), shape)
+    objective = Reward(lambda x: x.flatten(1).mean(1)) + PathKL()
+    loop = Nested(chain, objective, torch.optim.SGD(network.parameters()), batch=1, noise=Noise(0))
+    peaks = {}
+    for n in (4, 8):
+        x = torch.zeros(1, n, *shape)
+        network.zero_grad(set_to_none=False)
+        with chain.evaluating(), Live() as live:
+            pull_back(chain, objective, x, [0], torch.ones_like(x))
+        peaks[n] = live.peak
+    measured = (peaks[8] - peaks[4]) / 4
+    assert predict_memory(loop).activations == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(

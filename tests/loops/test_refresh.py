@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import MMD, ForwardKL, Reward
+from implicit_diffusion.objectives import MMD, ForwardKL, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Tilted, energy_of, mlp
 from implicit_diffusion.runs import load_state, save_state
@@ -85,15 +86,72 @@ def test_particles_without_weights_or_log_z():
     loop = tilted_loop(MALA(0.3))
     for _ in range(3):
         loop.step()
-    log_z = loop.walkers.log_z
+    before = loop.particles.log_z.item()
+    assert before != pytest.approx(loop.log_z0, abs=1e-3)
     loop.refresh(Particles(torch.zeros(64, 2, dtype=F64)))
-    assert not loop.walkers.log_weights.any() and loop.particles.log_z.item() == pytest.approx(
-        loop.log_z0 + log_z.item()
-    )
+    assert not loop.walkers.log_weights.any() and loop.particles.log_z.item() == pytest.approx(before, rel=1e-12)
     plain = tilted_loop(MALA(0.3), weighted=False)
     plain.refresh(Particles(torch.ones(64, 2, dtype=F64)))
     assert (plain.particles.x == 1).all() and plain.particles.log_weights is None
     plain.step()
+
+
+def test_where_log_z_is_unknown_only_its_growth_is_told():
+    """A potential without log_z: no absolute number, and the KL to the start as with one."""
+    loops = []
+    for known in (True, False):
+        potential = Location(torch.tensor([0.0], dtype=F64))
+        if known:
+            potential.log_z = math.log(2 * math.pi) / 2
+        x = torch.randn(64, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+        objective = ForwardKL(x + 1) + 0.5 * ReverseKL.to_initial(potential)
+        sgd = torch.optim.SGD(potential.parameters(), lr=0.05)
+        loop = Single(potential, MALA(0.3), objective, sgd, particles=x, noise=Noise(0), weighted=True)
+        loops.append((loop, [loop.step() for _ in range(6)][-1]))
+    (one, told), (other, less) = loops
+    assert told.keys() - less.keys() == {"nll", "objective", "log_z"} and less.keys() - told.keys() == {"log_z_growth"}
+    assert less["log_z_growth"].item() == pytest.approx(told["log_z"].item() - one.log_z0, abs=1e-12)
+    assert less["kl_to_initial"].item() == pytest.approx(told["kl_to_initial"].item(), abs=1e-12)
+    assert other.particles.log_z is None and other.particles.log_z_growth is not None
+    other.refresh(Particles(other.particles.x, log_z=torch.tensor(3.0, dtype=F64)))  # somebody knows
+    assert other.particles.log_z.item() == pytest.approx(3.0) and "log_z" in other.step()
+
+
+def test_the_kl_to_another_start_is_not_measured_from_here():
+    """A second loop does not know its log Z, and U is not what it began with: what is left is the estimate."""
+    potential = Location(torch.tensor([0.0], dtype=F64))
+    kl = ReverseKL.to_initial(potential)
+    with torch.no_grad():
+        potential.theta += 0.3
+    x = potential.theta.detach() + torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    sgd = torch.optim.SGD(potential.parameters(), lr=0.0)
+    loop = Single(potential, MALA(0.3), kl, sgd, particles=x, noise=Noise(0), weighted=True)
+    assert loop.step()["kl_to_initial"].item() == pytest.approx(0.3**2 / 2, abs=4 * 0.3 / 20_000**0.5)
+
+
+@pytest.mark.parametrize("found", [nn.Parameter(torch.zeros(())), torch.zeros(2), lambda: 0.0], ids=type)
+def test_log_z_is_a_number(found):
+    potential = Location(torch.tensor([0.0], dtype=F64))
+    potential.__dict__["log_z"] = found
+    with pytest.raises(InvalidInputError, match="log_z must be"):
+        ReverseKL.to_initial(potential)
+
+
+def test_a_reward_that_writes_into_its_argument_moves_no_particle():
+    def careless(x):
+        x[x < 0] = 0
+        return x[:, 0]
+
+    def careful(x):
+        return x[:, 0].clamp(min=0)
+
+    ends = []
+    for reward in (careless, careful):
+        loop = follower(ULA(0.2), path(4), 64, 0, objective=Reward(reward))
+        for _ in range(3):
+            loop.step()
+        ends.append(loop.walkers.x)
+    assert torch.equal(*ends)
 
 
 @pytest.mark.slow

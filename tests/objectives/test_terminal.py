@@ -90,7 +90,7 @@ def test_charges(name, weighted):
     torch.testing.assert_close(found.particles, expected, rtol=1e-10, atol=1e-12)
     if not weighted:
         torch.testing.assert_close(found.particles, -(variation - variation.mean()) / 7, rtol=1e-10, atol=1e-12)
-    assert found.particles.sum().abs() < 1e-12 and found.points is None
+    assert found.particles.sum().abs() < 1e-12
     torch.testing.assert_close(found.value, value)
 
     class Shifted(type(term)):
@@ -217,3 +217,15 @@ def charge(function):
     unchecked = Functional(function)
     unchecked.value = lambda p: function(p.x, p.weights)  # beneath the run-time type checks of the tests
     unchecked.check_stationary(p, torch.zeros(8, dtype=F64))
+
+
+@pytest.mark.parametrize("n", [50, 60, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sinkhorn_in_single_precision(n, weighted):
+    """Weights of single precision sum to one up to 1e-7 only."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(m, 2, generator=generator) for m in (n, 20))
+    logs = torch.randn(n, generator=generator) if weighted else None
+    single = Sinkhorn(y, 1.0).value(Particles(x, logs))
+    double = Sinkhorn(y.double(), 1.0).value(Particles(x.double(), None if logs is None else logs.double()))
+    assert single.dtype == torch.float32 and single.item() == pytest.approx(double.item(), rel=1e-5)

@@ -119,3 +119,9 @@ def test_mixture_arguments(message, means, logits, std):
 
     with pytest.raises(InvalidInputError, match=message):
         unwrap(GaussianMixture.__init__)(GaussianMixture.__new__(GaussianMixture), means, logits, std)
+
+
+def test_a_mixture_does_not_broadcast_events():
+    """On (n, 1) it would be the mixture along x = (x, …, x)."""
+    with pytest.raises(InvalidInputError, match=r"means with shape \(2,\) has no density on events of shape \(1,\)"):
+        GaussianMixture(MEANS[:, :2])(torch.zeros(3, 1, dtype=MEANS.dtype))

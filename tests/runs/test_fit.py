@@ -106,12 +106,85 @@ def test_a_non_finite_value_leaves_the_last_good_state_on_disk(tmp_path, every, 
         if f.updates == 9:
             f.loop.chain.denoiser.gain.data[1] = float("inf")
 
-    message = "hold NaN or infinity.*last good state is in .*checkpoint"
+    message = f"hold NaN or infinity.*last good state is in .*checkpoint, of update {last}"
     with pytest.raises(NonFiniteError, match=message):
         fit(loop, 30, callbacks=[spoil], directory=directory, checkpoint_every=every)
     saved = load_state(directory.checkpoint)["loop"]
     assert saved["update"]["updates"] == last
     assert saved["model"]["gain"].isfinite().all()
+
+
+class Count:
+    """Stops at its tenth call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, f):
+        self.calls += 1
+        return "enough" if self.calls >= 10 else None
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_what_callbacks_remember_is_part_of_the_run(tmp_path):
+    """Also where the others are not the same ones."""
+    directory = RunDirectory.create(tmp_path / "run")
+
+    def pause(f):
+        return "pause" if f.updates == 6 else None
+
+    first, second = [Count(), StopAtKL(99.0)], [StopAtKL(99.0), Count(), Count()]
+    assert fit(build()[0], 30, callbacks=[*first, pause], directory=directory).updates == 6
+    result = fit(build()[0], 30, callbacks=second, directory=directory)
+    assert (result.updates, result.stopped) == (10, "enough")
+    assert second[1].calls == 10 and second[2].calls == 3  # which began anew, and is not asked once another has stopped
+    whole = StopAtKL(99.0)
+    fit(build()[0], 30, callbacks=[whole, Count()])
+    assert second[0].average == pytest.approx(whole.average, rel=1e-12)
+
+
+def test_a_second_call_goes_on_where_the_first_ended(tmp_path):
+    whole, loop, other = build()[0], build()[0], build()[0]
+    directory, seen = RunDirectory.create(tmp_path / "run"), []
+    fit(loop, 8, directory=directory)
+    assert load_state(directory.checkpoint)["loop"]["update"]["updates"] == 8
+    trained = weights(loop)
+    again = fit(loop, 8, directory=directory)  # nothing is left to do, and nothing is undone
+    assert torch.equal(weights(loop), trained) and again.metrics["updates"] == 8
+    fit(other, 12, directory=directory, callbacks=[lambda f: seen.append(f.updates)])
+    fit(whole, 8), fit(whole, 12)
+    assert seen == [9, 10, 11, 12] and torch.equal(weights(other), weights(whole))
+    assert [line["updates"] for line in directory.read_metrics()] == list(range(1, 13))
+
+
+def test_a_loop_that_is_further_than_the_checkpoint_is_kept(tmp_path):
+    loop, directory, seen = build()[0], RunDirectory.create(tmp_path / "run"), []
+    fit(loop, 3, directory=directory)
+    for _ in loop.run(7):
+        pass
+    fit(loop, 9, directory=directory, callbacks=[lambda f: seen.append(f.updates)])
+    assert seen == [8, 9]
+
+
+@pytest.mark.parametrize("callback", [StopAtKL(1.0), AdaptKL(1.0)])
+@pytest.mark.parametrize("beta", [None, 0.0])
+def test_aiming_at_a_path_kl_that_is_not_there(callback, beta):
+    loop, reward = build()
+    loop.objective = Reward(reward) if beta is None else Reward(reward) + beta * PathKL()
+    with pytest.raises(InvalidInputError, match=r"KL needs a path KL to aim at.*add beta \* PathKL"):
+        fit(loop, 3, callbacks=[callback])
+
+
+def test_one_held_out_start_has_no_error(tmp_path):
+    loop, reward = build()
+    held_out = HeldOut(reward, Noise(9), every=1, starts=1)
+    metrics = fit(loop, 1, callbacks=[held_out], directory=RunDirectory.create(tmp_path / "run")).metrics
+    assert "held_out_reward" in metrics and "held_out_reward_se" not in metrics
 
 
 def test_bad_updates():

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
@@ -194,3 +194,27 @@ def test_what_is_refused():
     potential = tilted()
     with pytest.raises(InvalidInputError, match="path"):  # a path that begins at a tilted law
         annealed(lambda t: potential.tempered((1 + t) / 2), ULA(0.1), 16, Noise(0), steps=2)
+
+
+class Flawed(Harmonic):
+    """NaN beyond 1."""
+
+    def forward(self, x):
+        return super().forward(x) + 0 * (1 - x[:, 0]).sqrt()
+
+
+def test_potentials_that_are_none_and_weights_that_turn_nan():
+    x = torch.linspace(-2, 0, 16, dtype=F64)[:, None]
+    gauss = GaussianMixture(torch.zeros(1, 1, dtype=F64))
+    for call in (
+        lambda: Followers(ULA(0.1), Flawed(), -x, Noise(0)),
+        lambda: annealed(lambda t: Flawed() if t == 1 else gauss, ULA(0.1), 64, Noise(0), steps=2),
+    ):
+        with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):
+            call()
+    found = Followers(ULA(0.5), Flawed(), x, Noise(0))
+    for _ in range(5):
+        found.step(Flawed())
+    for ask in (found.log_z, found.particles):
+        with pytest.raises(NonFiniteError, match="weights of followers are NaN after 5 steps"):
+            ask(Flawed())

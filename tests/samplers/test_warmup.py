@@ -5,7 +5,7 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.samplers import HMC, MALA, ULA, warm_up
+from implicit_diffusion.samplers import HMC, MALA, ULA, power_law, warm_up
 from implicit_diffusion.samplers.resampling import systematic
 from tests.oracles_gibbs import Banana, Harmonic, Quartic, advance
 
@@ -40,8 +40,29 @@ def test_refusals():
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), steps=19)
     with pytest.raises(InvalidInputError, match="target must lie"):
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), target=1.0)
-    with pytest.raises(NonFiniteError, match="smaller step size"):
+    with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):
         warm_up(MALA(0.1), Harmonic(), x * float("nan"), Noise(0))
+    with pytest.raises(InvalidInputError, match=r"step_size is a function of the iteration.*scale the schedule"):
+        warm_up(MALA(power_law(0.5, 1 / 3)), Harmonic(), x, Noise(0))
+    with pytest.raises(InvalidInputError, match=r"one number per particle.*got \(2, 1\)"):
+        warm_up(MALA(0.1), Odd(lambda x: x.square()), x[:, :1], Noise(0))
+    with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):  # on the last one
+        warm_up(MALA(0.1), Odd(lambda x: x.sum(1) / (torch.arange(len(x)) < 3)), x, Noise(0))
+
+
+def test_particles_that_fall_into_a_well_without_bottom():
+    potential = Odd(lambda x: torch.where(x[:, 0] > 1, -torch.inf, x.square().sum(1)))
+    with pytest.raises(NonFiniteError, match="bounded below"):
+        warm_up(MALA(0.5), potential, torch.zeros(40, 2, dtype=F64), Noise(0), steps=20)
+
+
+class Odd(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def test_systematic_resampling_counts_floor_or_ceil_and_is_unbiased():

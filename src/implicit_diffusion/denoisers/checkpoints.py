@@ -125,7 +125,8 @@ def _read_index(folder: Path) -> tuple[Family, dict[str, Any]]:
         known = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise InvalidInputError(
             f"model: {folder} is a {pipeline} with {found}. What can be fine-tuned are pipelines of a UNet2DModel and "
-            f"a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts."
+            f"a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; any other network in "
+            "Python, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
         )
     for name, (library, code) in parts.items():
         if library not in ("diffusers", "transformers") and (name, library) != ("safety_checker", "stable_diffusion"):

@@ -97,7 +97,7 @@ class ClassifierFree(nn.Module):
     Args:
         denoiser: takes x, t and the condition.
         scale: w; 1 is the plain conditional network, 0 the unconditional one.
-        null: the values that stand for no condition, by name.
+        null: the values that stand for no condition, by name; names of the condition.
 
     Raises:
         InvalidInputError: a scale that is not finite, or nothing in `null`.
@@ -112,7 +112,16 @@ class ClassifierFree(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Tensor
     ) -> Float[Tensor, "batch *event"]:
-        """The guided u(x, t, **condition)."""
+        """The guided u(x, t, **condition).
+
+        Raises:
+            InvalidInputError: the condition lacks a name of `null`: what is guided away from would be the same network.
+        """
+        if not self.null.keys() <= condition.keys():
+            raise InvalidInputError(
+                f"null holds {', '.join(self.null)}, but the condition {', '.join(condition) or 'nothing'}; guidance "
+                "needs names of the condition"
+            )
         if self.scale == 1:
             return self.denoiser(x, t, **condition)
         null = {k: torch.full_like(v, self.null[k]) if k in self.null else v for k, v in condition.items()}

@@ -213,6 +213,8 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
     except DivergenceError as error:
         kept = f"; the last sound model is in {directory.model}" if directory is not None else ""
         raise DivergenceError(f"{error}{kept}") from error
+    if data.law is not None and not curve:  # resumed after its last update
+        look(state)
     return Trained(settings, state, loop, to_model(settings, loop, data), curve)
 
 

@@ -156,6 +156,14 @@ class Watch:
         if not found and self.save is not None:
             self.save(fit)
 
+    def state_dict(self) -> dict[str, int]:
+        """How many bad looks in a row there were."""
+        return {"bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.bad = state["bad"]
+
     @torch.no_grad()
     def diagnose(self, loop: ParticleLoop, acceptance: float | Tensor | None = None) -> str | None:
         """What has gone wrong, if anything."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -11,31 +13,38 @@ from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 
+NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def check_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype that the network's layers compute in; None for that of its weights.
 
     Raises:
-        InvalidInputError: float16, or a device without bfloat16.
+        InvalidInputError: the device does not compute in it, forward or backward.
     """
     if precision == "float32":
         return None
-    if precision == "fp16":
+    dtype, other = NAMES[precision], "fp16" if precision == "bf16" else "bf16"
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InvalidInputError(
-            "--precision fp16: adjoints span more than float16 can hold, and Γ would lose its small entries; take bf16"
-            ", which has float32's range, or float32"
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not compute in bfloat16; take fp16, or "
+            "float32, with --gradient-checkpointing where memory is short"
         )
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InvalidInputError(
-            f"--precision bf16: {torch.cuda.get_device_name(device)} does not compute in bfloat16; take float32, with "
-            "--gradient-checkpointing where memory is short"
-        )
+    x = torch.ones(1, 1, 8, 8, device=device, requires_grad=True)
     try:
-        x = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
-        torch.nn.functional.conv2d((x @ x)[None, None], x[None, None])
+        with warnings.catch_warnings(), torch.autocast(device.type, dtype=dtype):
+            warnings.simplefilter("ignore")  # autocast would warn, and compute in float32
+            y = torch.nn.functional.conv2d(x @ x, x)
+        y.float().sum().backward()
     except RuntimeError as error:
-        raise InvalidInputError(f"--precision bf16: {device} does not compute in it ({error}); take float32") from error
-    return torch.bfloat16
+        found = str(error).splitlines()[0]
+    else:
+        if y.dtype is dtype:
+            return dtype
+        found = f"its layers come out in {y.dtype}"
+    raise InvalidInputError(
+        f"--precision {precision}: {device} does not compute in it ({found}); take float32 or {other}"
+    )
 
 
 def compiled(chain: Chain, wanted: bool) -> str | None:

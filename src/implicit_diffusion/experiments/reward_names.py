@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.experiments import digits, rewards
@@ -24,7 +24,8 @@ SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability o
 def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
 
-    A file or module that the user names is imported, and so executed; a file finds what lies beside it.
+    A file or module that the user names is imported, and so executed; a file finds what lies beside it, and a network
+    found there is put in eval mode.
 
     Raises:
         InvalidInputError: nothing of that name, and the message says what was looked for; or what the file raises.
@@ -46,7 +47,7 @@ def load_reward(name: str) -> Callable[[Tensor], Tensor]:
         )
     if inspect.isclass(found):
         raise InvalidInputError(f"--reward {name} is a class; name a function, or an instance: best = {function}()")
-    return found
+    return found.eval() if isinstance(found, nn.Module) else found
 
 
 @contextmanager

@@ -9,7 +9,8 @@ write f(x_1..x_B) = F(Σ_i δ_{x_i}/B). The chain rule, read from the end, is
 
 so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, exact but for rounding (discretise, then
 differentiate). Only the states x_k are kept: memory does not grow with the network's activations times N. Each row
-costs one call of the network with gradient, through `.backward()`, so that distributed wrappers see it.
+costs one call of the network with gradient, through `.backward()`, so that distributed wrappers see it. Where the
+network computes in float16, each call's surrogate is scaled into its range (`implicit_diffusion.gradients.half`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.gradients import half
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
@@ -31,7 +33,7 @@ def terminal_adjoint(
 ) -> tuple[Float[Tensor, "batch *event"], dict[str, Tensor]]:
     """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted."""
     x = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), objective.evaluating():
         ends = Particles(x, condition=condition)
         values = [(c, term, term.value(ends)) for c, term in objective.terminal]
         total = sum((c * value for c, _, value in values), start=0 * x.sum())
@@ -69,7 +71,10 @@ def pull_back(
             cost = term.cost(transition).mean(1)
             surrogate = surrogate + weight * cost.sum()
             costs[term.name] = cost.detach()
-    surrogate.backward()
+    if half.computes_in_float16(chain.denoiser):
+        half.backward(surrogate, (transition.u, transition.u0), (x, *chain.denoiser.parameters()))
+    else:
+        surrogate.backward()
     assert x.grad is not None
     return transition.a * adjoint + x.grad, costs
 

@@ -1,6 +1,7 @@
 """Backpropagation through the whole sampling run: the reference that the adjoint is tested against.
 
-Exact, and as slow and memory-hungry as can be: the activations of all N network calls are kept.
+Exact, and as slow and memory-hungry as can be: the activations of all N network calls are kept. One backward pass runs
+through all rows, so it has no scale per row for a network in float16, as the adjoint has: take bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.samplers.chain import Chain
@@ -19,9 +22,15 @@ class FullBackprop:
     def __call__(
         self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int = 0
     ) -> dict[str, Tensor]:
-        """Add the gradient of trajectory `index` to the parameters' `.grad`; returns the same values as `Adjoint`."""
+        """Add the gradient of trajectory `index` to the parameters' `.grad`; returns the same values as `Adjoint`.
+
+        Raises:
+            InvalidInputError: the network computes in float16.
+        """
+        if computes_in_float16(chain.denoiser):
+            raise InvalidInputError("FullBackprop: cotangents vanish in a float16 network; take Adjoint, or bfloat16")
         values: dict[str, Tensor] = {}
-        with torch.enable_grad(), chain.evaluating():
+        with torch.enable_grad(), chain.evaluating(), objective.evaluating():
             x = chain.initial(noise, batch, index)
             total = 0 * x.sum()
             for transition, _, state in chain.walk(x, noise, index, reference=bool(objective.running)):

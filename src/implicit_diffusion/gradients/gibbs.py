@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives import GibbsObjective
 from implicit_diffusion.objectives.base import Charges
 from implicit_diffusion.particles import Particles
@@ -56,7 +57,7 @@ def fused_pass(
     terms: Terms,
     x: Float[Tensor, "n *event"],
     points: Sequence[Tensor | None],
-    weigh: Callable[[Energy], tuple[Tensor | None, Tensor | None]] | None = None,
+    weigh: Callable[[Energy], Particles] | None = None,
 ) -> Fused:
     """V, ∇V and Γ at the particles, from one forward.
 
@@ -66,8 +67,8 @@ def fused_pass(
         terms: pairs (coefficient, term) of the objective.
         x: particles.
         points: for every term what its `draw` returned.
-        weigh: from V and ∇V at the particles to their log-weights and to log Z, each None where there is none; without
-            it the weights are uniform.
+        weigh: from V and ∇V at the particles to the particles with their weights and log Z; without it the weights are
+            uniform.
     """
     others = [y for y in points if y is not None]
     with torch.enable_grad():
@@ -75,22 +76,23 @@ def fused_pass(
         energies = potential(torch.cat([x, *others]) if others else x)
         energy, *rest = energies.split([len(x), *map(len, others)])
         alike = weigh is None and all(t.constant_charges for _, t in terms) and sum(c for c, _ in terms) != 0
-        log_weights, log_z = None, None
+        particles = Particles(x.detach().clone())  # a black box may write into what it is given
         if not alike:
             (force,) = torch.autograd.grad(energy.sum(), x, retain_graph=True)
             here = Energy(energy.detach(), force)
             if weigh is not None:
-                log_weights, log_z = weigh(here)
-        particles = Particles(x.detach(), log_weights, log_z)
+                particles = weigh(here)
         on_particles, values, remaining = torch.zeros_like(energy), {}, iter(rest)
         outside: list[Tensor] = []
         for (weight, term), y in zip(terms, points, strict=True):
             found: Charges = term.charges(particles, energy.detach(), y)
             on_particles = on_particles.add(found.particles, alpha=weight)
             at_points = None if y is None else next(remaining)
-            if at_points is not None and found.on_points is not None:
+            if found.on_points is not None:
+                if at_points is None or at_points.shape != found.on_points.shape:
+                    raise InvalidInputError(f"{term.name} charges points: its `draw` must return them, one per charge")
                 outside.append(weight * (found.on_points @ at_points))
-            value = term.estimate(found, None if at_points is None else at_points.detach(), log_z)
+            value = term.estimate(found, None if at_points is None else at_points.detach(), particles.log_z)
             if value is not None:
                 values[term.name] = value
         total = sum(outside, start=on_particles @ energy)

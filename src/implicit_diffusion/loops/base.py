@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -26,12 +26,14 @@ class Loop(ABC):
         noise: source of every random number.
 
     Raises:
-        InvalidInputError: an optimizer that does not move the model.
+        InvalidInputError: an optimizer that does not move the model; an argument of another type.
     """
 
     def __init__(
         self, model: Any, role: str, objective: Objective, update: Update | torch.optim.Optimizer, noise: Noise
     ) -> None:
+        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
+        check_type("noise", noise, Noise, "take Noise(0), say")
         self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
         self.model: nn.Module = self.update.bind(model, role)
@@ -66,18 +68,32 @@ class Loop(ABC):
             "model": moving(self.model),
             "update": self.update.state_dict(),
             "weights": [weight for weight, _ in self.objective.terms],
-            "seed": self.noise.seed,
             "iteration": self.iteration,
-        }
+        } | self._like()
+
+    def _like(self) -> dict[str, Any]:
+        """What a state and the loop that continues from it must have in common, by name."""
+        return {
+            "loop": type(self).__name__,
+            "seed": self.noise.seed,
+            "stream": list(self.noise.prefix),
+            "terms": [term.name for _, term in self.objective.terms],
+        } | self.update.like()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, in a loop built from the same arguments.
 
         Raises:
-            InvalidInputError: the state comes from another seed, whose noise this loop could not replay.
+            InvalidInputError: state of a loop with another noise, objective, model, update, batch or the like, which
+                this one could not continue; nothing has been changed then.
         """
-        if state["seed"] != self.noise.seed:
-            raise InvalidInputError(f"state was saved under seed {state['seed']}, but noise has seed {self.noise.seed}")
+        own = self._like()  # what a state of an earlier version does not tell is taken to agree
+        other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
+        before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], moving(self.model)))
+        if name := next((name for name in before | now if before.get(name) != now.get(name)), None):
+            other.append(f"{name} in the model had shape {before.get(name)}, has {now.get(name)}")
+        if other:
+            raise InvalidInputError(f"state is that of another loop: {'; '.join(other)}; build from the same arguments")
         restore(self.model, state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)

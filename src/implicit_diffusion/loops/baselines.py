@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
@@ -49,12 +48,13 @@ class NestedParticles(ParticleLoop):
             )
 
     def step(self) -> dict[str, Any]:
+        self.update.begin()
         start = self.iteration * self.inner_steps
         points = self._points(self.iteration)
         walkers = self.initial if self.begin == "initial" else self.walkers
         if self.begin == "data":
             walkers = walkers._replace(x=innermost(self._data(points)))
-        with eval_mode(self.model):
+        with self.evaluating():
             for k in range(start, start + self.inner_steps):
                 walkers, move = self._take(walkers, energy_of(self.model, walkers.x), self._draws(k), self._h(k))
             fused = fused_pass(self.model, self.parameters, self.objective.stationary, walkers.x, points)
@@ -65,6 +65,9 @@ class NestedParticles(ParticleLoop):
         self.walkers = walkers
         acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
+
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"inner_steps": self.inner_steps, "begin": self.begin}
 
     def _data(self, points: list[Tensor | None]) -> Tensor:
         drawn = [y for y in points if y is not None]
@@ -106,9 +109,10 @@ class Unrolled(ParticleLoop):
         self.unrolled_steps = unrolled_steps
 
     def step(self) -> dict[str, Any]:
+        self.update.begin()
         start, walkers = self.iteration * self.unrolled_steps, self.walkers
         x, momentum = walkers.x, walkers.momentum
-        with eval_mode(self.model), torch.enable_grad():
+        with self.evaluating(), torch.enable_grad():
             for k in range(start, start + self.unrolled_steps):
                 *numbers, _ = self._draws(k)
                 here = self._differentiable_energy(x)
@@ -130,6 +134,9 @@ class Unrolled(ParticleLoop):
         info = self.update.step([after.x.sum()], lambda: self._diagnose(after, values))
         self.walkers = after
         return self._metrics(values) | info
+
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"unrolled_steps": self.unrolled_steps}
 
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""

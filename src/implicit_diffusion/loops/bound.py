@@ -62,14 +62,10 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
             high and tight for a memoryless chain, and whose bias falls with all of them instead of the repeats.
 
     Raises:
-        InvalidInputError: beta not positive and finite, or a single trajectory per start.
+        InvalidInputError: beta not positive and finite; a single trajectory per start; path KLs that are infinite.
     """
-    repeats = evaluation.reward.shape[1]
-    if not (beta > 0 and math.isfinite(beta)):
-        raise InvalidInputError(f"beta must be positive and finite: without a KL there is no bound; got {beta}")
-    if repeats < 2:
-        raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
-    reward = evaluation.reward.double()
+    _check(evaluation, beta)
+    reward, repeats = evaluation.reward.double(), evaluation.reward.shape[1]
     log_weights = reward / beta - evaluation.log_ratio.double()
     if conditional:
         value, tilted = _jackknife(log_weights, reward)
@@ -118,6 +114,9 @@ def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float,
         before: the pretrained chain.
         after: the trained one under the same noise, with at least 2 repeats per start.
         beta: KL weight > 0.
+
+    Raises:
+        InvalidInputError: as `bound`.
     """
     gained, missed = _gained_and_missed(before, after, beta)
     total = (gained + missed).mean()
@@ -130,10 +129,23 @@ def _gained_and_missed(
     before: Evaluation, after: Evaluation, beta: float
 ) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
     """J_before − J_after and J_after − J* of every start."""
+    _check(after, beta)
     log_weights = after.reward.double() / beta - after.log_ratio.double()
     best = -beta * _jackknife(log_weights, after.reward.double())[0]
     gained = (before.objective(beta) - after.objective(beta)).double().mean(1)
     return gained, after.objective(beta).double().mean(1) - best
+
+
+def _check(evaluation: Evaluation, beta: float) -> None:
+    if not (beta > 0 and math.isfinite(beta)):
+        raise InvalidInputError(f"beta must be positive and finite: without a KL there is no bound; got {beta}")
+    if evaluation.reward.shape[1] < 2:
+        raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
+    if not evaluation.log_ratio.isfinite().all():
+        raise InvalidInputError(
+            "evaluation holds path KLs that are infinite or NaN: a trained row of its chain has no noise; keep the "
+            "pretrained network there, pretrained_rows='noiseless', or evaluate the pretrained chain"
+        )
 
 
 def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, float]:

@@ -24,19 +24,21 @@ LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # whe
 
 
 def signal_to_noise(loop: ParticleLoop, groups: int = 8) -> float:
-    """‖Γ‖ over its standard error, from Γ of `groups` groups of the present particles, without their weights.
+    """‖E Γ‖ over the standard error of Γ, from `groups` groups of the present particles, without their weights.
 
-    Below one, the step on θ is mostly noise. It changes nothing in the loop.
+    ‖mean‖² holds the squared error besides ‖E Γ‖², so it is subtracted; 0 where nothing is left, or Γ is zero. Below
+    one, the step on θ is mostly noise. Every group has a draw of data of its own. It changes nothing in the loop.
     """
-    x, points = loop.walkers.x, loop._points(loop.iteration)
-    with eval_mode(loop.model):
+    x = loop.walkers.x
+    with loop.evaluating():
         estimates = []
-        for part in x[: len(x) // groups * groups].chunk(groups):
+        for i, part in enumerate(x[: len(x) // groups * groups].chunk(groups)):
+            points = loop._points(loop.iteration + i)
             fused = fused_pass(loop.model, loop.parameters, loop.objective.stationary, part, points)
             estimates.append(torch.cat([g.flatten() for g in fused.gradients if g is not None]))
     stacked = torch.stack(estimates).double()
-    error = (stacked.var(0).sum() / groups).sqrt()
-    return (stacked.mean(0).norm() / error).item()
+    squared_error = stacked.var(0).sum() / groups
+    return (stacked.mean(0).square().sum() / squared_error - 1).nan_to_num(0.0, math.inf).clamp(min=0).sqrt().item()
 
 
 def statistics(loop: ParticleLoop) -> dict[str, float]:

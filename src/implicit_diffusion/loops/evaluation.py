@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward
@@ -81,7 +82,14 @@ def evaluate(
         chunk: trajectories in one network call, rounded down to whole starts; by default 256 small ones, and fewer
             the larger they are. Numbers depend on it through the noise.
         progress: called with the number of trajectories just done.
+
+    Raises:
+        InvalidInputError: starts, repeats or chunk below one; rewards of another shape than (n,).
+        NonFiniteError: rewards that are NaN or infinite.
     """
+    for name, count in (("starts", starts), ("repeats", repeats), ("chunk", chunk)):
+        if count is not None and count < 1:
+            raise InvalidInputError(f"{name} must be an integer ≥ 1, got {count}")
     parts: list[tuple[Tensor, ...]] = []
     if chunk is None:
         chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
@@ -89,7 +97,7 @@ def evaluate(
     compare = chain.denoiser is not chain.reference
     score = Reward(reward)
     singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
-    with chain.evaluating():
+    with chain.evaluating(), score.evaluating():
         for index, first in enumerate(range(0, starts, size)):
             x = chain.initial(noise, min(size, starts - first), index).repeat_interleave(repeats, 0)
             kl = log_ratio = x.new_zeros(len(x))
@@ -105,7 +113,7 @@ def evaluate(
             if singular:
                 kl, log_ratio = kl + math.inf, log_ratio + math.nan
             end = chain.endpoint(x, noise, index, repeats=repeats)
-            rows = (score.of(end), kl, log_ratio, x)
+            rows = (score.judge(end), kl, log_ratio, x)
             parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))
             progress(len(x))
     return Evaluation(*(torch.cat(column) for column in zip(*parts)))

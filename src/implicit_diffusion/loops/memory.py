@@ -10,8 +10,9 @@ each of B events: about N²B at stride 1, and N + 1 at stride N, as in the neste
 F·B samples, and keeps the activations of u_θ and, where a running cost compares them, of u_0.
 
 Activations are what autograd saves, measured on two and on three samples: what grows by a sample is an activation,
-and what does not, parameters and constants, is counted elsewhere. Workspaces of kernels and the allocator's slack
-come on top.
+and what does not, parameters and constants, is counted elsewhere. Blocks whose activations are computed again on the
+way back (gradient checkpointing) keep their inputs, and one of them at a time its activations: those of the largest are
+added. Gradients of activations, workspaces of kernels and the allocator's slack come on top.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion.denoisers.lora import WATCHING
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.gradients import FullBackprop
 from implicit_diffusion.loops.nested import Nested
@@ -76,13 +78,13 @@ def predict_memory(loop: ChainLoop) -> Memory:
         return [term.value(end) for _, term in objective.terminal]
 
     evaluations = chain.evaluations
-    with chain.evaluating():
-        row, end = _saved_per_sample(pull), _saved_per_sample(finish)
+    with chain.evaluating(), objective.evaluating():
+        (row, again), (end, _) = _saved_per_sample(pull), _saved_per_sample(finish)
     chain.evaluations = evaluations
     if isinstance(loop, Nested) and isinstance(loop.estimator, FullBackprop):
-        activations = (chain.num_steps * row + end) * batch  # every row's, at once
+        activations = (chain.num_steps * row + max(again, end)) * batch  # every row's, at once
     else:
-        activations = max(slots * row, end) * batch
+        activations = max(slots * (row + again), end) * batch
 
     modules = [m for m in (loop.model, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
     held = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
@@ -127,21 +129,34 @@ def _free(device: torch.device) -> int | None:
     return None
 
 
-def _saved_per_sample(function: Callable[[int], object]) -> int:
-    """Bytes that autograd saves for each sample that `function` is given."""
+def _saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
+    """Bytes that autograd saves for each sample that `function` is given, and those of its largest block that is
+    computed again on the way back.
+    """
 
-    def saved(n: int) -> int:
-        storages: dict[int, int] = {}
+    def saved(n: int) -> tuple[int, list[int]]:
+        again: list[int] = []
+        WATCHING.append(lambda block: again.append(_saved(block)))
+        try:
+            return _saved(lambda: function(n)), again
+        finally:
+            WATCHING.pop()
 
-        def pack(x: Tensor) -> Tensor:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
+    (two, blocks), (three, larger) = saved(2), saved(3)  # one sample is special: its reshapes copy nothing
+    return three - two, max((b - a for a, b in zip(blocks, larger, strict=True)), default=0)
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            _graph = function(n)  # held until all is counted: no address is given out twice
-        return sum(storages.values())
 
-    return saved(3) - saved(2)  # one sample is special: its reshapes copy nothing
+def _saved(function: Callable[[], object]) -> int:
+    """Bytes that autograd saves during a call."""
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _graph = function()  # held until all is counted: no address is given out twice
+    return sum(storages.values())
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> float:

@@ -26,6 +26,7 @@ class Nested(ChainLoop):
 
     def step(self) -> dict[str, Any]:
         self.iteration += 1
+        self.update.begin()
         values = self.estimator(self.chain, self.objective, self.noise, self.batch, self.injected)
         info = self.update.step(list(values.values()), lambda: self._diagnose() or self._bad_value(values))
         self.injected += 1

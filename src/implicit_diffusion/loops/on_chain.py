@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -14,6 +15,7 @@ from implicit_diffusion.objectives import GibbsObjective, Objective, TerminalObj
 from implicit_diffusion.samplers.chain import Chain
 
 TRIAL = 2**31  # trajectory on which a loop tries chain and objective; no run injects so many
+HALF = "; the network computes in float16, which ends at 65504: take bfloat16 (--precision bf16) or float32"
 
 
 class ChainLoop(Loop):
@@ -42,8 +44,10 @@ class ChainLoop(Loop):
     ) -> None:
         if batch < 1:
             raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
+        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape); a potential is trained by Single")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
+        self.update.advice = HALF if computes_in_float16(chain.denoiser) else ""
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
         trial = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
@@ -63,6 +67,10 @@ class ChainLoop(Loop):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"injected": self.injected, "evaluations": self.chain.evaluations}
+
+    def _like(self) -> dict[str, Any]:
+        chain = {"steps": self.chain.num_steps, "event_shape": list(self.chain.event_shape)}
+        return super()._like() | {"batch": self.batch} | chain
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -7,20 +7,22 @@ addressed by number, so that a restored loop draws the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import GibbsObjective, Objective
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
+from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of, known_log_z
 from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
@@ -57,6 +59,7 @@ class ParticleLoop(Loop):
         weighted: bool = False,
         lag: bool = False,
     ) -> None:
+        check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
         if (weighted or lag) and not kernel.weighted:
@@ -68,17 +71,15 @@ class ParticleLoop(Loop):
             raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
         x = self._start(particles)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
-        with eval_mode(potential):
+        with self.evaluating():
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
-                term.check_stationary(Particles(x), here.value)
+                term.check_stationary(Particles(x.clone()), here.value)  # a black box may write into what it is given
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
         zeros = [x.new_zeros(()) for _ in range(3)]
         self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
-        self.log_z0 = float(
-            getattr(potential, "log_z", 0.0)
-        )  # log Z at the start; without it log Z is relative to that
+        self.log_z0 = known_log_z(potential)  # log Z at the start; None where nobody knows
         self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
         self._drawn: tuple[int, tuple[Tensor, ...]] = (-1, ())
         self._step_sizes: dict[float, Tensor] = {}
@@ -87,16 +88,20 @@ class ParticleLoop(Loop):
     def particles(self) -> Particles:
         """The present particles; where the loop weighs, with the weights and the log Z of the present θ."""
         if not self.weighted:
-            return Particles(self.walkers.x)
+            return self._held(self.walkers)
         with eval_mode(self.model):
-            walkers = close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x))
-        log_z = self.log_z0 + walkers.log_z + log_mean_exp(walkers.log_weights)
-        return Particles(walkers.x, walkers.log_weights, log_z)
+            return self._held(close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x)))
 
     @property
     def tracked(self) -> bool:
         """Whether log-weights are kept, to weigh with or to tell the lag."""
         return self.weighted or self.lag
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        with eval_mode(self.model), self.objective.evaluating():
+            yield
 
     @property
     def n(self) -> int:
@@ -106,7 +111,8 @@ class ParticleLoop(Loop):
     def refresh(self, particles: Particles) -> None:
         """Go on from other particles that stand for the present π_θ: draws, weighted or not, from `annealed`, say.
 
-        What the old ones accumulated, weights, errors of log Z and of the masses of modes, ends with them.
+        What the old ones accumulated, weights, errors of log Z and of the masses of modes, ends with them; log Z goes
+        on from what the new ones say of it, or where they say nothing from what the old ones did.
 
         Raises:
             InvalidInputError: particles of another number, shape, dtype or device, or not finite; weights in a loop
@@ -127,10 +133,14 @@ class ParticleLoop(Loop):
             value = energy_of(self.model, x).value
         weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights
         weights = weights - log_mean_exp(weights)
-        log_z = self.walkers.log_z if particles.log_z is None else particles.log_z - self.log_z0
-        zero = torch.zeros_like(log_z)
+        growth = self.particles.log_z_growth if self.weighted else self.walkers.log_z
+        assert growth is not None
+        if particles.log_z is not None:
+            self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
+            growth = particles.log_z - self.log_z0
+        zero = torch.zeros_like(growth)
         self.walkers = self.walkers._replace(
-            x=x, log_weights=weights, log_z=log_z, previous=x, debt=value, h=zero, lag=zero
+            x=x, log_weights=weights, log_z=growth, previous=x, debt=value, h=zero, lag=zero
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
@@ -144,6 +154,10 @@ class ParticleLoop(Loop):
         own = {"walkers": self.walkers._asdict(), "log_z0": self.log_z0, "evaluations": self.evaluations}
         return super().state_dict() | own
 
+    def _like(self) -> dict[str, Any]:
+        own = {"particles": list(self.walkers.x.shape), "kernel": type(self.kernel).__name__}
+        return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         saved: dict[str, Any] = {}
@@ -151,8 +165,16 @@ class ParticleLoop(Loop):
             saved[name] = value if value is None else innermost(value.to(self.walkers.x))
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
 
-    def _start(self, particles: Tensor | int) -> Tensor:
-        if isinstance(particles, int):
+    def _held(self, closed: Walkers) -> Particles:
+        """The walkers as particles, weighted where the loop weighs; a copy, for objectives may write into it."""
+        x = closed.x.clone()
+        if not self.weighted:
+            return Particles(x)
+        growth = closed.log_z + log_mean_exp(closed.log_weights)
+        return Particles(x, closed.log_weights, None if self.log_z0 is None else self.log_z0 + growth, growth)
+
+    def _start(self, particles: Any) -> Tensor:
+        if isinstance(particles, Integral):
             if particles < 2:
                 raise InvalidInputError(f"particles must be at least 2, got {particles}")
             if not hasattr(self.model, "sample"):
@@ -161,8 +183,9 @@ class ParticleLoop(Loop):
                     "themselves, with shape (n, *event)"
                 )
             potential: Any = self.model
-            x: Tensor = potential.sample(particles, self.noise.stream(START, 0))
+            x: Tensor = potential.sample(int(particles), self.noise.stream(START, 0))
         else:
+            check_type("particles", particles, Tensor, "take torch.as_tensor(particles), or a number of them")
             x = particles
         if len(x) < 2 or x.ndim < 2:
             raise InvalidInputError(
@@ -230,6 +253,11 @@ class ParticleLoop(Loop):
             return (
                 f"iteration {self.iteration - 1}: {bad} of {self.n} particles became NaN or infinite; take a smaller "
                 "step size, or check that the potential confines them"
+            )
+        if self.weighted and self.particles.ess < 1.001:
+            return (
+                f"iteration {self.iteration - 1}: one particle carries all the weight, since θ moved too far in one "
+                "step; take a smaller learning rate or more particles"
             )
         with eval_mode(self.model):
             unbounded = int((~energy_of(self.model, self.walkers.x).value.isfinite()).sum())

@@ -68,6 +68,7 @@ class Queue(ChainLoop):
     def step(self, *, inject: bool = True) -> dict[str, Any]:
         """One iteration; without `inject`, only what is in flight moves on."""
         self.iteration += 1
+        self.update.begin()
         if inject:
             x = self.chain.initial(self.noise, self.batch, self.injected)
             self.slots.append(Slot(self.injected, self.update.updates, [x]))
@@ -95,15 +96,12 @@ class Queue(ChainLoop):
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
 
-        Injection stops in time for every trajectory to come home: J injected in a row serve J + ⌈N/stride⌉ − 1
-        iterations with a gradient.
+        Injection stops in time for every trajectory to come home: one injected now is on its way for 2⌈N/stride⌉ − 1
+        iterations, of which those bring a gradient that begin after the oldest in flight has turned round.
         """
-        flight = -(-self.chain.num_steps // self.stride)
-        first = range(self.chain.num_steps)[-self.stride :]  # rows pulled in a slot's first iteration back
-        idle = all(row in self.chain.pretrained_rows for row in first)
-        trajectories = max(1, updates * self.update.accumulate - flight + 1 + idle)
-        while self.update.updates < updates:
-            yield self.step(inject=self.injected < trajectories or not self.slots)
+        while (left := updates - self.update.updates) > 0:
+            gradients = left * self.update.accumulate - self.update.pending
+            yield self.step(inject=gradients > 2 * self._flight - 2 - self._blind or not self.slots)
 
     def drain(self) -> Iterator[dict[str, Any]]:
         """Step without injecting until nothing is in flight."""
@@ -114,11 +112,38 @@ class Queue(ChainLoop):
         slots = [{"index": s.index, "born": s.born, "states": list(s.states), "adjoint": s.adjoint} for s in self.slots]
         return super().state_dict() | {"slots": slots, "values": dict(self.values), "costs": dict(self.costs)}
 
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"stride": self.stride}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.slots = [Slot(**slot | {"states": list(slot["states"])}) for slot in state["slots"]]
-        self.values = dict(state["values"])
-        self.costs = {name: dict(rows) for name, rows in state["costs"].items()}
+        device = self.chain.device
+        self.slots = [
+            Slot(
+                slot["index"],
+                slot["born"],
+                [x.to(device) for x in slot["states"]],
+                None if slot["adjoint"] is None else slot["adjoint"].to(device),
+            )
+            for slot in state["slots"]
+        ]
+        self.values = {name: value.to(device) for name, value in state["values"].items()}
+        self.costs = {
+            name: {row: cost.to(device) for row, cost in rows.items()} for name, rows in state["costs"].items()
+        }
+
+    @property
+    def _flight(self) -> int:
+        """Iterations that a trajectory takes one way."""
+        return -(-self.chain.num_steps // self.stride)
+
+    @property
+    def _blind(self) -> int:
+        """Iterations from now on, the next included, that bring no gradient yet."""
+        first = range(self.chain.num_steps)[-self.stride :]  # rows pulled in a slot's first iteration back
+        idle = all(row in self.chain.pretrained_rows for row in first)
+        made = (self._flight if slot.adjoint is not None else slot.row // self.stride for slot in self.slots)
+        return max(0, self._flight - 1 + idle - max(made, default=0))
 
     @torch.no_grad()
     def _advance(self) -> list[Tensor]:

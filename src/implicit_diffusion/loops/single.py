@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
-from implicit_diffusion.samplers.walkers import Walkers, close, exhausted, log_mean_exp
+from implicit_diffusion.samplers.walkers import Walkers, close, exhausted
 
 
 class Single(ParticleLoop):
@@ -71,8 +71,9 @@ class Single(ParticleLoop):
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
         self.iteration += count
         self.evaluations += count * (self.kernel.evaluations + (not self._one_pull) + (self.order == "x-first"))
-        with eval_mode(self.model):
+        with self.evaluating():
             if not self._plain:
+                self.update.begin()
                 walkers, gradients, info = self._function(self.walkers, *inputs[0])
                 self._hand_over(gradients)
             elif self.update.updates == 0:
@@ -86,6 +87,9 @@ class Single(ParticleLoop):
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
         return self._metrics(values) | info | moved
+
+    def _like(self) -> dict[str, Any]:
+        return super()._like() | {"order": self.order}
 
     @property
     def _one_pull(self) -> bool:
@@ -129,25 +133,31 @@ class Single(ParticleLoop):
             return walkers, fused_pass(self.model, self.parameters, terms, walkers.x, points), {}
         closed = walkers
 
-        def weigh(here: Energy) -> tuple[Tensor | None, Tensor | None]:
+        def weigh(here: Energy) -> Particles:
             nonlocal closed
             closed = close(self.kernel, walkers, here)
-            if not self.weighted:
-                return None, None
-            return closed.log_weights, self.log_z0 + closed.log_z + log_mean_exp(closed.log_weights)
+            return self._held(closed)
 
         fused = fused_pass(self.model, self.parameters, terms, walkers.x, points, weigh)
         if self.weighted:
-            log_z = self.log_z0 + closed.log_z + log_mean_exp(closed.log_weights)
-            return closed, fused, {"ess": fused.particles.ess, "log_z": log_z}
+            held = fused.particles
+            told = {"log_z_growth": held.log_z_growth} if held.log_z is None else {"log_z": held.log_z}
+            return closed, fused, {"ess": held.ess} | told
         closed, lag = forget(closed, fused, alike=all(term.constant_charges for _, term in terms))
         return closed, fused, {"lag": lag}
 
 
 def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-    """Values of the terms, the norm of Γ, and one number that is finite if the particles are."""
-    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None])
-    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": walkers.x.sum()}
+    """Values of the terms, the norm of Γ, and one number that is finite if the particles are.
+
+    Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
+    pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
+    a break is welcome: without it the intermediate results of all iterations of one call are alive together.
+    """
+    foreach = False if torch.compiler.is_compiling() else None
+    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
+    alarm = torch.nn.utils.get_total_norm([walkers.x.sum()])
+    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": alarm}
     return info if acceptance is None else info | {"acceptance": acceptance.mean()}
 
 

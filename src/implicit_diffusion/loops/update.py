@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
+from implicit_diffusion.frozen import parametrizations, train_once
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -30,13 +31,15 @@ class Update:
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
-        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update.
+        schedule: a torch learning-rate scheduler of that optimizer, stepped after every update, without arguments.
         max_grad_norm: clip the norm of Γ to this value.
-        ema_decay: keep an exponential moving average of the model, θ̄ ← decay·θ̄ + (1 − decay)·θ after every update.
+        ema_decay: keep an exponential moving average of the model: θ̄ = θ after the first update, and
+            θ̄ ← decay·θ̄ + (1 − decay)·θ after every other.
         accumulate: average Γ over this many calls before each update.
 
     Raises:
-        InvalidInputError: an optimizer that needs a closure; a bound or count that is not positive.
+        InvalidInputError: an optimizer that needs a closure; a schedule that needs a metric or is another optimizer's;
+            a bound or count that is not positive.
     """
 
     def __init__(
@@ -48,23 +51,36 @@ class Update:
         ema_decay: float | None = None,
         accumulate: int = 1,
     ) -> None:
+        check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
                 f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
                 "take a first-order optimizer such as Adam or SGD"
             )
+        if schedule is not None:
+            try:
+                inspect.signature(schedule.step).bind()
+            except TypeError as error:
+                raise InvalidInputError(
+                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, say "
+                    "CosineAnnealingLR"
+                ) from error
+            if getattr(schedule, "optimizer", optimizer) is not optimizer:
+                raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise InvalidInputError(f"ema_decay must lie in (0, 1), e.g. 0.99, or be None, got {ema_decay}")
-        if accumulate < 1:
+        if not isinstance(accumulate, int) or accumulate < 1:
             raise InvalidInputError(f"accumulate must be an integer ≥ 1, got {accumulate}")
         self.optimizer, self.schedule = optimizer, schedule
         self.max_grad_norm, self.ema_decay, self.accumulate = max_grad_norm, ema_decay, accumulate
         self.ema: AveragedModel | None = None
+        self.bound = False
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
+        self.advice = ""  # what to change where numbers overflow, for messages
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -79,9 +95,13 @@ class Update:
             role: what it is called in messages.
 
         Raises:
-            InvalidInputError: the optimizer moves no trainable parameter of the model.
+            InvalidInputError: no module, the optimizer moves no trainable parameter of it, or the update is another
+                loop's.
         """
-        own = {id(p) for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        if self.bound:
+            raise InvalidInputError("update already serves another loop, whose count it keeps; make a new Update")
+        check_type(f"the {role}", model, nn.Module, "what is trained is a module that owns its parameters")
+        own = {id(p) for p in model.parameters()}
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(
@@ -91,15 +111,23 @@ class Update:
         if not any(p.requires_grad for p in held):
             raise InvalidInputError(f"every parameter of the {role} that the optimizer holds is frozen")
         module: nn.Module = model
-        self.model = module
+        self.model, self.bound, self.parametrized = module, True, parametrizations(module)
+        self.begin()
         if self.ema_decay is not None:
             self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)).requires_grad_(False)
         return module
+
+    def begin(self) -> None:
+        """Drop what `.grad` holds from elsewhere, a pretraining say: Γ is added to what is there."""
+        if not self.pending:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def step(
         self, watched: Sequence[Tensor], diagnose: Callable[[], str | None], norm: Tensor | None = None
     ) -> dict[str, Any]:
         """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
+
+        The check reads one number, for which the device is waited for; nothing else in an iteration is.
 
         Args:
             watched: tensors that must be finite as well.
@@ -110,12 +138,12 @@ class Update:
             metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
 
         Raises:
-            NonFiniteError: NaN or infinity; θ has not been touched then.
+            NonFiniteError: NaN or infinity; θ has not been touched then, and the gradient is dropped.
         """
         if norm is None or self.pending:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.pending += 1
         if self.pending < self.accumulate:
             return {}
@@ -129,10 +157,11 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = 0
         self.updates += 1
+        train_once(self.parametrized)
         if self.schedule is not None:
             self.schedule.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self._average(self.ema)
         return {"grad_norm": norm, "lr": lr}
 
     @property
@@ -141,7 +170,8 @@ class Update:
         hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", {}) or getattr(
             self.optimizer, "_optimizer_step_post_hooks", {}
         )
-        return self.accumulate == 1 and not (self.schedule or self.max_grad_norm or self.ema_decay or hooks)
+        more = self.schedule or self.max_grad_norm or self.ema_decay or self.parametrized
+        return self.accumulate == 1 and not (more or hooks)
 
     def masked(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ok: Tensor) -> None:
         """The optimizer's step where `ok`, nothing elsewhere: free of branches, and nothing is waited for."""
@@ -161,7 +191,7 @@ class Update:
     def account(self, alarm: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int) -> dict[str, Any]:
         """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
         if not math.isfinite(alarm):
-            raise NonFiniteError(f"{diagnose() or self._diagnose()}; θ was left as it was before the update")
+            raise self._stop(diagnose)
         self.updates += count
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
@@ -173,6 +203,15 @@ class Update:
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
 
+    def like(self) -> dict[str, Any]:
+        """What a state and the update that continues from it must have in common, by name."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "parameters": [len(group["params"]) for group in self.optimizer.param_groups],
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "average": self.ema is not None,
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
@@ -182,7 +221,23 @@ class Update:
             restore(self.ema, state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
-            p.grad = gradient
+            p.grad = gradient if gradient is None else gradient.to(p)
+
+    @torch.no_grad()
+    def _average(self, ema: AveragedModel) -> None:
+        """`update_parameters` of an average that has begun, without its copy of the count to the device."""
+        if ema.n_averaged == 0 or ema.multi_avg_fn is None:
+            ema.update_parameters(self.model)
+            return
+        ema.multi_avg_fn(list(ema.module.parameters()), list(self.model.parameters()), ema.n_averaged)
+        for averaged, own in zip(ema.module.buffers(), self.model.buffers(), strict=True):
+            averaged.copy_(own)
+        ema.n_averaged += 1
+
+    def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
+        found, self.pending = diagnose() or self._diagnose(), 0
+        self.begin()
+        return NonFiniteError(f"{found}; θ was left as it was before the update{self.advice}")
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.transition import Transition
 
@@ -35,13 +38,11 @@ class Charges:
 
     Args:
         particles: on the particles, with shape (n,).
-        points: other points, with shape (m, *event); None where there are none.
-        on_points: on these, with shape (m,).
+        on_points: on the points that `draw` returned, with shape (m,); None where there are none.
         value: F where the particles tell it; None where they do not.
     """
 
     particles: Float[Tensor, " n"]
-    points: Float[Tensor, "m *event"] | None = None
     on_points: Float[Tensor, " m"] | None = None
     value: Float[Tensor, ""] | None = None
 
@@ -79,18 +80,28 @@ class Objective:
         return [(c, term) for c, term in self.terms if isinstance(term, RunningCost) and c != 0]
 
     def __add__(self, other: Objective) -> Objective:
+        check_type("what is added to an objective", other, Objective, "a reward function becomes one by Reward(f)")
         return Objective(self.terms + other.terms)
+
+    def __radd__(self, other: Literal[0]) -> Objective:
+        return self if isinstance(other, int) and other == 0 else self + other  # `sum` begins with 0
 
     def __neg__(self) -> Objective:
         return -1.0 * self
 
     def __sub__(self, other: Objective) -> Objective:
+        check_type("what is taken from an objective", other, Objective, "a reward function becomes one by Reward(f)")
         return self + -other
 
-    def __mul__(self, factor: float | int) -> Objective:
-        return Objective(tuple((factor * c, term) for c, term in self.terms))
+    def __mul__(self, factor: SupportsFloat) -> Objective:
+        check_type("the weight of an objective", factor, SupportsFloat, "weights are numbers")
+        return Objective(tuple((float(factor) * c, term) for c, term in self.terms))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | int) -> Objective:
+        check_type("the divisor of an objective", divisor, SupportsFloat, "weights are numbers")
+        return (1 / float(divisor)) * self
 
     def weight(self, kind: type[Term]) -> float:
         """Total coefficient of the terms of a kind; 0 where there is none."""
@@ -99,6 +110,13 @@ class Objective:
     def with_weight(self, kind: type[Term], weight: float) -> Objective:
         """The same objective with another coefficient on the terms of a kind (a KL weight under adaptation)."""
         return Objective(tuple((weight if isinstance(term, kind) else c, term) for c, term in self.terms))
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Context in which networks that terms hold (a reward, U, a kernel) are deterministic functions (eval mode).
+
+        Found among the attributes of the terms; one that a plain function closes over is out of reach.
+        """
+        return eval_mode(*(part for _, term in self.terms for part in (term, *vars(term).values())))
 
     def __repr__(self) -> str:
         return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)
@@ -174,13 +192,15 @@ class TerminalObjective(GibbsObjective):
             weights = particles.weights.detach()
             logs = weights.log().requires_grad_()
             value = self.value(Particles(particles.x, logs, condition=particles.condition))
-            if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
+            slope = None
+            if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
+                (slope,) = torch.autograd.grad(value, logs, allow_unused=True)
+            if slope is None:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InvalidInputError(
                     f"{self.name} must be a 0-d tensor that depends on the particles' weights through torch "
                     f"operations, got {given}"
                 )
-            (slope,) = torch.autograd.grad(value, logs)
         return torch.where(weights > 0, slope / weights, 0), value.detach()  # weights may underflow
 
     def charges(
@@ -191,7 +211,23 @@ class TerminalObjective(GibbsObjective):
             return Charges(centred(-variation, particles), value=value)
 
     def check(self, particles: Particles) -> None:
-        """Raise `InvalidInputError` where the objective cannot be differentiated at these particles."""
+        """Try to differentiate the objective in the positions of a few samples.
+
+        Raises:
+            InvalidInputError: no 0-d tensor, or one that does not depend on the positions through torch operations.
+        """
+        x = particles.x.detach().requires_grad_()
+        with torch.enable_grad(), self.evaluating():
+            value = self.value(Particles(x, condition=particles.condition))
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInputError(f"{self.name} must be a 0-d tensor, got {given}")
+        if not value.requires_grad or torch.autograd.grad(value, x, allow_unused=True)[0] is None:
+            raise InvalidInputError(
+                f"{self.name} is not differentiable in the samples: its value does not depend on them through torch "
+                "operations; remove .detach(), .numpy(), torch.no_grad() and comparisons from it, or train a potential "
+                "by Single, which needs no such derivative"
+            )
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         found = self.charges(particles, energy, None).particles

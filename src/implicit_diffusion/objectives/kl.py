@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
+from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials.energy import known_log_z
 
 
 class ForwardKL(GibbsObjective):
@@ -41,11 +43,10 @@ class ForwardKL(GibbsObjective):
     constant_charges = True
 
     def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
-        if len(data) == 0 or not data.isfinite().all():
-            raise InvalidInputError(f"data must be finite and at least one, got shape {tuple(data.shape)}")
+        self.data = checked(data)
         if batch is not None and batch < 1:
             raise InvalidInputError(f"batch must be an integer ≥ 1, or None for all data, got {batch}")
-        self.data, self.batch, self.name = data, batch, name
+        self.batch, self.name = batch, name
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"]:
         if self.batch is None:
@@ -57,7 +58,7 @@ class ForwardKL(GibbsObjective):
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
     ) -> Charges:
         assert points is not None
-        return Charges(-particles.weights, points, points.new_full((len(points),), 1 / len(points)))
+        return Charges(-particles.weights, points.new_full((len(points),), 1 / len(points)))
 
     def estimate(
         self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
@@ -66,41 +67,33 @@ class ForwardKL(GibbsObjective):
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
-        x = particles.x
-        if self.data.shape[1:] != x.shape[1:]:
-            raise InvalidInputError(
-                f"ForwardKL: data have event shape {tuple(self.data.shape[1:])}, particles {tuple(x.shape[1:])}; they "
-                "must agree"
-            )
-        if (self.data.dtype, self.data.device) != (x.dtype, x.device):
-            raise InvalidInputError(
-                f"ForwardKL: data are {self.data.dtype} on {self.data.device}, particles {x.dtype} on {x.device}; use "
-                "data.to(x)"
-            )
+        check_fits("ForwardKL", self.data, particles.x)
 
 
 class ReverseKL(GibbsObjective):
     """KL(π_θ‖e^{−U}/Z), in nats.
 
     With U a frozen copy of the initial potential it is the KL to the initial model, `ReverseKL.to_initial(potential)`.
-    The value is E_p[U − V] + log Z_U − log Z_V. Where the difference of the last two is not known, it is estimated by
-    log E_p e^{V − U}: consistent, but far too low once the particles have left the bulk of e^{−U}.
+    The value is E_p[U − V] + log Z_U − log Z_V. Weighted particles tell the difference of the last two where both are
+    known, or where U is the potential that their loop began with. Elsewhere it is estimated by log E_p e^{V − U}:
+    consistent, but far too low once the particles have left the bulk of e^{−U}.
 
     Args:
         potential: U, (n, *event) → (n,).
         name: under which metrics report it.
-        log_z: log Z_U, on the scale of the log Z that weighted particles carry.
+        log_z: log Z_U, where it is known.
     """
 
     def __init__(
         self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
     ) -> None:
         self.potential, self.name, self.log_z = potential, name, log_z
+        self.begins = False  # whether U is the potential that the loop began with
 
     @classmethod
     def to_initial(cls, potential: nn.Module, name: str = "kl_to_initial") -> ReverseKL:
-        """KL to the law of `potential` as it stands now, where a loop with weighted particles begins."""
-        return cls(frozen_copy(potential), name, float(getattr(potential, "log_z", 0.0)))
+        """KL to the law of `potential` as it stands now."""
+        return cls(frozen_copy(potential), name, known_log_z(potential))
 
     def charges(
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
@@ -110,6 +103,8 @@ class ReverseKL(GibbsObjective):
             log_weights = particles.log_weights
             if self.log_z is not None and particles.log_z is not None:
                 log_ratio = self.log_z - particles.log_z
+            elif self.begins and particles.log_z_growth is not None:
+                log_ratio = -particles.log_z_growth
             elif log_weights is None:
                 log_ratio = excess.logsumexp(0) - math.log(len(excess))
             else:
@@ -117,11 +112,21 @@ class ReverseKL(GibbsObjective):
             return Charges(centred(excess, particles), value=log_ratio - particles.mean(excess))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: a potential U of wrong shape, or NaN or infinite on the particles."""
+        """Raises InvalidInputError: a potential U of wrong shape or dtype, or NaN or infinite on the particles."""
+        x = particles.x
+        first = next(self.potential.parameters(), x) if isinstance(self.potential, nn.Module) else x
+        if (first.dtype, first.device) != (x.dtype, x.device):
+            raise InvalidInputError(
+                f"ReverseKL: its potential is {first.dtype} on {first.device}, particles {x.dtype} on {x.device}; use "
+                "potential.to(x)"
+            )
         with torch.no_grad():
             reference = self.potential(particles.x)
-        if reference.shape != energy.shape or not reference.isfinite().all():
+        fits = isinstance(reference, Tensor) and (reference.shape, reference.dtype) == (energy.shape, energy.dtype)
+        if not fits or not reference.isfinite().all():
+            form = f"{reference.dtype}, {tuple(reference.shape)}" if isinstance(reference, Tensor) else None
             raise InvalidInputError(
-                f"ReverseKL: its potential must return finite numbers of shape {tuple(energy.shape)} on the particles, "
-                f"got shape {tuple(reference.shape)}"
+                f"ReverseKL: its potential must return finite numbers of {energy.dtype}, {tuple(energy.shape)} on the "
+                f"particles, got {form or type(reference).__name__}"
             )
+        self.begins = torch.equal(reference, energy)

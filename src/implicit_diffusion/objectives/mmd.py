@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.particles import Particles
 
 
@@ -41,7 +42,8 @@ class MMD(TerminalObjective):
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: fewer than two data, or data that are NaN or infinite.
+        InvalidInputError: fewer than two data, or data that are no tensor, NaN, infinite or, without a kernel, equal in
+            most pairs.
     """
 
     def __init__(
@@ -50,12 +52,18 @@ class MMD(TerminalObjective):
         kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
         name: str = "mmd2",
     ) -> None:
-        if len(data) < 2 or not data.isfinite().all():
-            raise InvalidInputError(f"data must be finite and at least two, got shape {tuple(data.shape)}")
+        self.data = checked(data, least=2)
         if kernel is None:
-            kernel = gaussian_kernel(torch.pdist(data[:2000].flatten(1)).median().item())
-        self.data, self.kernel, self.name = data, kernel, name
-        gram = kernel(data, data)
+            median = torch.pdist(data[:2000].flatten(1)).median().item()
+            if median == 0:
+                raise InvalidInputError(
+                    "data are equal in most pairs: their median distance, the kernel's default bandwidth, is 0; pass "
+                    "kernel=gaussian_kernel(bandwidth)"
+                )
+            kernel = gaussian_kernel(median)
+        self.kernel, self.name = kernel, name
+        with self.evaluating():
+            gram = kernel(data, data)
         self._within = (gram.sum() - gram.diagonal().sum()) / (len(data) * (len(data) - 1))
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
@@ -66,10 +74,7 @@ class MMD(TerminalObjective):
 
     def _parts(self, particles: Particles) -> tuple[Tensor, Tensor]:
         x, w = particles.x, particles.weights
-        if x.shape[1:] != self.data.shape[1:]:
-            raise InvalidInputError(
-                f"MMD: data have event shape {tuple(self.data.shape[1:])}, particles {tuple(x.shape[1:])}"
-            )
+        check_fits("MMD", self.data, x)
         gram = self.kernel(x, x)
         others = gram @ w - gram.diagonal() * w  # Σ_{j≠i} w_j k(x_i, x_j)
         across = self.kernel(x, self.data).mean(1)

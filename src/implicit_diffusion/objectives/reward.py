@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.particles import Particles
 
@@ -45,6 +45,20 @@ class Reward(TerminalObjective):
             )
         return self.function(particles.x, particles.condition)
 
+    def judge(self, particles: Particles) -> Tensor:
+        """R at samples that are to be judged, with shape (n,); it need not be differentiable.
+
+        Raises:
+            InvalidInputError: another shape than (n,).
+            NonFiniteError: NaN or infinity.
+        """
+        reward = self.of(particles)
+        _check_shape(reward, particles.x)
+        if not reward.isfinite().all():
+            bad = int((~reward.isfinite()).sum())
+            raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
+        return reward
+
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
 
@@ -63,7 +77,7 @@ class Reward(TerminalObjective):
             InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or no gradient.
         """
         x = particles.x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.evaluating():
             reward = self.of(Particles(x, condition=particles.condition))
         self._check_form(reward, x)
         if not reward.requires_grad:
@@ -84,13 +98,8 @@ class Reward(TerminalObjective):
         self._check_form(reward, particles.x)
         _check_finite("values", reward)
 
-    def _check_form(self, reward: object, x: Tensor) -> None:
-        if not isinstance(reward, Tensor) or reward.shape != (len(x),):
-            given = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-            raise InvalidInputError(
-                f"reward must return one number per sample, shape ({len(x)},) for input {tuple(x.shape)}, got {given}; "
-                "average over all dimensions but the first"
-            )
+    def _check_form(self, reward: Any, x: Tensor) -> None:
+        _check_shape(reward, x)
         if reward.dtype != x.dtype:
             raise InvalidInputError(
                 f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
@@ -105,6 +114,15 @@ def takes_condition(function: Callable[..., Any]) -> bool:
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in kinds and p.default is p.empty for p in parameters.values()) >= 2
+
+
+def _check_shape(reward: object, x: Tensor) -> None:
+    if not isinstance(reward, Tensor) or reward.shape != (len(x),):
+        given = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+        raise InvalidInputError(
+            f"reward must return one number per sample, shape ({len(x)},) for input {tuple(x.shape)}, got {given}; "
+            "average over all dimensions but the first"
+        )
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.objectives.mmd import squared_distances
 from implicit_diffusion.particles import Particles
 
@@ -38,8 +39,7 @@ class Sinkhorn(TerminalObjective):
     """
 
     def __init__(self, data: Float[Tensor, "m *event"], epsilon: float, name: str = "sinkhorn") -> None:
-        if len(data) == 0 or not data.isfinite().all():
-            raise InvalidInputError(f"data must be finite and at least one, got shape {tuple(data.shape)}")
+        checked(data)
         if not 0 < epsilon < math.inf:
             raise InvalidInputError(f"epsilon must be positive and finite, got {epsilon}")
         self.data, self.epsilon, self.name = data, epsilon, name
@@ -59,10 +59,8 @@ class Sinkhorn(TerminalObjective):
     def _parts(self, particles: Particles) -> tuple[Tensor, Tensor, Tensor]:
         """F′ and F, detached, and the cost under fixed plans, differentiable in positions."""
         x, w = particles.x, particles.weights.detach().double().clamp(min=1e-300)  # they may underflow
-        if x.shape[1:] != self.data.shape[1:]:
-            raise InvalidInputError(
-                f"Sinkhorn: data have event shape {tuple(self.data.shape[1:])}, particles {tuple(x.shape[1:])}"
-            )
+        w = w / w.sum()  # to more digits than single precision has: POT compares marginals
+        check_fits("Sinkhorn", self.data, x)
         across, within = squared_distances(x, self.data), squared_distances(x, x)
         log_u, log_v = self._solve(w, self._uniform, across)
         self_u, self_v = self._solve(w, w, within)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 
@@ -33,8 +33,24 @@ def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"
     return Energy(value.detach(), grad)
 
 
+def known_log_z(potential: object) -> float | None:
+    """Log ∫ e^{−V} of a potential that has it as a number, `potential.log_z`; None where it has none.
+
+    Raises:
+        InvalidInputError: an attribute of that name that is something else.
+    """
+    found = getattr(potential, "log_z", None)
+    number = isinstance(found, (int, float)) or (isinstance(found, Tensor) and found.ndim == 0)
+    if found is not None and (not number or isinstance(found, nn.Parameter)):
+        raise InvalidInputError(
+            f"potential.log_z must be log ∫ e^(−V) as a number, got {type(found).__name__}; call anything else "
+            "by another name"
+        )
+    return None if found is None else float(found)
+
+
 def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> None:
-    """Try a potential on some points.
+    """Try a potential: its form and its gradient on two points, whether it is finite on all.
 
     Raises:
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
@@ -60,7 +76,9 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             "potential is not differentiable in x: its result does not depend on the particles through torch "
             "operations; remove .detach(), .numpy() and torch.no_grad() from it"
         )
-    for what, tensor in (("values", value), ("gradients", grad)):
+    with torch.no_grad():
+        everywhere = potential(x)
+    for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
     if len(probe) > 1 and grad[1].any():

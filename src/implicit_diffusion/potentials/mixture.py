@@ -48,6 +48,11 @@ class GaussianMixture(nn.Module):
         self.means, self.logits, self.std = nn.Parameter(means.clone()), nn.Parameter(logits.clone()), float(std)
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        if x.shape[1:] != self.means.shape[1:]:
+            raise InvalidInputError(
+                f"a mixture of means with shape {tuple(self.means.shape[1:])} has no density on events of shape "
+                f"{tuple(x.shape[1:])}"
+            )
         squares = (x.mT - self.means[:, :, None]).square().sum(1)
         return -(self.logits.log_softmax(0)[:, None] - squares / (2 * self.std**2)).logsumexp(0)
 

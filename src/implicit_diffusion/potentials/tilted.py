@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 
 
@@ -29,7 +30,7 @@ class Tilted(nn.Module):
         event_shape: of x.
 
     While f is zero, `log_z` is log ∫ e^{−V} and `sample` draws from π_θ. A network that is not zero has neither; loops
-    then take particles from elsewhere (`annealed`, say) and tell log Z relative to the start.
+    then take particles from elsewhere (`annealed`, say) and tell by how much log Z grows.
     """
 
     def __init__(self, network: nn.Module, event_shape: Sequence[int]) -> None:
@@ -37,7 +38,12 @@ class Tilted(nn.Module):
         self.network, self.event_shape = network, tuple(event_shape)
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        return x.flatten(1).square().sum(1) / 2 + self.network(x).reshape(len(x))
+        f = self.network(x)
+        if f.numel() != len(x):
+            raise InvalidInputError(
+                f"network of Tilted must return shape (n,) or (n, 1), got {tuple(f.shape)} for {len(x)} particles"
+            )
+        return x.flatten(1).square().sum(1) / 2 + f.reshape(len(x))
 
     @property
     def log_z(self) -> float:
@@ -71,7 +77,8 @@ class Tilted(nn.Module):
 
     @torch.no_grad()
     def _is_gaussian(self, x: Tensor) -> bool:
-        return not self.network(x).any()
+        with eval_mode(self.network):
+            return not self.network(x).any()
 
 
 class Scaled(nn.Module):

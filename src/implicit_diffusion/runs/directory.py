@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
@@ -112,11 +113,18 @@ class RunDirectory:
         """Write plan.json; values and errors as in `write_config`."""
         self._write("plan.json", plan)
 
-    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; it is in the file when this returns. Errors as in `write_config`."""
-        line = _line(metrics)  # before the file is opened: what is refused leaves no trace
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+    def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
+        """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
+
+        What is still on a device is read in one go.
+        """
+        lines: list[str] = []
+        try:
+            lines += map(_line, _read_back(metrics))
+        finally:  # what is refused leaves no trace, what came before it is kept
+            if lines:
+                with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without a last one that was cut short when the process was killed."""
@@ -139,6 +147,18 @@ class RunDirectory:
 def dated(name: str) -> Path:
     """Where a run goes that nobody named: runs/`name`-<UTC time>."""
     return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+
+
+def _read_back(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, with numbers for what is on a device, in one copy: each would wait for the device."""
+    waiting = [value for row in rows for value in row.values() if _is_away(value)]
+    numbers = iter(torch.stack(waiting).tolist() if waiting else ())
+    for row in rows:
+        yield {name: next(numbers) if _is_away(value) else value for name, value in row.items()}
+
+
+def _is_away(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point() and value.device.type != "cpu"
 
 
 def _line(metrics: Mapping[str, Any]) -> str:

@@ -6,11 +6,14 @@ the run by returning a reason:
     def early(fit):                     # stop when the held-out objective has not improved for a while
         return "no progress" if ... else None
 
-They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`.
+They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`. What a callback remembers
+from one call to the next is part of the run: it is saved and restored where the callback has `state_dict()` and
+`load_state_dict(state)`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.samplers.chain import Chain
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm")
+READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
 
 
 @dataclass
@@ -85,16 +89,19 @@ def fit(
     """Drive a loop until `updates` updates have been made in all, or a callback or a signal stops it.
 
     Args:
-        loop: fresh or restored; with a directory that holds a checkpoint, it is restored from there.
+        loop: fresh or restored; with a directory that holds a checkpoint, it is restored from there, unless it is
+            further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl and the checkpoint; None leaves no trace.
+        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends; None
+            leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
     Raises:
         InvalidInputError: updates below one.
-        NonFiniteError: NaN or infinity, before θ was touched; the last good state is in directory.checkpoint.
+        NonFiniteError: NaN or infinity, before θ was touched; the last good state is in directory.checkpoint, and the
+            message says after which update that was taken.
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
@@ -102,11 +109,22 @@ def fit(
     if directory is not None:
         if directory.checkpoint.exists():
             saved = load_state(directory.checkpoint)
-            loop.load_state_dict(saved["loop"])
+            if saved["loop"]["iteration"] >= loop.iteration:
+                loop.load_state_dict(saved["loop"])
+                _restore(callbacks, saved.get("callbacks", []))
             state.seconds = saved["seconds"]
             directory.forget_metrics(state.updates)
-        _checkpoint(state, directory)
-    last_saved = start = time.monotonic()
+            state.metrics = next(reversed(directory.read_metrics()), {})
+        _checkpoint(state, directory, callbacks)
+    lines: list[dict[str, Any]] = []
+
+    def write() -> None:
+        waiting, lines[:] = list(lines), []
+        if directory is not None:
+            directory.append_metrics(*waiting)
+
+    saved_at = state.updates
+    last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description) as bar:
         bar.update(advance=state.updates)
         try:
@@ -116,26 +134,59 @@ def fit(
                     state.metrics = metrics | {"seconds": state.seconds}
                     state.stopped = next(filter(None, (callback(state) for callback in callbacks)), None)
                     bar.update({name: metrics[name] for name in SHOWN if name in metrics})
-                    if directory is not None:
-                        directory.append_metrics(state.metrics)
+                    lines.append(state.metrics)
                 if stop.requested:
                     state.stopped = "interrupted"
-                if directory is not None and (state.stopped or time.monotonic() - last_saved > checkpoint_every):
-                    _checkpoint(state, directory)
-                    last_saved = time.monotonic()
                 if state.stopped:
                     break
+                save = directory is not None and time.monotonic() - last_saved > checkpoint_every
+                if save or time.monotonic() - last_read > READ_EVERY:
+                    write()
+                    last_read = time.monotonic()
+                if save and directory is not None:
+                    _checkpoint(state, directory, callbacks)
+                    last_saved, saved_at = time.monotonic(), state.updates
                 start = time.monotonic()
+            write()
+            if directory is not None:
+                _checkpoint(state, directory, callbacks)
         except NonFiniteError as error:
-            kept = f"; the last good state is in {directory.checkpoint}" if directory is not None else ""
+            kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
             raise NonFiniteError(f"{error}{kept}") from error
+        finally:
+            write()
     return state
 
 
-def _checkpoint(state: Fit, directory: RunDirectory) -> None:
+def _checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
     if not all(p.isfinite().all() for p in state.loop.update.parameters):
         raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
-    save_state(directory.checkpoint, {"loop": state.loop.state_dict(), "seconds": state.seconds})
+    remembered = [[type(callback).__name__, callback.state_dict()] for callback in _stateful(callbacks)]
+    told = {"loop": state.loop.state_dict(), "seconds": state.seconds, "callbacks": remembered}
+    save_state(directory.checkpoint, told)
+
+
+def _restore(callbacks: list[Callback], remembered: list[list[Any]]) -> None:
+    """Give every callback its state: the first one left of its class; one that was not there before begins anew."""
+    left = list(remembered)
+    for callback in _stateful(callbacks):
+        names = [name for name, _ in left]
+        if type(callback).__name__ in names:
+            callback.load_state_dict(left.pop(names.index(type(callback).__name__))[1])
+
+
+def _stateful(callbacks: list[Callback]) -> list[Any]:
+    return [callback for callback in callbacks if hasattr(callback, "state_dict")]
+
+
+def _kl_weight(fit: Fit, name: str) -> float:
+    """β of the path KL, which a callback aims at."""
+    weight = fit.loop.objective.weight(PathKL)
+    if weight == 0:
+        raise InvalidInputError(
+            f"{name} needs a path KL to aim at, but the objective is {fit.loop.objective!r}; add beta * PathKL()"
+        )
+    return weight
 
 
 @dataclass
@@ -166,8 +217,8 @@ class HeldOut:
             ("objective", result.objective(fit.loop.objective.weight(PathKL))),
         ):
             mean, error = mean_and_error(values)
-            if abs(mean) < float("inf"):
-                fit.metrics |= {f"held_out_{name}": mean, f"held_out_{name}_se": error}
+            told = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread
+            fit.metrics |= {key: value for key, value in told.items() if math.isfinite(value)}
 
 
 @dataclass
@@ -177,6 +228,9 @@ class StopAtKL:
     Args:
         target: path KL in nats.
         memory: share of the average that each new update leaves standing.
+
+    Raises:
+        InvalidInputError: when called, an objective that gives the path KL no weight.
     """
 
     target: float
@@ -184,12 +238,21 @@ class StopAtKL:
     average: float | None = None
 
     def __call__(self, fit: Fit) -> str | None:
+        _kl_weight(fit, "StopAtKL")
         if "path_kl" not in fit.metrics:
             return None
         now = float(fit.metrics["path_kl"])
         self.average = now if self.average is None else self.memory * self.average + (1 - self.memory) * now
         reached = self.average >= self.target
         return f"path KL {self.average:.3g} nats reached the target {self.target:g}" if reached else None
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The average so far."""
+        return {"average": self.average}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Go on from it."""
+        self.average = state["average"]
 
 
 @dataclass
@@ -202,17 +265,18 @@ class AdaptKL:
     Args:
         target: path KL in nats.
         rate: per update.
+
+    Raises:
+        InvalidInputError: when called, an objective that gives the path KL no weight.
     """
 
     target: float
     rate: float = 0.02
 
     def __call__(self, fit: Fit) -> None:
-        from math import exp
-
+        beta = _kl_weight(fit, "AdaptKL")
         if "path_kl" not in fit.metrics:
             return
-        beta = fit.loop.objective.weight(PathKL)
         excess = max(-1.0, min(1.0, float(fit.metrics["path_kl"]) / self.target - 1))
-        fit.loop.objective = fit.loop.objective.with_weight(PathKL, beta * exp(self.rate * excess))
+        fit.loop.objective = fit.loop.objective.with_weight(PathKL, beta * math.exp(self.rate * excess))
         fit.metrics["kl_weight"] = beta

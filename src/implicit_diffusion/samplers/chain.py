@@ -12,6 +12,9 @@ They are addressed by key, like the noise: forward and backward passes, nested l
 same ones, and so do u_0 and terminal objectives.
 
 Networks run in eval mode: dropout would make u_θ a random function, and the adjoint of a random function is another.
+
+States, times, coefficients, adjoints and path costs have at least single precision. A network with weights in less is
+called in its own, and its output comes back: what half precision may round is u alone.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
@@ -50,7 +53,8 @@ class Chain:
             `batch` by name; the same arguments must give the same ones. See `Drawn`.
 
     Raises:
-        InvalidInputError: an event shape that is empty or not positive; a row that the table does not have.
+        InvalidInputError: an event shape that is empty or not positive; a row that the table does not have; an argument
+            of another type.
     """
 
     def __init__(
@@ -63,6 +67,9 @@ class Chain:
         pretrained_rows: Iterable[int] | Literal["noiseless"] = (),
         condition: Condition | None = None,
     ) -> None:
+        check_type("table", table, ChainTable, "a diffusers scheduler becomes one by read_table(scheduler, num_steps)")
+        check_type("denoiser", denoiser, Callable, "it is called as u(x, t)")
+        check_type("event_shape", event_shape, Iterable, "it holds the sizes of one sample, e.g. (1, 8, 8) or (2,)")
         self.denoiser, self.table, self.event_shape, self.condition = denoiser, table, tuple(event_shape), condition
         if not self.event_shape or min(self.event_shape) < 1:
             raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}")
@@ -76,7 +83,7 @@ class Chain:
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        self.dtype = torch.get_default_dtype() if parameter is None else _at_least_single(parameter.dtype)
         self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     @property
@@ -124,24 +131,22 @@ class Chain:
         Raises:
             InvalidInputError: the denoiser's output does not have its input's shape.
         """
-        c = self._rows(tuple(rows))
-        trained = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
-        kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
-        every, given = list(range(len(rows))), condition or {}
-        u0 = self._predict(self.reference, x, c, given, every) if reference else None
-        if not kept:
-            u = self._predict(self.denoiser, x, c, given, every)
+        c, given = self._rows(tuple(rows)), condition or {}
+        u0 = self._predict(self.reference, x, c, given) if reference else None
+        if c["kept"].numel() == 0:
+            u = self._predict(self.denoiser, x, c, given)
         else:
-            parts = [self._predict(self.reference, x[kept], c, given, kept) if u0 is None else u0[kept]]
-            if trained:
-                parts.append(self._predict(self.denoiser, x[trained], c, given, trained))
-            u, order = torch.cat(parts), sorted(range(len(rows)), key=(kept + trained).__getitem__)
-            if order != every:
-                u = u[order]
+            parts = [self._predict(self.reference, x, c, given, c["kept"]) if u0 is None else u0[c["kept"]]]
+            if c["own"].numel():
+                parts.append(self._predict(self.denoiser, x, c, given, c["own"]))
+            u = torch.cat(parts)
+            if c["order"].numel():
+                u = u[c["order"]]
         return Transition(x, u, u0, c["a"], c["b"], c["s"], c["h"], c["trained"])
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
+        check_type("noise", noise, Noise, "take Noise(0), say")
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
         return self.table.initial_std * x
 
@@ -176,7 +181,9 @@ class Chain:
                     f"condition must return a dict of tensors with leading dimension batch = {batch}, one entry per "
                     f"sample; {name!r} has {found}"
                 )
-        return {name: torch.stack([given[name] for given in drawn]).to(self.device) for name in drawn[0]}
+        return {
+            name: torch.stack([given[name] for given in drawn]).to(self.device, non_blocking=True) for name in drawn[0]
+        }
 
     def walk(
         self,
@@ -232,27 +239,52 @@ class Chain:
         return eval_mode(*(f for f in (self.denoiser, self.reference) if isinstance(f, nn.Module)))
 
     def _predict(
-        self, network: Denoiser, x: Tensor, c: dict[str, Tensor], condition: Mapping[str, Tensor], slots: list[int]
+        self,
+        network: Denoiser,
+        x: Tensor,
+        c: dict[str, Tensor],
+        condition: Mapping[str, Tensor],
+        slots: Tensor | None = None,
     ) -> Tensor:
-        every = len(slots) == len(c["t"])
-        m, t = (c["m"], c["t"]) if every else (c["m"][slots], c["t"][slots])
+        m, t = c["m"], c["t"]
+        if slots is not None:
+            x, m, t, condition = x[slots], m[slots], t[slots], {name: value[slots] for name, value in condition.items()}
         inputs = (m * x).flatten(0, 1)
-        given = {name: (value if every else value[slots]).flatten(0, 1) for name, value in condition.items()}
-        u = network(inputs, t.repeat_interleave(x.shape[1]), **given)
+        given = {name: value.flatten(0, 1) for name, value in condition.items()}
+        u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
+        check_type("what the denoiser returns", u, Tensor, "a diffusers model becomes one by DiffusersDenoiser(model)")
         if u.shape != inputs.shape:
             raise InvalidInputError(
                 f"denoiser must return the shape of its input, {tuple(inputs.shape)}, got {tuple(u.shape)}"
             )
-        return u.unflatten(0, x.shape[:2])
+        return u.to(x.dtype).unflatten(0, x.shape[:2])
 
     def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:
-        """Coefficients of the given rows on the chain's device, shaped (slots, 1, ...); t shaped (slots,)."""
+        """What the given rows are, on the chain's device: an index by a list would be copied there at every call.
+
+        Coefficients are shaped (slots, 1, ...), t (slots,). `kept` are the slots on pretrained rows, `own` the others,
+        and `order`, where it is not empty, puts their concatenation in order.
+        """
         if rows not in self._coefficients:
             index, ones = list(rows), (1,) * (1 + len(self.event_shape))
             c = {name: getattr(self.table, name)[index].to(self.device, self.dtype) for name in "abshmt"}
             c["trained"] = torch.tensor([row not in self.pretrained_rows for row in rows], device=self.device)
-            self._coefficients[rows] = {
-                name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()
-            }
+            found = {name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()}
+            kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
+            own = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
+            order = sorted(range(len(rows)), key=(kept + own).__getitem__)
+            slots = {"kept": kept, "own": own, "order": [] if order == sorted(order) else order}
+            found |= {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
+            self._coefficients[rows] = found
         return self._coefficients[rows]
+
+
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:
+    """That of a network's weights."""
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    return otherwise if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
 from implicit_diffusion.samplers.kernel import Kernel, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
@@ -37,7 +37,8 @@ class Followers:
         log_z: log Z_0; without it log Z is relative to that.
 
     Raises:
-        InvalidInputError: a kernel without increments, or particles that do not make groups of at least two.
+        InvalidInputError: a kernel without increments, or particles that do not make groups of at least two; from
+            `check_potential`.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Followers:
         groups: int = 8,
         log_z: float = 0.0,
     ) -> None:
+        check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
+        check_type("noise", noise, Noise, "take Noise(0), say")
         if not kernel.weighted:
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC")
         if groups < 2 or len(x) % groups or len(x) < 2 * groups:
@@ -57,6 +60,7 @@ class Followers:
         self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, log_z, 0
         self.evaluations = 0  # pulls through V at all the particles
         with eval_mode(potential):
+            check_potential(potential, x)
             value = energy_of(potential, x).value
         self.groups = [
             Walkers(part, None, torch.zeros_like(v), zero, part, v, zero, zero)
@@ -93,14 +97,22 @@ class Followers:
         return None if move.acceptance is None else move.acceptance.mean()
 
     def particles(self, potential: nn.Module) -> Particles:
-        """All groups, with the weights and the log Z of `potential`: groups count by their own estimates of Z."""
+        """All groups, with the weights and the log Z of `potential`: groups count by their own estimates of Z.
+
+        Raises:
+            NonFiniteError: weights that are NaN.
+        """
         closed = self._closed(potential)
         log_z = torch.stack([walkers.log_z + log_mean_exp(walkers.log_weights) for walkers in closed])
         weights = torch.cat([walkers.log_weights + walkers.log_z for walkers in closed])
         return Particles(torch.cat([w.x for w in closed]), weights, self.log_z0 + log_mean_exp(log_z))
 
     def log_z(self, potential: nn.Module) -> tuple[float, float]:
-        """Log Z of `potential` and its standard error: from the mean of Z over groups and their spread."""
+        """Log Z of `potential` and its standard error: from the mean of Z over groups and their spread.
+
+        Raises:
+            NonFiniteError: weights that are NaN.
+        """
         found = torch.stack([w.log_z + log_mean_exp(w.log_weights) for w in self._closed(potential)]).double()
         ratio = (found - found.amax()).exp()
         error = ratio.std() / ratio.mean() / math.sqrt(len(ratio))
@@ -109,7 +121,13 @@ class Followers:
     def _closed(self, potential: nn.Module) -> list[Walkers]:
         x = torch.cat([walkers.x for walkers in self.groups])
         with eval_mode(potential):
-            return [close(self.kernel, w, here) for w, here in zip(self.groups, self._energies(potential, x))]
+            closed = [close(self.kernel, w, here) for w, here in zip(self.groups, self._energies(potential, x))]
+        if any(walkers.log_weights.isnan().any() for walkers in closed):
+            raise NonFiniteError(
+                f"weights of followers are NaN after {self.steps} steps; take a smaller step size, or check that the "
+                "potential confines them"
+            )
+        return closed
 
     def _energies(self, potential: nn.Module, x: Tensor) -> list[Energy]:
         here, count = energy_of(potential, x), len(self.groups)
@@ -138,6 +156,9 @@ def annealed(
     followers = Followers(
         kernel, start, start.sample(n, noise.stream(0)), noise.stream(1), groups=groups, log_z=start.log_z
     )
+    end = path(1.0)
+    with eval_mode(end):
+        check_potential(end, torch.cat([walkers.x for walkers in followers.groups]))
     for k in range(1, steps + 1):
         followers.step(path(k / steps))
     return followers

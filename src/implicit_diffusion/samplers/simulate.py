@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion.errors import check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials.energy import check_potential, energy_of
@@ -28,6 +29,8 @@ def simulate(
     Raises:
         InvalidInputError: a potential that cannot be sampled from; see `check_potential`.
     """
+    check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
+    check_type("noise", noise, Noise, "take Noise(0), say")
     with eval_mode(potential):
         check_potential(potential, x)
     momentum = kernel.momentum(noise.generator(0, device=x.device), x)

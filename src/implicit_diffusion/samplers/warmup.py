@@ -14,10 +14,10 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.potentials.energy import energy_of
+from implicit_diffusion.potentials.energy import check_potential, energy_of
 from implicit_diffusion.samplers.kernel import Kernel
 
 K = TypeVar("K", bound=Kernel)
@@ -35,7 +35,7 @@ def warm_up(
     """The same kernel with a tuned step size, and the particles where the warm-up left them.
 
     Args:
-        kernel: MALA or HMC; its step size is where the search begins.
+        kernel: MALA or HMC; its step size, a number, is where the search begins.
         potential: V under the θ to tune at.
         x: particles; the acceptance is averaged over them.
         noise: of the warm-up alone.
@@ -44,13 +44,21 @@ def warm_up(
             Rosenthal, 1998) and 0.8 for HMC.
 
     Raises:
-        InvalidInputError: a kernel that never rejects; fewer than 20 steps; a target outside (0, 1).
-        NonFiniteError: particles became NaN or infinite.
+        InvalidInputError: a kernel that never rejects, or whose step size is a schedule; fewer than 20 steps; a target
+            outside (0, 1); from `check_potential`.
+        NonFiniteError: V became infinite at some of the particles.
     """
+    check_type("kernel", kernel, Kernel, "take MALA(0.1), say")
+    check_type("noise", noise, Noise, "take Noise(0), say")
     target = kernel.target_acceptance if target is None else target
     if kernel.target_acceptance is None or target is None:
         raise InvalidInputError(
             f"{type(kernel).__name__} never rejects: there is no acceptance to tune its step size to"
+        )
+    if callable(kernel.step_size):
+        raise InvalidInputError(
+            "step_size is a function of the iteration, and warm-up finds a number; warm up a kernel with a number, and "
+            "scale the schedule by what it finds"
         )
     if steps < 20:
         raise InvalidInputError(f"steps must be an integer ≥ 20, got {steps}")
@@ -58,6 +66,7 @@ def warm_up(
         raise InvalidInputError(f"target must lie in (0, 1), got {target}")
     log_h, kept = math.log(kernel.step(0)), []
     with eval_mode(potential):
+        check_potential(potential, x)
         for k in range(steps):
             draws = tuple(d[0] for d in kernel.draws(noise.generator(k, device=x.device), 1, x))
             h = x.new_tensor(math.exp(log_h))
@@ -68,8 +77,8 @@ def warm_up(
             log_h += (acceptance - target) / math.sqrt(k / 10 + 1)
             if 2 * k >= steps:
                 kept.append(log_h)
-    if not x.isfinite().all():
-        raise NonFiniteError("warm-up: particles hold NaN or infinity; begin with a smaller step size")
+    if move.energy is None or not move.energy.isfinite().all():  # NaN is never accepted, −∞ always
+        raise NonFiniteError("warm-up: V is infinite at some of the particles; check that it is bounded below")
     tuned = copy.copy(kernel)
     tuned.step_size = math.exp(sum(kept) / len(kept))
     return tuned, x

@@ -1,0 +1,66 @@
+r"""Γ through a network that computes in float16: a surrogate scaled to what float16 can hold.
+
+float16 ends at 65504 and is zero below 6·10⁻⁸, while the cotangents of the network's output,
+
+    v = ∂ surrogate_k / ∂u = b_k λ_{k+1} + ∂c_k/∂u,
+
+are rewards per number of a batch of images, at rows whose b_k may be small: unscaled, many of them vanish on their
+way into the network. The pull-back is linear in v. So for a power of two S
+
+    ∇(S · surrogate_k) / S = ∇ surrogate_k,
+
+but for what leaves float16's range, where S decides. It is chosen per call, so that ½T ≤ S ‖v‖₁ < T: no sum over v,
+such as the gradient of the last layer's bias, can then exceed T, and the mean |S v| is T over the numbers of a batch,
+far above the smallest one in either direction. What overflows nevertheless comes out infinite, and a loop stops.
+
+S stays on the device, and is divided out of the call's own gradients before they are added to `.grad`, where those of
+other calls, with another S, may stand already; and before distributed wrappers see them.
+(Micikevicius et al., *Mixed Precision Training*, arXiv 1710.03740, with a scale that needs no search.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeGuard
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from implicit_diffusion.denoisers.adapter import inner
+
+TOTAL = 2.0**11  # T
+SMALLEST = 2.0**-100  # of ‖v‖₁ that is scaled up to T: S stays a float32
+
+
+def computes_in_float16(denoiser: object) -> TypeGuard[nn.Module]:
+    """Whether the network inside says so, by an attribute `precision` as that of `DiffusersDenoiser`."""
+    return isinstance(denoiser, nn.Module) and getattr(inner(denoiser), "precision", None) is torch.float16
+
+
+def scale(cotangents: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, ""]:
+    """S, a power of two with T/2 ≤ S ‖v‖₁ < T; one where v vanishes or is not finite."""
+    norm = torch.stack([v.abs().sum() for v in cotangents]).sum()
+    sound = (norm > 0) & norm.isfinite()
+    norm = torch.where(sound, norm, 1.0).clamp(min=SMALLEST)
+    mantissa, _ = torch.frexp(norm)
+    return torch.where(sound, TOTAL * (mantissa / norm), 1.0)  # norm = mantissa · 2ᵉ, so that the quotient is exact
+
+
+def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None], leaves: Iterable[Tensor]) -> None:
+    """`surrogate.backward()` with float16 in between: adds ∇ surrogate to the leaves' `.grad`.
+
+    Args:
+        surrogate: a scalar.
+        predictions: the network's outputs, u_θ and, where it was asked for, u_0.
+        leaves: all that a gradient is wanted for.
+    """
+    outputs = [u for u in predictions if u is not None and u.requires_grad]
+    found = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
+    factor = scale(v for v in found if v is not None)
+    hooks = [leaf.register_hook(lambda g: g / factor) for leaf in leaves if leaf.requires_grad]
+    try:
+        surrogate.backward(factor)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,38 @@
+"""Data that an objective compares particles with: a tensor of their event shape, dtype and device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, check_type
+
+
+def checked(data: Any, least: int = 1) -> Tensor:
+    """The data, with shape (m, *event).
+
+    Raises:
+        InvalidInputError: no tensor, fewer than `least` of them, no floating-point numbers, or NaN or infinity.
+    """
+    check_type("data", data, Tensor, "take torch.as_tensor(data)")
+    if data.ndim < 2 or not data.is_floating_point():
+        given = f"{data.dtype} with shape {tuple(data.shape)}"
+        raise InvalidInputError(f"data must be floating-point numbers with shape (m, *event), got {given}")
+    if len(data) < least or not data.isfinite().all():
+        number = {1: "one", 2: "two"}[least]
+        raise InvalidInputError(f"data must be finite and at least {number}, got shape {tuple(data.shape)}")
+    return data
+
+
+def check_fits(name: str, data: Float[Tensor, "m *data"], x: Float[Tensor, "n *event"]) -> None:
+    """Raise `InvalidInputError` where data and particles x differ in event shape, dtype or device."""
+    if data.shape[1:] != x.shape[1:]:
+        raise InvalidInputError(
+            f"{name}: data have event shape {tuple(data.shape[1:])}, particles {tuple(x.shape[1:])}; they must agree"
+        )
+    if (data.dtype, data.device) != (x.dtype, x.device):
+        raise InvalidInputError(
+            f"{name}: data are {data.dtype} on {data.device}, particles {x.dtype} on {x.device}; use data.to(x)"
+        )

@@ -1,0 +1,88 @@
+"""A state that a loop cannot continue from is refused before anything changes."""
+
+import copy
+
+import pytest
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.samplers import MALA, ULA
+from tests.oracles import affine_chain
+from tests.oracles_gibbs import Banana
+
+F64 = torch.float64
+X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
+REWARD, KL, NOISE = Reward(lambda x: x.sum(1)), PathKL(), Noise(0)
+
+
+def chain(kind=Queue, objective=REWARD + KL, noise=NOISE, batch=4, steps=3, dim=2, adam=torch.optim.Adam, **options):
+    sampler, _ = affine_chain(steps, dim)
+    schedule, update = options.pop("schedule", None), options.pop("update", {})
+    optimizer = adam(sampler.denoiser.parameters())
+    made = Update(optimizer, schedule=schedule and schedule(optimizer, gamma=0.9), **update)
+    return kind(sampler, objective, made, batch=batch, noise=noise, **options)
+
+
+def particles(kind=Single, kernel=ULA, x=X, **options):
+    v = Banana()
+    adam = torch.optim.Adam(v.parameters())
+    return kind(v, kernel(0.1), Reward(lambda x: x.sin().sum(1)), adam, particles=x, noise=Noise(0), **options)
+
+
+EXPONENTIAL = torch.optim.lr_scheduler.ExponentialLR
+OTHERS = {
+    r"terms was \['reward', 'path_kl'\], is \['path_kl', 'reward'\]": (chain, {"objective": KL + REWARD}),
+    r"terms was .*is \['reward'\]": (chain, {"objective": REWARD}),
+    "seed was 0, is 1": (chain, {"noise": Noise(1)}),
+    r"stream was \[\], is \[1\]": (chain, {"noise": Noise(0).stream(1)}),
+    "batch was 4, is 8": (chain, {"batch": 8}),
+    "stride was 1, is 2": (chain, {"stride": 2}),
+    "loop was Queue, is Nested": (chain, {"kind": Nested}),
+    "average was False, is True": (chain, {"update": {"ema_decay": 0.9}}),
+    "schedule was None, is ExponentialLR": (chain, {"schedule": EXPONENTIAL}),
+    "optimizer was Adam, is SGD": (chain, {"adam": torch.optim.SGD}),
+    r"steps was 3, is 4; gain in the model had shape \(3, 2\), has \(4, 2\)": (chain, {"steps": 4}),
+    r"particles was \[12, 2\], is \[6, 2\]": (particles, {"x": X[:6]}),
+    "weighted was False, is True": (particles, {"weighted": True}),
+    "lag was False, is True": (particles, {"lag": True}),
+    "order was paper, is x-first": (particles, {"order": "x-first"}),
+    "kernel was ULA, is MALA": (particles, {"kernel": MALA}),
+    "is NestedParticles": (particles, {"kind": NestedParticles, "inner_steps": 2}),
+    "is Unrolled": (particles, {"kind": Unrolled, "unrolled_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_the_state_of_another_loop_is_refused_and_nothing_changes(message):
+    build, changes = OTHERS[message]
+    saved, other = build(), build(**changes)
+    for _ in range(4):
+        saved.step()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(InvalidInputError, match=f"another loop: .*{message}.*the same arguments"):
+        other.load_state_dict(saved.state_dict())
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(value, before["model"][name])
+    assert other.iteration == other.update.updates == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "other"),
+    [
+        (NestedParticles, {"inner_steps": 1}, {"inner_steps": 2}),
+        (Unrolled, {"unrolled_steps": 1}, {"unrolled_steps": 2}),
+    ],
+)
+def test_other_numbers_of_sampler_steps(kind, one, other):
+    with pytest.raises(InvalidInputError, match="_steps was 1, is 2"):
+        particles(kind, **other).load_state_dict(particles(kind, **one).state_dict())
+
+
+def test_a_state_that_tells_less_is_taken_to_agree():
+    saved, other = chain(), chain()
+    saved.step()
+    other.load_state_dict({k: v for k, v in saved.state_dict().items() if k not in ("terms", "stream", "batch")})
+    assert other.iteration == 1

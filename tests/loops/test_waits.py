@@ -1,0 +1,122 @@
+"""An update waits for its device once, for the check that all is finite; nothing else in a loop does."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
+from implicit_diffusion.gradients import half
+from implicit_diffusion.loops import Nested, Queue, Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.runs import RunDirectory, console
+from implicit_diffusion.runs import fit as driver
+from implicit_diffusion.samplers.chain import Chain
+from tests import tiny
+from tests.oracles import table
+from tests.waits import DEVICE, Waits
+
+N = 3
+
+
+@pytest.fixture(autouse=True)
+def no_numbers(monkeypatch):
+    """A device without numbers has no generators."""
+    empty = lambda self, shape, *key, device="cpu", dtype=None: torch.empty(shape, device=device, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(Noise, "normal", empty)
+
+
+class Convolution(nn.Module):
+    """The smallest network of images, under labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.labels = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(3, 1)
+
+    def forward(self, x, timestep, class_labels=None, return_dict=True):
+        y = self.layer(x) + timestep[:, None, None, None]
+        return (y if class_labels is None else y + self.labels(class_labels)[..., None, None],)
+
+
+def build(kind, *, network=None, precision=None, guided=False, pretrained=(N - 1,), **options):
+    denoiser = inner = DiffusersDenoiser(network or Convolution()).to(DEVICE)
+    condition = None
+    if guided:
+        denoiser = ClassifierFree(denoiser, 3.0, {"class_labels": 0})
+        condition = Drawn("class_labels", torch.arange(3))
+    inner.precision = precision
+    chain = Chain(denoiser, table(N), (1, 8, 8), pretrained_rows=pretrained, condition=condition)
+    adam = torch.optim.Adam(denoiser.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 100)
+    update = Update(adam, schedule=schedule, max_grad_norm=1.0, **options)
+    objective = Reward(lambda x: x.flatten(1).mean(1)) + PathKL()
+    return kind(chain, objective, update, batch=2, noise=Noise(0))
+
+
+CASES = {
+    "queue": {"kind": Queue},
+    "nested": {"kind": Nested},
+    "a U-Net of diffusers": {"kind": Nested, "network": tiny.unet(**tiny.PLAIN)},
+    "rows that keep u_0 amid others": {"kind": Queue, "pretrained": (1,)},
+    "guidance": {"kind": Queue, "guided": True},
+    "an average of the weights": {"kind": Queue, "ema_decay": 0.9},
+    "accumulation": {"kind": Nested, "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_iteration_waits_once(case):
+    with Waits() as waits:
+        loop = build(**CASES[case])
+        for _ in range(2 * N + 1 if CASES[case]["kind"] is Queue else 1):  # filled, all rows on the device
+            loop.step()
+        waits.seen.clear()
+        loop.step()
+    assert [what for what, _ in waits.seen] == ["a number is read"], waits.seen
+    assert "update.py" in waits.seen[0][1][-1]
+
+
+def test_a_scale_for_float16_waits_for_nothing():
+    layer = nn.Linear(4, 4).to(DEVICE)
+    with Waits() as waits:
+        u = layer(torch.empty(3, 4, device=DEVICE))
+        half.backward(u.square().sum(), (u, None), layer.parameters())
+    assert layer.weight.grad is not None and not waits.seen
+
+
+def test_a_run_waits_once_an_update_and_reads_its_metrics_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "_checkpoint", lambda *arguments: None)  # would read the weights
+    monkeypatch.setattr(driver, "READ_EVERY", float("inf"))
+    monkeypatch.setattr(console.Progress, "_is_due", lambda self: False)
+    monkeypatch.setattr(console.Progress, "close", lambda self: None)
+    directory, updates = RunDirectory.create(tmp_path / "run"), 6
+    with Waits() as waits:
+        loop = build(Nested)
+        loop.step()
+        waits.seen.clear()
+        driver.fit(loop, 1 + updates, directory=directory)
+    kinds = {what: len(list(same)) for what, same in itertools.groupby(sorted(what for what, _ in waits.seen))}
+    assert kinds == {"a number is read": updates, "numbers are read": 1}, waits.seen
+    assert [line["updates"] for line in directory.read_metrics()] == list(range(2, 2 + updates))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "what"),
+    [
+        (lambda x: x.sum().item(), "a number is read"),
+        (lambda x: bool(x.isfinite().all()), "a number is read"),
+        (lambda x: x.tolist(), "numbers are read"),
+        (lambda x: x[[0, 1]], "an index by a list"),
+        (lambda x: x + torch.tensor(1.0, device=DEVICE), "a tensor made of numbers"),
+        (lambda x: x + torch.ones(3).to(DEVICE), "a copy"),
+        (lambda x: x.to("cpu", non_blocking=True), "a copy"),
+    ],
+)
+def test_the_test_sees_waits(waiting, what):
+    with Waits() as waits, contextlib.suppress(NotImplementedError):  # there are no numbers to copy
+        waiting(torch.empty(3, device=DEVICE))
+    assert [seen for seen, _ in waits.seen] == [what]
