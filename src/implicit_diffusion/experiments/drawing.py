@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sheet(width: float, height: float) -> Figure:
+def sheet(width: float | int, height: float | int) -> Figure:
     """An empty figure of that size in inches."""
     from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
     figure.savefig(path, dpi=130)
 
 
-def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float, high: float, columns: int = 8) -> None:
+def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8) -> None:
     """Show images in rows with a grey line around each; `low` is black and `high` white.
 
     One channel is grey, three are RGB; of another number the mean is shown.
