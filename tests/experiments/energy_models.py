@@ -1,13 +1,16 @@
-"""Energy-based models built by hand, not trained, with their log Z by quadrature."""
+"""Energy-based models built by hand, not trained, with their log Z by quadrature, and the smallest training."""
 
 import math
 
 import torch
 
+from implicit_diffusion.experiments.ebm_config import Config
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
 from implicit_diffusion.experiments.planar import Quadrature
 from implicit_diffusion.noise import Noise
 
+SMALL = {"width": 8, "leapfrogs": 2, "step_size": 0.3, "judge_steps": 20}
+TINY = Config("eight-gaussians", steps=30, particles=32, refresh=10, lr=0.03, **SMALL)  # a training of a second
 SHIFT, SCALE = torch.tensor([0.4, -0.3]), torch.tensor([0.6, 0.8])
 
 

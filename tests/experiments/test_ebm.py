@@ -3,24 +3,26 @@
 import dataclasses
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
 import torch
-from tests.experiments.energy_models import bent
+from tests.experiments.energy_models import TINY, bent
 
 from implicit_diffusion import cli
-from implicit_diffusion.experiments import ebm, ebm_compare, ebm_digits, score
-from implicit_diffusion.experiments.ebm_arms import ARMS
+from implicit_diffusion.errors import NonFiniteError
+from implicit_diffusion.experiments import ebm, ebm_digits, ebm_judging, ebm_training, score
 from implicit_diffusion.experiments.ebm_data import load
 from implicit_diffusion.experiments.energy_model import Architecture, Moves, load_energy_model
 from implicit_diffusion.experiments.planar import Quadrature, law
+from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 
-TINY = ebm.Config("eight-gaussians", steps=30, particles=32, width=8, refresh=10, step_size=0.3, leapfrogs=2, lr=0.03)
 KEYS = {
-    "nll", "kl", "log_z", "log_z_estimate", "log_z_estimate_se", "mmd2", "seconds", "gradient_evaluations", "updates",
+    "nll", "kl", "log_z", "log_z_estimate", "log_z_estimate_se", "log_z_half",
+    "log_z_half_se", "mmd2", "seconds", "gradient_evaluations", "updates",
     "nll_held_out", "nll_held_out_se", "log_z_particles", "ess", "mode_masses", "mode_error", "advice",
 }  # fmt: skip
 
@@ -28,8 +30,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(ebm, "LOOKS", 2)
-    monkeypatch.setattr(ebm, "ANNEALING", (64, 20))
-    monkeypatch.setattr(ebm, "ANNEALING_IMAGES", (64, 20))
+    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,7 @@ def tiny(tmp_path_factory):
     """One run, which several tests look at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ebm, "LOOKS", 2)
-        patch.setattr(ebm, "ANNEALING", (64, 20))
-        patch.setattr(ebm, "ANNEALING_IMAGES", (64, 20))
+        patch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
         out = tmp_path_factory.mktemp("ebm") / "deep" / "run"
         return ebm.run(dataclasses.replace(TINY, out=out)), out
 
@@ -88,6 +88,60 @@ def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in tiny[0].items() if k != "seconds"}
 
 
+def interrupted(monkeypatch, *, every, at):
+    """A watch that looks at multiples of `every`, and Ctrl-C after update `at`."""
+
+    class Interrupting(ebm_training.Watch):
+        def __call__(self, fit):
+            self.every = every
+            super().__call__(fit)
+            if fit.updates == at:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ebm_training, "Watch", Interrupting)
+
+
+def test_an_interrupted_run_resumes_to_the_same_model(tiny, tmp_path, monkeypatch, capsys):
+    """Ctrl-C after 17 of 30 updates, of which one drew the particles anew: model and figures agree bit for bit."""
+    summary, whole = tiny
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupted(patched, every=8, at=17)
+        with pytest.raises(KeyboardInterrupt, match=f"implicit-diffusion resume {out}"):
+            ebm.run(dataclasses.replace(TINY, out=out))
+    assert not (out / "summary.json").exists() and load_energy_model(out / "model").log_z is None
+    assert cli.main(["resume", str(out)]) == 0
+    files = [(path / "model" / "model.safetensors").read_bytes() for path in (whole, out)]
+    assert files[0] == files[1]
+    again = json.loads((out / "summary.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+
+
+def test_an_interrupted_run_keeps_its_last_sound_model(tmp_path, monkeypatch, capsys):
+    """That of the last look, also where the resumed training fails before the next one."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupted(patched, every=8, at=17)
+        with pytest.raises(KeyboardInterrupt):
+            ebm.run(dataclasses.replace(TINY, out=out))
+    short = dataclasses.replace(TINY, steps=30, out=tmp_path / "short")
+    with monkeypatch.context() as patched:
+        interrupted(patched, every=8, at=16)
+        with pytest.raises(KeyboardInterrupt):
+            ebm.run(short)
+    kept = (out / "model" / "model.safetensors").read_bytes()
+    assert kept == (short.out / "model" / "model.safetensors").read_bytes()  # of update 16, not of 17
+
+    def fail(self):
+        raise NonFiniteError("V is NaN")
+
+    monkeypatch.setattr(Single, "step", fail)
+    assert cli.main(["resume", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: V is NaN") and f"the last sound model is in {out / 'model'}" in said
+    assert (out / "model" / "model.safetensors").read_bytes() == kept
+
+
 def test_score_of_the_command_line(tiny, tmp_path, capsys):
     summary, out = tiny
     x = load("eight-gaussians", Noise(0)).held_out
@@ -124,8 +178,9 @@ def test_an_array_of_ones_own(shape, tmp_path):
 @pytest.mark.parametrize("sampler", ["ula", "mala", "underdamped"])
 def test_other_samplers(sampler, tmp_path):
     weighted = sampler != "underdamped"
-    changes = {"sampler": sampler, "weighted": weighted, "steps": 6, "step_size": None, "out": tmp_path / "run"}
-    summary = ebm.run(dataclasses.replace(TINY, **changes))
+    none = {"step_size": None, "leapfrogs": None, "refresh": 10 if weighted else None}
+    changes = {"sampler": sampler, "weighted": weighted, "steps": 6, "out": tmp_path / "run"}
+    summary = ebm.run(dataclasses.replace(TINY, **changes | none))
     assert ("ess" in summary) == weighted and {"kl", "log_z_estimate"} <= summary.keys()
     moves = load_energy_model(tmp_path / "run" / "model").moves
     expected = 0.06 if sampler == "underdamped" else 0.06**2
@@ -137,7 +192,7 @@ def test_log_z_by_annealing_of_a_known_potential():
     """Over ten seeds the z-scores are those of Student's t with 7 degrees of freedom."""
     model, scores = bent(moves=Moves("hmc", 0.4, 2)), []
     for seed in range(10):
-        estimate, error = ebm.log_z_by_annealing(model, Noise(seed))
+        estimate, error = ebm_judging.log_z_by_annealing(model, Noise(seed), 20)
         scores.append((math.exp(estimate - model.log_z) - 1) / error)
     assert abs(sum(scores) / 10) < 4 * math.sqrt(1.4 / 10) and max(map(abs, scores)) < 8
 
@@ -146,7 +201,9 @@ def test_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(ebm_digits, "CHAINS", 8)
     monkeypatch.setattr(ebm_digits, "COMPONENTS", (2, 3))
     monkeypatch.setattr(ebm_digits, "BANDWIDTHS", (0.5,))
-    summary = ebm.run(ebm.Config("digits", steps=4, particles=16, width=2, leapfrogs=1, out=tmp_path / "run"))
+    out = tmp_path / "run"
+    small = {"steps": 4, "particles": 16, "width": 2, "leapfrogs": 1, "judge_steps": 20}
+    summary = ebm.run(ebm.Config("digits", **small, long_chains=True, out=out))
     assert summary["bits_per_dimension"] == pytest.approx(summary["nll_held_out"] / 64 / math.log(2))
     assert summary["chain_steps"] == [0, 4, 40] and len(summary["chain_energy"]) == 3
     assert summary["auroc"].keys() == {"shuffled", "uniform"} and all(0 <= a <= 1 for a in summary["auroc"].values())
@@ -162,8 +219,9 @@ def test_digits(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_images_of_the_digits_size_are_not_taken_for_digits(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((40, 1, 8, 8)))
-    config = ebm.Config(str(tmp_path / "x.npy"), steps=2, particles=16, width=2, leapfrogs=1, out=tmp_path / "run")
-    assert "baselines" not in ebm.run(config)
+    small = {"steps": 2, "particles": 16, "width": 2, "leapfrogs": 1, "judge_steps": 20, "long_chains": True}
+    summary = ebm.run(ebm.Config(str(tmp_path / "x.npy"), **small, out=tmp_path / "run"))
+    assert "baselines" not in summary and "chain_confidence" not in summary and summary["chain_steps"] == [0, 2, 20]
 
 
 def test_kernel_density_is_one_of_grey_levels():
@@ -179,47 +237,3 @@ def test_kernel_density_is_one_of_grey_levels():
     mixed = ebm_digits.shuffled(images, Noise(0).generator(0))
     assert mixed.shape == images.shape and torch.equal(mixed.flatten(1).sort(1)[0], images.flatten(1))
     assert ebm_digits.auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
-
-
-@pytest.mark.slow
-def test_a_comparison_is_fair(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ebm_compare, "GRID", (1e-3, 1e-2))
-    out = tmp_path / "run"
-    config = dataclasses.replace(TINY, compare=True, steps=16, seeds=2, out=out)
-    summary = ebm.run(config)
-    assert summary.keys() == {"data", "grid", "arms", "paired"} and set(summary["arms"]) == set(ARMS)
-    assert json.loads((out / "summary.json").read_text()) == summary
-    pulls = [arm["gradient_evaluations"] for arm in summary["arms"].values()]
-    assert max(pulls) == 16 * 4 and min(pulls) > 16 * 4 - 6  # equal but for one update of six pulls
-    lines = RunDirectory(out).read_metrics()
-    for arm, found in summary["arms"].items():
-        assert found["diverged"] == 0 and len(found["kls"]) == 2 and found["kl"] == pytest.approx(sum(found["kls"]) / 2)
-        searched = "weighted" if arm == "hmc" else arm  # the ablation takes the rate of what it ablates
-        assert found["lr"] == min((1e-3, 1e-2), key=lambda lr, grid=summary["grid"][searched]: grid[f"{lr:g}"])
-        last = [[p for p in lines if (p["arm"], p["seed"]) == (arm, seed)][-1] for seed in (0, 1)]
-        assert [p["kl"] for p in last] == found["kls"]
-    ratios = [math.log(a / b) for a, b in zip(*(summary["arms"][arm]["kls"] for arm in ("weighted", "cd")))]
-    assert summary["paired"]["cd"]["log_ratio"] == pytest.approx(sum(ratios) / 2)
-    assert summary["paired"]["cd"]["se"] == pytest.approx(abs(ratios[0] - ratios[1]) / 2)
-    assert len(summary["arms"]["weighted"]["log_z_z_scores"]) == 2
-    assert (out / "figures" / "comparison.png").exists()
-    said = capsys.readouterr().out
-    assert "at equal cost" in said and "z-scores of log Z" in said
-
-
-def test_comparisons_pair_by_seed():
-    def curves(**kl):
-        return {int(seed[1:]): [{"kl": 9.0}, {"kl": value}] for seed, value in kl.items()}
-
-    found = ebm_compare.paired(curves(s0=1.0, s1=2.0), curves(s1=4.0, s0=4.0))
-    assert found["log_ratio"] == pytest.approx((math.log(1 / 4) + math.log(1 / 2)) / 2)
-    assert ebm_compare.paired(curves(s0=1.0, s1=2.0), curves(s0=1.0, s2=2.0)) is None  # another seed is missing in each
-    assert ebm_compare.paired(curves(s0=1.0), curves(s0=1.0)) is None
-
-
-def test_a_comparison_survives_arms_that_diverge(tmp_path, monkeypatch):
-    monkeypatch.setattr(ebm_compare, "ARMS", ("weighted", "implicit"))
-    monkeypatch.setattr(ebm_compare, "attempt", lambda *args, **kwargs: None)
-    summary = ebm.run(dataclasses.replace(TINY, compare=True, seeds=2, out=tmp_path / "run"))
-    assert summary["arms"]["weighted"]["kl"] is None and summary["arms"]["weighted"]["diverged"] == 2
-    assert summary["paired"] == {"implicit": None} and set(summary["grid"]["weighted"].values()) == {None}

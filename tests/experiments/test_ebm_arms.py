@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from implicit_diffusion import cli
-from implicit_diffusion.errors import DivergenceError
+from implicit_diffusion.errors import DivergenceError, NonFiniteError
 from implicit_diffusion.experiments import ebm
 from implicit_diffusion.experiments.ebm_arms import (
     ARMS,
@@ -25,6 +26,7 @@ from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
+from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import Fit, fit
 from implicit_diffusion.samplers import ULA
 
@@ -168,6 +170,31 @@ def test_a_potential_unbounded_below_is_seen_long_before_infinity(data):
     with pytest.raises(DivergenceError, match=r"update \d+: .*(V is not bounded|particles are not where)"):
         fit(loop, 400, callbacks=[watch])
     assert loop.update.updates < 60 and saved == list(range(5, loop.update.updates - 5, 5))
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_a_model_that_ends_diverged_is_no_result(steps, tmp_path, capsys):
+    """Too few updates for a look on the way, or for a second one: the last look has the last word."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((200, 2)))
+    out = tmp_path / "run"
+    options = ["--data", str(tmp_path / "x.npy"), "--particles", "32", "--width", "8", "--lr", "1e5"]
+    assert cli.main(["ebm", "--steps", str(steps), *options, "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "Take a smaller --lr" in said and str(out / "model") in said
+    model = load_energy_model(out / "model")
+    assert model.log_z is None and all(p.abs().max() < 10 for p in model.potential.parameters())
+    assert not (out / "summary.json").exists()
+
+
+def test_nan_is_answered_with_options(data, tmp_path, monkeypatch):
+    loop = make_loop(SETTINGS, data)
+
+    def fail():
+        raise NonFiniteError("V is NaN at 3 particles")
+
+    monkeypatch.setattr(loop, "step", fail)
+    with pytest.raises(NonFiniteError, match=r"Take a smaller --lr or --step-size.*the last sound model is in .*model"):
+        ebm.train(SETTINGS, data, loop, RunDirectory(tmp_path), 1)
 
 
 SIZES = {"1": ["--particles", "64", "--width", "16"], "3": ["--particles", "32", "--width", "8"]}

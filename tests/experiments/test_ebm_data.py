@@ -108,6 +108,10 @@ BAD = {
     "rank 1": (save(normal(20)), r"must have shape .*got \(20,\)"),
     "rank 3": (save(normal(20, 4, 4)), r"must have shape .*got \(20, 4, 4\)"),
     "rank 5": (save(normal(20, 1, 2, 2, 2)), r"must have shape"),
+    "channels last": (
+        save(normal(20, 4, 5, 3)),
+        r"\(20, 4, 5, 3\), which looks like \(m, height, .*transpose\(0, 3, 1, 2",
+    ),
     "objects": (save(np.array([[{}, 1]] * 20, dtype=object), allow_pickle=True), "no plain .npy array.*allow_pickle"),
     "words": (save(np.array([["a", "b"]] * 20)), "must hold one array of numbers, got <U1"),
     "complex numbers": (save(normal(20, 2) * 1j), "must hold one array of numbers, got complex128"),
@@ -158,8 +162,17 @@ OPTIONS = {
     "--lr": {"lr": float("inf")},
     "--weight-decay": {"weight_decay": -0.1},
     "--data circle: no such file": {"data": "circle"},
-    "Underdamped has no increment of weights": {"sampler": "underdamped"},
-    "Underdamped has no increment of weights; take": {"sampler": "underdamped", "compare": True},
+    "--sampler underdamped knows no weights; .*--no-weighted": {"sampler": "underdamped"},
+    "--sampler underdamped knows no weights; take ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
+    "--lr has no effect: --compare searches": {"compare": True, "lr": 1e-3},
+    "--refresh has no effect: --compare never": {"compare": True, "refresh": 10},
+    "--no-weighted has no effect": {"compare": True, "weighted": False},
+    "--long-chains has no effect": {"compare": True, "long_chains": True},
+    "--seeds has no effect: it is .* of --compare": {"seeds": 3},
+    "--leapfrogs has no effect: --sampler ula has none": {"sampler": "ula", "leapfrogs": 4},
+    "--refresh has no effect: particles without weights": {"weighted": False, "refresh": 10},
+    "--long-chains is for images": {"long_chains": True},
+    "--judge-steps": {"judge_steps": 1},
     "conv needs images": {"potential": "conv"},
     "--compare needs a law of the plane": {"compare": True, "data": "digits"},
     "--steps 2 are too few": {"compare": True, "sampler": "ula", "steps": 2},
@@ -192,7 +205,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys):
     out = str(tmp_path / "run")
     assert cli.main(["ebm", "--sampler", "underdamped", "--out", out]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: Underdamped has no increment of weights") and said.count("\n") == 1
+    assert said.startswith("error: --sampler underdamped knows no weights") and said.count("\n") == 1
     assert cli.main(["score", "--model", out, "--data", "x.npy"]) == 2
     assert cli.main(["tilt", "--model", out]) == 2
     assert all(line.startswith("error: --model") for line in capsys.readouterr().err.splitlines())

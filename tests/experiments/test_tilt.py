@@ -5,14 +5,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.experiments.energy_models import bent, gaussian
 
+from implicit_diffusion import cli
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import tilt
-from implicit_diffusion.experiments.energy_model import Moves
+from implicit_diffusion.experiments.energy_model import Moves, load_energy_model
+from implicit_diffusion.experiments.planar import Quadrature
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs import RunDirectory
 
 TINY = tilt.Config(Path("model"), kl_weights=(0.25, 1.0), steps=40, particles=64, lr=2e-2, seeds=2)
@@ -30,8 +34,9 @@ def test_the_optimum_of_the_half_plane_is_a_closed_form():
         assert found["reward"] == pytest.approx(reward, abs=2e-4)
         assert found["objective"] == pytest.approx(-w * math.log(total), abs=2e-4)
         assert found["kl"] == pytest.approx(reward / w - math.log(total), abs=2e-3)
-    start = exact.judge(model.potential, 0.5)
-    assert start["kl"] == pytest.approx(0, abs=1e-12) and start["objective"] == pytest.approx(-exact.reward_initial)
+    start = exact.judge(model, 0.5)
+    assert start["kl"] == pytest.approx(0, abs=1e-12) and start["at_edge"] < 1e-9
+    assert start["objective"] == pytest.approx(-exact.reward_initial)
 
 
 def test_the_optimum_is_one():
@@ -50,7 +55,8 @@ def test_the_optimum_is_one():
 @pytest.mark.parametrize("weighted", [True, False])
 def test_training_begins_at_the_model(weighted):
     model = bent()
-    exact, held = tilt.Exact(model, tilt.half_plane), tilt.initial(model, 4000, Noise(0), weighted=weighted)
+    exact, held = tilt.Exact(model, tilt.half_plane), tilt.at_model(model, 4000, Noise(0))
+    held = held if weighted else tilt.resampled(held, Noise(0))
     assert (held.log_weights is not None) == weighted and held.log_z is None
     reward = held.mean(tilt.half_plane(held.x * model.scale + model.shift)).item()
     assert (
@@ -79,6 +85,7 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
     possible = -m - summary["rows"][0]["optimum"]["objective"]
     assert min(gained) > 0.3 * possible  # training improves what it says it does
     assert len(RunDirectory(out).read_metrics()) == 2 * 2 * 2
+    assert {path.name for path in (out / "model").iterdir()} == {"w-0.25", "w-1"}
     assert (out / "figures" / "tilt.png").exists() and "before training" in capsys.readouterr().out
 
 
@@ -87,10 +94,61 @@ def test_the_model_itself_is_left_alone(monkeypatch):
     model = bent()
     before = {k: v.clone() for k, v in model.potential.state_dict().items()}
     config = dataclasses.replace(TINY, steps=3)
-    first, again = (tilt.train(config, model, tilt.half_plane, 0.5, "weighted", 1) for _ in range(2))
+    start = tilt.at_model(model, 64, Noise(1))
+    trained = [tilt.train(config, model, start, tilt.half_plane, 0.5, "weighted", 1) for _ in range(2)]
+    first, again = (each.potential for each in trained)
     assert all(torch.equal(v, before[k]) for k, v in model.potential.state_dict().items())
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.network[-1].weight, model.potential.network[-1].weight)
+
+
+def test_the_model_that_is_kept(tmp_path, monkeypatch, capsys):
+    """Of the only arm and the first seed: `score` and `sample` know it, by its exact log Z, and annealing ran once."""
+    calls = []
+    anneal = tilt.annealed
+    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    monkeypatch.setattr(tilt, "annealed", lambda *args, **options: calls.append(1) or anneal(*args, **options))
+    bent().save(tmp_path / "model")
+    config = dataclasses.replace(TINY, model=tmp_path / "model", arms=("unweighted",), out=tmp_path / "run")
+    summary = tilt.run(config)
+    assert len(calls) == 2  # two seeds; two weights share them
+    assert "weighted" not in summary["rows"][0] and "unweighted" in capsys.readouterr().out
+    kept = load_energy_model(tmp_path / "run" / "model" / "w-0.25")
+    quadrature = Quadrature(kept.shift, kept.scale)
+    density, log_z = quadrature.log_density(kept.potential)
+    assert (kept.log_z, kept.log_z_se) == (pytest.approx(log_z, abs=1e-6), 0.0)
+    first = [m for m in RunDirectory(tmp_path / "run").read_metrics() if m["kl_weight"] == 0.25 and m["seed"] == 0]
+    reward = (density.exp() @ tilt.half_plane(quadrature.grid)).item() * quadrature.area
+    assert [m["reward"] for m in first] == [pytest.approx(reward, abs=1e-6)]
+    points = Noise(5).normal((20, 2))
+    np.save(tmp_path / "x.npy", points.numpy())
+    folder = str(tmp_path / "run" / "model" / "w-0.25")
+    assert cli.main(["score", "--model", folder, "--data", str(tmp_path / "x.npy")]) == 0
+    assert cli.main(["sample", "--model", folder, "--num", "8", "--out", str(tmp_path / "draws.npy")]) == 0
+    draws = torch.from_numpy(np.load(tmp_path / "draws.npy"))
+    assert draws.shape == (8, 2) and draws.isfinite().all()
+
+
+def test_an_optimum_beyond_the_grid_is_refused_before_training(tmp_path):
+    """A reward x_1 shifts the Gaussian by s²/w: to 9.4 at w = 0.04, which the grid would have cut to 7.9."""
+    gaussian().save(tmp_path / "model")
+    (tmp_path / "mine.py").write_text("def right(x): return x[:, 0]\n")
+    config = dataclasses.replace(TINY, model=tmp_path / "model", reward=f"{tmp_path}/mine.py:right")
+    with pytest.raises(InvalidInputError, match=r"--kl-weights 0.04: the optimum has .* of its mass at the edge"):
+        tilt.run(dataclasses.replace(config, kl_weights=(1.0, 0.04), out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert tilt.Exact(gaussian(), lambda x: x[:, 0]).optimum(0.1)["reward"] == pytest.approx(0.4 + 3.6, abs=1e-4)
+
+
+def test_a_trained_model_beyond_the_grid_is_said(tmp_path, capsys):
+    model = gaussian()
+    pull = torch.nn.Linear(2, 1, bias=False)
+    pull.weight.data = torch.tensor([[-12.0, 0.0]])  # z_1 ~ N(12, 1), so x_1 ~ N(7.6, 0.6²) and the grid ends at 8
+    gone = tilt.Exact(model, tilt.half_plane).judge(dataclasses.replace(model, potential=Tilted(pull, (2,))), 1.0)
+    assert gone["at_edge"] > 0.01
+    row = {"kl_weight": 1.0, "optimum": {"reward": 1.0}, "weighted": gone | {"reward_std": None}}
+    tilt.show({"reward_initial": 0.5, "rows": [row]}, RunDirectory(tmp_path))
+    assert "of its mass is at the edge of the grid" in capsys.readouterr().out
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
@@ -112,12 +170,17 @@ BAD = {
     "--kl-weights": {"kl_weights": ()},
     "--kl-weights must": {"kl_weights": (1.0, 0.0)},
     "--lr": {"lr": math.nan},
+    "--arms": {"arms": ()},
+    "--arms must be": {"arms": ("weighted", "weighted")},
     "neither": {"reward": "half"},
+    "shipped rewards are of images": {"reward": "brightness"},
     "there is no file": {"reward": "nowhere.py:f"},
 }
 WRONG = {
     r"--reward must return one finite number per point": "column",
-    r"--reward must return one finite number per point, shape \(n,\)": "nan",
+    r"--reward must return .* got NaN or infinity at \d+ points": "nan",
+    r"--reward must return .* got torch.bool": "boolean",
+    r"--reward must return .* got ndarray": "array",
 }
 
 
@@ -132,7 +195,10 @@ def test_bad_options_are_named_and_leave_no_folder(message, tmp_path):
 @pytest.mark.parametrize("message", WRONG)
 def test_rewards_that_do_not_fit(message, tmp_path):
     gaussian().save(tmp_path / "model")
-    (tmp_path / "bad.py").write_text("def column(x): return x[:, :1]\ndef nan(x): return (x[:, 0] - 99).log()\n")
+    (tmp_path / "bad.py").write_text(
+        "def column(x): return x[:, :1]\ndef nan(x): return (x[:, 0] - 99).log()\n"
+        "def boolean(x): return x[:, 0] > 0\ndef array(x): return x[:, 0].numpy()\n"
+    )
     config = dataclasses.replace(TINY, model=tmp_path / "model", out=tmp_path / "run")
     with pytest.raises(InvalidInputError, match=message):
         tilt.run(dataclasses.replace(config, reward=f"{tmp_path}/bad.py:{WRONG[message]}"))

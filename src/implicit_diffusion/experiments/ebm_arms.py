@@ -65,6 +65,12 @@ class Settings:
     weight_decay: float = 0.0
     refresh: int = 0
 
+    @property
+    def description(self) -> str:
+        """In a word or two: the arms that take `moves` go by their sampler."""
+        weighted = "weighted " if self.arm == "weighted" else ""
+        return f"{weighted}{self.moves.sampler}" if self.arm in ("weighted", "hmc") else self.arm
+
 
 def make_loop(settings: Settings, data: Data) -> ParticleLoop:
     """The loop of an arm, before its first step.
@@ -145,13 +151,16 @@ class Watch:
         self.radius = self.data.flatten(1).norm(dim=1).amax().item()
 
     def __call__(self, fit: Fit) -> None:
-        if fit.updates % self.every:
-            return
+        if fit.updates % self.every == 0:
+            self.look(fit, self.patience)
+
+    def look(self, fit: Fit, patience: int = 1) -> None:
+        """Look now; by default a single bad look stops, as at the end of a training, whose result would be used."""
         loop = fit.loop
         assert isinstance(loop, ParticleLoop)
         found = self.diagnose(loop, fit.metrics.get("acceptance"))
         self.bad = self.bad + 1 if found else 0
-        if found and self.bad >= self.patience:
+        if found and self.bad >= patience:
             raise DivergenceError(f"update {fit.updates}: {found}")
         if not found and self.save is not None:
             self.save(fit)

@@ -31,6 +31,7 @@ class Data:
         shift, scale: mean and deviation of every coordinate of the training data, with the shape of an event; pixels
             that (nearly) never change get a hundredth of the largest deviation.
         law: where the data come from, if that is known.
+        digits: whether they are the handwritten digits, which have a judge.
     """
 
     train: Float[Tensor, "m *event"]
@@ -38,6 +39,7 @@ class Data:
     shift: Tensor
     scale: Tensor
     law: Law | None = None
+    digits: bool = False
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -70,9 +72,8 @@ def load(name: str, noise: Noise) -> Data:
     else:
         train, held_out = split(read_array(name), noise)
     scale = train.std(0)
-    return Data(
-        train, held_out, train.mean(0), scale.clamp(min=0.01 * scale.amax().item()) if train.ndim > 2 else scale
-    )
+    scale = scale.clamp(min=0.01 * scale.amax().item()) if train.ndim > 2 else scale
+    return Data(train, held_out, train.mean(0), scale, digits=name == "digits")
 
 
 def dequantised(levels: Float[Tensor, "n *event"], generator: torch.Generator) -> Float[Tensor, "n *event"]:
@@ -94,6 +95,11 @@ def read_array(name: str) -> Float[Tensor, "m *event"]:
     if array.ndim not in (2, 4):
         raise InvalidInputError(
             f"--data {name} must have shape (m, d) or (m, channels, height, width), got {array.shape}"
+        )
+    if array.ndim == 4 and array.shape[3] in (1, 3) and array.shape[1] not in (1, 3):
+        raise InvalidInputError(
+            f"--data {name} has shape {array.shape}, which looks like (m, height, width, channels); channels come "
+            "second: save array.transpose(0, 3, 1, 2)"
         )
     if array.size == 0:
         raise InvalidInputError(f"--data {name} holds no data, got shape {array.shape}")

@@ -2,7 +2,8 @@
 
 - held-out likelihood, with log Z by annealed importance sampling, beside a Gaussian mixture and a kernel density
   estimate of scikit-learn on the same dequantised pixels, their one free number chosen on a part of the training data;
-- particles after chains ten times as long as training, which should still look like data;
+- with `--long-chains`, for any images, particles after chains ten times as long as training, which should still look
+  like data;
 - AUROC of −log p between held-out digits and others: the same digits with their pixels shuffled, and uniform noise.
 """
 
@@ -28,14 +29,12 @@ COMPONENTS, BANDWIDTHS = (5, 10, 20, 40), (0.25, 0.35, 0.5, 0.7)
 SHUFFLE, UNIFORM, LONG = range(3)  # streams of noise
 
 
-def judge_digits(model: EnergyModel, data: Data, directory: RunDirectory, updates: int, seed: int) -> dict[str, Any]:
-    """All of it; draws figures/chains.png.
+def judge_digits(model: EnergyModel, data: Data, seed: int) -> dict[str, Any]:
+    """Likelihood beside simple models, and what is found strange.
 
     Args:
         model: with its log Z.
         data: dequantised digits.
-        directory: gets the figure.
-        updates: of the training; chains run ten times as many steps.
         seed: of the noise.
     """
     noise = Noise(seed).stream(100)
@@ -52,8 +51,7 @@ def judge_digits(model: EnergyModel, data: Data, directory: RunDirectory, update
     }
     for baseline in found["baselines"].values():
         baseline["bits_per_dimension"] = baseline["nll"] / dimension / math.log(2)
-    found |= long_chains(model, data, directory, 10 * updates, noise.stream(LONG))
-    return found
+    return found | {"data_confidence": classifier_confidence(data.held_out)}
 
 
 def shuffled(images: Float[Tensor, "n *event"], generator: torch.Generator) -> Float[Tensor, "n *event"]:
@@ -112,8 +110,9 @@ BASELINES: dict[str, Callable[[Data], dict[str, Any]]] = {
 }
 
 
-def long_chains(model: EnergyModel, data: Data, directory: RunDirectory, steps: int, noise: Noise) -> dict[str, Any]:
-    """Particles moved `steps` further: their pictures on the way, their energies, and what the digits' judge says."""
+def long_chains(model: EnergyModel, data: Data, directory: RunDirectory, steps: int, seed: int) -> dict[str, Any]:
+    """Particles moved `steps` further: figures/chains.png, their energies, and of digits what their judge says."""
+    noise = Noise(seed).stream(100, LONG)
     z = model.particles[:CHAINS]
     wanted = sorted({0, steps // 100, steps // 10, steps})
     shown, energies = [(0, z)], [_energy(model, z)]
@@ -125,9 +124,8 @@ def long_chains(model: EnergyModel, data: Data, directory: RunDirectory, steps: 
                 energies.append(_energy(model, move.x))
     _draw_chains(model, data, shown, directory)
     found: dict[str, Any] = {"chain_steps": wanted, "chain_energy": energies}
-    if data.event_shape == (1, 8, 8):
+    if data.digits:
         found["chain_confidence"] = [confidence(model, x) for _, x in shown]
-        found["data_confidence"] = classifier_confidence(data.held_out)
     return found
 
 

@@ -51,10 +51,13 @@ def _draw_training(points: list[dict[str, Any]], summary: dict[str, Any], direct
 
 
 def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
-    half = 1.25 * data.train.abs().amax().item()
-    quadrature = Quadrature(data.shift, data.scale, half=half, cell=2 * half / 240)
-    log_q, _ = quadrature.log_density(model.potential)
-    side, extent = len(quadrature.axis), (-half, half, -half, half)
+    half = min(4.0, 1.2 * data.standardised()[0].abs().amax().item())  # in deviations: each coordinate has its own
+    quadrature = Quadrature(torch.zeros(2), torch.ones(2), half=half, cell=2 * half / 240)
+    log_q = quadrature.log_density(model.potential)[0] - model.scale.double().log().sum()
+    x_low, y_low = (model.shift - half * model.scale).tolist()
+    x_high, y_high = (model.shift + half * model.scale).tolist()
+    side, extent = len(quadrature.axis), (x_low, x_high, y_low, y_high)
+    aspect = "equal" if model.scale.amax() < 3 * model.scale.amin() else "auto"  # units differ
 
     def image(values: torch.Tensor) -> Any:
         return values.reshape(side, side).mT.numpy()
@@ -62,10 +65,10 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
     panels = 4 if data.law is not None else 3
     figure = sheet(3.3 * panels, 3.7)
     axes = figure.subplots(1, panels, sharex=True, sharey=True)
-    shown = {"origin": "lower", "extent": extent, "cmap": "magma"}
+    shown = {"origin": "lower", "extent": extent, "cmap": "magma", "aspect": aspect}
     density = log_q.exp()
     if data.law is not None:
-        density_of_data = data.law.log_density(quadrature.grid).exp()
+        density_of_data = data.law.log_density(quadrature.grid * model.scale + model.shift).exp()
         top = density_of_data.max().item()
         axes[0].imshow(image(density_of_data), vmin=0, vmax=top, **shown)
         axes[0].set_title("data's density")
@@ -83,7 +86,7 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
     axes[-1].set_title("particles")
     axes[-1].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
     for axis in axes:
-        axis.set(aspect="equal", xlim=(-half, half), ylim=(-half, half), xlabel="$x_1$")
+        axis.set(aspect=aspect, xlim=extent[:2], ylim=extent[2:], xlabel="$x_1$")
     axes[0].set_ylabel("$x_2$")
     finish(figure, directory.figure("density"))
 

@@ -9,7 +9,8 @@
     unrolled    backpropagation through the last 5 Langevin steps
 
 Arms that train get the same number of pulls through V at all particles. Nested and unrolled run with the same η as the
-single loop, and again with the η of a published grid at which their final exact reward is best (`…_tuned`).
+single loop, and again with the η of a published grid at which their final exact reward is best (`…_tuned`): over six
+seeds of their own, and of rates that tie within the error the smallest.
 """
 
 from __future__ import annotations
@@ -74,31 +75,31 @@ def run(config: Config) -> dict[str, Any]:
 
 def describe(trace: Trace, exact: Exact) -> None:
     """Add to every record what is known exactly under its θ; guidance has no θ of its own."""
-    coarse, initial = Exact(exact.sigma, 200), torch.tensor(LOGITS)
+    initial = torch.tensor(LOGITS)
     for point in trace.points:
         logits = point.pop("logits")
         if trace.arm != "guidance":
             point["reward_exact"] = exact.reward(logits)
-            point["kl_from_initial"] = coarse.kl_of_weights(logits, initial) if trace.arm in TRAINED else None
+            point["kl_from_initial"] = exact.coarse.kl_of_weights(logits, initial) if trace.arm in TRAINED else None
             point["mode_probabilities"] = logits.softmax(0).tolist()
 
 
 def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
     """One arm: means over its seeds."""
     rewards = [mean(t.tail) for t in traces]
-    initial, coarse = mixture(None, exact.sigma, torch.float64), Exact(exact.sigma, 200)
+    initial = mixture(None, exact.sigma, torch.float64)
     finals = [t.potential.double() for t in traces]
     arm: dict[str, Any] = {"reward": mean(rewards), "reward_std": stdev(rewards) if len(rewards) > 1 else None}
     if traces[0].arm != "guidance":
         arm["reward_exact"] = mean(exact.reward(logits_of(p)) for p in finals)
         modes = torch.stack([logits_of(p).detach().double().softmax(0) for p in finals])
     else:
-        modes = torch.tensor([coarse.modes(p) for p in finals], dtype=torch.float64)
+        modes = torch.tensor([exact.coarse.modes(p) for p in finals], dtype=torch.float64)
     if traces[0].diagnostics:
         arm["diagnostics"] = traces[0].diagnostics
     return arm | {
         "mode_probabilities": modes.mean(0).tolist(),
-        "kl_from_initial": mean(coarse.kl(p, initial) for p in finals),
+        "kl_from_initial": mean(exact.coarse.kl(p, initial) for p in finals),
         "seconds": mean(t.seconds for t in traces),
         "gradient_evaluations": traces[0].points[-1]["gradient_evaluations"],
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.hexagon_problem import Exact, hard_reward, mixture, smooth_reward
-from implicit_diffusion.experiments.ranges import at_least, not_negative, positive
+from implicit_diffusion.experiments.ranges import WORDS, at_least, not_negative, positive
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -25,7 +26,7 @@ from implicit_diffusion.potentials import GaussianMixture, Guided
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.simulate import simulate
 
-INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 2
+INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 6
 WATCHED = 128  # particles whose mixing is looked at
 START, DATA, TRAIN, TUNE = range(4)  # streams of noise
 TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
@@ -132,13 +133,13 @@ class Arms:
         return self._sample(name, seed, noise, potential)
 
     def tune(self, name: str, exact: Exact) -> dict[str, float]:
-        """Final exact reward for every η of the grid, on seeds of their own; the best one is kept."""
-        rewards = {}
+        """Mean final exact reward for every η of the grid, on seeds of their own; keeps `best_rate` of them."""
+        rewards: dict[float, list[float]] = {}
         for rate in self.config.grid:
             runs = [self._train(name, seed, Noise(seed).stream(TUNE), rate) for seed in range(TUNING_SEEDS)]
-            rewards[f"{rate:g}"] = mean(exact.reward(logits_of(t.potential)) for t in runs)
-        self.rates[name] = float(max(rewards, key=rewards.__getitem__))
-        return rewards
+            rewards[rate] = [exact.reward(logits_of(t.potential)) for t in runs]
+        self.rates[name] = best_rate(rewards)
+        return {f"{rate:g}": mean(values) for rate, values in rewards.items()}
 
     def start(self, noise: Noise, exact: bool) -> Tensor:
         """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes ask for them."""
@@ -187,12 +188,18 @@ class Arms:
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
         trace.potential = mixture(potential.logits.detach(), self.config.sigma)
-        trace.diagnostics = statistics(loop) | {"signal_to_noise": signal_to_noise(loop)}
+        diagnostics: dict[str, float] = statistics(loop) | {"signal_to_noise": signal_to_noise(loop)}
         history = None
         if len(trace.history) >= 8 and not name.startswith("nested"):  # nested particles begin anew every time
             history = torch.stack(trace.history[len(trace.history) // 2 :])
-            trace.diagnostics |= {"r_hat": r_hat(history), "ess_in_time": ess_in_time(history), "records": len(history)}
-        trace.advice = advice(loop, {k: last[k] for k in ("lag", "ess") if k in last}, history)
+            diagnostics |= {"r_hat": r_hat(history), "ess_in_time": ess_in_time(history), "records": len(history)}
+        trace.diagnostics = finite(diagnostics)
+        trace.advice = advice(
+            loop,
+            {k: last[k] for k in ("lag", "ess") if k in last},
+            history,
+            words=WORDS | {"weigh": "the weighted arm"},
+        )
         if name == "implicit":
             self.optimal[seed] = potential.logits.detach().clone()
         return trace
@@ -208,6 +215,20 @@ class Arms:
         return _record(Trace(name, seed, potential), moves(), steps, lambda: logits_of(potential).detach())
 
 
+def best_rate(rewards: dict[float, list[float]]) -> float:
+    """The smallest rate whose mean reward is within a standard error of the best one's, over the same ≥ 2 seeds.
+
+    A rate that jumps to one mode or another by chance would win by luck otherwise.
+    """
+    best = rewards[max(rewards, key=lambda rate: mean(rewards[rate]))]
+
+    def ties(values: list[float]) -> bool:
+        behind = [b - v for b, v in zip(best, values)]
+        return mean(behind) <= stdev(behind) / math.sqrt(len(behind))
+
+    return min(rate for rate, values in rewards.items() if ties(values))
+
+
 def _record(
     trace: Trace, steps: Iterator[tuple[dict[str, Any], Tensor]], total: int, logits: Callable[[], Tensor]
 ) -> Trace:
@@ -219,13 +240,18 @@ def _record(
         if k > total - max(1, total // 10):
             trace.tail.append(float(metrics["reward"]))
         if k in due:
-            point = {name: float(metrics[name]) for name in SHOWN if name in metrics}
+            point = finite({name: float(metrics[name]) for name in SHOWN if name in metrics})
             trace.history.append(x[:WATCHED, 0].detach().clone())
             trace.points.append({"iteration": k, "seconds": trace.seconds, "logits": logits()} | point)
         if k in clouds:
             trace.clouds.append((x.detach().clone(), logits()))
         start = time.perf_counter()
     return trace
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float]:
+    """Without ratios of nothing to nothing, which a saturated θ or too few particles leave: files hold numbers only."""
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def logits_of(potential: nn.Module) -> Tensor:

@@ -28,6 +28,9 @@ COLOURS = {
 }
 
 
+PICTURED = ("untrained", "implicit", "guidance", "transfer")  # more would be too small to see
+
+
 def draw(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
     """particles, curves, modes and lag, as PNG files in the run directory."""
     _particles(sigma, traces, directory)
@@ -37,8 +40,8 @@ def draw(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None
 
 
 def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
-    """Rows: arms of the first seed; columns: before, half-way, after; contours of π_θ there."""
-    shown = [trace for trace in traces if trace.seed == traces[0].seed and not trace.arm.endswith("_tuned")]
+    """Columns: the paper's arms, of the first seed; rows: before, half-way, after; contours of π_θ there."""
+    shown = [trace for trace in traces if trace.seed == traces[0].seed and trace.arm in PICTURED]
     figure = sheet(2.3 * len(shown), 7.2)
     axes = figure.subplots(3, len(shown), squeeze=False)
     half = 4 + 3.2 * max(sigma, 0.35)
@@ -52,7 +55,7 @@ def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -
             levels = [share * float(density.max()) for share in (0.03, 0.1, 0.3, 0.7)]
             ax.contour(axis, axis, density, levels=levels, colors="0.45", linewidths=0.7)
             points = x[:: max(1, len(x) // 400)]
-            ax.plot(points[:, 0], points[:, 1], ".", ms=2.2, alpha=0.6, color=COLOURS[trace.arm], mew=0)
+            ax.plot(points[:, 0], points[:, 1], ".", ms=4, alpha=0.6, color=COLOURS[trace.arm], mew=0)
             ax.plot([4], [3.8], "k+", ms=7)
             ax.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
             ax.tick_params(labelsize=7)
@@ -96,7 +99,7 @@ def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     seeds = len({trace.seed for trace in traces})
-    figure.suptitle(f"Means over {seeds} seeds; bands from the lowest to the highest seed")
+    figure.suptitle(f"Means over {seeds} seeds; bands: the middle half of them")
     finish(figure, directory.figure("curves"), axes.flat)
 
 
@@ -156,5 +159,6 @@ def _column(group: Sequence[Trace], name: str) -> Tensor | None:
 
 
 def _band(ax: Any, x: Tensor, ys: Tensor, colour: str, label: str) -> None:
-    ax.plot(x, ys.mean(0), color=colour, lw=1.8, label=label)
-    ax.fill_between(x, ys.amin(0), ys.amax(0), color=colour, alpha=0.18, lw=0)
+    ax.plot(x, ys.mean(0), color=colour, lw=1.8, label=label, zorder=3)  # over all bands
+    low, high = ys.quantile(torch.tensor([0.25, 0.75], dtype=ys.dtype), dim=0)
+    ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

@@ -64,6 +64,11 @@ class Exact:
         self.grid = torch.cartesian_prod(self.axis, self.axis)
 
     @cached_property
+    def coarse(self) -> Exact:
+        """The same with a quarter of the points per axis: enough for what has no jump, and a sixteenth of the time."""
+        return Exact(self.sigma, len(self.axis) // 4)
+
+    @cached_property
     def per_mode(self) -> Float[Tensor, " modes"]:
         """E[R_hard | mode], 0.1887, 0.2983, 0.0045, … at σ = 1."""
         reward = hard_reward(self.grid)

@@ -125,6 +125,11 @@ class Quadrature:
         self.log_jacobian = scale.double().log().sum().item()
         self.target, self.log_p = target, None if target is None else target.log_density(self.grid)
 
+    def at_edge(self, log_density: Float[Tensor, " cells"]) -> float:
+        """The mass in the outermost cells, which tells whether the law fits on the grid."""
+        inner = log_density.view(len(self.axis), -1)[1:-1, 1:-1]
+        return (log_density.logsumexp(0).exp() - inner.flatten().logsumexp(0).exp()).item() * self.area
+
     @torch.no_grad()
     def log_density(self, potential: nn.Module) -> tuple[Float[Tensor, " cells"], float]:
         """Log of the model's density at the cells, per area of the data's plane, and log ∫ e^{−V(z)} dz."""

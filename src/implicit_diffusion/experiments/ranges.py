@@ -10,13 +10,15 @@ from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 
+WORDS = {"weigh": "--weighted", "rate": "--lr", "particles": "--particles", "step": "--step-size"}  # for `advice`
+
 
 def at_least(config: Any, **least: int) -> None:
     """Raise `InvalidInputError` where an integer option is below its least value."""
     for name, lowest in least.items():
         value = getattr(config, name)
         if value is not None and value < lowest:
-            raise InvalidInputError(f"{_option(name)} must be an integer ≥ {lowest}, got {value}")
+            raise InvalidInputError(f"{option(name)} must be an integer ≥ {lowest}, got {value}")
 
 
 def positive(config: Any, *names: str) -> None:
@@ -24,7 +26,7 @@ def positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise InvalidInputError(f"{_option(name)} must be positive and finite, got {value}")
+            raise InvalidInputError(f"{option(name)} must be positive and finite, got {value}")
 
 
 def not_negative(config: Any, *names: str) -> None:
@@ -32,8 +34,9 @@ def not_negative(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
-            raise InvalidInputError(f"{_option(name)} must be finite and ≥ 0, got {value}")
+            raise InvalidInputError(f"{option(name)} must be finite and ≥ 0, got {value}")
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def option(name: str, value: object = None) -> str:
+    """A field as it is typed on the command line; `--no-` where a flag is False."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.potentials.energy import energy_of
 
 LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # where `advice` speaks up
+
+
+WORDS = {  # what `advice` calls the things to change, from Python
+    "weigh": "weighted=True",
+    "rate": "learning rate",
+    "particles": "particles",
+    "step": "step size, or tune it with warm_up",
+}
 
 
 def signal_to_noise(loop: ParticleLoop, groups: int = 8) -> float:
@@ -69,7 +78,11 @@ def ess_in_time(values: Float[Tensor, "time chains"]) -> float:
 
 
 def advice(
-    loop: ParticleLoop, metrics: dict[str, Any], history: Float[Tensor, "time chains"] | None = None
+    loop: ParticleLoop,
+    metrics: dict[str, Any],
+    history: Float[Tensor, "time chains"] | None = None,
+    *,
+    words: Mapping[str, str] = WORDS,
 ) -> list[str]:
     """What looks wrong, in plain words with what to change; empty where nothing does.
 
@@ -78,33 +91,34 @@ def advice(
         metrics: of its last step.
         history: a statistic of some particles along the run, for R-hat; resampling breaks chains, so weighted loops
             have none.
+        words: what to call the things to change, with the keys of `WORDS`; a command line names its options.
     """
     found = []
     if float(metrics.get("lag", 0.0)) > LAG:
         found.append(
             f"the particles lag behind θ: weighted and plain means differ by {float(metrics['lag']):.2f} deviations. "
-            "Take weighted=True, a smaller learning rate, or more sampler steps per update"
+            f"Take {words['weigh']}, a smaller {words['rate']}, or more sampler steps per update"
         )
     if loop.weighted and float(metrics["ess"]) < EFFECTIVE * loop.n:
         found.append(
             f"{float(metrics['ess']):.0f} of {loop.n} particles carry the weight: θ moves too far per step. Take a "
-            "smaller learning rate or more particles"
+            f"smaller {words['rate']} or more {words['particles']}"
         )
     if "acceptance" in metrics and not ACCEPTED[0] < float(metrics["acceptance"]) < ACCEPTED[1]:
         change = "smaller" if float(metrics["acceptance"]) < ACCEPTED[0] else "larger"
         found.append(
-            f"{float(metrics['acceptance']):.0%} of the proposals are accepted: take a {change} step size, or tune it "
-            "with warm_up"
+            f"{float(metrics['acceptance']):.0%} of the proposals are accepted: take a {change} {words['step']}"
         )
     noise = signal_to_noise(loop)
     if math.isfinite(noise) and noise < NOISE:
         found.append(
-            f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more particles or a "
-            "smaller learning rate"
+            f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more "
+            f"{words['particles']} or a smaller {words['rate']}"
         )
     if history is not None and not loop.weighted and r_hat(history) > MIXED:
         found.append(
             f"chains have not come together (R-hat {r_hat(history):.2f}): either the record is short, or particles "
-            "stay in the modes where they began. If a longer run says the same, take weighted=True with X_0 from π_θ"
+            "stay in the modes where they began. If a longer run says the same, take "
+            f"{words['weigh']} with X_0 from π_θ"
         )
     return found

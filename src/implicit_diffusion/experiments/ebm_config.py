@@ -1,0 +1,151 @@
+"""What `implicit-diffusion ebm` is asked, with defaults that depend on the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.ebm_arms import Settings
+from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.energy_model import Architecture, Moves
+from implicit_diffusion.experiments.ranges import at_least, not_negative, option, positive
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vectors": {
+        "potential": "mlp",
+        "steps": 1000,
+        "particles": 1000,
+        "step_size": 0.06,
+        "leapfrogs": 4,
+        "refresh": 250,
+        "lr": 3e-3,
+        "weight_decay": 0.0,
+        "width": 64,
+        "judge_steps": 200,
+    },
+    "images": {
+        "potential": "conv",
+        "steps": 1200,
+        "particles": 256,
+        "step_size": 0.2,
+        "leapfrogs": 4,
+        "refresh": 100,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "width": 16,
+        "judge_steps": 1500,  # their weights are heavier: few steps find log Z too low
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an energy-based model by maximum likelihood in a single loop."""
+
+    data: str = "moons"
+    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.npy with
+    shape (m, d) or (m, channels, height, width)."""
+    potential: Literal["mlp", "conv"] | None = None
+    """The network beside the Gaussian; by default mlp for vectors, conv for images."""
+    sampler: Literal["ula", "mala", "underdamped", "hmc"] = "hmc"
+    """The kernel that moves the particles, once per update."""
+    weighted: bool = True
+    """Weigh the particles for the motion of θ: right masses of modes, and log Z. Underdamped has no weights."""
+    steps: int | None = None
+    """Updates of θ; 1000 for vectors, 1200 for images by default."""
+    particles: int | None = None
+    """n, and data per update; 1000 for vectors, 256 for images by default. Weighted, a multiple of 8."""
+    step_size: float | None = None
+    """h in standardised coordinates: for hmc and underdamped 0.06 for vectors, 0.2 for images by default; the square of
+    that for ula and mala."""
+    leapfrogs: int | None = None
+    """Of hmc; 4 by default. Together with the step size they should carry a particle through its mode."""
+    refresh: int | None = None
+    """Updates after which weighted particles are drawn anew by annealing, which ends the errors that their weights
+    have accumulated; 0 for never; 250 for vectors, 100 for images by default."""
+    lr: float | None = None
+    """Of Adam at the start, with cosine decay to zero; 3e-3 for vectors, 1e-3 for images by default."""
+    weight_decay: float | None = None
+    """Of AdamW; holds a network down that out-grows the Gaussian. 0 for vectors, 0.01 for images by default."""
+    width: int | None = None
+    """Of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
+    judge_steps: int | None = None
+    """Annealing steps that tell the final log Z, and half as many again that check it; 200 for vectors, 1500 for images
+    by default, where they are most of the time after training."""
+    long_chains: bool = False
+    """Of images: also move particles ten times as long as training did, to see whether they drift away from data."""
+    compare: bool = False
+    """Run all arms of the comparison at equal cost instead: laws of the plane only."""
+    seeds: int | None = None
+    """Of the comparison; 5 by default."""
+    seed: int = 0
+    """Of all random numbers: the same seed gives the same model, bit for bit."""
+    out: Path | None = None
+    """Run directory, new or empty; a comparison that was interrupted goes on in its own. By default
+    runs/ebm-<data>-<time>."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""
+        at_least(self, steps=1, particles=16, leapfrogs=1, width=1, judge_steps=2, seeds=1, seed=0, refresh=0)
+        if self.weighted and self.particles is not None and self.particles % 8:
+            raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
+        positive(self, "step_size", "lr")
+        not_negative(self, "weight_decay")
+        for name, why in self._idle().items():
+            if getattr(self, name) != getattr(Config, name):
+                raise InvalidInputError(f"{option(name, getattr(self, name))} has no effect: {why}; leave it out")
+        if self.sampler == "underdamped" and (self.weighted or self.compare):
+            other = "" if self.compare else ", or add --no-weighted"
+            raise InvalidInputError(f"--sampler underdamped knows no weights; take ula, mala or hmc{other}")
+
+    def resolved(self, data: Data) -> Config:
+        """With the defaults for these data in place of None, where the option has an effect."""
+        idle = self._idle()
+        return replace(self, **{name: value for name, value in self._values(data).items() if name not in idle})
+
+    def settings(self, data: Data) -> Settings:
+        """What to train on these data."""
+        values = self._values(data)
+        return Settings(
+            Architecture(values["potential"], data.event_shape, values["width"]),
+            Moves(self.sampler, values["step_size"], values["leapfrogs"]),
+            "weighted" if self.weighted else "hmc",
+            values["particles"],
+            values["steps"],
+            values["lr"],
+            self.seed,
+            weight_decay=values["weight_decay"],
+            refresh=values["refresh"] if self.weighted else 0,
+        )
+
+    def _values(self, data: Data) -> dict[str, Any]:
+        """All options that have defaults, with these in place of None."""
+        defaults = DEFAULTS["images" if len(data.event_shape) == 3 else "vectors"] | {"seeds": 5}
+        if self.sampler in ("ula", "mala"):
+            defaults |= {"step_size": defaults["step_size"] ** 2}
+        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()}
+
+    def _idle(self) -> dict[str, str]:
+        """Options without an effect beside the others, and why."""
+        idle: dict[str, str] = {}
+        if self.sampler != "hmc":
+            idle |= {"leapfrogs": f"--sampler {self.sampler} has none"}
+        if not self.compare:
+            idle |= {"seeds": "it is the number of runs of --compare"}
+            return idle if self.weighted else idle | {"refresh": "particles without weights are not drawn anew"}
+        return idle | {
+            "lr": "--compare searches the rate of every arm",
+            "refresh": "--compare never draws particles anew",
+            "weighted": "--compare runs arms with weights and without",
+            "long_chains": "--compare takes laws of the plane",
+        }
+
+
+def markdown() -> str:
+    """`DEFAULTS` as the table of the documentation."""
+    lines = ["| option | vectors | images |", "|---|---|---|"]
+    for name, value in DEFAULTS["vectors"].items():
+        lines.append(f"| `{option(name)}` | {value} | {DEFAULTS['images'][name]} |")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""One training of an energy-based model, in any arm, under a watch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from implicit_diffusion.errors import DivergenceError, NonFiniteError
+from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, to_model
+from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.energy_model import EnergyModel
+from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.fit import Fit, fit
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that has ended, with the exact figures on its way where these are known."""
+
+    settings: Settings
+    fit: Fit
+    loop: ParticleLoop
+    model: EnergyModel
+    curve: list[dict[str, Any]]
+
+
+def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
+    """Train under a watch; on the plane with exact figures along the way.
+
+    Raises:
+        DivergenceError: see `Watch`, which has the last word; `directory.model` then holds the last sound model.
+        NonFiniteError: NaN or infinity; likewise.
+    """
+    standardised, _ = data.standardised()
+    save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
+    watch = Watch(standardised, save=save)
+    callbacks: list[Any] = [watch, Refresh(settings)]
+    curve: list[dict[str, Any]] = []
+    if data.law is not None:
+        quadrature = Quadrature(data.shift, data.scale, data.law)
+        every = max(1, settings.updates // looks)
+
+        def look(state: Fit) -> None:
+            if state.updates % every == 0 or state.updates == settings.updates:
+                found = quadrature.figures(state.model)
+                work = {"updates": state.updates, "seconds": state.seconds} | loop.cost()
+                if loop.weighted:
+                    found["log_z_particles"] = float(loop.particles.log_z or 0.0)
+                curve.append(work | found)
+                state.metrics |= {f"exact_{name}": value for name, value in found.items()}
+
+        callbacks.append(look)
+    if directory is not None and not directory.model.exists():  # a resumed run has a later one
+        to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
+    try:
+        state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.description)
+        if state.updates == settings.updates:
+            watch.look(state)
+    except (DivergenceError, NonFiniteError) as error:
+        change = ". Take a smaller --lr or --step-size, or add --weight-decay" if type(error) is NonFiniteError else ""
+        kept = f"; the last sound model is in {directory.model}" if directory is not None else ""
+        raise type(error)(f"{error}{change}{kept}") from error
+    if data.law is not None and not curve:  # resumed after its last update
+        look(state)
+    return Trained(settings, state, loop, to_model(settings, loop, data), curve)
