@@ -131,9 +131,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             x, j = [mean(column) for column in zip(*xs)], [mean(column) for column in zip(*js)]
             label = f"{name}, {runs[0]['batch']} per update, rate {runs[0]['rate']:g}"
             axis.plot(x, j, color=colour, lw=2.2, label=label)
-            times = [run[f"{what}_to_target"] for run in runs]
-            if None not in times:
-                axis.plot(mean(times), results["target"], "o", color=colour, ms=7, mec="white", mew=1.2, zorder=3)
+            times = [t for run in runs if (t := run[f"{what}_to_target"]) is not None]
+            axis.plot(times, [results["target"]] * len(times), "o", color=colour, ms=5, mec="white", mew=0.8, zorder=3)
         axis.axhline(results["target"], color="0.5", ls=":", lw=1.2)
     share = f"{100 * results['config']['share']:g} %"
     axes[0].text(
@@ -153,6 +152,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     axes[1].set(xlabel="network evaluations (samples × calls)", title="By the work done")
     axes[1].xaxis.set_major_formatter(lambda v, _: f"{v / 1e3:g}k" if v else "0")
+    axes[1].plot([], [], "o", color="0.4", ms=5, mec="white", label="where a seed first gets there")
     axes[1].legend(frameon=False, loc="upper right")
     finish(figure, path, axes)
 

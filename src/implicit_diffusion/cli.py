@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finetune_config,
         hexagon,
         pretrain,
+        pretrain_config,
         recovery,
         resuming,
         sample,
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[tyro.conf.FlagCreatePairsOff[sweep.Config], tyro.conf.subcommand("sweep")]
         | Annotated[sample.Config, tyro.conf.subcommand("sample")]
-        | Annotated[tyro.conf.FlagCreatePairsOff[pretrain.Config], tyro.conf.subcommand("pretrain")]
+        | Annotated[tyro.conf.FlagCreatePairsOff[pretrain_config.Config], tyro.conf.subcommand("pretrain")]
         | Annotated[ebm.Config, tyro.conf.subcommand("ebm")]
         | Annotated[score.Config, tyro.conf.subcommand("score")]
         | Annotated[tilt.Config, tyro.conf.subcommand("tilt")]
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sweep.run(chosen)
             case sample.Config():
                 sample.run(chosen)
-            case pretrain.Config():
+            case pretrain_config.Config():
                 pretrain.run(chosen)
             case ebm.Config():
                 ebm.run(chosen)
@@ -90,6 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(error or "interrupted", file=sys.stderr)
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     return 0

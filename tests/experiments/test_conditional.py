@@ -65,7 +65,7 @@ def test_stable_diffusion_end_to_end(place, text_run, capsys):
     from diffusers import DiffusionPipeline
 
     summary, config = (json.loads((text_run / f"{name}.json").read_text()) for name in ("summary", "config"))
-    assert summary["updates"] == 2 and summary["path_kl"] > 0 and summary["captured"] is not None
+    assert summary["updates"] == 2 and summary["path_kl"] > 0 and summary["j_bound"] is not None
     assert config["guidance"] == 7.5 and summary["condition"] == "prompts"
     assert config["scheduler"] == "ddpm" and summary["pipeline_is_the_chain"] is True
     assert (text_run / "prompts.txt").read_text() == "a cat\nred dog\n"

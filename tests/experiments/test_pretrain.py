@@ -1,13 +1,16 @@
 """Pretraining on a tiny setting, and the model that ships with the package."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
+from implicit_diffusion.denoisers.pretrained import load_pretrained
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import digits, pretrain
+from implicit_diffusion.runs import RunDirectory
 
 TINY = pretrain.Config(steps=3, batch=4, channels=(8, 8), samples=8, chains=(2, 3))
 SHIPPED = digits.ASSETS / "digits"
@@ -45,10 +48,53 @@ def test_training_lowers_the_loss():
     assert losses[1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("bad", [{"data": "letters"}, {"out": digits.ASSETS}])
-def test_bad_settings_are_refused(bad):
-    with pytest.raises(InvalidInputError, match=next(iter(bad))):
-        pretrain.run(replace(TINY, **bad))
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"data": "letters"}, "data"),
+        ({"out": digits.ASSETS}, "--out"),
+        ({"chains": (2, 5000)}, "--chains 5000: .* more than"),
+        ({"chains": (0,)}, "--chains must be"),
+        ({"chains": ()}, "--chains must be"),
+        ({"ema_decay": 1.5}, "--ema-decay must lie in"),
+        ({"dropout": 2.0}, "--dropout must lie in"),
+        ({"samples": 1}, "--samples must be"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(bad, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "_train", lambda *arguments: pytest.fail("trained"))
+    with pytest.raises(InvalidInputError, match=message):
+        pretrain.run(replace(TINY, **{"out": tmp_path / "run"} | bad))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_model_is_there_whatever_happens_after_its_training(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no samples")
+
+    monkeypatch.setattr(pretrain, "sample_images", fail)
+    with pytest.raises(RuntimeError, match="no samples"):
+        pretrain.run(replace(TINY, out=tmp_path / "run"))
+    assert load_pretrained(tmp_path / "run" / "model").event_shape == digits.EVENT_SHAPE
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["updates"] for line in lines] == [1, 2, 3] and all(line["loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_the_average_so_far_is_saved_on_the_way_and_leaves_no_trace_in_the_training(interrupted, tmp_path, monkeypatch):
+    directory, plain = RunDirectory.create(tmp_path / "run"), pretrain.train(TINY)[0]
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 0.0)
+    if interrupted:
+        loss = pretrain._loss
+        monkeypatch.setattr(pretrain, "_loss", lambda *a: signal.raise_signal(signal.SIGINT) or loss(*a))
+        with pytest.raises(KeyboardInterrupt, match="interrupted at step 1 of 3; the average of its weights"):
+            pretrain.train(TINY, directory=directory)
+        assert "after 1 of 3 steps" in (directory.model / "README.md").read_text()
+    else:
+        trained, _ = pretrain.train(TINY, directory=directory)
+        saved = load_pretrained(directory.model).denoiser.model
+        for same in (plain, saved):
+            assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), same.parameters(), strict=True))
 
 
 def test_the_shipped_model_is_small_and_loads_offline():

@@ -6,16 +6,18 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
-from tests.experiments.toy_outcome import colour_outcome, digits_outcome, quality
+from tests.experiments.toy_outcome import BETA, colour_outcome, digits_outcome, evaluation, quality
 
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.figures import draw
 from implicit_diffusion.experiments.figures_frontier import frontier, tangent_curve
 from implicit_diffusion.experiments.figures_samples import samples
 from implicit_diffusion.experiments.figures_training import _fresh, cost, smooth, staleness, training
-from implicit_diffusion.experiments.outcome import number, percent
+from implicit_diffusion.experiments.judging import judge
 from implicit_diffusion.experiments.report import command, write_report
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.runs import RunDirectory
 
@@ -92,11 +94,33 @@ def test_a_model_that_is_not_digits_in_a_nested_loop(tmp_path):
 def test_a_run_without_path_kl(good, tmp_path):
     """The penalty on drifts has no bound: its numbers are None and are left out."""
     absent = dict.fromkeys([k for k in good.summary if k.startswith(("path_kl", "j_", "captured"))])
-    outcome = replace(good, bound=None, summary=good.summary | absent)
+    plan = replace(good.plan, bounds=(), gain_se=())
+    config = good.config | {"penalty": "drift"}
+    outcome = replace(good, bound=None, summary=good.summary | absent, plan=plan, config=config)
     assert frontier(outcome) is None and cost(outcome) is None
+    figure, _, caption = training(outcome)
+    assert len(figure.axes) == 1 and "KL" not in caption and "optimum" not in caption
     text = written(outcome, tmp_path)
     assert "Captured" not in text and "None" not in text
+    assert "drift weight 3.3" in text and "KL weight" not in text and "the KL," not in text
     assert titles(outcome) == []
+
+
+def test_the_frontier_shows_gains_over_the_pretrained_model_on_the_same_noise(good):
+    """However much the held-out noise of the training earns before it, and with the star on the line."""
+    luck = 5.0
+    metrics = [m | {"held_out_reward": m["held_out_reward"] + luck} for m in good.metrics if "held_out_reward" in m]
+    before = good.summary["held_out_reward_before"]
+    lucky = replace(good, metrics=metrics, summary=good.summary | {"held_out_reward_before": before + luck})
+    for outcome in (good, lucky):
+        axes = frontier(outcome)[0].axes[0]
+        dots = next(c for c in axes.collections if "training" in c.get_label())
+        gains = [row[1] - before for row in good.column("held_out_path_kl", "held_out_reward")]
+        assert np.asarray(dots.get_offsets())[:, 1] == pytest.approx(np.array(gains))
+        lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+        curve = lines["best possible, by KL weight"]
+        optimum = good.bound.reward - good.summary["reward_before"]
+        assert np.interp(good.bound.path_kl, *curve.T) == pytest.approx(optimum, abs=1e-3)
 
 
 def test_what_there_is_no_data_for_is_not_drawn(good):
@@ -125,7 +149,7 @@ def test_no_false_alarm(good):
         ({"stopped": "no progress"}, "The run stopped early"),
         ({"path_kl": 0.9, "path_kl_se": 0.01}, "The KL is above its target"),
         ({"reward_exported": 37.0}, "The exported model differs from the trained chain"),
-        ({"reward_after": 36.1}, "No clear gain"),
+        ({"reward_after": 36.1, "reward_gain_se": 0.1}, "No clear gain"),
         ({"quality_after": quality(judge_confidence=0.8)}, "Reward hacking suspected: the judge lost confidence"),
         ({"quality_after": quality(nearest_distance=3.9)}, "Reward hacking suspected: samples left the real digits"),
         ({"quality_after": quality(memorised=0.2)}, "The model recites"),
@@ -137,6 +161,17 @@ def test_warnings(good, tmp_path, summary, title):
     assert title in titles(outcome)
     text = written(outcome, tmp_path)
     assert title in text and "No warnings" not in text
+
+
+def test_a_share_of_nothing_is_not_told():
+    """Where the possible gain may be none, within its error, there is no captured share, and the reason is given."""
+    noise = torch.Generator().manual_seed(0)
+    shift = 50 * torch.randn(16, 1, generator=noise)
+    before = evaluation(starts=16, repeats=8)
+    after = replace(before, reward=before.reward + shift)
+    found = judge(before, after, after, BETA).summary
+    assert found["captured"] is None and "may be nothing" in found["captured_unknown"]
+    assert judge(before, before, before, BETA).summary["captured"] == 0.0
 
 
 def test_pixels_out_of_range(good):
@@ -154,6 +189,7 @@ def test_a_lucky_bound(good):
     ("summary", "title"),
     [
         ({"stopped": "path KL 0.5 nats reached the target 0.5"}, "The run stopped early"),
+        ({"captured": None, "captured_unknown": "It may be nothing."}, "The captured share is unknown"),
         ({"quality_after": quality(mmd=0.2)}, "As a set, the samples are far from real digits"),
         ({"quality_after": quality(class_histogram=[0.9] + 9 * [0.1 / 9])}, "One class took over"),
         (

@@ -58,14 +58,24 @@ def test_the_frontier_is_the_bound_of_the_pretrained_samples(swept):
 def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch, capsys):
     runs = []
     original = finetune.run
-    monkeypatch.setattr(finetune, "run", lambda config, *rest: runs.append(config.kl_weight) or original(config, *rest))
+
+    def run(config, **options):
+        runs.append(config.kl_weight)
+        return original(config, **options)
+
+    monkeypatch.setattr(finetune, "run", run)
+    monkeypatch.setattr(finetune, "pretrained_samples", lambda *arguments: pytest.fail("drawn again"))
+    capsys.readouterr()
     before = (swept / "beta-2" / "summary.json").stat().st_mtime_ns
     assert main(["sweep", *model, *TINY, "--kl-weights", "2", "8", "--out", str(swept)]) == 0
     assert runs == [8.0] and (swept / "beta-2" / "summary.json").stat().st_mtime_ns == before
-    assert "finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "finished" in printed and "What the KL weight buys" not in printed
     assert [row["kl_weight"] for row in read(swept)["rows"]] == [2, 4, 8]
     assert main(["sweep", *model, *TINY, "--lr", "2e-3", "--kl-weights", "2", "--out", str(swept)]) == 2
     assert "lr was 0.001 and is 0.002" in capsys.readouterr().err
+    assert main(["sweep", *model, *TINY, "--kl-weights", "2", "--out", str(swept / "beta-2")]) == 2
+    assert "something else than a sweep" in capsys.readouterr().err
 
 
 def test_a_class_conditional_model_is_swept_given_the_label(tmp_path):
@@ -95,6 +105,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
         assert main(call) == 130
+    assert f"the same command, with --out {out}, goes on" in capsys.readouterr().err
     assert (out / "beta-2" / "summary.json").exists() and not (out / "summary.json").exists()
     assert main(call) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"

@@ -73,12 +73,15 @@ def digits_outcome(shift=0.93, waste=0.15, **summary):
     for name, values in (
         ("reward_before", before.reward),
         ("reward_after", after.reward),
+        ("reward_gain", after.reward - before.reward),
         ("reward_exported", after.reward + 0.01),
+        ("exported_less_after", 0 * after.reward + 0.01),
         ("path_kl", after.path_kl + 0.03 * before.reward.sub(MEAN)),
         ("j_before", before.objective(BETA)),
         ("j_after", after.objective(BETA)),
     ):
         numbers[name], numbers[name + "_se"] = mean_and_error(values)
+    numbers["held_out_reward_before"] = evaluation(0.0, 0.0, 128, 1, 7).reward.mean().item()
     numbers |= {"j_bound": best.j, "j_bound_se": best.j_se, "kl_weight": BETA}
     numbers |= {"captured": (numbers["j_before"] - numbers["j_after"]) / (numbers["j_before"] - best.j)}
     numbers |= {"captured_se": 0.007, "seconds": 84.6, "network_evaluations": 120_000, "updates": UPDATES}

@@ -3,7 +3,8 @@
 import inspect
 import math
 import re
-import warnings
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,18 +101,13 @@ def test_runs_make_as_many_updates_as_asked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ula", "weighted ula", "weighted mala", "underdamped", "weighted x-first"])
-def test_compiled_equals_eager(name):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")
-        eager, compiled = build(name, lr=0.01), build(name, lr=0.01, compiled=True)
-        for _ in range(5):
-            a, b = eager.step(), compiled.step()
-    if compiled.compiled.reason is not None:
-        pytest.skip(compiled.compiled.reason)
-    torch.testing.assert_close(compiled.walkers.x, eager.walkers.x, rtol=1e-5, atol=1e-5)
-    for key, value in a.items():
-        torch.testing.assert_close(torch.as_tensor(b[key]), torch.as_tensor(value), rtol=1e-5, atol=1e-5)
+def test_compiled_equals_eager():
+    """In a process of its own: the tests' type checks cannot be traced."""
+    names = ["plain", "ula", "weighted ula", "weighted mala", "underdamped", "weighted x-first"]
+    done = subprocess.run([sys.executable, "-m", "tests.loops.compiled", *names], capture_output=True, text=True)
+    if "compiler" in done.stderr and "not compiled" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0 and done.stdout.count("agrees") == len(names), done.stderr
 
 
 def test_a_reward_that_leaves_torch_falls_back_with_a_reason():

@@ -53,6 +53,15 @@ def test_create_refuses_a_file(tmp_path):
         RunDirectory.create(str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("out", ["/proc/run", "{file}/run", "{file}/a/b", "{folder}/" + 300 * "x"])
+def test_a_folder_that_cannot_be_made_is_refused(out, tmp_path):
+    (tmp_path / "file").touch()
+    path = out.format(file=tmp_path / "file", folder=tmp_path)
+    with pytest.raises(InvalidInputError, match=r"--out: .* cannot be made"):
+        RunDirectory.create(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_config_of_a_dataclass(run):
     run.write_config(Config())
     assert read(run.path / "config.json") == {

@@ -106,6 +106,8 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def _read_index(folder: Path) -> tuple[Family, dict[str, Any]]:
     """`model_index.json` and the family of the pipeline that it describes, if that is one that is known."""
     path = folder / "model_index.json"
+    if (folder / "model").is_dir() and not path.is_file():
+        raise InvalidInputError(f"model: {folder} is the folder of a run; its model is {folder / 'model'}.")
     if not path.is_file():
         raise InvalidInputError(
             f"model: {folder} is no diffusers pipeline: it has no model_index.json; it holds {_listing(folder)}. "

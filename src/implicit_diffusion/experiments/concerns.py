@@ -10,11 +10,11 @@ the nearest training digit moves by 2 %, and between the ten classes by at most 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from implicit_diffusion.experiments.outcome import Outcome, number, outside, percent
+from implicit_diffusion.experiments.outcome import Outcome, outside
+from implicit_diffusion.experiments.written import number, percent
 
 CAPTURED = 0.8  # share of the possible gain below which a run is called unfinished; ten Gaussian rows attain about 0.9
 JUDGE_LOST = 0.05  # confidence that the judge may lose
@@ -50,8 +50,7 @@ def _run(outcome: Outcome) -> list[Concern]:
         reached = "reached the target" in stopped
         found.append(Concern(not reached, "The run stopped early", f"It ended {planned}: {stopped}."))
 
-    gain, error = s["reward_after"] - s["reward_before"], s.get("reward_gain_se")
-    error = math.hypot(s["reward_before_se"], s["reward_after_se"]) if error is None else error
+    gain, error = s["reward_after"] - s["reward_before"], s["reward_gain_se"]
     if gain < 2 * error:
         text = f"The reward changed by {number(gain, error, sign=True)} (± 1 standard error), which may be chance."
         found.append(Concern(True, "No clear gain", text))
@@ -66,6 +65,8 @@ def _run(outcome: Outcome) -> list[Concern]:
     elif captured is not None and captured_se > 0.05:
         text = f"The share of the possible gain is known to {percent(captured_se)} only: judge more --starts."
         found.append(Concern(False, "A rough number", text))
+    if s.get("captured_unknown"):
+        found.append(Concern(False, "The captured share is unknown", s["captured_unknown"]))
     if outcome.bound is not None and not outcome.bound.trusted:
         text = (
             f"The bound rests on {outcome.bound.effective_samples:.1f} effective samples per start: "
@@ -98,8 +99,7 @@ def _export(outcome: Outcome) -> list[Concern]:
     if exported is None:
         return []
     difference, gain = exported - s["reward_after"], s["reward_after"] - s["reward_before"]
-    error = math.hypot(s["reward_exported_se"], s["reward_after_se"])
-    if abs(difference) < max(EXPORT * abs(gain), 2 * error):
+    if abs(difference) < max(EXPORT * abs(gain), 2 * s["exported_less_after_se"]):
         return []
     earned = number(exported, s["reward_exported_se"]), number(s["reward_after"], s["reward_after_se"])
     text = (
@@ -135,13 +135,13 @@ def _quality(summary: dict[str, Any]) -> list[Concern]:
     if lost > JUDGE_LOST or widened > GAP_GREW:
         text = (
             f"A judge that was never optimised against is {percent(judge[1])} sure of the classes, {percent(judge[0])} "
-            f"before; the classifier went from {percent(network[0])} to {percent(network[1])}. Raise the KL weight."
+            f"before; the classifier went from {percent(network[0])} to {percent(network[1])}. Raise --kl-weight."
         )
         found.append(Concern(True, "Reward hacking suspected: the judge lost confidence", text))
     if after["nearest_distance"] > AWAY * before["nearest_distance"]:
         text = (
             f"The nearest real digit is {number(after['nearest_distance'], digits=2)} away on average, "
-            f"{number(before['nearest_distance'], digits=2)} before. Look at the samples; raise the KL weight."
+            f"{number(before['nearest_distance'], digits=2)} before. Look at the samples; raise --kl-weight."
         )
         found.append(Concern(True, "Reward hacking suspected: samples left the real digits", text))
     quantile = after["mmd_reference"]["quantile_95"]

@@ -30,9 +30,9 @@ def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
 
 
 def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8) -> None:
-    """Show images, grey or RGB, in rows with a grey line around each; `low` is black and `high` white."""
+    """Show images in rows with a grey line around each, grey, RGB, or the mean of other channels; `low` is black."""
     shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
-    shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)  # other channels in grey
+    shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)
     framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
     picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     axis.imshow(picture.expand(-1, -1, 3), vmin=0, vmax=1)  # (rows H, columns W, RGB)

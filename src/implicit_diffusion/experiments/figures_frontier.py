@@ -6,18 +6,25 @@ For every β no control of the chain gets below J*_β = min(−E R + β·KL), so
 
 and the region above is out of reach. The law that attains J*_β touches its line there: the frontier has slope
 dR/dKL = β. We draw it through the planned points with those slopes, as a cubic in √KL, in which it starts straight.
+
+Plan, training and judgement each have noise of their own, on which the pretrained model earns more or less; so what is
+shown is the gain over the pretrained model on the same noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, FAINT, INK, canvas
-from implicit_diffusion.experiments.outcome import Outcome, number, percent
+from implicit_diffusion.experiments.outcome import Outcome
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops.bound import Bound
+
+NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
 
 
 def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
@@ -25,60 +32,65 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     s, best = outcome.summary, outcome.bound
     if best is None or s["path_kl"] is None:
         return None
-    path = outcome.column("updates", "held_out_path_kl", "held_out_reward", "held_out_reward_se")
+    path = outcome.column("updates", "held_out_path_kl", "held_out_reward")
     reach = 1.45 * max(best.path_kl, s["path_kl"], *(kl for _, kl, *_ in path), 1e-6)
-    bounds = sorted((b for b in outcome.plan.bounds if b.path_kl > 0), key=lambda b: b.path_kl)
+    plan = outcome.plan.reward
+    bounds = [b for b in outcome.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
+    path = [(n, kl, reward - s["held_out_reward_before"]) for n, kl, reward in path]
     figure = canvas(4.6)
     axes = figure.subplots()
 
     kl = np.linspace(0, reach, 400)
-    trusted = [b for b in bounds if b.trusted] + [best]
-    ceiling = np.min([-(b.j - 2 * b.j_se) + b.beta * kl for b in trusted], axis=0)
-    curve = tangent_curve(outcome.plan.reward, bounds, kl) if bounds else np.full_like(kl, np.nan)
-    low = min(outcome.plan.reward, s["reward_before"], *(r for *_, r, _ in path))
-    high = max(best.reward, s["reward_after"], float(np.nanmax(curve, initial=best.reward)))
+    trusted = [(b, plan) for b in bounds if b.trusted] + [(best, s["reward_before"])]
+    ceiling = np.min([-(b.j - 2 * b.j_se) - reward + b.beta * kl for b, reward in trusted], axis=0)
+    optimum = best.reward - s["reward_before"]
+    knots = [replace(b, reward=b.reward - plan) for b in bounds]
+    knots += [replace(best, reward=optimum)] if best.path_kl > 0 else []
+    curve = tangent_curve(0.0, sorted(knots, key=_path_kl), kl) if knots else np.full_like(kl, np.nan)
+    low = min(0.0, s["reward_gain"], *(gain for *_, gain in path))
+    high = max(optimum, s["reward_gain"], float(np.nanmax(curve, initial=optimum)))
     limits = low - 0.12 * (high - low), high + 0.22 * (high - low)
     axes.fill_between(kl, ceiling, limits[1], color=FAINT, alpha=0.65, lw=0)
     axes.annotate("out of reach", (0.04, 0.93), xycoords="axes fraction", color="#5b626c", fontstyle="italic")
 
     axes.plot(kl, curve, color=BOUND, label="best possible, by KL weight")
+    errors = {b.beta: error for b, error in zip(outcome.plan.bounds, outcome.plan.gain_se)}
     for certain in (True, False):
         shown = [b for b in bounds if (b.trusted) is certain and b.path_kl < reach]
         colour = {"color": BOUND, "markerfacecolor": BOUND if certain else "white"}
-        _points(axes, [(b.path_kl, b.path_kl_se, b.reward, b.reward_se) for b in shown], fmt="o", ms=4.5, **colour)
+        rows = [(b.path_kl, b.path_kl_se, b.reward - plan, errors[b.beta]) for b in shown]
+        _points(axes, rows, fmt="o", ms=4.5, **colour)
         for b in shown:
             place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": BOUND}
-            axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, b.reward), **place)
-    axes.plot(
-        kl, -best.j + best.beta * kl, color=INK, lw=1, ls=(0, (5, 3)), label=f"best J at KL weight {best.beta:.3g}"
-    )
+            axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, b.reward - plan), **place)
+    line = -best.j - s["reward_before"] + best.beta * kl
+    axes.plot(kl, line, color=INK, lw=1, ls=(0, (5, 3)), label=f"best J at KL weight {best.beta:.3g}")
 
     if path:
-        updates, xs, ys, error = np.array(path).T
-        axes.errorbar(xs, ys, 2 * error, fmt="none", ecolor="#9aa1ab", elinewidth=0.7, alpha=0.6, zorder=2)
-        axes.plot([0, *xs], [s["reward_before"], *ys], color="#9aa1ab", lw=0.9, zorder=2)
+        updates, xs, ys = np.array(path).T
+        axes.plot([0, *xs], [0, *ys], color="#9aa1ab", lw=0.9, zorder=2)
         dots = axes.scatter(xs, ys, c=updates, cmap="viridis_r", s=26, zorder=4, label="training, held-out noise")
         bar = figure.colorbar(dots, ax=axes, location="bottom", shrink=0.55, aspect=32, pad=0.02)
         bar.set_label("update", fontsize=9)
         bar.outline.set_visible(False)
         bar.locator = _few_ticks()
         bar.update_ticks()
-    _points(
-        axes, [(0.0, 0.0, s["reward_before"], s["reward_before_se"])], fmt="s", color=BEFORE, ms=8, label="pretrained"
-    )
-    _points(axes, [(best.path_kl, best.path_kl_se, best.reward, best.reward_se)], fmt="*", color=BOUND, ms=13)
-    final = (s["path_kl"], s["path_kl_se"], s["reward_after"], s["reward_after_se"])
+    _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
+    _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
+    final = (s["path_kl"], s["path_kl_se"], s["reward_gain"], s["reward_gain_se"])
     _points(axes, [final], fmt="D", color=AFTER, ms=8, label="fine-tuned")
-    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward", xlim=(-0.02 * reach, reach))
+    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained", xlim=(-0.02 * reach, reach))
     axes.set_ylim(*limits)
     axes.legend(loc="lower right", borderaxespad=0.2)
     caption = (
-        "Up is more reward, right is farther from the pretrained model; bars are ± 2 standard errors. No sampler of "
-        "this chain enters the grey region; means over few draws may stray into it within their errors. The frontier "
-        "comes from pretrained samples alone; the star is the optimum of this run's KL weight, sharpened by the "
-        f"trained samples. The run ends {number(s['j_after'] - best.j, digits=2)} of reward below the dashed line, "
-        f"{percent(s['captured'])} of the way from the pretrained model."
+        "Up is more reward than the pretrained model earns on the same noise, right is farther from it; bars are ± 2 "
+        "standard errors. No sampler of this chain enters the grey region; means over few draws, such as the dots of "
+        "the training, may stray into it. The frontier comes from pretrained samples alone, but for the star, the "
+        "optimum of this run's KL weight, which the trained samples tell more sharply. The run ends "
+        f"{number(s['j_after'] - best.j, digits=2)} of reward below the dashed line"
     )
+    share = s["captured"]
+    caption += "." if share is None else f", {percent(share)} of the way from the pretrained model."
     return figure, "Reward against path KL", caption
 
 
@@ -105,6 +117,10 @@ def tangent_curve(pretrained: float, bounds: Sequence[Bound], kl: np.ndarray) ->
         + width * (slopes[piece] * t * (1 - t) ** 2 - slopes[piece + 1] * t**2 * (1 - t))
     )
     return np.where(s <= knots[-1], curve, np.nan)
+
+
+def _path_kl(b: Bound) -> float:
+    return b.path_kl
 
 
 def _points(axes: Any, rows: list[tuple[float, float, float, float]], **style: Any) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, EXPORTED, FAINT, INK, REAL, WIDTH, canvas
-from implicit_diffusion.experiments.outcome import Outcome, decimals
+from implicit_diffusion.experiments.outcome import Outcome
+from implicit_diffusion.experiments.written import decimals
 
 COLUMNS, ROWS = 4, 5
 

@@ -20,6 +20,7 @@ def training(outcome: Outcome) -> tuple[Any, str, str] | None:
         ("reward", "mean reward", s["reward_before"], s["reward_before_se"], _law(best, "reward")),
         ("path_kl", "path KL (nats)", None, None, _law(best, "path_kl")),
     ]
+    rows = [row for row in rows if row[0] == "reward" or not outcome.drift]
     rows = [row for row in rows if outcome.column(row[0]) or outcome.column("held_out_" + row[0])]
     if not rows:
         return None
@@ -51,9 +52,10 @@ def training(outcome: Outcome) -> tuple[Any, str, str] | None:
     figure.legend(handles, labels, loc="outside upper center", ncols=2, columnspacing=1.2, handlelength=1.6)
     caption = (
         "The thin line is the batch of each update, the thick one its running mean; points are on noise that training "
-        "never sees. Bands are ± 2 standard errors. The optimum is the bound of this KL weight: no sampler of this "
-        "chain has a lower J."
+        "never sees. Bands are ± 2 standard errors."
     )
+    if best is not None:
+        caption += " The optimum is the bound of this KL weight: no sampler of this chain has a lower J."
     if outcome.column("staleness_max"):
         caption += " The queue's batches set out some updates earlier; while it drains at the end, none arrive."
     if outcome.column("kl_weight"):

@@ -13,75 +13,111 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from implicit_diffusion.denoisers.lora import adapter_of, merged
 from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
 from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
-from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, make_loop, scale
+from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.sample import write_chain
 from implicit_diffusion.loops import Evaluation, evaluate
-from implicit_diffusion.loops.memory import check_memory, predict_memory
+from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
+from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
-from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs import RunDirectory, load_state, progress, save_state
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
 from implicit_diffusion.samplers.chain import Chain
 
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
+PLANNED = "plan"  # folder of the pretrained rewards that the plan is made of, which a resumed run reads
+OF_A_PLAN = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
 
 
-def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
+def run(
+    config: Config, directory: RunDirectory | None = None, *, pretrained: Evaluation | None = None
+) -> dict[str, Any]:
     """The whole experiment; returns the summary.
 
     Args:
         config: see there.
         directory: of an interrupted run to go on with; None begins a new one.
+        pretrained: what the plan is made of, where it has been drawn and shown before.
     """
     config.check()
     if directory is not None and (directory.path / PROMPTS).is_file():
         config = replace(config, prompts=directory.path / PROMPTS)
-    config = replace(config, stride=config.stride or -(-config.num_steps // 10))
+    if config.loop == "queue":
+        config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     out = config.out or dated("finetune")
     if directory is None:
-        RunDirectory.check(out)
+        RunDirectory.check(out, OF_A_PLAN)
     problem, noise = build(config), Noise(config.seed)
     config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
+    config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
     loop = make_loop(config, problem, noise)
     memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
-    samples = _pretrained_samples(config, problem, noise)
-    plan = make_plan(samples, conditional=problem.chain.condition is not None)
-    directory = directory or RunDirectory.create(out)  # from here on, nothing is refused
+    known = directory and read_rewards(directory)
+    samples = pretrained or known or pretrained_samples(config, problem)
+    options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
+    plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
+    directory = directory or RunDirectory.create(out, OF_A_PLAN)  # from here on, nothing is refused
     if problem.conditioning.prompts:
         (directory.path / PROMPTS).write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
-    show(plan)
-    plot(plan, samples, directory.figure("plan"))
+    if samples is not known:
+        keep_rewards(samples, directory)
+        directory.write_plan(plan.summary())
+        plot(plan, samples, directory.figure("plan"))
+    if samples is not known and samples is not pretrained:
+        show(plan)
     if config.plan:
+        _show_files(problem, samples, directory)
         return plan.summary()
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
     scale(loop, started, config.max_grad_norm * plan.reward_std)
     resolved_kind: Any = problem.kind
-    config = replace(config, scheduler=resolved_kind)
-    directory.write_config(replace(config, kl_weight=started, out=out, device=str(problem.chain.device)))
+    config = replace(config, scheduler=resolved_kind, kl_weight=started, out=out, device=str(problem.chain.device))
+    directory.write_config(config)
     print(f"memory predicted: {memory}")
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
-    if state.stopped == "interrupted":
-        raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {directory.path}`")
+    with directory.resumable():
+        return _train(config, problem, loop, plan, noise, directory, memory)
 
+
+def _train(
+    config: Config,
+    problem: Problem,
+    loop: ChainLoop,
+    plan: Plan,
+    noise: Noise,
+    directory: RunDirectory,
+    memory: Memory,
+) -> dict[str, Any]:
+    """Train, judge, export, report."""
     from implicit_diffusion.experiments.figures import Outcome, draw
     from implicit_diffusion.experiments.report import write_report
 
-    beta = loop.objective.weight(PathKL) or loop.objective.weight(DriftPenalty)
+    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    if state.stopped == "interrupted":
+        raise KeyboardInterrupt
+    evaluations = loop.chain.evaluations  # of the training: the judges sample from the same chain
+    drift = config.penalty == "drift"
+    beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise)
-    found = judging.judge(before, after, exported, beta)
+    found = judging.judge(before, after, exported, None if drift else beta)
+    held_out = evaluate_pretrained(
+        problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
+    )
     summary = found.summary | {
+        "held_out_reward_before": held_out.reward.mean().item(),
         "kl_weight": beta,
-        "kl_weight_at_start": started,
+        "kl_weight_at_start": config.kl_weight,
         "seconds": state.seconds,
-        "network_evaluations": loop.chain.evaluations,
+        "network_evaluations": evaluations,
         "updates": state.updates,
         "stopped": state.stopped,
         "staleness_max": state.metrics.get("staleness_max"),
@@ -110,6 +146,36 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     return summary
 
 
+def keep_rewards(samples: Evaluation, directory: RunDirectory) -> None:
+    """Write what plans are made of: the rewards, without the samples."""
+    save_state(directory.path / PLANNED, {"reward": samples.reward})
+
+
+def read_rewards(directory: RunDirectory) -> Evaluation | None:
+    """What `keep_rewards` wrote, on the CPU and without samples; None where there is nothing."""
+    if not (directory.path / PLANNED).exists():
+        return None
+    reward = load_state(directory.path / PLANNED)["reward"]
+    none = torch.zeros_like(reward)
+    return Evaluation(reward, none, none, none[..., None][..., :0])
+
+
+def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) -> None:
+    """Draw pretrained samples of the chain, and say where the plan is."""
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
+
+    print(f"plan      {directory.path / 'plan.json'}")
+    print(f"figures   {directory.figure('plan')}")
+    decoded = problem.decoded(samples)
+    images = samples.samples[:64, 0] if decoded is None else decoded[0]
+    if images.ndim == 4:
+        shown = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+        figure = sheet(5.0, 5.0)
+        tile(figure.subplots(), shown, -1.0, 1.0)
+        finish(figure, directory.figure("pretrained"))
+        print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
+
+
 def plan_beta(plan: Plan) -> float:
     """The β whose bound promises about one standard deviation of reward."""
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
@@ -127,22 +193,27 @@ def _export(config: Config, problem: Problem, state: Fit, directory: RunDirector
     write_chain(directory.model, problem.chain.table, **given)
 
 
+def _held_out(config: Config) -> int:
+    """Trajectories that are judged during training."""
+    return min(128, 8 * config.starts)
+
+
 def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
-    held_out = HeldOut(
-        problem.reward, noise.stream(DURING), every=max(1, config.updates // 10), starts=min(128, 8 * config.starts)
-    )
+    every = max(1, config.updates // 10)
+    held_out = HeldOut(problem.reward, noise.stream(DURING), every=every, starts=_held_out(config))
     if config.target_kl is None:
         return [held_out]
     reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)
     return [reached, held_out]
 
 
-def _pretrained_samples(config: Config, problem: Problem, noise: Noise) -> Evaluation:
+def pretrained_samples(config: Config, problem: Problem) -> Evaluation:
+    """Trajectories of the pretrained chain, several from each start, for the plan."""
     with progress(16 * config.starts, "planning") as bar:
         return evaluate_pretrained(
             problem.chain,
             problem.reward,
-            noise.stream(PLAN),
+            Noise(config.seed).stream(PLAN),
             name=config.reward,
             starts=config.starts,
             repeats=16,

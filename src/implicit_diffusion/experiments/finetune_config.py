@@ -14,14 +14,15 @@ from implicit_diffusion.experiments.ranges import at_least, not_negative, positi
 class Config:
     """Fine-tune a diffusion model for a reward, with a KL leash to the pretrained model.
 
-    Minimises −E[reward] + kl_weight · KL(path). See what each kl_weight can buy first, with --plan.
+    Minimises −E[reward] + β · KL(path). See what each --kl-weight β can buy first, with --plan.
     """
 
     model: str = "digits"
     """"digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: str = "brightness"
-    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function from images (n, C, H, W)
-    to (n,); latents are decoded first. A function of two arguments also gets the prompts, or the class labels."""
+    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function.
+    It takes images (n, C, H, W), decoded where the model's are latents, to (n,).
+    One of two arguments also gets the prompts, or the class labels."""
     prompts: Path | None = None
     """Text file with a prompt per line, for text-conditional models."""
     guidance: float | None = None
@@ -29,35 +30,38 @@ class Config:
     null_class: int | None = None
     """The label that stands for no class in the guidance of a class-conditional U-Net."""
     kl_weight: float | None = None
-    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward."""
+    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward.
+    The weight of --penalty drift, which has no plan, must be named."""
     target_kl: float | None = None
-    """Path KL in nats to aim at; see target_kl_mode."""
-    target_kl_mode: Literal["adapt", "stop"] = "adapt"
-    """Adapt β until the path KL sits at the target, or stop there."""
+    """Path KL in nats to aim at; see --target-kl-mode."""
+    target_kl_mode: Literal["adapt", "stop"] | None = None
+    """Adapt β until the path KL sits at the target (the default), or stop there."""
     reference: str | None = None
     """The model that the KL is taken to, by default --model itself. Name the original when going on from RUN/model."""
     plan: bool = False
-    """Only print what each kl_weight can buy, from pretrained samples."""
+    """Only say what each --kl-weight can buy, from pretrained samples, and show some of these."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/finetune-<time>."""
+    """Run directory: new, empty, or with a plan alone. By default runs/finetune-<time>."""
     loop: Literal["queue", "nested"] = "queue"
     """One pipelined loop, or sample-then-differentiate."""
     scheduler: (
         Literal["ddpm", "ddim", "euler", "euler-ancestral", "dpm-solver", "flow-euler", "flow-memoryless"] | None
     ) = None
-    """The chain's sampler, on the checkpoint's noise schedule. By default the one that forgets its start: ddpm for
-    diffusion models, flow-memoryless for flow models. euler and flow-euler have no noise and need --penalty drift."""
-    eta: float = 1.0
-    """Noise of DDIM; 0 is deterministic and needs --penalty drift."""
+    """The chain's sampler, on the checkpoint's noise schedule.
+    By default the one that forgets its start: ddpm for diffusion models, flow-memoryless for flow models.
+    euler and flow-euler have no noise and need --penalty drift."""
+    eta: float | None = None
+    """Noise of --scheduler ddim, by default 1; 0 is deterministic and needs --penalty drift."""
     penalty: Literal["path-kl", "drift"] = "path-kl"
-    """What kl_weight weighs: the path KL (rows without noise keep the pretrained network), or the drifts' distance."""
+    """What --kl-weight weighs: the path KL, or the distance of the drifts.
+    Under a path KL, rows without noise keep the pretrained network."""
     num_steps: int = 10
     """Steps of the chain, N."""
     batch: int = 16
     """Trajectories injected per iteration."""
     stride: int | None = None
-    """Rows that each trajectory in the queue moves per iteration; by default N/10, so that ten batches are in flight
-    each way. More needs less memory and is less stale."""
+    """Rows that each trajectory in the queue moves per iteration; more needs less memory and is less stale.
+    By default N/10, so that ten batches are in flight each way."""
     updates: int = 250
     """Optimizer steps."""
     lr: float = 5e-5
@@ -71,8 +75,8 @@ class Config:
     lora_rank: int | None = None
     """Train low-rank adapters of this rank in place of all weights; the frozen reference then costs no memory."""
     lora_targets: str | None = None
-    """Layers that get adapters, by the ends of their names, "to_q,to_v"; by default the projections of attention,
-    or the convolutions of a network without attention."""
+    """Layers that get adapters, by the ends of their names, "to_q,to_v".
+    By default the projections of attention, or the convolutions of a network without attention."""
     gradient_checkpointing: bool = False
     """Keep less of the network's activations, and compute it once more on the way back."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -93,11 +97,21 @@ class Config:
         """Raise `InvalidInputError` where a number is out of range."""
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1)
         positive(self, "lr", "max_grad_norm", "target_kl")
-        not_negative(self, "kl_weight", "guidance")
+        not_negative(self, "kl_weight", "guidance", "eta")
+        if self.eta is not None and self.scheduler != "ddim":
+            raise InvalidInputError(
+                f"--eta is the noise of --scheduler ddim; {self.scheduler or 'the default'} has none"
+            )
+        if self.stride is not None and self.loop != "queue":
+            raise InvalidInputError(f"--stride is for --loop queue; a {self.loop} loop has no batches in flight")
+        if self.target_kl_mode is not None and self.target_kl is None:
+            raise InvalidInputError("--target-kl-mode needs a --target-kl, in nats")
         if self.target_kl is not None and self.kl_weight == 0:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
+        if self.penalty == "drift" and (self.kl_weight is None or self.plan):
+            raise InvalidInputError("--penalty drift is no KL, and has no plan: name its --kl-weight, without --plan")
         if self.lora_rank is None and self.lora_targets is not None:
             raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
         if self.starts < 4:

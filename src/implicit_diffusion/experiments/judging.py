@@ -14,8 +14,9 @@ from torch import Tensor
 from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.experiments.usage import usage
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, bound, captured
+from implicit_diffusion.loops.bound import Bound, bound, captured, possible
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
@@ -39,31 +40,50 @@ def particles(chain: Chain) -> Particles:
     return chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
 
 
-def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: float) -> Judgement:
-    """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured."""
+def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: float | None) -> Judgement:
+    """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured.
+
+    All were evaluated under the same noise, so that the errors of differences are those of paired differences. Where
+    the possible gain may be none, within two standard errors, a share of it means nothing: `captured_unknown` says so.
+
+    Args:
+        before: the pretrained chain.
+        after: the trained one.
+        exported: the pipeline's.
+        beta: weight of the path KL; None where the penalty is another one, and there is no J to speak of.
+    """
     numbers: dict[str, Any] = {}
     for name, values in (
         ("reward_before", before.reward),
         ("reward_after", after.reward),
         ("reward_gain", after.reward - before.reward),
         ("reward_exported", exported.reward),
+        ("exported_less_after", exported.reward - after.reward),
         ("path_kl", after.path_kl),
-        ("j_before", before.objective(beta)),
-        ("j_after", after.objective(beta)),
+        ("j_before", None if beta is None else before.objective(beta)),
+        ("j_after", None if beta is None else after.objective(beta)),
     ):
         numbers |= _with_error(name, values)
     numbers["reward_std_before"] = before.reward.double().std().item()
     found = None
     share: tuple[float | None, float | None] = (None, None)
-    if beta > 0 and after.log_ratio.isfinite().all():
-        found, share = bound(after, beta), captured(before, after, beta)
+    unknown = None
+    if beta and after.log_ratio.isfinite().all():
+        found, (most, error) = bound(after, beta), possible(before, after, beta)
+        if most > 2 * error:
+            share = captured(before, after, beta)
+        else:
+            unknown = f"What could be gained, {number(most, error)} of J, may be nothing: judge more --starts."
+    numbers["captured_unknown"] = unknown
     numbers["j_bound"] = found and found.j
     numbers["j_bound_se"] = found and found.j_se
     numbers["captured"], numbers["captured_se"] = share
     return Judgement(numbers, found)
 
 
-def _with_error(name: str, values: Tensor) -> dict[str, float | None]:
+def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
+    if values is None:
+        return {name: None, f"{name}_se": None}
     mean, error = mean_and_error(values)
     known = math.isfinite(mean)
     return {name: mean if known else None, f"{name}_se": error if known else None}
@@ -127,18 +147,23 @@ it runs {summary["pipeline"]} with the trained network, and earns what the table
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
     guidance = f", guidance {config['guidance']:g}" if config.get("guidance") else ""
+    if config["penalty"] == "drift":
+        leash, judged = "the squared distance of the drifts from those of the pretrained model", ""
+    else:
+        leash = "KL of the sampling path to the pretrained model"
+        judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
+| share of the possible gain of J | 0 | {number(summary["captured"])} |
+"""
     return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
 
-Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × KL of the sampling path to the pretrained
-model, over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name}).
+Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
+over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name}).
 
 | | before | after |
 |---|---|---|
 | reward, training chain | {summary["reward_before"]:.4g} | {summary["reward_after"]:.4g} |
 | reward, this pipeline (network on all rows) | | {summary["reward_exported"]:.4g} |
-| path KL (nats) | 0 | {_number(summary["path_kl"])} |
-| share of the possible gain of J | 0 | {_number(summary["captured"])} |
-
+{judged}
 {runs}
 
 ```python
@@ -153,22 +178,26 @@ Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 """
 
 
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3g}"
-
-
 def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Path) -> None:
     """The last lines of a run."""
+
+    def line(name: str) -> str:
+        return number(summary[name], digits=4)
+
+    def exact(name: str, *, sign: bool = False) -> str:
+        return number(summary[name], summary[f"{name}_se"], sign=sign)
+
+    deviations = number(summary["reward_gain"] / summary["reward_std_before"], sign=True)
     lines = [
-        f"reward    {summary['reward_before']:.4g} → {summary['reward_after']:.4g} "
-        f"(± {summary['reward_gain_se']:.1g}; {summary['reward_gain'] / summary['reward_std_before']:+.2f} deviations)",
-        f"path KL   {_number(summary['path_kl'])} nats",
+        f"reward    {line('reward_before')} → {line('reward_after')} "
+        f"({exact('reward_gain', sign=True)}, or {deviations} deviations)"
     ]
-    if summary["captured"] is not None:
-        lines.append(
-            f"J         {summary['j_before']:.4g} → {summary['j_after']:.4g}, bound {summary['j_bound']:.4g} ± "
-            f"{summary['j_bound_se']:.1g}: captured {summary['captured']:.3f} ± {summary['captured_se']:.1g}"
-        )
+    if summary["path_kl"] is not None:
+        lines.append(f"path KL   {exact('path_kl')} nats")
+    if summary["j_bound"] is not None:
+        share = percent(summary["captured"], summary["captured_se"])
+        told = summary["captured_unknown"] or f"captured {share}"
+        lines.append(f"J         {line('j_before')} → {line('j_after')}, bound {exact('j_bound')}: {told}")
     lines += [
         f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
         f"{summary['network_evaluations']:,} network evaluations",

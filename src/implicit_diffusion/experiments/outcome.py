@@ -1,8 +1,7 @@
-"""What a fine-tuning run leaves behind for its report, and how its numbers are written."""
+"""What a fine-tuning run leaves behind for its report."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +52,11 @@ class Outcome:
         return float(self.summary.get("kl_weight", self.config["kl_weight"]))
 
     @property
+    def drift(self) -> bool:
+        """Whether β weighs the distance of the drifts, so that neither a path KL nor J has a place in the report."""
+        return self.config.get("penalty") == "drift"
+
+    @property
     def adapted(self) -> bool:
         """Whether β moved during the run, so that config.json, which says where it began, and `beta` differ."""
         return self.beta != self.config["kl_weight"]
@@ -80,37 +84,6 @@ class Picture(NamedTuple):
     path: Path
     title: str
     caption: str
-
-
-def decimals(scale: float, digits: int = 1) -> int:
-    """Decimal places that show `digits` significant digits of `scale`; 0 for numbers above them, 3 without a scale."""
-    if not (math.isfinite(scale) and scale > 0):
-        return 3
-    return min(8, max(0, digits - 1 - math.floor(math.log10(scale))))
-
-
-def number(value: float | None, error: float | None = None, *, sign: bool = False, digits: int = 3) -> str:
-    """`value ± error`, both to one significant digit of the error; `digits` significant digits without error.
-
-    A proper minus sign, and a dash for a number that does not exist.
-    """
-    if value is None or not math.isfinite(value):
-        return "—"
-    plus = "+" if sign else ""
-    if error is None or not math.isfinite(error) or error <= 0:
-        text = f"{value:{plus}.{decimals(abs(value), digits)}f}" if value else "0"
-    else:
-        places = decimals(error)
-        text = f"{value:{plus}.{places}f} ±\N{NO-BREAK SPACE}{error:.{places}f}"
-    return text.replace("-", "−")
-
-
-def percent(share: float | None, error: float | None = None) -> str:
-    """A share in per cent, to a tenth where it has no error."""
-    if share is None:
-        return "—"
-    text = f"{100 * share:.1f}" if error is None else number(100 * share, 100 * error)
-    return f"{text}\N{NO-BREAK SPACE}%"
 
 
 def outside(images: Tensor, margin: float = 0.1) -> float:

@@ -7,19 +7,21 @@ those that would buy round numbers of σ.
 
 Where samples come under prompts or class labels, these are no sampler's choice: the bound is then the one given the
 start (x_0 and its prompt), and σ the deviation between samples of one start.
+
+A penalty that is no KL has no bound: its plan says only what the pretrained chain earns.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, bound, memory_of_start
+from implicit_diffusion.loops.bound import Bound, bound, gain, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
@@ -32,16 +34,17 @@ class Plan:
     Args:
         reward: E R of the pretrained chain, with its standard error; `reward_std` is the deviation between samples.
         bounds: the optimum for each β, the weakest tilt first; the unconditional bound, which is never too pessimistic
-            and tight where `memory` is small, or the one given the start.
+            and tight where `memory` is small, or the one given the start; none where the penalty is no KL.
+        gain_se: standard error of each bound's gain of reward.
         memory: share of the reward's variance that x_0 decides, with its standard error; 0 for a memoryless chain.
-        conditional: whether the bounds are given the start; `reward_se` of a bound is then that of the gain, which the
-            spread between prompts does not enter.
+        conditional: whether the bounds are given the start.
     """
 
     reward: float
     reward_se: float
     reward_std: float
     bounds: tuple[Bound, ...]
+    gain_se: tuple[float, ...]
     memory: float
     memory_se: float
     conditional: bool = False
@@ -52,7 +55,7 @@ class Plan:
             {
                 "kl_weight": b.beta,
                 "reward_gain": b.reward - self.reward,
-                "reward_gain_se": b.reward_se if self.conditional else math.hypot(b.reward_se, self.reward_se),
+                "reward_gain_se": gain_se,
                 "reward_gain_in_std": (b.reward - self.reward) / self.reward_std,
                 "path_kl": b.path_kl,
                 "path_kl_se": b.path_kl_se,
@@ -60,7 +63,7 @@ class Plan:
                 "effective_samples": b.effective_samples,
                 "trusted": b.trusted,
             }
-            for b in self.bounds
+            for b, gain_se in zip(self.bounds, self.gain_se)
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -75,12 +78,19 @@ class Plan:
         }
 
 
-def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None, *, conditional: bool = False) -> Plan:
+def make_plan(
+    evaluation: Evaluation,
+    betas: Sequence[float] | None = None,
+    *,
+    asked: float | None = None,
+    conditional: bool = False,
+) -> Plan:
     """The plan from trajectories of the pretrained chain, several per start.
 
     Args:
         evaluation: of the pretrained chain; 256 starts with 16 repeats resolve a gain of two deviations.
-        betas: KL weights to try; by default those of `GAINS`.
+        betas: KL weights to try; by default those of `GAINS`. An empty list asks for the reward's statistics alone.
+        asked: a further KL weight.
         conditional: given the start; for chains under a condition.
 
     Raises:
@@ -91,28 +101,33 @@ def make_plan(evaluation: Evaluation, betas: Sequence[float] | None = None, *, c
     std = (values.var(1).mean().sqrt() if conditional else values.std()).item()
     if not std > 0:
         raise InvalidInputError(f"reward is {reward:g} for every pretrained sample; fine-tuning needs one that varies")
-    chosen = sorted(betas or (std / gain for gain in GAINS), reverse=True)
+    tried = [std / share for share in GAINS] if betas is None else betas
+    chosen = sorted({*tried, *([asked] if asked else [])}, reverse=True)
     memory, memory_se = memory_of_start(evaluation.reward)
     bounds = [bound(evaluation, beta, conditional=False) for beta in chosen]
     if conditional:  # of rewards less their start's mean: a tilt given the start shifts with it
         centred = replace(evaluation, reward=evaluation.reward - evaluation.reward.mean(1, keepdim=True))
         found = [bound(centred, beta) for beta in chosen]
         bounds = [replace(b, reward=b.reward + reward, j=b.j - reward) for b in found]
-    return Plan(reward, reward_se, std, tuple(bounds), memory, memory_se, conditional)
+    gain_se = (gain(evaluation, beta, conditional=conditional)[1] for beta in chosen)
+    return Plan(reward, reward_se, std, tuple(bounds), tuple(gain_se), memory, memory_se, conditional)
 
 
-def show(plan: Plan, unit: str = "") -> None:
-    """Print the plan as a table."""
+def show(plan: Plan) -> None:
+    """Print the plan as a table, or in a line where it has no bounds."""
     from rich.console import Console
     from rich.table import Table
 
+    earns = f"pretrained reward {number(plan.reward, plan.reward_se)}"
+    earns += f", deviation between samples {number(plan.reward_std)}"
+    if not plan.bounds:
+        print(earns)
+        return
     decides = "x_0 and its condition decide" if plan.conditional else "x_0 decides"
     table = Table(
-        title=f"What the KL weight buys (pretrained reward {plan.reward:.4g} ± {plan.reward_se:.1g}{unit}, "
-        f"deviation between samples {plan.reward_std:.3g})",
-        caption=f"Best possible, not yet what N steps attain. {decides} {100 * plan.memory:.1f} ± "
-        f"{100 * plan.memory_se:.1f} % of the reward's variance (0 % = memoryless). A '?' marks numbers that rest on "
-        "too few effective samples.",
+        title=f"What the KL weight buys ({earns})",
+        caption=f"Best possible, not yet what N steps attain. {decides} {percent(plan.memory, plan.memory_se)} of the "
+        "reward's variance (0 % = memoryless). A '?' marks numbers that rest on too few effective samples.",
     )
     for column in ("--kl-weight", "reward gain", "in deviations", "path KL (nats)", "gain of J"):
         table.add_column(column, justify="right")
@@ -120,10 +135,10 @@ def show(plan: Plan, unit: str = "") -> None:
         mark = " ?" if not row["trusted"] else ""
         table.add_row(
             f"{row['kl_weight']:.3g}",
-            f"{row['reward_gain']:+.3g} ± {row['reward_gain_se']:.1g}{mark}",
+            number(row["reward_gain"], row["reward_gain_se"], sign=True) + mark,
             f"{row['reward_gain_in_std']:.2f}",
-            f"{row['path_kl']:.2f} ± {row['path_kl_se']:.1g}{mark}",
-            f"{row['j_gain']:.3g}",
+            number(row["path_kl"], row["path_kl_se"]) + mark,
+            number(row["j_gain"]),
         )
     Console().print(table)
 
@@ -132,7 +147,7 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
     from implicit_diffusion.experiments.drawing import finish, sheet
 
-    figure = sheet(10, 4)
+    figure = sheet(10.0, 4.0)
     left, right = figure.subplots(1, 2)
     left.errorbar(
         [b.path_kl for b in plan.bounds],

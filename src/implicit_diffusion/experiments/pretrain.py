@@ -20,9 +20,9 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -30,69 +30,26 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, save_pipeline
 from implicit_diffusion.denoisers.scheduler import read_table
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
-from implicit_diffusion.experiments.ranges import at_least, positive
+from implicit_diffusion.experiments.pretrain_config import Config as Config
+from implicit_diffusion.experiments.pretrain_config import noise_schedule
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
-
-@dataclass(frozen=True)
-class Config:
-    """Pretrain a diffusion model. The defaults are the published setting for the digits.
-
-    On one kind of processor they give the same weights bit for bit.
-    """
-
-    data: str = "digits"
-    """"digits", a folder of images, or a hub id of the datasets library such as ylecun/mnist or uoft-cs/cifar10."""
-    out: Path | None = None
-    """Run directory, new or empty. By default runs/pretrain-<data>."""
-    size: tuple[int, int] | None = None
-    """Height and width to bring the images to; by default their own, rounded to what the U-Net can halve."""
-    steps: int = 3000
-    """Optimizer steps."""
-    batch: int = 64
-    """Images per step."""
-    lr: float = 2e-3
-    """After a linear warm-up over 200 steps; then cosine decay to zero."""
-    ema_decay: float = 0.999
-    """Of the average of the weights, which is what is kept."""
-    dropout: float = 0.1
-    """Of the residual blocks."""
-    channels: tuple[int, ...] | None = None
-    """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
-    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    """What the network predicts."""
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """Noise schedule."""
-    train_timesteps: int = 1000
-    """Timesteps of the noise schedule, T."""
-    seed: int = 0
-    """Of weights, batches, times and noise."""
-    chains: tuple[int, ...] = (10, 50)
-    """Chain lengths at which the samples are judged, or drawn."""
-    samples: int = 2000
-    """Digits to judge per chain length; of other images 96 are drawn."""
-    device: str | None = None
-    """"cpu", "cuda", …; by default the CPU for digits, and an accelerator where there is one for other images."""
-
-    def check(self) -> None:
-        """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, steps=1, batch=1, train_timesteps=1, samples=1)
-        if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
-            raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
-        positive(self, "lr")
+SAVE_EVERY = 600.0  # seconds
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train, judge and save: `model/` (a diffusers folder), `summary.json` and `figures/samples.png` in `config.out`.
+    """Train, save and judge: `model/` (a diffusers folder), `summary.json` and `figures/samples.png` in `config.out`.
+
+    The model is saved before it is judged, and every ten minutes while it is trained.
 
     Returns:
         The summary: the config, the number of parameters, the losses on training and held-out images and the seconds
@@ -101,6 +58,7 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         InvalidInputError: data that cannot be had, a setting out of range, or an `out` that is not empty.
+        KeyboardInterrupt: Ctrl-C during the training; the average so far is saved.
     """
     config.check()
     out = config.out or Path(f"runs/pretrain-{Path(config.data).name}")
@@ -110,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
     config = replace(config, out=out, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
     directory.write_config(config)
     start = time.perf_counter()
-    unet, scheduler = train(config, data)
+    unet, scheduler = train(config, data, directory)
     seconds = time.perf_counter() - start
 
     count = config.samples if data.name == "digits" else 96
@@ -148,7 +106,7 @@ def build(
     config: Config, event_shape: tuple[int, int, int] = digits.EVENT_SHAPE
 ) -> "tuple[UNet2DModel, DDPMScheduler]":
     """The untrained network and the scheduler: never clipping, since a clipped chain is not affine in the network."""
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import UNet2DModel
 
     channels, height, width = event_shape
     widths = config.channels or _widths(event_shape)
@@ -166,18 +124,12 @@ def build(
         add_attention=False,
         dropout=config.dropout,
     )
-    scheduler = DDPMScheduler(
-        num_train_timesteps=config.train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        variance_type="fixed_small",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-    return unet, scheduler
+    return unet, noise_schedule(config)
 
 
-def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDPMScheduler]":
+def train(
+    config: Config, data: Images | None = None, directory: RunDirectory | None = None
+) -> "tuple[UNet2DModel, DDPMScheduler]":
     """Train and return the averaged network, in eval mode on its device, and its scheduler.
 
     Images, times and noise come from an explicit generator. Weight initialisation and dropout know none, so the global
@@ -187,6 +139,7 @@ def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDP
     Args:
         config: see there.
         data: the images of `config.data`, where they are loaded already.
+        directory: gets the model, and up to a thousand lines of metrics.jsonl; None leaves no trace.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite; the update is not done.
@@ -199,12 +152,14 @@ def train(config: Config, data: Images | None = None) -> "tuple[UNet2DModel, DDP
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            return _train(config, data, device)
+            return _train(config, data, device, directory)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(config: Config, data: Images, device: torch.device) -> "tuple[UNet2DModel, DDPMScheduler]":
+def _train(
+    config: Config, data: Images, device: torch.device, directory: RunDirectory | None
+) -> "tuple[UNet2DModel, DDPMScheduler]":
     from diffusers.training_utils import EMAModel
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -221,7 +176,18 @@ def _train(config: Config, data: Images, device: torch.device) -> "tuple[UNet2DM
         ],
         [warmup],
     )
-    with progress(config.steps, "pretraining") as bar:
+
+    def save(step: int) -> None:
+        if directory is not None:
+            average.store(unet.parameters())
+            average.copy_to(unet.parameters())
+            card = f"# A diffusion model of {config.data}, after {step} of {config.steps} steps of pretraining"
+            save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
+            average.restore(unet.parameters())
+
+    every, losses, start = -(-config.steps // 1000), [], time.monotonic()
+    last_saved = start
+    with graceful() as stop, progress(config.steps, "pretraining") as bar:
         for step in range(1, config.steps + 1):
             x = data.train[torch.randint(len(data.train), (config.batch,), generator=generator)]
             loss = _loss(unet, scheduler, x, generator).mean()
@@ -234,6 +200,20 @@ def _train(config: Config, data: Images, device: torch.device) -> "tuple[UNet2DM
             schedule.step()
             average.step(unet.parameters())
             bar.update({"loss": loss.detach()})
+            losses.append(loss.detach())
+            if directory is not None and (step % every == 0 or step == config.steps):
+                seconds = time.monotonic() - start
+                told = {"updates": step, "loss": torch.stack(losses).mean(), "seconds": seconds}
+                directory.append_metrics(told)
+                losses.clear()
+            if time.monotonic() - last_saved > SAVE_EVERY:
+                save(step)
+                last_saved = time.monotonic()
+            if stop.requested:
+                save(step)
+                kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
+                raise KeyboardInterrupt(f"interrupted at step {step} of {config.steps}{kept}")
+    save(config.steps)
     average.copy_to(unet.parameters())
     return unet.eval(), scheduler
 

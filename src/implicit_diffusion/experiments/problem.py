@@ -24,7 +24,7 @@ from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.conditioning import Conditioning, conditioning
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.precision import check_precision, compiled
-from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.experiments.reward_names import blamed, load_reward
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
@@ -33,6 +33,7 @@ from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
+ETA = 1.0  # of DDIM, where nothing is said: as much noise as DDPM
 SHOWN = 20  # starts whose images a report shows
 
 
@@ -69,7 +70,7 @@ def build(config: Config) -> Problem:
     clip = False if config.no_clip or pretrained.family.latent else None
     kind = config.scheduler or default_kind(pretrained.scheduler)
     scheduler = scheduler_for(pretrained.scheduler, kind, clip=clip)
-    table = table_for(scheduler, kind, config.num_steps, eta=config.eta)
+    table = table_for(scheduler, kind, config.num_steps, eta=ddim_eta(config))
     exported = _exported(pretrained, scheduler, kind, config)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if config.penalty == "path-kl" else ()
     original = None if config.reference is None else _original(config.reference, config.model, pretrained)
@@ -95,12 +96,19 @@ def build(config: Config) -> Problem:
         )
     note = compiled(chain, config.compile)
     reward = given.of_states(reward, pretrained.decoder)
-    Reward(reward).check(judging.particles(chain))
+    trial = judging.particles(chain)
+    with blamed(config.reward, "; a reward takes samples (n, …) to (n,), by torch operations that leave them alone"):
+        Reward(reward).check(trial)
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
-        clipped, options = clipped_for(pretrained.scheduler, kind, noisy=bool(table.s.any()), eta=config.eta)
+        clipped, options = clipped_for(pretrained.scheduler, kind, noisy=bool(table.s.any()), eta=ddim_eta(config))
         clipping = judging.effect_of_clipping(chain, clipped, reward, Noise(config.seed).stream(PLAN), options)
     return Problem(pretrained, kind, chain, reward, clipping, exported, given, note)
+
+
+def ddim_eta(config: Config) -> float:
+    """η of --scheduler ddim."""
+    return ETA if config.eta is None else config.eta
 
 
 def _exported(pretrained: Pretrained, scheduler: Any, kind: str, config: Config) -> tuple[Any, ChainTable]:
@@ -112,7 +120,7 @@ def _exported(pretrained: Pretrained, scheduler: Any, kind: str, config: Config)
     saved, its_kind = pipeline_for(scheduler, kind)
     if pretrained.family is PIXELS:
         as_pipeline(pretrained.denoiser, saved)
-    eta = config.eta if kind == "ddim" and pretrained.family.passes_eta else 0.0
+    eta = ddim_eta(config) if kind == "ddim" and pretrained.family.passes_eta else 0.0
     return saved, table_for(saved, its_kind, config.num_steps, eta=eta)
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.experiments.concerns import concerns
-from implicit_diffusion.experiments.outcome import Outcome, Picture, number, outside, percent
+from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.usage import usage
+from implicit_diffusion.experiments.written import decimals, number, percent
 from implicit_diffusion.runs import RunDirectory
 
 CSS = Path(__file__).with_suffix(".css")
@@ -89,7 +90,7 @@ def _headline(outcome: Outcome, title: str) -> str:
         tiles.append(_tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
     cost = f"{s['updates']} updates, {s['network_evaluations']:,} network evaluations"
     tiles.append(_tile("Training time", _duration(s["seconds"]), cost))
-    weight = f"KL weight {outcome.beta:.4g}"
+    weight = f"{'drift' if outcome.drift else 'KL'} weight {outcome.beta:.4g}"
     if outcome.adapted:
         weight += f" (adapted, {config['kl_weight']:.4g} at the start)"
     facts = [outcome.chain, f"{config['loop']} loop", weight, f"seed {config['seed']}"]
@@ -135,7 +136,7 @@ def _concerns(outcome: Outcome) -> str:
         for concern in found
     ]
     if not any(concern.warning for concern in found):
-        checked = "the gain, the KL, the pixels' range, the exported model"
+        checked = "the gain, " + ("" if outcome.drift else "the KL, ") + "the pixels' range, the exported model"
         if outcome.summary.get("quality_after"):
             checked += ", the judge's confidence, the distance to real digits, copies of training data"
         cards.insert(0, f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
@@ -192,6 +193,11 @@ def _two_digits(value: float) -> str:
 
 def _plan(outcome: Outcome) -> str:
     plan = outcome.plan
+    if not plan.bounds:
+        return f"""<section><h2>The pretrained model</h2>
+<p>It earns {number(plan.reward, plan.reward_se)}, with a deviation of {number(plan.reward_std)} between samples. For
+a penalty on drifts no bound says how much could be gained.</p></section>
+"""
     rows, chosen = [], None
     for index, row in enumerate(plan.rows()):
         unsure = " ?" if not row["trusted"] else ""
@@ -283,8 +289,6 @@ def _name(value: Any) -> str:
 
 def _short(value: float, scale: float) -> str:
     """A number with as many decimals as three digits of the gain need, at most two."""
-    from implicit_diffusion.experiments.outcome import decimals
-
     return f"{value:.{min(2, decimals(abs(scale), 2))}f}".replace("-", "−")
 
 

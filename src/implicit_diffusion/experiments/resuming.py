@@ -20,8 +20,18 @@ def resume(path: Path) -> dict[str, Any]:
     from implicit_diffusion.experiments import ebm, finetune, finetune_config
 
     directory = RunDirectory(path)
-    if not directory.checkpoint.exists() or (path / "summary.json").exists():
-        raise InvalidInputError(f"{path} is no interrupted run: it needs a checkpoint/ and no summary.json")
+    if not path.is_dir():
+        raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
+    if any(path.glob("beta-*")):
+        raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it goes on with it")
+    if (path / "summary.json").exists():
+        raise InvalidInputError(f"{path} is no interrupted run: it is finished, and {path}/model is its result")
+    if (path / "plan.json").exists() and not (path / "config.json").exists():
+        raise InvalidInputError(f"{path} is no interrupted run: it holds a plan; `finetune --out {path}` trains")
+    if not directory.checkpoint.exists() or not (path / "config.json").exists():
+        raise InvalidInputError(
+            f"{path} is no interrupted run: it has no checkpoint/ to go on from; start it again with another --out"
+        )
     values = json.loads((path / "config.json").read_text())
     experiments: tuple[tuple[Any, Any], ...] = ((finetune_config.Config, finetune.run), (ebm.Config, ebm.run))
     for kind, run in experiments:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.experiments import digits, rewards
 
 SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
@@ -21,10 +24,11 @@ SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability o
 def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
 
-    A file or module that the user names is imported, and so executed; a network found there is put in eval mode.
+    A file or module that the user names is imported, and so executed; a file finds what lies beside it, and a network
+    found there is put in eval mode.
 
     Raises:
-        InvalidInputError: nothing of that name; the message says what was looked for.
+        InvalidInputError: nothing of that name, and the message says what was looked for; or what the file raises.
     """
     if name in ("brightness", "darkness", "redness"):
         return getattr(rewards, name)
@@ -33,24 +37,57 @@ def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     place, colon, function = name.rpartition(":")
     if not colon:
         raise InvalidInputError(f"--reward {name!r} is neither {SHIPPED}, nor of the form FILE.py:function")
-    module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
+    with blamed(name):
+        module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
     found = getattr(module, function, None)
     if not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InvalidInputError(
             f"--reward: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
         )
+    if inspect.isclass(found):
+        raise InvalidInputError(f"--reward {name} is a class; name a function, or an instance: best = {function}()")
     return found.eval() if isinstance(found, nn.Module) else found
+
+
+@contextmanager
+def blamed(name: str, must: str = "") -> Iterator[None]:
+    """Turn whatever a reward of the user's own raises in the block into one line that says where.
+
+    Args:
+        name: of the reward, as given to `load_reward`.
+        must: what it must do, for the end of the message.
+
+    Raises:
+        InvalidInputError: for every error but our own.
+    """
+    try:
+        yield
+    except ImplicitDiffusionError:
+        raise
+    except Exception as error:
+        place = name.rpartition(":")[0]
+        file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
+        where = f"{file}:{lines[-1]}" if lines else name
+        if isinstance(error, SyntaxError) and error.filename:
+            where = f"{error.filename}:{error.lineno}"
+        what = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise InvalidInputError(f"--reward {where}: {type(error).__name__}: {what}{must}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InvalidInputError(f"--reward: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # so that its dataclasses and pickles of its own find it
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.absolute().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.absolute().parent))
     return module
 
 
@@ -58,6 +95,8 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0] and error.name != name:
+            raise
         raise InvalidInputError(
             f"--reward: no module {name!r} ({error}); run from its folder, or name it as FILE.py:function"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,16 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune_config, sample_energy
 from implicit_diffusion.experiments.conditioning import CLASS, Conditioning, conditioning, read_prompts
 from implicit_diffusion.experiments.energy_model import is_energy_model
+from implicit_diffusion.experiments.ranges import at_least
+from implicit_diffusion.loops.evaluation import NUMBERS
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import progress
+from implicit_diffusion.runs.devices import find_device
+from implicit_diffusion.runs.files import check_place
 from implicit_diffusion.samplers.chain import Chain
 
 CHAIN_FILE = "chain.json"  # beside model_index.json: the chain that a pipeline was trained for
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -37,27 +44,39 @@ class Config:
     num: int = 64
     """Images."""
     out: Path = Path("grid.png")
-    """Picture to write, or of an energy-based model FILE.npy; an existing file is left alone."""
+    """Picture to write, .png, .jpg or .webp, or of an energy-based model FILE.npy; an existing file is left alone."""
     prompts: Path | None = None
     """Text file with a prompt per line, for text-conditional models; images take them in turn."""
     num_steps: int | None = None
-    """Steps of the sampler. By default the chain that the model was fine-tuned for; else the folder's own pipeline, by
-    default in 50 steps."""
+    """Steps of the sampler. By default those of the chain that the model was fine-tuned for, and that chain.
+    Any other number runs the folder's own pipeline, which takes 50 by default."""
     seed: int = 0
+    """Of the noise."""
+    device: str = "auto"
+    """"cpu", "cuda", …; auto takes an accelerator where there is one. Energy-based models are drawn from on the CPU."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range, or `out` cannot be written."""
+        at_least(self, num=1, num_steps=1, seed=0)
+        if self.out.exists():
+            raise InvalidInputError(f"--out {self.out} exists; name a new file")
+        if self.out.suffix.lower() not in (*PICTURES, ".npy"):
+            raise InvalidInputError(f"--out {self.out} must end in {', '.join(PICTURES)}, or .npy")
+        if self.out.suffix == ".npy" and not is_energy_model(self.model):
+            raise InvalidInputError(f"--out {self.out}: only an energy-based model is drawn to .npy; name a picture")
+        check_place(self.out.parent)
 
 
 def run(config: Config) -> Path:
     """Write the grid and return its path.
 
     Raises:
-        InvalidInputError: no images asked for, an existing file, no such model, or prompts where it takes none.
+        InvalidInputError: a number out of range, a file that exists or cannot be written, no such model, or prompts
+            where it takes none.
     """
     from diffusers.utils import make_image_grid
 
-    if config.num < 1:
-        raise InvalidInputError(f"--num must be an integer ≥ 1, got {config.num}")
-    if config.out.exists():
-        raise InvalidInputError(f"--out {config.out} exists; name a new file")
+    config.check()
     if is_energy_model(config.model):
         if config.prompts is not None:
             raise InvalidInputError(f"--model {config.model} takes no --prompts: it is an energy-based model")
@@ -68,13 +87,25 @@ def run(config: Config) -> Path:
         raise InvalidInputError(
             f"--model {config.model} {what}: it is conditioned on {pretrained.condition or 'nothing'}"
         )
-    steps = config.num_steps or trained_for.get("num_steps", 50)
-    if "table" in trained_for and steps == trained_for["num_steps"]:
-        images = _by_chain(pretrained, config, trained_for)
-    else:
-        images = _by_pipeline(pretrained, config, steps, trained_for)
-        if "table" in trained_for:
-            print(f"fine-tuned for {trained_for['table']['name']}; these are {steps} steps of the folder's pipeline")
+    steps, most = config.num_steps or trained_for.get("num_steps", 50), pretrained.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise InvalidInputError(f"--num-steps {steps} is more than the {most} timesteps that the model was trained for")
+    device = find_device(config.device)
+    for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
+        network.to(device)
+    size = max(1, min(256, NUMBERS // math.prod(pretrained.event_shape)))
+    batches = [range(first, min(first + size, config.num)) for first in range(0, config.num, size)]
+    with progress(config.num, "sampling") as bar:
+        if "table" in trained_for and steps == trained_for["num_steps"]:
+            draw = _by_chain(pretrained, config, trained_for, device)
+        else:
+            draw = _by_pipeline(pretrained, config, steps, trained_for, device)
+        images: list[Any] = []
+        for batch in batches:
+            images += draw(batch)
+            bar.update(advance=len(batch))
+    if "table" in trained_for and steps != trained_for["num_steps"]:
+        print(f"fine-tuned for {trained_for['table']['name']}; these are {steps} steps of the folder's pipeline")
     columns = math.ceil(math.sqrt(config.num))
     rows = math.ceil(config.num / columns)
     blank = images[0].copy()
@@ -87,50 +118,55 @@ def run(config: Config) -> Path:
     return config.out
 
 
-@torch.no_grad()
-def _by_chain(pretrained: Pretrained, config: Config, trained_for: dict[str, Any]) -> list[Any]:
+Draw = Callable[[range], list[Any]]  # the images of these numbers
+
+
+def _by_chain(pretrained: Pretrained, config: Config, trained_for: dict[str, Any], device: torch.device) -> Draw:
     """Images by the chain that the model was trained on."""
     from diffusers.utils import pt_to_pil
 
-    given, table = _given(pretrained, config, trained_for), ChainTable.from_dict(trained_for["table"])
+    given, table = _given(pretrained, config, trained_for, device), ChainTable.from_dict(trained_for["table"])
 
-    def condition(noise: Noise, batch: int, index: int) -> dict[str, Tensor]:
-        return _in_turn(given, batch)
+    @torch.no_grad()
+    def draw(numbers: range) -> list[Any]:
+        chain = Chain(
+            given.around(pretrained.denoiser),
+            table,
+            pretrained.event_shape,
+            condition=None if given.drawn is None else lambda *which: _in_turn(given, numbers),
+        )
+        x = chain.sample(Noise(config.seed), len(numbers), numbers.start)
+        return list(pt_to_pil(x if pretrained.decoder is None else pretrained.decoder(x)))
 
-    chain = Chain(
-        given.around(pretrained.denoiser),
-        table,
-        pretrained.event_shape,
-        condition=None if given.drawn is None else condition,
-    )
-    x = chain.sample(Noise(config.seed), config.num)
-    return list(pt_to_pil(x if pretrained.decoder is None else pretrained.decoder(x)))
+    return draw
 
 
-def _by_pipeline(pretrained: Pretrained, config: Config, steps: int, trained_for: dict[str, Any]) -> list[Any]:
+def _by_pipeline(
+    pretrained: Pretrained, config: Config, steps: int, trained_for: dict[str, Any], device: torch.device
+) -> Draw:
     """Images by the model's pipeline."""
-    pipeline, generator = pretrained.pipeline, torch.Generator().manual_seed(config.seed)
+    pipeline, generator = pretrained.pipeline.to(device), torch.Generator().manual_seed(config.seed)
     pipeline.set_progress_bar_config(disable=True)
     eta = {"eta": trained_for["eta"]} if "eta" in trained_for else {}
     options: dict[str, Any] = {"num_inference_steps": steps, "generator": generator}
     options |= eta if pretrained.family.passes_eta else {}
     if pretrained.condition is None:
-        return list(pipeline(batch_size=config.num, **options).images)
+        return lambda numbers: list(pipeline(batch_size=len(numbers), **options).images)
     options["guidance_scale"] = trained_for.get("guidance", pretrained.family.guidance)
     if config.prompts is not None:
         prompts = read_prompts(config.prompts)
-        return list(pipeline([prompts[i % len(prompts)] for i in range(config.num)], **options).images)
-    given = _given(pretrained, config, trained_for)
+        return lambda numbers: list(pipeline([prompts[i % len(prompts)] for i in numbers], **options).images)
+    given = _given(pretrained, config, trained_for, device)
     if pretrained.decoder is not None:
-        return list(pipeline(_in_turn(given, config.num)[CLASS].tolist(), **options).images)
-    return _labelled(pretrained, given, config.num, steps, generator, eta)
+        return lambda numbers: list(pipeline(_in_turn(given, numbers)[CLASS].tolist(), **options).images)
+    return lambda numbers: _labelled(pretrained, given, numbers, steps, generator, eta)
 
 
 @torch.no_grad()
 def _labelled(
     pretrained: Pretrained,
     given: Conditioning,
-    num: int,
+    numbers: range,
     steps: int,
     generator: torch.Generator,
     eta: dict[str, float],
@@ -138,16 +174,19 @@ def _labelled(
     """What a DDPMPipeline would do if it took class labels."""
     from diffusers.utils import pt_to_pil
 
-    denoiser, labels, scheduler = given.around(pretrained.denoiser), _in_turn(given, num), pretrained.scheduler
-    scheduler.set_timesteps(steps)
-    x = torch.randn((num, *pretrained.event_shape), generator=generator) * scheduler.init_noise_sigma
+    denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler
+    device = next(denoiser.parameters()).device
+    labels = {name: value.to(device) for name, value in _in_turn(given, numbers).items()}
+    scheduler.set_timesteps(steps, device=device)
+    x = torch.randn((len(numbers), *pretrained.event_shape), generator=generator).to(device)
+    x = x * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        u = denoiser(scheduler.scale_model_input(x, t), t.expand(num), **labels)
+        u = denoiser(scheduler.scale_model_input(x, t), t.expand(len(numbers)), **labels)
         x = scheduler.step(u, t, x, generator=generator, **eta).prev_sample
     return list(pt_to_pil(x))
 
 
-def _given(pretrained: Pretrained, config: Config, trained_for: dict[str, Any]) -> Conditioning:
+def _given(pretrained: Pretrained, config: Config, trained_for: dict[str, Any], device: torch.device) -> Conditioning:
     """Prompts or labels, and the guidance that the model was trained under."""
     asked = finetune_config.Config(
         prompts=config.prompts,
@@ -155,13 +194,13 @@ def _given(pretrained: Pretrained, config: Config, trained_for: dict[str, Any]) 
         guidance=trained_for.get("guidance"),
         null_class=trained_for.get("null_class"),
     )
-    return conditioning(asked, pretrained, torch.device("cpu"))
+    return conditioning(asked, pretrained, device)
 
 
-def _in_turn(given: Conditioning, num: int) -> dict[str, Tensor]:
+def _in_turn(given: Conditioning, numbers: range) -> dict[str, Tensor]:
     """The values of the condition, one after the other."""
     assert given.drawn is not None
-    return {given.drawn.name: given.drawn.values[torch.arange(num) % len(given.drawn.values)]}
+    return {given.drawn.name: given.drawn.values[torch.tensor(list(numbers)) % len(given.drawn.values)]}
 
 
 def write_chain(folder: Path, table: ChainTable, **options: int | float) -> None:

@@ -19,24 +19,23 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
-from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, STYLE, canvas
+from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
-from implicit_diffusion.experiments.outcome import number, percent
 from implicit_diffusion.experiments.plan import make_plan
-from implicit_diffusion.experiments.problem import PLAN, build
-from implicit_diffusion.experiments.remembered import evaluate_pretrained
+from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
+from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
 
 CURVE = 12  # KL weights of the drawn frontier
-KEPT = ("reward_before", "reward_after", "reward_exported", "path_kl", "j_before", "j_after", "j_bound", "captured")
+REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
+KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
-LEFT_BY_AN_EARLY_END = {"config.json", "figures", finetune.PROMPTS}  # of a run that ended before its first checkpoint
+LEFT_BY_AN_EARLY_END = {"config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS}
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,17 @@ def run(config: Config) -> dict[str, Any]:
     config.check()
     out = config.each.out or dated("sweep")
     _check_folder(out, config)
-    samples, conditional = _pretrained(config.each)
-    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
     directory = RunDirectory(out)
+    samples, conditional = _pretrained(config.each, directory)
+    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
     out.mkdir(parents=True, exist_ok=True)
     directory.write_config(_settings(config))
-    for beta in betas:
-        _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"))
+    finetune.keep_rewards(samples, directory)
+    try:
+        for beta in betas:
+            _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"), samples)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
     found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
@@ -115,29 +118,22 @@ def _check_folder(out: Path, config: Config) -> None:
         RunDirectory.check(out)
         return
     saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), _settings(config)
+    if saved.keys() != asked.keys():
+        raise InvalidInputError(f"--out {out} holds something else than a sweep of this release; choose another --out")
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
         told = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
         raise InvalidInputError(f"--out {out} holds a sweep of other options: {told}; choose another --out")
 
 
-def _pretrained(each: finetune_config.Config) -> tuple[Evaluation, bool]:
+def _pretrained(each: finetune_config.Config, directory: RunDirectory) -> tuple[Evaluation, bool]:
     """Trajectories of the pretrained chain, those of every run's plan, and whether they come under a condition."""
-    problem, noise = build(each), Noise(each.seed).stream(PLAN)
-    with progress(16 * each.starts, "planning") as bar:
-        samples = evaluate_pretrained(
-            problem.chain,
-            problem.reward,
-            noise,
-            name=each.reward,
-            starts=each.starts,
-            repeats=16,
-            progress=lambda done: bar.update(advance=done),
-        )
+    problem = build(each)
+    samples = finetune.read_rewards(directory) or finetune.pretrained_samples(each, problem)
     return samples, problem.chain.condition is not None
 
 
-def _one(config: finetune_config.Config) -> None:
+def _one(config: finetune_config.Config, pretrained: Evaluation) -> None:
     """Run, go on, or leave alone what is finished."""
     assert config.out is not None
     if (config.out / "summary.json").exists():
@@ -147,7 +143,7 @@ def _one(config: finetune_config.Config) -> None:
     else:
         if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= LEFT_BY_AN_EARLY_END:
             shutil.rmtree(config.out)
-        finetune.run(config)
+        finetune.run(config, pretrained=pretrained)
 
 
 def _finished(out: Path) -> list[float]:
@@ -159,6 +155,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The headline numbers of a run, and its metrics."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary.get(key) for name in KEPT for key in (name, f"{name}_se")}
+    kept["held_out_reward_before"] = summary["held_out_reward_before"]
     kept |= {"updates": summary["updates"], "seconds": summary["seconds"], "run": folder.name}
     return kept, RunDirectory(folder).read_metrics()
 
@@ -208,31 +205,32 @@ def plot(
         axes = figure.subplot_mosaic([["top", "top"], ["reward", "kl"]], height_ratios=[3, 2])
         _draw_frontier(axes["top"], summary, frontier)
         for row, shade in zip(rows, shades):
-            bars = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_after_se"], "elinewidth": 1.3}
-            end = row["path_kl"], row["reward_after"]
-            axes["top"].errorbar(*end, fmt="D", color=shade, markeredgecolor="white", zorder=5, **bars)
-            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": shade}
-            axes["top"].annotate(f"β = {row['kl_weight']:.3g}", end, **place)
+            style = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_gain_se"], "elinewidth": 1.3, "fmt": "D"}
+            style |= {"color": shade, "markeredgecolor": "white", "zorder": 5}
+            axes["top"].errorbar(
+                row["path_kl"], row["reward_gain"], label=f"fine-tuned, β = {row['kl_weight']:.3g}", **style
+            )
+            base = {"held_out_reward": row["held_out_reward_before"], "held_out_path_kl": 0.0}
             for name, key in (("reward", "held_out_reward"), ("kl", "held_out_path_kl")):
                 seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
-                axes[name].plot([m["updates"] for m in seen], [m[key] for m in seen], "o-", ms=3, color=shade)
-        axes["top"].legend(loc="lower right")
-        axes["reward"].axhline(summary["reward_pretrained"], color=BEFORE, lw=1)
-        axes["reward"].set(xlabel="updates", ylabel="mean reward, held out")
+                values = [0.0, *(m[key] - base[key] for m in seen)]
+                axes[name].plot([0, *(m["updates"] for m in seen)], values, "o-", ms=3, color=shade)
+        axes["top"].legend(loc="lower right", ncols=2)
+        axes["reward"].axhline(0.0, color=BEFORE, lw=1)
+        axes["reward"].set(xlabel="updates", ylabel="reward gained, held out")
         axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")
         figure.savefig(path)
 
 
 def _draw_frontier(axes: Any, summary: dict[str, Any], found: Sequence[Bound]) -> None:
     """What can be had: the curve, and open circles where it rests on too few effective samples."""
-    bounds = [b for b in found if b.path_kl > 0]
+    before, bounds = summary["reward_pretrained"], [b for b in found if b.path_kl > 0]
     if bounds:
         kl = np.linspace(0, bounds[-1].path_kl, 300)
-        axes.plot(kl, tangent_curve(summary["reward_pretrained"], bounds, kl), color=BOUND, label="best possible")
+        axes.plot(kl, tangent_curve(before, bounds, kl) - before, color=BOUND, label="best possible")
     doubtful = [b for b in bounds if not b.trusted]
     if doubtful:
-        points = [b.path_kl for b in doubtful], [b.reward for b in doubtful]
+        points = [b.path_kl for b in doubtful], [b.reward - before for b in doubtful]
         axes.plot(*points, "o", ms=4.5, color=BOUND, markerfacecolor="white", label="rests on few samples")
-    axes.plot([0], [summary["reward_pretrained"]], "s", color=BEFORE, ms=8, label="pretrained")
-    axes.plot([], [], "D", color=AFTER, label="fine-tuned, ± 2 s.e.")
-    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward")
+    axes.plot([0], [0], "s", color=BEFORE, ms=8, label="pretrained")
+    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained, on the same noise")

@@ -83,6 +83,27 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
     )
 
 
+def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:
+    """E R under the optimal path law less E R of the pretrained chain, with the standard error of the difference.
+
+    Both means are of the same trajectories, so most of what either is uncertain about cancels.
+
+    Args:
+        pretrained: of the pretrained chain.
+        beta: KL weight > 0.
+        conditional: as in `bound`.
+    """
+    reward = pretrained.reward.double()
+    tilted = (_jackknife if conditional else _influence)(reward / beta, reward)[1]
+    return mean_and_error(tilted - reward.mean(1))
+
+
+def possible(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
+    """J_before − J*, what any fine-tuning could gain, with its standard error; arguments as in `captured`."""
+    gained, missed = _gained_and_missed(before, after, beta)
+    return mean_and_error(gained + missed)
+
+
 def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
     """The share (J_before − J_after)/(J_before − J*) of the possible gain, with its standard error.
 
@@ -97,15 +118,22 @@ def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float,
     Raises:
         InvalidInputError: as `bound`.
     """
-    _check(after, beta)
-    log_weights = after.reward.double() / beta - after.log_ratio.double()
-    best = -beta * _jackknife(log_weights, after.reward.double())[0]
-    gained = (before.objective(beta) - after.objective(beta)).double().mean(1)
-    missed = after.objective(beta).double().mean(1) - best
+    gained, missed = _gained_and_missed(before, after, beta)
     total = (gained + missed).mean()
     share = gained.mean() / total
     error = ((1 - share) * gained - share * missed).std() / total.abs() / len(gained) ** 0.5
     return share.item(), error.item()
+
+
+def _gained_and_missed(
+    before: Evaluation, after: Evaluation, beta: float
+) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
+    """J_before − J_after and J_after − J* of every start."""
+    _check(after, beta)
+    log_weights = after.reward.double() / beta - after.log_ratio.double()
+    best = -beta * _jackknife(log_weights, after.reward.double())[0]
+    gained = (before.objective(beta) - after.objective(beta)).double().mean(1)
+    return gained, after.objective(beta).double().mean(1) - best
 
 
 def _check(evaluation: Evaluation, beta: float) -> None:

@@ -1,5 +1,6 @@
 """The folder of one run: what was asked, what happened, what came out.
 
+    plan.json       what could be had, known before the run
     config.json     the resolved configuration
     metrics.jsonl   one line per update
     summary.json    the headline numbers
@@ -15,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.runs.files import check_place, replacing
 
 
 @dataclass(frozen=True)
@@ -36,25 +38,37 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path) -> RunDirectory:
-        """Make the folder, with its parents. Errors as in `check`."""
-        cls.check(path)
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
+    def create(cls, path: str | Path, may_hold: Collection[str] = ()) -> RunDirectory:
+        """Make the folder, with its parents. Arguments and errors as in `check`."""
+        cls.check(path, may_hold)
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a name that the file system does not take
+            raise InvalidInputError(f"--out: {path} cannot be made ({error})") from error
+        return cls(Path(path))
 
     @staticmethod
-    def check(path: str | Path) -> None:
+    def check(path: str | Path, may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
+        Args:
+            path: of the folder.
+            may_hold: files, relative to the folder, that may be there and will be overwritten.
+
         Raises:
-            InvalidInputError: `path` is a file, or a folder with something in it.
+            InvalidInputError: `path` is a file, below a file, a folder with something in it, or where nothing can be
+                written.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise InvalidInputError(f"--out {path} is a file; name a new folder")
-        if path.is_dir() and any(path.iterdir()):
-            raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
+        try:
+            if path.exists() and not path.is_dir():
+                raise InvalidInputError(f"--out {path} is a file; name a new folder")
+            files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+            if any(file not in may_hold for file in files):
+                raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
+        except OSError as error:  # such as a name that is too long
+            raise InvalidInputError(f"--out: {path} cannot be made ({error}); name a folder elsewhere") from error
+        check_place(path)
 
     @property
     def model(self) -> Path:
@@ -65,6 +79,16 @@ class RunDirectory:
     def checkpoint(self) -> Path:
         """Where `save_state` puts the state to continue from; not made here."""
         return self.path / "checkpoint"
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Tell who interrupts the block how to go on, as soon as there is a checkpoint to go on from."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if not self.checkpoint.exists():
+                raise
+            raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {self.path}`") from error
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
@@ -84,6 +108,10 @@ class RunDirectory:
     def write_summary(self, summary: Any) -> None:
         """Write summary.json; values and errors as in `write_config`."""
         self._write("summary.json", summary)
+
+    def write_plan(self, plan: Any) -> None:
+        """Write plan.json; values and errors as in `write_config`."""
+        self._write("plan.json", plan)
 
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
         """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.

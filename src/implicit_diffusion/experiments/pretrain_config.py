@@ -1,0 +1,86 @@
+"""What pretraining can be asked for: all of its options, with their defaults, on one screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.ranges import at_least, positive
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pretrain a diffusion model. The defaults are the published setting for the digits.
+
+    On one kind of processor they give the same weights bit for bit.
+    """
+
+    data: str = "digits"
+    """"digits", a folder of images, or a hub id of the datasets library such as ylecun/mnist or uoft-cs/cifar10."""
+    out: Path | None = None
+    """Run directory, new or empty. By default runs/pretrain-<data>."""
+    size: tuple[int, int] | None = None
+    """Height and width to bring the images to; by default their own, rounded to what the U-Net can halve."""
+    steps: int = 3000
+    """Optimizer steps."""
+    batch: int = 64
+    """Images per step."""
+    lr: float = 2e-3
+    """After a linear warm-up over 200 steps; then cosine decay to zero."""
+    ema_decay: float = 0.999
+    """Of the average of the weights, which is what is kept; below 1."""
+    dropout: float = 0.1
+    """Of the residual blocks."""
+    channels: tuple[int, ...] | None = None
+    """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    """What the network predicts."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """Noise schedule."""
+    train_timesteps: int = 1000
+    """Timesteps of the noise schedule, T."""
+    seed: int = 0
+    """Of weights, batches, times and noise."""
+    chains: tuple[int, ...] = (10, 50)
+    """Chain lengths at which the samples are judged, or drawn."""
+    samples: int = 2000
+    """Digits to judge per chain length; of other images 96 are drawn."""
+    device: str | None = None
+    """"cpu", "cuda", …; by default the CPU for digits, and an accelerator where there is one for other images."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
+        at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0)
+        if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
+            raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
+        positive(self, "lr")
+        for name in ("ema_decay", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        if not self.chains or min(self.chains) < 1:
+            raise InvalidInputError(f"--chains must be integers ≥ 1, got {' '.join(map(str, self.chains)) or 'none'}")
+        for num_steps in self.chains:
+            try:
+                read_table(noise_schedule(self), num_steps)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"--chains {num_steps}: {error}") from error
+
+
+def noise_schedule(config: Config) -> DDPMScheduler:
+    """The scheduler that the model is trained for."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=config.train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type="fixed_small",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )

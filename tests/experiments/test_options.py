@@ -1,0 +1,18 @@
+"""What `--help` says of an option keeps the line breaks of the source: these must not split a sentence."""
+
+import ast
+import inspect
+
+import pytest
+
+from implicit_diffusion.experiments import finetune_config, pretrain_config, sample, sweep
+
+
+@pytest.mark.parametrize("module", [finetune_config, pretrain_config, sample, sweep], ids=lambda m: m.__name__)
+def test_descriptions_break_after_sentences_only_and_none_is_missing(module):
+    (config,) = (node for node in ast.parse(inspect.getsource(module)).body if getattr(node, "name", "") == "Config")
+    for option, text in zip(config.body, config.body[1:]):
+        if isinstance(option, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{option.target.id} has no description"
+            first_lines = text.value.value.split("\n")[:-1]
+            assert all(line.rstrip().endswith(".") for line in first_lines), text.value.value
