@@ -5,10 +5,22 @@ import inspect
 
 import pytest
 
-from implicit_diffusion.experiments import finetune_config, pretrain_config, sample, sweep
+from implicit_diffusion.experiments import (
+    ebm_config,
+    finetune_config,
+    hexagon_arms,
+    pretrain_config,
+    recovery,
+    sample,
+    score,
+    sweep,
+    tilt,
+)
+
+MODULES = [finetune_config, pretrain_config, sample, sweep, ebm_config, tilt, hexagon_arms, score, recovery]
 
 
-@pytest.mark.parametrize("module", [finetune_config, pretrain_config, sample, sweep], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_descriptions_break_after_sentences_only_and_none_is_missing(module):
     (config,) = (node for node in ast.parse(inspect.getsource(module)).body if getattr(node, "name", "") == "Config")
     for option, text in zip(config.body, config.body[1:]):

@@ -45,8 +45,8 @@ class Config:
     """Train an energy-based model by maximum likelihood in a single loop."""
 
     data: str = "moons"
-    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.npy with
-    shape (m, d) or (m, channels, height, width)."""
+    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.npy.
+    The array has shape (m, d) or (m, channels, height, width)."""
     potential: Literal["mlp", "conv"] | None = None
     """The network beside the Gaussian; by default mlp for vectors, conv for images."""
     sampler: Literal["ula", "mala", "underdamped", "hmc"] = "hmc"
@@ -58,13 +58,13 @@ class Config:
     particles: int | None = None
     """n, and data per update; 1000 for vectors, 256 for images by default. Weighted, a multiple of 8."""
     step_size: float | None = None
-    """h in standardised coordinates: for hmc and underdamped 0.06 for vectors, 0.2 for images by default; the square of
-    that for ula and mala."""
+    """h in standardised coordinates; by default 0.06 for vectors, 0.2 for images.
+    Ula and mala take the square of that default."""
     leapfrogs: int | None = None
     """Of hmc; 4 by default. Together with the step size they should carry a particle through its mode."""
     refresh: int | None = None
-    """Updates after which weighted particles are drawn anew by annealing, which ends the errors that their weights
-    have accumulated; 0 for never; 250 for vectors, 100 for images by default."""
+    """Updates after which weighted particles are drawn anew; 0 for never; 250 for vectors, 100 for images by default.
+    That ends the errors that their weights have accumulated."""
     lr: float | None = None
     """Of Adam at the start, with cosine decay to zero; 3e-3 for vectors, 1e-3 for images by default."""
     weight_decay: float | None = None
@@ -72,8 +72,8 @@ class Config:
     width: int | None = None
     """Of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
     judge_steps: int | None = None
-    """Annealing steps that tell the final log Z, and half as many again that check it; 200 for vectors, 1500 for images
-    by default, where they are most of the time after training."""
+    """Annealing steps that tell the final log Z; 200 for vectors, 1500 for images by default.
+    Half as many again check it; for images they are most of the time after training."""
     long_chains: bool = False
     """Of images: also move particles ten times as long as training did, to see whether they drift away from data."""
     compare: bool = False
@@ -83,8 +83,7 @@ class Config:
     seed: int = 0
     """Of all random numbers: the same seed gives the same model, bit for bit."""
     out: Path | None = None
-    """Run directory, new or empty; a comparison that was interrupted goes on in its own. By default
-    runs/ebm-<data>-<time>."""
+    """Run directory, new or empty, by default runs/ebm-<data>-<time>; an interrupted comparison goes on in its own."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""
