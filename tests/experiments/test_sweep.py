@@ -87,7 +87,7 @@ def test_a_class_conditional_model_is_swept_given_the_label(tmp_path):
     assert main(["sweep", *words, *guided, *TINY, "--kl-weights", "0.5", "--out", str(out)]) == 0
     summary = read(out)
     (row,), (point,) = summary["rows"], summary["frontier"]
-    assert row["kl_weight"] == 0.5 and row["path_kl"] > 0 and row["captured"] is not None
+    assert row["kl_weight"] == 0.5 and row["path_kl"] > 0 and row["j_bound"] is not None
     assert 100 < summary["reward_pretrained"] < point["reward"] < summary["reward_pretrained"] + 10
     assert (out / "figures" / "frontier.png").exists()
 

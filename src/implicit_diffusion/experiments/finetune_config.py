@@ -80,8 +80,8 @@ class Config:
     gradient_checkpointing: bool = False
     """Keep less of the network's activations, and compute it once more on the way back."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Of the network alone, by autocast; states, adjoints, path KL and weights stay in float32. fp16 is for devices
-    without bfloat16: its gradients are scaled into float16's range, call by call."""
+    """Of the network alone, by autocast; states, adjoints, path KL and weights stay in float32.
+    fp16 is for devices without bfloat16: its gradients are scaled into float16's range, call by call."""
     compile: bool = False
     """torch.compile the network; what stands in the way is said, and it runs as it is."""
     no_clip: bool = False
