@@ -169,9 +169,8 @@ def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) 
     decoded = problem.decoded(samples)
     images = samples.samples[:64, 0] if decoded is None else decoded[0]
     if images.ndim == 4:
-        shown = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
         figure = sheet(5.0, 5.0)
-        tile(figure.subplots(), shown, -1.0, 1.0)
+        tile(figure.subplots(), images, -1.0, 1.0)
         finish(figure, directory.figure("pretrained"))
         print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
 

@@ -3,7 +3,8 @@
     hexagon     data from the hexagon at θ_0, training from equal weights
     two-modes   modes at (±4, 0), data weights (.8, .2), training from (.5, .5): particles cannot cross
 
-Each with unweighted and with weighted particles, at a constant rate and at one that decreases like the paper's.
+Each with unweighted and with weighted particles, at a constant rate and at one that decreases like 1/k: that of
+Robbins and Monro, which averages over ever more of the particles' noise, and still goes any distance.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Config:
     step_size: float | None = None
     """h; 0.2 on the hexagon, 0.05 for two modes by default."""
     lr: float = 0.1
-    """η of plain gradient steps; "decreasing" arms multiply it by (1 + k/100)^(−2/3)."""
+    """η of plain gradient steps; "decreasing" arms divide it by 1 + k/100."""
     out: Path | None = None
     """Run directory, new or empty. By default runs/recovery-<time>."""
 
@@ -111,7 +112,7 @@ def train(config: Config, name: str, seed: int) -> Float[Tensor, "updates 2"]:
     target, model = models(config.problem)
     sgd = torch.optim.SGD([model.logits], lr=config.lr)
     decreasing = name.endswith("decreasing")
-    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: (1 + k / 100) ** (-2 / 3)) if decreasing else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda k: 1 / (1 + k / 100)) if decreasing else None
     assert config.step_size is not None
     loop = Single(
         model,
