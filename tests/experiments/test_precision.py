@@ -87,14 +87,18 @@ def test_devices_that_do_not_compute_in_half_precision_are_refused(monkeypatch):
             check_precision(name, cpu)
 
 
-def test_checkpointing_keeps_less_and_changes_nothing(place):
+def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, place):
+    """In four levels; the largest block, which is computed again and counts, is then a small part of the network."""
+    levels = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4}
+    tiny.class_conditional(tmp_path / "classes", block_out_channels=(4, 8, 16, 32), **levels)
+    (tmp_path / "rewards.py").write_text((place / "rewards.py").read_text())
     memory, found = {}, {}
     for checkpointing in (False, True):
         config = Config(num_steps=4, gradient_checkpointing=checkpointing, kl_weight=1.0, stride=1)
-        made = build(place, gradient_checkpointing=checkpointing)
+        made = build(tmp_path, gradient_checkpointing=checkpointing)
         memory[checkpointing] = predict_memory(problem.make_loop(config, made, Noise(0))).activations
         found[checkpointing] = predictions(made.chain)
-    assert memory[True] < 0.6 * memory[False]  # the largest of four blocks is computed again, and counts
+    assert memory[True] < 0.5 * memory[False], memory[True] / memory[False]
     for ours, theirs in zip(found[True], found[False]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
