@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -146,10 +147,9 @@ class _Probe:
 
         s, xi = self._fit_noise(k, y[0])
         self.noise.append(xi)
-        regressors = torch.stack([x[1].flatten(), u[1].flatten()], dim=1)
-        a, b = torch.linalg.lstsq(regressors, (y[1] - s * xi[1]).reshape(-1, 1)).solution.flatten()
+        a, b = _fit(y[1] - s * xi[1], x[1], u[1])
         m = _dot(x[1], scaled[1]) / _dot(x[1], x[1])
-        row = Row(float(a), float(b), s, float(m))
+        row = Row(a, b, s, m)
         for i in range(2, len(PROBES)):
             residual = max(_residual(y[i], a * x[i], b * u[i], s * xi[i]), _residual(scaled[i], m * x[i]))
             if not residual <= TOLERANCE:
@@ -166,7 +166,7 @@ class _Probe:
         fits = []
         for dtype in (torch.float64, torch.float32):
             xi = _normal(k, XI, dtype=dtype).double()
-            s = float(_dot(xi[0], y) / _dot(xi[0], xi[0]))
+            s = _dot(xi[0], y) / _dot(xi[0], xi[0])
             fits.append((_residual(y, s * xi[0]), s, xi))
         _, s, xi = min(fits, key=lambda fit: fit[0])
         return s, xi
@@ -229,8 +229,19 @@ def _normal(*key: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return NOISE.normal((len(PROBES), *EVENT), *key, dtype=dtype)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum()
+def _fit(y: Tensor, x: Tensor, u: Tensor) -> tuple[float, float]:
+    """(a, b) of y = a x + b u by least squares, the same to the last bit in every process."""
+    xx, xu, uu, a, b = _dot(x, x), _dot(x, u), _dot(u, u), 0.0, 0.0
+    for _ in range(2):  # the second time on what rounding left
+        rest = y - a * x - b * u
+        xr, ur = _dot(x, rest), _dot(u, rest)
+        a, b = a + (uu * xr - xu * ur) / (xx * uu - xu**2), b + (xx * ur - xu * xr) / (xx * uu - xu**2)
+    return a, b
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    """With an exact sum: that of linear algebra libraries depends on where the numbers lie in memory."""
+    return math.fsum((x * y).flatten().tolist())
 
 
 def _name(scheduler: Any, num_steps: int, mu: float | None, step_options: Mapping[str, Any]) -> str:
