@@ -84,6 +84,7 @@ def test_a_gradient_of_exactly_zero_costs_no_run(tmp_path):
 def test_of_rates_that_tie_the_smallest_is_taken():
     """Two modes by chance: the larger rate is ahead by luck of one seed in four; one that is better on all is taken."""
     assert best_rate({0.1: [0.1, 0.1, 0.1, 0.1], 1.0: [0.3, 0.3, 0.2, 0.3], 10.0: [0.3] * 4}) == 1.0
+    assert best_rate({10.0: [0.2957] * 3, 100.0: [0.2982] * 3, 1000.0: [0.29829] * 3, 10000.0: [0.2983] * 3}) == 100.0
     assert best_rate({1.0: [0.24, 0.24, 0.24, 0.24], 10.0: [0.29, 0.28, 0.29, 0.29], 100.0: [0.0] * 4}) == 10.0
 
 

@@ -216,15 +216,17 @@ class Arms:
 
 
 def best_rate(rewards: dict[float, list[float]]) -> float:
-    """The smallest rate whose mean reward is within a standard error of the best one's, over the same ≥ 2 seeds.
+    """The smallest rate whose mean reward is the best one's, within a standard error or a thousandth of it.
 
-    A rate that jumps to one mode or another by chance would win by luck otherwise.
+    The rewards are those of the same seeds, at least two.
+    A rate that jumps to one mode or another by chance would win by luck otherwise, and on a plateau the largest by the
+    last digit.
     """
     best = rewards[max(rewards, key=lambda rate: mean(rewards[rate]))]
 
     def ties(values: list[float]) -> bool:
         behind = [b - v for b, v in zip(best, values)]
-        return mean(behind) <= stdev(behind) / math.sqrt(len(behind))
+        return mean(behind) <= max(stdev(behind) / math.sqrt(len(behind)), mean(best) / 1000)
 
     return min(rate for rate, values in rewards.items() if ties(values))
 

@@ -76,12 +76,11 @@ def fused_pass(
         energies = potential(torch.cat([x, *others]) if others else x)
         energy, *rest = energies.split([len(x), *map(len, others)])
         alike = weigh is None and all(t.constant_charges for _, t in terms) and sum(c for c, _ in terms) != 0
-        particles = Particles(x.detach().clone())  # a black box may write into what it is given
         if not alike:
             (force,) = torch.autograd.grad(energy.sum(), x, retain_graph=True)
             here = Energy(energy.detach(), force)
-            if weigh is not None:
-                particles = weigh(here)
+        # A black box may write into what it is given: terms get a copy, as they do from `weigh`.
+        particles = Particles(x.detach().clone()) if weigh is None else weigh(here)
         on_particles, values, remaining = torch.zeros_like(energy), {}, iter(rest)
         outside: list[Tensor] = []
         for (weight, term), y in zip(terms, points, strict=True):

@@ -1,7 +1,7 @@
 """What the loops over stationary samplers share: particles, their weights, and the noise that moves them.
 
-Random numbers are drawn for a block of iterations at once, outside of what may be compiled; blocks are
-addressed by number, so that a restored loop draws the same.
+Random numbers are drawn for a block of iterations at once, outside of what may be compiled; blocks, or short spans of
+them, are addressed by number, so that a restored loop draws the same.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
 KERNEL, DATA, START = range(3)  # streams of noise
+SPAN = 32  # iterations, about, that one generator serves: to seed one costs as much as thousands of numbers
 
 
 class ParticleLoop(Loop):
@@ -81,7 +82,7 @@ class ParticleLoop(Loop):
         self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
         self.log_z0 = known_log_z(potential)  # log Z at the start; None where nobody knows
         self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
-        self._drawn: tuple[int, tuple[Tensor, ...]] = (-1, ())
+        self._drawn: tuple[int, torch.Generator | None, tuple[Tensor, ...]] = (-1, None, ())
         self._step_sizes: dict[float, Tensor] = {}
 
     @property
@@ -207,11 +208,19 @@ class ParticleLoop(Loop):
         x = self.walkers.x
         count = max(1, BLOCK // x.numel())
         block, i = divmod(iteration, count)
-        if self._drawn[0] != block:
-            generator = self.noise.generator(KERNEL, block, device=x.device)
-            uniform = torch.rand(count, generator=generator, device=x.device, dtype=x.dtype)
-            self._drawn = (block, (*self.kernel.draws(generator, count, x), uniform))
-        return tuple(numbers[i] for numbers in self._drawn[1])
+        last, generator, numbers = self._drawn
+        if last != block:
+            numbers = ()
+            length = max(1, SPAN // count)
+            first = block - block % length  # of its span
+            if block == first or last != block - 1:
+                generator, last = self.noise.generator(KERNEL, block // length, device=x.device), first - 1
+            assert generator is not None
+            for _ in range(last, block):  # a loop that begins within a span draws what came before, and drops it
+                uniform = torch.rand(count, generator=generator, device=x.device, dtype=x.dtype)
+                numbers = (*self.kernel.draws(generator, count, x), uniform)
+            self._drawn = (block, generator, numbers)
+        return tuple(part[i] for part in numbers)
 
     def _points(self, iteration: int) -> list[Tensor | None]:
         """For every term of the objective the points besides the particles that it charges."""
