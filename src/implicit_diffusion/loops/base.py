@@ -105,7 +105,8 @@ class Loop(ABC):
         known = [(c, term) for c, term in self.objective.terms if term.name in values]
         metrics: dict[str, Any] = dict(term.report(values[term.name]) for _, term in known)
         if known and all(c == 0 or term.name in values for c, term in self.objective.terms):
-            metrics["objective"] = sum(c * values[term.name] for c, term in known)
+            first, *others = (values[term.name] if c == 1 else c * values[term.name] for c, term in known)
+            metrics["objective"] = sum(others, start=first)
         return metrics | {"updates": self.update.updates} | self.cost()
 
     def _bad_value(self, values: dict[str, Tensor]) -> str | None:

@@ -251,6 +251,6 @@ def centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, 
     with anything is unbiased for independent particles.
     """
     if particles.log_weights is None:
-        return (values - values.mean()) / (len(values) - 1)
+        return (values - values.mean()) * (1 / (len(values) - 1))
     w = particles.weights
     return w * (values - w @ values) / (1 - w.square().sum())
