@@ -188,6 +188,14 @@ def test_blocks_of_noise_do_not_change_with_where_a_run_resumes(name, monkeypatc
     assert torch.equal(whole.walkers.x, second.walkers.x) and torch.equal(trained(whole), trained(second))
 
 
+def test_a_loop_that_loads_a_state_under_other_noise_forgets_what_it_drew():
+    loop, other = build("ula"), build("ula", seed=1)
+    loop.step()
+    loop.noise = other.noise
+    loop.load_state_dict(other.state_dict())
+    assert torch.equal(loop._draws(0)[0], other._draws(0)[0])
+
+
 @pytest.mark.parametrize("name", ["ula", "weighted ula", "x-first", "underdamped", "nested", "unrolled"])
 def test_an_explosion_stops_before_the_update(name):
     loop = build(name, optimizer=torch.optim.SGD, lr=1e-3)

@@ -218,9 +218,8 @@ class Arms:
 def best_rate(rewards: dict[float, list[float]]) -> float:
     """The smallest rate whose mean reward is the best one's, within a standard error or a thousandth of it.
 
-    The rewards are those of the same seeds, at least two.
     A rate that jumps to one mode or another by chance would win by luck otherwise, and on a plateau the largest by the
-    last digit.
+    last digit. The rewards are those of the same seeds, at least two.
     """
     best = rewards[max(rewards, key=lambda rate: mean(rewards[rate]))]
 

@@ -165,6 +165,7 @@ class ParticleLoop(Loop):
         for name, value in state["walkers"].items():
             saved[name] = value if value is None else innermost(value.to(self.walkers.x))
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
+        self._drawn = (-1, None, ())
 
     def _held(self, closed: Walkers) -> Particles:
         """The walkers as particles, weighted where the loop weighs; a copy, for objectives may write into it."""
