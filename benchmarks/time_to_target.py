@@ -136,12 +136,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.axhline(results["target"], color="0.5", ls=":", lw=1.2)
     share = f"{100 * results['config']['share']:g} %"
     axes[0].text(
-        0.58,
+        0.01,
         results["target"],
         f"{share} of the way",
         transform=axes[0].get_yaxis_transform(),
-        ha="center",
-        va="bottom",
+        ha="left",
+        va="top",
         color="0.4",
     )
     one = results["config"]["threads"] == 1
