@@ -12,7 +12,7 @@ from implicit_diffusion.errors import InvalidInputError
 
 
 def check_count(name: str, value: Any, least: int = 1, otherwise: str = "") -> int:
-    """The value as an integer ≥ `least`; raises `InvalidInputError` for anything else. `otherwise` adds to the message."""
+    """The value as an integer ≥ `least`; raises `InvalidInputError` for anything else, or `otherwise`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InvalidInputError(f"{name} must be an integer ≥ {least}{otherwise}, got {value!r}")
     return int(value)

@@ -17,6 +17,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def exact(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same numbers in the widest dtype, for sums that cancel: V, rewards and α may share a large constant."""
+    return values.to(widest(values.device))
+
+
 def squared_distances(x: Float[Tensor, "n *event"], y: Float[Tensor, "m *event"]) -> Float[Tensor, "n m"]:
     """‖x_i − y_j‖² in the device's widest dtype, differentiable also where two points coincide.
 
@@ -24,8 +29,7 @@ def squared_distances(x: Float[Tensor, "n *event"], y: Float[Tensor, "m *event"]
     common centre is taken from both first, and the rest is done in double precision, which single-precision points
     that are scattered over 10⁶ of their distances do not exhaust.
     """
-    dtype = widest(x.device)
-    x, y = x.flatten(1).to(dtype), y.flatten(1).to(dtype)
+    x, y = exact(x.flatten(1)), exact(y.flatten(1))
     centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
     x, y = x - centre, y - centre
     return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT).clamp(min=0)

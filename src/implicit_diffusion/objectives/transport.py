@@ -10,8 +10,8 @@ and converge like λᵏ, λ the second eigenvalue of the plan: thousands of swee
 derivative has its eigenvalues in [−1, 0] (Feydy et al., arXiv 1810.08278, section 3.2).
 
 *Across* two clouds sweeps under falling ε find the neighbourhood, and Newton's method the solution (Brauer et al., *A
-Sinkhorn–Newton Method for Entropic Optimal Transport*, arXiv 1710.06635). With c the present marginal in place of b, its
-equation for the increment δ of log v is, after the sweep of u has made the other marginal exact,
+Sinkhorn–Newton Method for Entropic Optimal Transport*, arXiv 1710.06635). With c the present marginal in place of b,
+its equation for the increment δ of log v is, after the sweep of u has made the other marginal exact,
 
     (diag c − Tᵀ diag(1/a) T) δ = b − c,
 
