@@ -30,6 +30,14 @@ class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""
 
 
+class StorageError(ImplicitDiffusionError, OSError):
+    """A file that cannot be written, or a folder that cannot be locked; what was there before is intact."""
+
+
+class RewardError(ImplicitDiffusionError, RuntimeError):
+    """A reward of the user's own that raised, or asked to exit, in the middle of a run."""
+
+
 def check_type(name: str, value: object, kind: Any, advice: str) -> None:
     """Raise `InvalidInputError` where an argument is of another kind, with what would make it one."""
     if not isinstance(value, kind):
