@@ -16,7 +16,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up; rooms on one floor do not know each other. Every room may name errors.
 FLOORS = [
     {"errors"},
-    {"checks", "frozen", "noise", "particles", "rounding", "transition"},
+    {"rounding"},
+    {"frozen", "noise", "particles", "transition"},
     {"denoisers", "potentials"},
     {"samplers", "objectives"},
     {"gradients"},

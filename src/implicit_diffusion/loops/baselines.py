@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from implicit_diffusion.checks import check_count
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer
 from implicit_diffusion.gradients.gibbs import dense, fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
@@ -36,7 +35,7 @@ class NestedParticles(ParticleLoop):
 
     def __init__(self, *args: Any, inner_steps: int, begin: Begin = "initial", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_count("inner_steps", inner_steps)
+        check_integer("inner_steps", inner_steps)
         if begin not in get_args(Begin):
             raise InvalidInputError(f"begin must be one of {', '.join(get_args(Begin))}, got {begin!r}")
         _refuse_weights(self)
@@ -94,7 +93,7 @@ class Unrolled(ParticleLoop):
 
     def __init__(self, *args: Any, unrolled_steps: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_count("unrolled_steps", unrolled_steps)
+        check_integer("unrolled_steps", unrolled_steps)
         _refuse_weights(self)
         if self.kernel.target_acceptance is not None:
             raise InvalidInputError(

@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.checks import check_number
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, check_number, check_type
 from implicit_diffusion.objectives import transport
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.data import checked, fitting

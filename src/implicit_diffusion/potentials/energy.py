@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, trying
 from implicit_diffusion.rounding import at_least_single
 
 COARSE = 0.02  # nats that V must resolve where its values count
@@ -73,10 +73,10 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
 
     Raises:
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
-            points that influence each other (BatchNorm in training mode, say).
+            points that influence each other (BatchNorm in training mode, say), or whatever the potential raises.
     """
     own = precision(potential, x)
-    with torch.enable_grad():
+    with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)} in {own}"):
         probe = x[:2].detach().clone().requires_grad_()
         value = potential(probe.to(own))
     if not isinstance(value, Tensor) or value.shape != (len(probe),):

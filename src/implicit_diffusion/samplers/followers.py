@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.checks import check_count, check_number
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles, states
@@ -56,10 +55,11 @@ class Followers:
     ) -> None:
         check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
         check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
         if not kernel.weighted:
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC")
-        x, groups = states(x), check_count("groups", groups, 2)
-        if len(x) % groups or len(x) < 2 * groups:
+        x = states(x)
+        if check_integer("groups", groups, 0) < 2 or len(x) % groups or len(x) < 2 * groups:
             raise InvalidInputError(f"{len(x)} particles do not make {groups} groups of equal size ≥ 2")
         check_resolved(kernel, x, 0)
         self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, check_number("log_z", log_z), 0
@@ -132,7 +132,7 @@ class Followers:
             closed = [close(self.kernel, w, here) for w, here in zip(self.groups, self._energies(potential, x))]
         if any((~(walkers.log_weights < math.inf)).any() for walkers in closed):  # e^{−V} may be 0 somewhere, not ∞
             raise NonFiniteError(
-                f"weights of followers are NaN or infinite after {self.steps} steps; take a smaller step size, or "
+                f"weights of followers are NaN after {self.steps} steps, or infinite; take a smaller step size, or "
                 "check that the potential confines them"
             )
         return closed
@@ -160,7 +160,7 @@ def annealed(
     """
     check_type("path", path, Callable, "take the method tempered of a Tilted, say")
     check_type("noise", noise, Noise, "take Noise(0), say")
-    check_count("n", n, 2), check_count("steps", steps)
+    check_integer("n", n, 2), check_integer("steps", steps)
     start: Any = path(0.0)
     if not hasattr(start, "sample") or not hasattr(start, "log_z"):
         raise InvalidInputError("path(0) must have sample(n, noise) and log_z, as a Gaussian mixture has")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.checks import check_count
+from implicit_diffusion.errors import check_integer
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import ExactKernel, Move, Schedule, inner, metropolis
@@ -34,7 +34,7 @@ class HMC(ExactKernel):
 
     def __init__(self, step_size: Schedule, leapfrogs: int = 5) -> None:
         super().__init__(step_size)
-        self.leapfrogs = check_count("leapfrogs", leapfrogs)
+        self.leapfrogs = check_integer("leapfrogs", leapfrogs)
         self.evaluations = 1 + self.leapfrogs
 
     def move(

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.checks import check_count
-from implicit_diffusion.errors import check_type
+from implicit_diffusion.errors import check_integer, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import states
@@ -34,7 +33,7 @@ def simulate(
     check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
     check_type("noise", noise, Noise, "take Noise(0), say")
     check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
-    x, steps = states(x, 1), check_count("steps", steps, 0)
+    x, steps = states(x, 1), check_integer("steps", steps, 0)
     check_resolved(kernel, x, 0)
     with eval_mode(potential):
         check_potential(potential, x)

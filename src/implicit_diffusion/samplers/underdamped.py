@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.checks import check_number
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers.kernel import Kernel, Move, Schedule, normals
 

@@ -16,8 +16,7 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.checks import check_count, check_number
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import states
@@ -69,7 +68,7 @@ def warm_up(
             "step_size is a function of the iteration, and warm-up finds a number; warm up a kernel with a number, and "
             "scale the schedule by what it finds"
         )
-    steps, target, x = check_count("steps", steps, 20), check_number("target", target, 0.0, 1.0), states(x)
+    steps, target, x = check_integer("steps", steps, 20), check_number("target", target, 0.0, 1.0), states(x)
 
     def step(x: Tensor, log_h: float, *key: int) -> tuple[Move, float]:
         draws = tuple(d[0] for d in kernel.draws(noise.generator(*key, device=x.device), 1, x))
