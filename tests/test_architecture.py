@@ -37,7 +37,7 @@ SEEDED = {"experiments/digits.py", "experiments/pretrain.py"}
 
 # Rewards of the user's own may draw from the global generators: this file keeps their states, and the caller's.
 KEEPS_GENERATORS = {"runs/generators.py"}
-OF_GENERATORS = ("import random", "np.random.get_state", "np.random.set_state", "np.random.seed")
+OF_GENERATORS = ("import random", "np.random.RandomState", "np.random.get_state", "np.random.set_state")
 
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 FORBIDDEN = {"torch.load", "torch.save", "torch.seed", "torch.set_rng_state"}

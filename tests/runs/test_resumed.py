@@ -129,13 +129,13 @@ def test_generators_follow_from_noise_and_key_and_survive_the_disk(tmp_path):
 
     draws = Draws(Noise(5), 1)
     first = drawn(draws)
-    save_state(tmp_path / "state", draws.state)
+    save_state(tmp_path / "state", draws.state_dict())
     then = drawn(draws)
     assert drawn(Draws(Noise(5), 1)) == first
     for noise, key in ((Noise(6), 1), (Noise(5), 2), (Noise(5).stream(1), 1)):
         assert not set(drawn(Draws(noise, key))) & set(first)
     other = Draws(Noise(9))
-    other.state = load_state(tmp_path / "state")
+    other.load_state_dict(load_state(tmp_path / "state"))
     assert drawn(other) == then
 
 

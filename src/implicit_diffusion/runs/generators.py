@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from implicit_diffusion.noise import Noise
 
 GLOBAL = 2**31 + 1  # first key of what seeds them: beyond every trajectory, and beside loops.on_chain.TRIAL
+States = tuple[Tensor, Tensor | None, Any, Any]  # of torch, of the device, of NumPy, of Python
 
 
 class Draws:
@@ -30,63 +32,55 @@ class Draws:
     """
 
     def __init__(self, noise: Noise, *key: int, device: torch.device | str = "cpu") -> None:
-        self.device, self.outside = torch.device(device), generators(device)
+        self.device = torch.device(device)
         words = torch.randint(2**32, (16,), generator=noise.generator(GLOBAL, *key, 1)).tolist()
-        try:
-            torch.default_generator.manual_seed(words[0] + (words[1] << 31))
-            _set(self.device, noise.generator(GLOBAL, *key, 2, device=device).get_state())
-            np.random.seed(words[2:8])  # noqa: NPY002
-            random.seed(sum(word << 32 * i for i, word in enumerate(words[8:])))
-            self.state = generators(device)
-        finally:
-            restore_generators(self.outside, device)
+        own = None if self.device.type == "cpu" else noise.generator(GLOBAL, *key, 2, device=device).get_state()
+        numpy, python = (
+            np.random.RandomState(words[:8]),
+            random.Random(sum(w << 32 * i for i, w in enumerate(words[8:]))),
+        )
+        self.states: States = (noise.generator(GLOBAL, *key, 3).get_state(), own, numpy.get_state(), python.getstate())
+        self.outside = self.states
 
     def __enter__(self) -> None:
-        self.outside = generators(self.device)
-        restore_generators(self.state, self.device)
+        self.outside = self._get()
+        self._set(self.states)
 
     def __exit__(self, *error: object) -> None:
-        self.state = generators(self.device)
-        restore_generators(self.outside, self.device)
+        self.states = self._get()
+        self._set(self.outside)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Their states, as `save_state` keeps them."""
+        cpu, own, (kind, keys, position, has_gauss, gauss), (version, words, spare) = self.states
+        return {
+            "torch": cpu,
+            self.device.type: own,
+            "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+            "python": [version, torch.tensor(words), spare],
+        }
 
-def generators(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Their states, as `save_state` keeps them."""
-    device = torch.device(device)
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
-    version, words, spare = random.getstate()
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_index(device))
-    return {
-        "torch": torch.default_generator.get_state(),
-        "device": [device.type, own],
-        "numpy": [
-            kind,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ],
-        "python": [version, torch.tensor(words), spare],
-    }
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called; the generator of a device of another type begins anew."""
+        kind, keys, *rest = state["numpy"]
+        version, words, spare = state["python"]
+        own = state.get(self.device.type, self.states[1])
+        numpy, python = (kind, keys.numpy().astype(np.uint32), *rest), (version, tuple(words.tolist()), spare)
+        self.states = state["torch"], own, numpy, python
 
+    def _get(self) -> States:
+        own = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state(*self._name)
+        return torch.default_generator.get_state(), own, np.random.get_state(), random.getstate()  # noqa: NPY002
 
-def restore_generators(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-    """Put them back where `generators` was called; that of a device only where it is one of the same type."""
-    device = torch.device(device)
-    torch.default_generator.set_state(state["torch"])
-    if state["device"][0] == device.type:
-        _set(device, state["device"][1])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, words, spare = state["python"]
-    random.setstate((version, tuple(words.tolist()), spare))
+    def _set(self, states: States) -> None:
+        cpu, own, numpy, python = states
+        torch.default_generator.set_state(cpu)
+        if own is not None:
+            torch.get_device_module(self.device).set_rng_state(own, *self._name)
+        np.random.set_state(numpy)  # noqa: NPY002
+        random.setstate(python)
 
-
-def _set(device: torch.device, state: torch.Tensor | None) -> None:
-    if device.type != "cpu" and state is not None:
-        torch.get_device_module(device).set_rng_state(state, *_index(device))
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """What names the device to its module; that of Apple knows a single one."""
-    return () if device.type == "mps" else (device,)
+    @property
+    def _name(self) -> tuple[torch.device, ...]:
+        """What names the device to its module; that of Apple knows a single one."""
+        return () if self.device.type == "mps" else (self.device,)

@@ -90,7 +90,7 @@ def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -
         "verdict": state.verdict,
         "metrics": state.metrics,
         "lines": state.lines,
-        "generators": state.draws.state,
+        "generators": state.draws.state_dict(),
     }
     save_state(directory.checkpoint, whole)
 
@@ -104,7 +104,7 @@ def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> N
         state.loop.load_state_dict(saved["loop"])
         _remind(callbacks, saved.get("callbacks", []))
         if "generators" in saved:
-            state.draws.state = saved["generators"]
+            state.draws.load_state_dict(saved["generators"])
         if saved.get("verdict") and saved["verdict"][0] in map(_name, callbacks):
             state.verdict = saved["verdict"]
             state.stopped = saved["verdict"][1]
