@@ -76,7 +76,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
     with Draws(noise, PLAN, 1, device=problem.chain.device):
         loop = make_loop(config, problem, noise)
-    memory = predict_memory(loop)
+        memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
     known = read_rewards(directory) if begun else None
     samples = pretrained or known or pretrained_samples(config, problem)
