@@ -8,7 +8,8 @@ the run by returning a reason:
 
 They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`. What a callback remembers
 from one call to the next is part of the run: it is saved and restored where the callback has `state_dict()` and
-`load_state_dict(state)`.
+`load_state_dict(state)`. One that has `unsound(fit)` is asked before a checkpoint is written: a reason that it returns
+keeps the previous one in its place.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL
-from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.runs.checkpoint import check_finite, load_state, save_state
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.signals import graceful
@@ -93,21 +95,39 @@ def fit(
             further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends; None
-            leaves no trace.
+        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends, and is
+            held meanwhile; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
     Raises:
-        InvalidInputError: updates below one.
-        NonFiniteError: NaN or infinity, before θ was touched; the last good state is in directory.checkpoint, and the
-            message says after which update that was taken.
+        InvalidInputError: updates below one; a directory that another run holds.
+        NonFiniteError: NaN or infinity, before θ was touched or in what would be saved.
+        DivergenceError: from a callback, or a run that ends in a state which one calls unsound.
+        RewardError: a reward of the user's own raised.
+        StorageError: metrics or a checkpoint could not be written.
+
+    After all of these the last good state is in directory.checkpoint.
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
-    state, callbacks = Fit(loop), list(callbacks)
+    state = Fit(loop)
+    with nullcontext() if directory is None else directory.held():
+        _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
+    return state
+
+
+def _drive(
+    state: Fit,
+    updates: int,
+    callbacks: list[Callback],
+    directory: RunDirectory | None,
+    checkpoint_every: float,
+    description: str,
+) -> None:
+    loop = state.loop
     if directory is not None:
-        if directory.checkpoint.exists():
+        if directory.has_state:
             saved = load_state(directory.checkpoint)
             if saved["loop"]["iteration"] >= loop.iteration:
                 loop.load_state_dict(saved["loop"])
@@ -123,7 +143,7 @@ def fit(
         if directory is not None:
             directory.append_metrics(*waiting)
 
-    saved_at = state.updates
+    saved_at: int = state.updates
     last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description) as bar:
         bar.update(advance=state.updates)
@@ -144,18 +164,32 @@ def fit(
                     write()
                     last_read = time.monotonic()
                 if save and directory is not None:
-                    _checkpoint(state, directory, callbacks)
-                    last_saved, saved_at = time.monotonic(), state.updates
+                    last_saved = time.monotonic()
+                    if _unsound(state, callbacks) is None:
+                        _checkpoint(state, directory, callbacks)
+                        saved_at = state.updates
                 start = time.monotonic()
+            if stop.requested:  # in the last step, or while it was saved
+                state.stopped = state.stopped or "interrupted"
             write()
-            if directory is not None:
+            found = _unsound(state, callbacks)
+            if found is not None and state.stopped != "interrupted":
+                raise DivergenceError(f"after update {state.updates}: {found}")
+            if found is None and directory is not None:
                 _checkpoint(state, directory, callbacks)
-        except NonFiniteError as error:
+        except (NonFiniteError, DivergenceError) as error:
             kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
-            raise NonFiniteError(f"{error}{kept}") from error
+            raise type(error)(f"{error}{kept}") from error
+        except RewardError as error:
+            raise RewardError(f"after update {state.updates}: {error}") from error
         finally:
             write()
-    return state
+
+
+def _unsound(state: Fit, callbacks: list[Callback]) -> str | None:
+    """The first reason that a callback gives against saving the state."""
+    asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "unsound")]
+    return next(filter(None, (callback.unsound(state) for callback in asked)), None)
 
 
 def _checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
@@ -163,6 +197,11 @@ def _checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) 
         raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
     remembered = [[type(callback).__name__, callback.state_dict()] for callback in _stateful(callbacks)]
     told = {"loop": state.loop.state_dict(), "seconds": state.seconds, "callbacks": remembered}
+    buffers = [name for name, _ in state.loop.model.named_buffers()]  # masks among them
+    try:
+        check_finite(told, ("log_weights", *buffers, *(f"module.{name}" for name in buffers)))
+    except NonFiniteError as error:
+        raise NonFiniteError(f"after update {state.updates}: {error}") from error
     save_state(directory.checkpoint, told)
 
 
