@@ -52,7 +52,7 @@ class Runaway:
         most = 1000 + 10 * chain.num_steps * torch.Size(chain.event_shape).numel()
         kl = float(fit.metrics.get("path_kl", 0.0))
         if kl > most:
-            return f"the path KL is {kl:.3g} nats, beyond {most:.3g}, where nothing of the pretrained model is left; {advice}"
+            return f"the path KL is {kl:.3g} nats: beyond {most:.3g} nothing of the pretrained model is left; {advice}"
         rest = self._rest(fit) if "objective" in fit.metrics else None
         if rest is not None and self.began is not None and rest > self.began + RISE * self.reward_std:
             return f"J without its path KL rose from {self.began:.3g} to {rest:.3g}, it runs away; {advice}"
