@@ -76,7 +76,8 @@ class RunDirectory:
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
             if not files <= {*may_hold, *left_over}:
                 held = "exists and is not empty"
-                if files.issuperset(BEGUN) and "summary.json" not in files:
+                judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
+                if files.issuperset(BEGUN) and not (judged and reported):
                     held = f"holds a run that was interrupted: go on with `implicit-diffusion resume {path}`"
                 raise InvalidInputError(f"--out {path} {held}; choose another --out, or move it away")
         except OSError as error:  # such as a name that is too long
@@ -104,13 +105,13 @@ class RunDirectory:
             raise InvalidInputError(f"--out {str(path)!a} is not UTF-8; name another folder") from error
         made = _make(path)
         lock = FileLock(path / LOCK, blocking=False, is_singleton=True)
-        try:
-            with writing(path / LOCK):
+        with writing(path / LOCK):
+            try:
                 lock.acquire()
-        except Timeout as error:
-            raise InvalidInputError(
-                f"--out {self.path} is in use by another run; wait until that has ended, or choose another --out"
-            ) from error
+            except Timeout as error:
+                raise InvalidInputError(
+                    f"--out {self.path} is in use by another run; wait until that has ended, or choose another --out"
+                ) from error
         try:
             yield self
         finally:
@@ -132,7 +133,7 @@ class RunDirectory:
             InvalidInputError: as `check`.
         """
         ours = (self.read_config() or {}).keys() == {field.name for field in dataclasses.fields(kind)}
-        self.check(self.path, (*may_hold, *(["config.json"] if ours else [])))
+        self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
     def start(self, config: Any, may_hold: Collection[str] = ()) -> None:
         """Write config.json into a new folder, or into what is left of the very same run, which begins anew.
@@ -185,7 +186,7 @@ class RunDirectory:
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
-            raise KeyboardInterrupt(f"interrupted; go on with {command}") from error
+            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; go on with {command}") from error
         except (StorageError, MemoryLimitError, RewardError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
