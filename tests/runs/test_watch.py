@@ -63,11 +63,9 @@ def test_a_path_kl_that_blows_up_stops_and_is_not_saved(every, tmp_path):
         )
     assert exact_terms(loop.chain, reward)[1] > 1e14
     kept = saved_updates(directory)
-    assert kept == 0 if every else 21 <= kept <= 22  # the push itself came after the look at update 21
+    assert kept == (0 if every else 20)  # the numbers of update 22 tell of the state after 21
     again = build(lr=1e-6)[0]
-    if not every:
-        return
-    assert fit(again, 20, callbacks=[Runaway(1.0)], directory=directory).updates == 20
+    assert fit(again, 60, callbacks=[Runaway(1.0)], directory=directory).updates == 60
 
 
 def test_a_run_that_ends_run_away_does_not_end_well(tmp_path):

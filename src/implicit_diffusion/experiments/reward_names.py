@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError
 from implicit_diffusion.experiments import digits, rewards
+from implicit_diffusion.experiments.reward_trust import Code, code_of, remember
 
 SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
 
@@ -26,8 +27,9 @@ SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability o
 def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
 
-    A file or module that the user names is imported, and so executed; a file finds what lies beside it, and a network
-    found there is put in eval mode.
+    A file or module that the user names is imported, and so executed, and noted as one that this user has named
+    (`reward_trust`). A file finds what lies beside it, also later, when it is called; it takes no other module's name,
+    and installed modules come before those beside it. A network found there is put in eval mode.
 
     Raises:
         InvalidInputError: nothing of that name, and the message says what was looked for; or what the file raises.
@@ -39,8 +41,19 @@ def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     place, colon, function = name.rpartition(":")
     if not colon:
         raise InvalidInputError(f"--reward {name!r} is neither {SHIPPED}, nor of the form FILE.py:function")
+    paths = list(sys.path)
+    try:
+        return _function(name, place, function)
+    except BaseException:
+        sys.path[:] = paths
+        raise
+
+
+def _function(name: str, place: str, function: str) -> Callable[[Tensor], Tensor]:
     with blamed(name):
-        module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
+        code = code_of(name)
+        remember(code)
+        module = _execute(code, Path(place).absolute()) if place.endswith(".py") else _import(place)
     found = getattr(module, function, None)
     if not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -107,18 +120,17 @@ def blamed(name: str, must: str = "") -> Iterator[None]:
         raise InvalidInputError(f"{_located(error, name)}{must}") from error
 
 
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InvalidInputError(f"--reward: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
-    assert spec is not None and spec.loader is not None
+def _execute(code: Code, path: Path) -> ModuleType:
+    """The module of a file, made of the very bytes that were read."""
+    name = f"reward {path.stem} {code.digest[:12]}"  # which no other module has
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that its dataclasses and pickles of its own find it
-    sys.path.insert(0, str(path.absolute().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.absolute().parent))
+    sys.modules[name] = module  # so that its dataclasses find it
+    beside = str(path.parent)
+    if beside not in sys.path:
+        sys.path.append(beside)  # for good: functions import when they are called; last: nothing is shadowed
+    exec(compile(code.content, str(path), "exec", dont_inherit=True), module.__dict__)
     return module
 
 

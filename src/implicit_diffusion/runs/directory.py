@@ -173,6 +173,16 @@ class RunDirectory:
         """Where `save_state` puts the state to continue from; not made here."""
         return self.path / "checkpoint"
 
+    @property
+    def unconfirmed(self) -> Path:
+        """Where a state waits that may turn out to be unsound; not made here."""
+        return self.checkpoint / "next"
+
+    def confirm(self) -> None:
+        """Let the state that waits replace the one in `checkpoint`, in one step."""
+        with writing(self.checkpoint / FILE):
+            (self.unconfirmed / FILE).replace(self.checkpoint / FILE)
+
     @contextmanager
     def resumable(self) -> Iterator[None]:
         """Tell whom something keeps from finishing the block how to go on, as soon as there is a config to begin from.
