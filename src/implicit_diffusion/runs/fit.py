@@ -90,7 +90,6 @@ def _drive(
     checkpoint_every: float,
     description: str,
 ) -> None:
-    loop = state.loop
     if directory is not None:
         if directory.has_state:
             restore(state, directory, callbacks)
