@@ -106,7 +106,7 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    callbacks = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
+    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
     state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt

@@ -196,7 +196,8 @@ def _train(
 
     parts = {"unet": unet, "average": average, "optimizer": optimizer, "schedule": schedule}
     generators = [generator, *_global_generators(device)]  # dropout draws from those
-    every, losses, begun, spent = -(-config.steps // 1000), [], 0, 0.0
+    losses: list[Tensor] = []  # not written yet
+    every, begun, spent = -(-config.steps // 1000), 0, 0.0
 
     def save(step: int) -> None:
         if directory is not None:

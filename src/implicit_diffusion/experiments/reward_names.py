@@ -73,7 +73,7 @@ def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tens
     """
 
     @functools.wraps(function)
-    def answering(*arguments: Any) -> Tensor:
+    def answering(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except ImplicitDiffusionError:
