@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops import Evaluation
@@ -154,7 +155,7 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
         judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
-    return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
+    return f"""# {Path(config["model"]).name} fine-tuned for {short(config["reward"])}
 
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
 over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name}).
@@ -174,7 +175,7 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
-β = {summary["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
+β = {summary["kl_weight"]:.6g}, reward = {short(config["reward"])}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 
 

@@ -54,6 +54,12 @@ def absolute(name: str) -> str:
     return f"{Path(place).absolute()}:{function}" if place.endswith(".py") else name
 
 
+def short(name: str) -> str:
+    """A name for people, without the folder of its file."""
+    place, colon, function = name.rpartition(":")
+    return f"{Path(place).name}{colon}{function}"
+
+
 def code_of(name: str) -> Code:
     """Find and read the code of "FILE.py:function" or "module:function", without running any of it.
 

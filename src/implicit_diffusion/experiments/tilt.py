@@ -23,6 +23,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.tilt_exact import AT_EDGE, Exact, half_plane
@@ -87,13 +88,16 @@ def run(config: Config) -> dict[str, Any]:
         NonFiniteError: a training that overflowed.
     """
     config.check()
-    directory = RunDirectory(config.out or dated("tilt"))
+    config = absolute(replace(config, out=config.out or dated("tilt")))
+    assert config.out is not None
+    directory = RunDirectory(config.out)
     with directory.held():
-        return _run(replace(config, out=directory.path), directory)
+        return _run(config, directory)
 
 
 def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """The same in a directory that is held."""
+    rests_on = inputs(config)
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
@@ -108,6 +112,7 @@ def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
     exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
     directory.start(config)
+    record_inputs(directory, config, rests_on)
     seeds, rows = range(config.seed, config.seed + config.seeds), []
     with progress(config.seeds, "annealing") as bar:
         starts = {}
