@@ -33,6 +33,7 @@ from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
 from implicit_diffusion.noise import Noise
@@ -40,6 +41,7 @@ from implicit_diffusion.runs import RunDirectory, graceful, load_state, progress
 from implicit_diffusion.runs.checkpoint import check_finite
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.files import writing
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
@@ -68,15 +70,18 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     """
     config.check()
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or Path(f"runs/pretrain-{Path(config.data).name}"))
+    out = directory.path if directory else config.out or Path(f"runs/pretrain-{Path(config.data).name}")
+    config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
     with directory.held():
         if not begun:
             directory.check_start(Config)
-        data = _load(config)
-        config = replace(config, out=directory.path, size=data.event_shape[1:])
-        config = replace(config, channels=config.channels or _widths(data.event_shape))
+        rests_on, data = inputs(config), _load(config)
+        device = find_device(config.device or ("cpu" if data.name == "digits" else "auto"))
+        config = replace(config, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
         if not begun:
             directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, rests_on, device=device)
         with directory.resumable():
             unet, scheduler = train(config, data, directory)
             return _finish(config, data, unet, scheduler, directory)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, NonFi
 from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.runs.lock import LOCK, hold, make
 
-LOCK = ".lock"  # there while a process holds the folder
 BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
 
 
@@ -52,7 +51,7 @@ class RunDirectory:
     def create(cls, path: str | Path, may_hold: Collection[str] = ()) -> RunDirectory:
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
-        _make(Path(path))
+        make(Path(path))
         return cls(Path(path))
 
     @staticmethod
@@ -86,41 +85,9 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[RunDirectory]:
-        """Hold the folder for the block, which makes it: no other process, nor thread, can meanwhile.
-
-        The lock is the operating system's, and ends with the process, however that ends. A thread that holds the
-        folder may hold it once more. Where the block leaves nothing in a folder that was made for it, it is taken away.
-
-        Raises:
-            InvalidInputError: another run holds the folder; one that cannot be made; several processes of one program.
-            StorageError: a file system without locks.
-        """
-        from filelock import FileLock, Timeout
-
-        _check_alone()
-        path = self.path.absolute()  # wherever the block changes to
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"--out {str(path)!a} is not UTF-8; name another folder") from error
-        made = _make(path)
-        lock = FileLock(path / LOCK, blocking=False, is_singleton=True)
-        with writing(path / LOCK):
-            try:
-                lock.acquire()
-            except Timeout as error:
-                raise InvalidInputError(
-                    f"--out {self.path} is in use by another run; wait until that has ended, or choose another --out"
-                ) from error
-        try:
+        """Hold the folder for the block, which makes it; `runs.lock.hold` says how, and what it raises."""
+        with hold(self.path):
             yield self
-        finally:
-            if lock.lock_counter == 1:
-                with suppress(OSError):  # not empty, or gone
-                    (path / LOCK).unlink()  # before it is released: nobody else can hold it yet
-                    for folder in made:
-                        folder.rmdir()
-            lock.release()
 
     def check_start(self, kind: Any, may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that holds more than the little that an early end of a run of this kind leaves.
@@ -256,28 +223,6 @@ class RunDirectory:
         text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
         with replacing(self.path / name) as file:
             file.write_text(text + "\n", encoding="utf-8")
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that were not there, the deepest first."""
-    try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InvalidInputError(f"--out {folder} is a file; name a new folder") from error
-    except OSError as error:  # a name that the file system does not take
-        raise InvalidInputError(f"--out: {folder} cannot be made ({error}); name a folder elsewhere") from error
-    return missing
-
-
-def _check_alone() -> None:
-    """Raise `InvalidInputError` under a launcher of several processes, which would all train the same."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        raise InvalidInputError(
-            f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which would all train the same: a "
-            "run uses one process so far; start it without the launcher"
-        )
 
 
 def dated(name: str) -> Path:
