@@ -36,6 +36,7 @@ from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
 
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
@@ -116,7 +117,8 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
+    state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
     return state

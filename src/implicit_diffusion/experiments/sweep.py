@@ -32,8 +32,9 @@ from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import LOCK, dated, plain
+from implicit_diffusion.runs.directory import dated, plain
 from implicit_diffusion.runs.files import UNFINISHED, writing
+from implicit_diffusion.runs.lock import LOCK
 from implicit_diffusion.runs.provenance import FILE, Change, verified
 
 CURVE = 12  # KL weights of the drawn frontier
