@@ -1,4 +1,4 @@
-"""Files that came from elsewhere: read as far as they are what they should be, and refused in a line where they are not.
+"""Files that came from elsewhere: read where they are what they should be, and refused in a line where they are not.
 
 A path may name anything: a pipe that never answers, a device that never ends, a folder, a file of terabytes; and JSON
 may be nested deeper than a parser's stack. What is read is a regular file of a bounded size, nested to a bounded depth.

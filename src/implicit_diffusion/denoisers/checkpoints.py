@@ -150,9 +150,9 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[Family, dict[str
         found = ", ".join(f"{name}: {where[-1]}" for name, where in parts.items()) or "nothing"
         known = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise InvalidInputError(
-            f"model: {folder} is a {one_line(pipeline)} with {one_line(found)}. What can be fine-tuned are pipelines of a UNet2DModel and "
-            f"a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; any other network in "
-            "Python, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
+            f"model: {folder} is a {one_line(pipeline)} with {one_line(found)}. What can be fine-tuned are pipelines of "
+            f"a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; any other "
+            "network in Python, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
         )
     for name, (library, code) in parts.items():
         if name not in family.parts:

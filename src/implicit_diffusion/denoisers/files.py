@@ -66,7 +66,8 @@ def located(folder: Path, place: Path, part: str, library: str, *, linked: bool 
     Args:
         folder: of the whole model.
         place: of the part: in a folder of its own, or in `folder` itself.
-        part, library: as in `needed`.
+        part: its name.
+        library: that its class is from.
         linked: whether files may be links to anywhere.
 
     Raises:

@@ -1,11 +1,13 @@
 """From latents to images: the decoder of a latent diffusion model, inside the reward.
 
 A latent pipeline runs its chain on z and shows x = D(z/σ + μ), with the scaling σ of its autoencoder, and its shift μ
-where the pipeline is one that adds it: StableDiffusion3Pipeline does, StableDiffusionPipeline and DiTPipeline show D(z/σ)
-whatever the autoencoder's config says, and none of them reads latents_mean and latents_std. The images of the reward are
-those that the pipeline shows. The reward is a function of images, so the chain's terminal objective is R ∘ D, differentiated through the decoder, whose
-weights are frozen. A decoder's activations dwarf those of the rest: it works on a few samples at a time and forgets
-what happens inside, to compute it once more on the way back (gradient checkpointing).
+where the pipeline is one that adds it. StableDiffusion3Pipeline does; StableDiffusionPipeline and DiTPipeline show
+D(z/σ) whatever the autoencoder's config says, and none of the three reads latents_mean and latents_std. What a reward
+judges is what the pipeline shows.
+
+The reward is a function of images, so the chain's terminal objective is R ∘ D, differentiated through the decoder,
+whose weights are frozen. A decoder's activations dwarf those of the rest: it works on a few samples at a time and
+forgets what happens inside, to compute it once more on the way back (gradient checkpointing).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 ATTENTIONS = (None, "eager", "sdpa")  # of transformers; another name may stand for code on the hub
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     """More than the weights could fill."""
 
 
@@ -139,7 +139,7 @@ def bounded(numbers: int, tensors: int) -> Iterator[None]:
         seen[0] += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
         seen[1] += 1 if isinstance(tensor, torch.Tensor) else 0.1  # a layer has few modules without a weight
         if seen[0] > numbers or seen[1] > tensors:
-            raise _TooLarge("its config asks for a model much larger than its weights")
+            raise _TooLargeError("its config asks for a model much larger than its weights")
 
     handles = [
         hooks.register_module_parameter_registration_hook(count),

@@ -35,6 +35,7 @@ from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
+from implicit_diffusion.experiments.written import markdown
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.devices import find_device
@@ -181,7 +182,9 @@ def _train(
         if directory is not None:
             average.store(unet.parameters())
             average.copy_to(unet.parameters())
-            card = f"# A diffusion model of {config.data}, after {step} of {config.steps} steps of pretraining"
+            card = (
+                f"# A diffusion model of {markdown(config.data)}, after {step} of {config.steps} steps of pretraining"
+            )
             save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
             average.restore(unet.parameters())
 
