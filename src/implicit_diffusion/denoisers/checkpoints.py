@@ -110,7 +110,8 @@ def inspect_folder(folder: Path, *, linked: bool = False) -> Checkpoint:
         InvalidInputError: see `find_checkpoint`.
     """
     family, index = _read_index(folder, linked=linked)
-    parts, files, places = _parts(index), {}, {}
+    parts, places = _parts(index), {}
+    files: dict[str, Source] = {}
     for part, (library, _) in parts.items():
         own = (folder / part).is_dir() or part not in (family.part, "scheduler")
         places[part] = folder / part if own else folder
@@ -150,9 +151,9 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[Family, dict[str
         found = ", ".join(f"{name}: {where[-1]}" for name, where in parts.items()) or "nothing"
         known = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise InvalidInputError(
-            f"model: {folder} is a {one_line(pipeline)} with {one_line(found)}. What can be fine-tuned are pipelines of "
-            f"a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; any other "
-            "network in Python, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
+            f"model: {folder} is a {one_line(pipeline)} with {one_line(found)}. What can be fine-tuned are pipelines "
+            f"of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; any "
+            "other network in Python, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
         )
     for name, (library, code) in parts.items():
         if name not in family.parts:

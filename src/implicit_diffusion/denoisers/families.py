@@ -102,6 +102,12 @@ SD3 = Family(
 FAMILIES = (PIXELS, DIT, SD, SD3)
 
 
+WIDTHS = {
+    "encoder_hidden_states": ("encoder_hid_dim", "joint_attention_dim", "cross_attention_dim"),
+    "pooled_projections": ("pooled_projection_dim",),
+}  # of embeddings: the keys of a network's config, of which the first that is there says how wide they are
+
+
 def family_of(pipeline: str, parts: dict[str, tuple[str, str]]) -> Family | None:
     """The family of a pipeline class with these parts, name → (library, class); None where it is none of them."""
     for family in FAMILIES:

@@ -26,7 +26,14 @@ from implicit_diffusion.reading import one_line, read_json, refuse_unless_regula
 Source = Path | bytes  # where a file is, or what is in it
 
 VARIANTS = ("", "fp16", "bf16")  # of weights, in the order of choice; others, non_ema say, are never loaded
-VOCABULARIES = (".json", ".txt", ".model")  # of tokenizers and image processors
+TABLES = (".json", ".txt", ".model")  # files of tokenizers and image processors
+VOCABULARIES: tuple[set[str], ...] = (
+    {"tokenizer.json"},
+    {"vocab.json", "merges.txt"},
+    {"spiece.model"},
+    {"tokenizer.model"},
+    {"vocab.txt"},
+)  # without one of these, transformers makes an empty one
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -42,7 +49,7 @@ def needed(part: str, library: str, names: Collection[str]) -> list[str]:
     if part == "scheduler":
         return ["scheduler_config.json"]
     if part.startswith("tokenizer") or part == "feature_extractor":
-        return sorted(name for name in names if name.endswith(VOCABULARIES))
+        return sorted(name for name in names if name.endswith(TABLES))
     return ["config.json", *weights(library, names)]
 
 
@@ -80,6 +87,9 @@ def located(folder: Path, place: Path, part: str, library: str, *, linked: bool 
             raise _lacking(folder, place / name)
     if not files:
         raise _lacking(folder, place)
+    if part.startswith("tokenizer") and not any(one <= {*files} for one in VOCABULARIES):
+        either = ", or ".join(" and ".join(sorted(one)) for one in VOCABULARIES)
+        raise InvalidInputError(f"{place} has no vocabulary ({either}); it holds {listing(names)}")
     found = {name: real(folder, place / name, linked=linked) for name in files}
     if files[0] != "config.json":
         return {f"{part}/{name}": path for name, path in found.items()}

@@ -67,11 +67,15 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_latents(decoder: Decoder, channels: int, source: str) -> None:
-    """Raise `InvalidInputError` where the network's latents are none of the decoder's."""
-    found = decoder.vae.config.latent_channels
+def check_latents(decoder: Decoder, event_shape: tuple[int, ...], source: str) -> None:
+    """Raise `InvalidInputError` where the network's latents are none of the decoder's; decodes one."""
+    found, channels = decoder.vae.config.latent_channels, event_shape[0]
     if found != channels:
         raise InvalidInputError(
             f"model: the autoencoder of {source!r} has latents of {found} channels, but its network works on {channels}"
             "; they belong to different models"
         )
+    images = decoder(torch.zeros(1, *event_shape, device=decoder.vae.device))
+    height, width = (decoder.factor * side for side in event_shape[1:])
+    if images.ndim != 4 or images.shape[2:] != (height, width):
+        raise ValueError(f"it makes images {tuple(images.shape)} of latents {event_shape}, not {height} by {width}")

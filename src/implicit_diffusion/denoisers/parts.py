@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,14 @@ class _TooLargeError(Exception):
     """More than the weights could fill."""
 
 
-def load_model(checkpoint: Checkpoint, folder: Path, part: str, what: str, source: str) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    folder: Path,
+    part: str,
+    what: str,
+    source: str,
+    trial: Callable[[Any], object] = lambda model: None,
+) -> Any:
     """A model of diffusers or transformers with all its weights, in single precision or better, on the CPU.
 
     Args:
@@ -43,12 +50,15 @@ def load_model(checkpoint: Checkpoint, folder: Path, part: str, what: str, sourc
         part: its name.
         what: it is called in messages.
         source: the model's name, for messages.
+        trial: one evaluation of the model without memory, or other checks of it, before its weights are read.
 
     Raises:
         InvalidInputError: its class is none, its config or weights are damaged, do not belong together or are not
-            finite.
+            finite, or it cannot be evaluated.
     """
     place = folder / part
+
+    about = (checkpoint, folder, source)
     try:
         model_class = _model_class(checkpoint, part)
         described = read_json(place / "config.json")
@@ -56,13 +66,28 @@ def load_model(checkpoint: Checkpoint, folder: Path, part: str, what: str, sourc
         headers = read_headers(place)
         wanted = _build(model_class, place, headers)
         _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
-        model = _load(model_class, place)
     except Exception as error:  # whatever the libraries raise, by kind of damage
-        words = one_line(str(error).replace(str(folder), str(checkpoint.folder)))
-        raise InvalidInputError(
-            f"model: the {what} of {source!r} cannot be loaded: {words or type(error).__name__}"
-        ) from error
-    return model
+        raise refused(what, "loaded", error, *about) from error
+    try:
+        with torch.no_grad():
+            trial(wanted.eval())
+    except InvalidInputError:
+        raise
+    except Exception as error:
+        if "meta" not in str(error).lower():  # else an operation that needs numbers
+            raise refused(what, "evaluated", error, *about) from error
+    try:
+        return _load(model_class, place)
+    except Exception as error:
+        raise refused(what, "loaded", error, *about) from error
+
+
+def refused(
+    what: str, how: str, error: Exception, checkpoint: Checkpoint, folder: Path, source: str
+) -> InvalidInputError:
+    """The error for a part that cannot be used, in a library's own words, with the path that the user knows."""
+    words = str(error).replace(str(folder), str(checkpoint.folder)) or type(error).__name__
+    return InvalidInputError(f"model: the {what} of {source!r} cannot be {how}: {one_line(words)}")
 
 
 def _model_class(checkpoint: Checkpoint, part: str) -> Any:
@@ -131,7 +156,7 @@ def _build(model_class: Any, place: Path, headers: dict[str, tuple[str, tuple[in
 @contextmanager
 def bounded(numbers: int, tensors: int) -> Iterator[None]:
     """Modules that this thread builds inside may register so many numbers and tensors; raises at the first too many."""
-    thread, seen = threading.get_ident(), [0, 0]
+    thread, seen = threading.get_ident(), [0.0, 0.0]
 
     def count(module: nn.Module, name: str, tensor: torch.Tensor | nn.Module | None) -> None:
         if tensor is None or threading.get_ident() != thread:
@@ -197,15 +222,15 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
             f"{diffusers.__version__} does not have; set DDPMScheduler or DDIMScheduler in its model_index.json."
         )
     scheduler_class: Any = found
-    try:
-        with checkpoint.laid_out() as folder:
-            place = folder / "scheduler"
+    with checkpoint.laid_out() as folder:
+        place = folder / "scheduler"
+        try:
             for name, value in read_json(place / "scheduler_config.json").items():
                 if isinstance(value, int | float) and abs(value) > LARGEST and float(value).is_integer():
                     raise ValueError(f"its {name} is {value:.4g}, and no scheduler needs more than {LARGEST}")
             return scheduler_class.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # as above
-        raise InvalidInputError(f"model: the scheduler of {source!r} cannot be loaded: {one_line(error)}") from error
+        except Exception as error:  # as above
+            raise refused("scheduler", "loaded", error, checkpoint, folder, source) from error
 
 
 @contextmanager

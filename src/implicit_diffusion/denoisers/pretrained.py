@@ -23,7 +23,7 @@ from torch import nn
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser as DiffusersDenoiser
 from implicit_diffusion.denoisers.adapter import inner
 from implicit_diffusion.denoisers.checkpoints import INDEX, Checkpoint, find_checkpoint
-from implicit_diffusion.denoisers.families import PIXELS, Family
+from implicit_diffusion.denoisers.families import PIXELS, WIDTHS, Family
 from implicit_diffusion.denoisers.files import copied
 from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
 from implicit_diffusion.denoisers.latents import Decoder, check_latents
@@ -105,13 +105,22 @@ def load_pretrained(model: str | Path) -> Pretrained:
     """
     checkpoint, source = find_checkpoint(model), str(model)
     decoder = None
+    family = checkpoint.family
+
+    def evaluated(network: Any) -> None:
+        shape = _event_shape(network, family, source)
+        _evaluate(network, family, shape, _num_classes(network, checkpoint, source))
+
+    def decoded(vae: Any) -> None:
+        decoder = Decoder(vae, shifted=family.shifted)
+        check_latents(decoder, event_shape, source)
+
     with checkpoint.laid_out() as folder:
-        network = load_model(checkpoint, folder, checkpoint.family.part, "network", source)
-        event_shape = _event_shape(network, checkpoint.family, source)
-        if checkpoint.family.latent:
-            vae = load_model(checkpoint, folder, "vae", "autoencoder", source)
-            decoder = Decoder(vae, shifted=checkpoint.family.shifted)
-            check_latents(decoder, event_shape[0], source)
+        network = load_model(checkpoint, folder, family.part, "network", source, evaluated)
+        event_shape = _event_shape(network, family, source)
+        if family.latent:
+            vae = load_model(checkpoint, folder, "vae", "autoencoder", source, decoded)
+            decoder = Decoder(vae, shifted=family.shifted)
     network.register_to_config(_name_or_path="")  # a local path, which would be saved with the result
     return Pretrained(
         denoiser=DiffusersDenoiser(network).eval(),
@@ -212,6 +221,23 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
         "N(0, I) and does not scale the network's input); take DDPMScheduler or DDIMScheduler (`scheduler_for`), which "
         "ancestral Euler and Euler are in other coordinates (`pipeline_for`)."
     )
+
+
+def _evaluate(network: Any, family: Family, event_shape: tuple[int, ...], num_classes: int | None) -> None:
+    """One evaluation of a network without memory; raises what goes wrong, which the numbers in a config can make."""
+    config = network.config
+    x, t = torch.zeros(1, *event_shape, device="meta"), torch.zeros(1, device="meta")
+    condition: dict[str, torch.Tensor] = {}
+    if num_classes:
+        condition["class_labels"] = torch.zeros(1, dtype=torch.long, device="meta")
+    for name, keys in WIDTHS.items():
+        if name in family.embeddings:
+            width = next(config[key] for key in keys if config.get(key) is not None)
+            length = () if name == "pooled_projections" else (2,)
+            condition[name] = torch.zeros(1, *length, width, device="meta")
+    u = DiffusersDenoiser(network)(x, t, **condition)
+    if u.shape != x.shape:
+        raise ValueError(f"it makes {tuple(u.shape)} of samples of shape {tuple(x.shape)}")
 
 
 def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | None:

@@ -143,14 +143,9 @@ class ChainTable:
                 f"ChainTable.from_dict: missing keys {sorted(expected - keys)}, "
                 f"unknown keys {sorted(map(str, keys - expected))}."
             )
-        columns = {}
         try:
-            for column in COLUMNS:
-                columns[column] = torch.tensor(saved[column], dtype=torch.float64)
-            return cls(**columns, initial_std=float(saved["initial_std"]), name=str(saved["name"]))
+            columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
+            initial_std = float(saved["initial_std"])
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(
-                f"ChainTable.from_dict: {one_line(error)}; columns are lists of numbers."
-            ) from error
+            raise InvalidInputError(f"ChainTable.from_dict: {one_line(error)}; columns hold numbers.") from error
+        return cls(**columns, initial_std=initial_std, name=str(saved["name"]))

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.checkpoints import Checkpoint
-from implicit_diffusion.denoisers.parts import load_model, quiet
+from implicit_diffusion.denoisers.families import WIDTHS
+from implicit_diffusion.denoisers.parts import load_model, quiet, refused
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.reading import one_line
 
@@ -51,7 +52,9 @@ def embed_prompts(
         parts = [_encode(pipeline, texts[i : i + CHUNK], device) for i in range(0, len(texts), CHUNK)]
         columns = [torch.cat(column).to(device) for column in zip(*parts)]
         table = dict(zip(family.embeddings, columns, strict=True))
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the two libraries raise
         raise InvalidInputError(
             f"model: the text encoders of {checkpoint.folder} cannot encode prompts: {one_line(error)}; are these the "
             "tokenizers that belong to them?"
@@ -82,8 +85,7 @@ def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
         try:
             return pipeline_class.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **given)
         except Exception as error:  # whatever the two libraries raise, by kind of damage
-            words = one_line(str(error).replace(str(folder), source))
-            raise InvalidInputError(f"model: the pipeline of {source!r} cannot be loaded: {words}") from error
+            raise refused("pipeline", "loaded", error, checkpoint, folder, source) from error
 
 
 def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tensor]:
@@ -97,11 +99,8 @@ def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tenso
 
 def _check_width(network: Any, table: dict[str, Tensor]) -> None:
     """The embeddings against the widths that the network's config names, where it names them."""
-    for column, keys in (
-        ("encoder_hidden_states", ("joint_attention_dim", "cross_attention_dim")),
-        ("pooled_projections", ("pooled_projection_dim",)),
-    ):
-        wanted = next((network.config[key] for key in keys if key in network.config), None)
+    for column, keys in WIDTHS.items():
+        wanted = next((network.config[key] for key in keys if network.config.get(key) is not None), None)
         if column in table and isinstance(wanted, int) and table[column].shape[-1] != wanted:
             raise InvalidInputError(
                 f"model: its text encoders make {column} of width {table[column].shape[-1]}, but its network takes "

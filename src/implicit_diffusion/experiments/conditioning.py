@@ -147,9 +147,9 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         text = contents.decode(encoding)
     except UnicodeDecodeError as error:
-        line = contents.count(b"\n", 0, error.start) + 1
+        at = contents.count(b"\n", 0, error.start) + 1
         raise InvalidInputError(
-            f"--prompts {path} cannot be read: line {line} is no {encoding} ({error.reason}); save it as UTF-8"
+            f"--prompts {path} cannot be read: line {at} is no {encoding} ({error.reason}); save it as UTF-8"
         ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for number, line in enumerate(lines, 1):

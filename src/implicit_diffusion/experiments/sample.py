@@ -118,8 +118,8 @@ def run(config: Config) -> Path:
     blank = images[0].copy()
     blank.paste(0, (0, 0, *blank.size))
     times = math.ceil(TILE / max(blank.size))  # every pixel as large as the others
-    size = tuple(times * side for side in blank.size)
-    images = [image.resize(size, resample=0) for image in [*images, *[blank] * (rows * columns - config.num)]]
+    tile = (times * blank.width, times * blank.height)
+    images = [image.resize(tile, resample=0) for image in [*images, *[blank] * (rows * columns - config.num)]]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images, rows, columns).save(config.out)
     print(config.out)
