@@ -144,6 +144,8 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[Family, dict[str
     try:
         index = read_json(path)
         pipeline, parts = index["_class_name"], _parts(index)
+        if not isinstance(pipeline, str):
+            raise InvalidInputError(f"its _class_name is {pipeline!r}, not the name of a pipeline")
     except (InvalidInputError, KeyError) as error:
         raise InvalidInputError(f"model: {path} is no valid model index ({one_line(error)}).") from error
     family = family_of(pipeline, parts)

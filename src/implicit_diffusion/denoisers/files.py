@@ -109,7 +109,7 @@ def _plainly(found: dict[str, Path], first: str) -> dict[str, Source]:
         raise InvalidInputError(f"{found[first]} has no weight_map from tensors to files")
     shards = sorted(set(owners.values()))
     for shard in shards:
-        if shard not in found:
+        if shard not in found or not shard.endswith(".safetensors"):
             raise InvalidInputError(f"{found[first]} names the file {shard!r}, which is no part of these weights")
     plain = {shard: f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, shard in enumerate(shards)}
     written = {
