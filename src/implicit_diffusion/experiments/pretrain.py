@@ -36,6 +36,7 @@ from implicit_diffusion.experiments.data import Images, as_floats, load_images, 
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
+from implicit_diffusion.experiments.written import markdown
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, graceful, load_state, progress, save_state
 from implicit_diffusion.runs.checkpoint import check_finite
@@ -212,7 +213,9 @@ def _train(
             save_state(directory.checkpoint, state | {"generators": [g.get_state() for g in generators]})
             average.store(unet.parameters())
             average.copy_to(unet.parameters())
-            card = f"# A diffusion model of {config.data}, after {step} of {config.steps} steps of pretraining"
+            card = (
+                f"# A diffusion model of {markdown(config.data)}, after {step} of {config.steps} steps of pretraining"
+            )
             with writing(directory.model):
                 save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
             average.restore(unet.parameters())
