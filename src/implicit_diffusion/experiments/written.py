@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def decimals(scale: float, digits: int = 1) -> int:
@@ -34,3 +35,12 @@ def percent(share: float | None, error: float | None = None) -> str:
         return "—"
     text = f"{100 * share:.1f}" if error is None else number(100 * share, 100 * error)
     return f"{text}\N{NO-BREAK SPACE}%"
+
+
+def distinct(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Numbers in `digits` significant digits, or in as many as it takes for no two different ones to look the same."""
+    for enough in range(digits, 17):
+        texts = [f"{value:.{enough}g}" for value in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
+    return [repr(value) for value in values]

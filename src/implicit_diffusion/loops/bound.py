@@ -101,7 +101,7 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
 
 
 def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound, Literal["trained", "pretrained"]]:
-    """The conditional bound from the chain that tells it best, and which of the two that is; arguments as in `captured`.
+    """The conditional bound from the chain that tells it best, and which that is; arguments as in `captured`.
 
     It is the one with more effective samples, the trained chain where both have as many. The pretrained one where the
     other's bound lies above J_before, which no bound does: log-mean-exp ≥ mean, so that its own never does.
@@ -235,7 +235,7 @@ def _jackknife(
 
 
 def _with_fewer(log_weights: Float[Tensor, "starts repeats"]) -> Float[Tensor, " starts"]:
-    """log E e^w of every start from half the repeats, the mean over both halves; of 2 or 3 without the jackknife."""
+    """For every start log E e^w from half the repeats, the mean over both; of 2 or 3 repeats without the jackknife."""
     half = log_weights.shape[1] // 2
     if half < 2:
         return log_weights.logsumexp(1) - math.log(log_weights.shape[1])
