@@ -194,8 +194,15 @@ def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, flo
 
     One-way analysis of variance: the mean square between starts holds 1/repeats of the variance within, which is
     subtracted. The error is a jackknife over starts.
+
+    Raises:
+        InvalidInputError: fewer than 3 starts or 2 repeats, or values that do not vary.
     """
     values = values.double()
+    if values.shape[0] < 3 or values.shape[1] < 2:
+        raise InvalidInputError(f"values must hold at least 3 starts with 2 repeats each, got {tuple(values.shape)}")
+    if not values.std() > 0:
+        raise InvalidInputError(f"values must vary, and be finite; the first is {values[0, 0].item():g}")
     repeats = values.shape[1]
     within = values.var(1)
     means = values.mean(1)
