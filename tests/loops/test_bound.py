@@ -134,6 +134,11 @@ def test_a_bound_of_pretrained_samples_is_never_above_their_j():
             start = -before.reward.double().mean().item()
             assert bound(before, scale).j <= start and sharpest(before, after, scale)[0].j <= start
             assert possible(before, after, scale)[0] >= 0
+            above = Evaluation(before.reward - 50, before.path_kl, before.log_ratio, before.samples)
+            assert bound(above, scale).j > start and sharpest(before, above, scale) == (
+                bound(before, scale),
+                "pretrained",
+            )
 
 
 def test_the_chain_that_tells_the_bound_best_is_chosen(problem):
