@@ -18,7 +18,7 @@ F64 = torch.float64
 def test_points_and_cells_by_hand(u):
     """Points (j + 1 − u)/8 fall into cells closed to the right. Eighths and their sums are exact, so are all ties."""
     eighths = [2, 0, 1, 3, 0, 2]
-    shares = torch.tensor(eighths + [0, 0], dtype=F64) / 8
+    shares = torch.tensor([*eighths, 0, 0], dtype=F64) / 8
     edges = torch.cat([torch.zeros(1, dtype=F64), shares.cumsum(0)])
     points = [(j + 1 - u) / 8 for j in range(8)]
     expected = [next(i for i in range(8) if edges[i] < point <= edges[i + 1]) for point in points]
@@ -36,7 +36,7 @@ def test_warm_up_averages_its_search():
 
 
 def test_a_mixture_draws_labels_and_noise_independently():
-    """Sixteen far centres, all alike: which one it was says nothing about the noise around it, nor that of neighbours."""
+    """Sixteen far centres, all alike: which one it was says nothing of the noise around it or its neighbours."""
     n, far = 20_000, 1e4 * torch.arange(16, dtype=F64)[:, None]
     x = GaussianMixture(far).sample(n, Noise(0))[:, 0]
     label = (x / 1e4).round()
