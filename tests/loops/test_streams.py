@@ -37,6 +37,10 @@ def gaussian(dtype=F64):
     return Tilted(mlp(2, Noise(9), width=4, depth=1).to(dtype), (2,))
 
 
+def spread(std):
+    return GaussianMixture(torch.zeros(1, 2, dtype=F64), std=std)
+
+
 def loop(kind, kernel, noise, n=64, objective=None, **settings):
     potential = gaussian()
     objective = Reward(lambda x: x.sin().sum(1)) if objective is None else objective
@@ -61,6 +65,7 @@ SAMPLERS = {
     "nested": lambda noise: steps(loop(NestedParticles, ULA(0.1), noise, objective=data(), inner_steps=3)),
     "unrolled": lambda noise: steps(loop(Unrolled, Underdamped(0.1), noise, unrolled_steps=3)),
     "annealed": lambda noise: annealed(gaussian().tempered, MALA(0.1), 32, noise, steps=4, groups=4),
+    "annealed mixture": lambda noise: annealed(lambda t: spread(1 + t), MALA(0.1), 32, noise, steps=4, groups=4),
     "simulate": lambda noise: list(simulate(Underdamped(0.1), gaussian(), torch.zeros(2**15, 2, dtype=F64), noise, 5)),
     "warm-up": lambda noise: warm_up(MALA(0.1), gaussian(), torch.zeros(8, 2, dtype=F64), noise, steps=20),
     "mixture": lambda noise: GaussianMixture(torch.zeros(3, 2)).sample(8, noise),

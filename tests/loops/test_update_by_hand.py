@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
@@ -116,3 +117,74 @@ def test_particle_loops_average_what_they_accumulate(name):
     torch.testing.assert_close(means, single.view(4, 3, -1).mean(1), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(norms, means.norm(dim=1), rtol=1e-12, atol=1e-14)
     assert (single.std(0) > 0.01 * single.abs().mean()).all()  # one of three for their mean would show
+
+
+def test_an_error_drops_what_was_accumulated():
+    """The average after it is that of three new gradients."""
+    model = Counted()
+    update = Update(torch.optim.SGD(model.parameters(), lr=1.0), accumulate=3)
+    update.bind(model)
+
+    def call(value, bad=None):
+        update.begin()
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value) if p.grad is None else p.grad + value
+        return update.step([] if bad is None else [torch.tensor(bad)], lambda: "bad")
+
+    call(5.0), call(5.0)
+    with pytest.raises(NonFiniteError, match="bad; θ was left"):
+        call(5.0, math.nan)
+    assert update.pending == 0 and all(p.grad is None for p in model.parameters())
+    assert [call(value) for value in (1.0, 2.0)] == [{}, {}]
+    assert call(3.0)["grad_norm"].item() == pytest.approx(2 * 3**0.5)
+    torch.testing.assert_close(model.a.detach(), torch.tensor([-1.0, -4.0], dtype=F64))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parametrized_layers_are_trained_once_and_left_in_their_mode(training):
+    """One power iteration per update, whatever mode the layer is in; afterwards it is in that mode again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)).double()
+    layer.train(training)
+    update = Update(torch.optim.SGD(layer.parameters(), lr=0.1))
+    update.bind(layer)
+    before = layer.parametrizations.weight[0]._u.clone()
+    for p in layer.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    update.step([], lambda: None)
+    assert not torch.equal(layer.parametrizations.weight[0]._u, before)
+    assert all(part.training == training for part in layer.modules())
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_a_masked_step_is_the_step_or_nothing_at_all(kind):
+    """Parameters and the optimizer's moments: as after a step, or bit for bit as before."""
+
+    def fresh():
+        model = Counted()
+        options = {"momentum": 0.9} if kind == "SGD" else {}
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, **options)
+        update = Update(optimizer)
+        update.bind(model)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return model, update
+
+    def held(model, update):
+        moments = (t for state in update.optimizer.state.values() for t in state.values())
+        return [t.detach().clone() for t in (*model.parameters(), *moments)]
+
+    (model, update), (other, plain) = fresh(), fresh()
+    gamma, bad = [torch.full_like(p, 0.3) for p in model.parameters()], torch.full((2,), math.nan, dtype=F64)
+    before = held(model, update)
+    update.masked(list(model.parameters()), [bad, gamma[1]], torch.tensor(False))
+    for a, b in zip(held(model, update), before, strict=True):
+        assert torch.equal(a, b)
+    update.masked(list(model.parameters()), gamma, torch.tensor(True))
+    for p, g in zip(other.parameters(), gamma):
+        p.grad = g.clone()
+    plain.optimizer.step()
+    for a, b in zip(held(model, update), held(other, plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
