@@ -8,7 +8,9 @@ import torch
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
+from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers import HMC, MALA, ULA, power_law
+from implicit_diffusion.samplers.walkers import Walkers, resample
 from tests.oracles_gibbs import Location, estimate
 
 F64 = torch.float64
@@ -115,3 +117,62 @@ def test_coefficients_reach_the_charges_on_data(both, weighted):
         gamma = gamma + 0.3 * ((values - values.mean()) @ slopes) / 59
     loop.step()
     torch.testing.assert_close(loop.model.theta.data, THETA - gamma, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["reward", "likelihood"])
+@pytest.mark.parametrize("lr", [0.3, 1.5, -1.5])
+def test_the_lag_by_hand(lr, alike):
+    """By how many deviations weighted and plain means of V and of the charges differ, either way round; weights that
+    are exhausted begin anew, and what they told then stays on record until the next time.
+    """
+    h, objective = 0.2, ForwardKL(X[:9] + 1) if alike else Reward(sine)
+    loop = build(Single, ULA(h), objective, lr=abs(lr), lag=True)
+    if lr < 0:
+        loop.objective = -loop.objective
+    log_weights, record, anew = torch.zeros(60, dtype=F64), 0.0, 0
+    for _ in range(12):
+        x, theta = loop.walkers.x.clone(), loop.model.theta.detach().clone()
+        w, lags = log_weights.softmax(0), []
+        for values in [energy(x, theta)] + [sine(x)] * (not alike):
+            lags.append(((w @ values - values.mean()).abs() / values.std()).item())
+        assert loop.step()["lag"].item() == pytest.approx(max(*lags, record), rel=1e-9, abs=1e-9)
+        if 1 / w.square().sum() < 30:
+            log_weights, record, anew = torch.zeros_like(log_weights), max(lags), anew + 1
+        y, new = loop.walkers.x, loop.model.theta.detach()
+        log_weights = log_weights + log_flow(y, x, new, h) - log_flow(x, y, theta, h)
+    assert anew > 1 or abs(lr) < 1
+
+
+class Kept(MALA):
+    """Remembers its last move."""
+
+    def move(self, *args):
+        self.last = super().move(*args)
+        return self.last
+
+
+@pytest.mark.parametrize("kind", ["single", "x-first", "nested"])
+def test_the_acceptance_reported_is_the_mean_probability(kind):
+    """min(1, π(y) q(x|y) / π(x) q(y|x)), averaged over proposals, those that were refused among them."""
+    kernel = Kept(0.9)
+    settings = {"inner_steps": 1} if kind == "nested" else {"order": "x-first" if kind == "x-first" else "paper"}
+    loop = build(NestedParticles if kind == "nested" else Single, kernel, **settings)
+    x, h = loop.walkers.x.clone(), 0.9
+    xi = loop._draws(0)[0]
+    y = x - h * S * (x - THETA) + math.sqrt(2 * h) * xi
+    expected = (log_flow(y, x, THETA, h) - log_flow(x, y, THETA, h)).exp().clamp(max=1)
+    metrics = loop.step()
+    torch.testing.assert_close(kernel.last.acceptance, expected, rtol=1e-10, atol=1e-12)
+    assert metrics["acceptance"].item() == pytest.approx(expected.mean().item(), rel=1e-12)
+    assert (expected - expected.mean()).abs().max() > 0.2 and abs(expected.mean() - expected.median()) > 0.01
+
+
+def test_momenta_go_with_their_particles():
+    """Where weighted particles have some: those of the chosen ones."""
+    n, zero = 40, torch.zeros((), dtype=F64)
+    x, logs = torch.arange(n, dtype=F64)[:, None], torch.linspace(-8, 0, n, dtype=F64)
+    walkers = Walkers(x, 10 * x, logs, zero, x, logs, zero, zero)
+    taken, here = resample(walkers, Energy(x[:, 0], 2 * x), zero + 0.3)
+    assert len(taken.x.unique()) < n / 2
+    for found, factor in ((taken.momentum, 10), (here.value[:, None], 1), (here.grad, 2)):
+        assert torch.equal(found, factor * taken.x)
