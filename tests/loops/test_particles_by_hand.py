@@ -132,9 +132,8 @@ def test_the_lag_by_hand(lr, alike):
     log_weights, record, anew = torch.zeros(60, dtype=F64), 0.0, 0
     for _ in range(12):
         x, theta = loop.walkers.x.clone(), loop.model.theta.detach().clone()
-        w, lags = log_weights.softmax(0), []
-        for values in [energy(x, theta)] + [sine(x)] * (not alike):
-            lags.append(((w @ values - values.mean()).abs() / values.std()).item())
+        w, each = log_weights.softmax(0), [energy(x, theta)] + [sine(x)] * (not alike)
+        lags = [((w @ values - values.mean()).abs() / values.std()).item() for values in each]
         assert loop.step()["lag"].item() == pytest.approx(max(*lags, record), rel=1e-9, abs=1e-9)
         if 1 / w.square().sum() < 30:
             log_weights, record, anew = torch.zeros_like(log_weights), max(lags), anew + 1

@@ -86,7 +86,7 @@ def test_followers_by_hand():
     assert error == pytest.approx((z.std() / z.mean() / math.sqrt(2)).item(), rel=1e-9)
 
 
-def test_annealing_visits_every_time_once_and_ends_at_one():
+def test_annealing_visits_every_time_once_and_ends_at_one(monkeypatch):
     stepped, kernel = [], MALA(0.1)
 
     def law(t):
@@ -95,10 +95,7 @@ def test_annealing_visits_every_time_once_and_ends_at_one():
         return potential
 
     step = Followers.step
-    try:
-        Followers.step = lambda self, potential: stepped.append(potential.t) or step(self, potential)
-        found = annealed(law, kernel, 16, Noise(0), steps=5, groups=2)
-    finally:
-        Followers.step = step
+    monkeypatch.setattr(Followers, "step", lambda self, potential: stepped.append(potential.t) or step(self, potential))
+    found = annealed(law, kernel, 16, Noise(0), steps=5, groups=2)
     assert stepped == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and found.steps == 5
     assert found.log_z0 == pytest.approx(math.log(2 * math.pi))
