@@ -86,3 +86,12 @@ def test_an_objective_without_terms_that_draw_is_told_alike():
     gammas = torch.stack(gammas)
     ratio = gammas.mean(0).square().sum() / (gammas.var(0).sum() / 8) - 1
     assert signal_to_noise(loop) == pytest.approx(math.sqrt(max(0.0, ratio.item())), rel=1e-9)
+
+
+@pytest.mark.parametrize(("leading", "trusted"), [(4, False), (10, True)])
+def test_a_bound_is_trusted_where_half_the_repeats_count(leading, trusted):
+    """Of ten trajectories of each start four carry all the weight, or all carry the same."""
+    reward = torch.zeros(8, 10, dtype=F64)
+    reward[:, leading:] = -200.0
+    found = bound(Evaluation(reward, 0 * reward, 0 * reward, reward[..., None]), 1.0)
+    assert found.effective_samples == pytest.approx(leading) and found.trusted == trusted

@@ -175,3 +175,13 @@ def test_momenta_go_with_their_particles():
     assert len(taken.x.unique()) < n / 2
     for found, factor in ((taken.momentum, 10), (here.value[:, None], 1), (here.grad, 2)):
         assert torch.equal(found, factor * taken.x)
+
+
+@pytest.mark.parametrize("order", ["paper", "x-first"])
+def test_particles_that_only_tell_their_lag_are_not_resampled(order):
+    loop, x = build(Single, ULA(0.2), lr=1.5, lag=True, order=order), X
+    for k in range(12):
+        x = x - 0.2 * S * (x - loop.model.theta.detach()) + math.sqrt(0.4) * loop._draws(k)[0]
+        loop.step()
+        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-11, atol=1e-12)
+    assert loop.walkers.lag > 0  # weights were exhausted on the way
