@@ -91,7 +91,7 @@ def test_an_objective_without_terms_that_draw_is_told_alike():
 @pytest.mark.parametrize(("leading", "trusted"), [(4, False), (10, True)])
 def test_a_bound_is_trusted_where_half_the_repeats_count(leading, trusted):
     """Of ten trajectories of each start four carry all the weight, or all carry the same."""
-    reward = torch.zeros(8, 10, dtype=F64)
-    reward[:, leading:] = -200.0
+    reward = torch.linspace(0, 1, 8, dtype=F64)[:, None].repeat(1, 10)
+    reward[:, leading:] -= 200.0
     found = bound(Evaluation(reward, 0 * reward, 0 * reward, reward[..., None]), 1.0)
     assert found.effective_samples == pytest.approx(leading) and found.trusted == trusted

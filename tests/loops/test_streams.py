@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.experiments.planar import LAWS, law
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.noise import Noise
@@ -14,6 +15,7 @@ from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.followers import Followers, annealed
 from implicit_diffusion.samplers.simulate import simulate
 from implicit_diffusion.samplers.warmup import warm_up
+from tests.oracles import affine_chain
 
 F64 = torch.float64
 KERNELS = {"ula": ULA, "mala": MALA, "hmc": HMC, "underdamped": Underdamped}
@@ -79,6 +81,18 @@ def test_no_key_serves_twice(name):
     noise = Ledger(0)
     SAMPLERS[name](noise)
     assert noise.keys and len(set(noise.keys)) == len(noise.keys)
+
+
+def test_trajectories_of_a_chain_share_no_key():
+    """Starts, rows and conditions of several trajectories."""
+    noise, (plain, _) = Ledger(0), affine_chain(4, 2)
+    chain = plain.replace(condition=Drawn("label", torch.arange(3)))
+    for index in range(3):
+        chain.initial(noise, 2, index)
+        chain.conditions(noise, 2, [index])
+    for row in range(4):
+        chain.innovation(noise, 2, range(3), [row] * 3)
+    assert len(set(noise.keys)) == len(noise.keys) == 3 * (1 + 1 + 4)
 
 
 class Recorded(ULA):
