@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from implicit_diffusion.denoisers.conditions import Drawn
+from implicit_diffusion.experiments.energy_model import Moves
 from implicit_diffusion.experiments.planar import LAWS, law
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.noise import Noise
@@ -15,6 +16,7 @@ from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.followers import Followers, annealed
 from implicit_diffusion.samplers.simulate import simulate
 from implicit_diffusion.samplers.warmup import warm_up
+from tests.experiments import energy_models
 from tests.oracles import affine_chain
 
 F64 = torch.float64
@@ -72,6 +74,7 @@ SAMPLERS = {
     "warm-up": lambda noise: warm_up(MALA(0.1), gaussian(), torch.zeros(8, 2, dtype=F64), noise, steps=20),
     "mixture": lambda noise: GaussianMixture(torch.zeros(3, 2)).sample(8, noise),
     "tilted": lambda noise: gaussian().sample(8, noise),
+    "energy model": lambda noise: energy_models.gaussian(moves=Moves("underdamped", 0.1)).sample(8, noise, 3),
     **{name: lambda noise, name=name: law(name).sample(8, noise) for name in LAWS},
 }
 
