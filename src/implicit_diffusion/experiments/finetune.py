@@ -36,6 +36,7 @@ from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
 
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
@@ -116,7 +117,8 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
+    state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
     return state
@@ -130,7 +132,7 @@ def finish(
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise)
-    found = judging.judge(before, after, exported, None if drift else beta)
+    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
     with Draws(noise, DURING, 0, device=problem.chain.device):
         held_out = evaluate_pretrained(
             problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1

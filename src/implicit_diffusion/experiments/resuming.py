@@ -54,6 +54,7 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
             return experiment.report(directory)
         fields = {field.name: str(field.type) for field in dataclasses.fields(experiment.config)}
         paths = {name: Path(values[name]) for name in fields if "Path" in fields[name] and values[name] is not None}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         config = experiment.config(**values | paths | {"out": path})
         reward = str(values.get("reward", ""))
         if not trust_reward:
@@ -84,6 +85,10 @@ def report(path: Path) -> dict[str, Any]:
         return _experiment(directory)[0].report(directory)
 
 
+def _not_drawn(directory: RunDirectory) -> dict[str, Any]:
+    raise InvalidInputError(f"{directory.path} has no report: its pictures are of samples that are not kept")
+
+
 def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
@@ -94,12 +99,13 @@ def _open(path: Path) -> RunDirectory:
 
 def _experiment(directory: RunDirectory) -> tuple[Experiment, dict[str, Any]]:
     """The experiment that a run belongs to, by the options in its config.json, and these."""
-    from implicit_diffusion.experiments import ebm, finetune, finetune_config
+    from implicit_diffusion.experiments import ebm, finetune, finetune_config, pretrain, pretrain_config
 
     values = directory.read_config()
     for experiment in (
         Experiment(finetune_config.Config, finetune.run, finetune.report, "report.html"),
         Experiment(ebm.Config, ebm.run, ebm.report, "summary.json"),
+        Experiment(pretrain_config.Config, pretrain.run, _not_drawn, "summary.json"),
     ):
         if values is not None and values.keys() == {field.name for field in dataclasses.fields(experiment.config)}:
             return experiment, values

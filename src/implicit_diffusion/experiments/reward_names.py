@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -9,13 +10,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError
 from implicit_diffusion.experiments import digits, rewards
 from implicit_diffusion.experiments.reward_trust import Code, code_of, remember
 
@@ -60,7 +62,41 @@ def _function(name: str, place: str, function: str) -> Callable[[Tensor], Tensor
         )
     if inspect.isclass(found):
         raise InvalidInputError(f"--reward {name} is a class; name a function, or an instance: best = {function}()")
-    return found.eval() if isinstance(found, nn.Module) else found
+    return _answering(found.eval() if isinstance(found, nn.Module) else found, name)
+
+
+def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """The same function, whose errors say where they come from, whenever in a run they come.
+
+    Raises:
+        RewardError: from the result, for whatever else than an error of ours is raised, a call of sys.exit included.
+    """
+
+    @functools.wraps(function)
+    def answering(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except ImplicitDiffusionError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RewardError(_located(error, name)) from error
+
+    forward = function.forward if isinstance(function, nn.Module) else function
+    with suppress(TypeError, ValueError):  # built-in functions need not have one
+        answering.__dict__["__signature__"] = inspect.signature(forward)
+    return answering
+
+
+def _located(error: BaseException, name: str) -> str:
+    """A line that says what a reward of the user's own raised, and where."""
+    place = name.rpartition(":")[0]
+    file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
+    where = f"{file}:{lines[-1]}" if lines else name
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"--reward {where}: {type(error).__name__}: {what}"
 
 
 @contextmanager
@@ -76,17 +112,12 @@ def blamed(name: str, must: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except RewardError as error:
+        raise InvalidInputError(f"{error}{must}") from error
     except ImplicitDiffusionError:
         raise
-    except Exception as error:
-        place = name.rpartition(":")[0]
-        file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
-        where = f"{file}:{lines[-1]}" if lines else name
-        if isinstance(error, SyntaxError) and error.filename:
-            where = f"{error.filename}:{error.lineno}"
-        what = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise InvalidInputError(f"--reward {where}: {type(error).__name__}: {what}{must}") from error
+    except (Exception, SystemExit) as error:
+        raise InvalidInputError(f"{_located(error, name)}{must}") from error
 
 
 def _execute(code: Code, path: Path) -> ModuleType:

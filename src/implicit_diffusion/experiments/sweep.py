@@ -27,13 +27,14 @@ from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
 from implicit_diffusion.experiments.reward_trust import short
-from implicit_diffusion.experiments.written import number, percent
+from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import LOCK, dated, plain
+from implicit_diffusion.runs.directory import dated, plain
 from implicit_diffusion.runs.files import UNFINISHED, writing
+from implicit_diffusion.runs.lock import LOCK
 from implicit_diffusion.runs.provenance import FILE, Change, verified
 
 CURVE = 12  # KL weights of the drawn frontier
@@ -111,10 +112,10 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
     finetune.keep_rewards(samples, directory)
     try:
         for beta in betas:
-            _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"), samples, config.accept_changes)
+            _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
-    found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
+    found = {beta: _read(folder) for beta, folder in sorted(_finished(out).items())}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
         "reward": short(config.each.reward),
@@ -174,15 +175,38 @@ def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes:
         finetune.run(config, pretrained=pretrained)
 
 
-def _finished(out: Path) -> list[float]:
-    """The β of all finished runs of the folder, those of earlier calls too."""
-    return sorted(float(path.parent.name.removeprefix("beta-")) for path in out.glob("beta-*/summary.json"))
+def folder_of(out: Path, beta: float) -> Path:
+    """The folder of the run at β: the one that holds it, or a new one whose name says β to the last digit."""
+    for folder in sorted(out.glob("beta-*/")):
+        if _beta(folder) == beta:
+            return folder
+    short = f"{beta:.6g}"
+    folder = out / f"beta-{short if float(short) == beta else repr(float(beta))}"
+    while _beta(folder) is not None:  # names used to be rounded
+        folder = folder.with_name(folder.name + "-exact")
+    return folder
+
+
+def _beta(folder: Path) -> float | None:
+    """The KL weight that a run's folder was begun with; None where it did not come that far."""
+    try:
+        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))["kl_weight"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _finished(out: Path) -> dict[float, Path]:
+    """The folders of all finished runs by their β, those of earlier calls too."""
+    folders = [path.parent for path in sorted(out.glob("beta-*/summary.json"))]
+    return {beta: folder for folder in folders if (beta := _beta(folder)) is not None}
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The headline numbers of a run, and its metrics."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary.get(key) for name in KEPT for key in (name, f"{name}_se")}
+    kept["worse"] = summary.get("worse")
     kept["held_out_reward_before"] = summary["held_out_reward_before"]
     kept |= {"updates": summary["updates"], "seconds": summary["seconds"], "run": folder.name}
     return kept, RunDirectory(folder).read_metrics()
@@ -214,9 +238,14 @@ def show(summary: dict[str, Any]) -> None:
     table = Table(title=f"{summary['reward']} against path KL (pretrained reward {before})")
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")
-    for row in summary["rows"]:
+    rows = summary["rows"]
+    weights = distinct([row["kl_weight"] for row in rows])
+    for weight, row in zip(weights, rows):
         cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl", "j_after", "j_bound")]
-        table.add_row(f"{row['kl_weight']:.4g}", *cells, percent(row["captured"], row["captured_se"]))
+        table.add_row(weight, *cells, "J rose" if row["worse"] else percent(row["captured"], row["captured_se"]))
+    for weight, row in zip(weights, rows):
+        if row["worse"]:
+            print(f"KL weight {weight}: {row['worse']}")
     Console().print(table)
 
 
@@ -232,12 +261,11 @@ def plot(
         figure = canvas(7.6)
         axes = figure.subplot_mosaic([["top", "top"], ["reward", "kl"]], height_ratios=[3, 2])
         _draw_frontier(axes["top"], summary, frontier)
-        for row, shade in zip(rows, shades):
+        weights = distinct([row["kl_weight"] for row in rows], 3)
+        for weight, row, shade in zip(weights, rows, shades):
             style = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_gain_se"], "elinewidth": 1.3, "fmt": "D"}
             style |= {"color": shade, "markeredgecolor": "white", "zorder": 5}
-            axes["top"].errorbar(
-                row["path_kl"], row["reward_gain"], label=f"fine-tuned, β = {row['kl_weight']:.3g}", **style
-            )
+            axes["top"].errorbar(row["path_kl"], row["reward_gain"], label=f"fine-tuned, β = {weight}", **style)
             base = {"held_out_reward": row["held_out_reward_before"], "held_out_path_kl": 0.0}
             for name, key in (("reward", "held_out_reward"), ("kl", "held_out_path_kl")):
                 seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
@@ -254,8 +282,10 @@ def _draw_frontier(axes: Any, summary: dict[str, Any], found: Sequence[Bound]) -
     """What can be had: the curve, and open circles where it rests on too few effective samples."""
     before, bounds = summary["reward_pretrained"], [b for b in found if b.path_kl > 0]
     if bounds:
-        kl = np.linspace(0, bounds[-1].path_kl, 300)
-        axes.plot(kl, tangent_curve(before, bounds, kl) - before, color=BOUND, label="best possible")
+        kl, knots = np.linspace(0, bounds[-1].path_kl, 300), bounds[:1]
+        for b in bounds[1:]:  # the curve needs knots apart
+            knots += [b] if b.path_kl > 1.001 * knots[-1].path_kl else []
+        axes.plot(kl, tangent_curve(before, knots, kl) - before, color=BOUND, label="best possible")
     doubtful = [b for b in bounds if not b.trusted]
     if doubtful:
         points = [b.path_kl for b in doubtful], [b.reward - before for b in doubtful]

@@ -9,7 +9,8 @@ the run by returning a reason:
 They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`. What a callback remembers
 from one call to the next is part of the run: it is saved and restored where the callback has `state_dict()` and
 `load_state_dict(state)`. So is the reason that stopped a run: as long as the callback that gave it is among those of
-the resumed run, that does not train on.
+the resumed run, that does not train on. One that has `unsound(fit)` is asked before a checkpoint is written: a reason
+that it returns keeps the previous one in its place.
 
 What a reward draws from the global generators of torch, NumPy or Python follows from the loop's noise, and goes on with
 the run; the caller's own generators are as they were when `fit` returns.
@@ -20,12 +21,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -36,7 +38,7 @@ from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
-from implicit_diffusion.runs.state import checkpoint, restore, verdict
+from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
@@ -58,21 +60,38 @@ def fit(
             further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends; None
-            leaves no trace.
+        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends, and is
+            held meanwhile; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
     Raises:
-        InvalidInputError: updates below one.
-        NonFiniteError: NaN or infinity, before θ was touched; the last good state is in directory.checkpoint, and the
-            message says after which update that was taken.
+        InvalidInputError: updates below one; a directory that another run holds.
+        NonFiniteError: NaN or infinity, before θ was touched or in what would be saved.
+        DivergenceError: from a callback, or a run that ends in a state which one calls unsound.
+        RewardError: a reward of the user's own raised.
+        StorageError: metrics or a checkpoint could not be written.
+
+    After all of these the last good state is in directory.checkpoint.
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
-    state, callbacks = Fit(loop), list(callbacks)
+    state = Fit(loop)
+    with nullcontext() if directory is None else directory.held():
+        _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
+    return state
+
+
+def _drive(
+    state: Fit,
+    updates: int,
+    callbacks: list[Callback],
+    directory: RunDirectory | None,
+    checkpoint_every: float,
+    description: str,
+) -> None:
     if directory is not None:
-        if directory.checkpoint.exists():
+        if directory.has_state:
             restore(state, directory, callbacks)
         checkpoint(state, directory, callbacks)
     lines: list[dict[str, Any]] = []
@@ -83,7 +102,8 @@ def fit(
             directory.append_metrics(*waiting)
             state.lines += len(waiting)
 
-    saved_at = state.updates
+    saved_at: int = state.updates  # of the last checkpoint
+    waits: int | None = None  # that of one of which the next update will tell whether it is sound
     last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description) as bar:
         bar.update(advance=state.updates)
@@ -97,6 +117,11 @@ def fit(
                     state.stopped = state.verdict and state.verdict[1]
                     bar.update({name: metrics[name] for name in SHOWN if name in metrics})
                     lines.append(state.metrics)
+                    if waits is not None and directory is not None:  # it is known now what that state led to
+                        if unsound(state, callbacks) is None:
+                            directory.confirm()
+                            saved_at = waits
+                        waits = None
                 if stop.requested:
                     state.stopped = "interrupted"
                 if state.stopped:
@@ -106,18 +131,26 @@ def fit(
                     write()
                     last_read = time.monotonic()
                 if save and directory is not None:
-                    checkpoint(state, directory, callbacks)
-                    last_saved, saved_at = time.monotonic(), state.updates
+                    last_saved = time.monotonic()
+                    if unsound(state, callbacks) is None:
+                        checkpoint(state, directory, callbacks, known=False)
+                        waits = state.updates
                 start = time.monotonic()
+            if stop.requested:  # in the last step, or while it was saved
+                state.stopped = state.stopped or "interrupted"
             write()
-            if directory is not None:
+            found = unsound(state, callbacks)
+            if found is not None and state.stopped != "interrupted":
+                raise DivergenceError(f"after update {state.updates}: {found}")
+            if found is None and directory is not None:
                 checkpoint(state, directory, callbacks)
-        except NonFiniteError as error:
+        except (NonFiniteError, DivergenceError) as error:
             kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
-            raise NonFiniteError(f"{error}{kept}") from error
+            raise type(error)(f"{error}{kept}") from error
+        except RewardError as error:
+            raise RewardError(f"after update {state.updates}: {error}") from error
         finally:
             write()
-    return state
 
 
 def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ metrics      the last row, and the number of lines of metrics.jsonl
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.on_chain import ChainLoop
-from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.runs.checkpoint import check_finite, load_state, save_state
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.metrics import restore_metrics
@@ -74,11 +75,18 @@ class Fit:
 Callback = Callable[[Fit], str | None]
 
 
-def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
+def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True) -> None:
     """Save all that the run goes on from.
 
+    Args:
+        state: of the run.
+        directory: of the run.
+        callbacks: those of the run.
+        known: whether the state replaces the one before at once. The numbers of an update are those before its step:
+            only the next update tells whether that step was sound, and then `directory.confirm()` replaces it.
+
     Raises:
-        NonFiniteError: NaN or infinity in θ; the checkpoint before is kept.
+        NonFiniteError: NaN or infinity in anything that is saved; the checkpoint before is kept.
     """
     if not all(p.isfinite().all() for p in state.loop.update.parameters):
         raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
@@ -92,7 +100,20 @@ def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -
         "lines": state.lines,
         "generators": state.draws.state_dict(),
     }
-    save_state(directory.checkpoint, whole)
+    buffers = [name for name, _ in state.loop.model.named_buffers()]  # masks among them
+    try:
+        check_finite(whole, ("log_weights", *buffers, *(f"module.{name}" for name in buffers)))
+    except NonFiniteError as error:
+        raise NonFiniteError(f"after update {state.updates}: {error}") from error
+    save_state(directory.checkpoint if known else directory.unconfirmed, whole)
+    if known:
+        shutil.rmtree(directory.unconfirmed, ignore_errors=True)
+
+
+def unsound(state: Fit, callbacks: list[Callback]) -> str | None:
+    """The first reason that a callback gives against keeping the state."""
+    asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "unsound")]
+    return next(filter(None, (callback.unsound(state) for callback in asked)), None)
 
 
 def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
