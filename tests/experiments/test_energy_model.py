@@ -232,7 +232,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed_and_weights_without_checksums_l
         spoilt = bytearray(whole)
         spoilt[place] ^= 1
         weights.write_bytes(spoilt)
-        with pytest.raises(InvalidInputError, match="is damaged.* checksum differs"):
+        with pytest.raises(InvalidInputError, match=r"is damaged.* checksum differs"):
             load_energy_model(tmp_path)
     weights.write_bytes(whole)
     save_file(load_file(weights), weights)  # as an earlier release wrote them
