@@ -72,11 +72,10 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     if not begun:
         directory.check_start(Config, OF_A_PLAN)
     noise, rests_on = Noise(config.seed), inputs(config)
-    with Draws(noise, PLAN, 0):
-        problem = build(config)
+    problem = build(config)
     config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
     config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
-    with Draws(noise, PLAN, 1):
+    with Draws(noise, PLAN, 1, device=problem.chain.device):
         loop = make_loop(config, problem, noise)
     memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)

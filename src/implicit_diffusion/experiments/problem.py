@@ -67,7 +67,13 @@ def build(config: Config) -> Problem:
         InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
             `conditioning`, `load_reward`, `Reward.check`.
     """
-    reward, device = load_reward(config.reward), find_device(config.device)
+    device = find_device(config.device)
+    with Draws(Noise(config.seed), PLAN, 0, device=device):
+        return _build(config, device)
+
+
+def _build(config: Config, device: torch.device) -> Problem:
+    reward = load_reward(config.reward)
     precision = check_precision(config.precision, device)
     pretrained = load_pretrained(config.model)
     clip = False if config.no_clip or pretrained.family.latent else None

@@ -33,6 +33,7 @@ from implicit_diffusion.objectives import ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -108,8 +109,9 @@ def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
             f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function; shipped rewards are "
             "of images, and the model is of the plane"
         )
-    reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
-    exact = Exact(model, reward)
+    with Draws(Noise(config.seed), START, 0):
+        reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
+        exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
     directory.start(config)
     record_inputs(directory, config, rests_on)
@@ -164,19 +166,20 @@ def train(
         return reward(z * model.scale + model.shift)
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    loop = Single(
-        potential,
-        model.moves.kernel(),
-        Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
-        Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
-        particles=particles.x,
-        noise=noise.stream(TRAIN),
-        weighted=arm == "weighted",
-    )
-    loop.refresh(particles)
     try:
-        for _ in loop.run(config.steps):
-            pass
+        with Draws(noise, TRAIN, 0):
+            loop = Single(
+                potential,
+                model.moves.kernel(),
+                Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
+                Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
+                particles=particles.x,
+                noise=noise.stream(TRAIN),
+                weighted=arm == "weighted",
+            )
+            loop.refresh(particles)
+            for _ in loop.run(config.steps):
+                pass
     except NonFiniteError as error:
         raise NonFiniteError(f"w = {weight:g}, {arm}, seed {seed}: {error}. Take a smaller --lr") from error
     return replace(model, potential=potential, particles=resampled(loop.particles, noise).x, log_z=None, log_z_se=None)
