@@ -222,3 +222,18 @@ def test_what_score_refuses(tmp_path):
     with pytest.raises(InvalidInputError, match=r"--data moons: no such file"):
         score.run(score.Config(tmp_path / "model", "moons"))
     assert not (tmp_path / "scores.npy").exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed_and_weights_without_checksums_load(tmp_path):
+    bent().save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (-1, -17, -100):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1
+        weights.write_bytes(spoilt)
+        with pytest.raises(InvalidInputError, match=r"is damaged.* checksum differs"):
+            load_energy_model(tmp_path)
+    weights.write_bytes(whole)
+    save_file(load_file(weights), weights)  # as an earlier release wrote them
+    assert load_energy_model(tmp_path).log_z == bent().log_z
