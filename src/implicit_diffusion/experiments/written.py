@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Sequence
 
 
 def decimals(scale: float, digits: int = 1) -> int:
@@ -45,3 +46,12 @@ def markdown(text: object) -> str:
     """
     words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(words, quote=False))
+
+
+def distinct(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Numbers in `digits` significant digits, or in as many as it takes for no two different ones to look the same."""
+    for enough in range(digits, 17):
+        texts = [f"{value:.{enough}g}" for value in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
+    return [repr(value) for value in values]
