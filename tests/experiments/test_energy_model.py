@@ -138,6 +138,13 @@ DAMAGE = {
     "a list": lambda f: (f / "model.json").write_text("[1]"),
     "another format": lambda f: change(f, format="diffusers"),
     "another width": lambda f: change(f, architecture={"kind": "mlp", "event_shape": [2], "width": 9, "depth": 2}),
+    "a width beyond all memory": lambda f: change(
+        f, architecture={"kind": "mlp", "event_shape": [2], "width": 10**9, "depth": 2}
+    ),
+    "a depth beyond all time": lambda f: change(
+        f, architecture={"kind": "mlp", "event_shape": [2], "width": 8, "depth": 10**9}
+    ),
+    "JSON without an end to its depth": lambda f: (f / "model.json").write_text('{"a":' * 10**5 + "1" + "}" * 10**5),
     "an unknown sampler": lambda f: change(f, moves={"sampler": "gibbs", "step_size": 0.1}),
     "an unknown architecture": lambda f: change(
         f, architecture={"kind": "x", "event_shape": [2], "width": 8, "depth": 2}
