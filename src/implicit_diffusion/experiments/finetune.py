@@ -33,6 +33,7 @@ from implicit_diffusion.runs import RunDirectory, load_state, progress, save_sta
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
+from implicit_diffusion.runs.rise import Rise
 from implicit_diffusion.samplers.chain import Chain
 
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
@@ -105,7 +106,10 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    callbacks = _callbacks(config, problem, noise)
+    if config.penalty == "path-kl":
+        callbacks.append(Rise(-plan.reward, plan.reward_se))
+    state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
     return state
