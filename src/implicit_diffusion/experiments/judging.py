@@ -13,8 +13,9 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import number, percent
+from implicit_diffusion.experiments.written import markdown, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -176,7 +177,9 @@ def effect_of_clipping(
 
 
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
-    """README.md of the exported pipeline."""
+    """README.md of the exported pipeline; the strings in it that are not ours have no effect as Markdown or HTML."""
+    given = (short(config["reward"]), Path(config["model"]).name, chain.table.name, summary["pipeline"])
+    reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
     kind = KINDS[config["scheduler"]]
@@ -184,7 +187,7 @@ def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) ->
     runs = f"During training {kept}; this pipeline runs the trained network on all of them."
     if not summary["pipeline_is_the_chain"]:
         runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
-it runs {summary["pipeline"]} with the trained network, and earns what the table says. The trained chain itself is
+it runs {pipeline} with the trained network, and earns what the table says. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
     guidance = f", guidance {config['guidance']:g}" if config.get("guidance") else ""
@@ -196,10 +199,10 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
     worse = f"\n**{summary['worse']}**\n" if summary.get("worse") else ""
-    return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
+    return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
-over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name}).
+over a chain of {chain.num_steps} {kind.words} steps ({table}).
 
 | | before | after |
 |---|---|---|
@@ -216,7 +219,7 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
-β = {summary["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
+β = {summary["kl_weight"]:.6g}, reward = {reward}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 
 

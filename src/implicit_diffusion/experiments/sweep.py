@@ -22,21 +22,34 @@ from implicit_diffusion.experiments import finetune, finetune_config
 from implicit_diffusion.experiments.drawing import save
 from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import LOCK, dated, plain
+from implicit_diffusion.runs.directory import dated, plain
 from implicit_diffusion.runs.files import UNFINISHED, writing
+from implicit_diffusion.runs.lock import LOCK
+from implicit_diffusion.runs.provenance import FILE, Change, verified
 
 CURVE = 12  # KL weights of the drawn frontier
 REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
 KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
-LEFT_BY_AN_EARLY_END = {LOCK, "config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS, "checkpoint"}
+LEFT_BY_AN_EARLY_END = {
+    LOCK,
+    FILE,
+    "config.json",
+    "plan.json",
+    finetune.PLANNED,
+    "figures",
+    finetune.PROMPTS,
+    "checkpoint",
+}
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
 
 
@@ -48,6 +61,8 @@ class Config:
     """The β's, in reward per nat. By default the plan's, for gains of ¼ to 2 deviations of the pretrained reward."""
     each: finetune_config.Config = field(default_factory=finetune_config.Config)
     """Options of every run; --out is the sweep's folder, one subfolder per run."""
+    accept_changes: tuple[Change, ...] = ()
+    """What may be another one than when the sweep began, as of `resume`; other differences are refused, by name."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""
@@ -77,28 +92,33 @@ def run(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: the running run was interrupted; the same command goes on.
     """
     config.check()
-    directory = RunDirectory(config.each.out or dated("sweep"))
+    config = replace(config, each=absolute(replace(config.each, out=config.each.out or dated("sweep"))))
+    assert config.each.out is not None
+    directory = RunDirectory(config.each.out)
     with directory.held():
-        return _run(config, directory)
+        _check_folder(directory.path, config)
+        rests_on = inputs(config.each)
+        with verified(directory, config.accept_changes, rests_on):
+            return _run(config, directory, rests_on)
 
 
-def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
-    """The same in a directory that is held."""
+def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> dict[str, Any]:
+    """The same in a directory that is held, on what it rested on where it has begun before."""
     out = directory.path
-    _check_folder(out, config)
     samples, conditional = _pretrained(config.each, directory)
     betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
     directory.write_config(_settings(config))
+    record_inputs(directory, config.each, rests_on, config=_settings(config))
     finetune.keep_rewards(samples, directory)
     try:
         for beta in betas:
-            _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples)
+            _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
     found = {beta: _read(folder) for beta, folder in sorted(_finished(out).items())}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
-        "reward": config.each.reward,
+        "reward": short(config.each.reward),
         "reward_pretrained": mean_and_error(samples.reward)[0],
         "reward_pretrained_se": mean_and_error(samples.reward)[1],
         "rows": [{"kl_weight": beta, **s} for beta, (s, _) in found.items()],
@@ -140,13 +160,13 @@ def _pretrained(each: finetune_config.Config, directory: RunDirectory) -> tuple[
     return samples, problem.chain.condition is not None
 
 
-def _one(config: finetune_config.Config, pretrained: Evaluation) -> None:
+def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes: tuple[Change, ...]) -> None:
     """Run, go on, or leave alone what is finished."""
     assert config.out is not None
     if (config.out / "report.html").exists():
         print(f"finished  {config.out}")
     elif (config.out / "summary.json").exists() or RunDirectory(config.out).has_state:
-        resume(config.out)
+        resume(config.out, accept_changes)
     else:
         there = {path.name.removesuffix(UNFINISHED) for path in config.out.glob("*")}
         if there <= LEFT_BY_AN_EARLY_END:

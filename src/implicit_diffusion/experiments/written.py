@@ -1,8 +1,10 @@
-"""How numbers are written: to the digits that their standard errors leave standing."""
+"""How numbers are written, to the digits that their standard errors leave standing, and words that are not ours."""
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Sequence
 
 
@@ -35,6 +37,15 @@ def percent(share: float | None, error: float | None = None) -> str:
         return "—"
     text = f"{100 * share:.1f}" if error is None else number(100 * share, 100 * error)
     return f"{text}\N{NO-BREAK SPACE}%"
+
+
+def markdown(text: object) -> str:
+    """A string from elsewhere (a path, a name) as plain words of a Markdown document, in one line.
+
+    Neither HTML nor Markdown in it has an effect; what cannot be printed becomes U+FFFD.
+    """
+    words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(words, quote=False))
 
 
 def distinct(values: Sequence[float], digits: int = 4) -> list[str]:
