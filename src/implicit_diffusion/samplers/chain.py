@@ -32,6 +32,7 @@ from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.transition import Transition
 
 Denoiser = Callable[..., Tensor]
@@ -83,7 +84,7 @@ class Chain:
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.dtype = torch.get_default_dtype() if parameter is None else _at_least_single(parameter.dtype)
+        self.dtype = torch.get_default_dtype() if parameter is None else at_least_single(parameter.dtype)
         self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     @property
@@ -278,10 +279,6 @@ class Chain:
             found |= {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
             self._coefficients[rows] = found
         return self._coefficients[rows]
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
 
 
 def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:
