@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.experiments.inputs import inputs
 from implicit_diffusion.experiments.reward_trust import check_trust
 from implicit_diffusion.runs import RunDirectory
@@ -63,6 +63,12 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
             device = device_of(directory)
             if device is not None and "device" in values:
                 config = dataclasses.replace(config, device=device)
+            try:
+                config.check()
+            except (TypeError, ValueError, AttributeError) as error:
+                if isinstance(error, ImplicitDiffusionError):
+                    raise
+                raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
             return experiment.run(config, directory)
 
 
