@@ -138,6 +138,13 @@ DAMAGE = {
     "a list": lambda f: (f / "model.json").write_text("[1]"),
     "another format": lambda f: change(f, format="diffusers"),
     "another width": lambda f: change(f, architecture={"kind": "mlp", "event_shape": [2], "width": 9, "depth": 2}),
+    "a width beyond all memory": lambda f: change(
+        f, architecture={"kind": "mlp", "event_shape": [2], "width": 10**9, "depth": 2}
+    ),
+    "a depth beyond all time": lambda f: change(
+        f, architecture={"kind": "mlp", "event_shape": [2], "width": 8, "depth": 10**9}
+    ),
+    "JSON without an end to its depth": lambda f: (f / "model.json").write_text('{"a":' * 10**5 + "1" + "}" * 10**5),
     "an unknown sampler": lambda f: change(f, moves={"sampler": "gibbs", "step_size": 0.1}),
     "an unknown architecture": lambda f: change(
         f, architecture={"kind": "x", "event_shape": [2], "width": 8, "depth": 2}
@@ -222,3 +229,18 @@ def test_what_score_refuses(tmp_path):
     with pytest.raises(InvalidInputError, match=r"--data moons: no such file"):
         score.run(score.Config(tmp_path / "model", "moons"))
     assert not (tmp_path / "scores.npy").exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed_and_weights_without_checksums_load(tmp_path):
+    bent().save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (-1, -17, -100):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1
+        weights.write_bytes(spoilt)
+        with pytest.raises(InvalidInputError, match=r"is damaged.* checksum differs"):
+            load_energy_model(tmp_path)
+    weights.write_bytes(whole)
+    save_file(load_file(weights), weights)  # as an earlier release wrote them
+    assert load_energy_model(tmp_path).log_z == bent().log_z

@@ -12,15 +12,17 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.denoisers.parts import SLACK, bounded
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
+from implicit_diffusion.reading import one_line, read_json
 from implicit_diffusion.runs.checkpoint import load_tensors, save_tensors
 from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
@@ -161,13 +163,15 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
             f"--model {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
-        said: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        said = read_json(folder / DESCRIPTION)
         if said.get("format") != FORMAT:
             raise ValueError(f"its format is {said.get('format')!r}")
         kind = said["architecture"]
         architecture = Architecture(**kind | {"event_shape": tuple(kind["event_shape"])})
         tensors, _ = load_tensors(folder / WEIGHTS)
-        potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        with bounded(2 * numbers + SLACK, 4 * len(tensors) + 100):
+            potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
         prefix = "potential."
         potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         moves, log_z, error = Moves(**said["moves"]), said["log_z"], said["log_z_se"]
@@ -179,6 +183,6 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
         if log_z is not None and not math.isfinite(log_z):
             raise ValueError(f"log_z must be finite, got {log_z}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
-        raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {cause}") from cause
+        raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {one_line(cause)}") from cause
     potential.eval().requires_grad_(False)
     return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error)
