@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up; rooms on one floor do not know each other. Every room may name errors.
 FLOORS = [
     {"errors"},
-    {"frozen", "noise", "particles", "transition"},
+    {"frozen", "noise", "particles", "probing", "transition"},
     {"denoisers", "potentials"},
     {"samplers", "objectives"},
     {"gradients"},

@@ -78,13 +78,20 @@ def check_integer(name: str, value: Any, least: int = 1, most: int = LARGEST, *,
     except (TypeError, ValueError, RuntimeError):  # tensors have errors of their own, by kind
         number = None
     if number is None or not least <= number <= most:
-        bounds = f"≥ {least}" if most == LARGEST and (number is None or number < least) else f"in {least}..{most}"
-        raise InvalidInputError(f"{name} must be an integer {bounds}{note}, got {shown(value)}")
+        open_ended = most == LARGEST and (number is None or number < least)
+        must = f"be an integer ≥ {least}" if open_ended else f"lie in {least}..{most}"
+        raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number
 
 
 def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, closed: bool = False, note: str = ""
+    name: str,
+    value: Any,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
+    *,
+    closed: bool = False,
+    note: str = "",
 ) -> float:
     """The finite real number between two bounds, as a float.
 
@@ -108,12 +115,12 @@ def check_number(
     inside = low <= number <= high if closed else low < number < high
     if not (inside and math.isfinite(number)):
         if (low, high) == (0, math.inf):
-            must = "≥ 0 and finite" if closed else "positive and finite"
+            must = "be ≥ 0 and finite" if closed else "be positive and finite"
         elif math.isfinite(low) or math.isfinite(high):
-            must = f"in {'[' if closed else '('}{low:g}, {high:g}{']' if closed else ')'}"
+            must = f"lie in {'[' if closed else '('}{low:g}, {high:g}{']' if closed else ')'}"
         else:
-            must = "a finite number"
-        raise InvalidInputError(f"{name} must be {must}{note}, got {shown(value)}")
+            must = "be a finite number"
+        raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number
 
 
@@ -145,7 +152,7 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
             f"{value.dtype} with shape {tuple(value.shape)}{where}"
         )
     if finite and not value.isfinite().all():
-        raise InvalidInputError(f"{name} must be finite, but holds NaN or infinity")
+        raise InvalidInputError(f"{name} must be finite floating-point numbers, but hold NaN or infinity")
     return value
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.gradients.adjoint import LOST
 from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -42,6 +43,8 @@ class FullBackprop:
             end = chain.endpoint(x, noise, index)
             for weight, term in objective.terminal:
                 value = term.value(end)
+                if weight != 0 and not value.requires_grad:
+                    raise InvalidInputError(f"{term.name} {LOST}")
                 total = total + weight * value
                 values[term.name] = value.detach()
             total.backward()

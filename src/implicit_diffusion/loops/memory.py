@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.lora import WATCHING
-from implicit_diffusion.errors import MemoryLimitError
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
 from implicit_diffusion.gradients import FullBackprop
 from implicit_diffusion.loops.nested import Nested
 from implicit_diffusion.loops.on_chain import TRIAL, ChainLoop
@@ -38,7 +38,8 @@ class Memory:
 
     Args:
         states: of all trajectories in flight, with their adjoints.
-        activations: kept by autograd during the largest call with gradient.
+        activations: kept by autograd during the largest call with gradient; or, where that is more, the copy of θ and
+            of the optimizer's moments that an update can go back to.
         parameters: θ, its gradient, the optimizer's moments, its moving average, and u_0.
         resident: the part of `parameters` that is in memory already.
     """
@@ -59,7 +60,12 @@ class Memory:
 
 
 def predict_memory(loop: ChainLoop) -> Memory:
-    """Predict what `loop` needs; tries its network and objective on three samples, and leaves no trace."""
+    """Predict what `loop` needs; tries its network and objective on three samples, and leaves no trace.
+
+    Raises:
+        InvalidInputError: a loop of another kind.
+    """
+    check_type("loop", loop, ChainLoop, "take a Queue or Nested; loops over particles keep nothing that grows")
     chain, objective, batch = loop.chain, loop.objective, loop.batch
     slots = -(-chain.num_steps // loop.stride) if isinstance(loop, Queue) else 1
     event = torch.empty(chain.event_shape, dtype=chain.dtype, device="meta").nbytes
@@ -90,7 +96,8 @@ def predict_memory(loop: ChainLoop) -> Memory:
     held = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     trained = sum(p.nbytes for p in loop.update.parameters if p.requires_grad)
     resident = sum(held.values())
-    parameters = resident + round((1 + _moments(loop.update.optimizer)) * trained)
+    moved = round((1 + _moments(loop.update.optimizer)) * trained)
+    parameters, activations = resident + moved, max(activations, moved)
     return Memory(states, activations, parameters, resident)
 
 
@@ -105,7 +112,13 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
     Raises:
         MemoryLimitError: more is needed, beyond what is in memory already, than is free.
     """
-    device = torch.device(device)
+    check_type("memory", memory, Memory, "take predict_memory(loop)")
+    try:
+        device = torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise InvalidInputError(f"device must be one of torch's, e.g. cpu or cuda, got {shown(device)}") from error
+    if available is not None:
+        available = check_integer("available", available, 0, 2**63)
     if available is None:
         available = _free(device)
     needed = memory.total - memory.resident

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_type
-from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type, memory_for, trying
+from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -76,7 +76,8 @@ class ParticleLoop(Loop):
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
-                term.check_stationary(Particles(x.clone()), here.value)  # a black box may write into what it is given
+                with trying(term.name, f"particles of shape {tuple(x.shape)}"):  # it may write into what it is given
+                    term.check_stationary(Particles(x.clone()), here.value)
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
         zeros = [x.new_zeros(()) for _ in range(3)]
         self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
@@ -101,6 +102,7 @@ class ParticleLoop(Loop):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        refuse_inference_mode()
         with eval_mode(self.model), self.objective.evaluating():
             yield
 
@@ -119,6 +121,7 @@ class ParticleLoop(Loop):
             InvalidInputError: particles of another number, shape, dtype or device, or not finite; weights in a loop
                 without.
         """
+        check_type("particles", particles, Particles, "take Particles(x)")
         x, kept = particles.x.detach(), self.walkers.x
         if (x.shape, x.dtype, x.device) != (kept.shape, kept.dtype, kept.device) or (
             particles.log_weights is not None and not self.weighted
@@ -145,6 +148,7 @@ class ParticleLoop(Loop):
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        updates = check_integer("updates", updates, 0)
         while self.update.updates < updates:
             yield self.step()
 
@@ -176,20 +180,23 @@ class ParticleLoop(Loop):
         return Particles(x, closed.log_weights, None if self.log_z0 is None else self.log_z0 + growth, growth)
 
     def _start(self, particles: Any) -> Tensor:
-        if isinstance(particles, Integral):
+        if isinstance(particles, Integral) and not isinstance(particles, bool):
             if particles < 2:
                 raise InvalidInputError(f"particles must be at least 2, got {particles}")
+            count = check_integer("particles", particles, 2)
             if not hasattr(self.model, "sample"):
                 raise InvalidInputError(
                     f"particles={particles} needs a potential with a method sample(n, noise); pass the particles "
                     "themselves, with shape (n, *event)"
                 )
             potential: Any = self.model
-            x: Tensor = potential.sample(int(particles), self.noise.stream(START, 0))
+            with trying("potential.sample", f"({count}, noise)"), memory_for(f"{count} particles"):
+                x: Tensor = potential.sample(count, self.noise.stream(START, 0))
+            check_type("what potential.sample returns", x, Tensor, "it draws n of them, with shape (n, *event)")
         else:
             check_type("particles", particles, Tensor, "take torch.as_tensor(particles), or a number of them")
             x = particles
-        if len(x) < 2 or x.ndim < 2:
+        if x.ndim < 2 or len(x) < 2:
             raise InvalidInputError(
                 f"particles must have shape (n, *event) with n ≥ 2 and an event of at least one dimension, got "
                 f"{tuple(x.shape)}"
@@ -200,8 +207,7 @@ class ParticleLoop(Loop):
                 f"particles are {x.dtype} on {x.device}, the potential's parameters {first.dtype} on "
                 f"{first.device}; use particles.to(device, dtype)"
             )
-        if not x.isfinite().all():
-            raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
+        check_tensor("particles", x, "n *event", finite=True)
         return innermost(x.detach().clone())
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:

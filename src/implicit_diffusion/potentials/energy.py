@@ -9,7 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_call, check_tensor, trying
+from implicit_diffusion.frozen import refuse_inference_mode
+from implicit_diffusion.probing import check_own_gradient, check_separate
+
+TRIED = 8  # particles, to see whether they influence each other
 
 
 class Energy(NamedTuple):
@@ -56,7 +60,10 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
             points that influence each other (BatchNorm in training mode, say).
     """
-    with torch.enable_grad():
+    check_call("potential", potential, "x")
+    check_tensor("particles", x, "n *event", finite=True)
+    refuse_inference_mode()
+    with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)}"):
         probe = x[:2].detach().clone().requires_grad_()
         value = potential(probe)
     if not isinstance(value, Tensor) or value.shape != (len(probe),):
@@ -81,5 +88,7 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
-    if len(probe) > 1 and grad[1].any():
-        raise InvalidInputError("potential mixes particles: V(x)_0 depends on x_1; each value must depend on its own x")
+    check_own_gradient("potential", grad)
+    with torch.no_grad():
+        few = x[:TRIED].detach()
+        check_separate("potential", lambda index: potential(few[index]), potential(few.clone()))
