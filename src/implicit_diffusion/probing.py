@@ -28,17 +28,21 @@ ROUNDINGS = 16  # and of their size, in units of the last place
 
 @torch.no_grad()
 def check_separate(
-    what: str, judge: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]], values: Float[Tensor, " n"]
+    what: str,
+    judge: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]],
+    values: Float[Tensor, " n"],
+    of: str = "samples",
 ) -> None:
-    """Raise `InvalidInputError` where values depend on other samples than their own, by three more calls.
+    """Raise `InvalidInputError` where values depend on other samples than their own, by four more calls.
 
-    A function that gives the same samples other values at a second call is random. That is said as a warning, and its
-    values are compared as well as its noise allows.
+    A function that gives the same samples other values at a second call is random. That is said as a warning, and
+    nothing is concluded from its values.
 
     Args:
         what: the function is called in messages.
         judge: values at the samples with these numbers, n of them, some more than once.
         values: judge(0, 1, …, n − 1).
+        of: what the samples are called.
     """
     n, order = len(values), torch.arange(len(values), device=values.device)
     spread, rounding = values.max() - values.min(), ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().max()
@@ -49,23 +53,22 @@ def check_separate(
             "then not be repeated; switch dropout and random augmentations off in it",
             stacklevel=2,
         )
-    for kept, others in ((order[::2], order[1::2]), (order[1::2], order[::2])) if n > 1 else ():
+        return
+    even, odd, best = order[::2], order[1::2], values.argmax()[None]
+    for kept, others in ((even, odd), (odd, even), (best, order)) if n > 1 else ():
         index = order.clone()
-        index[others] = kept.flip(0)[torch.arange(len(others)) % len(kept)]
+        index[others] = kept.flip(0)[torch.arange(len(others), device=order.device) % len(kept)]
         change = (judge(index) - values)[kept].abs().max()
         if not change <= SHARE * spread + rounding + 10 * noise:
             raise InvalidInputError(
-                f"{what} mixes samples: the same ones beside others get values that differ by "
-                f"{float(change):.2g}; {ALONE}"
+                f"{what} mixes {of}: the same ones beside others get values that differ by {float(change):.2g}; {ALONE}"
             )
 
 
-def check_own_gradient(what: str, gradient: Float[Tensor, "n *event"]) -> None:
+def check_own_gradient(what: str, gradient: Float[Tensor, "n *event"], of: str = "samples") -> None:
     """Raise `InvalidInputError` where the first of n values, whose gradient this is, depends on others' samples."""
     if not (gradient[1:] == 0).all():
-        raise InvalidInputError(
-            f"{what} mixes samples: the value of the first depends on others'; {ALONE}"
-        )
+        raise InvalidInputError(f"{what} mixes {of}: the value of the first depends on others; {ALONE}")
 
 
 def check_slope(what: str, gradient: Float[Tensor, "n *event"], values: Float[Tensor, "..."]) -> None:

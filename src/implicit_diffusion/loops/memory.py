@@ -38,24 +38,26 @@ class Memory:
 
     Args:
         states: of all trajectories in flight, with their adjoints.
-        activations: kept by autograd during the largest call with gradient; or, where that is more, the copy of θ and
-            of the optimizer's moments that an update can go back to.
+        activations: kept by autograd during the largest call with gradient.
         parameters: θ, its gradient, the optimizer's moments, its moving average, and u_0.
         resident: the part of `parameters` that is in memory already.
+        undo: the copy of θ and of the moments that an update can go back to, made when the activations are gone.
     """
 
     states: int
     activations: int
     parameters: int
     resident: int = 0
+    undo: int = 0
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
-        return self.states + self.activations + self.parameters
+        """The sum of the parts, of activations and the copy the larger one."""
+        return self.states + max(self.activations, self.undo) + self.parameters
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in ("states", "activations", "parameters"))
+        passing = "activations" if self.activations >= self.undo else "undo"
+        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in ("states", passing, "parameters"))
         return f"{_size(self.total)} ({parts})"
 
 
@@ -97,8 +99,7 @@ def predict_memory(loop: ChainLoop) -> Memory:
     trained = sum(p.nbytes for p in loop.update.parameters if p.requires_grad)
     resident = sum(held.values())
     moved = round((1 + _moments(loop.update.optimizer)) * trained)
-    parameters, activations = resident + moved, max(activations, moved)
-    return Memory(states, activations, parameters, resident)
+    return Memory(states, activations, resident + moved, resident, moved)
 
 
 def check_memory(memory: Memory, device: torch.device | str, available: int | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
+from implicit_diffusion.errors import InvalidInputError, check_integer, shown
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -52,7 +52,8 @@ class Single(ParticleLoop):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        check_choice("order", order, ("paper", "x-first"))
+        if not isinstance(order, str) or order not in ("paper", "x-first"):
+            raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
         iterations = check_integer("iterations", iterations, 1, 10**6)
         if iterations > 1 and not self.update.plain:
             raise InvalidInputError(

@@ -77,7 +77,8 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             f"potential must return the particles' dtype and device, {x.dtype} on {x.device}, got {value.dtype} on "
             f"{value.device}; move one of them, e.g. potential.to(x.device, x.dtype)"
         )
-    grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
+    with torch.enable_grad():  # value[0] would have no history inside torch.no_grad
+        grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
     if grad is None:
         raise InvalidInputError(
             "potential is not differentiable in x: its result does not depend on the particles through torch "
@@ -88,7 +89,7 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
-    check_own_gradient("potential", grad)
+    check_own_gradient("potential", grad, of="particles")
     with torch.no_grad():
         few = x[:TRIED].detach()
-        check_separate("potential", lambda index: potential(few[index]), potential(few.clone()))
+        check_separate("potential", lambda index: potential(few[index]), potential(few.clone()), of="particles")
