@@ -38,6 +38,14 @@ class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""
 
 
+class StorageError(ImplicitDiffusionError, OSError):
+    """A file that cannot be written, or a folder that cannot be locked; what was there before is intact."""
+
+
+class RewardError(ImplicitDiffusionError, RuntimeError):
+    """A reward of the user's own that raised, or asked to exit, in the middle of a run."""
+
+
 LARGEST = 2**31 - 1  # of counts and sizes
 
 
