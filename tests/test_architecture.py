@@ -16,6 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up; rooms on one floor do not know each other. Every room may name errors.
 FLOORS = [
     {"errors"},
+    {"rounding"},
     {"frozen", "noise", "particles", "probing", "transition"},
     {"denoisers", "potentials"},
     {"samplers", "objectives"},

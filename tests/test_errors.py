@@ -51,10 +51,10 @@ REFUSED = {
     "x must be positive and finite, got inf": lambda: check_number("x", math.inf, 0),
     "x must be ≥ 0 and finite, got -1": lambda: check_number("x", -1, 0, closed=True),
     r"x must lie in \(0, 1\) or None, got 1": lambda: check_number("x", 1, 0, 1, note=" or None"),
-    "x must be a finite number, got '1'": lambda: check_number("x", "1"),
-    "x must be a finite number, got True": lambda: check_number("x", True),
-    "x must be a finite number, got list": lambda: check_number("x", [1]),
-    r"x must be a finite number, got torch.float32 with shape \(3, 2\)": lambda: check_number("x", X),
+    "x must be finite, got '1'": lambda: check_number("x", "1"),
+    "x must be finite, got True": lambda: check_number("x", True),
+    "x must be finite, got list": lambda: check_number("x", [1]),
+    r"x must be finite, got torch.float32 with shape \(3, 2\)": lambda: check_number("x", X),
     "x must be of type Tensor, got list; take torch.as_tensor": lambda: check_tensor("x", [1.0], "n"),
     r"x must be a tensor of floating-point .*\(n, \*event\).*got torch.float32 with shape \(3,\)": lambda: check_tensor(
         "x", X[:, 0], "n *event"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
@@ -127,7 +128,7 @@ def check_number(
         elif math.isfinite(low) or math.isfinite(high):
             must = f"lie in {'[' if closed else '('}{low:g}, {high:g}{']' if closed else ')'}"
         else:
-            must = "be a finite number"
+            must = "be finite"
         raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number
 
@@ -164,13 +165,16 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
     return value
 
 
-def check_call(name: str, function: Any, *arguments: str) -> None:
-    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments."""
+def check_call(name: str, function: Any, *arguments: str, more: bool = False) -> None:
+    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments, or with these and
+    `more` by name.
+    """
     form = f"{name} must be a function that is called with {' and '.join(arguments)}"
     if isinstance(function, type) or not callable(function):
         raise InvalidInputError(f"{form}, got {shown(function)}")
     try:
-        inspect.signature(getattr(function, "forward", function)).bind(*arguments)
+        signature = inspect.signature(getattr(function, "forward", function))
+        (signature.bind_partial if more else signature.bind)(*arguments)
     except TypeError as error:
         raise InvalidInputError(f"{form}, got one that is not: {error}") from error
     except ValueError:  # functions written in C need not tell
@@ -192,15 +196,19 @@ def trying(name: str, on: str) -> Iterator[None]:
         on: what it is tried on.
 
     Raises:
-        InvalidInputError: for every error but our own.
+        InvalidInputError: for every error but our own, and but a lack of memory.
     """
     try:
         yield
-    except ImplicitDiffusionError:
+    except (ImplicitDiffusionError, MemoryError):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}") from error
+        if "out of memory" in str(error):
+            raise
+        lines, frames = str(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
+        own = [f for f in frames if not {"torch", "implicit_diffusion"} & set(f.filename.split("/"))]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}{where}") from error
 
 
 @contextmanager

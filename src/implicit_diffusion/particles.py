@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_type, shown
+from implicit_diffusion.rounding import at_least_single
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,25 @@ class Particles:
     def mean(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
         """E_p[values] = Σ_i w_i values_i."""
         return values.mean() if self.log_weights is None else self.weights @ values
+
+
+def states(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
+    """Particles as samplers keep them: detached, in single precision at least, which float16 and bfloat16 fit into.
+
+    Raises:
+        InvalidInputError: no tensor; fewer than `least` particles, or events without a dimension; no floating-point
+            numbers; NaN or infinity.
+    """
+    check_type("particles", x, Tensor, "take torch.as_tensor(particles), or a number of them")
+    if x.ndim < 2 or len(x) < least or not x.numel():
+        raise InvalidInputError(
+            f"particles must have shape (n, *event) with n ≥ {least} and an event of at least one dimension, got "
+            f"{tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise InvalidInputError(
+            f"particles must be finite floating-point numbers, got {x.dtype}; use particles.float()"
+        )
+    if not x.isfinite().all():
+        raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
+    return x.detach().to(at_least_single(x.dtype))

@@ -40,7 +40,7 @@ def test_refusals():
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), steps=19)
     with pytest.raises(InvalidInputError, match="target must lie"):
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), target=1.0)
-    with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):
+    with pytest.raises(InvalidInputError, match="particles must be finite"):
         warm_up(MALA(0.1), Harmonic(), x * float("nan"), Noise(0))
     with pytest.raises(InvalidInputError, match=r"step_size is a function of the iteration.*scale the schedule"):
         warm_up(MALA(power_law(0.5, 1 / 3)), Harmonic(), x, Noise(0))

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
-from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.gradients.gibbs import dense, fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.potentials.energy import Energy, energy_of, evaluate
 from implicit_diffusion.samplers.kernel import innermost
 
 Begin = Literal["initial", "last", "data"]
@@ -60,7 +60,7 @@ class NestedParticles(ParticleLoop):
         self._hand_over(fused.gradients)
         self.iteration += 1
         self.evaluations += self.inner_steps * self.kernel.evaluations + 1
-        moved = self.update.step([walkers.x.sum()], lambda: self._diagnose(walkers, fused.values))
+        moved = self.update.step([walkers.x.sum(), fused.total], lambda: self._diagnose(walkers, fused.values))
         self.walkers = walkers
         acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
@@ -109,11 +109,12 @@ class Unrolled(ParticleLoop):
     def step(self) -> dict[str, Any]:
         self.update.begin()
         start, walkers = self.iteration * self.unrolled_steps, self.walkers
-        x, momentum = walkers.x, walkers.momentum
+        x, momentum, heights = walkers.x, walkers.momentum, list[Tensor]()
         with self.evaluating(), torch.enable_grad():
             for k in range(start, start + self.unrolled_steps):
                 *numbers, _ = self._draws(k)
                 here = self._differentiable_energy(x)
+                heights.append(here.value.detach().sum())
                 move = self.kernel.move(x, momentum, here, self._differentiable_energy, tuple(numbers), self._h(k))
                 x, momentum = move.x, move.momentum
             values = {
@@ -126,13 +127,13 @@ class Unrolled(ParticleLoop):
                     raise InvalidInputError(f"{term.name} {LOST}")
             total = sum((c * values[term.name] for c, term in self.objective.stationary), start=0 * x.sum())
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        self._hand_over(gradients)
+        self._hand_over(dense(gradients))
         self.iteration += 1
         self.evaluations += 2 * self.unrolled_steps * self.kernel.evaluations
         moved = innermost(x.detach()), None if momentum is None else momentum.detach()
         after = walkers._replace(x=moved[0], momentum=moved[1])
         values = {name: value.detach() for name, value in values.items()}
-        info = self.update.step([after.x.sum()], lambda: self._diagnose(after, values))
+        info = self.update.step([after.x.sum(), *heights], lambda: self._diagnose(after, values))
         self.walkers = after
         return self._metrics(values) | info
 
@@ -142,7 +143,7 @@ class Unrolled(ParticleLoop):
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""
         x = x if x.requires_grad else x.detach().requires_grad_()
-        value = self.model(x)
+        value = evaluate(self.model, x)
         (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         return Energy(value, grad)
 

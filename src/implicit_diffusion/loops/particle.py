@@ -6,6 +6,7 @@ them, are addressed by number, so that a restored loop draws the same.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -15,15 +16,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type, memory_for, trying
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, memory_for, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import GibbsObjective, Objective
-from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of, known_log_z
-from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
+from implicit_diffusion.objectives import GibbsObjective, Objective, ReverseKL
+from implicit_diffusion.particles import Particles, states
+from implicit_diffusion.potentials.energy import (
+    Energy,
+    check_potential,
+    coarse,
+    energy_of,
+    evaluate,
+    known_log_z,
+    precision,
+)
+from implicit_diffusion.rounding import at_least_single, exact
+from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, check_resolved, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
 KERNEL, DATA, START = range(3)  # streams of noise
@@ -71,6 +81,7 @@ class ParticleLoop(Loop):
             names = ", ".join(type(term).__name__ for _, term in objective.running)
             raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
         x = self._start(particles)
+        check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
         with self.evaluating():
             check_potential(potential, x)
@@ -78,9 +89,11 @@ class ParticleLoop(Loop):
             for _, term in objective.stationary:
                 with trying(term.name, f"particles of shape {tuple(x.shape)}"):  # it may write into what it is given
                     term.check_stationary(Particles(x.clone()), here.value)
+        if (said := coarse(here.value, precision(potential, x))) and self._values_count:
+            warnings.warn(said, stacklevel=3)
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
-        zeros = [x.new_zeros(()) for _ in range(3)]
-        self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
+        zeros, value = [x.new_zeros(()) for _ in range(3)], here.value
+        self.walkers = Walkers(x, momentum, torch.zeros_like(value), zeros[0], x.clone(), exact(value), *zeros[1:])
         self.log_z0 = known_log_z(potential)  # log Z at the start; None where nobody knows
         self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
         self._drawn: tuple[int, torch.Generator | None, tuple[Tensor, ...]] = (-1, None, ())
@@ -93,6 +106,12 @@ class ParticleLoop(Loop):
             return self._held(self.walkers)
         with eval_mode(self.model):
             return self._held(close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x)))
+
+    @property
+    def _values_count(self) -> bool:
+        """Whether V itself counts, beside its gradients: for acceptance, weights or the objective."""
+        charged = any(isinstance(term, ReverseKL) for _, term in self.objective.stationary)
+        return self.tracked or charged or self.kernel.target_acceptance is not None
 
     @property
     def tracked(self) -> bool:
@@ -141,10 +160,10 @@ class ParticleLoop(Loop):
         assert growth is not None
         if particles.log_z is not None:
             self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
-            growth = particles.log_z - self.log_z0
+            growth = (particles.log_z - self.log_z0).to(growth)
         zero = torch.zeros_like(growth)
         self.walkers = self.walkers._replace(
-            x=x, log_weights=weights, log_z=growth, previous=x, debt=value, h=zero, lag=zero
+            x=x, log_weights=weights, log_z=growth, previous=x, debt=exact(value), h=zero, lag=zero
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
@@ -167,7 +186,7 @@ class ParticleLoop(Loop):
         super().load_state_dict(state)
         saved: dict[str, Any] = {}
         for name, value in state["walkers"].items():
-            saved[name] = value if value is None else innermost(value.to(self.walkers.x))
+            saved[name] = value if value is None else innermost(value.to(getattr(self.walkers, name)))
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
         self._drawn = (-1, None, ())
 
@@ -177,7 +196,8 @@ class ParticleLoop(Loop):
         if not self.weighted:
             return Particles(x)
         growth = closed.log_z + log_mean_exp(closed.log_weights)
-        return Particles(x, closed.log_weights, None if self.log_z0 is None else self.log_z0 + growth, growth)
+        log_z = None if self.log_z0 is None else exact(growth) + self.log_z0
+        return Particles(x, closed.log_weights, log_z, growth)
 
     def _start(self, particles: Any) -> Tensor:
         if isinstance(particles, Integral) and not isinstance(particles, bool):
@@ -194,21 +214,18 @@ class ParticleLoop(Loop):
                 x: Tensor = potential.sample(count, self.noise.stream(START, 0))
             check_type("what potential.sample returns", x, Tensor, "it draws n of them, with shape (n, *event)")
         else:
-            check_type("particles", particles, Tensor, "take torch.as_tensor(particles), or a number of them")
             x = particles
-        if x.ndim < 2 or len(x) < 2:
-            raise InvalidInputError(
-                f"particles must have shape (n, *event) with n ≥ 2 and an event of at least one dimension, got "
-                f"{tuple(x.shape)}"
-            )
         first = next(self.model.parameters())
-        if (first.dtype, first.device) != (x.dtype, x.device):
+        if (
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and (at_least_single(first.dtype), first.device) != (at_least_single(x.dtype), x.device)
+        ):
             raise InvalidInputError(
                 f"particles are {x.dtype} on {x.device}, the potential's parameters {first.dtype} on "
                 f"{first.device}; use particles.to(device, dtype)"
             )
-        check_tensor("particles", x, "n *event", finite=True)
-        return innermost(x.detach().clone())
+        return innermost(states(x).clone())
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:
         """The random numbers of one sampler's step: the kernel's, and one U(0, 1) for resampling."""
@@ -238,6 +255,7 @@ class ParticleLoop(Loop):
 
     def _h(self, k: int) -> Tensor:
         h = self.kernel.step(k)
+        check_resolved(self.kernel, self.walkers.x, k)
         if h not in self._step_sizes:
             self._step_sizes = {h: self.walkers.x.new_tensor(h)}
         return self._step_sizes[h]
@@ -275,11 +293,14 @@ class ParticleLoop(Loop):
                 f"iteration {self.iteration - 1}: one particle carries all the weight, since θ moved too far in one "
                 "step; take a smaller learning rate or more particles"
             )
-        with eval_mode(self.model):
-            unbounded = int((~energy_of(self.model, self.walkers.x).value.isfinite()).sum())
-        if unbounded:
-            return (
-                f"iteration {self.iteration - 1}: V is NaN or infinite at {unbounded} of {self.n} particles; take a "
-                "smaller step size, or check that the potential confines them"
-            )
+        terms = zip(self.objective.stationary, self._points(self.iteration - 1), strict=True)
+        places = [(f"data of {term.name}", y) for (_, term), y in terms if y is not None]
+        for name, x in (("particles", self.walkers.x), ("particles", walkers.x), *places):
+            with eval_mode(self.model), torch.no_grad():
+                unbounded = int((~evaluate(self.model, x).isfinite()).sum())
+            if unbounded:
+                return (
+                    f"iteration {self.iteration - 1}: V is NaN or infinite at {unbounded} of {len(x)} {name}; take "
+                    "a smaller step size, or check that the potential confines the particles and is finite on data"
+                )
         return self._bad_value(values)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, shown
-from implicit_diffusion.gradients.gibbs import Fused, fused_pass
+from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.walkers import Walkers, close, exhausted
 
 
@@ -95,8 +96,7 @@ class Single(ParticleLoop):
 
     @property
     def _one_pull(self) -> bool:
-        terms = self.objective.stationary
-        return not self.tracked and all(term.constant_charges for _, term in terms)
+        return not self.tracked and one_pull(self.objective.stationary)
 
     def _several(
         self, walkers: Walkers, inputs: list[tuple[tuple[Tensor, ...], list[Tensor | None], Tensor]]
@@ -126,7 +126,7 @@ class Single(ParticleLoop):
         walkers, move = self._take(walkers, here, draws, h)
         walkers, fused, told = self._charge(walkers, points)
         # The next increment is that of θ alone, at particles that stay where they are.
-        settled = walkers._replace(previous=walkers.x, debt=fused.here.value, h=torch.zeros_like(h))
+        settled = walkers._replace(previous=walkers.x, debt=exact(fused.here.value), h=torch.zeros_like(h))
         return settled, fused.gradients, told | _info(settled, fused, move.acceptance)
 
     def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused, dict[str, Any]]:
@@ -151,7 +151,7 @@ class Single(ParticleLoop):
 
 
 def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-    """Values of the terms, the norm of Γ, and one number that is finite if the particles are.
+    """Values of the terms, the norm of Γ, and one number that is finite if the particles, and V at them, are.
 
     Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
     pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
@@ -159,7 +159,7 @@ def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str
     """
     foreach = False if torch.compiler.is_compiling() else None
     norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
-    alarm = torch.nn.utils.get_total_norm([walkers.x.sum()])
+    alarm = torch.nn.utils.get_total_norm([walkers.x.sum() + fused.total])
     info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": alarm}
     return info if acceptance is None else info | {"acceptance": acceptance.mean()}
 
@@ -177,10 +177,11 @@ def forget(walkers: Walkers, fused: Fused, alike: bool) -> tuple[Walkers, Tensor
         fused: V and charges there.
         alike: whether all charges are the same, and tell nothing.
     """
-    w = torch.softmax(walkers.log_weights, 0)
+    w = torch.softmax(exact(walkers.log_weights), 0)
 
     def difference(values: Tensor) -> Tensor:
-        return (w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)
+        values = exact(values)
+        return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).to(walkers.lag)
 
     lag = difference(fused.here.value)
     if not alike:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import check_complete, copied, parametrizations, refuse_inference_mode, train_once
+from implicit_diffusion.loops.undo import Before, largest
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -24,31 +25,6 @@ def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") ->
 def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `moving` kept; what it left out must be there already."""
     model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
-
-
-class Before:
-    """θ and the optimizer's state as they are before a step, to go back to.
-
-    Args:
-        optimizer: whose state it is.
-        moved: the parameters that the step moves.
-    """
-
-    @torch.no_grad()
-    def __init__(self, optimizer: torch.optim.Optimizer, moved: Sequence[Tensor]) -> None:
-        self.optimizer = optimizer
-        self.entries = {p: dict(s) if isinstance(s, Mapping) else s for p, s in optimizer.state.items()}
-        state = (t for s in self.entries.values() if isinstance(s, dict) for t in s.values() if isinstance(t, Tensor))
-        self.held = [*moved, *state]
-        self.copies = [t.clone() for t in self.held]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back; what the step put into the state besides is dropped."""
-        for t, copy in zip(self.held, self.copies):
-            t.copy_(copy)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.entries)
 
 
 class Update:
@@ -79,7 +55,7 @@ class Update:
         check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if isinstance(optimizer, torch.optim.SparseAdam):
-            raise InvalidInputError("optimizer SparseAdam takes sparse gradients alone, and Γ is dense; take Adam")
+            raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; take torch.optim.Adam")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
                 f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
@@ -323,9 +299,3 @@ class Update:
         if not bad:
             return "the particles or the norm of the gradient overflow"
         return f"the gradient of {bad} of {len(self.parameters)} parameter tensors holds NaN or infinity"
-
-
-def largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest |entry| of all, as a float32; NaN where one is. Unlike a norm it does not overflow by itself."""
-    foreach = False if torch.compiler.is_compiling() else None
-    return torch.nn.utils.get_total_norm(tensors, math.inf, foreach=foreach).float()

@@ -30,6 +30,7 @@ from implicit_diffusion.errors import InvalidInputError, check_number, check_typ
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.probing import check_slope
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.transition import Transition
 
 
@@ -269,10 +270,11 @@ def centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, 
     """w_i (values_i − mean)/(1 − Σ w²), of total zero: with uniform weights the factor is n/(n − 1), and a covariance
     with anything is unbiased for independent particles.
     """
+    wide = exact(values)
     if particles.log_weights is None:
-        return (values - values.mean()) * (1 / (len(values) - 1))
-    w = particles.weights
-    return w * (values - w @ values) / (1 - w.square().sum())
+        return ((wide - wide.mean()) * (1 / (len(values) - 1))).to(values.dtype)
+    w = torch.softmax(exact(particles.log_weights), 0)
+    return (w * (wide - w @ wide) / (1 - w.square().sum())).to(values.dtype)
 
 
 def check_name(name: object) -> str:

@@ -22,7 +22,8 @@ from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
 from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import known_log_z
+from implicit_diffusion.potentials.energy import evaluate, known_log_z, precision
+from implicit_diffusion.rounding import at_least_single, exact
 
 
 class ForwardKL(GibbsObjective):
@@ -63,7 +64,7 @@ class ForwardKL(GibbsObjective):
     def estimate(
         self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
     ) -> Float[Tensor, ""] | None:
-        return None if on_points is None or log_z is None else on_points.mean() + log_z
+        return None if on_points is None or log_z is None else on_points.to(log_z).mean() + log_z
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
@@ -99,8 +100,8 @@ class ReverseKL(GibbsObjective):
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
     ) -> Charges:
         with torch.no_grad():
-            excess = energy - self.potential(particles.x)
-            log_weights = particles.log_weights
+            excess = exact(energy) - exact(evaluate(self.potential, particles.x))
+            log_weights = None if particles.log_weights is None else exact(particles.log_weights)
             if self.log_z is not None and particles.log_z is not None:
                 log_ratio = self.log_z - particles.log_z
             elif self.begins and particles.log_z_growth is not None:
@@ -109,24 +110,26 @@ class ReverseKL(GibbsObjective):
                 log_ratio = excess.logsumexp(0) - math.log(len(excess))
             else:
                 log_ratio = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
-            return Charges(centred(excess, particles), value=log_ratio - particles.mean(excess))
+            mean = Particles(particles.x, log_weights).mean(excess)
+            return Charges(centred(excess, particles).to(energy.dtype), value=(log_ratio - mean).to(energy.dtype))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: a potential U of wrong shape or dtype, or NaN or infinite on the particles."""
         x = particles.x
         first = next(self.potential.parameters(), x) if isinstance(self.potential, nn.Module) else x
-        if (first.dtype, first.device) != (x.dtype, x.device):
+        if (at_least_single(first.dtype), first.device) != (x.dtype, x.device):
             raise InvalidInputError(
                 f"ReverseKL: its potential is {first.dtype} on {first.device}, particles {x.dtype} on {x.device}; use "
                 "potential.to(x)"
             )
         with torch.no_grad():
-            reference = self.potential(particles.x)
-        fits = isinstance(reference, Tensor) and (reference.shape, reference.dtype) == (energy.shape, energy.dtype)
+            reference = self.potential(x.to(precision(self.potential, x)))
+        fits = isinstance(reference, Tensor) and reference.shape == energy.shape
+        fits = fits and at_least_single(reference.dtype) == energy.dtype and reference.is_floating_point()
         if not fits or not reference.isfinite().all():
             form = f"{reference.dtype}, {tuple(reference.shape)}" if isinstance(reference, Tensor) else None
             raise InvalidInputError(
                 f"ReverseKL: its potential must return finite numbers of {energy.dtype}, {tuple(energy.shape)} on the "
                 f"particles, got {form or type(reference).__name__}"
             )
-        self.begins = torch.equal(reference, energy)
+        self.begins = torch.equal(reference.to(energy), energy)
