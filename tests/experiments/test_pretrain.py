@@ -1,5 +1,6 @@
 """Pretraining on a tiny setting, and the model that ships with the package."""
 
+import itertools
 import json
 import signal
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import load_pretrained
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import digits, pretrain
@@ -122,3 +124,44 @@ def test_the_shipped_model_samples_digits(num_steps):
     assert result["mmd"] < 0.01
     assert result["memorised"] < 0.2
     assert min(result["class_histogram"]) > 0.03
+
+
+@pytest.mark.parametrize("steps_made", [1, 2])
+def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, monkeypatch, capsys):
+    call = [
+        "--steps",
+        "4",
+        "--batch",
+        "4",
+        "--channels",
+        "8",
+        "8",
+        "--samples",
+        "8",
+        "--chains",
+        "2",
+        "--dropout",
+        ".5",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    loss, calls = pretrain._loss, itertools.count(1)
+
+    def interrupt(*arguments):
+        if next(calls) == steps_made:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*arguments)
+
+    assert main(["pretrain", *call, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "_loss", interrupt)
+        assert main(["pretrain", *call, "--out", str(cut)]) == 143
+    assert f"go on with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
+    assert main(["pretrain", *call, "--out", str(cut)]) == 2
+    assert f"interrupted: go on with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
+    assert main(["resume", str(cut)]) == 0
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    first, second = (RunDirectory(out).read_metrics() for out in (whole, cut))
+    assert [m | {"seconds": 0} for m in first] == [m | {"seconds": 0} for m in second]
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (whole, cut)]
+    assert all(summaries[0][key] == summaries[1][key] for key in ("quality", "loss_train", "loss_held_out"))

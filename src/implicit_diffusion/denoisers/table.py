@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown, trying
+from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
+from implicit_diffusion.reading import one_line
 
 COLUMNS = ("a", "b", "s", "m", "t", "h")
 
@@ -141,13 +142,16 @@ class ChainTable:
         Raises:
             InvalidInputError: keys are missing or unknown, or the values are no table.
         """
-        check_type("saved", saved, Mapping, "take what to_dict returned")
         expected = {field.name for field in fields(cls)}
-        if set(saved) != expected:
+        if not isinstance(saved, Mapping) or set(saved) != expected:
+            keys = set(saved) if isinstance(saved, Mapping) else set()
             raise InvalidInputError(
-                f"ChainTable.from_dict: missing keys {sorted(expected - set(saved))}, "
-                f"unknown keys {sorted(map(str, set(saved) - expected))}."
+                f"ChainTable.from_dict: missing keys {sorted(expected - keys)}, "
+                f"unknown keys {sorted(map(str, keys - expected))}."
             )
-        with trying("ChainTable.from_dict", "lists of numbers"):
+        try:
             columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
-        return cls(**columns, initial_std=saved["initial_std"], name=saved["name"])
+            initial_std = float(saved["initial_std"])
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InvalidInputError(f"ChainTable.from_dict: {one_line(error)}; columns hold numbers.") from error
+        return cls(**columns, initial_std=initial_std, name=str(saved["name"]))

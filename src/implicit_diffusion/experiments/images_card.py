@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from implicit_diffusion.experiments.written import markdown
+
 
 def model_card(summary: dict[str, Any]) -> str:
     """The README.md of the model folder: what it is, how it was made, and how to use it."""
@@ -9,18 +11,19 @@ def model_card(summary: dict[str, Any]) -> str:
     channels, height, width = images["event_shape"]
     colour = "grey" if channels == 1 else "colour"
     size, seconds = f"--size {height} {width}", f"{summary['seconds']:.0f} s"
-    return f"""# A diffusion model of {config["data"]}
+    data, prediction, schedule = (markdown(config[key]) for key in ("data", "prediction_type", "beta_schedule"))
+    return f"""# A diffusion model of {data}
 
 A `UNet2DModel` with {summary["parameters"]} parameters (channels {", ".join(map(str, config["channels"]))}), trained by
-denoising score matching ({config["prediction_type"]}, schedule {config["beta_schedule"]}, {config["steps"]} steps of
+denoising score matching ({prediction}, schedule {schedule}, {config["steps"]} steps of
 {config["batch"]} images, {seconds}) on {images["train"]} {colour} images of {height} by {width} pixels.
 It is made for ancestral chains with trailing spacing and without clipping, which its scheduler says too. Made by
 
-    implicit-diffusion pretrain --data {config["data"]} {size} --steps {config["steps"]} --batch {config["batch"]} \\
+    implicit-diffusion pretrain --data DATA {size} --steps {config["steps"]} --batch {config["batch"]} \\
         --lr {config["lr"]:g} --seed {config["seed"]} --out DIR
 
-The denoising loss is {summary["loss_train"]:.4f} on training images and {summary["loss_held_out"]:.4f} on
-{images["held_out"]} images held out.
+where DATA is {data}. The denoising loss is {summary["loss_train"]:.4f} on training images and
+{summary["loss_held_out"]:.4f} on {images["held_out"]} images held out.
 
 ```python
 from diffusers import DiffusionPipeline

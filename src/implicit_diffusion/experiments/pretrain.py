@@ -33,11 +33,16 @@ from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
+from implicit_diffusion.experiments.written import markdown
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory, graceful, progress
+from implicit_diffusion.runs import RunDirectory, graceful, load_state, progress, save_state
+from implicit_diffusion.runs.checkpoint import check_finite
 from implicit_diffusion.runs.devices import find_device
+from implicit_diffusion.runs.files import writing
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
@@ -46,10 +51,14 @@ if TYPE_CHECKING:
 SAVE_EVERY = 600.0  # seconds
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
     """Train, save and judge: `model/` (a diffusers folder), `summary.json` and `figures/samples.png` in `config.out`.
 
-    The model is saved before it is judged, and every ten minutes while it is trained.
+    The model is saved before it is judged, and every ten minutes while it is trained, with a state to go on from.
+
+    Args:
+        config: see there.
+        directory: of an interrupted run to go on with, bit for bit; None begins a new one.
 
     Returns:
         The summary: the config, the number of parameters, the losses on training and held-out images and the seconds
@@ -58,19 +67,31 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         InvalidInputError: data that cannot be had, a setting out of range, or an `out` that is not empty.
-        KeyboardInterrupt: Ctrl-C during the training; the average so far is saved.
+        KeyboardInterrupt: interrupted during the training; the average so far is saved.
     """
     config.check()
-    out = config.out or Path(f"runs/pretrain-{Path(config.data).name}")
-    RunDirectory.check(out)
-    data = _load(config)
-    directory = RunDirectory.create(out)
-    config = replace(config, out=out, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
-    directory.write_config(config)
-    start = time.perf_counter()
-    unet, scheduler = train(config, data, directory)
-    seconds = time.perf_counter() - start
+    begun = directory is not None
+    out = directory.path if directory else config.out or Path(f"runs/pretrain-{Path(config.data).name}")
+    config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
+    with directory.held():
+        if not begun:
+            directory.check_start(Config)
+        rests_on, data = inputs(config), _load(config)
+        device = find_device(config.device or ("cpu" if data.name == "digits" else "auto"))
+        config = replace(config, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
+        if not begun:
+            directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, rests_on, device=device)
+        with directory.resumable():
+            unet, scheduler = train(config, data, directory)
+            return _finish(config, data, unet, scheduler, directory)
 
+
+def _finish(
+    config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
+) -> dict[str, Any]:
+    """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
     count = config.samples if data.name == "digits" else 96
     drawn = {n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape) for n in config.chains}
     summary: dict[str, Any] = {
@@ -79,17 +100,18 @@ def run(config: Config) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in unet.parameters()),
         "loss_train": denoising_loss(unet, scheduler, data.train[: 10 * len(data.held_out)]),
         "loss_held_out": denoising_loss(unet, scheduler, data.held_out),
-        "seconds": seconds,
+        "seconds": directory.read_metrics()[-1]["seconds"],
     }
     if data.name == "digits":
         summary["quality"] = {str(n): digits.quality(x) for n, x in drawn.items()}
         summary["classifier_accuracy"] = digits.accuracy(digits.load_classifier())
         summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
     card = digits_card.model_card(summary) if data.name == "digits" else images_card.model_card(summary)
-    save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
-    directory.write_summary(summary)
+    with writing(directory.model):
+        save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
     groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
     plot_samples(groups, directory.figure("samples"))
+    directory.write_summary(summary)
     print(f"model     {directory.model}")
     return summary
 
@@ -139,10 +161,11 @@ def train(
     Args:
         config: see there.
         data: the images of `config.data`, where they are loaded already.
-        directory: gets the model, and up to a thousand lines of metrics.jsonl; None leaves no trace.
+        directory: gets the model, the state to go on from, and up to a thousand lines of metrics.jsonl; a state that
+            is there is gone on from. None leaves no trace.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite; the update is not done.
+        NonFiniteError: the loss, or something in the state, became NaN or infinite; what was saved before is kept.
     """
     data = data or _load(config)
     device = find_device(config.device or ("cpu" if data.name == "digits" else "auto"))
@@ -177,18 +200,39 @@ def _train(
         [warmup],
     )
 
+    parts = {"unet": unet, "average": average, "optimizer": optimizer, "schedule": schedule}
+    generators = [generator, *_global_generators(device)]  # dropout draws from those
+    losses: list[Tensor] = []  # not written yet
+    every, begun, spent = -(-config.steps // 1000), 0, 0.0
+
     def save(step: int) -> None:
         if directory is not None:
+            state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"updates": step, "losses": losses, "seconds": spent + time.monotonic() - start}
+            check_finite(state)
+            save_state(directory.checkpoint, state | {"generators": [g.get_state() for g in generators]})
             average.store(unet.parameters())
             average.copy_to(unet.parameters())
-            card = f"# A diffusion model of {config.data}, after {step} of {config.steps} steps of pretraining"
-            save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
+            card = (
+                f"# A diffusion model of {markdown(config.data)}, after {step} of {config.steps} steps of pretraining"
+            )
+            with writing(directory.model):
+                save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
             average.restore(unet.parameters())
 
-    every, losses, start = -(-config.steps // 1000), [], time.monotonic()
-    last_saved = start
+    if directory is not None and directory.has_state:
+        saved = load_state(directory.checkpoint)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        average.to(device)
+        for generator_, drawn in zip(generators, saved["generators"], strict=True):
+            generator_.set_state(drawn)
+        begun, spent, losses = saved["updates"], saved["seconds"], [loss.to(device) for loss in saved["losses"]]
+        directory.forget_metrics(begun)
+    start = last_saved = time.monotonic()
     with graceful() as stop, progress(config.steps, "pretraining") as bar:
-        for step in range(1, config.steps + 1):
+        bar.update(advance=begun)
+        for step in range(begun + 1, config.steps + 1):
             x = data.train[torch.randint(len(data.train), (config.batch,), generator=generator)]
             loss = _loss(unet, scheduler, x, generator).mean()
             if not loss.isfinite():
@@ -202,7 +246,7 @@ def _train(
             bar.update({"loss": loss.detach()})
             losses.append(loss.detach())
             if directory is not None and (step % every == 0 or step == config.steps):
-                seconds = time.monotonic() - start
+                seconds = spent + time.monotonic() - start
                 told = {"updates": step, "loss": torch.stack(losses).mean(), "seconds": seconds}
                 directory.append_metrics(told)
                 losses.clear()
@@ -213,9 +257,18 @@ def _train(
                 save(step)
                 kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
                 raise KeyboardInterrupt(f"interrupted at step {step} of {config.steps}{kept}")
-    save(config.steps)
+    if begun < config.steps:
+        save(config.steps)
     average.copy_to(unet.parameters())
     return unet.eval(), scheduler
+
+
+def _global_generators(device: torch.device) -> list[torch.Generator]:
+    """Those that torch draws from by itself, on the CPU and on an accelerator of CUDA's kind."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator: torch.Generator) -> Tensor:

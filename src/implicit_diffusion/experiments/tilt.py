@@ -23,6 +23,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.tilt_exact import AT_EDGE, Exact, half_plane
@@ -32,6 +33,7 @@ from implicit_diffusion.objectives import ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -87,13 +89,16 @@ def run(config: Config) -> dict[str, Any]:
         NonFiniteError: a training that overflowed.
     """
     config.check()
-    directory = RunDirectory(config.out or dated("tilt"))
+    config = absolute(replace(config, out=config.out or dated("tilt")))
+    assert config.out is not None
+    directory = RunDirectory(config.out)
     with directory.held():
-        return _run(replace(config, out=directory.path), directory)
+        return _run(config, directory)
 
 
 def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """The same in a directory that is held."""
+    rests_on = inputs(config)
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
@@ -104,10 +109,12 @@ def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
             f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function; shipped rewards are "
             "of images, and the model is of the plane"
         )
-    reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
-    exact = Exact(model, reward)
+    with Draws(Noise(config.seed), START, 0):
+        reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
+        exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
     directory.start(config)
+    record_inputs(directory, config, rests_on)
     seeds, rows = range(config.seed, config.seed + config.seeds), []
     with progress(config.seeds, "annealing") as bar:
         starts = {}
@@ -159,19 +166,20 @@ def train(
         return reward(z * model.scale + model.shift)
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    loop = Single(
-        potential,
-        model.moves.kernel(),
-        Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
-        Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
-        particles=particles.x,
-        noise=noise.stream(TRAIN),
-        weighted=arm == "weighted",
-    )
-    loop.refresh(particles)
     try:
-        for _ in loop.run(config.steps):
-            pass
+        with Draws(noise, TRAIN, 0):
+            loop = Single(
+                potential,
+                model.moves.kernel(),
+                Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
+                Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
+                particles=particles.x,
+                noise=noise.stream(TRAIN),
+                weighted=arm == "weighted",
+            )
+            loop.refresh(particles)
+            for _ in loop.run(config.steps):
+                pass
     except NonFiniteError as error:
         raise NonFiniteError(f"w = {weight:g}, {arm}, seed {seed}: {error}. Take a smaller --lr") from error
     return replace(model, potential=potential, particles=resampled(loop.particles, noise).x, log_z=None, log_z_se=None)
