@@ -6,6 +6,7 @@ them, are addressed by number, so that a restored loop draws the same.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ class ParticleLoop(Loop):
         lag: bool = False,
     ) -> None:
         check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
+        check_type("weighted", weighted, bool, "take True or False")
+        check_type("lag", lag, bool, "take True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
         if (weighted or lag) and not kernel.weighted:
@@ -89,7 +92,7 @@ class ParticleLoop(Loop):
             for _, term in objective.stationary:
                 with trying(term.name, f"particles of shape {tuple(x.shape)}"):  # it may write into what it is given
                     term.check_stationary(Particles(x.clone()), here.value)
-        if (said := coarse(here.value, precision(potential, x))) and self._values_count:
+        if (said := coarse(here.value, precision(potential, x))) and self.values_count:
             warnings.warn(said, stacklevel=3)
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
         zeros, value = [x.new_zeros(()) for _ in range(3)], here.value
@@ -108,7 +111,7 @@ class ParticleLoop(Loop):
             return self._held(close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x)))
 
     @property
-    def _values_count(self) -> bool:
+    def values_count(self) -> bool:
         """Whether V itself counts, beside its gradients: for acceptance, weights or the objective."""
         charged = any(isinstance(term, ReverseKL) for _, term in self.objective.stationary)
         return self.tracked or charged or self.kernel.target_acceptance is not None
@@ -142,6 +145,7 @@ class ParticleLoop(Loop):
         """
         check_type("particles", particles, Particles, "take Particles(x)")
         x, kept = particles.x.detach(), self.walkers.x
+        x = x.to(at_least_single(x.dtype)) if x.is_floating_point() else x
         if (x.shape, x.dtype, x.device) != (kept.shape, kept.dtype, kept.device) or (
             particles.log_weights is not None and not self.weighted
         ):
@@ -154,7 +158,12 @@ class ParticleLoop(Loop):
         x = innermost(x.clone())
         with eval_mode(self.model):
             value = energy_of(self.model, x).value
-        weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights
+        weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights.to(value)
+        if weights.shape != value.shape or not (weights < math.inf).all() or not weights.isfinite().any():
+            raise InvalidInputError(
+                f"refresh needs log-weights of shape ({len(x)},) that are finite, or −∞ for some, got "
+                f"{tuple(weights.shape)}"
+            )
         weights = weights - log_mean_exp(weights)
         growth = self.particles.log_z_growth if self.weighted else self.walkers.log_z
         assert growth is not None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_integer, shown
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -55,8 +55,9 @@ class Single(ParticleLoop):
         super().__init__(*args, **kwargs)
         if not isinstance(order, str) or order not in ("paper", "x-first"):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
-        iterations = check_integer("iterations", iterations, 1, 10**6)
-        if iterations > 1 and not self.update.plain:
+        check_type("compiled", compiled, bool, "take True or False")
+        iterations = check_integer("iterations", iterations, 0, 10**6)
+        if iterations < 1 or (iterations > 1 and not self.update.plain):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
                 "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def checked(data: Any, least: int = 1) -> Tensor:
         InvalidInputError: no tensor, fewer than `least` of them, no floating-point numbers, or NaN or infinity.
     """
     check_type("data", data, Tensor, "take torch.as_tensor(data)")
-    if data.ndim < 2 or not data.is_floating_point():
+    if data.ndim < 2 or not data.is_floating_point() or data.layout is not torch.strided or data.is_meta:
         given = f"{data.dtype} with shape {tuple(data.shape)}"
         raise InvalidInputError(f"data must be floating-point numbers with shape (m, *event), got {given}")
     if len(data) < least or not data.numel() or not data.isfinite().all():

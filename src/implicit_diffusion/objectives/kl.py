@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number, check_type
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
 from implicit_diffusion.objectives.data import check_fits, checked
@@ -45,9 +45,9 @@ class ForwardKL(GibbsObjective):
 
     def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
         self.data = checked(data)
-        if batch is not None and batch < 1:
-            raise InvalidInputError(f"batch must be an integer ≥ 1, or None for all data, got {batch}")
-        self.batch, self.name = batch, name
+        check_type("name", name, str, "metrics report it under a name")
+        self.batch = None if batch is None else check_integer("batch", batch, note=", or None for all data")
+        self.name = name
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"]:
         if self.batch is None:
@@ -83,12 +83,18 @@ class ReverseKL(GibbsObjective):
         potential: U, (n, *event) → (n,).
         name: under which metrics report it.
         log_z: log Z_U, where it is known.
+
+    Raises:
+        InvalidInputError: a potential that is no function of one argument; a log Z_U that is no finite number.
     """
 
     def __init__(
         self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
     ) -> None:
-        self.potential, self.name, self.log_z = potential, name, log_z
+        check_call("potential", potential, "x")
+        check_type("name", name, str, "metrics report it under a name")
+        self.potential, self.name = potential, name
+        self.log_z = None if log_z is None else check_number("log_z", log_z, note=", or None where it is not known")
         self.begins = False  # whether U is the potential that the loop began with
 
     @classmethod

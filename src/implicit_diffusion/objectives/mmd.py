@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_number, check_type
+from implicit_diffusion.errors import InvalidInputError, check_call, check_number, check_type, trying
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.data import checked, fitting
 from implicit_diffusion.particles import Particles
@@ -51,7 +51,7 @@ class MMD(TerminalObjective):
     ) -> None:
         self.data = checked(data, least=2)
         if kernel is not None:
-            check_type("kernel", kernel, Callable, "take gaussian_kernel(bandwidth), say")
+            check_call("kernel", kernel, "x", "y")
         check_type("name", name, str, "metrics report it under a name")
         if kernel is None:
             median = torch.pdist(self.data[:2000].flatten(1)).median().item()
@@ -62,7 +62,7 @@ class MMD(TerminalObjective):
                 )
             kernel = gaussian_kernel(median)
         self.kernel, self.name = kernel, name
-        with self.evaluating():
+        with self.evaluating(), trying("kernel", "the data"):
             gram = kernel(self.data, self.data)
         _check_gram(gram, len(self.data))
         self._within = (gram.sum() - gram.diagonal().sum()) / (len(data) * (len(data) - 1))

@@ -77,13 +77,13 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
 
     Raises:
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
-            points that influence each other (BatchNorm in training mode, say).
+            points that influence each other (BatchNorm in training mode, say), or whatever the potential raises.
     """
     check_call("potential", potential, "x")
     x = states(x, 1)
     refuse_inference_mode()
     own = precision(potential, x)
-    with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)}"):
+    with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)} in {own}"):
         probe = x[:2].detach().clone().requires_grad_()
         value = potential(probe.to(own))
     if not isinstance(value, Tensor) or value.shape != (len(probe),):

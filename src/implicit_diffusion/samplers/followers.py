@@ -55,10 +55,11 @@ class Followers:
     ) -> None:
         check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
         check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
         if not kernel.weighted:
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC")
-        x, groups = states(x), check_integer("groups", groups, 2)
-        if len(x) % groups or len(x) < 2 * groups:
+        x = states(x)
+        if check_integer("groups", groups, 0) < 2 or len(x) % groups or len(x) < 2 * groups:
             raise InvalidInputError(f"{len(x)} particles do not make {groups} groups of equal size ≥ 2")
         check_resolved(kernel, x, 0)
         self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, check_number("log_z", log_z), 0
@@ -131,7 +132,7 @@ class Followers:
             closed = [close(self.kernel, w, here) for w, here in zip(self.groups, self._energies(potential, x))]
         if any((~(walkers.log_weights < math.inf)).any() for walkers in closed):  # e^{−V} may be 0 somewhere, not ∞
             raise NonFiniteError(
-                f"weights of followers are NaN or infinite after {self.steps} steps; take a smaller step size, or "
+                f"weights of followers are NaN after {self.steps} steps, or infinite; take a smaller step size, or "
                 "check that the potential confines them"
             )
         return closed

@@ -72,10 +72,7 @@ class Kernel(ABC):
         h = self.step_size(k) if callable(self.step_size) else self.step_size
         if type(h) is float and 0 < h < math.inf:  # in every iteration
             return h
-        try:
-            return check_number("step_size", h, 0.0)
-        except InvalidInputError as error:
-            raise InvalidInputError(f"{error} for iteration {k}") from None
+        return check_number("step_size", h, 0.0, note=f" for iteration {k}")
 
     def reach(self, h: float) -> float:
         """How far one addition moves a coordinate of a particle, about, under V whose scale is one or more."""
@@ -195,7 +192,11 @@ def power_law(scale: float, exponent: float) -> Callable[[int], float]:
 
     The paper's discrete rates have h_k = c k^{−1/3} and η_k = h_k k^{−1/3}: `power_law(c, 1/3)` for the sampler and
     `power_law(c, 2/3)` for θ, by `torch.optim.lr_scheduler.LambdaLR`, which multiplies: begin with lr=1.
+
+    Raises:
+        InvalidInputError: a scale that is not positive, or an exponent that is not finite.
     """
+    scale, exponent = check_number("scale", scale, 0.0), check_number("exponent", exponent)
     return lambda k: scale * (k + 1) ** -exponent
 
 
