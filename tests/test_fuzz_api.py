@@ -22,8 +22,7 @@ from implicit_diffusion.errors import ImplicitDiffusionError
 from implicit_diffusion.loops.bound import captured, gain, memory_of_start, possible
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.memory import check_memory
-from implicit_diffusion.potentials.energy import check_potential, energy_of
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers.simulate import simulate
 from tests import tiny
 
@@ -81,7 +80,7 @@ def evaluation():
 
 
 def steps(loop):
-    loop.step(), loop.step(), next(loop.run(3))
+    loop.step(), loop.step(), next(loop.run(3), None)
     return loop
 
 
@@ -94,7 +93,9 @@ class Call(NamedTuple):
 
 
 def sgd(module):
-    return torch.optim.SGD(module.parameters(), lr=0.01)
+    """An optimizer of a module, or of another where there is none."""
+    own = list(module.parameters()) if isinstance(module, nn.Module) else []
+    return torch.optim.SGD(own or Net().parameters(), lr=0.01)
 
 
 def on_chain(kind, **more):
@@ -102,7 +103,7 @@ def on_chain(kind, **more):
 
     def make(network, table, objective, optimizer, **rest):
         chain = idf.Chain(network, table, (2,))
-        update = sgd(network) if optimizer == "sgd" else optimizer
+        update = sgd(network) if isinstance(optimizer, str) else optimizer
         return kind(chain, objective, update, **rest)
 
     own = {"network": Net, "table": table, "objective": objective, "optimizer": lambda: "sgd"}
@@ -111,7 +112,7 @@ def on_chain(kind, **more):
 
 def on_particles(kind, **more):
     def make(potential, optimizer, **rest):
-        update = sgd(potential) if optimizer == "sgd" and isinstance(potential, nn.Module) else optimizer
+        update = sgd(potential) if isinstance(optimizer, str) else optimizer
         return kind(potential=potential, update=update, **rest)
 
     own = {
@@ -184,7 +185,7 @@ def labelled(**condition):
 
 
 def guided(made):
-    made(X, torch.zeros(24), which=torch.zeros(24, dtype=torch.long))
+    idf.Chain(made, table(), (2,), condition=idf.Drawn("which", torch.arange(3))).sample(NOISE, 2)
 
 
 WHICH = {"columns": torch.zeros(3, 2)}
@@ -224,8 +225,8 @@ PUBLIC = {
     "Objective": Call(idf.Objective, {"terms": lambda: ((1.0, idf.Reward(reward)),)}, repr),
     "Objective.with_weight": method(objective, "with_weight", repr, kind=lambda: idf.PathKL, weight=lambda: 0.3),
     "Objective.weight": method(objective, "weight", kind=lambda: idf.PathKL),
-    "sum": Call(lambda one, two: one + two, {"one": idf.PathKL, "two": lambda: idf.Reward(reward)}, repr),
-    "product": Call(lambda one, two: one * two, {"one": idf.PathKL, "two": lambda: 0.5}, repr),
+    "sum": Call(lambda other: idf.PathKL() + other, {"other": lambda: idf.Reward(reward)}, repr),
+    "product": Call(lambda weight: weight * idf.PathKL(), {"weight": lambda: 0.5}, repr),
     "Adjoint": Call(
         lambda **given: idf.Adjoint()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
@@ -251,7 +252,7 @@ PUBLIC = {
     "load_state_dict of a queue": method(queue, "load_state_dict", state=lambda: queue().state_dict()),
     "run": method(queue, "run", next, updates=lambda: 2),
     "Update": Call(
-        lambda optimizer, **given: idf.Update(sgd(Net()) if optimizer == "sgd" else optimizer, **given),
+        lambda optimizer, **given: idf.Update(sgd(Net()) if isinstance(optimizer, str) else optimizer, **given),
         {
             "optimizer": lambda: "sgd",
             "schedule": lambda: None,
@@ -465,8 +466,6 @@ PUBLIC = {
     ),
     "simulate": Call(simulate, {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"steps": lambda: 3}, list),
     "check_potential": Call(check_potential, {"potential": V, "x": lambda: X}),
-    "energy_of": Call(energy_of, {"potential": V, "x": lambda: X}),
-    "systematic": Call(systematic, {"log_weights": lambda: torch.zeros(4), "uniform": lambda: torch.tensor(0.5)}),
 }
 
 # Public names that are no calls of their own: errors, results, and terms without arguments.

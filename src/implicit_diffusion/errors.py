@@ -56,6 +56,8 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     if hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape):
         return f"{value.dtype} with shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and len(value) <= 6:
+        return f"{type(value).__name__} of {', '.join(map(shown, value)) or 'nothing'}"
     if value is None or isinstance(value, (bool, int, float, complex, str)) or hasattr(value, "dtype"):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}…"
@@ -139,8 +141,8 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
     Args:
         name: of the argument.
         value: a tensor.
-        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one. None of
-            them may be empty.
+        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one, and "n ..." at
+            least one. None of them may be empty.
         finite: whether NaN and infinity are refused as well.
         integers: whether it holds integers instead of floating-point numbers.
 
@@ -152,8 +154,8 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
     dims, kind = shape.split(), "integers" if integers else "floating-point numbers"
     check_type(name, value, Tensor, f"take torch.as_tensor({name.split()[-1]})")
     right = not (value.is_floating_point() or value.is_complex()) if integers else value.is_floating_point()
-    many = any(dim.startswith("*") for dim in dims)
-    fits = value.ndim >= len(dims) if many else value.ndim == len(dims)
+    many, least = any(dim[0] in "*." for dim in dims), len(dims) - ("..." in dims)
+    fits = value.ndim >= least if many else value.ndim == least
     if not right or not fits or (value.numel() == 0 and dims) or value.layout != strided or value.is_meta:
         where = " on the meta device" * value.is_meta + f" in the layout {value.layout}" * (value.layout != strided)
         raise InvalidInputError(

@@ -59,7 +59,7 @@ class Noise:
         words = np.random.SeedSequence(stream.seed, spawn_key=stream.prefix).generate_state(1, np.uint64)
         try:
             return torch.Generator(device).manual_seed(int(words[0]))
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(f"device {shown(device)} draws no random numbers; take cpu or cuda") from error
 
     def normal(

@@ -34,7 +34,7 @@ class DiffusersDenoiser(nn.Module):
         super().__init__()
         check_type("model", model, nn.Module, "take a model of diffusers")
         try:
-            inspect.signature(model.forward).bind(None, timestep=None, return_dict=False)
+            inspect.signature(model.forward).bind_partial(None, timestep=None, return_dict=False)
         except TypeError as error:
             raise InvalidInputError(
                 f"model must be called as model(x, timestep=t, return_dict=False), as those of diffusers are: {error}"

@@ -73,7 +73,7 @@ class Embedded(nn.Module):
         check_type("denoiser", denoiser, nn.Module, "it is called as u(x, t, **columns)")
         check_type("table", table, Mapping, "it holds columns by name")
         for column, value in table.items():
-            check_tensor(f"column {column}", value, "m *width")
+            check_tensor(f"column {column}", value, "m ...")
         if not isinstance(name, str):
             raise InvalidInputError(f"name must be the one that a condition gives a row's number, got {shown(name)}")
         lengths = {column: len(value) for column, value in table.items()}
@@ -125,7 +125,9 @@ class ClassifierFree(nn.Module):
         except InvalidInputError:
             named = False
         if not named or not null:
-            raise InvalidInputError(f"guidance needs a finite scale and the value of no condition, got {scale}, {null}")
+            raise InvalidInputError(
+                f"guidance needs a finite scale and the value of no condition, got {shown(scale)} and {shown(null)}"
+            )
         self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
 
     def forward(

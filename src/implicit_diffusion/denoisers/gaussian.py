@@ -111,7 +111,7 @@ class GaussianDenoiser(nn.Module):
         """
         if is_flow(scheduler):
             marginal = FlowMarginal(scheduler.config.num_train_timesteps)
-            return cls(mean, variance, marginal, prediction or "flow_prediction")
+            return cls(mean, variance, marginal, "flow_prediction" if prediction is None else prediction)
         if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
             raise InvalidInputError(
                 f"{type(scheduler).__name__} has no alphas_cumprod, so its process is no "
@@ -121,7 +121,7 @@ class GaussianDenoiser(nn.Module):
             mean,
             variance,
             DiscreteMarginal(scheduler.alphas_cumprod),
-            prediction or scheduler.config.prediction_type,
+            scheduler.config.prediction_type if prediction is None else prediction,
         )
 
     def forward(self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:

@@ -102,11 +102,11 @@ def scheduler_for(
 
     check_scheduler(scheduler)
     if kind is not None and (not isinstance(kind, str) or kind not in KINDS):
-        raise InvalidInputError(f"scheduler: unknown kind {kind!r}; take one of {', '.join(KINDS)}.")
+        raise InvalidInputError(f"scheduler: unknown kind {shown(kind)}; take one of {', '.join(KINDS)}.")
     if clip is not None:
         check_type("clip", clip, bool, "take True or False, or None to keep clipping as it is")
     if not isinstance(spacing, str) or spacing not in SPACINGS:
-        raise InvalidInputError(f"spacing: unknown {spacing!r}; take one of {', '.join(SPACINGS)}.")
+        raise InvalidInputError(f"spacing: unknown {shown(spacing)}; take one of {', '.join(SPACINGS)}.")
     scheduler_class = type(scheduler)
     if kind is not None:
         check_family(scheduler, kind)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from implicit_diffusion.denoisers.adapter import inner
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
 
@@ -46,8 +46,12 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
     check_type("network", network, nn.Module, "take the model of a denoiser")
     check_type("noise", noise, Noise, "take Noise(0), say")
     rank = check_integer("--lora-rank", rank)
-    if targets is not None and (isinstance(targets, str) or not all(isinstance(end, str) for end in targets)):
-        raise InvalidInputError(f"--lora-targets must be a list of ends of layers' names, got {targets!r}")
+    if targets is not None and (
+        not isinstance(targets, Sequence)
+        or isinstance(targets, str)
+        or not all(isinstance(end, str) for end in targets)
+    ):
+        raise InvalidInputError(f"--lora-targets must be a list of ends of layers' names, got {shown(targets)}")
     found = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
     if targets is None:
         attends = any(name.endswith(ATTENTION[0]) for name in found)

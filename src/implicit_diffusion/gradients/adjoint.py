@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.gradients import half
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
@@ -110,6 +111,9 @@ class Adjoint:
         Returns:
             every term's value by name, unweighted, running costs summed over the rows (a path KL is in nats).
         """
+        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
+        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
+        refuse_inference_mode()
         states = chain.trajectory(noise, batch, index)
         condition = chain.conditions(noise, batch, [index])
         with chain.evaluating():

@@ -116,7 +116,7 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
     check_type("memory", memory, Memory, "take predict_memory(loop)")
     try:
         device = torch.device(device)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"device must be one of torch's, e.g. cpu or cuda, got {shown(device)}") from error
     if available is not None:
         available = check_integer("available", available, 0, 2**63)

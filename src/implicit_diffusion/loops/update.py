@@ -74,7 +74,8 @@ class Update:
                 ) from error
             if getattr(schedule, "optimizer", optimizer) is not optimizer:
                 raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
-        if max_grad_norm is not None and max_grad_norm != math.inf:  # no bound, but the norm all the same
+        unbounded = isinstance(max_grad_norm, float) and max_grad_norm == math.inf
+        if max_grad_norm is not None and not unbounded:
             max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0, note=", or None")
         if ema_decay is not None:
             ema_decay = check_number("ema_decay", ema_decay, 0, 1, note=", e.g. 0.99, or None")

@@ -29,7 +29,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, trying
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, shown, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
@@ -75,9 +75,9 @@ class Chain:
         check_call("denoiser", denoiser, "x", "t", more=condition is not None)
         if condition is not None:
             check_call("condition", condition, "noise", "batch", "index")
-        sizes = () if isinstance(event_shape, str) else tuple(event_shape)
+        sizes = _sequence(event_shape)
         if not sizes or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
-            raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {event_shape!r}")
+            raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {shown(event_shape)}")
         self.denoiser, self.table, self.condition = denoiser, table, condition
         self.event_shape = tuple(check_integer("a size in event_shape", size) for size in sizes)
         if reference is None:
@@ -87,9 +87,9 @@ class Chain:
         if isinstance(pretrained_rows, str) and pretrained_rows == "noiseless":
             pretrained_rows = table.noiseless()
         check_type("pretrained_rows", pretrained_rows, Iterable, 'name rows by number, or take "noiseless"')
-        rows = tuple(pretrained_rows)
+        rows = _sequence(pretrained_rows)
         if not all(isinstance(row, Integral) and 0 <= row < len(table) for row in rows):
-            raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {rows}")
+            raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {shown(rows)}")
         self.pretrained_rows = frozenset(rows)
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
@@ -297,6 +297,11 @@ class Chain:
             found |= {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
             self._coefficients[rows] = found
         return self._coefficients[rows]
+
+
+def _sequence(given: Iterable[Any]) -> tuple[Any, ...]:
+    """Numbers in a row; none where it is a word, or a tensor of one number, which torch calls iterable too."""
+    return () if isinstance(given, str) or getattr(given, "ndim", 1) == 0 else tuple(given)
 
 
 def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:
