@@ -141,8 +141,8 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
     Args:
         name: of the argument.
         value: a tensor.
-        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one, and "n ..." at
-            least one. None of them may be empty.
+        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one, and "n ..."
+            at least one. None of them may be empty.
         finite: whether NaN and infinity are refused as well.
         integers: whether it holds integers instead of floating-point numbers.
 
