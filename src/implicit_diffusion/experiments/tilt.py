@@ -152,7 +152,7 @@ def train(
     particles = start if arm == "weighted" else resampled(start, noise)
 
     def in_data_units(z: Tensor) -> Tensor:
-        return reward(z * model.scale + model.shift)
+        return reward((z * model.scale + model.shift).to(z))  # in the precision in which the grid was seen
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
     loop = Single(
