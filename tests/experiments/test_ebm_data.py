@@ -55,7 +55,7 @@ FAR = {"metres": (5.4e6, 1.0), "days": (2.46e6, 2.0), "seconds": (1.76e9, 600.0)
 
 @pytest.mark.parametrize("what", FAR)
 def test_far_from_zero_data_are_standardised_before_they_are_rounded(what, tmp_path):
-    """Standardised numbers do not depend on units: those of x and of offset + deviation·x agree, to x's own rounding."""
+    """Standardised numbers do not depend on units: x and offset + deviation·x have the same, to rounding in double."""
     offset, deviation = FAR[what]
     x = np.random.default_rng(1).normal(size=(200, 2))
     far = offset + deviation * x

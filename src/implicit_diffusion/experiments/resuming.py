@@ -17,7 +17,7 @@ def resume(path: Path) -> dict[str, Any]:
     Raises:
         InvalidInputError: no interrupted run there.
     """
-    from implicit_diffusion.experiments import ebm, finetune, finetune_config
+    from implicit_diffusion.experiments import ebm, finetune, finetune_config, pretrain, pretrain_config
 
     directory = RunDirectory(path)
     if not path.is_dir():
@@ -33,7 +33,12 @@ def resume(path: Path) -> dict[str, Any]:
             f"{path} is no interrupted run: it has no checkpoint/ to go on from; start it again with another --out"
         )
     values = json.loads((path / "config.json").read_text())
-    experiments: tuple[tuple[Any, Any], ...] = ((finetune_config.Config, finetune.run), (ebm.Config, ebm.run))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    experiments: tuple[tuple[Any, Any], ...] = (
+        (finetune_config.Config, finetune.run),
+        (ebm.Config, ebm.run),
+        (pretrain_config.Config, pretrain.run),
+    )
     for kind, run in experiments:
         fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
         if fields.keys() == values.keys():
