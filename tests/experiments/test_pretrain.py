@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -214,10 +215,16 @@ def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path
     for summary in (ours, theirs):
         del summary["seconds"], summary["config"]["out"]
     assert ours == theirs and ours["images"]["event_shape"] == [3, 8, 12]
-    for file in ("model/unet/diffusion_pytorch_model.safetensors", "model/README.md"):
-        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    assert "A diffusion model of digits" in (tmp_path / "run/model/README.md").read_text()
+    ours, theirs = tmp_path / "run", tmp_path / "whole"
+    for file in ("model/unet/diffusion_pytorch_model.safetensors", "figures/samples.png"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    cards = [re.sub(r"\d+ s\)", "", (folder / "model/README.md").read_text()) for folder in (ours, theirs)]
+    assert cards[0] == cards[1] and "# A diffusion model of digits\n" in cards[0] and str(tmp_path) not in cards[0]
+    assert lines(RunDirectory(ours)) == lines(RunDirectory(theirs))
     assert main(["resume", "../run"]) == 2  # it is finished
+    (ours / "figures/samples.png").unlink()
+    assert main(["report", "../run"]) == 0
+    assert (ours / "figures/samples.png").read_bytes() == (theirs / "figures/samples.png").read_bytes()
 
 
 def test_a_state_that_does_not_fit_is_refused(tmp_path):
@@ -233,6 +240,15 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     save_state(directory.checkpoint, {"loop": 1})
     with pytest.raises(InvalidInputError, match="does not fit this run: 'pretraining'"):
         pretrain.train(config, directory=directory)
+
+
+def test_missing_lines_of_the_metrics_are_said(tmp_path, capsys):
+    directory = RunDirectory.create(tmp_path / "run")
+    pretrain.train(TINY, directory=directory)
+    path = directory.path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::2]))
+    pretrain.train(TINY, directory=directory)
+    assert "it holds 2 lines in place of 3" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
@@ -260,11 +276,11 @@ def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
     unet, scheduler = pretrain.build(TINY)
     training = begin(TINY, unet, scheduler)
     training.descend(sum(p.square().sum() for p in unet.parameters()))
-    training.save(directory, "images")
+    training.save(directory, ["images"])
     sound = (directory.checkpoint / "state.safetensors").read_bytes()
     next(iter(training.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
     with pytest.raises(NonFiniteError, match="what the optimizer keeps, are NaN or infinite after step 1"):
-        training.save(directory, "images")
+        training.save(directory, ["images"])
     assert (directory.checkpoint / "state.safetensors").read_bytes() == sound
 
 

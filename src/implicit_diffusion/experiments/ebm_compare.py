@@ -38,7 +38,14 @@ def compare(config: Config) -> dict[str, Any]:
             than the beginning of the same comparison.
         KeyboardInterrupt: interrupted; the same command goes on, and may ask for more seeds.
     """
-    out = config.out or dated(f"ebm-compare-{config.data}")
+    directory = RunDirectory(config.out or dated(f"ebm-compare-{config.data}"))
+    with directory.held():
+        return _compare(config, directory)
+
+
+def _compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    out = directory.path
     data = load(config.data, Noise(config.seed))
     if data.law is None:
         raise InvalidInputError(
@@ -51,9 +58,8 @@ def compare(config: Config) -> dict[str, Any]:
         if settings.updates < 1:
             raise InvalidInputError(f"--steps {config.steps} are too few: their cost is that of no update of {arm}")
         make_loop(settings, data)
-    out.mkdir(parents=True, exist_ok=True)
-    trainings = Trainings(resolved, RunDirectory(out))
-    trainings.directory.write_config(resolved)
+    directory.write_config(resolved)
+    trainings = Trainings(resolved, directory)
     summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}, "advice": []}
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by arm and seed
     assert resolved.seeds is not None
@@ -71,12 +77,12 @@ def compare(config: Config) -> dict[str, Any]:
         curves[arm] = {seed: run["curve"] for seed, run in zip(seeds, runs) if run is not None}
         print(f"{arm:9s} lr {best:g}  KL {summary['arms'][arm]['kl']}", flush=True)
     summary["paired"] = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
-    trainings.directory.write_summary(summary)
 
     from implicit_diffusion.experiments.ebm_figures import draw_comparison
 
-    draw_comparison(config.data, {arm: list(by.values()) for arm, by in curves.items()}, trainings.directory)
-    show(summary, trainings.directory)
+    draw_comparison(config.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
+    directory.write_summary(summary)
+    show(summary, directory)
     return summary
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
-from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.runs.checkpoint import load_tensors, save_tensors
+from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulate import simulate
@@ -138,14 +139,12 @@ class EnergyModel:
         return replace(self, log_z=log_z, log_z_se=log_z_se)
 
     def save(self, folder: Path) -> None:
-        """Write the two files, each in one step."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the two files, each in one step, the weights with their checksums."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         tensors = {"shift": self.shift, "scale": self.scale, "particles": self.particles}
         tensors |= {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
-        with replacing(folder / WEIGHTS) as file:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+        save_tensors(folder / WEIGHTS, {k: value.detach().cpu().contiguous() for k, value in tensors.items()}, {})
         described = {
             "format": FORMAT,
             "architecture": vars(self.architecture) | {"event_shape": list(self.architecture.event_shape)},
@@ -166,11 +165,9 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
     """Read what `EnergyModel.save` wrote.
 
     Raises:
-        InvalidInputError: no such folder, or files that are damaged or no energy-based model.
+        InvalidInputError: no such folder, or files that are damaged or no energy-based model. Weights that an earlier
+            release wrote have no checksums, and are taken as they are.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not is_energy_model(folder):
         raise InvalidInputError(
@@ -182,7 +179,7 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
             raise ValueError(f"its format is {said.get('format')!r}")
         kind = said["architecture"]
         architecture = Architecture(**kind | {"event_shape": tuple(kind["event_shape"])})
-        tensors = load_file(folder / WEIGHTS)
+        tensors, _ = load_tensors(folder / WEIGHTS)
         potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
         prefix = "potential."
         potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -198,7 +195,7 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
         wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
         if wrong or not (scale > 0).all():
             raise ValueError(f"{', '.join(wrong) or 'scale'} must be finite{'' if wrong else ' and positive'}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
         raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {cause}") from cause
     potential.eval().requires_grad_(False)
     return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error)

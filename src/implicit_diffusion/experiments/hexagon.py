@@ -35,10 +35,14 @@ def run(config: Config) -> dict[str, Any]:
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
-    config = config.resolved()
-    out = config.out or dated("hexagon")
-    directory = RunDirectory.create(out)
-    directory.write_config(replace(config, out=out))
+    directory = RunDirectory(config.out or dated("hexagon"))
+    with directory.held():
+        return _run(replace(config.resolved(), out=directory.path), directory)
+
+
+def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    directory.start(config)
     exact, arms = Exact(config.sigma), Arms(config)
     names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
     if len(names) < len(ARMS):
@@ -64,11 +68,11 @@ def run(config: Config) -> dict[str, Any]:
         "reward_exact_best": exact.per_mode.max().item(),
         "advice": {t.arm: t.advice for t in traces if t.seed == config.seed and t.advice},
     }
-    directory.write_summary(summary)
 
     from implicit_diffusion.experiments.hexagon_figures import draw
 
     draw(config.sigma, traces, directory)
+    directory.write_summary(summary)  # the last file: with it, the run is finished
     show(summary, directory)
     return summary
 

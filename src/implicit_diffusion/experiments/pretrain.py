@@ -19,6 +19,7 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 16 pixels.
 """
 
+import json
 import os
 import time
 from dataclasses import asdict, replace
@@ -29,14 +30,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
-from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digest
+from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digests
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.devices import find_device
@@ -71,15 +72,40 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     if os.path.isdir(config.data) and config.data != "digits":
         config = replace(config, data=os.path.abspath(config.data))  # wherever the run is gone on with
-    out = config.out or Path(f"runs/pretrain-{Path(config.data).name}")
-    if directory is None:
-        RunDirectory.check(out)
-    data = _load(config)
-    directory = directory or RunDirectory.create(out)
-    config = replace(config, out=out, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
-    directory.write_config(config)
-    with directory.resumable():
-        return _judge(config, data, directory, *train(config, data, directory))
+    begun = directory is not None
+    directory = directory or RunDirectory(config.out or Path(f"runs/pretrain-{Path(config.data).name}"))
+    with directory.held():
+        if not begun:
+            directory.check_start(config)
+        data = _load(config)
+        size, channels = data.event_shape[1:], config.channels or _widths(data.event_shape)
+        config = replace(config, out=directory.path, size=size, channels=channels)
+        if begun:
+            directory.write_config(config)
+        else:
+            directory.start(config)
+        with directory.resumable():
+            return _judge(config, data, directory, *train(config, data, directory))
+
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the samples of a finished run again; returns its summary.
+
+    Raises:
+        InvalidInputError: images or a model that are no longer there.
+    """
+    summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+    config = summary["config"]
+    data = load_images(config["data"], tuple(config["size"]), len(config["channels"]))
+    pretrained = load_pretrained(directory.model)
+    unet, count = pretrained.denoiser.model, config["samples"] if config["data"] == "digits" else 96
+    drawn = {
+        n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape)
+        for n in config["chains"]
+    }
+    _plot(data, drawn, directory)
+    print(f"figures   {directory.figure('samples')}")
+    return dict(summary)
 
 
 def _judge(
@@ -107,11 +133,15 @@ def _judge(
         summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
     card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
     save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
-    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
-    plot_samples(groups, directory.figure("samples"))
+    _plot(data, drawn, directory)
     directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"model     {directory.model}")
     return summary
+
+
+def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
+    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
+    plot_samples(groups, directory.figure("samples"))
 
 
 def _load(config: Config) -> Images:
@@ -177,8 +207,8 @@ def train(
             torch.manual_seed(config.seed)
             unet, scheduler = build(config, data.event_shape)
             unet.to(device).train()
-            training, images = begin(config, unet, scheduler), digest(data)
-            if directory is not None and directory.checkpoint.exists():
+            training, images = begin(config, unet, scheduler), digests(data)
+            if directory is not None and directory.has_state:
                 training.restore(directory, images)
             elif directory is not None:
                 training.save(directory, images)
@@ -189,7 +219,9 @@ def train(
         torch.set_num_threads(threads)
 
 
-def _train(config: Config, data: Images, images: str, training: Pretraining, directory: RunDirectory | None) -> None:
+def _train(
+    config: Config, data: Images, images: list[str], training: Pretraining, directory: RunDirectory | None
+) -> None:
     """Make the steps that are left."""
 
     def save_model() -> None:
@@ -222,6 +254,7 @@ def _train(config: Config, data: Images, images: str, training: Pretraining, dir
                 if directory is not None:
                     mean = torch.stack(training.losses).mean()
                     directory.append_metrics({"updates": step, "loss": mean, "seconds": training.seconds})
+                training.lines += 1
                 training.losses.clear()
             if time.monotonic() - last_model > SAVE_EVERY:
                 save_model()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from implicit_diffusion.experiments.data import Images
 from implicit_diffusion.experiments.pretrain_config import Config
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.runs.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -38,6 +38,7 @@ class Pretraining:
         step: optimizer steps so far.
         seconds: that they took.
         losses: since the last line of the metrics.
+        lines: of the metrics so far.
     """
 
     unet: UNet2DModel
@@ -49,6 +50,7 @@ class Pretraining:
     step: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
+    lines: int = 0
 
     def descend(self, loss: Tensor) -> None:
         """One step of optimizer, schedule and average, down the gradient of `loss`.
@@ -79,12 +81,12 @@ class Pretraining:
         finally:
             self.average.restore(self.unet.parameters())
 
-    def save(self, directory: RunDirectory, images: str) -> None:
+    def save(self, directory: RunDirectory, images: list[str]) -> None:
         """Write checkpoint/.
 
         Args:
             directory: of the run.
-            images: digest of what is trained on.
+            images: digests of what is trained on and held out.
 
         Raises:
             NonFiniteError: NaN or infinity in weights, moments or average; the checkpoint before is kept.
@@ -104,12 +106,13 @@ class Pretraining:
             "step": self.step,
             "seconds": self.seconds,
             "losses": list(self.losses),
+            "lines": self.lines,
             "images": images,
         }
         save_state(directory.checkpoint, {"pretraining": state})
 
-    def restore(self, directory: RunDirectory, images: str) -> None:
-        """Go on from checkpoint/, and take back the lines of metrics.jsonl that came after it.
+    def restore(self, directory: RunDirectory, images: list[str]) -> None:
+        """Go on from checkpoint/, and take back the lines of metrics.jsonl that came after it; missing ones are said.
 
         Raises:
             InvalidInputError: no such checkpoint, one of another network, or one of other images.
@@ -128,7 +131,7 @@ class Pretraining:
             self.optimizer.load_state_dict(state["optimizer"])
             for generator, saved in zip(self._generators(), state["generators"], strict=True):
                 generator.set_state(saved)
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step, self.seconds, self.lines = state["step"], state["seconds"], state["lines"]
             self.losses = [loss.to(self.unet.device) for loss in state["losses"]]
         except InvalidInputError:
             raise
@@ -136,6 +139,9 @@ class Pretraining:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidInputError(f"{directory.checkpoint} does not fit this run: {what}") from error
         directory.forget_metrics(self.step)
+        left = len(directory.read_metrics())
+        if left != self.lines:
+            print(f"metrics   it holds {left} lines in place of {self.lines}: curves have gaps; the training goes on")
 
     def _generators(self) -> list[torch.Generator]:
         """Its own, and the global ones of the CPU and of the device."""
@@ -163,13 +169,9 @@ def begin(config: Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretra
     return Pretraining(unet, scheduler, average, optimizer, schedule, generator)
 
 
-def digest(data: Images) -> str:
-    """Of all pixels, in their order."""
-    found = sha256()
-    for part in (data.train, data.held_out):
-        found.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
-        found.update(part.contiguous().numpy())
-    return found.hexdigest()
+def digests(data: Images) -> list[str]:
+    """Of all pixels to train on, and of all that are held out."""
+    return [fingerprint(part)["tensor"] for part in (data.train, data.held_out)]
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

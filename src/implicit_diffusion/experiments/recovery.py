@@ -64,10 +64,14 @@ def run(config: Config) -> dict[str, Any]:
     """All arms and seeds, summary, figure; returns the summary."""
     config.check()
     h = {"hexagon": 0.2, "two-modes": 0.05}[config.problem] if config.step_size is None else config.step_size
-    out = config.out or dated("recovery")
-    config = replace(config, step_size=h, out=out)
-    directory = RunDirectory.create(out)
-    directory.write_config(config)
+    directory = RunDirectory(config.out or dated("recovery"))
+    with directory.held():
+        return _run(replace(config, step_size=h, out=directory.path), directory)
+
+
+def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    directory.start(config)
     curves: dict[str, Tensor] = {}
     with progress(len(ARMS) * config.seeds, "recovery") as bar:
         for name in ARMS:
@@ -80,8 +84,8 @@ def run(config: Config) -> dict[str, Any]:
     before = exact_kls(target, start.logits.detach()[None])[0]
     arms = {name: _summarise(runs[:, -TAIL:].mean(1)) for name, runs in curves.items()}
     summary = {"kl_before": before[0].item(), "kl_to_data_before": before[1].item(), "arms": arms}
-    directory.write_summary(summary)
     plot(curves, before[0].item(), directory.figure("kl"))
+    directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"exact KL(data‖model) and KL(model‖data), mean of the last {TAIL} updates (lowest – highest seed)")
     print(f"  {'before training':22s} {before[0]:.4f}  {before[1]:.4f}")
     for name, arm in arms.items():

@@ -18,6 +18,7 @@ from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import decimals, number, percent
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.files import replacing
 
 CSS = Path(__file__).with_suffix(".css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -64,7 +65,8 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
 </html>
 """
     path = directory.path / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
 
 

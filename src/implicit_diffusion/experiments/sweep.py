@@ -19,6 +19,7 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
+from implicit_diffusion.experiments.drawing import save
 from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.plan import make_plan
@@ -29,13 +30,14 @@ from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import dated, plain
+from implicit_diffusion.runs.directory import LOCK, dated, plain
+from implicit_diffusion.runs.files import UNFINISHED, writing
 
 CURVE = 12  # KL weights of the drawn frontier
 REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
 KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
+LEFT_BY_AN_EARLY_END = {LOCK, "config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS, "checkpoint"}
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
-LEFT_BY_AN_EARLY_END = {"config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS}
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,17 @@ def run(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: the running run was interrupted; the same command goes on.
     """
     config.check()
-    out = config.each.out or dated("sweep")
+    directory = RunDirectory(config.each.out or dated("sweep"))
+    with directory.held():
+        return _run(config, directory)
+
+
+def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    out = directory.path
     _check_folder(out, config)
-    directory = RunDirectory(out)
     samples, conditional = _pretrained(config.each, directory)
     betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
-    out.mkdir(parents=True, exist_ok=True)
     directory.write_config(_settings(config))
     finetune.keep_rewards(samples, directory)
     try:
@@ -136,13 +143,15 @@ def _pretrained(each: finetune_config.Config, directory: RunDirectory) -> tuple[
 def _one(config: finetune_config.Config, pretrained: Evaluation) -> None:
     """Run, go on, or leave alone what is finished."""
     assert config.out is not None
-    if (config.out / "summary.json").exists():
+    if (config.out / "report.html").exists():
         print(f"finished  {config.out}")
-    elif (config.out / "checkpoint").exists():
+    elif (config.out / "summary.json").exists() or RunDirectory(config.out).has_state:
         resume(config.out)
     else:
-        if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= LEFT_BY_AN_EARLY_END:
-            shutil.rmtree(config.out)
+        there = {path.name.removesuffix(UNFINISHED) for path in config.out.glob("*")}
+        if there <= LEFT_BY_AN_EARLY_END:
+            with writing(config.out):
+                shutil.rmtree(config.out, ignore_errors=not there)
         finetune.run(config, pretrained=pretrained)
 
 
@@ -219,7 +228,7 @@ def plot(
         axes["reward"].axhline(0.0, color=BEFORE, lw=1)
         axes["reward"].set(xlabel="updates", ylabel="reward gained, held out")
         axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_frontier(axes: Any, summary: dict[str, Any], found: Sequence[Bound]) -> None:

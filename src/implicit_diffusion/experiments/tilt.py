@@ -87,8 +87,13 @@ def run(config: Config) -> dict[str, Any]:
         NonFiniteError: a training that overflowed.
     """
     config.check()
-    out = config.out or dated("tilt")
-    RunDirectory.check(out)
+    directory = RunDirectory(config.out or dated("tilt"))
+    with directory.held():
+        return _run(replace(config, out=directory.path), directory)
+
+
+def _run(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The same in a directory that is held."""
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
@@ -102,8 +107,7 @@ def run(config: Config) -> dict[str, Any]:
     reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
     exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
-    directory = RunDirectory.create(out)
-    directory.write_config(replace(config, out=out))
+    directory.start(config)
     seeds, rows = range(config.seed, config.seed + config.seeds), []
     with progress(config.seeds, "annealing") as bar:
         starts = {}
@@ -126,8 +130,8 @@ def run(config: Config) -> dict[str, Any]:
                 row[arm] = _over_seeds(found)
             rows.append(row)
     summary = {"reward_initial": exact.reward_initial, "rows": rows}
-    directory.write_summary(summary)
     plot(summary, exact, directory.figure("tilt"))
+    directory.write_summary(summary)  # the last file: with it, the run is finished
     show(summary, directory)
     return summary
 
