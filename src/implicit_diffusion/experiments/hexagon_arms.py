@@ -111,6 +111,11 @@ class Trace:
     diagnostics: dict[str, float] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that summary, figures and later arms need, as `save_state` keeps it; `Arms.trace` is the way back."""
+        kept = ("arm", "seed", "points", "clouds", "seconds", "tail", "diagnostics", "advice")
+        return {name: getattr(self, name) for name in kept} | {"logits": logits_of(self.potential).detach()}
+
 
 class Arms:
     """How every arm runs."""
@@ -127,19 +132,30 @@ class Arms:
         noise = Noise(seed)
         if name in TRAINED:
             return self._train(name, seed, noise, self.rates[name])
-        potential: nn.Module = mixture(self.optimal[seed] if name == "transfer" else None, self.config.sigma)
-        if name == "guidance":
-            potential = Guided(potential, smooth_reward, self.config.guidance)
-        return self._sample(name, seed, noise, potential)
+        return self._sample(
+            name, seed, noise, self._potential(name, self.optimal[seed] if name == "transfer" else None)
+        )
 
-    def tune(self, name: str, exact: Exact) -> dict[str, float]:
-        """Mean final exact reward for every η of the grid, on seeds of their own; keeps `best_rate` of them."""
+    def trace(self, found: dict[str, Any]) -> Trace:
+        """The trace that a state tells of; other arms take its θ from there."""
+        values = dict(found)
+        logits = values.pop("logits")
+        if values["arm"] == "implicit":
+            self.optimal[values["seed"]] = logits.clone()
+        return Trace(potential=self._potential(values["arm"], logits), **values)
+
+    def _potential(self, name: str, logits: Tensor | None) -> nn.Module:
+        """V of an arm at θ = logits, θ_0 where None."""
+        plain = mixture(logits, self.config.sigma)
+        return Guided(plain, smooth_reward, self.config.guidance) if name == "guidance" else plain
+
+    def tune(self, name: str, exact: Exact) -> tuple[float, dict[str, float]]:
+        """`best_rate` of the grid, and the mean final exact reward for every η of it, on seeds of their own."""
         rewards: dict[float, list[float]] = {}
         for rate in self.config.grid:
             runs = [self._train(name, seed, Noise(seed).stream(TUNE), rate) for seed in range(TUNING_SEEDS)]
             rewards[rate] = [exact.reward(logits_of(t.potential)) for t in runs]
-        self.rates[name] = best_rate(rewards)
-        return {f"{rate:g}": mean(values) for rate, values in rewards.items()}
+        return best_rate(rewards), {f"{rate:g}": mean(values) for rate, values in rewards.items()}
 
     def start(self, noise: Noise, exact: bool) -> Tensor:
         """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes ask for them."""
@@ -200,8 +216,6 @@ class Arms:
             history,
             words=WORDS | {"weigh": "the weighted arm"},
         )
-        if name == "implicit":
-            self.optimal[seed] = potential.logits.detach().clone()
         return trace
 
     def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:
