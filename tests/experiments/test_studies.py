@@ -9,7 +9,7 @@ from tests.experiments.energy_models import bent
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments import hexagon, hexagon_arms, recovery, tilt
+from implicit_diffusion.experiments import hexagon, hexagon_arms, hexagon_figures, recovery, tilt
 from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.checkpoint import save_state
@@ -27,9 +27,16 @@ def result(folder):
     return (
         without_times(json.loads((folder / "summary.json").read_text())),
         without_times(RunDirectory(folder).read_metrics()),
-        {name: path.read_bytes() for name, path in files.items() if name.parts[0] == "model"},
-        sorted(name for name in files if name.parts[0] == "figures"),
+        {name: path.read_bytes() for name, path in files.items() if name.parts[0] in ("model", "figures")},
     )
+
+
+def sketch(sigma, traces, directory):
+    """What the figures of the hexagon are drawn from, since drawing takes seconds."""
+    drawn = [
+        [trace.arm, trace.seed, trace.tail, [x.tolist() for cloud in trace.clouds for x in cloud]] for trace in traces
+    ]
+    directory.figure("sketch").write_text(json.dumps(drawn))
 
 
 def interrupting(train, at):
@@ -67,6 +74,7 @@ def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, c
     module, function, call, runs = STUDIES[name]
     monkeypatch.setattr(tilt, "ANNEALING", 5)
     monkeypatch.setattr(recovery, "TAIL", 4)
+    monkeypatch.setattr(hexagon_figures, "draw", sketch)
     monkeypatch.setattr(hexagon, "Exact", partial(hexagon.Exact, points=80))
     bent().save(tmp_path / "model")
     call = [name, *call, *([str(tmp_path / "model")] if name == "tilt" else []), "--out"]

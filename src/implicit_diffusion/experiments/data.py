@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from io import BufferedIOBase, BytesIO
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ def _hub(hub_id: str) -> Found:
     return Found(pictures, left_out + [f"the column {other!r} of images" for other in columns[1:]])
 
 
-def _row(rows: Any, i: int, column: str) -> BufferedIOBase:
+def _row(rows: Any, i: int, column: str) -> IO[bytes]:
     """The bytes of an image of a data set."""
     content = rows[i][column]
     if content is None:

@@ -53,8 +53,9 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures again, and write and print the numbers, from what was found."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (directory.read_config() or {}).items()}
-    return _study(Config(**values | {"out": directory.path}), Study(directory), directory)
+    values: dict[str, Any] = directory.read_config() or {}
+    config = Config(**values | {"grid": tuple(values["grid"]), "out": directory.path})
+    return _study(config, Study(directory), directory)
 
 
 def _study(config: Config, study: Study, directory: RunDirectory) -> dict[str, Any]:

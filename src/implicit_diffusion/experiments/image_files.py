@@ -15,9 +15,8 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from implicit_diffusion.errors import InvalidInputError
 
@@ -40,7 +39,7 @@ class Picture:
     """
 
     name: str
-    open: Callable[[], BufferedIOBase]
+    open: Callable[[], IO[bytes]]
     suffix: str = ""
 
 
@@ -75,7 +74,7 @@ def find(folder: Path) -> Found:
                 continue
         except OSError as error:
             raise InvalidInputError(f"data: {str(path)!r} cannot be looked at ({first_line(error)})") from error
-        picture = Picture(name, partial(path.open, "rb"), path.suffix.lower())
+        picture = Picture(name, partial(_open, path), path.suffix.lower())
         if reason is None and kinds.get(picture.suffix) not in (*FORMATS, *BY_SUFFIX, "MPO") and not _is_image(picture):
             reason = "an archive: unpack it" if picture.suffix in ARCHIVES else "not an image"
         if reason is None:
@@ -83,6 +82,10 @@ def find(folder: Path) -> Found:
         else:
             found.left_out.append(f"{name} ({reason})")
     return found
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
 
 def _useless(path: Path) -> str | None:

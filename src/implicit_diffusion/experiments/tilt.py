@@ -166,18 +166,19 @@ def _study(
             trained.with_log_z(log_z, 0.0).save(study.directory.model / f"w-{name_of(weight)}")
         return exact.judge(trained, weight)
 
+    def line(weight: float, arm: str, seed: int, found: dict[str, float]) -> list[dict[str, Any]]:
+        return [{"kl_weight": weight, "arm": arm, "seed": seed} | found]
+
     with progress(len(config.arms) * len(config.kl_weights) * config.seeds, "tilt") as bar:
         for weight, optimum in optima.items():
             row: dict[str, Any] = {"kl_weight": weight, "optimum": optimum}
             for arm in config.arms:
                 found = []
                 for seed in seeds:
-                    key = {"kl_weight": weight, "arm": arm, "seed": seed}
-                    found.append(
-                        study.once(
-                            *key.values(), make=partial(make, weight, arm, seed), lines=lambda one, key=key: [key | one]
-                        )
+                    one = study.once(
+                        weight, arm, seed, make=partial(make, weight, arm, seed), lines=partial(line, weight, arm, seed)
                     )
+                    found.append(one)
                     bar.update()
                 row[arm] = _over_seeds(found)
             rows.append(row)
