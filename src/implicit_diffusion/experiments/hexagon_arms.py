@@ -28,6 +28,8 @@ from implicit_diffusion.samplers.simulate import simulate
 
 INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 6
 WATCHED = 128  # particles whose mixing is looked at
+NARROWEST = 0.05  # σ that the coarse grid of `Exact` resolves: its cells are as wide, and the error e^{−2π²}
+ENOUGH = 16  # particles for the noise of Γ: two in each of eight groups
 START, DATA, TRAIN, TUNE = range(4)  # streams of noise
 TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
 ARMS = ("untrained", "implicit", "weighted", "guidance", "transfer", *TRAINED[2:])
@@ -69,6 +71,11 @@ class Config:
         at_least(self, steps=10, particles=2, seeds=1, seed=0)
         positive(self, "sigma", "step_size", "lr")
         not_negative(self, "forward_kl", "guidance")
+        if self.sigma < NARROWEST:
+            raise InvalidInputError(
+                f"--sigma must be at least {NARROWEST}, got {self.sigma}: between the points of the quadrature narrower "
+                "modes would be lost"
+            )
         if not self.grid or min(self.grid) <= 0:
             raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")
 
@@ -204,7 +211,9 @@ class Arms:
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
         trace.potential = mixture(potential.logits.detach(), self.config.sigma)
-        diagnostics: dict[str, float] = statistics(loop) | {"signal_to_noise": signal_to_noise(loop)}
+        diagnostics: dict[str, float] = statistics(loop)
+        if loop.n >= ENOUGH:
+            diagnostics["signal_to_noise"] = signal_to_noise(loop)
         history = None
         if len(trace.history) >= 8 and not name.startswith("nested"):  # nested particles begin anew every time
             history = torch.stack(trace.history[len(trace.history) // 2 :])
