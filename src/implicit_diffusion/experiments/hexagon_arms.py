@@ -73,8 +73,8 @@ class Config:
         not_negative(self, "forward_kl", "guidance")
         if self.sigma < NARROWEST:
             raise InvalidInputError(
-                f"--sigma must be at least {NARROWEST}, got {self.sigma}: narrower modes would be lost between the points "
-                "of the quadrature"
+                f"--sigma must be at least {NARROWEST}, got {self.sigma}: narrower modes would be lost between the "
+                "points of the quadrature"
             )
         if not self.grid or min(self.grid) <= 0:
             raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")

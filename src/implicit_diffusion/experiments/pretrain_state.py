@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.experiments import pretrain_config
 from implicit_diffusion.experiments.data import Images
-from implicit_diffusion.experiments.pretrain_config import Config
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.checkpoint import load_state, save_state
 from implicit_diffusion.runs.fingerprints import fingerprint
@@ -150,7 +150,7 @@ class Pretraining:
         return [self.generator, torch.default_generator, *on_device]
 
 
-def begin(config: Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
+def begin(config: pretrain_config.Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
     """Before the first step."""
     from diffusers.training_utils import EMAModel
 
