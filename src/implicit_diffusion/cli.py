@@ -13,6 +13,7 @@ import tyro
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.runs.console import unheard
 from implicit_diffusion.runs.devices import naming_memory
+from implicit_diffusion.runs.provenance import Change
 from implicit_diffusion.runs.signals import exit_status, interruptible
 
 
@@ -22,6 +23,10 @@ class Resume:
 
     run: tyro.conf.Positional[Path]
     """The run directory."""
+    accept_changes: tuple[Change, ...] = ()
+    """What may be another one than when the run began; other differences are refused, by name."""
+    trust_reward: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Run the code of the reward that the directory names, though it lies there, has changed, or is not known here."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _run(arguments: Sequence[str]) -> None:
         case finetune_config.Config():
             finetune.run(chosen)
         case Resume():
-            resuming.resume(chosen.run)
+            resuming.resume(chosen.run, chosen.accept_changes, trust_reward=chosen.trust_reward)
         case Report():
             resuming.report(chosen.run)
         case sweep.Config():

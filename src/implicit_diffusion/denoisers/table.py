@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.reading import one_line
 
 COLUMNS = ("a", "b", "s", "m", "t", "h")
 
@@ -136,10 +137,15 @@ class ChainTable:
             InvalidInputError: keys are missing or unknown, or the values are no table.
         """
         expected = {field.name for field in fields(cls)}
-        if set(saved) != expected:
+        if not isinstance(saved, Mapping) or set(saved) != expected:
+            keys = set(saved) if isinstance(saved, Mapping) else set()
             raise InvalidInputError(
-                f"ChainTable.from_dict: missing keys {sorted(expected - set(saved))}, "
-                f"unknown keys {sorted(set(saved) - expected)}."
+                f"ChainTable.from_dict: missing keys {sorted(expected - keys)}, "
+                f"unknown keys {sorted(map(str, keys - expected))}."
             )
-        columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
-        return cls(**columns, initial_std=saved["initial_std"], name=saved["name"])
+        try:
+            columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
+            initial_std = float(saved["initial_std"])
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InvalidInputError(f"ChainTable.from_dict: {one_line(error)}; columns hold numbers.") from error
+        return cls(**columns, initial_std=initial_std, name=str(saved["name"]))

@@ -19,9 +19,11 @@ from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.ebm_judging import judge, show, what_to_change
 from implicit_diffusion.experiments.ebm_training import Trained, train
 from implicit_diffusion.experiments.energy_model import load_energy_model
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import is_recorded
 
 LOOKS = 12  # exact figures on the way
 
@@ -38,28 +40,30 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         DivergenceError, NonFiniteError: training ran away; the last sound model is in the run directory.
     """
     config.check()
+    config = absolute(replace(config, out=directory.path if directory else config.out))
     if config.compare:
         from implicit_diffusion.experiments.ebm_compare import compare
 
         return compare(config)
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or dated(f"ebm-{Path(config.data).stem}"))
+    directory = RunDirectory(config.out or dated(f"ebm-{Path(config.data).stem}").absolute())
     with directory.held():
         return _run(replace(config, out=directory.path), directory, begun)
 
 
 def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
     """The same in a directory that is held."""
+    rests_on = inputs(config)
     data = load(config.data, Noise(config.seed))
     settings = config.settings(data)
     loop = make_loop(settings, data)
     if config.long_chains and len(data.event_shape) != 3:
         raise InvalidInputError(f"--long-chains is for images, got events {data.event_shape}; leave it out")
     resolved = config.resolved(data)
-    if begun:
-        directory.write_config(resolved)
-    else:
+    if not begun:
         directory.start(resolved)
+    if not (begun and is_recorded(directory)):
+        record_inputs(directory, resolved, rests_on)
     with directory.resumable():
         return finish(config, resolved, settings, data, train(settings, data, loop, directory, LOOKS), directory)
 

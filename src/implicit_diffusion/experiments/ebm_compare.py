@@ -19,12 +19,13 @@ from typing import Any
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.ebm_arms import ARMS, Settings, make_loop, pulls_per_update
 from implicit_diffusion.experiments.ebm_config import Config
-from implicit_diffusion.experiments.ebm_data import load
+from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.ebm_judging import JUDGE, log_z_by_annealing
 from implicit_diffusion.experiments.ebm_training import train
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
+from implicit_diffusion.runs.provenance import record, verified
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SEED = 1000  # beyond those of the runs
@@ -38,7 +39,7 @@ def compare(config: Config) -> dict[str, Any]:
             than the beginning of the same comparison.
         KeyboardInterrupt: interrupted; the same command goes on, and may ask for more seeds.
     """
-    directory = RunDirectory(config.out or dated(f"ebm-compare-{config.data}"))
+    directory = RunDirectory((config.out or dated(f"ebm-compare-{config.data}")).absolute())
     with directory.held():
         return _compare(config, directory)
 
@@ -53,12 +54,19 @@ def _compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
         )
     resolved = replace(config.resolved(data), out=out)
     check_folder(out, resolved)
+    with verified(directory, advice="choose another --out"):
+        return _run(config, resolved, data, directory)
+
+
+def _run(config: Config, resolved: Config, data: Data, directory: RunDirectory) -> dict[str, Any]:
+    """The same, on what it rested on where it has begun before."""
     for arm in ARMS:
         settings = at_equal_cost(config.settings(data), arm)
         if settings.updates < 1:
             raise InvalidInputError(f"--steps {config.steps} are too few: their cost is that of no update of {arm}")
         make_loop(settings, data)
     directory.write_config(resolved)
+    record(directory, resolved, {})
     trainings = Trainings(resolved, directory)
     summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}, "advice": []}
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by arm and seed

@@ -19,6 +19,7 @@ from implicit_diffusion.denoisers.lora import adapter_of, merged
 from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
 from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.finetune_config import Config
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.outcome import Outcome, keep_outcome, read_outcome
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
 from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
@@ -33,6 +34,9 @@ from implicit_diffusion.runs import RunDirectory, load_state, progress, save_sta
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
+from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
 
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
@@ -52,9 +56,11 @@ def run(
     """
     config.check()
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or dated("finetune"))
+    config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
+    assert config.out is not None
+    directory = RunDirectory(config.out)
     with directory.held():
-        return _run(replace(config, out=directory.path), directory, begun, pretrained)
+        return _run(config, directory, begun, pretrained)
 
 
 def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evaluation | None) -> dict[str, Any]:
@@ -65,17 +71,19 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not begun:
         directory.check_start(Config, OF_A_PLAN)
-    problem, noise = build(config), Noise(config.seed)
+    noise, rests_on = Noise(config.seed), inputs(config)
+    problem = build(config)
     config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
     config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
-    loop = make_loop(config, problem, noise)
+    with Draws(noise, PLAN, 1, device=problem.chain.device):
+        loop = make_loop(config, problem, noise)
     memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
     known = read_rewards(directory) if begun else None
     samples = pretrained or known or pretrained_samples(config, problem)
     options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
     plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
-    if problem.conditioning.prompts:  # from here on, nothing is refused
+    if problem.conditioning.prompts and not begun:  # from here on, nothing is refused
         with replacing(directory.path / PROMPTS) as file:
             file.write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
     if samples is not known:
@@ -91,7 +99,11 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     scale(loop, started, config.max_grad_norm * plan.reward_std)
     resolved_kind: Any = problem.kind
     config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
-    directory.write_config(config)
+    if not begun:
+        directory.write_config(config)
+    if not (begun and is_recorded(directory)):
+        rests_on |= {"prompts": directory.path / PROMPTS} if problem.conditioning.prompts else {}
+        record_inputs(directory, config, rests_on, device=problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
         state = train(config, problem, loop, plan, noise, directory)
@@ -105,7 +117,8 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
+    state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
     return state
@@ -119,10 +132,11 @@ def finish(
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise)
-    found = judging.judge(before, after, exported, None if drift else beta)
-    held_out = evaluate_pretrained(
-        problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
-    )
+    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
+    with Draws(noise, DURING, 0, device=problem.chain.device):
+        held_out = evaluate_pretrained(
+            problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
+        )
     summary = found.summary | {
         "held_out_reward_before": held_out.reward.mean().item(),
         "kl_weight": beta,
@@ -232,11 +246,12 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
 
 def pretrained_samples(config: Config, problem: Problem) -> Evaluation:
     """Trajectories of the pretrained chain, several from each start, for the plan."""
-    with progress(16 * config.starts, "planning") as bar:
+    noise = Noise(config.seed)
+    with progress(16 * config.starts, "planning") as bar, Draws(noise, PLAN, 2, device=problem.chain.device):
         return evaluate_pretrained(
             problem.chain,
             problem.reward,
-            Noise(config.seed).stream(PLAN),
+            noise.stream(PLAN),
             name=config.reward,
             starts=config.starts,
             repeats=16,
@@ -249,7 +264,7 @@ def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
     network, condition = chain.denoiser, chain.condition
     everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
-    with progress(3 * 8 * config.starts, "judging") as bar:
+    with progress(3 * 8 * config.starts, "judging") as bar, Draws(noise, 0, device=chain.device):
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)
         before = evaluate_pretrained(chain, reward, noise, name=config.reward, **sizes)

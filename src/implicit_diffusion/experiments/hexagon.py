@@ -25,9 +25,11 @@ import torch
 from implicit_diffusion.experiments.hexagon_arms import ARMS, TRAINED, Arms, Trace, logits_of
 from implicit_diffusion.experiments.hexagon_arms import Config as Config
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
+from implicit_diffusion.experiments.inputs import inputs, record_inputs
 from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import is_recorded
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -42,11 +44,14 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     """
     config.check()
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or dated("hexagon"))
+    out = directory.path if directory else config.out or dated("hexagon")
+    directory = RunDirectory(out.absolute())
     config = replace(config.resolved(), out=directory.path)
     with directory.held():
         if not begun:
             directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, inputs(config))
         with directory.resumable():
             return _study(config, Study(directory), directory)
 

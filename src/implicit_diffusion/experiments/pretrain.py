@@ -35,12 +35,15 @@ from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
 from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digests
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.devices import find_device
+from implicit_diffusion.runs.files import writing
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
@@ -70,22 +73,20 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         KeyboardInterrupt: Ctrl-C; `resume` goes on, and the average so far is saved.
     """
     config.check()
-    if os.path.isdir(config.data) and config.data != "digits":
-        config = replace(config, data=os.path.abspath(config.data))  # wherever the run is gone on with
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or Path(f"runs/pretrain-{Path(config.data).name}"))
+    out = directory.path if directory else config.out or Path(f"runs/pretrain-{Path(config.data).name}")
+    config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
     with directory.held():
         if not begun:
-            directory.check_start(config)
-        data = _load(config)
-        size, channels = data.event_shape[1:], config.channels or _widths(data.event_shape)
-        config = replace(config, out=directory.path, size=size, channels=channels)
-        if begun:
-            directory.write_config(config)
-        else:
+            directory.check_start(Config)
+        rests_on, data = inputs(config), _load(config)
+        config = replace(config, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
+        if not begun:
             directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, rests_on, device=_device(config))
         with directory.resumable():
-            return _judge(config, data, directory, *train(config, data, directory))
+            return _finish(config, data, *train(config, data, directory), directory)
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:
@@ -108,10 +109,10 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     return dict(summary)
 
 
-def _judge(
-    config: Config, data: Images, directory: RunDirectory, unet: "UNet2DModel", scheduler: "DDPMScheduler"
+def _finish(
+    config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
 ) -> dict[str, Any]:
-    """Samples, figures, the model with its card, and the summary at the very end."""
+    """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
     count = config.samples if config.data == "digits" else 96
     drawn = {n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape) for n in config.chains}
     summary: dict[str, Any] = {
@@ -132,7 +133,8 @@ def _judge(
         summary["classifier_accuracy"] = digits.accuracy(digits.load_classifier())
         summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
     card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
-    save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
+    with writing(directory.model):
+        save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
     _plot(data, drawn, directory)
     directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"model     {directory.model}")
@@ -146,6 +148,10 @@ def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> No
 
 def _load(config: Config) -> Images:
     return load_images(config.data, config.size, len(config.channels) if config.channels else None)
+
+
+def _device(config: Config) -> torch.device:
+    return find_device(config.device or ("cpu" if config.data == "digits" else "auto"))
 
 
 def _widths(event_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -198,7 +204,7 @@ def train(
         KeyboardInterrupt: Ctrl-C; the model so far and the state are saved.
     """
     data = data or _load(config)
-    device = find_device(config.device or ("cpu" if config.data == "digits" else "auto"))
+    device = _device(config)
     threads = torch.get_num_threads()
     if config.data == "digits":
         torch.set_num_threads(1)
@@ -207,7 +213,10 @@ def train(
             torch.manual_seed(config.seed)
             unet, scheduler = build(config, data.event_shape)
             unet.to(device).train()
-            training, images = begin(config, unet, scheduler), digests(data)
+            training = begin(config, unet, scheduler)
+            images = (
+                [] if os.path.isabs(config.data) else digests(data)
+            )  # of a folder, `runs.provenance` has every file
             if directory is not None and directory.has_state:
                 training.restore(directory, images)
             elif directory is not None:
@@ -227,7 +236,7 @@ def _train(
     def save_model() -> None:
         if directory is not None:
             steps = f"after {training.step} of {config.steps} steps of pretraining"
-            with training.averaged() as unet:
+            with training.averaged() as unet, writing(directory.model):
                 card = f"# A diffusion model of {images_card.title(config.data)}, {steps}"
                 save_pipeline(directory.model, DiffusersDenoiser(unet), training.scheduler, card)
 

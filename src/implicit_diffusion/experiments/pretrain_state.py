@@ -18,8 +18,9 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments import pretrain_config
 from implicit_diffusion.experiments.data import Images
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.runs.checkpoint import check_finite, load_state, save_state
 from implicit_diffusion.runs.fingerprints import fingerprint
+from implicit_diffusion.runs.metrics import restore_metrics
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -96,10 +97,7 @@ class Pretraining:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        if not all(tensor.isfinite().all() for tensor in _tensors(state)):
-            raise NonFiniteError(
-                f"the weights, or what the optimizer keeps, are NaN or infinite after step {self.step}"
-            )
+        check_finite(state)
         state |= {
             "schedule": self.schedule.state_dict(),
             "generators": [generator.get_state() for generator in self._generators()],
@@ -138,15 +136,14 @@ class Pretraining:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidInputError(f"{directory.checkpoint} does not fit this run: {what}") from error
-        directory.forget_metrics(self.step)
-        left = len(directory.read_metrics())
-        if left != self.lines:
-            print(f"metrics   it holds {left} lines in place of {self.lines}: curves have gaps; the training goes on")
+        restore_metrics(directory, self.step, self.lines)
 
     def _generators(self) -> list[torch.Generator]:
         """Its own, and the global ones of the CPU and of the device."""
-        device = self.unet.device
-        on_device = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
+        device, on_device = self.unet.device, []
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            on_device = [torch.cuda.default_generators[index]]
         return [self.generator, torch.default_generator, *on_device]
 
 
@@ -172,11 +169,3 @@ def begin(config: pretrain_config.Config, unet: UNet2DModel, scheduler: DDPMSche
 def digests(data: Images) -> list[str]:
     """Of all pixels to train on, and of all that are held out."""
     return [fingerprint(part)["tensor"] for part in (data.train, data.held_out)]
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for item in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(item)

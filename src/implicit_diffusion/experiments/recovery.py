@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
+from implicit_diffusion.experiments.inputs import inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.loops import Single, Update
@@ -28,6 +29,7 @@ from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers import ULA
 
 START, DATA, TRAIN = range(3)  # streams of noise
@@ -72,11 +74,14 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     h = {"hexagon": 0.2, "two-modes": 0.05}[config.problem] if config.step_size is None else config.step_size
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or dated("recovery"))
+    out = directory.path if directory else config.out or dated("recovery")
+    directory = RunDirectory(out.absolute())
     config = replace(config, step_size=h, out=directory.path)
     with directory.held():
         if not begun:
             directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, inputs(config))
         with directory.resumable():
             return _finish(config, _study(config, Study(directory)), directory)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.experiments.inputs import inputs
+from implicit_diffusion.experiments.reward_trust import check_trust
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.provenance import device_of, verified
 
 
 class Experiment(NamedTuple):
@@ -20,12 +23,19 @@ class Experiment(NamedTuple):
     last: str  # of the files that a run writes
 
 
-def resume(path: Path) -> dict[str, Any]:
+def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bool = False) -> dict[str, Any]:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
 
+    Args:
+        path: the run directory.
+        accept_changes: of what the run rests on, by names of `runs.provenance.Change`; others are refused.
+        trust_reward: run the code of the reward that the directory names, though this user has not named it, and
+            whether or not it has changed.
+
     Raises:
-        InvalidInputError: no interrupted run there.
+        InvalidInputError: no interrupted run there; what it rests on has changed; a reward that is not to be trusted.
     """
+    path = path.absolute()
     directory = _open(path)
     with directory.held():
         finished = (path / "summary.json").exists()
@@ -42,10 +52,24 @@ def resume(path: Path) -> dict[str, Any]:
             )
         if finished:
             return experiment.report(directory)
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         fields = {field.name: str(field.type) for field in dataclasses.fields(experiment.config)}
         paths = {name: Path(values[name]) for name in fields if "Path" in fields[name] and values[name] is not None}
-        return experiment.run(experiment.config(**values | paths | {"out": path}), directory)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        config = experiment.config(**values | paths | {"out": path})
+        reward = str(values.get("reward", ""))
+        if not trust_reward:
+            check_trust(reward, path)
+        with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
+            device = device_of(directory)
+            if device is not None and "device" in values:
+                config = dataclasses.replace(config, device=device)
+            try:
+                config.check()
+            except (TypeError, ValueError, AttributeError) as error:
+                if isinstance(error, ImplicitDiffusionError):
+                    raise
+                raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
+            return experiment.run(config, directory)
 
 
 def report(path: Path) -> dict[str, Any]:

@@ -25,16 +25,20 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
 from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.experiments.tilt_exact import AT_EDGE, Exact, half_plane
+from implicit_diffusion.experiments.written import distinct
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -97,13 +101,15 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     """
     config.check()
     begun = directory is not None
-    directory = directory or RunDirectory(config.out or dated("tilt"))
+    out = directory.path if directory else config.out or dated("tilt")
+    config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
     with directory.held():
-        return _run(replace(config, out=directory.path), directory, begun)
+        return _run(config, directory, begun)
 
 
 def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
     """The same in a directory that is held."""
+    rests_on = inputs(config)
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
@@ -114,11 +120,14 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
             f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function; shipped rewards are "
             "of images, and the model is of the plane"
         )
-    reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
-    exact = Exact(model, reward)
+    with Draws(Noise(config.seed), START, 0):
+        reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
+        exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
     if not begun:
         directory.start(config)
+    if not (begun and is_recorded(directory)):
+        record_inputs(directory, config, rests_on)
     with directory.resumable():
         rows = _study(config, model, reward, exact, optima, Study(directory))
         summary = {"reward_initial": exact.reward_initial, "rows": rows}
@@ -152,6 +161,7 @@ def _study(
     study: Study,
 ) -> list[dict[str, Any]]:
     """A row of results for every weight."""
+    names = dict(zip(config.kl_weights, distinct(config.kl_weights, digits=6)))
     seeds, rows = range(config.seed, config.seed + config.seeds), []
     with progress(config.seeds, "annealing") as bar:
         starts = {}
@@ -163,7 +173,7 @@ def _study(
         trained = train(config, model, starts[seed], reward, weight, arm, seed)
         if (arm, seed) == (config.arms[0], config.seed):
             log_z = exact.quadrature.log_density(trained.potential)[1]
-            trained.with_log_z(log_z, 0.0).save(study.directory.model / f"w-{name_of(weight)}")
+            trained.with_log_z(log_z, 0.0).save(study.directory.model / f"w-{names[weight]}")
         return exact.judge(trained, weight)
 
     def line(weight: float, arm: str, seed: int, found: dict[str, float]) -> list[dict[str, Any]]:
@@ -183,11 +193,6 @@ def _study(
                 row[arm] = _over_seeds(found)
             rows.append(row)
     return rows
-
-
-def name_of(weight: float) -> str:
-    """A weight in a file's name: six digits, or as many as tell it from every other."""
-    return short if float(short := f"{weight:g}") == weight else repr(weight)
 
 
 def train(
@@ -213,19 +218,20 @@ def train(
         return reward((z * model.scale + model.shift).to(z))  # in the precision in which the grid was seen
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    loop = Single(
-        potential,
-        model.moves.kernel(),
-        Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
-        Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
-        particles=particles.x,
-        noise=noise.stream(TRAIN),
-        weighted=arm == "weighted",
-    )
-    loop.refresh(particles)
     try:
-        for _ in loop.run(config.steps):
-            pass
+        with Draws(noise, TRAIN, 0):
+            loop = Single(
+                potential,
+                model.moves.kernel(),
+                Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
+                Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
+                particles=particles.x,
+                noise=noise.stream(TRAIN),
+                weighted=arm == "weighted",
+            )
+            loop.refresh(particles)
+            for _ in loop.run(config.steps):
+                pass
     except NonFiniteError as error:
         raise NonFiniteError(f"w = {weight:g}, {arm}, seed {seed}: {error}. Take a smaller --lr") from error
     return replace(model, potential=potential, particles=resampled(loop.particles, noise).x, log_z=None, log_z_se=None)

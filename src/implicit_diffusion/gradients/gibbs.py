@@ -79,12 +79,13 @@ def fused_pass(
         if not alike:
             (force,) = torch.autograd.grad(energy.sum(), x, retain_graph=True)
             here = Energy(energy.detach(), force)
-        # A black box may write into what it is given: terms get a copy, as they do from `weigh`.
-        particles = Particles(x.detach().clone()) if weigh is None else weigh(here)
+        particles = Particles(x.detach()) if weigh is None else weigh(here)
         on_particles, values, remaining = torch.zeros_like(energy), {}, iter(rest)
         outside: list[Tensor] = []
         for (weight, term), y in zip(terms, points, strict=True):
-            found: Charges = term.charges(particles, energy.detach(), y)
+            # A black box may write into what it is given: every term gets a copy of its own.
+            own = Particles(x.detach().clone(), particles.log_weights, particles.log_z, particles.log_z_growth)
+            found: Charges = term.charges(own, energy.detach(), y)
             on_particles = on_particles.add(found.particles, alpha=weight)
             at_points = None if y is None else next(remaining)
             if found.on_points is not None:

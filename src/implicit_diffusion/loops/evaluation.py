@@ -112,7 +112,7 @@ def evaluate(
                     log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
             if singular:
                 kl, log_ratio = kl + math.inf, log_ratio + math.nan
-            end = chain.endpoint(x, noise, index, repeats=repeats)
+            end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
             rows = (score.judge(end), kl, log_ratio, x)
             parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))
             progress(len(x))

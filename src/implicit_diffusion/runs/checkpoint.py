@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.runs.files import replacing, writing
 
 FILE = "state.safetensors"
@@ -79,6 +79,37 @@ def load_state(folder: str | Path) -> Any:
         raise InvalidInputError(f"{path} is damaged, or no state of ours: {error}") from error
 
 
+def check_finite(state: Any, may_be_infinite: Collection[str] = ()) -> None:
+    """Look at every tensor, and every number, of a state.
+
+    Args:
+        state: as `save_state` takes it.
+        may_be_infinite: keys whose tensors may hold infinity: a mask among the buffers, a weight of zero as logarithm.
+
+    Raises:
+        NonFiniteError: NaN somewhere, or infinity in a tensor; the message says where.
+    """
+    for where, key, value in _leaves(state, "state", ""):
+        if isinstance(value, float) and math.isnan(value):
+            raise NonFiniteError(f"{where} is NaN")
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            sound = ~value.isnan() if key in may_be_infinite else value.isfinite()
+            if not sound.all():
+                raise NonFiniteError(f"{where} holds NaN or infinity")
+
+
+def _leaves(value: Any, where: str, key: str) -> Iterator[tuple[str, str, Any]]:
+    """Every tensor and number, with its path and the last key on it that is a word."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{where}[{name!r}]", name if isinstance(name, str) else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{where}[{index}]", key)
+    else:
+        yield where, key, value
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write contiguous tensors on the CPU and a header with their digests, in one step."""
     digests = json.dumps([_digest_of_header(header), {name: _digest(tensor) for name, tensor in tensors.items()}])
@@ -112,7 +143,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, NonFi
 from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.runs.lock import LOCK, hold, make
 
-LOCK = ".lock"  # there while a process holds the folder
 BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
 
 
@@ -52,7 +51,7 @@ class RunDirectory:
     def create(cls, path: str | Path, may_hold: Collection[str] = ()) -> RunDirectory:
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
-        _make(Path(path))
+        make(Path(path))
         return cls(Path(path))
 
     @staticmethod
@@ -76,7 +75,8 @@ class RunDirectory:
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
             if not files <= {*may_hold, *left_over}:
                 held = "exists and is not empty"
-                if files.issuperset(BEGUN) and "summary.json" not in files:
+                judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
+                if files.issuperset(BEGUN) and not (judged and reported):
                     held = f"holds a run that was interrupted: go on with `implicit-diffusion resume {path}`"
                 raise InvalidInputError(f"--out {path} {held}; choose another --out, or move it away")
         except OSError as error:  # such as a name that is too long
@@ -85,41 +85,9 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[RunDirectory]:
-        """Hold the folder for the block, which makes it: no other process, nor thread, can meanwhile.
-
-        The lock is the operating system's, and ends with the process, however that ends. A thread that holds the
-        folder may hold it once more. Where the block leaves nothing in a folder that was made for it, it is taken away.
-
-        Raises:
-            InvalidInputError: another run holds the folder; one that cannot be made; several processes of one program.
-            StorageError: a file system without locks.
-        """
-        from filelock import FileLock, Timeout
-
-        _check_alone()
-        path = self.path.absolute()  # wherever the block changes to
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"--out {str(path)!a} is not UTF-8; name another folder") from error
-        made = _make(path)
-        lock = FileLock(path / LOCK, blocking=False, is_singleton=True)
-        try:
-            with writing(path / LOCK):
-                lock.acquire()
-        except Timeout as error:
-            raise InvalidInputError(
-                f"--out {self.path} is in use by another run; wait until that has ended, or choose another --out"
-            ) from error
-        try:
+        """Hold the folder for the block, which makes it; `runs.lock.hold` says how, and what it raises."""
+        with hold(self.path):
             yield self
-        finally:
-            if lock.lock_counter == 1:
-                with suppress(OSError):  # not empty, or gone
-                    (path / LOCK).unlink()  # before it is released: nobody else can hold it yet
-                    for folder in made:
-                        folder.rmdir()
-            lock.release()
 
     def check_start(self, kind: Any, may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that holds more than the little that an early end of a run of this kind leaves.
@@ -132,7 +100,7 @@ class RunDirectory:
             InvalidInputError: as `check`.
         """
         ours = (self.read_config() or {}).keys() == {field.name for field in dataclasses.fields(kind)}
-        self.check(self.path, (*may_hold, *(["config.json"] if ours else [])))
+        self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
     def start(self, config: Any, may_hold: Collection[str] = ()) -> None:
         """Write config.json into a new folder, or into what is left of the very same run, which begins anew.
@@ -172,6 +140,16 @@ class RunDirectory:
         """Where `save_state` puts the state to continue from; not made here."""
         return self.path / "checkpoint"
 
+    @property
+    def unconfirmed(self) -> Path:
+        """Where a state waits that may turn out to be unsound; not made here."""
+        return self.checkpoint / "next"
+
+    def confirm(self) -> None:
+        """Let the state that waits replace the one in `checkpoint`, in one step."""
+        with writing(self.checkpoint / FILE):
+            (self.unconfirmed / FILE).replace(self.checkpoint / FILE)
+
     @contextmanager
     def resumable(self) -> Iterator[None]:
         """Tell whom something keeps from finishing the block how to go on, as soon as there is a config to begin from.
@@ -185,7 +163,7 @@ class RunDirectory:
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
-            raise KeyboardInterrupt(f"interrupted; go on with {command}") from error
+            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; go on with {command}") from error
         except (StorageError, MemoryLimitError, RewardError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
@@ -245,28 +223,6 @@ class RunDirectory:
         text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
         with replacing(self.path / name) as file:
             file.write_text(text + "\n", encoding="utf-8")
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that were not there, the deepest first."""
-    try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InvalidInputError(f"--out {folder} is a file; name a new folder") from error
-    except OSError as error:  # a name that the file system does not take
-        raise InvalidInputError(f"--out: {folder} cannot be made ({error}); name a folder elsewhere") from error
-    return missing
-
-
-def _check_alone() -> None:
-    """Raise `InvalidInputError` under a launcher of several processes, which would all train the same."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        raise InvalidInputError(
-            f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which would all train the same: a "
-            "run uses one process so far; start it without the launcher"
-        )
 
 
 def dated(name: str) -> Path:

@@ -28,24 +28,28 @@ FILE = "provenance.json"
 PACKAGES = ("implicit-diffusion", "diffusers", "numpy", "safetensors")
 SHOWN = 3  # differences that are named of one kind
 
-Change = Literal["config", "model", "reference", "prompts", "data", "versions", "device", "provenance"]
-"""What may be accepted as changed. A reward is code, and is another matter: `experiments.reward_trust`."""
+Change = Literal["config", "model", "reference", "reward", "prompts", "data", "versions", "device", "provenance"]
+"""What may be accepted as changed."""
 
 
 def record(
     directory: RunDirectory, config: Any, inputs: Mapping[str, Input], *, device: torch.device | None = None
 ) -> None:
-    """Write provenance.json; call it before `directory.write_config(config)`.
+    """Write provenance.json, when config.json is written.
 
     Args:
         directory: of the run.
         config: all that was asked, as it goes into config.json.
-        inputs: by a name of `Change`, or "reward". Files inside the run directory may move with it.
+        inputs: by a name of `Change`, which words may follow. Files inside the run directory may move with it.
         device: that the run computes on; None for the CPU.
 
     Raises:
         InvalidInputError: an input that cannot be read.
     """
+    accepted: list[str] = []
+    if is_recorded(directory):
+        with suppress(InvalidInputError):  # a damaged one
+            accepted = _read(directory)["accepted"]
     told = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
     _write(
         directory,
@@ -55,7 +59,7 @@ def record(
             "versions": _versions(),
             "threads": torch.get_num_threads(),
             "device": {"name": str(device or "cpu"), "kind": _kind(device or torch.device("cpu"))},
-            "accepted": [],
+            "accepted": accepted,
         },
     )
 
@@ -67,11 +71,14 @@ def is_recorded(directory: RunDirectory) -> bool:
 
 @contextmanager
 def verified(
-    directory: RunDirectory, accept: Collection[str] = (), inputs: Mapping[str, Input] | None = None
+    directory: RunDirectory,
+    accept: Collection[str] = (),
+    inputs: Mapping[str, Input] | None = None,
+    advice: str | None = None,
 ) -> Iterator[None]:
     """`verify`, and inside the block as many threads as the run began with."""
     here = torch.get_num_threads()
-    threads = verify(directory, accept, inputs)
+    threads = verify(directory, accept, inputs, advice)
     if threads != here:
         print(f"threads   {threads}, as when the run began; {here} are usual here, and would round otherwise")
     torch.set_num_threads(threads)
@@ -81,13 +88,19 @@ def verified(
         torch.set_num_threads(here)
 
 
-def verify(directory: RunDirectory, accept: Collection[str] = (), inputs: Mapping[str, Input] | None = None) -> int:
+def verify(
+    directory: RunDirectory,
+    accept: Collection[str] = (),
+    inputs: Mapping[str, Input] | None = None,
+    advice: str | None = None,
+) -> int:
     """Compare what a run rests on with what is there now; nothing is read but files, and nothing executed.
 
     Args:
         directory: of the run.
-        accept: names of `Change`, and "reward"; such differences are said and written down, and the run goes on.
-        inputs: tensors that were recorded, as they are now; files are looked at where they were.
+        accept: names of `Change`; such differences are said and written down, and the run goes on.
+        inputs: what the run would read now; what is not among them is looked at where it was.
+        advice: what to do about a difference, in place of accepting it.
 
     Returns:
         The number of threads that the run began with.
@@ -96,14 +109,17 @@ def verify(directory: RunDirectory, accept: Collection[str] = (), inputs: Mappin
         InvalidInputError: a difference that is not accepted, or a damaged provenance.json.
     """
     if not is_recorded(directory):
-        missing = f"{directory.path} has no {FILE}, which says what the run rests on: an earlier release began it"
-        _refuse_or_say(directory, [Difference("provenance", missing)], accept)
+        missing = f"it has no {FILE}, which says what that was: an earlier release began it"
+        trained = (directory.path / "metrics.jsonl", *directory.path.glob("beta-*/checkpoint/*"))
+        if directory.has_state or any(path.exists() for path in trained):
+            _refuse_or_say(directory, [Difference("provenance", missing)], accept, advice)
         return torch.get_num_threads()
     saved = _read(directory)
-    differences = [*_config(directory, saved), *_inputs(directory, saved, inputs or {}), *_surroundings(saved)]
-    _refuse_or_say(directory, differences, accept)
+    now = {name: _now(name, entry, directory, inputs or {}) for name, entry in saved["inputs"].items()}
+    differences = [*_config(directory, saved), *_inputs(directory, saved["inputs"], now), *_surroundings(saved)]
+    _refuse_or_say(directory, differences, accept, advice)
     if differences:
-        _write(directory, _renewed(directory, saved, differences, inputs or {}))
+        _write(directory, _renewed(directory, saved, now, differences))
     return int(saved["threads"])
 
 
@@ -133,21 +149,25 @@ def _config(directory: RunDirectory, saved: dict[str, Any]) -> Iterator[Differen
             yield Difference("config", f"config.json: {key} was {before.get(key)!r} and is {now.get(key)!r}")
 
 
-def _inputs(directory: RunDirectory, saved: dict[str, Any], given: Mapping[str, Input]) -> Iterator[Difference]:
-    for name, entry in saved["inputs"].items():
-        if "tensor" in entry:
-            now = fingerprint(given[name]) if name in given else entry
-            if now.get("tensor") != entry["tensor"]:
-                yield Difference(name, f"{name} was {short(entry['tensor'])} and is {short(now.get('tensor'))}")
-            continue
-        before, after = entry["files"], again(entry, directory.path)["files"]
-        different = [file for file in sorted(before.keys() | after.keys()) if before.get(file) != after.get(file)]
+def _now(name: str, entry: dict[str, Any], directory: RunDirectory, given: Mapping[str, Input]) -> dict[str, Any]:
+    """The fingerprint of an input that had the fingerprint `entry`."""
+    if name in given:
+        return relative(fingerprint(given[name]), directory.path)
+    return entry if "tensor" in entry else again(entry, directory.path)
+
+
+def _inputs(directory: RunDirectory, before: dict[str, Any], after: dict[str, Any]) -> Iterator[Difference]:
+    for name, was in before.items():
+        now, kind = after[name], name.partition(" ")[0]
+        if was.get("tensor") != now.get("tensor"):
+            yield Difference(kind, f"{name} was {short(was.get('tensor'))} and is {short(now.get('tensor'))}")
+        old, new = was.get("files", {}), now.get("files", {})
+        different = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
         for file in different[:SHOWN]:
-            path = directory.path / entry.get("folder", "") / file
-            was, is_now = short(before.get(file)), short(after.get(file))
-            yield Difference(name, f"{name}: {path} was {was} and is {is_now}")
+            path = directory.path / now.get("folder", "") / file
+            yield Difference(kind, f"{name}: {path} was {short(old.get(file))} and is {short(new.get(file))}")
         if len(different) > SHOWN:
-            yield Difference(name, f"{name}: {len(different) - SHOWN} more files differ")
+            yield Difference(kind, f"{name}: {len(different) - SHOWN} more files differ")
 
 
 def _surroundings(saved: dict[str, Any]) -> Iterator[Difference]:
@@ -161,32 +181,29 @@ def _surroundings(saved: dict[str, Any]) -> Iterator[Difference]:
         yield Difference("device", f"device {saved['device']['name']} was {was} and is {is_now or 'not here'}")
 
 
-def _refuse_or_say(directory: RunDirectory, differences: list[Difference], accept: Collection[str]) -> None:
+def _refuse_or_say(
+    directory: RunDirectory, differences: list[Difference], accept: Collection[str], advice: str | None
+) -> None:
     refused = [found for found in differences if found.name not in accept]
     if refused:
         names = " ".join(name for name in get_args(Change) if name in {found.name for found in refused})
-        ways = [f"`--accept-changes {names}`"] if names else []
-        ways += ["`--trust-reward`"] if any(found.name == "reward" for found in refused) else []
         raise InvalidInputError(
-            f"{directory.path} does not rest on what it began with: {'; '.join(found.line for found in refused)}. "
-            f"Put that back for the run to go on bit for bit, or go on as it is now with {' '.join(ways)}"
+            f"{directory.path} does not rest on what it began with: {'; '.join(found.line for found in refused)}. Put "
+            f"that back for the run to go on bit for bit, or {advice or f'add --accept-changes {names}'}"
         )
     for found in differences:
         print(f"accepted  {found.line}")
 
 
 def _renewed(
-    directory: RunDirectory, saved: dict[str, Any], differences: list[Difference], given: Mapping[str, Input]
+    directory: RunDirectory, saved: dict[str, Any], inputs: dict[str, Any], differences: list[Difference]
 ) -> dict[str, Any]:
     """What the run rests on from now on, and what was accepted."""
     names = {found.name for found in differences}
     now = dict(saved) | {"accepted": [*saved["accepted"], *(found.line for found in differences)]}
     if "config" in names:
         now["config"] = json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
-    now["inputs"] = {
-        name: (fingerprint(given[name]) if name in given else again(entry, directory.path)) if name in names else entry
-        for name, entry in saved["inputs"].items()
-    }
+    now["inputs"] = inputs
     now["versions"] = _versions()
     if "device" in names:
         kind = _kind_of_name(saved["device"]["name"])
