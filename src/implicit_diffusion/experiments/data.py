@@ -20,7 +20,7 @@ from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 from implicit_diffusion.denoisers.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import digits
-from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, decode, find, first_line
+from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the images that nothing is trained on, and its limit
 SPLIT_SEED = 0
@@ -171,7 +171,7 @@ def _hub(hub_id: str) -> Found:
     return Found(pictures, left_out + [f"the column {other!r} of images" for other in columns[1:]])
 
 
-def _row(rows: Any, i: int, column: str) -> IO[bytes]:
+def _row(rows: Any, i: int, column: str) -> Stream:
     """The bytes of an image of a data set."""
     content = rows[i][column]
     if content is None:

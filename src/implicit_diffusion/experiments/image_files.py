@@ -15,8 +15,9 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 
@@ -25,6 +26,7 @@ from implicit_diffusion.errors import InvalidInputError
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 BY_SUFFIX = ("DDS", "DIB", "ICO", "PCX", "PSD", "SGI", "TGA")  # decoded where the suffix says so
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+Stream = BufferedReader | BytesIO
 DEEP = ("I", "F")  # modes of Pillow with more than eight bits
 
 
@@ -39,7 +41,7 @@ class Picture:
     """
 
     name: str
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], Stream]
     suffix: str = ""
 
 
@@ -84,7 +86,7 @@ def find(folder: Path) -> Found:
     return found
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Stream:
     return path.open("rb")
 
 

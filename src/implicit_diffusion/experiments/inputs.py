@@ -6,6 +6,7 @@ not move it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,4 +86,6 @@ def record_inputs(
 
 
 def _is_place(name: str, value: object) -> bool:
-    return name in NAMES and isinstance(value, str) and value not in {"", *NAMES[name]} and Path(value).exists()
+    """Whether a value names a file or a folder: a pipe or a device is neither, and hashing it might never end."""
+    named = name in NAMES and isinstance(value, str) and value not in {"", *NAMES[name]}
+    return named and (os.path.isfile(str(value)) or os.path.isdir(str(value)))
