@@ -15,8 +15,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the ground up; rooms on one floor do not know each other. Every room may name errors.
 FLOORS = [
-    {"errors"},
-    {"frozen", "noise", "particles", "reading", "transition"},
+    {"errors", "lazily"},
+    {"rounding"},
+    {"frozen", "noise", "particles", "probing", "reading", "transition"},
     {"denoisers", "potentials"},
     {"samplers", "objectives"},
     {"gradients"},
