@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
@@ -55,6 +56,8 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     if hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape):
         return f"{value.dtype} with shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and len(value) <= 6:
+        return f"{type(value).__name__} of {', '.join(map(shown, value)) or 'nothing'}"
     if value is None or isinstance(value, (bool, int, float, complex, str)) or hasattr(value, "dtype"):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}…"
@@ -86,13 +89,20 @@ def check_integer(name: str, value: Any, least: int = 1, most: int = LARGEST, *,
     except (TypeError, ValueError, RuntimeError):  # tensors have errors of their own, by kind
         number = None
     if number is None or not least <= number <= most:
-        bounds = f"≥ {least}" if most == LARGEST and (number is None or number < least) else f"in {least}..{most}"
-        raise InvalidInputError(f"{name} must be an integer {bounds}{note}, got {shown(value)}")
+        open_ended = most == LARGEST and (number is None or number < least)
+        must = f"be an integer ≥ {least}" if open_ended else f"lie in {least}..{most}"
+        raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number
 
 
 def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, closed: bool = False, note: str = ""
+    name: str,
+    value: Any,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
+    *,
+    closed: bool = False,
+    note: str = "",
 ) -> float:
     """The finite real number between two bounds, as a float.
 
@@ -116,12 +126,12 @@ def check_number(
     inside = low <= number <= high if closed else low < number < high
     if not (inside and math.isfinite(number)):
         if (low, high) == (0, math.inf):
-            must = "≥ 0 and finite" if closed else "positive and finite"
+            must = "be ≥ 0 and finite" if closed else "be positive and finite"
         elif math.isfinite(low) or math.isfinite(high):
-            must = f"in {'[' if closed else '('}{low:g}, {high:g}{']' if closed else ')'}"
+            must = f"lie in {'[' if closed else '('}{low:g}, {high:g}{']' if closed else ')'}"
         else:
-            must = "a finite number"
-        raise InvalidInputError(f"{name} must be {must}{note}, got {shown(value)}")
+            must = "be finite"
+        raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number
 
 
@@ -131,8 +141,8 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
     Args:
         name: of the argument.
         value: a tensor.
-        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one. None of
-            them may be empty.
+        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one, and "n ..."
+            at least one. None of them may be empty.
         finite: whether NaN and infinity are refused as well.
         integers: whether it holds integers instead of floating-point numbers.
 
@@ -144,8 +154,8 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
     dims, kind = shape.split(), "integers" if integers else "floating-point numbers"
     check_type(name, value, Tensor, f"take torch.as_tensor({name.split()[-1]})")
     right = not (value.is_floating_point() or value.is_complex()) if integers else value.is_floating_point()
-    many = any(dim.startswith("*") for dim in dims)
-    fits = value.ndim >= len(dims) if many else value.ndim == len(dims)
+    many, least = any(dim[0] in "*." for dim in dims), len(dims) - ("..." in dims)
+    fits = value.ndim >= least if many else value.ndim == least
     if not right or not fits or (value.numel() == 0 and dims) or value.layout != strided or value.is_meta:
         where = " on the meta device" * value.is_meta + f" in the layout {value.layout}" * (value.layout != strided)
         raise InvalidInputError(
@@ -153,17 +163,20 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
             f"{value.dtype} with shape {tuple(value.shape)}{where}"
         )
     if finite and not value.isfinite().all():
-        raise InvalidInputError(f"{name} must be finite, but holds NaN or infinity")
+        raise InvalidInputError(f"{name} must be finite floating-point numbers, but hold NaN or infinity")
     return value
 
 
-def check_call(name: str, function: Any, *arguments: str) -> None:
-    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments."""
+def check_call(name: str, function: Any, *arguments: str, more: bool = False) -> None:
+    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments, or with these and
+    `more` by name.
+    """
     form = f"{name} must be a function that is called with {' and '.join(arguments)}"
     if isinstance(function, type) or not callable(function):
         raise InvalidInputError(f"{form}, got {shown(function)}")
     try:
-        inspect.signature(getattr(function, "forward", function)).bind(*arguments)
+        signature = inspect.signature(getattr(function, "forward", function))
+        (signature.bind_partial if more else signature.bind)(*arguments)
     except TypeError as error:
         raise InvalidInputError(f"{form}, got one that is not: {error}") from error
     except ValueError:  # functions written in C need not tell
@@ -185,15 +198,19 @@ def trying(name: str, on: str) -> Iterator[None]:
         on: what it is tried on.
 
     Raises:
-        InvalidInputError: for every error but our own.
+        InvalidInputError: for every error but our own, and but a lack of memory.
     """
     try:
         yield
-    except ImplicitDiffusionError:
+    except (ImplicitDiffusionError, MemoryError):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}") from error
+        if "out of memory" in str(error):
+            raise
+        lines, frames = str(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
+        own = [f for f in frames if not {"torch", "implicit_diffusion"} & set(f.filename.split("/"))]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}{where}") from error
 
 
 @contextmanager

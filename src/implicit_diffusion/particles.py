@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.rounding import at_least_single
 
 
@@ -25,6 +25,9 @@ class Particles:
         log_z_growth: by how much log Z has grown since their loop began, which weights tell though log Z is unknown.
         condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None where
             there was nothing.
+
+    Raises:
+        InvalidInputError: no tensor, or no particle; log-weights of another shape than (n,).
     """
 
     x: Float[Tensor, "n *event"]
@@ -32,6 +35,18 @@ class Particles:
     log_z: Float[Tensor, ""] | None = None
     log_z_growth: Float[Tensor, ""] | None = None
     condition: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_type("x", self.x, Tensor, "particles are a tensor of shape (n, *event)")
+        if self.x.ndim < 1 or len(self.x) == 0:
+            raise InvalidInputError(f"x must have shape (n, *event) with n ≥ 1, got {tuple(self.x.shape)}")
+        if self.log_weights is not None:
+            check_type("log_weights", self.log_weights, Tensor, "they are a tensor of shape (n,), or None")
+            if self.log_weights.shape != self.x.shape[:1] or not self.log_weights.is_floating_point():
+                raise InvalidInputError(
+                    f"log_weights must be floating-point numbers of shape ({len(self.x)},), one for each of the "
+                    f"particles, got {shown(self.log_weights)}"
+                )
 
     def __len__(self) -> int:
         return len(self.x)

@@ -32,7 +32,7 @@ from implicit_diffusion.denoisers.files import (
     real,
     weights,
 )
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, shown
 from implicit_diffusion.reading import one_line, read_json
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits"
@@ -81,6 +81,8 @@ def find_checkpoint(model: str | Path) -> Checkpoint:
         InvalidInputError: nothing of that name exists or can be reached, or what is there is no diffusers pipeline of
             a known family with safetensors weights. The message says what was found and what to do.
     """
+    if not isinstance(model, str | Path):
+        raise InvalidInputError(f'model must be "digits", a folder or a hub id owner/name, got {shown(model)}')
     if model == "digits":
         return inspect_folder(DIGITS, linked=True)  # installers link a package's files to their caches
     try:

@@ -29,7 +29,7 @@ from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
 from implicit_diffusion.denoisers.latents import Decoder, check_latents
 from implicit_diffusion.denoisers.parts import load_model, load_scheduler
 from implicit_diffusion.denoisers.text import assembled
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.reading import one_line
 
 # Their steps are functions of (u, t, x) as they are, from N(0, I): what DDPMPipeline does with any scheduler.
@@ -155,6 +155,11 @@ def save_pipeline(
         InvalidInputError: the denoiser is no `DiffusersDenoiser`, the scheduler of another class, or a file of the
             original has gone; the network is saved by then.
     """
+    if not isinstance(folder, str | Path) or not isinstance(card, str):
+        raise InvalidInputError(f"folder must be a path and card its Markdown, got {shown(folder)} and {shown(card)}")
+    check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
+    if original is not None:
+        check_type("original", original, Pretrained, "take what load_pretrained returned, or None")
     folder, denoiser = Path(folder), inner(denoiser)
     family = PIXELS if original is None else original.family
     if family is PIXELS:

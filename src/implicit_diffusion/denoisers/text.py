@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from implicit_diffusion.denoisers.checkpoints import Checkpoint
 from implicit_diffusion.denoisers.families import WIDTHS
 from implicit_diffusion.denoisers.parts import load_model, quiet, refused
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.reading import one_line
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # they look at images
@@ -38,7 +38,13 @@ def embed_prompts(
     Raises:
         InvalidInputError: no text encoder there, one that cannot be loaded, or one that belongs to another network.
     """
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+    check_type("checkpoint", checkpoint, Checkpoint, "take load_pretrained(model).checkpoint")
+    check_type("network", network, nn.Module, "take the network of the checkpoint")
+    if (
+        isinstance(prompts, str)
+        or not isinstance(prompts, Sequence)
+        or not all(isinstance(prompt, str) for prompt in prompts)
+    ):
         raise InvalidInputError(f"prompts must be a list of strings, got {one_line(repr(prompts))[:80]}")
     encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
     if not encoders:

@@ -85,10 +85,6 @@ def report(path: Path) -> dict[str, Any]:
         return _experiment(directory)[0].report(directory)
 
 
-def _not_drawn(directory: RunDirectory) -> dict[str, Any]:
-    raise InvalidInputError(f"{directory.path} has no report: its pictures are of samples that are not kept")
-
-
 def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
@@ -99,13 +95,25 @@ def _open(path: Path) -> RunDirectory:
 
 def _experiment(directory: RunDirectory) -> tuple[Experiment, dict[str, Any]]:
     """The experiment that a run belongs to, by the options in its config.json, and these."""
-    from implicit_diffusion.experiments import ebm, finetune, finetune_config, pretrain, pretrain_config
+    from implicit_diffusion.experiments import (
+        ebm,
+        finetune,
+        finetune_config,
+        hexagon,
+        pretrain,
+        pretrain_config,
+        recovery,
+        tilt,
+    )
 
     values = directory.read_config()
     for experiment in (
         Experiment(finetune_config.Config, finetune.run, finetune.report, "report.html"),
         Experiment(ebm.Config, ebm.run, ebm.report, "summary.json"),
-        Experiment(pretrain_config.Config, pretrain.run, _not_drawn, "summary.json"),
+        Experiment(pretrain_config.Config, pretrain.run, pretrain.report, "summary.json"),
+        Experiment(tilt.Config, tilt.run, tilt.report, "summary.json"),
+        Experiment(recovery.Config, recovery.run, recovery.report, "summary.json"),
+        Experiment(hexagon.Config, hexagon.run, hexagon.report, "summary.json"),
     ):
         if values is not None and values.keys() == {field.name for field in dataclasses.fields(experiment.config)}:
             return experiment, values

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_integer
+from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
+from implicit_diffusion.gradients.adjoint import LOST
 from implicit_diffusion.gradients.gibbs import dense, fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
@@ -35,9 +36,8 @@ class NestedParticles(ParticleLoop):
 
     def __init__(self, *args: Any, inner_steps: int, begin: Begin = "initial", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_integer("inner_steps", inner_steps)
-        if begin not in get_args(Begin):
-            raise InvalidInputError(f"begin must be one of {', '.join(get_args(Begin))}, got {begin!r}")
+        inner_steps = check_integer("inner_steps", inner_steps)
+        check_choice("begin", begin, get_args(Begin))
         _refuse_weights(self)
         self.inner_steps, self.begin, self.initial = inner_steps, begin, self.walkers
         if begin == "data" and len(self._data(self._points(0))) != self.n:
@@ -93,7 +93,7 @@ class Unrolled(ParticleLoop):
 
     def __init__(self, *args: Any, unrolled_steps: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_integer("unrolled_steps", unrolled_steps)
+        unrolled_steps = check_integer("unrolled_steps", unrolled_steps)
         _refuse_weights(self)
         if self.kernel.target_acceptance is not None:
             raise InvalidInputError(
@@ -122,6 +122,9 @@ class Unrolled(ParticleLoop):
                 for _, term in self.objective.stationary
                 if isinstance(term, TerminalObjective)
             }
+            for weight, term in self.objective.stationary:
+                if weight != 0 and not values[term.name].requires_grad:
+                    raise InvalidInputError(f"{term.name} {LOST}")
             total = sum((c * values[term.name] for c, term in self.objective.stationary), start=0 * x.sum())
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
         self._hand_over(dense(gradients))

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type
 from implicit_diffusion.loops.evaluation import Evaluation, mean_and_error
 
 
@@ -75,6 +75,7 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
         InvalidInputError: beta not positive and finite, or so small that R/β is not; a single trajectory per start;
             path KLs that are infinite.
     """
+    check_type("conditional", conditional, bool, "take True or False")
     log_weights, reward = _log_weights(evaluation, beta), evaluation.reward.double()
     repeats = reward.shape[1]
     if conditional:
@@ -109,6 +110,8 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
     Raises:
         InvalidInputError: as `captured`.
     """
+    for name, given in (("before", before), ("after", after)):
+        check_type(name, given, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
     if before.reward.shape[:1] != after.reward.shape[:1]:
         starts = f"{len(before.reward)} and {len(after.reward)}"
         raise InvalidInputError(f"before and after must hold the same starts, got {starts} of them")
@@ -132,7 +135,9 @@ def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tu
         beta: KL weight > 0.
         conditional: as in `bound`.
     """
-    reward = pretrained.reward.double()
+    check_type("conditional", conditional, bool, "take True or False")
+    check_type("pretrained", pretrained, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    beta, reward = check_number("beta", beta, 0), pretrained.reward.double()
     tilted = (_jackknife if conditional else _influence)(reward / beta, reward)[1]
     return mean_and_error(tilted - reward.mean(1))
 
@@ -174,8 +179,8 @@ def _gained_and_possible(
 
 def _log_weights(evaluation: Evaluation, beta: float) -> Float[Tensor, "starts repeats"]:
     """R/β − log dP_θ/dP_0 of every trajectory, or the word for why there is no bound."""
-    if not (beta > 0 and math.isfinite(beta)):
-        raise InvalidInputError(f"beta must be positive and finite: without a KL there is no bound; got {beta}")
+    check_type("evaluation", evaluation, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     if evaluation.reward.shape[1] < 2:
         raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
     if not evaluation.log_ratio.isfinite().all():
@@ -198,6 +203,7 @@ def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, flo
     Raises:
         InvalidInputError: fewer than 3 starts or 2 repeats, or values that do not vary.
     """
+    check_tensor("values", values, "starts repeats")
     values = values.double()
     if values.shape[0] < 3 or values.shape[1] < 2:
         raise InvalidInputError(f"values must hold at least 3 starts with 2 repeats each, got {tuple(values.shape)}")

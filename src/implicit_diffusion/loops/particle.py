@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_type, trying
-from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, memory_for, trying
+from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -83,8 +83,6 @@ class ParticleLoop(Loop):
         if objective.running:
             names = ", ".join(type(term).__name__ for _, term in objective.running)
             raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
-        if isinstance(self.update.optimizer, torch.optim.SparseAdam):
-            raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; take torch.optim.Adam")
         x = self._start(particles)
         check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
@@ -92,8 +90,8 @@ class ParticleLoop(Loop):
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
-                with trying(term.name, "the initial particles"):
-                    term.check_stationary(Particles(x.clone()), here.value)  # a black box may write into it
+                with trying(term.name, f"particles of shape {tuple(x.shape)}"):  # it may write into what it is given
+                    term.check_stationary(Particles(x.clone()), here.value)
         if (said := coarse(here.value, precision(potential, x))) and self.values_count:
             warnings.warn(said, stacklevel=3)
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
@@ -126,6 +124,7 @@ class ParticleLoop(Loop):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        refuse_inference_mode()
         with eval_mode(self.model), self.objective.evaluating():
             yield
 
@@ -145,7 +144,6 @@ class ParticleLoop(Loop):
                 without.
         """
         check_type("particles", particles, Particles, "take Particles(x)")
-        check_type("particles.x", particles.x, Tensor, "take torch.as_tensor(x)")
         x, kept = particles.x.detach(), self.walkers.x
         x = x.to(at_least_single(x.dtype)) if x.is_floating_point() else x
         if (x.shape, x.dtype, x.device) != (kept.shape, kept.dtype, kept.device) or (
@@ -178,6 +176,7 @@ class ParticleLoop(Loop):
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        updates = check_integer("updates", updates, 0)
         while self.update.updates < updates:
             yield self.step()
 
@@ -210,16 +209,19 @@ class ParticleLoop(Loop):
         return Particles(x, closed.log_weights, log_z, growth)
 
     def _start(self, particles: Any) -> Tensor:
-        if isinstance(particles, Integral):
+        if isinstance(particles, Integral) and not isinstance(particles, bool):
             if particles < 2:
                 raise InvalidInputError(f"particles must be at least 2, got {particles}")
+            count = check_integer("particles", particles, 2)
             if not hasattr(self.model, "sample"):
                 raise InvalidInputError(
                     f"particles={particles} needs a potential with a method sample(n, noise); pass the particles "
                     "themselves, with shape (n, *event)"
                 )
             potential: Any = self.model
-            x: Tensor = potential.sample(int(particles), self.noise.stream(START, 0))
+            with trying("potential.sample", f"({count}, noise)"), memory_for(f"{count} particles"):
+                x: Tensor = potential.sample(count, self.noise.stream(START, 0))
+            check_type("what potential.sample returns", x, Tensor, "it draws n of them, with shape (n, *event)")
         else:
             x = particles
         first = next(self.model.parameters())

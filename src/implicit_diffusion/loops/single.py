@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
@@ -53,10 +53,11 @@ class Single(ParticleLoop):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if order not in ("paper", "x-first"):
-            raise InvalidInputError(f'order must be "paper" or "x-first", got {order!r}')
+        if not isinstance(order, str) or order not in ("paper", "x-first"):
+            raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
         check_type("compiled", compiled, bool, "take True or False")
-        if check_integer("iterations", iterations, 0) < 1 or (iterations > 1 and not self.update.plain):
+        iterations = check_integer("iterations", iterations, 0, 10**6)
+        if iterations < 1 or (iterations > 1 and not self.update.plain):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
                 "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
@@ -84,7 +85,8 @@ class Single(ParticleLoop):
                 walkers, info = self._function(self.walkers, inputs)
         values, alarm, norm = info.pop("values"), info.pop("alarm"), info.pop("norm")
         if self._plain:
-            moved = self.update.account(alarm, lambda: self._diagnose(walkers, values), norm, count)
+            overflow = info.pop("overflow")
+            moved = self.update.account(alarm, overflow, lambda: self._diagnose(walkers, values), norm, count)
         else:
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
@@ -101,12 +103,13 @@ class Single(ParticleLoop):
         self, walkers: Walkers, inputs: list[tuple[tuple[Tensor, ...], list[Tensor | None], Tensor]]
     ) -> tuple[Walkers, dict[str, Any]]:
         """Iterations with their updates of θ, none of which is made once something is not finite."""
-        alarm = torch.zeros_like(walkers.log_z)
+        alarm = overflow = torch.zeros_like(walkers.log_z)
         for draws, points, h in inputs:
             walkers, gradients, info = self._inner(walkers, draws, points, h)
             alarm = alarm + info["alarm"] + info["norm"]
-            self.update.masked(self.parameters, gradients, alarm.isfinite())
-        return walkers, info | {"alarm": alarm}
+            overflow = overflow + self.update.masked(self.parameters, gradients, alarm.isfinite())
+            alarm = alarm + overflow
+        return walkers, info | {"alarm": alarm, "overflow": overflow}
 
     def _paper(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor

@@ -13,10 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, trying
+from implicit_diffusion.errors import InvalidInputError, check_call, trying
+from implicit_diffusion.frozen import refuse_inference_mode
+from implicit_diffusion.particles import states
+from implicit_diffusion.probing import check_own_gradient, check_separate
 from implicit_diffusion.rounding import at_least_single
 
 COARSE = 0.02  # nats that V must resolve where its values count
+TRIED = 8  # particles, to see whether they influence each other
 
 
 class Energy(NamedTuple):
@@ -75,6 +79,9 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
             points that influence each other (BatchNorm in training mode, say), or whatever the potential raises.
     """
+    check_call("potential", potential, "x")
+    x = states(x, 1)
+    refuse_inference_mode()
     own = precision(potential, x)
     with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)} in {own}"):
         probe = x[:2].detach().clone().requires_grad_()
@@ -90,7 +97,8 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             f"potential must return the particles' dtype and device, {own} on {x.device}, got {value.dtype} on "
             f"{value.device}; move one of them, e.g. potential.to(x.device, x.dtype)"
         )
-    grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
+    with torch.enable_grad():  # value[0] would have no history inside torch.no_grad
+        grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
     if grad is None:
         raise InvalidInputError(
             "potential is not differentiable in x: its result does not depend on the particles through torch "
@@ -101,8 +109,11 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
-    if len(probe) > 1 and grad[1].any():
-        raise InvalidInputError("potential mixes particles: V(x)_0 depends on x_1; each value must depend on its own x")
+    check_own_gradient("potential", grad, of="particles")
+    with torch.no_grad():
+        few = x[:TRIED].detach()
+        values = evaluate(potential, few.clone())
+        check_separate("potential", lambda index: evaluate(potential, few[index]), values, of="particles")
 
 
 def coarse(values: Float[Tensor, " n"], dtype: torch.dtype) -> str | None:
