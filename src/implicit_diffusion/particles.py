@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_tensor, check_type, shown
 from implicit_diffusion.rounding import at_least_single
 
 
@@ -85,6 +85,7 @@ def states(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
         raise InvalidInputError(
             f"particles must be finite floating-point numbers, got {x.dtype}; use particles.float()"
         )
+    check_tensor("particles", x, "n *event")
     if not x.isfinite().all():
         raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
     return x.detach().to(at_least_single(x.dtype))
