@@ -1,17 +1,15 @@
-"""Arguments of public functions, kind by kind: what is refused says which argument it was and what would work.
-
-All of them, with everything that may be wrong, are in `test_fuzz_api`.
-"""
-
-import math
+"""Constructors and functions about particles: whatever is wrong is refused by the name of the argument, in one line."""
 
 import pytest
 import torch
-from torch import nn
 
 import implicit_diffusion as idf
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
-from implicit_diffusion.loops.memory import check_memory
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
+from implicit_diffusion.objectives import Functional, gaussian_kernel
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials import Guided, Tilted, conv, mlp
+from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.simulate import simulate
 from tests.oracles_gibbs import Banana
 
@@ -19,146 +17,141 @@ pytestmark = pytest.mark.usefixtures("as_users_run")
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
-TABLE, NOISE = idf.ou_reverse_sde(3, 2.0), idf.Noise(0)
+NOISE, KERNEL = idf.Noise(0), idf.ULA(0.1)
+NUMBERS = (None, "1", [1.0], float("nan"), True, torch.ones(2))
+POSITIVE = (*NUMBERS, 0.0, -1.0, float("inf"))
+COUNTS = (None, "1", 1.5, True, 0, -1)
+DATA = (
+    None,
+    "data",
+    [1.0, 2.0],
+    3,
+    X.numpy(),
+    X[0],
+    X[:0],
+    X[:, :0],
+    X.long(),
+    X * float("nan"),
+    X.to_sparse(),
+    X.cfloat(),
+)
+FUNCTIONS = (None, "f", 3, lambda: 1, torch.nn.Module)
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2, dtype=F64))
-
-    def forward(self, x, t):
-        return self.weight * x
+def loop(kind=idf.Single, objective=None, **changes):
+    potential = Banana()
+    given = {"particles": X, "noise": NOISE} | changes
+    sgd = torch.optim.SGD(potential.parameters())
+    return kind(potential, given.pop("kernel", KERNEL), objective or idf.Reward(lambda x: x.sum(1)), sgd, **given)
 
 
-def reward(x):
-    return x.sum(1)
-
-
-def chain(denoiser=None, table=TABLE, shape=(2,), **more):
-    return idf.Chain(Net() if denoiser is None else denoiser, table, shape, **more)
-
-
-def queue(made=None, objective=None, **more):
-    made = chain() if made is None else made
-    objective = idf.Reward(reward) if objective is None else objective
-    return idf.Queue(
-        made, objective, torch.optim.SGD(made.denoiser.parameters()), **{"batch": 2, "noise": NOISE} | more
-    )
-
-
-def single(function=reward, potential=None, **more):
-    net = Banana() if potential is None else potential
-    sgd = torch.optim.SGD(net.parameters())
-    return idf.Single(net, idf.ULA(0.1), idf.Reward(function), sgd, **{"particles": X, "noise": NOISE} | more)
-
-
-def missing(x):
-    raise KeyError("colour")
-
-
-class Broken(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(5, 2, dtype=F64)
-
-    def forward(self, x, t=None):
-        return self.layer(x)
-
-
-BAD = {
-    # counts
-    r"batch must be an integer ≥ 1, got 0\.5": lambda: queue(batch=0.5),
-    "batch must be an integer ≥ 1, got True": lambda: queue(batch=True),
-    r"stride must lie in 1\.\.3 \(the chain's steps\), got 4": lambda: queue(stride=4),
-    r"updates must be an integer ≥ 0, got None": lambda: next(queue().run(None)),
-    "starts must be an integer ≥ 1, got '4'": lambda: idf.evaluate(chain(), reward, NOISE, starts="4"),
-    r"event_shape must hold positive sizes.*got tuple of 2, 1\.5": lambda: chain(shape=(2, 1.5)),
-    r"pretrained_rows must lie in 0\.\.2, got tuple of 3": lambda: chain(pretrained_rows=[3]),
-    # numbers
-    "max_grad_norm must be positive and finite, or None, got 'a'": lambda: idf.Update(
-        torch.optim.SGD(Net().parameters()), max_grad_norm="a"
+CALLS = {
+    ("data", "MMD"): (idf.MMD, DATA),
+    ("data", "Sinkhorn"): (lambda data: idf.Sinkhorn(data, 1.0), DATA),
+    ("data", "ForwardKL"): (idf.ForwardKL, DATA),
+    ("epsilon", "Sinkhorn"): (lambda e: idf.Sinkhorn(X, e), POSITIVE),
+    ("bandwidth", ""): (gaussian_kernel, POSITIVE),
+    ("kernel", "MMD"): (
+        lambda k: idf.MMD(X, k),
+        (
+            *FUNCTIONS[1:],
+            lambda x, y: None,
+            lambda x, y: x[:, 0],
+            lambda x, y: x @ y.mT * float("nan"),
+            lambda x, y: 1 / 0,
+        ),
     ),
-    r"ema_decay must lie in \(0, 1\), e\.g\. 0\.99, or None, got torch.float32 with shape \(2,\)": lambda: idf.Update(
-        torch.optim.SGD(Net().parameters()), ema_decay=torch.ones(2)
+    ("function", "Functional"): (Functional, (*FUNCTIONS, lambda x: x)),
+    ("batch", "ForwardKL"): (lambda b: idf.ForwardKL(X, b), COUNTS[1:]),
+    ("potential", "ReverseKL"): (idf.ReverseKL, FUNCTIONS),
+    ("log_z", "ReverseKL"): (lambda z: idf.ReverseKL(Banana(), log_z=z), NUMBERS[1:]),
+    ("name", "MMD"): (lambda name: idf.MMD(X, name=name), (None, 3)),
+    ("name", "Sinkhorn"): (lambda name: idf.Sinkhorn(X, 1.0, name=name), (None, 3)),
+    ("name", "ForwardKL"): (lambda name: idf.ForwardKL(X, name=name), (None, 3)),
+    ("name", "ReverseKL"): (lambda name: idf.ReverseKL(Banana(), name), (None, 3)),
+    ("name", "Functional"): (lambda name: Functional(lambda x, w: w.sum(), name), (None, 3)),
+    ("step_size", "ULA"): (idf.ULA, POSITIVE),
+    ("step_size", "HMC"): (idf.HMC, POSITIVE),
+    ("step_size", "a schedule"): (lambda h: idf.MALA(lambda k: h), POSITIVE),
+    ("leapfrogs", "HMC"): (lambda n: idf.HMC(0.1, n), COUNTS),
+    ("friction", "Underdamped"): (lambda f: idf.Underdamped(0.1, f), POSITIVE),
+    ("scale", "power_law"): (lambda c: idf.power_law(c, 0.5), POSITIVE),
+    ("exponent", "power_law"): (lambda e: idf.power_law(0.5, e), NUMBERS),
+    ("means", "GaussianMixture"): (idf.GaussianMixture, DATA),
+    ("logits", "GaussianMixture"): (lambda z: idf.GaussianMixture(X, z), (3, "z", X, X[:, 0].long(), X[:3, 0])),
+    ("std", "GaussianMixture"): (lambda s: idf.GaussianMixture(X, std=s), POSITIVE),
+    ("n", "GaussianMixture.sample"): (lambda n: idf.GaussianMixture(X).sample(n, NOISE), COUNTS),
+    ("noise", "GaussianMixture.sample"): (lambda noise: idf.GaussianMixture(X).sample(2, noise), (None, 0, "0")),
+    ("network", "Tilted"): (lambda f: Tilted(f, (2,)), FUNCTIONS),
+    ("event_shape", "Tilted"): (lambda shape: Tilted(mlp(2, NOISE), shape), (None, 2, (), (0,), (1.5,), ("a",))),
+    ("dimension", "mlp"): (lambda n: mlp(n, NOISE), COUNTS),
+    ("noise", "mlp"): (lambda noise: mlp(2, noise), (None, 0)),
+    ("width", "mlp"): (lambda n: mlp(2, NOISE, width=n), COUNTS),
+    ("depth", "mlp"): (lambda n: mlp(2, NOISE, depth=n), COUNTS),
+    ("event", "conv"): (lambda shape: conv(shape, NOISE), (None, 3, (2,), (1, 0, 8), (1, 8.0, 8))),
+    ("reward", "Guided"): (lambda r: Guided(Banana(), r, 1.0), FUNCTIONS),
+    ("potential", "Guided"): (lambda v: Guided(v, lambda x: x.sum(1), 1.0), FUNCTIONS),
+    ("weight", "Guided"): (lambda w: Guided(Banana(), lambda x: x.sum(1), w), NUMBERS),
+    ("particles", "Single"): (lambda x: loop(particles=x), (*DATA, 1, True, X[:1])),
+    ("particles", "warm_up"): (lambda x: idf.warm_up(idf.MALA(0.1), Banana(), x, NOISE), DATA),
+    ("particles", "simulate"): (lambda x: next(simulate(KERNEL, Banana(), x, NOISE, 1)), DATA),
+    ("particles", "Followers"): (lambda x: idf.Followers(KERNEL, Banana(), x, NOISE), DATA),
+    ("particles", "refresh"): (lambda x: loop().refresh(x), (None, X)),
+    ("refresh", "x"): (lambda x: loop().refresh(Particles(x)), (X[:5], X.float(), X.long(), X * float("nan"))),
+    ("refresh", "log_weights"): (
+        lambda a: loop(weighted=True).refresh(Particles(X, a)),
+        (X[:5, 0], X[:, 0] * float("nan"), X[:, 0] + float("inf"), X[:, 0] - float("inf")),
     ),
-    "horizon must be positive and finite, got nan": lambda: idf.ou_reverse_sde(3, math.nan),
-    "initial_std must be positive and finite, got None": lambda: idf.ChainTable(
-        *(getattr(TABLE, name) for name in "absmth"), initial_std=None
-    ),
-    "the divisor of an objective must not be 0": lambda: idf.PathKL() / 0,
-    "the weight of path_kl must be finite, got inf": lambda: idf.Objective(((math.inf, idf.PathKL()),)),
-    "available must be an integer ≥ 0, got -1": lambda: check_memory(idf.predict_memory(queue()), "cpu", -1),
-    # tensors
-    "column b must be of type Tensor, got list": lambda: idf.ChainTable(TABLE.a, [1.0], *[TABLE.a] * 4),
-    "column a must hold real numbers, got torch.complex64": lambda: idf.ChainTable(*[TABLE.a.to(torch.complex64)] * 6),
-    "log_weights must be floating-point numbers of shape \\(12,\\)": lambda: idf.Particles(X, X),
-    "values must be a tensor of integers with shape \\(m\\)": lambda: idf.Drawn("label", torch.ones(3)),
-    "mean must be a tensor of floating-point .* on the meta device": lambda: idf.GaussianDenoiser.ornstein_uhlenbeck(
-        torch.ones(2, device="meta"), 1.0
-    ),
-    # functions that take something else, and what they raise
-    "reward must be a function that is called with samples, got 3": lambda: idf.Reward(3),
-    "reward must be a function.* got the class Net": lambda: idf.Reward(Net),
-    "reward must be a function.*too many positional": lambda: idf.Reward(lambda: 0),
-    "denoiser must be a function that is called with x and t.*too many": lambda: chain(lambda x: x),
-    "condition must be a function that is called with noise and batch": lambda: chain(condition=lambda noise: {}),
-    r"denoiser fails on states of shape \(2, 2\): RuntimeError: mat1 and mat2": lambda: queue(chain(Broken())),
-    r"denoiser fails on states of shape \(4, 2\): RuntimeError": lambda: chain(Broken()).sample(NOISE, 4),
-    r"potential fails on particles of shape \(2, 2\).*mat1 and mat2": lambda: single(potential=Broken()),
-    r"reward fails on samples of shape \(2, 2\): KeyError: 'colour' \(.*test_arguments.py, line": lambda: queue(
-        objective=idf.Reward(missing)
-    ),
-    r"reward fails on particles of shape \(12, 2\): KeyError": lambda: single(missing),
-    "reward fails on samples of shape .*KeyError": lambda: idf.evaluate(chain(), missing, NOISE, starts=2),
-    # words, names and things of another type
-    "name must be a word under which metrics report the term, got list of 'a'": lambda: idf.Reward(reward, ["a"]),
-    "the kind of terms must be a class such as PathKL, got PathKL": lambda: idf.PathKL().weight(idf.PathKL()),
-    r"terms must be pairs \(weight, term\), got list of tuple of 1, 2": lambda: idf.Objective([(1, 2)]),
-    "prediction must be one of score, .*got None": lambda: idf.GaussianDenoiser.ornstein_uhlenbeck(X[0], 1.0, None),
-    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.default_kind("ddpm"),
-    "chain must be of type Chain, got None": lambda: idf.Adjoint()(None, idf.PathKL(), NOISE, 2),
-    "evaluation must be of type Evaluation, got float": lambda: idf.bound(0.5, 1.0),
-    "loop must be of type ChainLoop, got Single": lambda: idf.predict_memory(single()),
-    "state must be of type Mapping, got list": lambda: queue().load_state_dict([]),
-    "state is no loop's, or damaged: it lacks .*model.*update": lambda: queue().load_state_dict({}),
-    "schedule must be of type LRScheduler, got float": lambda: idf.Update(
-        torch.optim.SGD(Net().parameters()), schedule=0.5
-    ),
-    'model must be "digits", a folder or a hub id owner/name, got 3': lambda: idf.load_pretrained(3),
-    "model must be of type Module, got function": lambda: idf.DiffusersDenoiser(lambda x, t: x),
-    "device 'gpu' draws no random numbers": lambda: NOISE.generator(device="gpu"),
-    "a size in shape must be an integer ≥ 0, got -1": lambda: NOISE.normal((2, -1)),
-    "dtype must be one of torch's floating-point types, got torch.int64": lambda: NOISE.normal((2,), dtype=torch.long),
+    ("weighted", "Single"): (lambda v: loop(weighted=v), (None, 1, "yes")),
+    ("lag", "Single"): (lambda v: loop(lag=v), (None, 1, "yes")),
+    ("compiled", "Single"): (lambda v: loop(compiled=v), (None, 1, "yes")),
+    ("iterations", "Single"): (lambda n: loop(iterations=n), COUNTS),
+    ("order", "Single"): (lambda o: loop(order=o), (None, 1, [], "theta-first")),
+    ("inner_steps", "NestedParticles"): (lambda n: loop(idf.NestedParticles, inner_steps=n), COUNTS),
+    ("begin", "NestedParticles"): (lambda b: loop(idf.NestedParticles, inner_steps=1, begin=b), (None, [], "middle")),
+    ("unrolled_steps", "Unrolled"): (lambda n: loop(idf.Unrolled, unrolled_steps=n), COUNTS),
+    ("steps", "warm_up"): (lambda n: idf.warm_up(idf.MALA(0.1), Banana(), X, NOISE, steps=n), (*COUNTS, 19)),
+    ("target", "warm_up"): (lambda t: idf.warm_up(idf.MALA(0.1), Banana(), X, NOISE, target=t), (*POSITIVE[1:], 1.0)),
+    ("potential", "warm_up"): (lambda v: idf.warm_up(idf.MALA(0.1), v, X, NOISE), FUNCTIONS),
+    ("potential", "Followers"): (lambda v: idf.Followers(KERNEL, v, X, NOISE, groups=2), FUNCTIONS),
+    ("groups", "Followers"): (lambda n: idf.Followers(KERNEL, Banana(), X, NOISE, groups=n), COUNTS),
+    ("log_z", "Followers"): (lambda z: idf.Followers(KERNEL, Banana(), X, NOISE, groups=2, log_z=z), NUMBERS),
+    ("path", "annealed"): (lambda path: annealed(path, KERNEL, 8, NOISE), (None, 3, "path")),
+    ("steps", "annealed"): (lambda n: annealed(lambda t: idf.GaussianMixture(X), KERNEL, 8, NOISE, steps=n), COUNTS),
+    ("steps", "simulate"): (lambda n: next(simulate(KERNEL, Banana(), X, NOISE, n)), COUNTS[:4]),
+    ("groups", "signal_to_noise"): (lambda n: signal_to_noise(loop(), n), (*COUNTS, 1, 7)),
+    ("loop", "advice"): (lambda it: advice(it, {}), (None, 3)),
+    ("values", "r_hat"): (r_hat, (None, X[:, 0], X.long())),
+    ("values", "ess_in_time"): (ess_in_time, (None, X[:, 0], X.long())),
 }
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_what_is_wrong_is_named(message):
-    with pytest.raises(InvalidInputError, match=message) as caught:
-        BAD[message]()
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("call", CALLS, ids=" of ".join)
+def test_what_is_wrong_is_refused_by_name(call):
+    (name, _), (make, values) = call, CALLS[call]
+    for value in values:
+        with pytest.raises(InvalidInputError) as caught:
+            make(value)
+        message = str(caught.value)
+        assert name in message and "\n" not in message, (value, message)
 
 
-def test_sizes_that_no_memory_holds():
-    for call in (
-        lambda: NOISE.normal((2**31 - 1, 2**31 - 1)),
-        lambda: chain(shape=(2**30, 2**30)).sample(NOISE, 2),
-    ):
-        with pytest.raises(MemoryLimitError, match="random numbers do not fit into memory"):
-            call()
+class Breaks(Banana):
+    def forward(self, x):
+        return super().forward(x) @ torch.zeros(3)
 
 
-def test_errors_of_a_network_that_has_worked_are_its_own():
-    """Only its first call is a trial: later on a traceback says more."""
-    net = Net()
-    made = chain(net)
-    made.sample(NOISE, 2)
-    net.forward = missing
-    with pytest.raises(TypeError):
-        made.sample(NOISE, 2)
+def test_what_a_potential_or_objective_raises_is_one_line_about_it():
+    with pytest.raises(InvalidInputError, match=r"potential fails on particles of shape \(2, 2\).*: RuntimeError"):
+        idf.warm_up(idf.MALA(0.1), Breaks(), X, NOISE)
+    with pytest.raises(InvalidInputError, match="functional fails on the initial particles: RuntimeError"):
+        loop(objective=Functional(lambda x, w: w @ torch.zeros(3)))
+    with pytest.raises(InvalidInputError, match="kl fails on the initial particles: RuntimeError"):
+        loop(objective=idf.ReverseKL(lambda x: x @ torch.zeros(3), "kl"))
 
 
-def test_simulations_check_their_arguments():
-    with pytest.raises(InvalidInputError, match="steps must be an integer ≥ 0, got -1"):
-        list(simulate(idf.ULA(0.1), Banana(), X, NOISE, -1))
+def test_numbers_of_other_libraries_are_numbers():
+    import numpy as np
+
+    assert idf.ULA(np.float32(0.5)).step(0) == idf.ULA(torch.tensor(0.5)).step(0) == 0.5
+    assert idf.HMC(0.1, np.int64(3)).leapfrogs == 3 and idf.Sinkhorn(X, np.float64(1.0)).epsilon == 1.0

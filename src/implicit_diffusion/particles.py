@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_tensor, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.rounding import at_least_single
 
 
@@ -81,11 +81,9 @@ def states(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
             f"particles must have shape (n, *event) with n ≥ {least} and an event of at least one dimension, got "
             f"{tuple(x.shape)}"
         )
-    if not x.is_floating_point():
-        raise InvalidInputError(
-            f"particles must be finite floating-point numbers, got {x.dtype}; use particles.float()"
-        )
-    check_tensor("particles", x, "n *event")
+    if not x.is_floating_point() or x.layout is not torch.strided or x.is_meta:
+        given = f"{x.dtype} in the layout {x.layout} on {x.device}"
+        raise InvalidInputError(f"particles must be finite floating-point numbers, dense, got {given}")
     if not x.isfinite().all():
         raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
     return x.detach().to(at_least_single(x.dtype))

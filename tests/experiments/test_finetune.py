@@ -149,7 +149,8 @@ def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     assert summary["j_after"] > summary["j_before"] + 10 and summary["captured"] is None
     assert summary["j_bound_from"] == "pretrained" and summary["j_bound"] < summary["j_before"]
     assert next(iter(summary)) == "worse" and summary["worse"] in (out / "model" / "README.md").read_text()
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert said.count("of the pretrained model: this training makes it worse") == 1  # at once, and not at every look
     assert printed.index("Fine-tuning made the model worse: J ") < printed.index("\nreward    ")
     assert f'<p class="lead"><b>{summary["worse"]}</b>' in (out / "report.html").read_text()
     rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["worse"]).group(1)

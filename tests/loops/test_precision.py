@@ -207,7 +207,7 @@ def test_what_is_no_floating_point_number_is_refused_by_name(dtype):
         lambda: warm_up(MALA(0.1), Level(), x, Noise(0)),
         lambda: next(simulate(ULA(0.1), Level(), x, Noise(0), 1)),
     ):
-        with pytest.raises(InvalidInputError, match="particles must be finite floating-point numbers, got torch"):
+        with pytest.raises(InvalidInputError, match="particles must be finite floating-point numbers, dense, got"):
             call()
     for build in (MMD, ForwardKL, lambda data: Sinkhorn(data, 1.0)):
         with pytest.raises(InvalidInputError, match="data must be floating-point numbers"):

@@ -43,3 +43,12 @@ def test_counts_and_log_z_come_with_the_state():
     assert isinstance(second, Single) and second.log_z0 == 2.5
     assert (second.iteration, second.evaluations, second.update.updates) == (5, whole.evaluations, 5)
     assert torch.equal(second.particles.log_z, whole.particles.log_z)
+
+
+def test_states_in_flight_own_their_memory():
+    """A view of an iteration's states would keep those of all its slots alive."""
+    loop = chain_loop(Queue, 0.5)
+    for _ in range(6):
+        loop.step()
+    states = [x for slot in loop.slots for x in slot.states[1:]]
+    assert len(states) > 4 and all(x.untyped_storage().nbytes() == x.nbytes for x in states)

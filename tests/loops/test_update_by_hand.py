@@ -188,3 +188,15 @@ def test_a_masked_step_is_the_step_or_nothing_at_all(kind):
     plain.optimizer.step()
     for a, b in zip(held(model, update), held(other, plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("alarm", [math.inf, -math.inf, math.nan])
+def test_steps_that_were_masked_are_not_counted(alarm):
+    model = Counted()
+    update = Update(torch.optim.SGD(model.parameters(), lr=0.1))
+    update.bind(model)
+    one = torch.tensor(1.0)
+    assert update.account(one, lambda: None, one, 4)["grad_norm"] == 1 and update.updates == 4
+    with pytest.raises(NonFiniteError, match="it was too large"):
+        update.account(torch.tensor(alarm), lambda: "it was too large", one, 4)
+    assert update.updates == 4

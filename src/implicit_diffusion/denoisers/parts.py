@@ -30,7 +30,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 ATTENTIONS = (None, "eager", "sdpa")  # of transformers; another name may stand for code on the hub
 
 
-class _TooLargeError(Exception):
+class _TooLargeError(ValueError):
     """More than the weights could fill."""
 
 

@@ -36,6 +36,7 @@ from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.rise import Rise
 from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
 
@@ -77,7 +78,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
     with Draws(noise, PLAN, 1, device=problem.chain.device):
         loop = make_loop(config, problem, noise)
-    memory = predict_memory(loop)
+        memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
     known = read_rewards(directory) if begun else None
     samples = pretrained or known or pretrained_samples(config, problem)
@@ -118,6 +119,8 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
     callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
+    if config.penalty == "path-kl":
+        callbacks.append(Rise(-plan.reward, plan.reward_se))
     state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt

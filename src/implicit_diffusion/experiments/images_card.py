@@ -1,8 +1,15 @@
 """The model card of a model that was pretrained on images of the user's own."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.experiments.written import markdown
+
+
+def title(data: str) -> str:
+    """What the images are called: the id of a data set, or a folder's own name, not where it lies."""
+    return markdown(Path(data).name if os.path.isabs(data) else data)
 
 
 def model_card(summary: dict[str, Any]) -> str:
@@ -11,7 +18,8 @@ def model_card(summary: dict[str, Any]) -> str:
     channels, height, width = images["event_shape"]
     colour = "grey" if channels == 1 else "colour"
     size, seconds = f"--size {height} {width}", f"{summary['seconds']:.0f} s"
-    data, prediction, schedule = (markdown(config[key]) for key in ("data", "prediction_type", "beta_schedule"))
+    data = title(config["data"])
+    prediction, schedule = (markdown(config[key]) for key in ("prediction_type", "beta_schedule"))
     return f"""# A diffusion model of {data}
 
 A `UNet2DModel` with {summary["parameters"]} parameters (channels {", ".join(map(str, config["channels"]))}), trained by

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.experiments.inputs import inputs
 from implicit_diffusion.experiments.reward_trust import check_trust
 from implicit_diffusion.runs import RunDirectory
@@ -63,6 +63,12 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
             device = device_of(directory)
             if device is not None and "device" in values:
                 config = dataclasses.replace(config, device=device)
+            try:
+                config.check()
+            except (TypeError, ValueError, AttributeError) as error:
+                if isinstance(error, ImplicitDiffusionError):
+                    raise
+                raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
             return experiment.run(config, directory)
 
 
@@ -79,10 +85,6 @@ def report(path: Path) -> dict[str, Any]:
         return _experiment(directory)[0].report(directory)
 
 
-def _not_drawn(directory: RunDirectory) -> dict[str, Any]:
-    raise InvalidInputError(f"{directory.path} has no report: its pictures are of samples that are not kept")
-
-
 def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
@@ -93,13 +95,25 @@ def _open(path: Path) -> RunDirectory:
 
 def _experiment(directory: RunDirectory) -> tuple[Experiment, dict[str, Any]]:
     """The experiment that a run belongs to, by the options in its config.json, and these."""
-    from implicit_diffusion.experiments import ebm, finetune, finetune_config, pretrain, pretrain_config
+    from implicit_diffusion.experiments import (
+        ebm,
+        finetune,
+        finetune_config,
+        hexagon,
+        pretrain,
+        pretrain_config,
+        recovery,
+        tilt,
+    )
 
     values = directory.read_config()
     for experiment in (
         Experiment(finetune_config.Config, finetune.run, finetune.report, "report.html"),
         Experiment(ebm.Config, ebm.run, ebm.report, "summary.json"),
-        Experiment(pretrain_config.Config, pretrain.run, _not_drawn, "summary.json"),
+        Experiment(pretrain_config.Config, pretrain.run, pretrain.report, "summary.json"),
+        Experiment(tilt.Config, tilt.run, tilt.report, "summary.json"),
+        Experiment(recovery.Config, recovery.run, recovery.report, "summary.json"),
+        Experiment(hexagon.Config, hexagon.run, hexagon.report, "summary.json"),
     ):
         if values is not None and values.keys() == {field.name for field in dataclasses.fields(experiment.config)}:
             return experiment, values

@@ -189,7 +189,7 @@ def _refuse_or_say(
         names = " ".join(name for name in get_args(Change) if name in {found.name for found in refused})
         raise InvalidInputError(
             f"{directory.path} does not rest on what it began with: {'; '.join(found.line for found in refused)}. Put "
-            f"that back for the run to go on bit for bit, or {advice or f'add --accept-changes {names}'}"
+            f"that back for the run to go on bit for bit, or {advice or f'add `--accept-changes {names}`'}"
         )
     for found in differences:
         print(f"accepted  {found.line}")

@@ -90,7 +90,7 @@ class Chain:
         rows = _sequence(pretrained_rows)
         if not all(isinstance(row, Integral) and 0 <= int(row) < len(table) for row in rows):
             raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {shown(rows)}")
-        self.pretrained_rows = frozenset(rows)
+        self.pretrained_rows = frozenset(map(int, rows))
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device

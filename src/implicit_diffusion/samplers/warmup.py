@@ -82,7 +82,7 @@ def warm_up(
         check_potential(potential, x)
         if said := coarse(energy_of(potential, x).value, precision(potential, x)):
             warnings.warn(said, stacklevel=2)
-        move, acceptance = step(x, log_h, 0)
+        move, acceptance = step(x, log_h, 0, 0)
         up = acceptance > many
         for doublings in range(1, DOUBLINGS + 1):
             if not (acceptance > many if up else acceptance < few):
