@@ -125,3 +125,18 @@ def test_a_mixture_does_not_broadcast_events():
     """On (n, 1) it would be the mixture along x = (x, …, x)."""
     with pytest.raises(InvalidInputError, match=r"means with shape \(2,\) has no density on events of shape \(1,\)"):
         GaussianMixture(MEANS[:, :2])(torch.zeros(3, 1, dtype=MEANS.dtype))
+
+
+def test_a_weight_of_zero_is_a_logit_of_minus_infinity():
+    """What is left is the mixture of the others; without any, or with NaN, there is no law."""
+    means = torch.tensor([[0.0, 0.0], [3.0, 1.0], [-2.0, 5.0]]).double()
+    x = torch.tensor([[0.3, -1.0], [2.0, 2.0]]).double()
+    some = GaussianMixture(means, torch.tensor([0.2, -torch.inf, -1.0]).double(), 0.7)
+    assert torch.allclose(
+        some(x), GaussianMixture(means[[0, 2]], torch.tensor([0.2, -1.0]).double(), 0.7)(x), rtol=1e-12
+    )
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(InvalidInputError, match="logits must be finite, or −inf where a weight is zero"):
+            GaussianMixture(means, torch.tensor([0.2, bad, -torch.inf]).double())
+    with pytest.raises(InvalidInputError, match="−inf alone"):
+        GaussianMixture(means, torch.full((3,), -torch.inf).double())

@@ -40,7 +40,11 @@ class GaussianMixture(nn.Module):
         super().__init__()
         check_tensor("means", means, "modes d", finite=True)
         logits = means.new_zeros(len(means)) if logits is None else logits
-        check_tensor("logits", logits, "modes", finite=True)
+        check_tensor("logits", logits, "modes")
+        if not logits.amax().isfinite():  # NaN passes on to the maximum
+            raise InvalidInputError(
+                "logits must be finite, or −inf where a weight is zero, but hold NaN or infinity, or −inf alone"
+            )
         if means.ndim != 2 or logits.shape != means.shape[:1]:
             raise InvalidInputError(
                 f"means must have shape (modes, d) and logits shape (modes,), got {tuple(means.shape)} and "
