@@ -250,7 +250,7 @@ PUBLIC = {
     "refresh": method(single, "refresh", particles=lambda: idf.Particles(X)),
     "load_state_dict": method(single, "load_state_dict", state=lambda: single().state_dict()),
     "load_state_dict of a queue": method(queue, "load_state_dict", state=lambda: queue().state_dict()),
-    "run": method(queue, "run", next, updates=lambda: 2),
+    "run": method(queue, "run", lambda steps: next(steps, None), updates=lambda: 2),
     "Update": Call(
         lambda optimizer, **given: idf.Update(sgd(Net()) if isinstance(optimizer, str) else optimizer, **given),
         {
@@ -283,7 +283,6 @@ PUBLIC = {
             "starts": lambda: 4,
             "repeats": lambda: 2,
             "chunk": lambda: 4,
-            "progress": lambda: lambda done: None,
         },
         lambda made: made.objective(0.5),
     ),
@@ -437,7 +436,7 @@ PUBLIC = {
     "mlp": Call(
         idf.mlp,
         {"dimension": lambda: 2, "noise": lambda: NOISE, "width": lambda: 4, "depth": lambda: 2},
-        lambda made: made(X),
+        lambda made: made(torch.zeros(3, made[0].in_features)),
     ),
     "conv": Call(
         idf.conv,

@@ -58,7 +58,8 @@ def shown(value: object) -> str:
         return f"{value.dtype} with shape {tuple(value.shape)}"
     if isinstance(value, (list, tuple)) and len(value) <= 6:
         return f"{type(value).__name__} of {', '.join(map(shown, value)) or 'nothing'}"
-    if value is None or isinstance(value, (bool, int, float, complex, str)) or hasattr(value, "dtype"):
+    plain = value is None or isinstance(value, (bool, int, float, complex, str))
+    if plain or hasattr(value, "dtype") or type(value).__name__ in ("dtype", "device"):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}…"
     return type(value).__name__
@@ -89,7 +90,7 @@ def check_integer(name: str, value: Any, least: int = 1, most: int = LARGEST, *,
     except (TypeError, ValueError, RuntimeError):  # tensors have errors of their own, by kind
         number = None
     if number is None or not least <= number <= most:
-        open_ended = most == LARGEST and (number is None or number < least)
+        open_ended = most >= LARGEST and (number is None or number < least)
         must = f"be an integer ≥ {least}" if open_ended else f"lie in {least}..{most}"
         raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number

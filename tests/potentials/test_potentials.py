@@ -74,7 +74,7 @@ def test_guidance_tilts_the_density():
     p, _ = line().law(base)
     tilted = p * (0.7 * reward(line().points)).exp()
     torch.testing.assert_close(line().law(Guided(base, reward, 0.7))[0], tilted / tilted.sum())
-    with pytest.raises(InvalidInputError, match="weight must be a finite number"):
+    with pytest.raises(InvalidInputError, match="weight must be finite"):
         Guided(base, reward, float("nan"))
 
 

@@ -71,7 +71,7 @@ def test_refusals():
         warm_up(ULA(0.1), Harmonic(), x, Noise(0))
     with pytest.raises(InvalidInputError, match="steps must be"):
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), steps=19)
-    with pytest.raises(InvalidInputError, match="target must be in"):
+    with pytest.raises(InvalidInputError, match="target must lie in"):
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), target=1.0)
     with pytest.raises(InvalidInputError, match="particles must be finite"):
         warm_up(MALA(0.1), Harmonic(), x * float("nan"), Noise(0))

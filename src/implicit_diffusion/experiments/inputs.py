@@ -28,7 +28,7 @@ C = TypeVar("C")
 
 
 def absolute(config: C) -> C:
-    """A config whose paths are absolute: those of its `Path`s, and of the files and folders that a name stands for."""
+    """A config whose paths are absolute: each `Path`, and the files and folders that a name stands for."""
     changed: dict[str, Any] = {}
     for field in fields(config):  # type: ignore[arg-type]  # a dataclass
         value = getattr(config, field.name)

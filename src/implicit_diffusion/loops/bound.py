@@ -76,6 +76,7 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
             path KLs that are infinite.
     """
     check_type("conditional", conditional, bool, "take True or False")
+    beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     log_weights, reward = _log_weights(evaluation, beta), evaluation.reward.double()
     repeats = reward.shape[1]
     if conditional:
@@ -171,6 +172,7 @@ def _gained_and_possible(
     before: Evaluation, after: Evaluation, beta: float
 ) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
     """J_before − J_after and J_before − J* of every start."""
+    beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     chosen = {"trained": after, "pretrained": before}[sharpest(before, after, beta)[1]]
     best = -beta * _jackknife(_log_weights(chosen, beta), chosen.reward.double())[0]
     start = before.objective(beta).double().mean(1)
@@ -180,7 +182,6 @@ def _gained_and_possible(
 def _log_weights(evaluation: Evaluation, beta: float) -> Float[Tensor, "starts repeats"]:
     """R/β − log dP_θ/dP_0 of every trajectory, or the word for why there is no bound."""
     check_type("evaluation", evaluation, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
-    beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     if evaluation.reward.shape[1] < 2:
         raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
     if not evaluation.log_ratio.isfinite().all():

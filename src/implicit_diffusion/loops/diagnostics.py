@@ -42,6 +42,7 @@ def signal_to_noise(loop: ParticleLoop, groups: int = GROUPS) -> float:
     ‖mean‖² holds the squared error besides ‖E Γ‖², so it is subtracted; 0 where nothing is left, or Γ is zero. Below
     one, the step on θ is mostly noise. Every group has a draw of data of its own. It changes nothing in the loop.
     """
+    check_type("loop", loop, ParticleLoop, "loops over chains have no particles")
     x = loop.walkers.x
     if len(x) < 2 * check_integer("groups", groups, 2):
         raise InvalidInputError(f"groups must be at most half of the {len(x)} particles, got {groups}")
@@ -65,7 +66,7 @@ def statistics(loop: ParticleLoop) -> dict[str, float]:
 
 def r_hat(values: Float[Tensor, "time chains"]) -> float:
     """Split R-hat of a statistic: the deviation over all chains against that within them; 1 where they agree."""
-    check_tensor("values", values, "time chains")
+    _check_record(values)
     halves = torch.cat(values.double()[: len(values) // 2 * 2].chunk(2), 1)
     within = halves.var(0).mean()
     return ((halves.mean(0).var() + within * (1 - 1 / len(halves))) / within).sqrt().item()
@@ -73,7 +74,7 @@ def r_hat(values: Float[Tensor, "time chains"]) -> float:
 
 def ess_in_time(values: Float[Tensor, "time chains"]) -> float:
     """Effective number of independent draws in each chain's `time` values, by Geyer's initial positive sequence."""
-    check_tensor("values", values, "time chains")
+    _check_record(values)
     centred = values.double() - values.double().mean()
     time = len(centred)
     spectrum = torch.fft.rfft(centred, n=2 * time, dim=0).abs().square()
@@ -83,6 +84,12 @@ def ess_in_time(values: Float[Tensor, "time chains"]) -> float:
     negative = (pairs <= 0).nonzero()
     kept = pairs[: int(negative[0])] if len(negative) else pairs
     return time / max(1e-12, (2 * kept.sum() - 1).item())
+
+
+def _check_record(values: Any) -> None:
+    """Raise `InvalidInputError` for less than four times of at least one chain."""
+    if len(check_tensor("values", values, "time chains")) < 4:
+        raise InvalidInputError(f"values must hold at least 4 times, got shape {tuple(values.shape)}")
 
 
 def advice(
@@ -102,6 +109,7 @@ def advice(
         words: what to call the things to change, with the keys of `WORDS`; a command line names its options.
     """
     check_type("loop", loop, ParticleLoop, "advice is for loops over particles")
+    check_type("metrics", metrics, Mapping, "take what the last step returned")
     found = []
     with eval_mode(loop.model):
         said = coarse(energy_of(loop.model, loop.walkers.x).value, precision(loop.model, loop.walkers.x))

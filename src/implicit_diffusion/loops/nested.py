@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from implicit_diffusion.errors import check_call, check_integer
+from implicit_diffusion.errors import check_call, check_integer, check_type, trying
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops.on_chain import ChainLoop
 
@@ -29,7 +30,9 @@ class Nested(ChainLoop):
     def step(self) -> dict[str, Any]:
         self.iteration += 1
         self.update.begin()
-        values = self.estimator(self.chain, self.objective, self.noise, self.batch, self.injected)
+        with nullcontext() if self.update.updates else trying("estimator", "its first trajectory"):
+            values = self.estimator(self.chain, self.objective, self.noise, self.batch, self.injected)
+        check_type("what the estimator returns", values, dict, "it holds the terms' values by name")
         info = self.update.step(list(values.values()), lambda: self._diagnose() or self._bad_value(values))
         self.injected += 1
         return self._metrics(values) | info

@@ -27,7 +27,7 @@ def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
         InvalidInputError: a bandwidth that is not positive and finite.
     """
     width = check_number("bandwidth", bandwidth, 0.0)
-    return lambda x, y: (-squared_distances(x, y) / (2 * width**2)).exp().to(x.dtype)
+    return lambda x, y: (-squared_distances(x, y) / (2 * width * width)).exp().to(x.dtype)
 
 
 class MMD(TerminalObjective):

@@ -40,7 +40,7 @@ class GaussianMixture(nn.Module):
         super().__init__()
         check_tensor("means", means, "modes d", finite=True)
         logits = means.new_zeros(len(means)) if logits is None else logits
-        check_tensor("logits", logits, "modes")
+        check_tensor("logits", logits, "modes", finite=True)
         if means.ndim != 2 or logits.shape != means.shape[:1]:
             raise InvalidInputError(
                 f"means must have shape (modes, d) and logits shape (modes,), got {tuple(means.shape)} and "
@@ -56,7 +56,7 @@ class GaussianMixture(nn.Module):
                 f"{tuple(x.shape[1:])}"
             )
         squares = (x.mT - self.means[:, :, None]).square().sum(1)
-        return -(self.logits.log_softmax(0)[:, None] - squares / (2 * self.std**2)).logsumexp(0)
+        return -(self.logits.log_softmax(0)[:, None] - squares / (2 * self.std * self.std)).logsumexp(0)
 
     @property
     def weights(self) -> Float[Tensor, " modes"]:
@@ -66,7 +66,7 @@ class GaussianMixture(nn.Module):
     @property
     def log_z(self) -> float:
         """Log ∫ e^{−V} = (d/2) log(2πσ²)."""
-        return self.means.shape[1] / 2 * math.log(2 * math.pi * self.std**2)
+        return self.means.shape[1] / 2 * math.log(2 * math.pi * self.std * self.std)
 
     @torch.no_grad()
     def sample(self, n: int, noise: Noise, *key: int) -> Float[Tensor, "n d"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 
@@ -40,6 +40,8 @@ class Tilted(nn.Module):
         super().__init__()
         check_type("network", network, nn.Module, "mlp and conv build some")
         check_type("event_shape", event_shape, Iterable, "it holds the sizes of one x, e.g. (2,)")
+        if isinstance(event_shape, str | bytes) or getattr(event_shape, "ndim", 1) == 0:
+            raise InvalidInputError(f"event_shape must hold the sizes of one x, e.g. (2,), got {shown(event_shape)}")
         self.network, self.event_shape = network, tuple(check_integer("event_shape", size) for size in event_shape)
         if not self.event_shape:
             raise InvalidInputError("event_shape must hold at least one size, e.g. (2,)")
@@ -77,6 +79,7 @@ class Tilted(nn.Module):
 
     def tempered(self, t: float) -> Tilted:
         """‖x‖²/2 + t f(x), sharing the network: a path from N(0, I) at t = 0 to this potential at t = 1."""
+        t = check_number("t", t)
         return Tilted(Scaled(self.network, t), self.event_shape)
 
     def _draw(self, n: int, noise: Noise, *key: int) -> Tensor:

@@ -95,7 +95,7 @@ class Chain:
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.get_default_dtype() if parameter is None else at_least_single(parameter.dtype)
-        self._tried = False  # whether the networks have been called
+        self._tried: set[int] = set()  # functions that have been called, by id: the first call is a trial
         self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     @property
@@ -183,7 +183,7 @@ class Chain:
         """
         if self.condition is None:
             return None
-        with nullcontext() if self._tried else trying("condition", f"(noise, {batch}, index)"):
+        with nullcontext() if id(self.condition) in self._tried else trying("condition", f"(noise, {batch}, index)"):
             drawn = [self.condition(noise, batch, index) for index in indices]
         for given in drawn:
             named = given.items() if isinstance(given, Mapping) else [("condition", given)]
@@ -195,6 +195,7 @@ class Chain:
                     f"condition must return a dict of tensors with leading dimension batch = {batch}, one entry per "
                     f"sample; {name!r} has {found}"
                 )
+        self._tried.add(id(self.condition))
         return {
             name: torch.stack([given[name] for given in drawn]).to(self.device, non_blocking=True) for name in drawn[0]
         }
@@ -268,7 +269,11 @@ class Chain:
             x, m, t, condition = x[slots], m[slots], t[slots], {name: value[slots] for name, value in condition.items()}
         inputs = (m * x).flatten(0, 1)
         given = {name: value.flatten(0, 1) for name, value in condition.items()}
-        with nullcontext() if self._tried else trying("denoiser", f"states of shape {tuple(inputs.shape)}"):
+        with (
+            nullcontext()
+            if id(network) in self._tried
+            else trying("denoiser", f"states of shape {tuple(inputs.shape)}")
+        ):
             u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
         check_type("what the denoiser returns", u, Tensor, "a diffusers model becomes one by DiffusersDenoiser(model)")
@@ -276,7 +281,7 @@ class Chain:
             raise InvalidInputError(
                 f"denoiser must return the shape of its input, {tuple(inputs.shape)}, got {tuple(u.shape)}"
             )
-        self._tried = True
+        self._tried.add(id(network))
         return u.to(x.dtype).unflatten(0, x.shape[:2])
 
     def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:

@@ -17,7 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    NonFiniteError,
+    check_call,
+    check_integer,
+    check_number,
+    check_type,
+    trying,
+)
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles, states
@@ -158,10 +166,11 @@ def annealed(
     Raises:
         InvalidInputError: a path that is no function, a beginning that cannot be sampled exactly; else as `Followers`.
     """
-    check_type("path", path, Callable, "take the method tempered of a Tilted, say")
     check_type("noise", noise, Noise, "take Noise(0), say")
     check_integer("n", n, 2), check_integer("steps", steps)
-    start: Any = path(0.0)
+    check_call("path", path, "t")
+    with trying("path", "t = 0"):
+        start: Any = path(0.0)
     if not hasattr(start, "sample") or not hasattr(start, "log_z"):
         raise InvalidInputError("path(0) must have sample(n, noise) and log_z, as a Gaussian mixture has")
     followers = Followers(

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_number
+from implicit_diffusion.errors import InvalidInputError, check_call, check_number, trying
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
 
@@ -64,8 +64,11 @@ class Kernel(ABC):
     target_acceptance: float | None = None  # what `warm_up` tunes the step size to
 
     def __init__(self, step_size: Schedule) -> None:
+        if callable(step_size):
+            check_call("step_size", step_size, "k")
         self.step_size = step_size
-        self.step(0)
+        with trying("step_size", "iteration 0"):
+            self.step(0)
 
     def step(self, k: int) -> float:
         """h_k."""
@@ -156,7 +159,7 @@ def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int) -> None
     size = float(x.detach().abs().mean(0).amax())
     reach = kernel.reach(kernel.step(k))
     spacing = torch.finfo(x.dtype).eps * 2.0 ** (math.frexp(size)[1] - 1) if math.isfinite(size) else 0.0
-    if spacing**2 / 12 <= 0.01 * reach**2:
+    if spacing**2 / 12 <= 0.01 * reach * reach:
         return
     message = (
         f"steps of {type(kernel).__name__} move particles by about {reach:.1g}, but {x.dtype} numbers as large as "
