@@ -98,9 +98,10 @@ CALLS = {
     ("particles", "Followers"): (lambda x: idf.Followers(KERNEL, Banana(), x, NOISE), DATA),
     ("particles", "refresh"): (lambda x: loop().refresh(x), (None, X)),
     ("refresh", "x"): (lambda x: loop().refresh(Particles(x)), (X[:5], X.float(), X.long(), X * float("nan"))),
+    ("log_weights", "Particles"): (lambda a: Particles(X, a), (X[:5, 0], X, X[:, 0].long())),
     ("weights", "refresh"): (
         lambda a: loop(weighted=True).refresh(Particles(X, a)),
-        (X[:5, 0], X[:, 0] * float("nan"), X[:, 0] + float("inf"), X[:, 0] - float("inf")),
+        (X[:, 0] * float("nan"), X[:, 0] + float("inf"), X[:, 0] - float("inf")),
     ),
     ("weighted", "Single"): (lambda v: loop(weighted=v), (None, 1, "yes")),
     ("lag", "Single"): (lambda v: loop(lag=v), (None, 1, "yes")),

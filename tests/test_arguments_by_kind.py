@@ -98,9 +98,11 @@ BAD = {
         torch.ones(2, device="meta"), 1.0
     ),
     # functions that take something else, and what they raise
-    "reward must be a function that is called with samples, got 3": lambda: idf.Reward(3),
+    "reward must be a function of samples, got 3": lambda: idf.Reward(3),
     "reward must be a function.* got the class Net": lambda: idf.Reward(Net),
-    "reward must be a function.*too many positional": lambda: idf.Reward(lambda: 0),
+    r"reward fails on samples of shape \(2, 2\): TypeError: .*takes 0 positional": lambda: queue(
+        objective=idf.Reward(lambda: 0)
+    ),
     "denoiser must be a function that is called with x and t.*too many": lambda: chain(lambda x: x),
     "condition must be a function that is called with noise and batch": lambda: chain(condition=lambda noise: {}),
     r"denoiser fails on states of shape \(2, 2\): RuntimeError: mat1 and mat2": lambda: queue(chain(Broken())),
@@ -109,7 +111,7 @@ BAD = {
     r"reward fails on samples of shape \(2, 2\): KeyError: 'colour' \(.*test_arguments_by_kind.py, line": lambda: queue(
         objective=idf.Reward(missing)
     ),
-    r"reward fails on particles of shape \(12, 2\): KeyError": lambda: single(missing),
+    r"reward fails on the initial particles: KeyError": lambda: single(missing),
     "reward fails on samples of shape .*KeyError": lambda: idf.evaluate(chain(), missing, NOISE, starts=2),
     # words, names and things of another type
     "name must be a word under which metrics report the term, got list of 'a'": lambda: idf.Reward(reward, ["a"]),

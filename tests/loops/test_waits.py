@@ -13,8 +13,9 @@ from implicit_diffusion.gradients import half
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.runs import RunDirectory, console
+from implicit_diffusion.runs import RunDirectory, console, state
 from implicit_diffusion.runs import fit as driver
+from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.chain import Chain
 from tests import tiny
 from tests.oracles import table
@@ -89,7 +90,10 @@ def test_a_scale_for_float16_waits_for_nothing():
 
 
 def test_a_run_waits_once_an_update_and_reads_its_metrics_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "_checkpoint", lambda *arguments: None)  # would read the weights
+    monkeypatch.setattr(driver, "checkpoint", lambda *arguments, **options: None)  # would read the weights
+    monkeypatch.setattr(driver, "unsound", lambda *arguments: None)  # likewise, before a checkpoint
+    on_cpu = lambda noise, *key, device: Draws(noise, *key)  # noqa: E731
+    monkeypatch.setattr(state, "Draws", on_cpu)  # the device has no generators
     monkeypatch.setattr(driver, "READ_EVERY", float("inf"))
     monkeypatch.setattr(console.Progress, "_is_due", lambda self: False)
     monkeypatch.setattr(console.Progress, "close", lambda self: None)

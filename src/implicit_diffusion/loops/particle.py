@@ -90,7 +90,7 @@ class ParticleLoop(Loop):
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
-                with trying(term.name, f"particles of shape {tuple(x.shape)}"):  # it may write into what it is given
+                with trying(term.name, "the initial particles"):  # it may write into what it is given
                     term.check_stationary(Particles(x.clone()), here.value)
         if (said := coarse(here.value, precision(potential, x))) and self.values_count:
             warnings.warn(said, stacklevel=3)

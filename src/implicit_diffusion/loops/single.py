@@ -86,7 +86,7 @@ class Single(ParticleLoop):
         values, alarm, norm = info.pop("values"), info.pop("alarm"), info.pop("norm")
         if self._plain:
             overflow = info.pop("overflow")
-            moved = self.update.account(alarm, overflow, lambda: self._diagnose(walkers, values), norm, count)
+            moved = self.update.account(alarm, lambda: self._diagnose(walkers, values), norm, count, overflow)
         else:
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers

@@ -223,9 +223,22 @@ class Update:
         return overflow
 
     def account(
-        self, alarm: Tensor, overflow: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int
+        self,
+        alarm: Tensor,
+        diagnose: Callable[[], str | None],
+        norm: Tensor,
+        count: int,
+        overflow: Tensor | float = 0.0,
     ) -> dict[str, Any]:
-        """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
+        """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`.
+
+        Args:
+            alarm: finite where all of them were made.
+            diagnose: as in `step`.
+            norm: of the last gradient.
+            count: of updates.
+            overflow: the sum of what `masked` returned.
+        """
         if not math.isfinite(alarm):
             raise self._stop(diagnose if math.isfinite(overflow) else lambda: self._lost([]))
         self._made(count)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_call
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
 from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.probing import check_own_gradient, check_separate, check_slope
@@ -31,12 +31,13 @@ class Reward(TerminalObjective):
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: no function of samples, or of samples and a condition.
+        InvalidInputError: no function, or no name.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str = "reward") -> None:
+        if isinstance(function, type) or not callable(function):
+            raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
-        check_call("reward", function, "samples", *["their condition"] * self.conditional)
 
     def of(self, particles: Particles) -> Any:
         """R at the particles: R(x), or R(x, condition) where it takes two arguments.

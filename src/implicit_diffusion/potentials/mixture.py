@@ -50,6 +50,8 @@ class GaussianMixture(nn.Module):
                 f"means must have shape (modes, d) and logits shape (modes,), got {tuple(means.shape)} and "
                 f"{tuple(logits.shape)}"
             )
+        if not logits.softmax(0).isfinite().all():  # −∞ is a component without weight
+            raise InvalidInputError("logits must have a softmax, but hold NaN, +∞ or −∞ alone")
         self.std = check_number("std", std, 0.0)
         self.means, self.logits = nn.Parameter(means.clone()), nn.Parameter(logits.clone())
 
