@@ -6,52 +6,65 @@
 After *Implicit Diffusion: Efficient Optimization through Stochastic Sampling* (Marion et al., arXiv 2402.05468).
 """
 
-from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
-from implicit_diffusion.denoisers.flow import memoryless_flow
-from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
-from implicit_diffusion.denoisers.kinds import default_kind, scheduler_for, table_for
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
-from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
-from implicit_diffusion.denoisers.pretrained import (
-    DiffusersDenoiser,
-    Pretrained,
-    load_pretrained,
-    save_pipeline,
-)
-from implicit_diffusion.denoisers.scheduler import read_table
-from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.denoisers.text import embed_prompts
-from implicit_diffusion.errors import (
-    DivergenceError,
-    ImplicitDiffusionError,
-    InvalidInputError,
-    MemoryLimitError,
-    NonAffineError,
-    NonFiniteError,
-)
-from implicit_diffusion.gradients import Adjoint, FullBackprop
-from implicit_diffusion.loops import Evaluation, Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
-from implicit_diffusion.loops.bound import Bound, bound
-from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
-from implicit_diffusion.loops.memory import predict_memory
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import (
-    MMD,
-    DriftPenalty,
-    ForwardKL,
-    Functional,
-    Objective,
-    PathKL,
-    ReverseKL,
-    Reward,
-    Sinkhorn,
-    gaussian_kernel,
-)
-from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials import GaussianMixture, Guided, Tilted, conv, mlp
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law, warm_up
-from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.samplers.followers import Followers, annealed
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
+    from implicit_diffusion.denoisers.flow import memoryless_flow
+    from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
+    from implicit_diffusion.denoisers.kinds import default_kind, scheduler_for, table_for
+    from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
+    from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
+    from implicit_diffusion.denoisers.pretrained import (
+        DiffusersDenoiser,
+        Pretrained,
+        load_pretrained,
+        save_pipeline,
+    )
+    from implicit_diffusion.denoisers.scheduler import read_table
+    from implicit_diffusion.denoisers.table import ChainTable
+    from implicit_diffusion.denoisers.text import embed_prompts
+    from implicit_diffusion.errors import (
+        DivergenceError,
+        ImplicitDiffusionError,
+        InvalidInputError,
+        MemoryLimitError,
+        NonAffineError,
+        NonFiniteError,
+    )
+    from implicit_diffusion.gradients import Adjoint, FullBackprop
+    from implicit_diffusion.loops import Evaluation, Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
+    from implicit_diffusion.loops.bound import Bound, bound
+    from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
+    from implicit_diffusion.loops.memory import predict_memory
+    from implicit_diffusion.noise import Noise
+    from implicit_diffusion.objectives import (
+        MMD,
+        DriftPenalty,
+        ForwardKL,
+        Functional,
+        Objective,
+        PathKL,
+        ReverseKL,
+        Reward,
+        Sinkhorn,
+        gaussian_kernel,
+    )
+    from implicit_diffusion.particles import Particles
+    from implicit_diffusion.potentials import GaussianMixture, Guided, Tilted, conv, mlp
+    from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law, warm_up
+    from implicit_diffusion.samplers.chain import Chain
+    from implicit_diffusion.samplers.followers import Followers, annealed
+else:
+
+    def __getattr__(name: str) -> object:
+        from implicit_diffusion.lazily import attribute
+
+        return attribute(__name__, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "HMC",

@@ -1,9 +1,18 @@
 """What can go wrong, by name. Every error of ours is an `ImplicitDiffusionError` and the built-in error it resembles.
 
-A message names the argument, says what was given and what would work.
+A message names the argument, says what was given and what would work. The checks below say it in one manner for all
+arguments of a kind; each returns its argument as what it is checked to be.
 """
 
-from typing import Any
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, SupportsFloat
 
 
 class ImplicitDiffusionError(Exception):
@@ -30,8 +39,187 @@ class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""
 
 
+class StorageError(ImplicitDiffusionError, OSError):
+    """A file that cannot be written, or a folder that cannot be locked; what was there before is intact."""
+
+
+class RewardError(ImplicitDiffusionError, RuntimeError):
+    """A reward of the user's own that raised, or asked to exit, in the middle of a run."""
+
+
+LARGEST = 2**31 - 1  # of counts and sizes
+
+
+def shown(value: object) -> str:
+    """What was given, in few words: numbers and short strings as they are, tensors by their form, others by type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape):
+        return f"{value.dtype} with shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and len(value) <= 6:
+        return f"{type(value).__name__} of {', '.join(map(shown, value)) or 'nothing'}"
+    if value is None or isinstance(value, (bool, int, float, complex, str)) or hasattr(value, "dtype"):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:60]}…"
+    return type(value).__name__
+
+
 def check_type(name: str, value: object, kind: Any, advice: str) -> None:
     """Raise `InvalidInputError` where an argument is of another kind, with what would make it one."""
     if not isinstance(value, kind):
         given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise InvalidInputError(f"{name} must be of type {kind.__name__}, got {given}; {advice}")
+
+
+def check_integer(name: str, value: Any, least: int = 1, most: int = LARGEST, *, note: str = "") -> int:
+    """The integer, as Python's own.
+
+    Args:
+        name: of the argument.
+        value: an integer of any library; True and False are none.
+        least: bound below.
+        most: bound above.
+        note: what else would work, for the end of the message.
+
+    Raises:
+        InvalidInputError: no integer, or one out of bounds.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # tensors have errors of their own, by kind
+        number = None
+    if number is None or not least <= number <= most:
+        open_ended = most == LARGEST and (number is None or number < least)
+        must = f"be an integer ≥ {least}" if open_ended else f"lie in {least}..{most}"
+        raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
+    return number
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
+    *,
+    closed: bool = False,
+    note: str = "",
+) -> float:
+    """The finite real number between two bounds, as a float.
+
+    Args:
+        name: of the argument.
+        value: a number of any library, or a tensor of one; True and False are none.
+        low: bound below, excluded.
+        high: bound above, excluded.
+        closed: whether the bounds themselves are allowed.
+        note: what else would work, for the end of the message.
+
+    Raises:
+        InvalidInputError: no number, NaN or infinite, or one out of bounds.
+    """
+    try:
+        number = (
+            math.nan if isinstance(value, (bool, str, bytes)) or not isinstance(value, SupportsFloat) else float(value)
+        )
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    inside = low <= number <= high if closed else low < number < high
+    if not (inside and math.isfinite(number)):
+        if (low, high) == (0, math.inf):
+            must = "be ≥ 0 and finite" if closed else "be positive and finite"
+        elif math.isfinite(low) or math.isfinite(high):
+            must = f"lie in {'[' if closed else '('}{low:g}, {high:g}{']' if closed else ')'}"
+        else:
+            must = "be finite"
+        raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
+    return number
+
+
+def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, integers: bool = False) -> Any:
+    """The tensor, which is dense, holds numbers and has the dimensions of `shape`.
+
+    Args:
+        name: of the argument.
+        value: a tensor.
+        shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one, and "n ..."
+            at least one. None of them may be empty.
+        finite: whether NaN and infinity are refused as well.
+        integers: whether it holds integers instead of floating-point numbers.
+
+    Raises:
+        InvalidInputError: something else.
+    """
+    from torch import Tensor, strided
+
+    dims, kind = shape.split(), "integers" if integers else "floating-point numbers"
+    check_type(name, value, Tensor, f"take torch.as_tensor({name.split()[-1]})")
+    right = not (value.is_floating_point() or value.is_complex()) if integers else value.is_floating_point()
+    many, least = any(dim[0] in "*." for dim in dims), len(dims) - ("..." in dims)
+    fits = value.ndim >= least if many else value.ndim == least
+    if not right or not fits or (value.numel() == 0 and dims) or value.layout != strided or value.is_meta:
+        where = " on the meta device" * value.is_meta + f" in the layout {value.layout}" * (value.layout != strided)
+        raise InvalidInputError(
+            f"{name} must be a tensor of {kind} with shape ({', '.join(dims)}), none of them 0, got "
+            f"{value.dtype} with shape {tuple(value.shape)}{where}"
+        )
+    if finite and not value.isfinite().all():
+        raise InvalidInputError(f"{name} must be finite floating-point numbers, but hold NaN or infinity")
+    return value
+
+
+def check_call(name: str, function: Any, *arguments: str, more: bool = False) -> None:
+    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments, or with these and
+    `more` by name.
+    """
+    form = f"{name} must be a function that is called with {' and '.join(arguments)}"
+    if isinstance(function, type) or not callable(function):
+        raise InvalidInputError(f"{form}, got {shown(function)}")
+    try:
+        signature = inspect.signature(getattr(function, "forward", function))
+        (signature.bind_partial if more else signature.bind)(*arguments)
+    except TypeError as error:
+        raise InvalidInputError(f"{form}, got one that is not: {error}") from error
+    except ValueError:  # functions written in C need not tell
+        pass
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `InvalidInputError` where a word is none of those that are known."""
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidInputError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+
+
+@contextmanager
+def trying(name: str, on: str) -> Iterator[None]:
+    """Turn whatever a function or module of the user's own raises when it is tried into one line that names it.
+
+    Args:
+        name: of the argument.
+        on: what it is tried on.
+
+    Raises:
+        InvalidInputError: for every error but our own, and but a lack of memory.
+    """
+    try:
+        yield
+    except (ImplicitDiffusionError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise
+        lines, frames = str(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
+        own = [f for f in frames if not {"torch", "implicit_diffusion"} & set(f.filename.split("/"))]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}{where}") from error
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Raise `MemoryLimitError` where the device, or a 64-bit integer, cannot hold what the block allocates."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError) or any(word in str(error) for word in ("memory", "calculation overflow"))
+        if isinstance(error, ImplicitDiffusionError) or not short:
+            raise
+        raise MemoryLimitError(f"{what} do not fit into memory; take fewer, or smaller ones") from error

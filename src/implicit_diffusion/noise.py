@@ -8,6 +8,7 @@ integers need not be independent, and a torch CPU generator keeps only the low 3
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer, memory_for, shown
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Noise:
     prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        given = (self.seed, *self.prefix)
+        given = (self.seed, *self.prefix) if isinstance(self.prefix, Sequence) else (self.seed, self.prefix)
         try:
             seed, *prefix = map(operator.index, given)  # NumPy's integers become Python's, which a state can hold
-        except TypeError as error:
-            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {given}") from error
-        if min((seed, *prefix)) < 0:
-            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {given}")
+        except (TypeError, ValueError, RuntimeError) as error:  # tensors have errors of their own
+            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {_in_short(given)}") from error
+        if min((seed, *prefix)) < 0 or not isinstance(self.prefix, Sequence):
+            raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {_in_short(given)}")
         object.__setattr__(self, "seed", seed)
         object.__setattr__(self, "prefix", tuple(prefix))
 
@@ -49,9 +50,17 @@ class Noise:
         return Noise(self.seed, self.prefix + key)
 
     def generator(self, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """A fresh generator on `device`, seeded by the hashed key."""
-        words = np.random.SeedSequence(self.seed, spawn_key=self.prefix + key).generate_state(1, np.uint64)
-        return torch.Generator(device).manual_seed(int(words[0]))
+        """A fresh generator on `device`, seeded by the hashed key.
+
+        Raises:
+            InvalidInputError: a key that is negative or no integer; a device that is not there or draws no numbers.
+        """
+        stream = self.stream(*key)
+        words = np.random.SeedSequence(stream.seed, spawn_key=stream.prefix).generate_state(1, np.uint64)
+        try:
+            return torch.Generator(device).manual_seed(int(words[0]))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(f"device {shown(device)} draws no random numbers; take cpu or cuda") from error
 
     def normal(
         self,
@@ -60,6 +69,21 @@ class Noise:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "*shape"]:
-        """Independent N(0, 1) numbers of the given shape: the same key gives the same numbers on the same machine."""
+        """Independent N(0, 1) numbers of the given shape: the same key gives the same numbers on the same machine.
+
+        Raises:
+            InvalidInputError: as `generator`; sizes that are negative or no integers; another dtype than a float's.
+            MemoryLimitError: more numbers than the device can hold.
+        """
+        if not isinstance(shape, Sequence) or isinstance(shape, str):
+            raise InvalidInputError(f"shape must hold sizes, e.g. (2, 3), got {shown(shape)}")
+        sizes = [check_integer("a size in shape", size, 0) for size in shape]
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InvalidInputError(f"dtype must be one of torch's floating-point types, got {shown(dtype)}")
         generator = self.generator(*key, device=device)
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        with memory_for(f"{' × '.join(map(str, sizes))} random numbers"):
+            return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
+
+
+def _in_short(given: tuple[object, ...]) -> str:
+    return f"({', '.join(map(shown, given))}{',' * (len(given) == 1)})"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, check_type, shown
+from implicit_diffusion.rounding import at_least_single
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class Particles:
         log_z_growth: by how much log Z has grown since their loop began, which weights tell though log Z is unknown.
         condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None where
             there was nothing.
+
+    Raises:
+        InvalidInputError: no tensor, or no particle; log-weights of another shape than (n,).
     """
 
     x: Float[Tensor, "n *event"]
@@ -28,6 +35,18 @@ class Particles:
     log_z: Float[Tensor, ""] | None = None
     log_z_growth: Float[Tensor, ""] | None = None
     condition: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_type("x", self.x, Tensor, "particles are a tensor of shape (n, *event)")
+        if self.x.ndim < 1 or len(self.x) == 0:
+            raise InvalidInputError(f"x must have shape (n, *event) with n ≥ 1, got {tuple(self.x.shape)}")
+        if self.log_weights is not None:
+            check_type("log_weights", self.log_weights, Tensor, "they are a tensor of shape (n,), or None")
+            if self.log_weights.shape != self.x.shape[:1] or not self.log_weights.is_floating_point():
+                raise InvalidInputError(
+                    f"log_weights must be floating-point numbers of shape ({len(self.x)},), one for each of the "
+                    f"particles, got {shown(self.log_weights)}"
+                )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -47,3 +66,24 @@ class Particles:
     def mean(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
         """E_p[values] = Σ_i w_i values_i."""
         return values.mean() if self.log_weights is None else self.weights @ values
+
+
+def states(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
+    """Particles as samplers keep them: detached, in single precision at least, which float16 and bfloat16 fit into.
+
+    Raises:
+        InvalidInputError: no tensor; fewer than `least` particles, or events without a dimension; no floating-point
+            numbers; NaN or infinity.
+    """
+    check_type("particles", x, Tensor, "take torch.as_tensor(particles), or a number of them")
+    if x.ndim < 2 or len(x) < least or not x.numel():
+        raise InvalidInputError(
+            f"particles must have shape (n, *event) with n ≥ {least} and an event of at least one dimension, got "
+            f"{tuple(x.shape)}"
+        )
+    if not x.is_floating_point() or x.layout is not torch.strided or x.is_meta:
+        given = f"{x.dtype} in the layout {x.layout} on {x.device}"
+        raise InvalidInputError(f"particles must be finite floating-point numbers, dense, got {given}")
+    if not x.isfinite().all():
+        raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
+    return x.detach().to(at_least_single(x.dtype))

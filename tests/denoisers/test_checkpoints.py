@@ -251,6 +251,33 @@ def test_a_latent_pipeline_is_fetched_with_all_its_parts_and_nothing_else(tmp_pa
         find_checkpoint(found.folder)
 
 
+def test_a_model_that_is_a_variant_alone_is_fetched_as_such(tmp_path, downloads):
+    remote = write(tmp_path / "remote", weights="diffusion_pytorch_model.fp16.safetensors")
+    for name in ("diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.bin"):
+        (remote / "unet" / name).write_bytes(b"")
+    (remote / "chain.json").write_text("{}")  # of a fine-tuned model
+    found = find_checkpoint("some/model")
+    weights = "unet/diffusion_pytorch_model"
+    assert found.files[f"{weights}.safetensors"].name == "diffusion_pytorch_model.fp16.safetensors"
+    own = {"model_index.json", "chain.json", "unet/config.json", "scheduler/scheduler_config.json"}
+    assert set(downloads) == {*own, f"{weights}.fp16.safetensors"}
+
+
+def test_shards_are_fetched_with_their_index_and_without_those_of_variants(tmp_path, downloads):
+    remote = write(tmp_path / "remote", weights="diffusion_pytorch_model-00001-of-00002.safetensors")
+    stem = "diffusion_pytorch_model"
+    for name in (f"{stem}-00002-of-00002", f"{stem}.fp16-00001-of-00001", f"{stem}-00001-of-00001.fp16"):
+        (remote / "unet" / f"{name}.safetensors").write_bytes(b"")
+    shards = {f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    index = {"metadata": {}, "weight_map": {shard[-22:]: shard for shard in shards}}
+    (remote / "unet" / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    find_checkpoint("some/model")
+    assert {name.removeprefix("unet/") for name in downloads if stem in name} == {
+        *shards,
+        f"{stem}.safetensors.index.json",
+    }
+
+
 def test_other_pipelines_and_pickles_are_refused_before_their_weights_are_fetched(tmp_path, downloads):
     write(tmp_path / "remote", index={**INDEX, "vae": ["diffusers", "AutoencoderKL"]})
     with pytest.raises(InvalidInputError, match="vae: AutoencoderKL"):

@@ -1,6 +1,7 @@
 """Text- and class-conditional pipelines of latents: our chain is their sampler, and they load again when saved."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,6 +148,45 @@ def test_images_are_those_of_the_pipeline(folders, kind):
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.autograd.grad((images * weight).sum(), z)[0], slope, rtol=1e-3, atol=1e-4)
     assert not any(p.requires_grad for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "dit"])
+def test_latents_reach_the_decoder_as_the_pipeline_hands_them_over(folders, kind, tmp_path):
+    """What each pipeline of diffusers makes of shift, scale, means and deviations that its autoencoder names."""
+    folder = shutil.copytree(folders[kind], tmp_path / "model")
+    path = folder / "vae" / "config.json"
+    named = {"scaling_factor": 0.5, "shift_factor": 0.7, "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    pretrained = load_pretrained(folder)
+    pipeline, decoder, last, decoded = pretrained.pipeline, pretrained.decoder, [], []
+    step, decode = pipeline.scheduler.step, decoder.vae.decode
+
+    def stepping(*arguments, **options):
+        found = step(*arguments, **options)
+        last.append(found[0] if isinstance(found, tuple) else found.prev_sample)
+        return found
+
+    def decoding(z, *arguments, **options):
+        decoded.append(z)
+        return decode(z, *arguments, **options)
+
+    pipeline.scheduler.step, pipeline.vae.decode, decoder.vae.decode = stepping, decoding, decoding
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline([1] if kind == "dit" else PROMPTS[:1], num_inference_steps=2, guidance_scale=1.0, output_type="np")
+    with torch.no_grad():
+        decoder(last[-1])
+    theirs, ours = decoded
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert (theirs - last[-1] / 0.5).abs().max() > 0.6 if kind == "sd3" else torch.allclose(theirs, last[-1] / 0.5)
+
+
+@pytest.mark.parametrize("factors", [{"scaling_factor": -1}, {"shift_factor": None}, {"shift_factor": float("nan")}])
+def test_factors_that_cannot_be_are_refused(folders, factors, tmp_path):
+    folder = shutil.copytree(folders["sd3"], tmp_path / "model")
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | factors))
+    with pytest.raises(InvalidInputError, match=f"the autoencoder's {next(iter(factors))} is "):
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "dit"])

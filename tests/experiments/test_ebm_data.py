@@ -1,13 +1,14 @@
 """Data of energy-based models: shapes, standardisation, a share held out, and everything bad refused by name."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from implicit_diffusion import cli
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import ebm
 from implicit_diffusion.experiments.ebm_data import COPIES, dequantised, load, read_array, split
 from implicit_diffusion.experiments.planar import LAWS
@@ -35,7 +36,7 @@ def test_an_array_is_split_without_loss(tmp_path):
     data = load(str(tmp_path / "x.npy"), Noise(1))
     assert data.train.shape == (40, 3) and data.held_out.shape == (10, 3) and data.law is None
     both = torch.cat([data.train, data.held_out])
-    assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, array.astype(np.float32).tolist()))
+    assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, array.tolist()))
     again, other = (load(str(tmp_path / "x.npy"), Noise(seed)) for seed in (1, 2))
     assert torch.equal(data.train, again.train) and not torch.equal(data.train, other.train)
     z, _ = data.standardised()
@@ -47,6 +48,53 @@ def test_arrays_of_any_numbers(dtype, tmp_path):
     array = (normal(20, 2) > 0).astype(dtype)
     np.save(tmp_path / "x.npy", array)
     assert torch.equal(read_array(str(tmp_path / "x.npy")), torch.from_numpy(array.astype("float32")))
+
+
+FAR = {"metres": (5.4e6, 1.0), "days": (2.46e6, 2.0), "seconds": (1.76e9, 600.0), "nanoseconds": (1.76e18, 6e11)}
+
+
+@pytest.mark.parametrize("what", FAR)
+def test_far_from_zero_data_are_standardised_before_they_are_rounded(what, tmp_path):
+    """Standardised numbers do not depend on units: x and offset + deviation·x have the same, to rounding in double."""
+    offset, deviation = FAR[what]
+    x = np.random.default_rng(1).normal(size=(200, 2))
+    far = offset + deviation * x
+    np.save(tmp_path / "near.npy", (far - offset) / deviation)
+    np.save(tmp_path / "far.npy", far)
+    near, far = (load(str(tmp_path / name), Noise(0)) for name in ("near.npy", "far.npy"))
+    for one, other in zip(near.standardised(), far.standardised()):
+        assert one.dtype == other.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert far.shift.dtype == far.scale.dtype == torch.float64
+
+
+def test_moments_of_single_precision_are_summed_in_double(tmp_path):
+    array = (1e5 + normal(4000, 1)).astype(np.float32)
+    np.save(tmp_path / "x.npy", array)
+    data = load(str(tmp_path / "x.npy"), Noise(0))
+    z = data.standardised()[0].double()
+    assert z.mean().abs() < 0.004  # half the spacing of single precision at 1e5
+    exact = data.train.double().std()
+    assert data.train.dtype == torch.float32 and abs(data.scale.item() / exact.item() - 1) < 1e-7
+
+
+def test_integers_that_double_precision_holds(tmp_path):
+    array = 2**53 - np.arange(40).reshape(20, 2) * 3
+    np.save(tmp_path / "x.npy", array)
+    assert read_array(str(tmp_path / "x.npy")).long().tolist() == array.tolist()
+    np.save(tmp_path / "x.npy", array + 2**54 + 1)
+    with pytest.raises(InvalidInputError, match=r"integers beyond 2\^53.*subtract an offset"):
+        read_array(str(tmp_path / "x.npy"))
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_version_and_order_of_the_format(version, order, tmp_path):
+    array = np.asarray(normal(12, 3), order=order)
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.lib.format.write_array(file, array, version=version)
+    x = read_array(str(tmp_path / "x.npy"))
+    assert np.array_equal(x.numpy(), array) and x.is_contiguous()
 
 
 def test_pixels_that_never_change_are_kept(tmp_path):
@@ -82,6 +130,21 @@ def archive(path):
     path.write_bytes(buffer.getvalue())
 
 
+def header(shape, descr="<f8", body=b""):
+    def write(path):
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+            file.write(body)
+
+    return write
+
+
+def twice(path):
+    with path.open("wb") as file:
+        np.save(file, normal(20, 2))
+        np.save(file, normal(20, 2))
+
+
 def with_nan(value, count=2):
     array = normal(20, 2)
     array[:count, 1] = value
@@ -96,7 +159,15 @@ def constant():
 
 BAD = {
     "no file": (lambda path: None, r"no such file; give one of moons, .* digits, or FILE\.npy"),
-    "NaN": (save(with_nan(np.nan)), "2 of 20 rows hold NaN or infinity; remove or impute them"),
+    "NaN": (save(with_nan(np.nan)), r"2 of 20 rows hold NaN or infinity; remove or impute them \(rows 0, 1\)"),
+    "a header of ten to the twelve rows": (header((10**12, 2)), "no plain .npy array: its header says 16000000000000"),
+    "a header beyond all integers": (header((10**30, 10**30)), "no plain .npy array: its header says"),
+    "a header of fewer rows than none": (header((-20, -2), body=bytes(320)), "no plain .npy array: its header says"),
+    "two arrays in one file": (twice, "its header says 320 bytes of shape .*, and 768 follow"),
+    "fields": (save(np.zeros(20, dtype=[("a", "f4"), ("b", "f4")])), "must hold one array of numbers, got .*'a'"),
+    "long doubles": (save(normal(20, 2).astype(np.longdouble)), "must hold one array of numbers, got float128"),
+    "a pipe": (os.mkfifo, "no such file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "no such file"),
     "infinity": (save(with_nan(np.inf, 5)), "5 of 20 rows hold NaN or infinity"),
     "beyond single precision": (save(with_nan(1e300)), "2 of 20 rows hold NaN or infinity"),
     "one row": (save(normal(1, 2)), "at least 10 rows, of which a fifth is held out, got 1"),
@@ -134,6 +205,20 @@ def test_bad_files_are_refused_before_any_work(what, tmp_path, monkeypatch):
     with pytest.raises(InvalidInputError, match=f"--data.*{message}"):
         ebm.run(ebm.Config(data=str(path), out=out))
     assert not out.exists()
+
+
+def test_arrays_that_do_not_fit_into_memory(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", normal(20, 2))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 40 * 35}))
+    monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(MemoryLimitError, match=r"40 numbers need .*take fewer rows"):
+        read_array(str(tmp_path / "x.npy"))
+
+
+def test_names_of_any_length():
+    for name in ("", "x" * 5000, "a\0b"):
+        with pytest.raises(InvalidInputError, match="no such file"):
+            read_array(name)
 
 
 def test_a_folder_is_no_file(tmp_path):

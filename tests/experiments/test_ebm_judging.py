@@ -1,7 +1,9 @@
 """What is said of a trained energy-based model: whether log Z may be believed, what to change, and its picture."""
 
 import dataclasses
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +106,24 @@ def test_the_picture_of_ones_own_plane_is_where_the_data_are(shift, scale, tmp_p
     (left, right), (bottom, top) = density.get_xlim(), density.get_ylim()
     assert pixels.sum() * (right - left) * (top - bottom) / pixels.size == pytest.approx(1, abs=5e-3)
     assert density.get_aspect() == ("auto" if scale[0] > 3 * scale[1] else 1)
+
+
+def test_the_error_of_the_held_out_likelihood_covers(monkeypatch, as_users_run):
+    """Over 200 replicates of 50 data and of log Z, whose own error is as large: each alone would be 0.7 of it."""
+    error, found = 0.14, []
+    draws = torch.Generator().manual_seed(0)
+    model = gaussian(shift=torch.zeros(2), scale=torch.ones(2))
+    loop = SimpleNamespace(cost=dict, weighted=False)
+    trained = Trained(Settings(*6 * (None,), seed=0), SimpleNamespace(seconds=0.0, updates=0), loop, model, [])
+    for _ in range(200):
+        data = Data(x := torch.randn(50, 2, generator=draws), x, torch.zeros(2), torch.ones(2))
+        log_z = model.log_z + error * torch.randn((), generator=draws).item()
+        monkeypatch.setattr(ebm_judging, "log_z_by_annealing", lambda *arguments, log_z=log_z: (log_z, error))
+        summary = ebm_judging.judge(trained, data, 2)
+        found.append((summary["nll_held_out"], summary["nll_held_out_se"]))
+    values, errors = torch.tensor(found, dtype=torch.float64).unbind(1)
+    assert 0.8 < errors.mean() / values.std() < 1.2  # the spread is known to 5 %
+    assert abs(values.mean() - (math.log(2 * math.pi) + 1)) < 4 * values.std() / 200**0.5
 
 
 def test_the_table_of_defaults_is_the_documented_one():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.experiments.energy_models import SCALE, SHIFT, bent, gaussian
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.cli import main
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments import score
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves, load_energy_model
 from implicit_diffusion.experiments.planar import Quadrature
@@ -122,6 +124,12 @@ def without(folder, name):
     save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors")
 
 
+def spoil(folder, name, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
 def squeeze(folder, name, shape):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: torch.zeros(shape)}, folder / "model.safetensors")
@@ -138,12 +146,25 @@ DAMAGE = {
     "a list": lambda f: (f / "model.json").write_text("[1]"),
     "another format": lambda f: change(f, format="diffusers"),
     "another width": lambda f: change(f, architecture={"kind": "mlp", "event_shape": [2], "width": 9, "depth": 2}),
+    "a width beyond all memory": lambda f: change(
+        f, architecture={"kind": "mlp", "event_shape": [2], "width": 10**9, "depth": 2}
+    ),
+    "a depth beyond all time": lambda f: change(
+        f, architecture={"kind": "mlp", "event_shape": [2], "width": 8, "depth": 10**9}
+    ),
+    "JSON without an end to its depth": lambda f: (f / "model.json").write_text('{"a":' * 10**5 + "1" + "}" * 10**5),
     "an unknown sampler": lambda f: change(f, moves={"sampler": "gibbs", "step_size": 0.1}),
     "an unknown architecture": lambda f: change(
         f, architecture={"kind": "x", "event_shape": [2], "width": 8, "depth": 2}
     ),
     "a negative step": lambda f: change(f, moves={"sampler": "hmc", "step_size": -0.1, "leapfrogs": 3}),
     "log Z that is NaN": lambda f: change(f, log_z=math.nan),
+    "an error of log Z that is NaN": lambda f: change(f, log_z_se=math.nan),
+    "a weight that is NaN": lambda f: spoil(f, "potential.network.0.weight", math.nan),
+    "a particle at infinity": lambda f: spoil(f, "particles", math.inf),
+    "a shift that is NaN": lambda f: spoil(f, "shift", math.nan),
+    "a scale of nothing": lambda f: spoil(f, "scale", 0.0),
+    "a negative scale": lambda f: spoil(f, "scale", -1.0),
     "log Z that is a word": lambda f: change(f, log_z="large"),
     "no shift": lambda f: without(f, "shift"),
     "no particles": lambda f: without(f, "particles"),
@@ -199,6 +220,37 @@ def test_score_agrees_with_the_density_and_with_quadrature(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("far", [1e30, -1e38])
+def test_score_names_data_without_a_finite_likelihood(far, tmp_path, capsys):
+    """Their energy overflows; a mean over them would be infinite or NaN."""
+    gaussian().save(tmp_path / "model")
+    np.save(tmp_path / "x.npy", np.array([[0.0, 0.0], [0.1, far], [0.2, far]]))
+    call = ["score", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "x.npy")]
+    assert main([*call, "--out", str(tmp_path / "scores.npy")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert re.search(r"2 of 3 data have no finite log-likelihood, the first in row 1: it lies .* deviations", said.err)
+    assert not (tmp_path / "scores.npy").exists()
+
+
+def test_a_model_far_from_zero_scores_and_draws_in_the_precision_of_its_data(tmp_path):
+    """Log N(x; shift, diag(scale²)) at 1.76e9 ± 1, where single precision has a spacing of 128."""
+    shift, scale = torch.tensor([1.76e9, -5.4e6]).double(), torch.tensor([1.0, 0.5]).double()
+    gaussian(shift=shift, scale=scale).save(tmp_path / "model")
+    model = load_energy_model(tmp_path / "model")
+    x = model.sample(200, Noise(0), steps=5)
+    expected = torch.distributions.Normal(shift, scale).log_prob(x).sum(1)
+    np.save(tmp_path / "x.npy", x.numpy())
+    score.run(score.Config(tmp_path / "model", str(tmp_path / "x.npy"), tmp_path / "scores.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected.numpy(), rtol=0, atol=1e-5)
+    assert (x - shift).abs().max() < 10 and len(x[:, 0].unique()) > 150
+
+
+def test_a_sampler_that_runs_away_is_no_draw():
+    with pytest.raises(NonFiniteError, match="ula sampler ran away within 200 steps"):
+        gaussian(moves=Moves("ula", 30.0)).sample(8, Noise(0))
+
+
 def test_one_datum_has_no_standard_error(tmp_path):
     gaussian().save(tmp_path)
     np.save(tmp_path / "x.npy", np.zeros((1, 2), dtype=np.float32))
@@ -222,3 +274,18 @@ def test_what_score_refuses(tmp_path):
     with pytest.raises(InvalidInputError, match=r"--data moons: no such file"):
         score.run(score.Config(tmp_path / "model", "moons"))
     assert not (tmp_path / "scores.npy").exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed_and_weights_without_checksums_load(tmp_path):
+    bent().save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (-1, -17, -100):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1
+        weights.write_bytes(spoilt)
+        with pytest.raises(InvalidInputError, match=r"is damaged.* checksum differs"):
+            load_energy_model(tmp_path)
+    weights.write_bytes(whole)
+    save_file(load_file(weights), weights)  # as an earlier release wrote them
+    assert load_energy_model(tmp_path).log_z == bent().log_z

@@ -141,6 +141,24 @@ def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
     assert "--kl-weight 2.5" in report and f"{end:.4g} × KL" in (out / "model" / "README.md").read_text()
 
 
+def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
+    """The bound is where pretrained samples see it, and the rate that is advised makes J fall."""
+    out = tmp_path / "run"
+    assert main(["finetune", *TINY, "--lr", "0.1", "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["j_after"] > summary["j_before"] + 10 and summary["captured"] is None
+    assert summary["j_bound_from"] == "pretrained" and summary["j_bound"] < summary["j_before"]
+    assert next(iter(summary)) == "worse" and summary["worse"] in (out / "model" / "README.md").read_text()
+    printed, said = capsys.readouterr()
+    assert said.count("of the pretrained model: this training makes it worse") == 1  # at once, and not at every look
+    assert printed.index("Fine-tuning made the model worse: J ") < printed.index("\nreward    ")
+    assert f'<p class="lead"><b>{summary["worse"]}</b>' in (out / "report.html").read_text()
+    rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["worse"]).group(1)
+    assert main(["finetune", *TINY, "--lr", rate, "--out", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert again["worse"] is None and again["j_after"] < again["j_before"] and again["captured"] > 0
+
+
 def test_a_plan_is_kept_and_the_run_may_go_into_its_folder(tmp_path, capsys):
     out = tmp_path / "run"
     plan = ["--plan", "--num-steps", "4", "--starts", "8", "--kl-weight", "100", "--out", str(out)]
@@ -268,7 +286,7 @@ def test_resume_says_why_there_is_nothing_to_resume(finished, tmp_path, capsys):
         finished: "it is finished",
         tmp_path / "nowhere": "there is no run",
         tmp_path / "plan": "it holds a plan",
-        tmp_path / "early": "no checkpoint/",
+        tmp_path / "early": "belongs to no experiment",
         tmp_path / "sweep": "is a sweep",
     }.items():
         assert main(["resume", str(path)]) == 2

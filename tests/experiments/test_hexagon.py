@@ -8,7 +8,7 @@ import torch
 
 from implicit_diffusion import ULA, InvalidInputError, Noise, Reward, Single
 from implicit_diffusion.experiments import hexagon, recovery
-from implicit_diffusion.experiments.hexagon_arms import ARMS, best_rate
+from implicit_diffusion.experiments.hexagon_arms import ARMS, NARROWEST, best_rate
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, hard_reward, mixture, smooth_reward
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import fit
@@ -81,6 +81,25 @@ def test_a_gradient_of_exactly_zero_costs_no_run(tmp_path):
     assert all(map(math.isfinite, saturated.values())) and "mean_energy" in saturated
 
 
+def test_the_narrowest_modes_are_resolved():
+    """KL of equal weights to θ_0, of modes that do not overlap: Σ p log p/q over the weights alone."""
+    p, q = torch.zeros(6).double().softmax(0), torch.tensor(LOGITS).double().softmax(0)
+    exact = Exact(NARROWEST)
+    assert exact.coarse.kl_of_weights(torch.zeros(6), torch.tensor(LOGITS)) == pytest.approx(
+        (p @ (p / q).log()).item(), rel=1e-6
+    )
+
+
+def test_modes_that_no_point_of_the_picture_meets_are_drawn(tmp_path):
+    """At σ = 1e-3 the density underflows between the points of the grid, and has no levels of its own."""
+    from implicit_diffusion.experiments.hexagon_arms import Trace
+    from implicit_diffusion.experiments.hexagon_figures import _particles
+
+    cloud = mixture(sigma=1e-3).sample(4, Noise(0)), torch.tensor(LOGITS)
+    _particles(1e-3, [Trace("untrained", 0, mixture(), clouds=[cloud] * 3)], RunDirectory(tmp_path))
+    assert (tmp_path / "figures" / "particles.png").stat().st_size > 1000
+
+
 def test_of_rates_that_tie_the_smallest_is_taken():
     """Two modes by chance: the larger rate is ahead by luck of one seed in four; one that is better on all is taken."""
     assert best_rate({0.1: [0.1, 0.1, 0.1, 0.1], 1.0: [0.3, 0.3, 0.2, 0.3], 10.0: [0.3] * 4}) == 1.0
@@ -95,6 +114,7 @@ def test_of_rates_that_tie_the_smallest_is_taken():
         ({"particles": 1}, "--particles"),
         ({"seeds": 0}, "--seeds"),
         ({"sigma": 0.0}, "--sigma"),
+        ({"sigma": 1e-3}, "--sigma must be at least 0.05"),
         ({"step_size": -0.1}, "--step-size"),
         ({"lr": float("nan")}, "--lr"),
         ({"forward_kl": -1.0}, "--forward-kl"),

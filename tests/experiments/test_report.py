@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tests.experiments.toy_outcome import BETA, colour_outcome, digits_outcome, evaluation, quality
+from tests.experiments.toy_outcome import BETA, MEAN, STD, colour_outcome, digits_outcome, evaluation, quality
+from tests.oracles import affine_chain
 
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.figures import draw
 from implicit_diffusion.experiments.figures_frontier import frontier, tangent_curve
 from implicit_diffusion.experiments.figures_samples import samples
 from implicit_diffusion.experiments.figures_training import _fresh, cost, smooth, staleness, training
-from implicit_diffusion.experiments.judging import judge
+from implicit_diffusion.experiments.judging import judge, model_card, print_headline, smaller_rate
 from implicit_diffusion.experiments.report import command, write_report
 from implicit_diffusion.experiments.written import number, percent
-from implicit_diffusion.loops.bound import Bound
+from implicit_diffusion.loops.bound import Bound, bound
 from implicit_diffusion.runs import RunDirectory
 
 ALL = ["samples", "frontier", "training", "hacking", "cost", "staleness"]
@@ -163,15 +164,81 @@ def test_warnings(good, tmp_path, summary, title):
     assert title in text and "No warnings" not in text
 
 
-def test_a_share_of_nothing_is_not_told():
-    """Where the possible gain may be none, within its error, there is no captured share, and the reason is given."""
+@pytest.mark.parametrize(
+    ("sign", "told", "reason"),
+    [(1, "pretrained", "The captured share has a standard error of "), (-1, "trained", "may be nothing")],
+)
+def test_a_share_of_nothing_is_not_told(sign, told, reason):
+    """Where the possible gain, or the share of it, may be none within its error, none is given, but the reason is."""
     noise = torch.Generator().manual_seed(0)
     shift = 50 * torch.randn(16, 1, generator=noise)
     before = evaluation(starts=16, repeats=8)
-    after = replace(before, reward=before.reward + shift)
+    after = replace(before, reward=before.reward + sign * shift)
     found = judge(before, after, after, BETA).summary
-    assert found["captured"] is None and "may be nothing" in found["captured_unknown"]
+    assert found["j_bound_from"] == told and found["j_bound"] < found["j_before"]
+    assert found["captured"] is None and reason in found["captured_unknown"] and found["worse"] is None
     assert judge(before, before, before, BETA).summary["captured"] == 0.0
+
+
+def ruined(shift=8.0):
+    """A chain that was shifted far beyond the optimum, by 8 in place of 1: J rises from −36 to 3.3 · 32 − 62.4 = 43."""
+    before, after = evaluation(repeats=8), evaluation(shift, repeats=8)
+    return before, after, judge(before, after, after, BETA, lr=0.03)
+
+
+def test_a_ruined_chain_does_not_tell_the_bound():
+    """J* is −m − σ²/2β = −37.65 whatever became of the chain; the pretrained samples know it."""
+    _, after, found = ruined()
+    assert found.summary["j_bound_from"] == "pretrained" and found.bound.trusted
+    exact = -MEAN - STD**2 / (2 * BETA)
+    assert abs(found.summary["j_bound"] - exact) < 4 * found.summary["j_bound_se"] < 1
+    assert bound(after, BETA).j > exact + 10
+    good = judge(evaluation(repeats=8), evaluation(0.93, repeats=8), evaluation(0.93, repeats=8), BETA).summary
+    assert good["j_bound_from"] == "trained" and good["worse"] is None and good["captured"] > 0.98
+
+
+def test_a_run_that_made_things_worse_says_so_first(good, tmp_path, capsys):
+    """In the summary, on the terminal, in the report and in the model card, with a rate to try."""
+    _, _, found = ruined()
+    summary = good.summary | found.summary
+    assert next(iter(found.summary)) == "worse"
+    worse = summary["worse"]
+    assert re.match(r"Fine-tuning made the model worse: J .* rose by \S+ ±\N{NO-BREAK SPACE}\S+, from −35\.", worse)
+    assert worse.endswith("Try --lr 0.0003, 100 times smaller.")  # (43 + 37.65)/1.65 = 49
+    assert summary["captured"] is None and "J rose" in summary["captured_unknown"]
+    outcome = replace(good, summary=summary, bound=found.bound)
+    assert titles(outcome)[0] == "J rose"
+    directory = RunDirectory.create(tmp_path / "run")
+    page = write_report(outcome, [], directory).read_text()
+    assert f'<p class="lead"><b>{worse}</b> Fine-tuning raised' in page
+    assert "which pretrained samples of the final noise tell more sharply" in frontier(outcome)[2]
+    print_headline(summary, directory, tmp_path)
+    assert capsys.readouterr().out.startswith(worse)
+    chain, _ = affine_chain(2, 1)
+    exported = {"pipeline_is_the_chain": True, "pipeline": "", "event_shape": (1,), "num_classes": None}
+    config = good.config | {"scheduler": "ddpm", "penalty": "path-kl"}
+    card = model_card(config, summary | exported | {"pipeline_class": "DDPMPipeline", "condition": None}, chain)
+    assert card.split("\n\n")[1] == f"**{worse}**"
+
+
+@pytest.mark.parametrize(
+    ("excess", "possible", "factor"),
+    [(58.7, 1.28, 100), (696.0, 1.28, 1000), (1.01, 1.0, 10), (1e30, 1.0, 10**6), (5.0, 0.0, 10)],
+)
+def test_the_rate_to_try_brings_j_below_where_it_began(excess, possible, factor):
+    """Noise keeps J above J* in proportion to the rate: excess/factor < possible."""
+    assert smaller_rate(excess, possible) == factor
+    assert excess / factor < possible or possible == 0 or factor == 10**6
+
+
+def test_without_a_finite_j_a_run_is_worse():
+    before = evaluation(repeats=8)
+    after = replace(before, log_ratio=before.log_ratio + float("inf"))
+    found = judge(before, after, after, BETA).summary
+    assert "is not finite any more" in found["worse"] and found["captured"] is None
+    fell = replace(before, reward=before.reward - 1)
+    assert judge(before, fell, fell, 0.0).summary["worse"]  # J is minus the reward
+    assert judge(before, fell, fell, None).summary["worse"] is None  # there is none
 
 
 def test_pixels_out_of_range(good):

@@ -12,6 +12,7 @@ from tests.experiments.toy_model import folder
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.experiments import finetune, sweep
+from implicit_diffusion.experiments.written import distinct
 
 TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "8", "--lr", "1e-3"]
 
@@ -53,6 +54,39 @@ def test_the_frontier_is_the_bound_of_the_pretrained_samples(swept):
     for strong, weak in itertools.pairwise(points[1:]):
         slope = (weak["reward"] - strong["reward"]) / (weak["path_kl"] - strong["path_kl"])
         assert weak["kl_weight"] * 0.98 < slope < strong["kl_weight"] * 1.02
+
+
+def test_weights_that_are_close_have_folders_of_their_own(tmp_path):
+    """Names round-trip; and folders that were named by six digits go on under that name."""
+    from implicit_diffusion.experiments.sweep import _finished, folder_of
+
+    betas = [1.0, 1.0000001, 2.4567891, 1e-7, 1 / 3, 2.45679]
+
+    def begin(folder, beta):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"kl_weight": beta}))
+        (folder / "summary.json").write_text("{}")
+
+    begin(tmp_path / "beta-2.45679", 2.4567891)  # by an earlier release
+    for beta in betas:
+        folder = folder_of(tmp_path, beta)
+        if not folder.exists():
+            begin(folder, beta)
+    assert len(list(tmp_path.iterdir())) == len(betas)
+    assert folder_of(tmp_path, 2.4567891).name == "beta-2.45679" and folder_of(tmp_path, 1.0).name == "beta-1"
+    assert _finished(tmp_path) == {beta: folder_of(tmp_path, beta) for beta in betas}
+    assert folder_of(tmp_path, 1.0000001).name == "beta-1.0000001"
+    assert distinct([1.0, 1.0000001, 2.4567891]) == ["1", "1.0000001", "2.4567891"]
+    assert distinct([1.0, 2.4567891, 2.4567891]) == ["1", "2.457", "2.457"]
+
+
+def test_runs_that_made_things_worse_are_named(capsys):
+    row = {key: 1.0 for name in sweep.KEPT for key in (name, f"{name}_se")} | {"kl_weight": 2.0, "worse": None}
+    worse = row | {"kl_weight": 3.0, "worse": "J rose.", "captured": None, "captured_se": None}
+    before = {"reward": "brightness", "reward_pretrained": 1.0, "reward_pretrained_se": 0.1}
+    sweep.show(before | {"rows": [row, worse]})
+    printed = capsys.readouterr().out
+    assert printed.startswith("KL weight 3: J rose.") and "J rose │" in printed
 
 
 def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch, capsys):

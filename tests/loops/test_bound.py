@@ -1,12 +1,13 @@
 """The bound J* and its law against Gaussian closed forms, from pretrained and from trained samples."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.loops.bound import bound, captured, gain, memory_of_start, possible
+from implicit_diffusion.loops.bound import bound, captured, gain, memory_of_start, possible, sharpest
 from implicit_diffusion.loops.evaluation import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
 from tests.oracles import affine_chain, exact_terms, riccati, tilted_bound
@@ -98,6 +99,66 @@ def test_jackknife_takes_the_bias_away():
     assert abs(-b.j - 0.5) < abs(plain - 0.5) / 3
 
 
+@pytest.mark.parametrize("scale", [1.0, 40.0, 1e3, 1e6, 1e150])
+@pytest.mark.parametrize("repeats", [2, 3, 8])
+def test_the_jackknife_is_its_definition_for_any_kl_weight(scale, repeats):
+    """M T_M − (M−1)·mean T_{M−1} of the log-mean-exp and of the tilted mean, each left-out set by itself."""
+    reward = torch.randn(50, repeats, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reward[0] = 0.5  # ties
+    w = scale * reward
+    log_mean, mean = [], []
+    for left_out in range(repeats):
+        kept = [i for i in range(repeats) if i != left_out]
+        log_mean.append(w[:, kept].logsumexp(1) - math.log(repeats - 1))
+        mean.append((w[:, kept].softmax(1) * reward[:, kept]).sum(1))
+    whole = w.logsumexp(1) - math.log(repeats), (w.softmax(1) * reward).sum(1)
+    value, tilted = (
+        repeats * t - (repeats - 1) * torch.stack(parts).mean(0) for t, parts in zip(whole, (log_mean, mean))
+    )
+    b = bound(Evaluation(reward, 0 * w, 0 * w, reward[..., None]), 1 / scale)
+    assert b.j == pytest.approx(-value.mean().item() / scale, rel=1e-9, abs=1e-12)
+    assert b.reward == pytest.approx(tilted.mean().item(), rel=1e-9)
+    assert math.isfinite(b.path_kl) and b.j_se > 0
+    assert b.trusted is False or scale == 1.0
+
+
+def test_a_bound_of_pretrained_samples_is_never_above_their_j():
+    """log-mean-exp ≥ mean, with the jackknife too; so the one that is chosen is below J before, whatever came after."""
+    g = torch.Generator().manual_seed(0)
+    for scale in (0.01, 1.0, 30.0):
+        for repeats in (2, 3, 8):
+            before, after = (
+                Evaluation(r, 0 * r, k, r[..., None]) for r, k in 3 * torch.randn(2, 2, 5, repeats, generator=g)
+            )
+            before = Evaluation(before.reward, before.path_kl, before.path_kl, before.samples)
+            start = -before.reward.double().mean().item()
+            assert bound(before, scale).j <= start and sharpest(before, after, scale)[0].j <= start
+            assert possible(before, after, scale)[0] >= 0
+            above = Evaluation(before.reward - 50, before.path_kl, before.log_ratio, before.samples)
+            assert bound(above, scale).j > start and sharpest(before, above, scale) == (
+                bound(before, scale),
+                "pretrained",
+            )
+
+
+def test_the_chain_that_tells_the_bound_best_is_chosen(problem):
+    """The optimum's samples over the pretrained ones, and these over those of a control that went astray."""
+    chain, reward, (conditional, _) = problem
+    sizes = {"starts": 4000, "repeats": 8, "chunk": 40_000}
+    good = trained(chain, reward)
+    astray = chain.replace(denoiser=copy.deepcopy(good.denoiser), reference=chain.reference)
+    astray.denoiser.shift.data += 3.0
+    before, best, ruined = (evaluate(c, reward, Noise(2), **sizes) for c in (chain.pretrained(), good, astray))
+    assert sharpest(before, best, BETA) == (bound(best, BETA), "trained")
+    found, told = sharpest(before, ruined, BETA)
+    assert told == "pretrained" and found == bound(before, BETA)
+    assert abs(found.j - conditional) < 4 * found.j_se < 0.2 < bound(ruined, BETA).j - conditional
+    gained = (before.objective(BETA) - ruined.objective(BETA)).mean().item()
+    assert captured(before, ruined, BETA)[0] == pytest.approx(gained / possible(before, ruined, BETA)[0])
+    single = Evaluation(*(getattr(before, name)[:, :1] for name in ("reward", "path_kl", "log_ratio", "samples")))
+    assert sharpest(single, best, BETA)[1] == "trained"  # one trajectory per start has no bound
+
+
 def test_memory_of_start():
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(4000, 1, generator=generator, dtype=torch.float64)
@@ -115,6 +176,14 @@ def test_bad_arguments(problem):
         bound(evaluation, 0.0)
     with pytest.raises(InvalidInputError, match="repeats"):
         bound(evaluation, 1.0)
+    pairs = [evaluate(chain, reward, Noise(0), starts=n, repeats=2) for n in (4, 5)]
+    with pytest.raises(InvalidInputError, match="the same starts, got 4 and 5"):
+        captured(*pairs, 1.0)
+    with pytest.raises(InvalidInputError, match="reward / beta must be finite"):
+        bound(pairs[0], 1e-320)
+    for values in (evaluation.reward, pairs[0].reward[:2], torch.ones(4, 2)):
+        with pytest.raises(InvalidInputError, match="values must"):
+            memory_of_start(values)
     for name in ("starts", "repeats", "chunk"):
         with pytest.raises(InvalidInputError, match=f"{name} must be an integer ≥ 1, got 0"):
             evaluate(chain, reward, Noise(0), **{"starts": 4, name: 0})

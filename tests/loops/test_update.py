@@ -1,5 +1,8 @@
 """The parameter step takes Γ and nothing else: what lay in `.grad`, what went wrong before, and what trains layers."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +13,9 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.samplers import ULA
+from implicit_diffusion.samplers.chain import Chain
 from tests.loops import gibbs_loops, test_loops
-from tests.oracles import affine_chain
+from tests.oracles import affine_chain, table
 
 F64 = torch.float64
 CHAINS = {"queue": test_loops.build, "nested": test_loops.build}
@@ -73,3 +77,149 @@ def test_spectral_norms_stay_at_one():
     for layer in layers:
         assert torch.linalg.matrix_norm(layer.weight.detach(), 2) == pytest.approx(1, abs=0.02)
         assert not layer.training or layer.parametrizations.weight[0].training  # modes are as they were
+
+
+class Breaks(torch.optim.SGD):
+    """Moves θ, keeps a count, and then fails: raises, or makes one entry NaN, at its third step."""
+
+    def __init__(self, parameters, lr, raises):
+        super().__init__(parameters, lr=lr, momentum=0.9)
+        self.raises = raises
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        first = self.param_groups[0]["params"][0]
+        self.state[first]["count"] = self.state[first].get("count", 0) + 1
+        if self.state[first]["count"] == 3:
+            self.state[first]["more"] = torch.ones(1)
+            first.view(-1)[0] = float("nan")
+            if self.raises:
+                raise KeyboardInterrupt
+
+
+def everything(loop):
+    return {"model": loop.model.state_dict(), "update": loop.update.state_dict()}
+
+
+def same(one, two):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("kind", ["nested", "queue"])
+def test_half_a_step_is_none(kind, raises):
+    """θ, moments, counts, schedule and average are those of the last good state, whatever a step did to them."""
+    loop, _ = test_loops.build(kind, optimizer=lambda p, lr: Breaks(p, lr, raises), ema_decay=0.9)
+    loop.update.schedule = torch.optim.lr_scheduler.ExponentialLR(loop.update.optimizer, 0.9)
+    while loop.update.updates < 2:
+        loop.step()
+    good = copy.deepcopy(everything(loop))
+    message = r"the step of the optimizer, Breaks\(lr=0\.0081\), made 1 of 2 parameter tensors NaN.*θ was left"
+    with pytest.raises(KeyboardInterrupt if raises else NonFiniteError, match=None if raises else message):
+        loop.step()
+    found = everything(loop)
+    gradients = found["update"].pop("gradients"), good["update"].pop("gradients")
+    assert gradients == (None, None) and same(found, good)
+
+
+class Half(nn.Module):
+    """V in float16, with a parameter whose gradient is exactly 0."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).half()
+        self.idle = nn.Parameter(torch.zeros((), dtype=torch.float16))
+
+    def forward(self, x):
+        return self.net(x)[:, 0] + x.square().sum(1) / 2 + 0 * self.idle
+
+
+FAILING = {
+    r"Adam\(lr=0.001, eps=1e-08\).*eps is 0 in torch.float16: take eps=1e-4": lambda p: torch.optim.Adam(p),
+    r"Adam\(lr=0.001, eps=0\).*take a positive eps": lambda p: torch.optim.Adam(p, eps=0.0),
+    r"SGD\(lr=inf\).*take a smaller learning rate": lambda p: torch.optim.SGD(p, lr=float("inf")),
+}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("message", FAILING)
+def test_optimizers_that_make_nan_of_sound_gradients(message, iterations):
+    """Found when it is made, in words that name the optimizer; the same where several steps are made in one."""
+    potential = Half() if "float16" in message else Half().float()
+    first = next(potential.parameters())
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1)).to(first.dtype)
+    before = copy.deepcopy(potential.state_dict())
+    loop = Single(
+        potential,
+        ULA(0.1),
+        Reward(lambda x: x[:, 0]),
+        FAILING[message](potential.parameters()),
+        particles=x,
+        noise=Noise(0),
+        iterations=iterations,
+    )
+    with pytest.raises(NonFiniteError, match=f"the step of the optimizer, {message}"):
+        loop.step()
+    assert same(potential.state_dict(), before) and loop.update.updates == 0
+
+
+def test_with_an_eps_that_float16_holds_it_trains():
+    potential = Half()
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1)).half()
+    adam = torch.optim.Adam(potential.parameters(), eps=1e-4)
+    loop = Single(potential, ULA(0.1), Reward(lambda x: x[:, 0]), adam, particles=x, noise=Noise(0))
+    for _ in range(3):
+        loop.step()
+    assert all(p.isfinite().all() for p in potential.parameters())
+
+
+class Embedding(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.table = nn.Embedding(2, 2, sparse=sparse, _weight=torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=F64))
+
+    def forward(self, x, t):
+        return x * self.table((t > 1).long())
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"max_grad_norm": 0.1}])
+def test_sparse_gradients_are_taken_as_what_they_are(settings):
+    """Γ of an embedding is the same numbers whichever way torch keeps them."""
+    found = []
+    for sparse in (True, False):
+        chain = Chain(Embedding(sparse), table(3), (2,))
+        adam = torch.optim.Adam(chain.denoiser.parameters(), lr=0.1)
+        loop = Queue(chain, Reward(lambda x: x.sum(1)), Update(adam, **settings), batch=2, noise=Noise(0))
+        for _ in range(8):
+            loop.step()
+        found.append(chain.denoiser.table.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+    with pytest.raises(InvalidInputError, match="SparseAdam takes sparse gradients alone"):
+        Update(torch.optim.SparseAdam(Embedding(True).parameters()))
+
+
+def test_an_average_of_a_network_with_hooks():
+    """θ̄ has a hook of its own, which computes its weight from its own numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 1, bias=False))).double()
+    net(torch.ones(1, 2, dtype=F64))
+    update = Update(torch.optim.SGD(net.parameters(), lr=1.0), ema_decay=0.5)
+    update.bind(net)
+    x, seen = torch.ones(1, 2, dtype=F64), []
+    for _ in range(3):
+        net(x).sum().backward()
+        update.step([], lambda: None)
+        seen.append([p.detach().clone() for p in net.parameters()])
+    (first, second), (third, fourth), (fifth, sixth) = seen
+    g, v = (a / 4 + b / 4 + c / 2 for a, b, c in ((first, third, fifth), (second, fourth, sixth)))
+    torch.testing.assert_close(update.ema.module(x), (g * v / v.norm() * x).sum().view(1, 1))

@@ -1,12 +1,22 @@
 """Rewards: value, sign, and what is refused before any work."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.objectives import Reward
+from implicit_diffusion.gradients import Adjoint, FullBackprop
+from implicit_diffusion.loops import Queue, Single, Unrolled
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Functional, PathKL, Reward
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials.energy import check_potential
+from implicit_diffusion.samplers import ULA
+from tests.oracles import affine_chain
+from tests.oracles_gibbs import Banana
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -36,3 +46,190 @@ BAD = {
 def test_bad_rewards_are_refused(message):
     with pytest.raises(InvalidInputError, match=message):
         Reward(BAD[message]).check(Particles(X))
+
+
+F64 = torch.float64
+IMAGES = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def module(*layers):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(layer() if callable(layer) and not isinstance(layer, nn.Module) else layer for layer in layers)
+        )
+
+
+def mean(x):
+    return x.flatten(1).mean(1)
+
+
+JUDGE = module(lambda: nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), lambda: nn.Linear(16, 1))
+BATCHED = module(nn.Flatten(), lambda: nn.BatchNorm1d(16), lambda: nn.Linear(16, 1))
+NO_SLOPE = "has no slope: its gradient is 0 at all 6 samples"
+MIXED = "mixes samples: .*each value must depend on its own sample alone"
+
+REFUSED = {
+    "256 levels": (NO_SLOPE, lambda x: ((x.clamp(-1, 1) + 1) * 127.5).round().flatten(1).mean(1)),
+    "through integers": ("not differentiable", lambda x: (100 * x).int().float().flatten(1).mean(1)),
+    "a sign": (NO_SLOPE, lambda x: mean(x.sign())),
+    "the place of the largest": ("not differentiable", lambda x: x.flatten(1).argmax(1).float()),
+    "steps": (NO_SLOPE, lambda x: torch.floor(3 * mean(x)) + 0 * mean(x)),
+    "centred": (MIXED, lambda x: mean(x) - mean(x).mean()),
+    "centred by a number": (MIXED, lambda x: mean(x) - mean(x).mean().detach()),
+    "normalised": (MIXED, lambda x: (mean(x) - mean(x).mean()) / mean(x).std()),
+    "far from zero": (MIXED, lambda x: 1e3 + mean(x) - mean(x).mean().detach()),
+    "one number for all": (MIXED, lambda x: x.mean().expand(len(x))),
+    "softmax over the batch": (MIXED, lambda x: mean(x).softmax(0)),
+    "times a rank": (MIXED, lambda x: mean(x) * mean(x).argsort().argsort()),
+    "batch norm": (MIXED, lambda x: BATCHED(x)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rewards_without_slope_or_of_others_are_refused(name):
+    message, function = REFUSED[name]
+    with pytest.raises(InvalidInputError, match=message):
+        Reward(function).check(Particles(IMAGES))
+
+
+def in_bfloat16(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return JUDGE(x)[:, 0].float()
+
+
+LEGITIMATE = {
+    "a network": lambda x: JUDGE(x)[:, 0],
+    "a network in bfloat16": in_bfloat16,
+    "a network with batch norm, which Reward puts in eval mode": nn.Sequential(BATCHED, nn.Flatten(0)),
+    "flat at all samples but one": lambda x: (mean(x) - mean(IMAGES).sort().values[-2]).relu(),
+    "flat at none but one": lambda x: torch.minimum(mean(x), mean(IMAGES).sort().values[1]),
+    "saturated": lambda x: torch.tanh(20 * mean(x)),
+    "clipped pixels": lambda x: mean(x.clamp(-1, 1)),
+    "far from zero": lambda x: 1e4 + mean(x),
+    "normalised by itself": lambda x: mean(nn.functional.layer_norm(x, x.shape[1:]) ** 3),
+    "rounded with a slope of its own": lambda x: mean(x + ((x * 255).round() / 255 - x).detach()),
+    "large and small": lambda x: 1e-20 * mean(x),
+}
+
+
+@pytest.mark.parametrize("name", LEGITIMATE)
+def test_legitimate_rewards_pass_without_a_word(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Reward(LEGITIMATE[name]).check(Particles(IMAGES))
+
+
+def test_a_single_sample_is_enough():
+    Reward(LEGITIMATE["a network"]).check(Particles(IMAGES[:1]))
+
+
+def test_what_is_uncertain_is_a_word():
+    with pytest.warns(UserWarning, match="reward is flat: the same value without a slope at all 6 samples"):
+        Reward(lambda x: (mean(x) - 100).relu()).check(Particles(IMAGES))
+    generator = torch.Generator().manual_seed(0)
+    with pytest.warns(UserWarning, match=r"reward is random: .*differ by up to"):
+        Reward(lambda x: mean(x) + torch.randn(len(x), generator=generator)).check(Particles(IMAGES))
+    with pytest.warns(UserWarning, match="functional is flat"):
+        Functional(lambda x, w: (w @ mean(x) - 100).relu()).check(Particles(IMAGES))
+
+
+def test_conditions_go_with_their_samples():
+    """A reward of sample and condition mixes nothing, though the probe exchanges samples."""
+    which = torch.arange(6)
+    Reward(lambda x, condition: mean(x) * condition["which"]).check(Particles(IMAGES, condition={"which": which}))
+    with pytest.raises(InvalidInputError, match=MIXED):
+        reward = Reward(lambda x, condition: mean(x) + condition["which"].sum())
+        reward.check(Particles(IMAGES, condition={"which": which}))
+
+
+BLACK_BOXES = {
+    "centred": (MIXED, lambda x: x[:, 0] - x[:, 0].mean()),
+    "ranks": (MIXED, lambda x: x[:, 0].argsort().argsort().to(x)),
+    "a comparison with the batch": (MIXED, lambda x: (x[:, 0] > x[:, 0].median()).to(x)),
+}
+PLANE = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
+
+
+def single(function, kind=Single, **settings):
+    net = Banana()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    return kind(net, ULA(0.1), Reward(function), sgd, particles=PLANE, noise=Noise(0), **settings)
+
+
+@pytest.mark.parametrize("name", BLACK_BOXES)
+def test_black_boxes_judge_each_particle_by_itself(name):
+    message, function = BLACK_BOXES[name]
+    with pytest.raises(InvalidInputError, match=message):
+        single(function)
+
+
+def test_black_boxes_need_no_slope():
+    single(lambda x: (x[:, 0] > 0).to(x)).step()
+    with pytest.warns(UserWarning, match="reward is the same at all 12 particles"):
+        single(lambda x: (x[:, 0] > 100).to(x))
+
+
+@pytest.mark.parametrize("mixed", [lambda v: v - v.mean().detach(), lambda v: v - v.mean(), lambda v: v * v.max()])
+def test_potentials_are_probed_alike(mixed):
+    check_potential(lambda x: x.square().sum(1), PLANE)
+    with pytest.raises(InvalidInputError, match="potential mixes particles"):
+        check_potential(lambda x: mixed(x.square().sum(1)), PLANE)
+
+
+class Later:
+    """A reward that becomes another one."""
+
+    def __init__(self, first, then):
+        self.first, self.then, self.turned = first, then, False
+
+    def __call__(self, x):
+        return (self.then if self.turned else self.first)(x)
+
+
+def queue(function):
+    chain, _ = affine_chain(2, 2)
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
+    return Queue(chain, Reward(function) + PathKL(), sgd, batch=4, noise=Noise(0))
+
+
+LATER = {
+    "reward does not depend on the samples any more.*θ was left": lambda x: x.detach().sum(1),
+    r"reward must return one number per sample, shape \(4,\)": lambda x: x.sum(),
+}
+
+
+@pytest.mark.parametrize("message", LATER)
+def test_rewards_that_change_later_are_blamed(message):
+    reward = Later(lambda x: x.sum(1), LATER[message])
+    loop = queue(reward)
+    for _ in range(5):
+        loop.step()
+    theta = [p.detach().clone() for p in loop.model.parameters()]
+    reward.turned = True
+    with pytest.raises(InvalidInputError, match=message):
+        loop.step()
+    assert all(map(torch.equal, theta, loop.model.parameters()))
+    chain, _ = affine_chain(2, 2)
+    for estimator in (Adjoint(), FullBackprop()):
+        with pytest.raises(InvalidInputError, match=message):
+            estimator(chain, Reward(reward), Noise(0), 4)
+
+
+def test_unrolled_rewards_that_detach_later_are_blamed():
+    reward = Later(lambda x: x.sum(1), lambda x: x.detach().sum(1))
+    loop = single(reward, Unrolled, unrolled_steps=1)
+    loop.step()
+    reward.turned = True
+    with pytest.raises(InvalidInputError, match="reward does not depend on the samples any more"):
+        loop.step()
+
+
+def test_terms_of_weight_zero_are_told_and_not_followed():
+    reward = Later(lambda x: x.sum(1), lambda x: x.detach().sum(1))
+    loop = queue(reward)
+    loop.objective = loop.objective.with_weight(Reward, 0.0)
+    reward.turned = True
+    for _ in range(6):
+        metrics = loop.step()
+    assert metrics["reward"].isfinite()

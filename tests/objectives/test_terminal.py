@@ -182,15 +182,6 @@ def test_refusals(message, build):
         build()
 
 
-def test_a_solver_that_does_not_converge_says_so(monkeypatch):
-    import ot
-
-    right = ot.bregman.sinkhorn_log
-    monkeypatch.setattr(ot.bregman, "sinkhorn_log", lambda *a, **k: right(*a, **(k | {"numItermax": 20})))
-    with pytest.raises(InvalidInputError, match=r"Sinkhorn did not converge .* epsilon 0\.1; .* take a larger epsilon"):
-        Sinkhorn(DATA, 0.1).value(particles())
-
-
 def test_sinkhorn_value_from_the_plans_of_another_solver():
     """OT_ε from POT's plans: ⟨T, C⟩ + ε KL(T‖a⊗b)."""
     import ot

@@ -74,7 +74,7 @@ def test_guidance_tilts_the_density():
     p, _ = line().law(base)
     tilted = p * (0.7 * reward(line().points)).exp()
     torch.testing.assert_close(line().law(Guided(base, reward, 0.7))[0], tilted / tilted.sum())
-    with pytest.raises(InvalidInputError, match="weight must be finite"):
+    with pytest.raises(InvalidInputError, match="weight must be a finite number"):
         Guided(base, reward, float("nan"))
 
 
@@ -108,7 +108,7 @@ def test_what_is_no_potential_is_refused(message):
 @pytest.mark.parametrize(
     ("message", "means", "logits", "std"),
     [
-        ("means must have shape", MEANS[0], LOGITS, 1.0),
+        ("means must be a tensor .* with shape .modes, d.", MEANS[0], LOGITS, 1.0),
         ("logits shape", MEANS, LOGITS[:2], 1.0),
         ("std must be positive", MEANS, LOGITS, 0.0),
         ("std must be positive", MEANS, LOGITS, float("inf")),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.runs import checkpoint, load_state, save_state
 from implicit_diffusion.runs.checkpoint import FILE, HEADER
 
@@ -236,3 +236,91 @@ def test_damaged_files_are_refused(tmp_path):
         (tmp_path / FILE).write_bytes(damaged)
         with pytest.raises(InvalidInputError, match="damaged"):
             load_state(tmp_path)
+
+
+def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    """One bit of every byte of the file, header and tensors, in turn."""
+    state = {"x": torch.tensor([1.5, -2.0]), "k": 7, "best": math.inf, "moments": [torch.ones(2, 2).double()]}
+    save_state(tmp_path, state)
+    whole, silent = (tmp_path / FILE).read_bytes(), 0
+    for place in range(len(whole)):
+        (tmp_path / FILE).write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << (5 * place + 3) % 8]) + whole[place + 1 :]
+        )
+        try:
+            assert_same(state, load_state(tmp_path))
+            silent += 1
+        except InvalidInputError:
+            pass
+    assert silent < 0.02 * len(whole)  # blanks between the words of the header
+
+
+def test_a_damaged_tensor_is_named(tmp_path):
+    save_state(tmp_path, {"a": torch.ones(3), "b": torch.zeros(3)})
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(InvalidInputError, match="tensor '1' is not what was written: its checksum differs"):
+        load_state(tmp_path)
+
+
+def test_a_state_without_checksums_is_of_an_earlier_release(tmp_path):
+    save_file({}, tmp_path / FILE, metadata={"implicit-diffusion state": "1"})
+    with pytest.raises(InvalidInputError, match="earlier release, without checksums"):
+        load_state(tmp_path)
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_nesting_without_end_is_refused_both_ways(tmp_path, monkeypatch):
+    with pytest.raises(InvalidInputError, match="nested too deeply"):
+        save_state(tmp_path / "deep", nested(10**5))
+    assert not (tmp_path / "deep").exists()
+    monkeypatch.setattr(checkpoint, "_digest_of_header", lambda header: "")
+    save_file({}, tmp_path / FILE, metadata={HEADER: 10**5 * '{"list": [', checkpoint.DIGESTS: '["", {}]'})
+    with pytest.raises(InvalidInputError, match="damaged, or no state of ours"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"0": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, 4),
+        ({"0": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, 4),
+        ({"0": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}, 0),
+    ],
+)
+def test_sizes_that_a_header_claims(header, size, tmp_path):
+    text = json.dumps({"__metadata__": {HEADER: '{"tensor": "0"}'}} | header).encode()
+    (tmp_path / FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(InvalidInputError, match=r"no state of ours"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("state", "where"),
+    [
+        (
+            {"optimizer": {0: {"exp_avg": torch.tensor([1.0, math.nan])}}},
+            r"state\['optimizer'\]\[0\]\['exp_avg'\] holds",
+        ),
+        ([{"x": torch.tensor(-math.inf, dtype=torch.bfloat16)}], r"state\[0\]\['x'\] holds NaN or infinity"),
+        ({"log_weights": torch.tensor([-math.inf, math.nan])}, r"state\['log_weights'\] holds"),
+        ((1.0, math.nan), r"state\[1\] is NaN"),
+    ],
+)
+def test_what_is_not_finite_is_found(state, where):
+    with pytest.raises(NonFiniteError, match=where):
+        checkpoint.check_finite(state, ["log_weights"])
+
+
+def test_infinities_that_are_meant_pass():
+    checkpoint.check_finite(
+        {"best": math.inf, "log_weights": [torch.tensor(-math.inf)], "module.mask": torch.tensor([-math.inf, 0.0])},
+        ["log_weights", "module.mask"],
+    )
+    checkpoint.check_finite({"count": torch.tensor(2**62), "on": torch.tensor([True]), "none": None, "word": "nan"})

@@ -1,7 +1,14 @@
+import contextlib
+import io
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from implicit_diffusion.runs import console, progress
+from implicit_diffusion.runs.console import unheard
 
 
 @pytest.fixture
@@ -76,3 +83,63 @@ def test_metrics_are_read_only_when_shown(clock, capsys):
         for _ in range(1000):
             bar.update({"reward": Costly()})
     assert Costly.reads == len(lines(capsys)) == 10
+
+
+@pytest.fixture
+def closed():
+    """A stream whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = open(writing, "w", buffering=1, encoding="ascii")  # noqa: SIM115
+    yield stream
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_nobody_reading_is_no_reason_to_stop(name, closed, monkeypatch):
+    monkeypatch.setattr(sys, name, closed)
+    with unheard():
+        for _ in range(3):
+            print("a line", file=getattr(sys, name))
+            print("x" * 100_000, file=getattr(sys, name), flush=True)
+        with progress(3, "run") as bar:
+            bar.update(advance=3)
+    assert getattr(sys, name) is closed
+    closed.flush()  # as the interpreter does at its end
+
+
+def test_letters_that_a_stream_lacks_are_spelled_out(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with unheard():
+            print("β = 2")
+    assert (tmp_path / "out").read_text() == "\\u03b2 = 2\n"
+
+
+def test_a_stream_that_was_closed_before_it_all_began(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", None)
+    with unheard():
+        print("a line", file=sys.stderr, flush=True)
+        with progress(3, "run") as bar:
+            bar.update(advance=3)
+    assert sys.stderr is None and capfd.readouterr().out == ""
+
+
+def test_other_faults_of_printing_are_not_hidden(monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise ValueError("no such letter")
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with pytest.raises(ValueError, match="no such letter"), unheard():
+        print("a line")
+
+
+@pytest.mark.parametrize("words", ["--help | true", "finetune --help | head -n 1", "hexagon --seeds 0 2>&1 | true"])
+def test_a_closed_pipe_after_the_command_line(words):
+    """In a shell, as people type it; the first command's status is that of a pipe that was read."""
+    command, pipe = words.split("|")
+    line = f"set -o pipefail; {sys.executable} -m implicit_diffusion {command} | {pipe}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode == (2 if "seeds" in words else 0)

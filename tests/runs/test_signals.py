@@ -7,10 +7,13 @@ import time
 
 import pytest
 
+from implicit_diffusion.cli import main
+from implicit_diffusion.experiments import hexagon
 from implicit_diffusion.runs import graceful
+from implicit_diffusion.runs.signals import SIGNALS, exit_status, interruptible
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_asks_and_the_second_insists(number):
     with graceful() as stop:
         assert not stop.requested
@@ -18,6 +21,39 @@ def test_the_first_signal_asks_and_the_second_insists(number):
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_every_signal_ends_a_command_at_once_in_one_line_and_its_own_status(
+    number, status, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(hexagon, "Arms", lambda config: signal.raise_signal(number))
+    before = [signal.getsignal(each) for each in SIGNALS]
+    assert main(["hexagon", "--out", str(tmp_path / "run")]) == status
+    assert capsys.readouterr().err == "interrupted\n"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_loop_that_left_by_a_signal_tells_the_status():
+    with interruptible():
+        assert exit_status() == 130
+        with graceful() as stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and exit_status() == 143
+
+
+@pytest.mark.parametrize("context", [graceful, interruptible])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_was_ignored_stays_ignored(number, context):
+    """SIGHUP under nohup, SIGINT of a script's background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with context() as stop:
+            signal.raise_signal(number)
+            assert signal.getsignal(number) is signal.SIG_IGN
+        assert stop is None or not stop.requested
+    finally:
+        signal.signal(number, before)
 
 
 def test_handlers_are_back_afterwards_whatever_happens():

@@ -24,6 +24,39 @@ def test_reaches_the_target(kernel, target, start):
     assert isinstance(tuned, kernel) and tuned.step_size != start
 
 
+class Wide(Harmonic):
+    """N(0, scale²)."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return super().forward(x / self.scale)
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e9])
+@pytest.mark.parametrize("kernel", [MALA, HMC])
+def test_the_search_may_begin_in_other_units(kernel, ratio):
+    """From h = 1 the step size of another scale is found; it is that of the unit scale, scaled."""
+    unit, scale = Harmonic(), ratio**0.5 if kernel is MALA else ratio
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    right = warm_up(kernel(1.0), unit, x, Noise(0))[0].step_size
+    tuned, moved = warm_up(kernel(1.0), Wide(scale), scale * x, Noise(0))
+    assert tuned.step_size / ratio == pytest.approx(right, rel=0.05)
+    accepted = [advance(tuned, Wide(scale), moved, 1, seed=k).acceptance.mean() for k in range(10)]
+    assert abs(torch.stack(accepted).mean().item() - kernel.target_acceptance) < 0.02
+
+
+def test_a_target_that_is_not_met_is_said():
+    flat, x = Odd(lambda x: 0 * x.sum(1)), torch.zeros(40, 2, dtype=F64)
+    with pytest.warns(
+        UserWarning, match=r"did not reach its target: 100% of the proposals .* not 57%; take more steps"
+    ):
+        tuned, _ = warm_up(MALA(1.0), flat, x, Noise(0))
+    assert tuned.step_size > 2.0**100
+
+
 def test_is_replayable_and_leaves_the_kernel_and_the_mode_alone():
     kernel, potential = MALA(0.1), Quartic().train()
     x = potential.draw(50, torch.Generator().manual_seed(0))
@@ -38,9 +71,9 @@ def test_refusals():
         warm_up(ULA(0.1), Harmonic(), x, Noise(0))
     with pytest.raises(InvalidInputError, match="steps must be"):
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), steps=19)
-    with pytest.raises(InvalidInputError, match="target must lie"):
+    with pytest.raises(InvalidInputError, match="target must be in"):
         warm_up(MALA(0.1), Harmonic(), x, Noise(0), target=1.0)
-    with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):
+    with pytest.raises(InvalidInputError, match="particles must be finite"):
         warm_up(MALA(0.1), Harmonic(), x * float("nan"), Noise(0))
     with pytest.raises(InvalidInputError, match=r"step_size is a function of the iteration.*scale the schedule"):
         warm_up(MALA(power_law(0.5, 1 / 3)), Harmonic(), x, Noise(0))

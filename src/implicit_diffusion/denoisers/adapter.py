@@ -6,6 +6,7 @@ autocast, and its output comes back in the precision of x.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError, check_type
 
 
 class DiffusersDenoiser(nn.Module):
@@ -29,6 +32,13 @@ class DiffusersDenoiser(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        check_type("model", model, nn.Module, "take a model of diffusers")
+        try:
+            inspect.signature(model.forward).bind_partial(None, timestep=None, return_dict=False)
+        except TypeError as error:
+            raise InvalidInputError(
+                f"model must be called as model(x, timestep=t, return_dict=False), as those of diffusers are: {error}"
+            ) from error
         self.model = model
         self.precision: torch.dtype | None = None
         self.compiled: Callable[..., Any] | None = None

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type, shown
 from implicit_diffusion.noise import Noise
 
 ROW = 2**32 - 1  # key of the draws, in the place of a row's: no chain has so many
@@ -42,8 +42,11 @@ class Drawn:
     values: Int[Tensor, " m"]
 
     def __post_init__(self) -> None:
-        if not len(self.values):
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise InvalidInputError(f"name must be that of an argument of the denoiser, got {shown(self.name)}")
+        if isinstance(self.values, Tensor) and self.values.ndim and not len(self.values):
             raise InvalidInputError(f"condition: there are no values of {self.name} to draw from")
+        check_tensor("values", self.values, "m", integers=True)
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:
         """The values of trajectory `index`; the same arguments draw the same ones."""
@@ -67,6 +70,12 @@ class Embedded(nn.Module):
 
     def __init__(self, denoiser: nn.Module, table: Mapping[str, Float[Tensor, "m ..."]], name: str = "prompt") -> None:
         super().__init__()
+        check_type("denoiser", denoiser, nn.Module, "it is called as u(x, t, **columns)")
+        check_type("table", table, Mapping, "it holds columns by name")
+        for column, value in table.items():
+            check_tensor(f"column {column}", value, "m ...")
+        if not isinstance(name, str):
+            raise InvalidInputError(f"name must be the one that a condition gives a row's number, got {shown(name)}")
         lengths = {column: len(value) for column, value in table.items()}
         if len(set(lengths.values())) != 1:
             raise InvalidInputError(f"table must have columns of one length, one row per {name}, got {lengths}")
@@ -76,6 +85,10 @@ class Embedded(nn.Module):
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
     ) -> Float[Tensor, "batch *event"]:
         """u(x, t), where `condition` holds the row's number under `name`; the rest of it goes on as it is."""
+        if self.name not in condition:
+            raise InvalidInputError(
+                f"the condition must give {self.name}, the row of the table; it gives {', '.join(condition) or 'none'}"
+            )
         which = condition.pop(self.name)
         rows = {column: value[which].to(x.dtype) for column, value in self.table.columns.items()}
         return self.denoiser(x, t, **rows, **condition)
@@ -105,8 +118,16 @@ class ClassifierFree(nn.Module):
 
     def __init__(self, denoiser: nn.Module, scale: float, null: Mapping[str, int]) -> None:
         super().__init__()
-        if not torch.tensor(scale).isfinite() or not null:
-            raise InvalidInputError(f"guidance needs a finite scale and the value of no condition, got {scale}, {null}")
+        check_type("denoiser", denoiser, nn.Module, "it is called as u(x, t, **condition)")
+        named = isinstance(null, Mapping) and all(isinstance(v, int) for v in null.values())
+        try:
+            scale = check_number("guidance", scale)
+        except InvalidInputError:
+            named = False
+        if not named or not null:
+            raise InvalidInputError(
+                f"guidance needs a finite scale and the value of no condition, got {shown(scale)} and {shown(null)}"
+            )
         self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
 
     def forward(

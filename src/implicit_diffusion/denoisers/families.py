@@ -28,6 +28,10 @@ class Family:
         guidance: the scale w that its pipeline uses by default.
         embeddings: arguments of the network that text encoders fill.
         passes_eta: whether its pipeline can be told the noise of DDIM; the others run it without.
+        may_have: parts that its pipeline takes besides.
+        options: that its pipeline keeps in model_index.json.
+        shifted: whether its pipeline decodes D(z/σ + μ), with the autoencoder's shift_factor μ; the others decode
+            D(z/σ), whatever shift the autoencoder names.
     """
 
     pipelines: tuple[str, ...]
@@ -38,6 +42,14 @@ class Family:
     guidance: float = 1.0
     embeddings: tuple[str, ...] = ()
     passes_eta: bool = False
+    may_have: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    shifted: bool = False
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """All parts that its pipeline can have."""
+        return frozenset({self.part, "scheduler", *self.needs, *self.may_have})
 
     @property
     def latent(self) -> bool:
@@ -51,7 +63,15 @@ class Family:
 
 
 PIXELS = Family((), "unet", "UNet2DModel", None, passes_eta=True)
-DIT = Family(("DiTPipeline",), "transformer", "DiTTransformer2DModel", "classes", needs=("vae",), guidance=4.0)
+DIT = Family(
+    ("DiTPipeline",),
+    "transformer",
+    "DiTTransformer2DModel",
+    "classes",
+    needs=("vae",),
+    guidance=4.0,
+    options=("id2label",),
+)
 SD = Family(
     ("StableDiffusionPipeline",),
     "unet",
@@ -61,6 +81,8 @@ SD = Family(
     guidance=7.5,
     embeddings=("encoder_hidden_states",),
     passes_eta=True,
+    may_have=("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"),
+    options=("requires_safety_checker",),
 )
 SD3 = Family(
     ("StableDiffusion3Pipeline",),
@@ -70,8 +92,20 @@ SD3 = Family(
     needs=("vae",),
     guidance=7.0,
     embeddings=("encoder_hidden_states", "pooled_projections"),
+    may_have=(
+        *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+        "image_encoder",
+        "feature_extractor",
+    ),
+    shifted=True,
 )
 FAMILIES = (PIXELS, DIT, SD, SD3)
+
+
+WIDTHS = {
+    "encoder_hidden_states": ("encoder_hid_dim", "joint_attention_dim", "cross_attention_dim"),
+    "pooled_projections": ("pooled_projection_dim",),
+}  # of embeddings: the keys of a network's config, of which the first that is there says how wide they are
 
 
 def family_of(pipeline: str, parts: dict[str, tuple[str, str]]) -> Family | None:

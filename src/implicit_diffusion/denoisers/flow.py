@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.denoisers.refusals import check_num_steps, check_shift
+from implicit_diffusion.denoisers.refusals import check_num_steps, check_scheduler, check_shift
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 
@@ -47,6 +47,7 @@ SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler runs a flow-matching model (u = noise − data), and not a diffusion model."""
+    check_scheduler(scheduler)
     config = scheduler.config
     return (
         type(scheduler).__name__.startswith("FlowMatch")
@@ -75,7 +76,7 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
             "scheduler: the memoryless flow takes its noise levels from a FlowMatchEulerDiscreteScheduler, "
             f"got {name}; a diffusion model's memoryless chain is DDPM."
         )
-    check_num_steps(scheduler, num_steps)
+    num_steps = check_num_steps(scheduler, num_steps)
     check_shift(scheduler, mu)
     levels = copy.deepcopy(scheduler)
     even = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()

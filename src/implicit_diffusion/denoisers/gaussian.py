@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.flow import is_flow
 from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_marginal
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    check_call,
+    check_choice,
+    check_number,
+    check_tensor,
+    shown,
+)
 
 Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
 PREDICTIONS = ("score", "epsilon", "sample", "v_prediction", "flow_prediction")
@@ -58,8 +65,13 @@ class GaussianDenoiser(nn.Module):
         prediction: str = "score",
     ) -> None:
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise InvalidInputError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_tensor("mean", mean, "*event", finite=True)
+        check_call("marginal", marginal, "t")
+        if not isinstance(variance, Tensor):
+            variance = check_number("variance", variance, 0)
+        elif not variance.is_floating_point() or variance.is_meta or variance.layout != torch.strided:
+            raise InvalidInputError(f"variance must hold floating-point numbers, got {shown(variance)}")
         spread = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
         try:
             spread = spread.expand(mean.shape).clone()
@@ -99,7 +111,7 @@ class GaussianDenoiser(nn.Module):
         """
         if is_flow(scheduler):
             marginal = FlowMarginal(scheduler.config.num_train_timesteps)
-            return cls(mean, variance, marginal, prediction or "flow_prediction")
+            return cls(mean, variance, marginal, "flow_prediction" if prediction is None else prediction)
         if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
             raise InvalidInputError(
                 f"{type(scheduler).__name__} has no alphas_cumprod, so its process is no "
@@ -109,7 +121,7 @@ class GaussianDenoiser(nn.Module):
             mean,
             variance,
             DiscreteMarginal(scheduler.alphas_cumprod),
-            prediction or scheduler.config.prediction_type,
+            scheduler.config.prediction_type if prediction is None else prediction,
         )
 
     def forward(self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"]) -> Float[Tensor, "batch *event"]:

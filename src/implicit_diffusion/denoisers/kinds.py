@@ -24,9 +24,10 @@ from typing import Any
 from torch import Tensor
 
 from implicit_diffusion.denoisers.flow import is_flow, memoryless_flow
+from implicit_diffusion.denoisers.refusals import check_scheduler
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 
 SPACINGS = ("trailing", "leading", "linspace")
 SIGMA_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -99,10 +100,13 @@ def scheduler_for(
     """
     import diffusers
 
-    if kind is not None and kind not in KINDS:
-        raise InvalidInputError(f"scheduler: unknown kind {kind!r}; take one of {', '.join(KINDS)}.")
-    if spacing not in SPACINGS:
-        raise InvalidInputError(f"spacing: unknown {spacing!r}; take one of {', '.join(SPACINGS)}.")
+    check_scheduler(scheduler)
+    if kind is not None and (not isinstance(kind, str) or kind not in KINDS):
+        raise InvalidInputError(f"scheduler: unknown kind {shown(kind)}; take one of {', '.join(KINDS)}.")
+    if clip is not None:
+        check_type("clip", clip, bool, "take True or False, or None to keep clipping as it is")
+    if not isinstance(spacing, str) or spacing not in SPACINGS:
+        raise InvalidInputError(f"spacing: unknown {shown(spacing)}; take one of {', '.join(SPACINGS)}.")
     scheduler_class = type(scheduler)
     if kind is not None:
         check_family(scheduler, kind)
@@ -187,6 +191,10 @@ def table_for(scheduler: Any, kind: str, num_steps: int, *, eta: float = 1.0) ->
     Raises:
         InvalidInputError: as `read_table` and `memoryless_flow` do.
     """
+    check_scheduler(scheduler)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InvalidInputError(f"scheduler: unknown kind {shown(kind)}; take one of {', '.join(KINDS)}.")
+    eta = check_number("eta", eta, 0, closed=True)
     if kind == "flow-memoryless" and type(scheduler).__name__ == KINDS["flow-euler"].scheduler:
         return memoryless_flow(scheduler, num_steps)
     return read_table(scheduler, num_steps, **({"eta": eta} if kind == "ddim" else {})).unscaled()

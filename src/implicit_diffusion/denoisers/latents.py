@@ -1,13 +1,18 @@
 """From latents to images: the decoder of a latent diffusion model, inside the reward.
 
-A latent pipeline runs its chain on z and shows x = D(z/σ + μ), with the scaling σ and shift μ of its autoencoder. The
-reward is a function of images, so the chain's terminal objective is R ∘ D, differentiated through the decoder, whose
-weights are frozen. A decoder's activations dwarf those of the rest: it works on a few samples at a time and forgets
-what happens inside, to compute it once more on the way back (gradient checkpointing).
+A latent pipeline runs its chain on z and shows x = D(z/σ + μ), with the scaling σ of its autoencoder, and its shift μ
+where the pipeline is one that adds it. StableDiffusion3Pipeline does; StableDiffusionPipeline and DiTPipeline show
+D(z/σ) whatever the autoencoder's config says, and none of the three reads latents_mean and latents_std. What a reward
+judges is what the pipeline shows.
+
+The reward is a function of images, so the chain's terminal objective is R ∘ D, differentiated through the decoder,
+whose weights are frozen. A decoder's activations dwarf those of the rest: it works on a few samples at a time and
+forgets what happens inside, to compute it once more on the way back (gradient checkpointing).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,21 +30,27 @@ class Decoder(nn.Module):
 
     Args:
         vae: an `AutoencoderKL` of diffusers; frozen here.
+        shifted: whether the pipeline adds the shift_factor μ of its config; else μ = 0.
 
     Raises:
-        InvalidInputError: its config names no positive scaling_factor.
+        InvalidInputError: its config names no positive scaling_factor, or no shift_factor that a pipeline adds.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, shifted: bool = False) -> None:
         super().__init__()
-        scaling = vae.config.get("scaling_factor")
-        if not scaling or not scaling > 0:
+        scaling, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor") if shifted else 0.0
+        if not _finite(scaling) or not scaling > 0:
             raise InvalidInputError(
                 f"model: the autoencoder's scaling_factor is {scaling}, so its latents have no scale; set it in "
                 "vae/config.json (0.18215 for Stable Diffusion 1)"
             )
+        if not _finite(shift):
+            raise InvalidInputError(
+                f"model: the autoencoder's shift_factor is {shift}, and its pipeline adds it to the latents; set it in "
+                "vae/config.json (0.0609 for Stable Diffusion 3)"
+            )
         self.vae = vae.eval().requires_grad_(False)
-        self.scaling, self.shift = float(scaling), float(vae.config.get("shift_factor") or 0.0)
+        self.scaling, self.shift = float(scaling), float(shift)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, each way
 
     def forward(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
@@ -52,11 +63,19 @@ class Decoder(nn.Module):
         return self.vae.decode(z / self.scaling + self.shift, return_dict=False)[0]
 
 
-def check_latents(decoder: Decoder, channels: int, source: str) -> None:
-    """Raise `InvalidInputError` where the network's latents are none of the decoder's."""
-    found = decoder.vae.config.latent_channels
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_latents(decoder: Decoder, event_shape: tuple[int, ...], source: str) -> None:
+    """Raise `InvalidInputError` where the network's latents are none of the decoder's; decodes one."""
+    found, channels = decoder.vae.config.latent_channels, event_shape[0]
     if found != channels:
         raise InvalidInputError(
             f"model: the autoencoder of {source!r} has latents of {found} channels, but its network works on {channels}"
             "; they belong to different models"
         )
+    images = decoder(torch.zeros(1, *event_shape, device=decoder.vae.device))
+    height, width = (decoder.factor * side for side in event_shape[1:])
+    if images.ndim != 4 or images.shape[2:] != (height, width):
+        raise ValueError(f"it makes images {tuple(images.shape)} of latents {event_shape}, not {height} by {width}")

@@ -10,7 +10,6 @@ is remembered with every checkpoint, for the way back of u_0 runs after that of 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from implicit_diffusion.denoisers.adapter import inner
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
 
 ATTENTION, RESIDUAL = ("to_q", "to_k", "to_v", "to_out.0"), ("conv1", "conv2")
@@ -43,8 +43,15 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
     """
     import peft
 
-    if rank < 1:
-        raise InvalidInputError(f"--lora-rank must be an integer ≥ 1, got {rank}")
+    check_type("network", network, nn.Module, "take the model of a denoiser")
+    check_type("noise", noise, Noise, "take Noise(0), say")
+    rank = check_integer("--lora-rank", rank)
+    if targets is not None and (
+        not isinstance(targets, Sequence)
+        or isinstance(targets, str)
+        or not all(isinstance(end, str) for end in targets)
+    ):
+        raise InvalidInputError(f"--lora-targets must be a list of ends of layers' names, got {shown(targets)}")
     found = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
     if targets is None:
         attends = any(name.endswith(ATTENTION[0]) for name in found)
@@ -82,6 +89,7 @@ class WithoutAdapter(nn.Module):
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
+        check_type("denoiser", denoiser, nn.Module, "it has adapters inside")
         self.denoiser = denoiser
 
     def forward(
@@ -119,6 +127,11 @@ def checkpoint_activations(network: Any) -> None:
     Raises:
         InvalidInputError: the network's class cannot.
     """
+    check_type("network", network, nn.Module, "take the model of a denoiser")
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise InvalidInputError(
+            f"--gradient-checkpointing: {type(network).__name__} is no model of diffusers, and cannot"
+        )
 
     def recomputed(block: nn.Module, *arguments: Any) -> Any:
         layers = _layers(block)
@@ -152,7 +165,8 @@ def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
 
 def merged(denoiser: nn.Module) -> nn.Module:
     """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights: a plain network again."""
-    plain: Any = copy.deepcopy(inner(denoiser))
+    check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
+    plain: Any = copied(inner(denoiser))
     if _layers(plain):
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
 

@@ -36,7 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, shown
 
 
 def ou_marginal(t: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
@@ -70,10 +70,9 @@ def ou_probability_flow(num_steps: int, horizon: float, prediction: str = "score
 
 
 def _euler(num_steps: int, horizon: float, prediction: str, g: float, noise: float, name: str) -> ChainTable:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise InvalidInputError(f"num_steps must be an integer ≥ 1, got {num_steps!r}.")
-    if not (math.isfinite(horizon) and horizon > 0):
-        raise InvalidInputError(f"horizon must be positive and finite, got {horizon!r}.")
+    num_steps, horizon = check_integer("num_steps", num_steps), check_number("horizon", horizon, 0)
+    if not isinstance(prediction, str) or prediction not in ("score", "epsilon", "sample"):
+        raise InvalidInputError(f"prediction must be 'score', 'epsilon' or 'sample', got {shown(prediction)}.")
     h = horizon / num_steps
     # N − k, not T − kh: the last time is h to the last bit.
     t = h * torch.arange(num_steps, 0, -1, dtype=torch.float64)
@@ -99,6 +98,4 @@ def _score_coefficients(t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
         return zero, torch.ones_like(t)
     if prediction == "epsilon":
         return zero, -1 / sigma
-    if prediction == "sample":
-        return -1 / sigma**2, alpha / sigma**2
-    raise InvalidInputError(f"prediction must be 'score', 'epsilon' or 'sample', got {prediction!r}.")
+    return -1 / sigma**2, alpha / sigma**2

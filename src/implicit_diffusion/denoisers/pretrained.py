@@ -4,14 +4,15 @@ load_pretrained("digits")  →  Pretrained(denoiser, scheduler, event_shape)
 scheduler_for(scheduler, "ddpm", clip=False)  →  a scheduler that `read_table` can read (`denoisers.kinds`)
 save_pipeline(folder, denoiser, scheduler, card)  →  a folder that plain DiffusionPipeline.from_pretrained loads
 
-What is not trained, text encoders and decoders, is copied from the original folder as the files that it is.
+What is not trained, text encoders and decoders, is copied from the original folder: the files that a pipeline consists
+of (`files`) and no others, as files of the user's own.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import shutil
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser as DiffusersDenoiser
 from implicit_diffusion.denoisers.adapter import inner
-from implicit_diffusion.denoisers.checkpoints import PICKLES, Checkpoint, find_checkpoint
-from implicit_diffusion.denoisers.families import PIXELS, Family
+from implicit_diffusion.denoisers.checkpoints import INDEX, Checkpoint, find_checkpoint
+from implicit_diffusion.denoisers.families import PIXELS, WIDTHS, Family
+from implicit_diffusion.denoisers.files import copied
 from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
 from implicit_diffusion.denoisers.latents import Decoder, check_latents
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.denoisers.parts import load_model, load_scheduler
+from implicit_diffusion.denoisers.text import assembled
+from implicit_diffusion.errors import InvalidInputError, check_type, shown
+from implicit_diffusion.reading import one_line
 
 # Their steps are functions of (u, t, x) as they are, from N(0, I): what DDPMPipeline does with any scheduler.
 RUN_BY_DDPM_PIPELINE = (
@@ -34,6 +39,7 @@ RUN_BY_DDPM_PIPELINE = (
     "DPMSolverSinglestepScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
+LARGEST = 2**28  # numbers of one sample
 CARD_HEADER = """---
 library_name: diffusers
 pipeline_tag: {task}
@@ -82,12 +88,7 @@ class Pretrained:
         """The diffusers pipeline of this network and scheduler."""
         if self.checkpoint is None or self.family is PIXELS:
             return as_pipeline(self.denoiser, self.scheduler)
-        import diffusers
-
-        given = {self.family.part: self.denoiser.model, "scheduler": self.scheduler}
-        pipeline_class = getattr(diffusers, self.family.pipelines[0])
-        folder = str(self.checkpoint.folder)
-        return pipeline_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
+        return assembled(self.checkpoint, {self.family.part: self.denoiser.model, "scheduler": self.scheduler})
 
 
 def load_pretrained(model: str | Path) -> Pretrained:
@@ -98,22 +99,35 @@ def load_pretrained(model: str | Path) -> Pretrained:
             `owner/name` (looked up in the local cache first; an unreachable hub is an error after seconds).
 
     Raises:
-        InvalidInputError: no such model, no diffusers pipeline of a known family, pickled or incomplete weights, an
-            autoencoder that belongs to another network, or a network that predicts a variance as well.
+        InvalidInputError: no such model, no diffusers pipeline of a known family, files that are damaged, incomplete,
+            pickled or lie elsewhere, sizes that its weights do not have, an autoencoder that belongs to another
+            network, or a network that predicts a variance as well.
     """
-    checkpoint = find_checkpoint(model)
-    network = _load_network(checkpoint, str(model))
-    event_shape = _event_shape(network, str(model))
+    checkpoint, source = find_checkpoint(model), str(model)
     decoder = None
-    if checkpoint.family.latent:
-        decoder = Decoder(_load_part("AutoencoderKL", checkpoint.folder / "vae", "autoencoder", str(model)))
-        check_latents(decoder, event_shape[0], str(model))
+    family = checkpoint.family
+
+    def evaluated(network: Any) -> None:
+        shape = _event_shape(network, family, source)
+        _evaluate(network, family, shape, _num_classes(network, checkpoint, source))
+
+    def decoded(vae: Any) -> None:
+        decoder = Decoder(vae, shifted=family.shifted)
+        check_latents(decoder, event_shape, source)
+
+    with checkpoint.laid_out() as folder:
+        network = load_model(checkpoint, folder, family.part, "network", source, evaluated)
+        event_shape = _event_shape(network, family, source)
+        if family.latent:
+            vae = load_model(checkpoint, folder, "vae", "autoencoder", source, decoded)
+            decoder = Decoder(vae, shifted=family.shifted)
+    network.register_to_config(_name_or_path="")  # a local path, which would be saved with the result
     return Pretrained(
         denoiser=DiffusersDenoiser(network).eval(),
-        scheduler=_load_scheduler(checkpoint, str(model)),
+        scheduler=load_scheduler(checkpoint, source),
         event_shape=event_shape,
-        source=str(model),
-        num_classes=_num_classes(network, checkpoint, str(model)),
+        source=source,
+        num_classes=_num_classes(network, checkpoint, source),
         decoder=decoder,
         checkpoint=checkpoint,
     )
@@ -138,8 +152,14 @@ def save_pipeline(
         The folder.
 
     Raises:
-        InvalidInputError: the denoiser is no `DiffusersDenoiser`, or the scheduler of another class.
+        InvalidInputError: the denoiser is no `DiffusersDenoiser`, the scheduler of another class, or a file of the
+            original has gone; the network is saved by then.
     """
+    if not isinstance(folder, str | Path) or not isinstance(card, str):
+        raise InvalidInputError(f"folder must be a path and card its Markdown, got {shown(folder)} and {shown(card)}")
+    check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
+    if original is not None:
+        check_type("original", original, Pretrained, "take what load_pretrained returned, or None")
     folder, denoiser = Path(folder), inner(denoiser)
     family = PIXELS if original is None else original.family
     if family is PIXELS:
@@ -180,14 +200,12 @@ def save_adapter(folder: Path, adapter: dict[str, torch.Tensor], original: Pretr
 def _save_beside(folder: Path, denoiser: Any, scheduler: Any, checkpoint: Checkpoint) -> None:
     """Network and scheduler as they are now, all other parts as the files that they were."""
     part = checkpoint.family.part
-    for other in checkpoint.parts.keys() - {part, "scheduler"}:
-        pickles = shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES))
-        shutil.copytree(checkpoint.folder / other, folder / other, ignore=pickles, dirs_exist_ok=True)
     denoiser.model.save_pretrained(folder / part, safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
-    index = {key: value for key, value in checkpoint.index.items() if key != "_name_or_path"}
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = checkpoint.index | {"scheduler": ["diffusers", type(scheduler).__name__]}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    kept = {name: source for name, source in checkpoint.files.items() if name.split("/")[0] not in (part, "scheduler")}
+    copied(kept, folder)
 
 
 def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
@@ -210,40 +228,21 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
     )
 
 
-def _load_part(class_name: str, folder: Path, what: str, source: str) -> Any:
-    """A model of diffusers with all its weights."""
-    import diffusers
-
-    try:
-        part, info = getattr(diffusers, class_name).from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by kind of damage
-        raise InvalidInputError(f"model: the {what} of {source!r} cannot be loaded: {error}") from error
-    if info["missing_keys"]:
-        # diffusers would only warn, and leave these weights random.
-        missing = info["missing_keys"]
-        raise InvalidInputError(
-            f"model: the weights of {source!r} lack {len(missing)} tensors that its config asks for, "
-            f"such as {sorted(missing)[0]!r}."
-        )
-    return part
-
-
-def _load_network(checkpoint: Checkpoint, source: str) -> Any:
-    network = _load_part(checkpoint.family.network, checkpoint.network, "network", source)
-    channels = network.config.in_channels
-    if network.config.out_channels != channels and checkpoint.family.condition != "classes":
-        raise InvalidInputError(
-            f"model: the network of {source!r} returns {network.config.out_channels} channels for "
-            f"{channels}, so it predicts a variance as well; only a mean can be fine-tuned so far."
-        )
-    network.register_to_config(_name_or_path="")  # a local path, which would be saved with the result
-    return network
+def _evaluate(network: Any, family: Family, event_shape: tuple[int, ...], num_classes: int | None) -> None:
+    """One evaluation of a network without memory; raises what goes wrong, which the numbers in a config can make."""
+    config = network.config
+    x, t = torch.zeros(1, *event_shape, device="meta"), torch.zeros(1, device="meta")
+    condition: dict[str, torch.Tensor] = {}
+    if num_classes:
+        condition["class_labels"] = torch.zeros(1, dtype=torch.long, device="meta")
+    for name, keys in WIDTHS.items():
+        if name in family.embeddings:
+            width = next(config[key] for key in keys if config.get(key) is not None)
+            length = () if name == "pooled_projections" else (2,)
+            condition[name] = torch.zeros(1, *length, width, device="meta")
+    u = DiffusersDenoiser(network)(x, t, **condition)
+    if u.shape != x.shape:
+        raise ValueError(f"it makes {tuple(u.shape)} of samples of shape {tuple(x.shape)}")
 
 
 def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | None:
@@ -259,25 +258,22 @@ def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | Non
     return config.get("num_class_embeds")
 
 
-def _load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
-    import diffusers
-
-    found = getattr(diffusers, checkpoint.scheduler_class, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+def _event_shape(network: Any, family: Family, source: str) -> tuple[int, ...]:
+    """The shape of a sample, as far as the config names one that can be."""
+    config = network.config
+    channels, size = config.in_channels, config.sample_size
+    if config.out_channels != channels and family.condition != "classes":
         raise InvalidInputError(
-            f"model: {source!r} asks for the scheduler {checkpoint.scheduler_class!r}, which diffusers "
-            f"{diffusers.__version__} does not have; set DDPMScheduler or DDIMScheduler in its model_index.json."
+            f"model: the network of {source!r} returns {config.out_channels} channels for "
+            f"{channels}, so it predicts a variance as well; only a mean can be fine-tuned so far."
         )
-    scheduler_class: Any = found
-    try:
-        return scheduler_class.from_pretrained(str(checkpoint.scheduler), local_files_only=True)
-    except Exception as error:  # as above
-        raise InvalidInputError(f"model: the scheduler of {source!r} cannot be loaded: {error}") from error
-
-
-def _event_shape(unet: Any, source: str) -> tuple[int, ...]:
-    size = unet.config.sample_size
     if size is None:
         raise InvalidInputError(f"model: the config of {source!r} names no sample_size, the height and width.")
-    height_width = (size, size) if isinstance(size, int) else tuple(size)
-    return (unet.config.in_channels, *height_width)
+    shape = (channels, *((size, size) if isinstance(size, int) else size if isinstance(size, list | tuple) else ()))
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+    if len(shape) != 3 or not whole or math.prod(shape) > LARGEST:
+        raise InvalidInputError(
+            f"model: the config of {source!r} has in_channels = {channels!r} and sample_size = {one_line(repr(size))}; "
+            f"they must be positive whole numbers, a height and a width, of at most {LARGEST} numbers a sample."
+        )
+    return shape

@@ -6,21 +6,27 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from implicit_diffusion.errors import InvalidInputError, NonAffineError
+from implicit_diffusion.errors import InvalidInputError, NonAffineError, check_integer, check_number, shown
 
 GIVEN_BY_THE_CHAIN = ("model_output", "timestep", "sample", "generator", "variance_noise", "return_dict")
 
 
-def check_num_steps(scheduler: Any, num_steps: object) -> None:
-    """Raise `InvalidInputError` unless 1 ≤ num_steps ≤ the number of training timesteps."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise InvalidInputError(f"num_steps must be an integer ≥ 1, got {num_steps!r}.")
+def check_scheduler(scheduler: Any) -> None:
+    """Raise `InvalidInputError` for what is no scheduler of diffusers."""
+    if isinstance(scheduler, type) or not all(hasattr(scheduler, name) for name in ("config", "set_timesteps", "step")):
+        raise InvalidInputError(f"scheduler must be a diffusers scheduler, got {shown(scheduler)}.")
+
+
+def check_num_steps(scheduler: Any, num_steps: Any) -> int:
+    """The number; raises `InvalidInputError` unless 1 ≤ num_steps ≤ the number of training timesteps."""
+    num_steps = check_integer("num_steps", num_steps)
     limit = scheduler.config.get("num_train_timesteps", num_steps)
     if num_steps > limit:
         raise InvalidInputError(
             f"num_steps = {num_steps} is more than the {limit} timesteps that the model was trained on; "
             f"take at most {limit}."
         )
+    return num_steps
 
 
 def check_step_options(scheduler: Any, step_options: Mapping[str, Any]) -> None:
@@ -90,6 +96,8 @@ def refuse_what_is_no_table(scheduler: Any, mu: float | None) -> None:
 def check_shift(scheduler: Any, mu: float | None) -> None:
     """Raise `InvalidInputError` unless `mu` is given exactly where the timesteps are shifted dynamically."""
     config, name = scheduler.config, type(scheduler).__name__
+    if mu is not None:
+        mu = check_number("mu", mu)
     if config.get("use_dynamic_shifting") and mu is None:
         raise InvalidInputError(
             f"{name} with use_dynamic_shifting=True shifts its timesteps by the size of the image: give the exponent, "

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.refusals import (
     check_num_steps,
+    check_scheduler,
     check_step_options,
     refuse_what_is_no_table,
     wrong_number_of_timesteps,
@@ -84,9 +85,8 @@ def read_table(scheduler: Any, num_steps: int, *, mu: float | None = None, **ste
         InvalidInputError: num_steps is out of range, a step option is unknown or refused, a coefficient is not
             finite, the scheduler itself refuses its options, or `scheduler` is no diffusers scheduler.
     """
-    if not all(hasattr(scheduler, name) for name in ("config", "set_timesteps", "step")):
-        raise InvalidInputError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}.")
-    check_num_steps(scheduler, num_steps)
+    check_scheduler(scheduler)
+    num_steps = check_num_steps(scheduler, num_steps)
     check_step_options(scheduler, step_options)
     refuse_what_is_no_table(scheduler, mu)
 

@@ -14,7 +14,6 @@ a name for reports.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
+from implicit_diffusion.reading import one_line
 
 COLUMNS = ("a", "b", "s", "m", "t", "h")
 
@@ -59,7 +59,11 @@ class ChainTable:
 
     def __post_init__(self) -> None:
         for column in COLUMNS:
-            values = getattr(self, column).detach().to("cpu", torch.float64, copy=True)
+            check_type(f"ChainTable: column {column}", getattr(self, column), Tensor, "take torch.as_tensor(column)")
+            given: Tensor = getattr(self, column)
+            if given.is_complex() or given.is_meta or given.layout != torch.strided:
+                raise InvalidInputError(f"ChainTable: column {column} must hold real numbers, got {shown(given)}")
+            values = given.detach().to("cpu", torch.float64, copy=True)
             object.__setattr__(self, column, values)
             if values.ndim != 1 or len(values) == 0 or len(values) != len(self.a):
                 raise InvalidInputError(
@@ -75,9 +79,9 @@ class ChainTable:
             raise InvalidInputError(f"ChainTable: s must be ≥ 0, its smallest value is {self.s.min().item()}.")
         if (self.h <= 0).any():
             raise InvalidInputError(f"ChainTable: h must be > 0, its smallest value is {self.h.min().item()}.")
-        object.__setattr__(self, "initial_std", float(self.initial_std))
-        if not (math.isfinite(self.initial_std) and self.initial_std > 0):
-            raise InvalidInputError(f"ChainTable: initial_std must be positive and finite, got {self.initial_std}.")
+        object.__setattr__(self, "initial_std", check_number("ChainTable: initial_std", self.initial_std, 0))
+        if not isinstance(self.name, str):
+            raise InvalidInputError(f"ChainTable: name must be one line for reports, got {shown(self.name)}.")
 
     def __len__(self) -> int:
         """Number N of rows, which is the number of network calls."""
@@ -104,6 +108,8 @@ class ChainTable:
         """Whether two tables are the same sampler up to rounding of float32 σ's: same N and times, and rows that differ
         by less than `tolerance` of the row's largest coefficient, in the network's own scale (`unscaled`).
         """
+        check_type("other", other, ChainTable, "tables are compared with tables")
+        tolerance = check_number("tolerance", tolerance, 0, closed=True)
         if len(self) != len(other) or not torch.equal(self.t, other.t):
             return False
         one, two = (
@@ -118,6 +124,7 @@ class ChainTable:
         The path KL weighs a change δ of the network's output by (b_k δ)²/(2 s_k²), which on these rows is at
         least δ²/(2 tolerance²) nats: infinite for deterministic rows, useless for DDPM's last (s = 1e−10).
         """
+        tolerance = check_number("tolerance", tolerance, 0, closed=True)
         return tuple((self.s <= tolerance * self.b.abs()).nonzero().flatten().tolist())
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,10 +143,15 @@ class ChainTable:
             InvalidInputError: keys are missing or unknown, or the values are no table.
         """
         expected = {field.name for field in fields(cls)}
-        if set(saved) != expected:
+        if not isinstance(saved, Mapping) or set(saved) != expected:
+            keys = set(saved) if isinstance(saved, Mapping) else set()
             raise InvalidInputError(
-                f"ChainTable.from_dict: missing keys {sorted(expected - set(saved))}, "
-                f"unknown keys {sorted(set(saved) - expected)}."
+                f"ChainTable.from_dict: missing keys {sorted(expected - keys)}, "
+                f"unknown keys {sorted(map(str, keys - expected))}."
             )
-        columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
-        return cls(**columns, initial_std=saved["initial_std"], name=saved["name"])
+        try:
+            columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}
+            initial_std = float(saved["initial_std"])
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InvalidInputError(f"ChainTable.from_dict: {one_line(error)}; columns hold numbers.") from error
+        return cls(**columns, initial_std=initial_std, name=str(saved["name"]))

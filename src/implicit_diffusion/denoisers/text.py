@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.checkpoints import Checkpoint
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.denoisers.families import WIDTHS
+from implicit_diffusion.denoisers.parts import load_model, quiet, refused
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.reading import one_line
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # they look at images
 CHUNK = 16  # prompts encoded together
@@ -36,50 +38,60 @@ def embed_prompts(
     Raises:
         InvalidInputError: no text encoder there, one that cannot be loaded, or one that belongs to another network.
     """
-    import diffusers
-
+    check_type("checkpoint", checkpoint, Checkpoint, "take load_pretrained(model).checkpoint")
+    check_type("network", network, nn.Module, "take the network of the checkpoint")
+    if (
+        isinstance(prompts, str)
+        or not isinstance(prompts, Sequence)
+        or not all(isinstance(prompt, str) for prompt in prompts)
+    ):
+        raise InvalidInputError(f"prompts must be a list of strings, got {one_line(repr(prompts))[:80]}")
     encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
     if not encoders:
         raise InvalidInputError(f"prompts: {checkpoint.folder} has no text encoder that could read them")
     family = checkpoint.family
-    pipeline_class = getattr(diffusers, family.pipelines[0])
-    slots = inspect.signature(pipeline_class.__init__).parameters.keys()
-    given: dict[str, Any] = dict.fromkeys(slots - checkpoint.parts.keys() - {"self"} | {*UNUSED} & slots)
-    if "requires_safety_checker" in slots:
-        given["requires_safety_checker"] = False
-    given |= {family.part: network, "vae": None}
-    try:
-        with _quiet():
-            pipeline = pipeline_class.from_pretrained(
-                str(checkpoint.folder), use_safetensors=True, local_files_only=True, **given
-            )
-    except Exception as error:  # whatever the two libraries raise, by kind of damage
-        raise InvalidInputError(f"model: the text encoders of {checkpoint.folder} cannot be loaded: {error}") from error
+    pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED))
     for encoder in encoders:
         getattr(pipeline, encoder).to(device)
     texts = [*prompts, ""]
-    parts = [_encode(pipeline, texts[i : i + CHUNK], device) for i in range(0, len(texts), CHUNK)]
-    columns = [torch.cat(column).to(device) for column in zip(*parts)]
-    table = dict(zip(family.embeddings, columns, strict=True))
+    try:
+        parts = [_encode(pipeline, texts[i : i + CHUNK], device) for i in range(0, len(texts), CHUNK)]
+        columns = [torch.cat(column).to(device) for column in zip(*parts)]
+        table = dict(zip(family.embeddings, columns, strict=True))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the two libraries raise
+        raise InvalidInputError(
+            f"model: the text encoders of {checkpoint.folder} cannot encode prompts: {one_line(error)}; are these the "
+            "tokenizers that belong to them?"
+        ) from error
     _check_width(network, table)
     return table
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of two libraries, for what is over in seconds."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
+    """The pipeline of diffusers: `given` parts, and all others of the checkpoint loaded with their weights checked.
 
-    both = (diffusers_logging, transformers_logging)
-    shown = [library for library in both if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    Raises:
+        InvalidInputError: a part that cannot be loaded.
+    """
+    import diffusers
+
+    pipeline_class: Any = getattr(diffusers, checkpoint.family.pipelines[0])
+    slots = inspect.signature(pipeline_class.__init__).parameters.keys()
+    given = {part: model for part, model in given.items() if part in slots}
+    given |= dict.fromkeys((slots & checkpoint.family.parts) - checkpoint.parts.keys() - given.keys())
+    if "requires_safety_checker" in slots and given.get("safety_checker", 0) is None:
+        given["requires_safety_checker"] = False
+    source = str(checkpoint.folder)
+    with checkpoint.laid_out() as folder, quiet():
+        for part in checkpoint.parts.keys() - given.keys():
+            if (folder / part / "config.json").exists():
+                given[part] = load_model(checkpoint, folder, part, part.replace("_", " "), source)
+        try:
+            return pipeline_class.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **given)
+        except Exception as error:  # whatever the two libraries raise, by kind of damage
+            raise refused("pipeline", "loaded", error, checkpoint, folder, source) from error
 
 
 def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tensor]:
@@ -93,11 +105,8 @@ def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tenso
 
 def _check_width(network: Any, table: dict[str, Tensor]) -> None:
     """The embeddings against the widths that the network's config names, where it names them."""
-    for column, keys in (
-        ("encoder_hidden_states", ("joint_attention_dim", "cross_attention_dim")),
-        ("pooled_projections", ("pooled_projection_dim",)),
-    ):
-        wanted = next((network.config[key] for key in keys if key in network.config), None)
+    for column, keys in WIDTHS.items():
+        wanted = next((network.config[key] for key in keys if network.config.get(key) is not None), None)
         if column in table and isinstance(wanted, int) and table[column].shape[-1] != wanted:
             raise InvalidInputError(
                 f"model: its text encoders make {column} of width {table[column].shape[-1]}, but its network takes "

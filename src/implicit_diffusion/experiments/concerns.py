@@ -44,6 +44,8 @@ def concerns(outcome: Outcome) -> list[Concern]:
 
 def _run(outcome: Outcome) -> list[Concern]:
     config, s, found = outcome.config, outcome.summary, []
+    if s.get("worse"):
+        found.append(Concern(True, "J rose", s["worse"]))
     stopped = s.get("stopped")
     if stopped:
         planned = f"after {s['updates']} of {config['updates']} updates"
@@ -65,13 +67,16 @@ def _run(outcome: Outcome) -> list[Concern]:
     elif captured is not None and captured_se > 0.05:
         text = f"The share of the possible gain is known to {percent(captured_se)} only: judge more --starts."
         found.append(Concern(False, "A rough number", text))
-    if s.get("captured_unknown"):
+    if s.get("captured_unknown") and not s.get("worse"):
         found.append(Concern(False, "The captured share is unknown", s["captured_unknown"]))
-    if outcome.bound is not None and not outcome.bound.trusted:
+    best = outcome.bound
+    if best is not None and not best.trusted:
         text = (
-            f"The bound rests on {outcome.bound.effective_samples:.1f} effective samples per start: "
+            f"The bound rests on {best.effective_samples:.1f} effective samples per start: "
             "a few lucky trajectories decide it, and with it the captured share."
         )
+        if abs(best.bias) > best.j_se:
+            text += f" Made of half the trajectories of a start, it moves by {number(best.bias, sign=True, digits=2)}."
         found.append(Concern(True, "The bound is uncertain", text))
 
     target, kl = config.get("target_kl"), s.get("path_kl")

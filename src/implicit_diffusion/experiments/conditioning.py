@@ -9,6 +9,8 @@ The chain draws the number of a prompt, or a class, for every trajectory (`Drawn
 
 from __future__ import annotations
 
+import codecs
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,19 @@ from implicit_diffusion.denoisers.text import embed_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.objectives.reward import takes_condition
+from implicit_diffusion.reading import read_bytes
 
 PROMPT, CLASS = "prompt", "class_labels"
+MOST = 2**24  # bytes of a file of prompts
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+MARK = "\ufeff"
+UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and separators of lines and paragraphs
 
 
 @dataclass(frozen=True)
@@ -116,17 +129,36 @@ def conditioning(config: Config, pretrained: Pretrained, device: torch.device) -
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one per line; blank lines do not count.
+    r"""The prompts of a file, one per line; blank lines do not count.
+
+    A line ends where a text editor ends it: at \n, \r\n or \r. The file is UTF-8, or begins with the byte order mark of
+    UTF-8, UTF-16 or UTF-32. What else may be taken for the end of a line (a form feed, U+0085, U+2028, …), and other
+    control characters, which no editor shows as they are, are refused.
 
     Raises:
-        InvalidInputError: no such file, no UTF-8, or nothing in it.
+        InvalidInputError: no such file, none that is regular, one of more than `MOST` bytes, in another encoding, with
+            such a character (the message names the line), or with nothing in it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        contents = read_bytes(Path(path), MOST)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"--prompts: {error}; it is a text file, a prompt a line") from error
+    encoding = next((name for mark, name in MARKS.items() if contents.startswith(mark)), "utf-8")
+    try:
+        text = contents.decode(encoding)
+    except UnicodeDecodeError as error:
+        at = contents.count(b"\n", 0, error.start) + 1
         raise InvalidInputError(
-            f"--prompts {path} cannot be read ({error}); it is a text file, a prompt a line"
+            f"--prompts {path} cannot be read: line {at} is no {encoding} ({error.reason}); save it as UTF-8"
         ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        for character in line:
+            if (unicodedata.category(character) in UNSEEN and character != "\t") or character == MARK:
+                raise InvalidInputError(
+                    f"--prompts {path}: line {number} contains the character U+{ord(character):04X}, which editors do "
+                    "not show as it is read; remove it, or begin a new line there"
+                )
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InvalidInputError(f"--prompts {path} holds no prompts; write one per line")

@@ -8,15 +8,19 @@ Sizes: a U-Net of L levels halves height and width L − 1 times, so both must b
 as they are where they fit. Otherwise height and width are rounded to the nearest multiples, and every image is scaled
 until it covers that rectangle and cropped around its centre (`PIL.ImageOps.fit`). Nothing is padded: a frame would be
 learnt as part of the images. Grey images have one channel, unless one image of the set is in colour; transparency is
-dropped.
+dropped, and of several frames the first is taken, both with a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,10 +30,11 @@ from torch import Tensor
 from implicit_diffusion.denoisers.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, decode, find, first_line
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the images that nothing is trained on, and its limit
 SPLIT_SEED = 0
-DEEP = ("I", "F")  # modes of PIL with more than eight bits
+SHOWN = 10  # names of files that are printed
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Images:
         train: images to train on; uint8 in 0..255, or floats in [-1, 1].
         held_out: images that nothing is trained on, likewise.
         name: for reports and file names.
+        left_out: files that are not among the images, each with the reason.
     """
 
     train: Shaped[Tensor, "train channels height width"]
     held_out: Shaped[Tensor, "held_out channels height width"]
     name: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -82,7 +89,7 @@ def fitting_size(height: int, width: int, levels: int | None = None) -> tuple[in
 
 
 def load_images(data: str, size: tuple[int, int] | None = None, levels: int | None = None) -> Images:
-    """The images called `data`.
+    """The images called `data`; what of a folder is left out is printed, with reasons.
 
     Args:
         data: "digits", a folder of image files (subfolders too), or a hub id `owner/name` of the `datasets` library.
@@ -90,8 +97,8 @@ def load_images(data: str, size: tuple[int, int] | None = None, levels: int | No
         levels: of the U-Net; by default those of the rule (`levels_for`).
 
     Raises:
-        InvalidInputError: nothing of that name can be had; no images in it, or a single one; images of several sizes
-            without a `size`; more than eight bits per channel.
+        InvalidInputError: nothing of that name can be had; no images in it, or a single one; images that cannot be read
+            or have more than eight bits per channel; images of several sizes without a `size`.
         MemoryLimitError: the images do not fit into the memory that is free.
     """
     if data == "digits":
@@ -101,38 +108,42 @@ def load_images(data: str, size: tuple[int, int] | None = None, levels: int | No
         return Images(real.train, real.held_out, "digits")
     if size is not None and min(size) < 4:
         raise InvalidInputError(f"size: height and width must be at least 4 pixels, got {size}")
-    if data and Path(data).is_dir():
-        rows, name = _folder(Path(data)), Path(data).resolve().name
-    elif HUB_ID.fullmatch(data) and not Path(data).exists():
-        rows, name = _hub(data), data.split("/")[1]
+    if data and os.path.isdir(data):  # unlike Path.is_dir, it takes names of any length
+        found, name = _folder(Path(data)), Path(data).resolve().name
+    elif HUB_ID.fullmatch(data) and not os.path.exists(data):
+        found, name = _hub(data), data.split("/")[1]
     else:
+        archive = "; an archive has to be unpacked first" if data.lower().endswith(ARCHIVES) else ""
         raise InvalidInputError(
             f"data: {data!r} is neither 'digits', nor a folder of images, nor a hub id 'owner/name' such as "
-            "'ylecun/mnist' or 'uoft-cs/cifar10'"
+            f"'ylecun/mnist' or 'uoft-cs/cifar10'{archive}"
         )
-    images = _tensor(rows, data, size, levels)
+    if found.left_out:
+        print(f"left out: {listed(found.left_out)}")
+    images = _tensor(found.pictures, data, size, levels)
     if len(images) < 2:
         raise InvalidInputError(f"data: {data!r} holds {len(images)} image; at least 2 are needed, one is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     count = max(1, min(MOST_HELD_OUT, int(HELD_OUT * len(images))))
-    return Images(images[order[count:]], images[order[:count]], name)
+    return Images(images[order[count:]], images[order[:count]], name, tuple(found.left_out))
 
 
-def _folder(folder: Path) -> Any:
-    """The images of a folder, in the order of their paths, by the loader of `datasets`."""
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset("imagefolder", data_dir=str(folder), drop_labels=True, drop_metadata=True)
-    except Exception as error:  # FileNotFoundError, DataFilesNotFoundError, DatasetGenerationError, ... by release
-        raise InvalidInputError(f"data: {folder} holds no images that can be read ({_first_line(error)})") from error
-    return _image_column(found, str(folder))
+def _folder(folder: Path) -> Found:
+    """The images of a folder."""
+    found = find(folder)
+    if not found.pictures:
+        left_out = f"; left out: {listed(found.left_out)}" if found.left_out else ""
+        raise InvalidInputError(f"data: {str(folder)!r} holds no images that can be read{left_out}")
+    return found
 
 
-def _hub(hub_id: str) -> Any:
-    """The images of a data set of the hub, or of the local cache under HF_HUB_OFFLINE=1."""
+def _hub(hub_id: str) -> Found:
+    """The images of a data set of the hub, or of the local cache under HF_HUB_OFFLINE=1.
+
+    They are those of the split called train, else of the first, in its first column of images.
+    """
     import huggingface_hub
-    from datasets import load_dataset
+    from datasets import Image, load_dataset
 
     advice = "name a folder of images instead, or set HF_HUB_OFFLINE=1 if the data set is in the local cache"
     try:
@@ -141,65 +152,82 @@ def _hub(hub_id: str) -> Any:
         found = load_dataset(hub_id)
     except Exception as error:  # whatever the HTTP library of the day raises
         raise InvalidInputError(
-            f"data: {hub_id!r} cannot be had from the hub ({_first_line(error)}); {advice}"
+            f"data: {hub_id!r} cannot be had from the hub ({first_line(error)}); {advice}"
         ) from error
-    return _image_column(found, hub_id)
-
-
-def _image_column(found: Any, name: str) -> Any:
-    """The split called train, else the first, reduced to its first column of images."""
-    from datasets import Image
-
-    split = found["train"] if "train" in found else next(iter(found.values()))
+    chosen = "train" if "train" in found else next(iter(found))
+    split = found[chosen]
     columns = [column for column, feature in split.features.items() if isinstance(feature, Image)]
     if not columns:
-        raise InvalidInputError(f"data: {name!r} has no column of images; its columns are {', '.join(split.features)}")
-    return split.select_columns(columns[:1])
+        raise InvalidInputError(
+            f"data: {hub_id!r} has no column of images; its columns are {', '.join(split.features)}"
+        )
+    encoded = split.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
+    pictures = [
+        Picture(f"image {i + 1} of {hub_id!r}", partial(_row, encoded, i, columns[0])) for i in range(len(split))
+    ]
+    if not pictures:
+        raise InvalidInputError(f"data: {hub_id!r} holds no images")
+    left_out = [f"the split {other!r}" for other in found if other != chosen]
+    return Found(pictures, left_out + [f"the column {other!r} of images" for other in columns[1:]])
 
 
-def _tensor(rows: Any, name: str, size: tuple[int, int] | None, levels: int | None) -> Shaped[Tensor, "n c h w"]:
-    """All images as bytes, of one size, grey or in colour."""
+def _row(rows: Any, i: int, column: str) -> IO[bytes]:
+    """The bytes of an image of a data set."""
+    content = rows[i][column]
+    if content is None:
+        raise ValueError("it is missing")
+    return Path(content["path"]).open("rb") if content["bytes"] is None else BytesIO(content["bytes"])
+
+
+def _tensor(
+    pictures: Sequence[Picture], name: str, size: tuple[int, int] | None, levels: int | None
+) -> Shaped[Tensor, "n c h w"]:
+    """All images as bytes, of one size, grey or in colour; all that cannot be read are named at once."""
     from PIL import ImageOps
 
     images: list[Any] = []
+    refused: list[str] = []
+    lost: dict[str, list[str]] = {}
     first = target = (0, 0)
-    for image in _decoded(rows, name):
+    for picture in pictures:
+        try:
+            image, less = decode(picture)
+        except InvalidInputError as error:
+            refused.append(str(error))
+            continue
+        for what in less:
+            lost.setdefault(what, []).append(picture.name)
         own = (image.height, image.width)
-        if not images:
+        if first == (0, 0):
             first, (height, width) = own, size or own
             target = fitting_size(height, width, levels)
-            _check_memory(len(rows), target)
+            _check_memory(len(pictures), target)
             if target != own:
                 print(f"images of {own[0]}×{own[1]} pixels are brought to {target[0]}×{target[1]}")
         if size is None and own != first:
             raise InvalidInputError(
                 f"data: {name!r} has images of several sizes, {first[0]}×{first[1]} and {own[0]}×{own[1]} (height × "
-                "width); give one with --size HEIGHT WIDTH"
+                f"width, {picture.name}); give one with --size HEIGHT WIDTH"
             )
-        image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
         images.append(image if own == target else ImageOps.fit(image, target[::-1]))
+    if refused:
+        raise InvalidInputError(
+            f"data: {len(refused)} of {len(pictures)} images of {name!r} cannot be used: {listed(refused)}"
+        )
+    for what, names in lost.items():
+        print(f"{len(names)} of {len(images)} images {what}: {listed(names)}")
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     arrays = np.stack([np.asarray(image.convert(mode)).reshape(*image.size[::-1], -1) for image in images])
+    copies = len(arrays) - len({sha256(array.tobytes()).digest() for array in arrays})
+    if copies:
+        print(f"{copies} of {len(arrays)} images are copies of others, pixel by pixel; some may be held out")
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
 
 
-def _decoded(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """PIL images."""
-    found = 0
-    try:
-        for row in rows:
-            found += 1
-            (image,) = row.values()
-            if image.mode.startswith(DEEP):
-                raise InvalidInputError(
-                    f"data: image {found} of {name!r} has more than eight bits per channel (mode {image.mode}); "
-                    "convert it to 8 bits"
-                )
-            yield image
-    except (OSError, SyntaxError) as error:
-        raise InvalidInputError(f"data: image {found + 1} of {name!r} cannot be read ({_first_line(error)})") from error
-    if not found:
-        raise InvalidInputError(f"data: {name!r} holds no images")
+def listed(names: Sequence[str]) -> str:
+    """The first few of many, and how many more there are."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_memory(count: int, size: tuple[int, int]) -> None:
@@ -211,7 +239,3 @@ def _check_memory(count: int, size: tuple[int, int]) -> None:
             f"data: {count} images of {size[0]}×{size[1]} pixels need {needed / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} are free; give a smaller --size, or fewer images"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from implicit_diffusion.experiments.written import markdown
+
 
 def model_card(summary: dict[str, Any]) -> str:
     """The README.md of the model folder: what it is, how to make and use it, and how good its samples are."""
@@ -30,8 +32,8 @@ def model_card(summary: dict[str, Any]) -> str:
         steps=config["steps"],
         batch=config["batch"],
         seconds=summary["seconds"],
-        prediction_type=config["prediction_type"],
-        beta_schedule=config["beta_schedule"],
+        prediction_type=markdown(config["prediction_type"]),
+        beta_schedule=markdown(config["beta_schedule"]),
         samples=config["samples"],
         chains=" and ".join(map(str, quality)),
         rows="\n".join(rows),

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from implicit_diffusion.runs.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -26,7 +28,13 @@ def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
     for axis in plain:
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path, dpi=130)
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write the figure in one step, in the format that its name ends in."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."), **options)
 
 
 def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8) -> None:

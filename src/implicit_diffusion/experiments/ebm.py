@@ -7,19 +7,23 @@ minimising KL(p_ref‖π_θ). `--compare` runs all arms at equal cost, with thei
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.ebm_arms import make_loop
+from implicit_diffusion.experiments.ebm_arms import Settings, make_loop
 from implicit_diffusion.experiments.ebm_config import Config as Config
-from implicit_diffusion.experiments.ebm_data import load
+from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.ebm_judging import judge, show, what_to_change
-from implicit_diffusion.experiments.ebm_training import train
+from implicit_diffusion.experiments.ebm_training import Trained, train
+from implicit_diffusion.experiments.energy_model import load_energy_model
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import is_recorded
 
 LOOKS = 12  # exact figures on the way
 
@@ -36,24 +40,42 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         DivergenceError, NonFiniteError: training ran away; the last sound model is in the run directory.
     """
     config.check()
+    config = absolute(replace(config, out=directory.path if directory else config.out))
     if config.compare:
         from implicit_diffusion.experiments.ebm_compare import compare
 
         return compare(config)
-    out = config.out or dated(f"ebm-{Path(config.data).stem}")
-    if directory is None:
-        RunDirectory.check(out)
+    begun = directory is not None
+    directory = RunDirectory(config.out or dated(f"ebm-{Path(config.data).stem}").absolute())
+    with directory.held():
+        return _run(replace(config, out=directory.path), directory, begun)
+
+
+def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    rests_on = inputs(config)
     data = load(config.data, Noise(config.seed))
     settings = config.settings(data)
     loop = make_loop(settings, data)
     if config.long_chains and len(data.event_shape) != 3:
         raise InvalidInputError(f"--long-chains is for images, got events {data.event_shape}; leave it out")
-    directory = directory or RunDirectory.create(out)
-    resolved = replace(config.resolved(data), out=out)
-    directory.write_config(resolved)
-    trained = train(settings, data, loop, directory, LOOKS)
+    resolved = config.resolved(data)
+    if not begun:
+        directory.start(resolved)
+    if not (begun and is_recorded(directory)):
+        record_inputs(directory, resolved, rests_on)
+    with directory.resumable():
+        return finish(config, resolved, settings, data, train(settings, data, loop, directory, LOOKS), directory)
+
+
+def finish(
+    config: Config, resolved: Config, settings: Settings, data: Data, trained: Trained, directory: RunDirectory
+) -> dict[str, Any]:
+    """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
+    from implicit_diffusion.experiments.ebm_figures import draw
+
     if trained.fit.stopped == "interrupted":
-        raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {directory.path}`")
+        raise KeyboardInterrupt
     assert resolved.judge_steps is not None
     usual = replace(config, step_size=None).resolved(data)
     summary = judge(trained, data, resolved.judge_steps)
@@ -70,10 +92,27 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         from implicit_diffusion.experiments.ebm_digits import long_chains
 
         summary |= long_chains(model, data, directory, 10 * settings.updates, config.seed)
+    draw(model, data, summary, directory)
     directory.write_summary(summary)
+    show(summary, directory)
+    return summary
 
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the figures from what is on disk; prints the headline and returns the summary.
+
+    Raises:
+        InvalidInputError: a comparison, whose own command draws it again; data or a model that are no longer there.
+    """
     from implicit_diffusion.experiments.ebm_figures import draw
 
-    draw(model, data, summary, directory)
+    config = directory.read_config() or {}
+    if config.get("compare"):
+        raise InvalidInputError(
+            f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
+        )
+    summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+    data = load(config["data"], Noise(config["seed"]))
+    draw(load_energy_model(directory.model), data, summary, directory)
     show(summary, directory)
     return summary

@@ -165,6 +165,11 @@ class Watch:
         if not found and self.save is not None:
             self.save(fit)
 
+    def unsound(self, fit: Fit) -> str | None:
+        """What has gone wrong, if anything: no such state is saved."""
+        assert isinstance(fit.loop, ParticleLoop)
+        return self.diagnose(fit.loop, fit.metrics.get("acceptance"))
+
     def state_dict(self) -> dict[str, int]:
         """How many bad looks in a row there were."""
         return {"bad": self.bad}

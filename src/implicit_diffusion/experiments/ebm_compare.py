@@ -19,12 +19,13 @@ from typing import Any
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.ebm_arms import ARMS, Settings, make_loop, pulls_per_update
 from implicit_diffusion.experiments.ebm_config import Config
-from implicit_diffusion.experiments.ebm_data import load
+from implicit_diffusion.experiments.ebm_data import Data, load
 from implicit_diffusion.experiments.ebm_judging import JUDGE, log_z_by_annealing
 from implicit_diffusion.experiments.ebm_training import train
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
+from implicit_diffusion.runs.provenance import record, verified
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SEED = 1000  # beyond those of the runs
@@ -38,7 +39,14 @@ def compare(config: Config) -> dict[str, Any]:
             than the beginning of the same comparison.
         KeyboardInterrupt: interrupted; the same command goes on, and may ask for more seeds.
     """
-    out = config.out or dated(f"ebm-compare-{config.data}")
+    directory = RunDirectory((config.out or dated(f"ebm-compare-{config.data}")).absolute())
+    with directory.held():
+        return _compare(config, directory)
+
+
+def _compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    out = directory.path
     data = load(config.data, Noise(config.seed))
     if data.law is None:
         raise InvalidInputError(
@@ -46,14 +54,20 @@ def compare(config: Config) -> dict[str, Any]:
         )
     resolved = replace(config.resolved(data), out=out)
     check_folder(out, resolved)
+    with verified(directory, advice="choose another --out"):
+        return _run(config, resolved, data, directory)
+
+
+def _run(config: Config, resolved: Config, data: Data, directory: RunDirectory) -> dict[str, Any]:
+    """The same, on what it rested on where it has begun before."""
     for arm in ARMS:
         settings = at_equal_cost(config.settings(data), arm)
         if settings.updates < 1:
             raise InvalidInputError(f"--steps {config.steps} are too few: their cost is that of no update of {arm}")
         make_loop(settings, data)
-    out.mkdir(parents=True, exist_ok=True)
-    trainings = Trainings(resolved, RunDirectory(out))
-    trainings.directory.write_config(resolved)
+    directory.write_config(resolved)
+    record(directory, resolved, {})
+    trainings = Trainings(resolved, directory)
     summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}, "advice": []}
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by arm and seed
     assert resolved.seeds is not None
@@ -71,12 +85,12 @@ def compare(config: Config) -> dict[str, Any]:
         curves[arm] = {seed: run["curve"] for seed, run in zip(seeds, runs) if run is not None}
         print(f"{arm:9s} lr {best:g}  KL {summary['arms'][arm]['kl']}", flush=True)
     summary["paired"] = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
-    trainings.directory.write_summary(summary)
 
     from implicit_diffusion.experiments.ebm_figures import draw_comparison
 
-    draw_comparison(config.data, {arm: list(by.values()) for arm, by in curves.items()}, trainings.directory)
-    show(summary, trainings.directory)
+    draw_comparison(config.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
+    directory.write_summary(summary)
+    show(summary, directory)
     return summary
 
 

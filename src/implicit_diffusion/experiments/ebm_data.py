@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments.planar import LAWS, Law, law
 from implicit_diffusion.noise import Noise
 
@@ -19,12 +21,13 @@ TRAIN, HELD_OUT = range(2)  # streams of noise
 SIZES = 20_000, 10_000  # of laws
 SHARE = 0.2  # of an array that is held out
 GREY_LEVELS = 17  # of the handwritten digits
+SHOWN = 10  # rows that are named
 COPIES = 20  # of each, with noise of their own: a network could learn a single draw by heart
 
 
 @dataclass(frozen=True)
 class Data:
-    """Data in their own units.
+    """Data in their own units, in single precision, or in double where single would round them.
 
     Args:
         train, held_out: with shape (m, *event).
@@ -47,8 +50,8 @@ class Data:
         return tuple(self.train.shape[1:])
 
     def standardised(self) -> tuple[Float[Tensor, "m *event"], Float[Tensor, "l *event"]]:
-        """Training and held-out data in the model's coordinates."""
-        train, held_out = ((x - self.shift) / self.scale for x in (self.train, self.held_out))
+        """Training and held-out data in the model's coordinates, in single precision."""
+        train, held_out = (((x - self.shift) / self.scale).float() for x in (self.train, self.held_out))
         return train, held_out
 
 
@@ -58,11 +61,12 @@ def load(name: str, noise: Noise) -> Data:
     Raises:
         InvalidInputError: an unknown name, or a file that is no array of finite numbers with shape (m, d) or
             (m, channels, height, width), m ≥ 10, without a constant column.
+        MemoryLimitError: an array that does not fit into the memory that is free.
     """
     if name in LAWS:
         target = law(name)
         train, held_out = (target.sample(n, noise.stream(key)) for key, n in zip((TRAIN, HELD_OUT), SIZES))
-        return Data(train, held_out, train.mean(0), train.std(0), target)
+        return Data(train, held_out, *moments(train), target)
     if name == "digits":
         from implicit_diffusion.experiments.digits import load_digits
 
@@ -71,9 +75,15 @@ def load(name: str, noise: Noise) -> Data:
         held_out = dequantised((digits.held_out + 1) * 8, noise.generator(HELD_OUT))
     else:
         train, held_out = split(read_array(name), noise)
-    scale = train.std(0)
+    shift, scale = moments(train)
     scale = scale.clamp(min=0.01 * scale.amax().item()) if train.ndim > 2 else scale
-    return Data(train, held_out, train.mean(0), scale, digits=name == "digits")
+    return Data(train, held_out, shift, scale, digits=name == "digits")
+
+
+def moments(x: Float[Tensor, "m *event"]) -> tuple[Float[Tensor, "*event"], Float[Tensor, "*event"]]:
+    """Mean and deviation of every coordinate, summed in double precision, in that of the data."""
+    exact = x.double()
+    return exact.mean(0).to(x.dtype), exact.std(0).to(x.dtype)
 
 
 def dequantised(levels: Float[Tensor, "n *event"], generator: torch.Generator) -> Float[Tensor, "n *event"]:
@@ -82,16 +92,8 @@ def dequantised(levels: Float[Tensor, "n *event"], generator: torch.Generator) -
 
 
 def read_array(name: str) -> Float[Tensor, "m *event"]:
-    """An array of data from a .npy file; errors as in `load`."""
-    path = Path(name)
-    if not path.is_file():
-        raise InvalidInputError(f"--data {name}: no such file; give one of {', '.join(LAWS)}, digits, or FILE.npy")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise InvalidInputError(f"--data {name} is no plain .npy array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise InvalidInputError(f"--data {name} must hold one array of numbers, got {getattr(array, 'dtype', array)}")
+    """An array of data from a .npy file, in double precision where single would round it; errors as in `load`."""
+    array = _read(name)
     if array.ndim not in (2, 4):
         raise InvalidInputError(
             f"--data {name} must have shape (m, d) or (m, channels, height, width), got {array.shape}"
@@ -103,12 +105,65 @@ def read_array(name: str) -> Float[Tensor, "m *event"]:
         )
     if array.size == 0:
         raise InvalidInputError(f"--data {name} holds no data, got shape {array.shape}")
-    with np.errstate(over="ignore"):  # what single precision cannot hold is infinite, and refused
-        x = torch.from_numpy(array.astype(np.float32))
-    bad = int((~x.flatten(1).isfinite().all(1)).sum())
+    single = np.can_cast(array.dtype, np.float32)
+    x = torch.from_numpy(array.astype(np.float32 if single else np.float64, order="C"))
+    if array.dtype.kind in "iu" and not single and (x.abs() > 2**53).any():
+        raise InvalidInputError(
+            f"--data {name} holds integers beyond 2^53, which are rounded; subtract an offset first"
+        )
+    bad = (~(x.flatten(1).abs() <= torch.finfo(torch.float32).max).all(1)).nonzero().flatten().tolist()  # NaN, too
     if bad:
-        raise InvalidInputError(f"--data {name}: {bad} of {len(x)} rows hold NaN or infinity; remove or impute them")
+        rows = ", ".join(map(str, bad[:SHOWN])) + (", …" if len(bad) > SHOWN else "")
+        raise InvalidInputError(
+            f"--data {name}: {len(bad)} of {len(x)} rows hold NaN or infinity; remove or impute them (rows {rows})"
+        )
     return x
+
+
+def _read(name: str) -> np.ndarray:
+    """The array of numbers in a file that says honestly what it holds; nothing is allocated before that is known."""
+    path = Path(name)
+    if not os.path.isfile(path):  # no folder, pipe or device, whose reading might never end
+        raise InvalidInputError(f"--data {name}: no such file; give one of {', '.join(LAWS)}, digits, or FILE.npy")
+    if is_zipfile(path):
+        raise InvalidInputError(f"--data {name} must hold one array of numbers, got an archive; save one of its arrays")
+    try:
+        shape, dtype, behind = _header(path)
+        if dtype.kind not in "fiub" or dtype.itemsize > 8:
+            raise InvalidInputError(f"--data {name} must hold one array of numbers, got {dtype}")
+        promised = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or promised != behind:
+            raise ValueError(f"its header says {promised} bytes of shape {shape}, and {behind} follow")
+        _check_memory(name, math.prod(shape), dtype)
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (InvalidInputError, MemoryLimitError):
+        raise
+    except Exception as error:  # numpy raises what it likes about a header: ValueError, EOFError, SyntaxError, ...
+        raise InvalidInputError(f"--data {name} is no plain .npy array: {error}") from error
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type that a .npy file promises, and the bytes behind its header."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        # a header of version 3.0 differs from 2.0 in the names of fields alone, which no array of numbers has
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, and loading them would run code (allow_pickle is off)")
+        return shape, dtype, os.fstat(file.fileno()).st_size - file.tell()
+
+
+def _check_memory(name: str, numbers: int, dtype: np.dtype) -> None:
+    import psutil
+
+    kept = 4 if np.can_cast(dtype, np.float32) else 8
+    needed = numbers * (dtype.itemsize + 2 * kept + 8 + 4)  # as read, as kept and split, for moments, standardised
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryLimitError(
+            f"--data {name}: {numbers} numbers need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; take fewer rows"
+        )
 
 
 def split(x: Float[Tensor, "m *event"], noise: Noise) -> tuple[Tensor, Tensor]:
@@ -119,11 +174,16 @@ def split(x: Float[Tensor, "m *event"], noise: Noise) -> tuple[Tensor, Tensor]:
     held = round(SHARE * len(x))
     train, held_out = x[order[held:]], x[order[:held]]
     if x.ndim == 2:
-        constant = (train.std(0) <= 1e-6 * train.abs().amax(0)).nonzero().flatten().tolist()
+        constant = _constant(train).nonzero().flatten().tolist()
         if constant:
             raise InvalidInputError(
                 f"--data: columns {constant} are constant, and a density of them is none; leave these columns out"
             )
-    elif train.std() == 0:
+    elif _constant(train.flatten()):
         raise InvalidInputError("--data: all pixels are the same")
     return train, held_out
+
+
+def _constant(x: Float[Tensor, "m *event"]) -> Bool[Tensor, "*event"]:
+    """Where numbers vary by no more than their rounding."""
+    return moments(x)[1] <= 8 * torch.finfo(x.dtype).eps * x.abs().amax(0)

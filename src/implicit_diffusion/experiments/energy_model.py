@@ -12,16 +12,19 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.denoisers.parts import SLACK, bounded
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
-from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.reading import one_line, read_json
+from implicit_diffusion.runs.checkpoint import load_tensors, save_tensors
+from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulate import simulate
@@ -73,7 +76,7 @@ class EnergyModel:
     Args:
         architecture: of the potential.
         potential: V of standardised points.
-        shift, scale: z = (x − shift)/scale, broadcastable to an event.
+        shift, scale: z = (x − shift)/scale, broadcastable to an event, in the precision that the data need.
         moves: the sampler that it was trained with.
         particles: standardised draws from (nearly) π_θ, with shape (n, *event): where sampling begins.
         log_z: log ∫ e^{−V}; None where it is not known, and no likelihood is.
@@ -98,26 +101,39 @@ class EnergyModel:
         """Log p(x) in nats, per unit of the data's volume, in double precision.
 
         Raises:
-            InvalidInputError: data of another event shape, or a model whose log Z is not known.
+            InvalidInputError: data of another event shape, or so far out that their energy is not finite; or a model
+                whose log Z is not known.
         """
         if self.log_z is None:
             raise InvalidInputError("this model does not know its log Z: its training was interrupted, or diverged")
         event = self.architecture.event_shape
         if x.shape[1:] != event:
             raise InvalidInputError(f"data have event shape {tuple(x.shape[1:])}, the model {event}; they must agree")
-        energy = torch.cat([self.potential(part) for part in self.standardise(x).split(2**14)]).double()
+        z = self.standardise(x)
+        energy = torch.cat([self.potential(part) for part in z.split(2**14)]).double()
+        bad = (~energy.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise InvalidInputError(
+                f"{len(bad)} of {len(x)} data have no finite log-likelihood, the first in row {bad[0]}: it lies "
+                f"{z[bad[0]].abs().max():.3g} deviations from the mean of the training data; are its units the same?"
+            )
         return -energy - self.log_z - self.scale.double().expand(event).log().sum()
 
     def sample(self, n: int, noise: Noise, steps: int = 200) -> Float[Tensor, "n *event"]:
         """N draws: particles of the training, moved `steps` further by the model's own sampler, in data's coordinates.
 
         Particles do not cross between far modes, so shares of modes are those of the training's particles.
+
+        Raises:
+            NonFiniteError: the sampler ran away.
         """
         generator = noise.generator(0)
         chosen = torch.randint(len(self.particles), (n,), generator=generator)
         z = self.particles[chosen]
         for move in simulate(self.moves.kernel(), self.potential, z, noise.stream(1), steps):
             z = move.x
+        if not z.isfinite().all():
+            raise NonFiniteError(f"the {self.moves.sampler} sampler ran away within {steps} steps; take fewer steps")
         return z * self.scale + self.shift
 
     def with_log_z(self, log_z: float, log_z_se: float) -> EnergyModel:
@@ -125,14 +141,12 @@ class EnergyModel:
         return replace(self, log_z=log_z, log_z_se=log_z_se)
 
     def save(self, folder: Path) -> None:
-        """Write the two files, each in one step."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the two files, each in one step, the weights with their checksums."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         tensors = {"shift": self.shift, "scale": self.scale, "particles": self.particles}
         tensors |= {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
-        with replacing(folder / WEIGHTS) as file:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+        save_tensors(folder / WEIGHTS, {k: value.detach().cpu().contiguous() for k, value in tensors.items()}, {})
         described = {
             "format": FORMAT,
             "architecture": vars(self.architecture) | {"event_shape": list(self.architecture.event_shape)},
@@ -153,24 +167,24 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
     """Read what `EnergyModel.save` wrote.
 
     Raises:
-        InvalidInputError: no such folder, or files that are damaged or no energy-based model.
+        InvalidInputError: no such folder, or files that are damaged or no energy-based model. Weights that an earlier
+            release wrote have no checksums, and are taken as they are.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not is_energy_model(folder):
         raise InvalidInputError(
             f"--model {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
-        said: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        said = read_json(folder / DESCRIPTION)
         if said.get("format") != FORMAT:
             raise ValueError(f"its format is {said.get('format')!r}")
         kind = said["architecture"]
         architecture = Architecture(**kind | {"event_shape": tuple(kind["event_shape"])})
-        tensors = load_file(folder / WEIGHTS)
-        potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
+        tensors, _ = load_tensors(folder / WEIGHTS)
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        with bounded(2 * numbers + SLACK, 4 * len(tensors) + 100):
+            potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
         prefix = "potential."
         potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         moves, log_z, error = Moves(**said["moves"]), said["log_z"], said["log_z_se"]
@@ -179,9 +193,13 @@ def load_energy_model(folder: str | Path) -> EnergyModel:
         event = architecture.event_shape
         if particles.shape[1:] != event or torch.broadcast_shapes(shift.shape, scale.shape, event) != event:
             raise ValueError(f"particles, shift and scale do not have the event shape {event}")
-        if log_z is not None and not math.isfinite(log_z):
-            raise ValueError(f"log_z must be finite, got {log_z}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as cause:
-        raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {cause}") from cause
+        for name, number in (("log_z", log_z), ("log_z_se", error)):
+            if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+                raise ValueError(f"{name} must be finite, got {number}")
+        wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+        if wrong or not (scale > 0).all():
+            raise ValueError(f"{', '.join(wrong) or 'scale'} must be finite{'' if wrong else ' and positive'}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
+        raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {one_line(cause)}") from cause
     potential.eval().requires_grad_(False)
     return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error)

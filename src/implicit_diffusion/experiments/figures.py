@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from implicit_diffusion.experiments.drawing import sheet
+from implicit_diffusion.experiments.drawing import save, sheet
 from implicit_diffusion.experiments.outcome import Outcome as Outcome
 from implicit_diffusion.experiments.outcome import Picture
 from implicit_diffusion.runs import RunDirectory
@@ -72,7 +72,7 @@ def draw(outcome: Outcome, directory: RunDirectory) -> list[Picture]:
                 continue
             figure, title, caption = drawn
             path = directory.figure(drawing.__name__)
-            figure.savefig(path)
+            save(figure, path)
             pictures.append(Picture(drawing.__name__, path, title, caption))
     return pictures
 

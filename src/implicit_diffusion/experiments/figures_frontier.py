@@ -82,11 +82,14 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained", xlim=(-0.02 * reach, reach))
     axes.set_ylim(*limits)
     axes.legend(loc="lower right", borderaxespad=0.2)
+    pair = ("trained", "pretrained")
+    teller, other = reversed(pair) if s.get("j_bound_from") == "pretrained" else pair
     caption = (
         "Up is more reward than the pretrained model earns on the same noise, right is farther from it; bars are ± 2 "
         "standard errors. No sampler of this chain enters the grey region; means over few draws, such as the dots of "
         "the training, may stray into it. The frontier comes from pretrained samples alone, but for the star, the "
-        "optimum of this run's KL weight, which the trained samples tell more sharply. The run ends "
+        f"optimum of this run's KL weight, which {teller} samples of the final noise tell more sharply than {other} "
+        "ones. The run ends "
         f"{number(s['j_after'] - best.j, digits=2)} of reward below the dashed line"
     )
     share = s["captured"]

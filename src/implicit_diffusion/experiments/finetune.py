@@ -19,6 +19,8 @@ from implicit_diffusion.denoisers.lora import adapter_of, merged
 from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
 from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.finetune_config import Config
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.experiments.outcome import Outcome, keep_outcome, read_outcome
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
 from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
@@ -30,7 +32,12 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
 from implicit_diffusion.runs import RunDirectory, load_state, progress, save_state
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
+from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.rise import Rise
+from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
 
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
@@ -49,26 +56,37 @@ def run(
         pretrained: what the plan is made of, where it has been drawn and shown before.
     """
     config.check()
-    if directory is not None and (directory.path / PROMPTS).is_file():
+    begun = directory is not None
+    config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
+    assert config.out is not None
+    directory = RunDirectory(config.out)
+    with directory.held():
+        return _run(config, directory, begun, pretrained)
+
+
+def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evaluation | None) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    if begun and (directory.path / PROMPTS).is_file():
         config = replace(config, prompts=directory.path / PROMPTS)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
-    out = config.out or dated("finetune")
-    if directory is None:
-        RunDirectory.check(out, OF_A_PLAN)
-    problem, noise = build(config), Noise(config.seed)
+    if not begun:
+        directory.check_start(Config, OF_A_PLAN)
+    noise, rests_on = Noise(config.seed), inputs(config)
+    problem = build(config)
     config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
     config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
-    loop = make_loop(config, problem, noise)
-    memory = predict_memory(loop)
+    with Draws(noise, PLAN, 1, device=problem.chain.device):
+        loop = make_loop(config, problem, noise)
+        memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
-    known = directory and read_rewards(directory)
+    known = read_rewards(directory) if begun else None
     samples = pretrained or known or pretrained_samples(config, problem)
     options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
     plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
-    directory = directory or RunDirectory.create(out, OF_A_PLAN)  # from here on, nothing is refused
-    if problem.conditioning.prompts:
-        (directory.path / PROMPTS).write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
+    if problem.conditioning.prompts and not begun:  # from here on, nothing is refused
+        with replacing(directory.path / PROMPTS) as file:
+            file.write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
     if samples is not known:
         keep_rewards(samples, directory)
         directory.write_plan(plan.summary())
@@ -81,37 +99,47 @@ def run(
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
     scale(loop, started, config.max_grad_norm * plan.reward_std)
     resolved_kind: Any = problem.kind
-    config = replace(config, scheduler=resolved_kind, kl_weight=started, out=out, device=str(problem.chain.device))
-    directory.write_config(config)
+    config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
+    if not begun:
+        directory.write_config(config)
+    if not (begun and is_recorded(directory)):
+        rests_on |= {"prompts": directory.path / PROMPTS} if problem.conditioning.prompts else {}
+        record_inputs(directory, config, rests_on, device=problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
-        return _train(config, problem, loop, plan, noise, directory, memory)
+        state = train(config, problem, loop, plan, noise, directory)
+        finish(config, problem, state, plan, noise, directory, memory)
+        return report(directory)
 
 
-def _train(
-    config: Config,
-    problem: Problem,
-    loop: ChainLoop,
-    plan: Plan,
-    noise: Noise,
-    directory: RunDirectory,
-    memory: Memory,
-) -> dict[str, Any]:
-    """Train, judge, export, report."""
-    from implicit_diffusion.experiments.figures import Outcome, draw
-    from implicit_diffusion.experiments.report import write_report
+def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: Noise, directory: RunDirectory) -> Fit:
+    """Train, until all updates are made or the run stops by itself.
 
-    state = fit(loop, config.updates, callbacks=_callbacks(config, problem, noise), directory=directory)
+    Raises:
+        KeyboardInterrupt: interrupted; the checkpoint is there.
+    """
+    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
+    if config.penalty == "path-kl":
+        callbacks.append(Rise(-plan.reward, plan.reward_se))
+    state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
-    evaluations = loop.chain.evaluations  # of the training: the judges sample from the same chain
+    return state
+
+
+def finish(
+    config: Config, problem: Problem, state: Fit, plan: Plan, noise: Noise, directory: RunDirectory, memory: Memory
+) -> None:
+    """Judge, export, and write the summary, after which only the report is left to be made."""
+    loop, evaluations = state.loop, problem.chain.evaluations  # of the training: the judges sample from the same chain
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise)
-    found = judging.judge(before, after, exported, None if drift else beta)
-    held_out = evaluate_pretrained(
-        problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
-    )
+    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
+    with Draws(noise, DURING, 0, device=problem.chain.device):
+        held_out = evaluate_pretrained(
+            problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
+        )
     summary = found.summary | {
         "held_out_reward_before": held_out.reward.mean().item(),
         "kl_weight": beta,
@@ -130,20 +158,33 @@ def _train(
         **({"reward_std_before": plan.reward_std} if plan.conditional else {}),
         "clipping": problem.clipping,
         "pipeline": problem.exported[1].name,
-        "pipeline_is_the_chain": loop.chain.table.agrees_with(problem.exported[1]),
+        "pipeline_is_the_chain": problem.chain.table.agrees_with(problem.exported[1]),
         "memory": {"share": plan.memory, "se": plan.memory_se},
         "plan": plan.summary()["rows"],
         **judging.digits_quality(before, after, exported),
     }
-    resolved = json.loads((directory.path / "config.json").read_text())
-    card = judging.model_card(resolved, summary, loop.chain)
-    _export(config, problem, state, directory, card)
-    directory.write_summary(summary)
+    resolved = json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
+    card = judging.model_card(resolved, summary, problem.chain)
+    with writing(directory.model):
+        _export(config, problem, state, directory, card)
     decoded: Any = problem.decoded(before, after)
-    outcome = Outcome(resolved, summary, plan, before, after, found.bound, directory.read_metrics(), decoded)
-    report = write_report(outcome, draw(outcome, directory), directory)
-    judging.print_headline(summary, directory, report)
-    return summary
+    keep_outcome(Outcome(resolved, summary, plan, before, after, found.bound, [], decoded), directory)
+    directory.write_summary(summary)
+
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the figures and write report.html, from what is on disk; prints the headline and returns the summary.
+
+    Raises:
+        InvalidInputError: a run that is not finished, or of another release.
+    """
+    from implicit_diffusion.experiments.figures import draw
+    from implicit_diffusion.experiments.report import write_report
+
+    outcome = read_outcome(directory)
+    page = write_report(outcome, draw(outcome, directory), directory)
+    judging.print_headline(outcome.summary, directory, page)
+    return outcome.summary
 
 
 def keep_rewards(samples: Evaluation, directory: RunDirectory) -> None:
@@ -208,11 +249,12 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
 
 def pretrained_samples(config: Config, problem: Problem) -> Evaluation:
     """Trajectories of the pretrained chain, several from each start, for the plan."""
-    with progress(16 * config.starts, "planning") as bar:
+    noise = Noise(config.seed)
+    with progress(16 * config.starts, "planning") as bar, Draws(noise, PLAN, 2, device=problem.chain.device):
         return evaluate_pretrained(
             problem.chain,
             problem.reward,
-            Noise(config.seed).stream(PLAN),
+            noise.stream(PLAN),
             name=config.reward,
             starts=config.starts,
             repeats=16,
@@ -225,7 +267,7 @@ def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
     network, condition = chain.denoiser, chain.condition
     everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
-    with progress(3 * 8 * config.starts, "judging") as bar:
+    with progress(3 * 8 * config.starts, "judging") as bar, Draws(noise, 0, device=chain.device):
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)
         before = evaluate_pretrained(chain, reward, noise, name=config.reward, **sizes)

@@ -16,6 +16,7 @@ seeds of their own, and of rates that tie within the error the smallest.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -24,37 +25,70 @@ import torch
 from implicit_diffusion.experiments.hexagon_arms import ARMS, TRAINED, Arms, Trace, logits_of
 from implicit_diffusion.experiments.hexagon_arms import Config as Config
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
+from implicit_diffusion.experiments.inputs import inputs, record_inputs
+from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import is_recorded
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
     """All arms and seeds, summary, figures; returns the summary.
+
+    Args:
+        config: see there.
+        directory: of an interrupted study to go on with; None begins a new one.
 
     Raises:
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
-    config = config.resolved()
-    out = config.out or dated("hexagon")
-    directory = RunDirectory.create(out)
-    directory.write_config(replace(config, out=out))
+    begun = directory is not None
+    out = directory.path if directory else config.out or dated("hexagon")
+    directory = RunDirectory(out.absolute())
+    config = replace(config.resolved(), out=directory.path)
+    with directory.held():
+        if not begun:
+            directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, inputs(config))
+        with directory.resumable():
+            return _study(config, Study(directory), directory)
+
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the figures again, and write and print the numbers, from what was found."""
+    values: dict[str, Any] = directory.read_config() or {}
+    config = Config(**values | {"grid": tuple(values["grid"]), "out": directory.path})
+    return _study(config, Study(directory), directory)
+
+
+def _study(config: Config, study: Study, directory: RunDirectory) -> dict[str, Any]:
+    """Run what is not found yet, and tell of all of it."""
+    from implicit_diffusion.experiments.hexagon_figures import draw
+
     exact, arms = Exact(config.sigma), Arms(config)
     names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
     if len(names) < len(ARMS):
         print("unrolled: left out, since a forward KL has no derivative in the particles")
     grids: dict[str, dict[str, float]] = {}
     traces: list[Trace] = []
+
+    def make(name: str, seed: int) -> dict[str, Any]:
+        trace = arms.run(name, seed)
+        describe(trace, exact)
+        return trace.state_dict()
+
+    def lines(found: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"arm": found["arm"], "seed": found["seed"]} | point for point in found["points"]]
+
     with progress(len(names) * config.seeds, "hexagon") as bar:
         for name in names:
             if name.endswith("_tuned"):
-                grids[name] = arms.tune(name, exact)
+                arms.rates[name], grids[name] = study.once("tune", name, make=partial(arms.tune, name, exact))
             for seed in range(config.seed, config.seed + config.seeds):
-                trace = arms.run(name, seed)
-                describe(trace, exact)
-                for point in trace.points:
-                    directory.append_metrics({"arm": name, "seed": seed} | point)
-                traces.append(trace)
+                found = study.once(name, seed, make=partial(make, name, seed), lines=lines)
+                traces.append(arms.trace(found))
                 bar.update()
     summary = {
         "arms": {name: summarise([t for t in traces if t.arm == name], exact) for name in names},
@@ -64,11 +98,8 @@ def run(config: Config) -> dict[str, Any]:
         "reward_exact_best": exact.per_mode.max().item(),
         "advice": {t.arm: t.advice for t in traces if t.seed == config.seed and t.advice},
     }
-    directory.write_summary(summary)
-
-    from implicit_diffusion.experiments.hexagon_figures import draw
-
     draw(config.sigma, traces, directory)
+    directory.write_summary(summary)  # the last file: with it, the run is finished
     show(summary, directory)
     return summary
 

@@ -28,6 +28,8 @@ from implicit_diffusion.samplers.simulate import simulate
 
 INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 6
 WATCHED = 128  # particles whose mixing is looked at
+NARROWEST = 0.05  # σ that the coarse grid of `Exact` resolves: its cells are as wide, and the error e^{−2π²}
+ENOUGH = 16  # particles for the noise of Γ: two in each of eight groups
 START, DATA, TRAIN, TUNE = range(4)  # streams of noise
 TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
 ARMS = ("untrained", "implicit", "weighted", "guidance", "transfer", *TRAINED[2:])
@@ -69,6 +71,11 @@ class Config:
         at_least(self, steps=10, particles=2, seeds=1, seed=0)
         positive(self, "sigma", "step_size", "lr")
         not_negative(self, "forward_kl", "guidance")
+        if self.sigma < NARROWEST:
+            raise InvalidInputError(
+                f"--sigma must be at least {NARROWEST}, got {self.sigma}: narrower modes would be lost between the "
+                "points of the quadrature"
+            )
         if not self.grid or min(self.grid) <= 0:
             raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")
 
@@ -111,6 +118,11 @@ class Trace:
     diagnostics: dict[str, float] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that summary, figures and later arms need, as `save_state` keeps it; `Arms.trace` is the way back."""
+        kept = ("arm", "seed", "points", "clouds", "seconds", "tail", "diagnostics", "advice")
+        return {name: getattr(self, name) for name in kept} | {"logits": logits_of(self.potential).detach()}
+
 
 class Arms:
     """How every arm runs."""
@@ -127,19 +139,30 @@ class Arms:
         noise = Noise(seed)
         if name in TRAINED:
             return self._train(name, seed, noise, self.rates[name])
-        potential: nn.Module = mixture(self.optimal[seed] if name == "transfer" else None, self.config.sigma)
-        if name == "guidance":
-            potential = Guided(potential, smooth_reward, self.config.guidance)
-        return self._sample(name, seed, noise, potential)
+        return self._sample(
+            name, seed, noise, self._potential(name, self.optimal[seed] if name == "transfer" else None)
+        )
 
-    def tune(self, name: str, exact: Exact) -> dict[str, float]:
-        """Mean final exact reward for every η of the grid, on seeds of their own; keeps `best_rate` of them."""
+    def trace(self, found: dict[str, Any]) -> Trace:
+        """The trace that a state tells of; other arms take its θ from there."""
+        values = dict(found)
+        logits = values.pop("logits")
+        if values["arm"] == "implicit":
+            self.optimal[values["seed"]] = logits.clone()
+        return Trace(potential=self._potential(values["arm"], logits), **values)
+
+    def _potential(self, name: str, logits: Tensor | None) -> nn.Module:
+        """V of an arm at θ = logits, θ_0 where None."""
+        plain = mixture(logits, self.config.sigma)
+        return Guided(plain, smooth_reward, self.config.guidance) if name == "guidance" else plain
+
+    def tune(self, name: str, exact: Exact) -> tuple[float, dict[str, float]]:
+        """`best_rate` of the grid, and the mean final exact reward for every η of it, on seeds of their own."""
         rewards: dict[float, list[float]] = {}
         for rate in self.config.grid:
             runs = [self._train(name, seed, Noise(seed).stream(TUNE), rate) for seed in range(TUNING_SEEDS)]
             rewards[rate] = [exact.reward(logits_of(t.potential)) for t in runs]
-        self.rates[name] = best_rate(rewards)
-        return {f"{rate:g}": mean(values) for rate, values in rewards.items()}
+        return best_rate(rewards), {f"{rate:g}": mean(values) for rate, values in rewards.items()}
 
     def start(self, noise: Noise, exact: bool) -> Tensor:
         """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes ask for them."""
@@ -188,7 +211,9 @@ class Arms:
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
         trace.potential = mixture(potential.logits.detach(), self.config.sigma)
-        diagnostics: dict[str, float] = statistics(loop) | {"signal_to_noise": signal_to_noise(loop)}
+        diagnostics: dict[str, float] = statistics(loop)
+        if loop.n >= ENOUGH:
+            diagnostics["signal_to_noise"] = signal_to_noise(loop)
         history = None
         if len(trace.history) >= 8 and not name.startswith("nested"):  # nested particles begin anew every time
             history = torch.stack(trace.history[len(trace.history) // 2 :])
@@ -200,8 +225,6 @@ class Arms:
             history,
             words=WORDS | {"weigh": "the weighted arm"},
         )
-        if name == "implicit":
-            self.optimal[seed] = potential.logits.detach().clone()
         return trace
 
     def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:

@@ -45,15 +45,15 @@ def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -
     figure = sheet(2.3 * len(shown), 7.2)
     axes = figure.subplots(3, len(shown), squeeze=False)
     half = 4 + 3.2 * max(sigma, 0.35)
-    axis = torch.linspace(-half, half, 220)
+    axis = torch.linspace(-half, half, 220, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     for column, trace in enumerate(shown):
         for row, ((x, logits), when) in enumerate(zip(trace.clouds, ("first step", "half-way", "end"))):
             ax = axes[row][column]
             with torch.no_grad():
-                density = (-mixture(logits, sigma)(grid)).exp().view(220, 220).T
-            levels = [share * float(density.max()) for share in (0.03, 0.1, 0.3, 0.7)]
-            ax.contour(axis, axis, density, levels=levels, colors="0.45", linewidths=0.7)
+                log_density = -mixture(logits, sigma, torch.float64)(grid)
+            density = (log_density - log_density.max()).exp().view(220, 220).T  # narrow modes may miss all points
+            ax.contour(axis, axis, density, levels=[0.03, 0.1, 0.3, 0.7], colors="0.45", linewidths=0.7)
             points = x[:: max(1, len(x) // 400)]
             ax.plot(points[:, 0], points[:, 1], ".", ms=4, alpha=0.6, color=COLOURS[trace.arm], mew=0)
             ax.plot([4], [3.8], "k+", ms=7)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import number, percent
+from implicit_diffusion.experiments.written import markdown, number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, bound, captured, possible
+from implicit_diffusion.loops.bound import Bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
@@ -40,19 +41,23 @@ def particles(chain: Chain) -> Particles:
     return chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
 
 
-def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: float | None) -> Judgement:
+def judge(
+    before: Evaluation, after: Evaluation, exported: Evaluation, beta: float | None, *, lr: float | None = None
+) -> Judgement:
     """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured.
 
-    All were evaluated under the same noise, so that the errors of differences are those of paired differences. Where
-    the possible gain may be none, within two standard errors, a share of it means nothing: `captured_unknown` says so.
+    All were evaluated under the same noise, so that the errors of differences are those of paired differences. Where J
+    rose, by more than two standard errors, the first entry says so, with what to change. There, and where the possible
+    gain may be none, within two standard errors, a share of it means nothing: `captured_unknown` says why.
 
     Args:
         before: the pretrained chain.
         after: the trained one.
         exported: the pipeline's.
         beta: weight of the path KL; None where the penalty is another one, and there is no J to speak of.
+        lr: the learning rate of the run, for what to change.
     """
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {"worse": None}
     for name, values in (
         ("reward_before", before.reward),
         ("reward_after", after.reward),
@@ -65,20 +70,57 @@ def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: flo
     ):
         numbers |= _with_error(name, values)
     numbers["reward_std_before"] = before.reward.double().std().item()
-    found = None
+    found, told = sharpest(before, after, beta) if beta and after.log_ratio.isfinite().all() else (None, None)
+    if beta is not None:
+        numbers["worse"] = _worse(before, after, beta, found, lr)
     share: tuple[float | None, float | None] = (None, None)
     unknown = None
-    if beta and after.log_ratio.isfinite().all():
-        found, (most, error) = bound(after, beta), possible(before, after, beta)
-        if most > 2 * error:
-            share = captured(before, after, beta)
-        else:
+    if found is not None and beta:
+        (most, error), known = possible(before, after, beta), captured(before, after, beta)
+        if numbers["worse"]:
+            unknown = "J rose: nothing was captured."
+        elif not most > 2 * error:
             unknown = f"What could be gained, {number(most, error)} of J, may be nothing: judge more --starts."
+        elif known[1] > UNKNOWN:
+            unknown = f"The captured share has a standard error of {percent(known[1])}: judge more --starts."
+        else:
+            share = known
     numbers["captured_unknown"] = unknown
     numbers["j_bound"] = found and found.j
     numbers["j_bound_se"] = found and found.j_se
+    numbers["j_bound_from"] = told
     numbers["captured"], numbers["captured_se"] = share
     return Judgement(numbers, found)
+
+
+UNKNOWN = 0.5  # standard error of a captured share that is not worth a number
+
+
+def _worse(before: Evaluation, after: Evaluation, beta: float, best: Bound | None, lr: float | None) -> str | None:
+    """That J rose, by how much and what to change; None where it did not, by more than two standard errors."""
+    old, new = before.objective(beta), after.objective(beta)
+    rise, error = mean_and_error(new - old)
+    if math.isfinite(rise) and not rise > 2 * error:
+        return None
+    j = [mean_and_error(values)[0] for values in (old, new)]
+    words = "is not finite any more" if not math.isfinite(rise) else f"rose by {number(rise, error)}"
+    factor = 10 if best is None else smaller_rate(j[1] - best.j, j[0] - best.j)
+    rate = "a smaller learning rate" if lr is None else f"--lr {lr / factor:.1g}"
+    return (
+        f"Fine-tuning made the model worse: J (KL weight × path KL − reward), which it lowers, {words}, from "
+        f"{number(j[0], digits=4)} to {number(j[1], digits=4)}. Try {rate}, {factor} times smaller."
+    )
+
+
+def smaller_rate(excess: float, possible: float) -> int:
+    """By what power of ten to divide a learning rate: at it J stands `excess` above J*, before training `possible`.
+
+    What gradient noise keeps J above its optimum is proportional to the rate: divided by excess/possible it would bring
+    J back to where it began, and by the next power of ten below.
+    """
+    if not (possible > 0 and math.isfinite(excess)):
+        return 10
+    return int(10 ** min(6, max(1, math.ceil(math.log10(excess / possible)))))
 
 
 def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
@@ -135,7 +177,9 @@ def effect_of_clipping(
 
 
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
-    """README.md of the exported pipeline."""
+    """README.md of the exported pipeline; the strings in it that are not ours have no effect as Markdown or HTML."""
+    given = (short(config["reward"]), Path(config["model"]).name, chain.table.name, summary["pipeline"])
+    reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
     kind = KINDS[config["scheduler"]]
@@ -143,7 +187,7 @@ def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) ->
     runs = f"During training {kept}; this pipeline runs the trained network on all of them."
     if not summary["pipeline_is_the_chain"]:
         runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
-it runs {summary["pipeline"]} with the trained network, and earns what the table says. The trained chain itself is
+it runs {pipeline} with the trained network, and earns what the table says. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config['eta']:g}" if config["scheduler"] == "ddim" else ""
     guidance = f", guidance {config['guidance']:g}" if config.get("guidance") else ""
@@ -154,10 +198,11 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
         judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
-    return f"""# {Path(config["model"]).name} fine-tuned for {config["reward"]}
-
+    worse = f"\n**{summary['worse']}**\n" if summary.get("worse") else ""
+    return f"""# {model} fine-tuned for {reward}
+{worse}
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
-over a chain of {chain.num_steps} {kind.words} steps ({chain.table.name}).
+over a chain of {chain.num_steps} {kind.words} steps ({table}).
 
 | | before | after |
 |---|---|---|
@@ -174,7 +219,7 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
-β = {summary["kl_weight"]:.6g}, reward = {config["reward"]}, {summary["updates"]} updates, seed {config["seed"]}.
+β = {summary["kl_weight"]:.6g}, reward = {reward}, {summary["updates"]} updates, seed {config["seed"]}.
 """
 
 
@@ -188,7 +233,8 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
         return number(summary[name], summary[f"{name}_se"], sign=sign)
 
     deviations = number(summary["reward_gain"] / summary["reward_std_before"], sign=True)
-    lines = [
+    lines = [summary["worse"]] if summary.get("worse") else []
+    lines += [
         f"reward    {line('reward_before')} → {line('reward_after')} "
         f"({exact('reward_gain', sign=True)}, or {deviations} deviations)"
     ]
@@ -196,8 +242,9 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
         lines.append(f"path KL   {exact('path_kl')} nats")
     if summary["j_bound"] is not None:
         share = percent(summary["captured"], summary["captured_se"])
-        told = summary["captured_unknown"] or f"captured {share}"
-        lines.append(f"J         {line('j_before')} → {line('j_after')}, bound {exact('j_bound')}: {told}")
+        result = summary["captured_unknown"] or f"captured {share}"
+        told = " (told by the pretrained chain)" if summary["j_bound_from"] == "pretrained" else ""
+        lines.append(f"J         {line('j_before')} → {line('j_after')}, bound {exact('j_bound')}{told}: {result}")
     lines += [
         f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
         f"{summary['network_evaluations']:,} network evaluations",

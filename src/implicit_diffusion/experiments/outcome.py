@@ -1,8 +1,9 @@
-"""What a fine-tuning run leaves behind for its report."""
+"""What a fine-tuning run leaves behind for its report, in memory and on disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.denoisers.kinds import KINDS
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.plan import Plan
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
+from implicit_diffusion.runs import RunDirectory, load_state, save_state
+
+JUDGED = "judged"  # folder of what a report needs beside the JSON files
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Outcome:
         after: the fine-tuned chain on the same noise.
         bound: J* and the law that attains it; None where the objective has no path KL.
         metrics: the lines of metrics.jsonl, one per update.
-        decoded: images of the first starts, before and after, where samples are latents.
+        decoded: images before and after where these are not the samples: of the first starts where those are latents;
+            of every start where the outcome was read from disk.
     """
 
     config: dict[str, Any]
@@ -89,3 +95,35 @@ class Picture(NamedTuple):
 def outside(images: Tensor, margin: float = 0.1) -> float:
     """Share of pixels outside [-1, 1] by more than `margin`, which an image file cannot show."""
     return (images.abs() > 1 + margin).to(torch.float64).mean().item()
+
+
+def keep_outcome(outcome: Outcome, directory: RunDirectory) -> None:
+    """Write what the JSON files of a run lack for its report: rewards, path KLs and images, not all the samples."""
+    sides = {
+        side: {name: getattr(found, name) for name in ("reward", "path_kl", "log_ratio")}
+        for side, found in (("before", outcome.before), ("after", outcome.after))
+    }
+    plan = asdict(outcome.plan)
+    bound = None if outcome.bound is None else asdict(outcome.bound)
+    save_state(directory.path / JUDGED, {**sides, "images": outcome.images, "plan": plan, "bound": bound})
+
+
+def read_outcome(directory: RunDirectory) -> Outcome:
+    """The outcome of a finished run, on the CPU.
+
+    Raises:
+        InvalidInputError: a run that is not finished, or of a release that kept less.
+    """
+    path = directory.path
+    if not (path / "summary.json").is_file():
+        raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` goes on with it")
+    kept = load_state(path / JUDGED)
+    config, summary = (
+        json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "summary")
+    )
+    plan = kept["plan"] | {"bounds": tuple(Bound(**bound) for bound in kept["plan"]["bounds"])}
+    before, after = (
+        Evaluation(**kept[side], samples=kept[side]["reward"][..., None][..., :0]) for side in ("before", "after")
+    )
+    bound = None if kept["bound"] is None else Bound(**kept["bound"])
+    return Outcome(config, summary, Plan(**plan), before, after, bound, directory.read_metrics(), kept["images"])

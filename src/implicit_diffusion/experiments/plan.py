@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.written import number, percent
+from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, gain, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -131,10 +131,11 @@ def show(plan: Plan) -> None:
     )
     for column in ("--kl-weight", "reward gain", "in deviations", "path KL (nats)", "gain of J"):
         table.add_column(column, justify="right")
-    for row in plan.rows():
+    rows = plan.rows()
+    for weight, row in zip(distinct([row["kl_weight"] for row in rows], 3), rows):
         mark = " ?" if not row["trusted"] else ""
         table.add_row(
-            f"{row['kl_weight']:.3g}",
+            weight,
             number(row["reward_gain"], row["reward_gain_se"], sign=True) + mark,
             f"{row['reward_gain_in_std']:.2f}",
             number(row["path_kl"], row["path_kl_se"]) + mark,

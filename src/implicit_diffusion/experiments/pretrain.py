@@ -19,6 +19,8 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 16 pixels.
 """
 
+import json
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,28 +30,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
+from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digests
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.devices import find_device
+from implicit_diffusion.runs.files import writing
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
-SAVE_EVERY = 600.0  # seconds
+SAVE_EVERY, CHECKPOINT_EVERY = 600.0, 60.0  # seconds, between two models and between two states
+LINES = 1000  # of metrics.jsonl, at most
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
     """Train, save and judge: `model/` (a diffusers folder), `summary.json` and `figures/samples.png` in `config.out`.
 
-    The model is saved before it is judged, and every ten minutes while it is trained.
+    The model is saved before it is judged, and every ten minutes while it is trained; the state to go on from every
+    minute.
+
+    Args:
+        config: see there.
+        directory: of an interrupted run to go on with; None begins a new one.
 
     Returns:
         The summary: the config, the number of parameters, the losses on training and held-out images and the seconds
@@ -58,44 +70,88 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         InvalidInputError: data that cannot be had, a setting out of range, or an `out` that is not empty.
-        KeyboardInterrupt: Ctrl-C during the training; the average so far is saved.
+        KeyboardInterrupt: Ctrl-C; `resume` goes on, and the average so far is saved.
     """
     config.check()
-    out = config.out or Path(f"runs/pretrain-{Path(config.data).name}")
-    RunDirectory.check(out)
-    data = _load(config)
-    directory = RunDirectory.create(out)
-    config = replace(config, out=out, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
-    directory.write_config(config)
-    start = time.perf_counter()
-    unet, scheduler = train(config, data, directory)
-    seconds = time.perf_counter() - start
+    begun = directory is not None
+    out = directory.path if directory else config.out or Path(f"runs/pretrain-{Path(config.data).name}")
+    config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
+    with directory.held():
+        if not begun:
+            directory.check_start(Config)
+        rests_on, data = inputs(config), _load(config)
+        config = replace(config, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
+        if not begun:
+            directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, rests_on, device=_device(config))
+        with directory.resumable():
+            return _finish(config, data, *train(config, data, directory), directory)
 
-    count = config.samples if data.name == "digits" else 96
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the samples of a finished run again; returns its summary.
+
+    Raises:
+        InvalidInputError: images or a model that are no longer there.
+    """
+    summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+    config = summary["config"]
+    data = load_images(config["data"], tuple(config["size"]), len(config["channels"]))
+    pretrained = load_pretrained(directory.model)
+    unet, count = pretrained.denoiser.model, config["samples"] if config["data"] == "digits" else 96
+    drawn = {
+        n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape)
+        for n in config["chains"]
+    }
+    _plot(data, drawn, directory)
+    print(f"figures   {directory.figure('samples')}")
+    return dict(summary)
+
+
+def _finish(
+    config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
+) -> dict[str, Any]:
+    """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
+    count = config.samples if config.data == "digits" else 96
     drawn = {n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape) for n in config.chains}
     summary: dict[str, Any] = {
         "config": asdict(config) | {"out": str(config.out)},
-        "images": {"train": len(data.train), "held_out": len(data.held_out), "event_shape": data.event_shape},
+        "images": {
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "event_shape": data.event_shape,
+            "left_out": data.left_out,
+        },
         "parameters": sum(p.numel() for p in unet.parameters()),
         "loss_train": denoising_loss(unet, scheduler, data.train[: 10 * len(data.held_out)]),
         "loss_held_out": denoising_loss(unet, scheduler, data.held_out),
-        "seconds": seconds,
+        "seconds": max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     }
-    if data.name == "digits":
+    if config.data == "digits":
         summary["quality"] = {str(n): digits.quality(x) for n, x in drawn.items()}
         summary["classifier_accuracy"] = digits.accuracy(digits.load_classifier())
         summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
-    card = digits_card.model_card(summary) if data.name == "digits" else images_card.model_card(summary)
-    save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
-    directory.write_summary(summary)
-    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
-    plot_samples(groups, directory.figure("samples"))
+    card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
+    with writing(directory.model):
+        save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
+    _plot(data, drawn, directory)
+    directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"model     {directory.model}")
     return summary
 
 
+def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
+    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
+    plot_samples(groups, directory.figure("samples"))
+
+
 def _load(config: Config) -> Images:
     return load_images(config.data, config.size, len(config.channels) if config.channels else None)
+
+
+def _device(config: Config) -> torch.device:
+    return find_device(config.device or ("cpu" if config.data == "digits" else "auto"))
 
 
 def _widths(event_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -139,83 +195,87 @@ def train(
     Args:
         config: see there.
         data: the images of `config.data`, where they are loaded already.
-        directory: gets the model, and up to a thousand lines of metrics.jsonl; None leaves no trace.
+        directory: gets the model, up to a thousand lines of metrics.jsonl, and the state to go on from; where it holds
+            such a state, training goes on from there, bit for bit. None leaves no trace.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite; the update is not done.
+        NonFiniteError: the loss or its gradient became NaN or infinite; the update is not done.
+        InvalidInputError: a state that does not fit, or one of other images.
+        KeyboardInterrupt: Ctrl-C; the model so far and the state are saved.
     """
     data = data or _load(config)
-    device = find_device(config.device or ("cpu" if data.name == "digits" else "auto"))
+    device = _device(config)
     threads = torch.get_num_threads()
-    if data.name == "digits":
+    if config.data == "digits":
         torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            return _train(config, data, device, directory)
+            unet, scheduler = build(config, data.event_shape)
+            unet.to(device).train()
+            training = begin(config, unet, scheduler)
+            images = (
+                [] if os.path.isabs(config.data) else digests(data)
+            )  # of a folder, `runs.provenance` has every file
+            if directory is not None and directory.has_state:
+                training.restore(directory, images)
+            elif directory is not None:
+                training.save(directory, images)
+            _train(config, data, images, training, directory)
+            training.average.copy_to(unet.parameters())
+            return unet.eval(), scheduler
     finally:
         torch.set_num_threads(threads)
 
 
 def _train(
-    config: Config, data: Images, device: torch.device, directory: RunDirectory | None
-) -> "tuple[UNet2DModel, DDPMScheduler]":
-    from diffusers.training_utils import EMAModel
+    config: Config, data: Images, images: list[str], training: Pretraining, directory: RunDirectory | None
+) -> None:
+    """Make the steps that are left."""
 
-    generator = torch.Generator().manual_seed(config.seed)
-    unet, scheduler = build(config, data.event_shape)
-    unet.to(device).train()
-    average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = min(200, max(1, config.steps // 10))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps - warmup)),
-        ],
-        [warmup],
-    )
-
-    def save(step: int) -> None:
+    def save_model() -> None:
         if directory is not None:
-            average.store(unet.parameters())
-            average.copy_to(unet.parameters())
-            card = f"# A diffusion model of {config.data}, after {step} of {config.steps} steps of pretraining"
-            save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
-            average.restore(unet.parameters())
+            steps = f"after {training.step} of {config.steps} steps of pretraining"
+            with training.averaged() as unet, writing(directory.model):
+                card = f"# A diffusion model of {images_card.title(config.data)}, {steps}"
+                save_pipeline(directory.model, DiffusersDenoiser(unet), training.scheduler, card)
 
-    every, losses, start = -(-config.steps // 1000), [], time.monotonic()
-    last_saved = start
+    def checkpoint() -> None:
+        if directory is not None:
+            training.save(directory, images)
+
+    every, saved_at = -(-config.steps // LINES), training.step
+    last_model = last_checkpoint = time.monotonic()
+    start = last_model - training.seconds
     with graceful() as stop, progress(config.steps, "pretraining") as bar:
-        for step in range(1, config.steps + 1):
-            x = data.train[torch.randint(len(data.train), (config.batch,), generator=generator)]
-            loss = _loss(unet, scheduler, x, generator).mean()
-            if not loss.isfinite():
-                raise NonFiniteError(f"the loss is {loss.item()} at step {step} of {config.steps}; try a smaller lr")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            average.step(unet.parameters())
-            bar.update({"loss": loss.detach()})
-            losses.append(loss.detach())
-            if directory is not None and (step % every == 0 or step == config.steps):
-                seconds = time.monotonic() - start
-                told = {"updates": step, "loss": torch.stack(losses).mean(), "seconds": seconds}
-                directory.append_metrics(told)
-                losses.clear()
-            if time.monotonic() - last_saved > SAVE_EVERY:
-                save(step)
-                last_saved = time.monotonic()
+        bar.update(advance=training.step)
+        while training.step < config.steps:
+            x = data.train[torch.randint(len(data.train), (config.batch,), generator=training.generator)]
+            try:
+                training.descend(_loss(training.unet, training.scheduler, x, training.generator).mean())
+            except NonFiniteError as error:
+                kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
+                where = f"at step {training.step + 1} of {config.steps}"
+                raise NonFiniteError(f"{error} {where}; try a smaller lr{kept}") from error
+            bar.update({"loss": training.losses[-1]})
+            step, training.seconds = training.step, time.monotonic() - start
+            if step % every == 0 or step == config.steps:
+                if directory is not None:
+                    mean = torch.stack(training.losses).mean()
+                    directory.append_metrics({"updates": step, "loss": mean, "seconds": training.seconds})
+                training.lines += 1
+                training.losses.clear()
+            if time.monotonic() - last_model > SAVE_EVERY:
+                save_model()
+                last_model = time.monotonic()
+            if stop.requested or step == config.steps or time.monotonic() - last_checkpoint > CHECKPOINT_EVERY:
+                checkpoint()
+                last_checkpoint, saved_at = time.monotonic(), step
             if stop.requested:
-                save(step)
+                save_model()
                 kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
                 raise KeyboardInterrupt(f"interrupted at step {step} of {config.steps}{kept}")
-    save(config.steps)
-    average.copy_to(unet.parameters())
-    return unet.eval(), scheduler
+    save_model()
 
 
 def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,11 +25,14 @@ from implicit_diffusion.experiments.conditioning import Conditioning, conditioni
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.precision import check_precision, compiled
 from implicit_diffusion.experiments.reward_names import blamed, load_reward
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
+from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.devices import find_device
+from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.chain import Chain
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
@@ -64,7 +67,13 @@ def build(config: Config) -> Problem:
         InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
             `conditioning`, `load_reward`, `Reward.check`.
     """
-    reward, device = load_reward(config.reward), find_device(config.device)
+    device = find_device(config.device)
+    with Draws(Noise(config.seed), PLAN, 0, device=device):
+        return _build(config, device)
+
+
+def _build(config: Config, device: torch.device) -> Problem:
+    reward = load_reward(config.reward)
     precision = check_precision(config.precision, device)
     pretrained = load_pretrained(config.model)
     clip = False if config.no_clip or pretrained.family.latent else None
@@ -99,11 +108,27 @@ def build(config: Config) -> Problem:
     trial = judging.particles(chain)
     with blamed(config.reward, "; a reward takes samples (n, …) to (n,), by torch operations that leave them alone"):
         Reward(reward).check(trial)
+        say_if_unsteady(reward, config, trial)
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
         clipped, options = clipped_for(pretrained.scheduler, kind, noisy=bool(table.s.any()), eta=ddim_eta(config))
         clipping = judging.effect_of_clipping(chain, clipped, reward, Noise(config.seed).stream(PLAN), options)
     return Problem(pretrained, kind, chain, reward, clipping, exported, given, note)
+
+
+@torch.no_grad()
+def say_if_unsteady(reward: Callable[..., Tensor], config: Config, trial: Particles) -> None:
+    """Say that a reward has a state of its own: other values from the same samples and the same global generators."""
+    values = []
+    for _ in range(2):
+        with Draws(Noise(config.seed), PLAN, 3, device=trial.x.device):
+            values.append(Reward(reward).of(trial))
+    if not torch.allclose(*values):
+        print(
+            f"reward    {short(config.reward)} gives other values on the same samples when called again, with the "
+            "global generators as they were: it has a state of its own, which no checkpoint keeps, and a resumed run "
+            "will not be the same. Let it draw from the generators of torch, NumPy or Python themselves"
+        )
 
 
 def ddim_eta(config: Config) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +20,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.experiments.hexagon_problem import LOGITS, Exact, mixture
+from implicit_diffusion.experiments.inputs import inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
+from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers import ULA
 
 START, DATA, TRAIN = range(3)  # streams of noise
@@ -60,28 +64,55 @@ class Config:
         positive(self, "step_size", "lr")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """All arms and seeds, summary, figure; returns the summary."""
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
+    """All arms and seeds, summary, figure; returns the summary.
+
+    Args:
+        config: see there.
+        directory: of an interrupted study to go on with; None begins a new one.
+    """
     config.check()
     h = {"hexagon": 0.2, "two-modes": 0.05}[config.problem] if config.step_size is None else config.step_size
-    out = config.out or dated("recovery")
-    config = replace(config, step_size=h, out=out)
-    directory = RunDirectory.create(out)
-    directory.write_config(config)
-    curves: dict[str, Tensor] = {}
+    begun = directory is not None
+    out = directory.path if directory else config.out or dated("recovery")
+    directory = RunDirectory(out.absolute())
+    config = replace(config, step_size=h, out=directory.path)
+    with directory.held():
+        if not begun:
+            directory.start(config)
+        if not (begun and is_recorded(directory)):
+            record_inputs(directory, config, inputs(config))
+        with directory.resumable():
+            return _finish(config, _study(config, Study(directory)), directory)
+
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the figure again, and write and print the numbers, from what was found."""
+    values = directory.read_config() or {}
+    config = Config(**values | {"out": directory.path})
+    return _finish(config, _study(config, Study(directory)), directory)
+
+
+def _study(config: Config, study: Study) -> dict[str, Float[Tensor, "seeds updates 2"]]:
+    """The exact divergences of every arm."""
+    curves = {}
     with progress(len(ARMS) * config.seeds, "recovery") as bar:
         for name in ARMS:
             runs = []
             for seed in range(config.seed, config.seed + config.seeds):
-                runs.append(train(config, name, seed))
+                runs.append(study.once(name, seed, make=partial(train, config, name, seed)))
                 bar.update()
             curves[name] = torch.stack(runs)
+    return curves
+
+
+def _finish(config: Config, curves: dict[str, Tensor], directory: RunDirectory) -> dict[str, Any]:
     target, start = models(config.problem)
     before = exact_kls(target, start.logits.detach()[None])[0]
     arms = {name: _summarise(runs[:, -TAIL:].mean(1)) for name, runs in curves.items()}
     summary = {"kl_before": before[0].item(), "kl_to_data_before": before[1].item(), "arms": arms}
-    directory.write_summary(summary)
     plot(curves, before[0].item(), directory.figure("kl"))
+    directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"exact KL(data‖model) and KL(model‖data), mean of the last {TAIL} updates (lowest – highest seed)")
     print(f"  {'before training':22s} {before[0]:.4f}  {before[1]:.4f}")
     for name, arm in arms.items():

@@ -16,8 +16,9 @@ from typing import Any
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import decimals, number, percent
+from implicit_diffusion.experiments.written import decimals, distinct, number, percent
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.files import replacing
 
 CSS = Path(__file__).with_suffix(".css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -64,7 +65,8 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
 </html>
 """
     path = directory.path / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
 
 
@@ -79,6 +81,8 @@ def _headline(outcome: Outcome, title: str) -> str:
             f"{number(gain, s.get('reward_gain_se'), sign=True)}, or {spread}",
         )
     ]
+    if s.get("worse"):
+        tiles.append(_tile("J rose", f"{number(s['j_before'])} → {number(s['j_after'])}", "lower is better"))
     if s.get("captured") is not None:
         share = min(1.0, max(0.0, s["captured"]))
         bar = f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>'
@@ -107,7 +111,8 @@ def _headline(outcome: Outcome, title: str) -> str:
 def _in_words(outcome: Outcome) -> str:
     s, best = outcome.summary, outcome.bound
     verb = "raised" if s["reward_after"] > s["reward_before"] else "lowered"
-    text = (
+    text = f"<b>{escape(s['worse'])}</b> " if s.get("worse") else ""
+    text += (
         f"Fine-tuning {verb} the mean reward on unseen noise by {number(abs(outcome.gain_in_std), digits=2)} standard "
         "deviations of what the pretrained model earns."
     )
@@ -199,11 +204,12 @@ def _plan(outcome: Outcome) -> str:
 a penalty on drifts no bound says how much could be gained.</p></section>
 """
     rows, chosen = [], None
+    weights = distinct([b.beta for b in plan.bounds], 3)
     for index, row in enumerate(plan.rows()):
         unsure = " ?" if not row["trusted"] else ""
         rows.append(
             [
-                f"{row['kl_weight']:.3g}",
+                weights[index],
                 number(row["reward_gain"], row["reward_gain_se"], sign=True) + unsure,
                 f"{row['reward_gain_in_std']:.2f}",
                 number(row["path_kl"], row["path_kl_se"]) + unsure,

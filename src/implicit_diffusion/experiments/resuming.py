@@ -1,42 +1,122 @@
-"""Go on with an interrupted run, whichever experiment it belongs to."""
+"""Go on with an interrupted run, or write its report again, whichever experiment it belongs to."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.experiments.inputs import inputs
+from implicit_diffusion.experiments.reward_trust import check_trust
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.provenance import device_of, verified
 
 
-def resume(path: Path) -> dict[str, Any]:
+class Experiment(NamedTuple):
+    """What can be done with a run directory: go on with it, and make again what is derived."""
+
+    config: Any
+    run: Callable[..., dict[str, Any]]
+    report: Callable[[RunDirectory], dict[str, Any]]
+    last: str  # of the files that a run writes
+
+
+def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bool = False) -> dict[str, Any]:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
 
-    Raises:
-        InvalidInputError: no interrupted run there.
-    """
-    from implicit_diffusion.experiments import ebm, finetune, finetune_config
+    Args:
+        path: the run directory.
+        accept_changes: of what the run rests on, by names of `runs.provenance.Change`; others are refused.
+        trust_reward: run the code of the reward that the directory names, though this user has not named it, and
+            whether or not it has changed.
 
-    directory = RunDirectory(path)
+    Raises:
+        InvalidInputError: no interrupted run there; what it rests on has changed; a reward that is not to be trusted.
+    """
+    path = path.absolute()
+    directory = _open(path)
+    with directory.held():
+        finished = (path / "summary.json").exists()
+        if not finished and not (path / "config.json").exists():
+            if (path / "plan.json").exists():
+                raise InvalidInputError(
+                    f"{path} is no interrupted run: it holds a plan; `finetune --out {path}` trains"
+                )
+            raise InvalidInputError(f"{path} is no interrupted run: nothing had begun; give the first command again")
+        experiment, values = _experiment(directory)
+        if finished and (path / experiment.last).exists():
+            raise InvalidInputError(
+                f"{path} is no interrupted run: it is finished, and {path}/model is its result; `report` draws it again"
+            )
+        if finished:
+            return experiment.report(directory)
+        fields = {field.name: str(field.type) for field in dataclasses.fields(experiment.config)}
+        paths = {name: Path(values[name]) for name in fields if "Path" in fields[name] and values[name] is not None}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        config = experiment.config(**values | paths | {"out": path})
+        reward = str(values.get("reward", ""))
+        if not trust_reward:
+            check_trust(reward, path)
+        with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
+            device = device_of(directory)
+            if device is not None and "device" in values:
+                config = dataclasses.replace(config, device=device)
+            try:
+                config.check()
+            except (TypeError, ValueError, AttributeError) as error:
+                if isinstance(error, ImplicitDiffusionError):
+                    raise
+                raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
+            return experiment.run(config, directory)
+
+
+def report(path: Path) -> dict[str, Any]:
+    """Draw the figures of a finished run, and write its report, from what is on disk; returns the summary.
+
+    Raises:
+        InvalidInputError: no finished run there, or one whose figures are not made from what is on disk.
+    """
+    directory = _open(path)
+    with directory.held():
+        if not (path / "summary.json").exists():
+            raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume {path}` goes on with it")
+        return _experiment(directory)[0].report(directory)
+
+
+def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
     if any(path.glob("beta-*")):
         raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it goes on with it")
-    if (path / "summary.json").exists():
-        raise InvalidInputError(f"{path} is no interrupted run: it is finished, and {path}/model is its result")
-    if (path / "plan.json").exists() and not (path / "config.json").exists():
-        raise InvalidInputError(f"{path} is no interrupted run: it holds a plan; `finetune --out {path}` trains")
-    if not directory.checkpoint.exists() or not (path / "config.json").exists():
-        raise InvalidInputError(
-            f"{path} is no interrupted run: it has no checkpoint/ to go on from; start it again with another --out"
-        )
-    values = json.loads((path / "config.json").read_text())
-    experiments: tuple[tuple[Any, Any], ...] = ((finetune_config.Config, finetune.run), (ebm.Config, ebm.run))
-    for kind, run in experiments:
-        fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-        if fields.keys() == values.keys():
-            paths = {name: Path(values[name]) for name in fields if "Path" in fields[name] and values[name] is not None}
-            return run(kind(**values | paths | {"out": path}), directory)
-    raise InvalidInputError(f"{path}/config.json belongs to no experiment of this release that can be resumed")
+    return RunDirectory(path)
+
+
+def _experiment(directory: RunDirectory) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment that a run belongs to, by the options in its config.json, and these."""
+    from implicit_diffusion.experiments import (
+        ebm,
+        finetune,
+        finetune_config,
+        hexagon,
+        pretrain,
+        pretrain_config,
+        recovery,
+        tilt,
+    )
+
+    values = directory.read_config()
+    for experiment in (
+        Experiment(finetune_config.Config, finetune.run, finetune.report, "report.html"),
+        Experiment(ebm.Config, ebm.run, ebm.report, "summary.json"),
+        Experiment(pretrain_config.Config, pretrain.run, pretrain.report, "summary.json"),
+        Experiment(tilt.Config, tilt.run, tilt.report, "summary.json"),
+        Experiment(recovery.Config, recovery.run, recovery.report, "summary.json"),
+        Experiment(hexagon.Config, hexagon.run, hexagon.report, "summary.json"),
+    ):
+        if values is not None and values.keys() == {field.name for field in dataclasses.fields(experiment.config)}:
+            return experiment, values
+    raise InvalidInputError(
+        f"{directory.path}/config.json belongs to no experiment of this release that can be resumed or drawn again"
+    )

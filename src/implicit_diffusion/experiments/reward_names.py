@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -9,14 +10,16 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError
 from implicit_diffusion.experiments import digits, rewards
+from implicit_diffusion.experiments.reward_trust import Code, code_of, remember
 
 SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
 
@@ -24,8 +27,9 @@ SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability o
 def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
 
-    A file or module that the user names is imported, and so executed; a file finds what lies beside it, and a network
-    found there is put in eval mode.
+    A file or module that the user names is imported, and so executed, and noted as one that this user has named
+    (`reward_trust`). A file finds what lies beside it, also later, when it is called; it takes no other module's name,
+    and installed modules come before those beside it. A network found there is put in eval mode.
 
     Raises:
         InvalidInputError: nothing of that name, and the message says what was looked for; or what the file raises.
@@ -37,8 +41,19 @@ def load_reward(name: str) -> Callable[[Tensor], Tensor]:
     place, colon, function = name.rpartition(":")
     if not colon:
         raise InvalidInputError(f"--reward {name!r} is neither {SHIPPED}, nor of the form FILE.py:function")
+    paths = list(sys.path)
+    try:
+        return _function(name, place, function)
+    except BaseException:
+        sys.path[:] = paths
+        raise
+
+
+def _function(name: str, place: str, function: str) -> Callable[[Tensor], Tensor]:
     with blamed(name):
-        module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
+        code = code_of(name)
+        remember(code)
+        module = _execute(code, Path(place).absolute()) if place.endswith(".py") else _import(place)
     found = getattr(module, function, None)
     if not callable(found):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -47,7 +62,41 @@ def load_reward(name: str) -> Callable[[Tensor], Tensor]:
         )
     if inspect.isclass(found):
         raise InvalidInputError(f"--reward {name} is a class; name a function, or an instance: best = {function}()")
-    return found.eval() if isinstance(found, nn.Module) else found
+    return _answering(found.eval() if isinstance(found, nn.Module) else found, name)
+
+
+def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """The same function, whose errors say where they come from, whenever in a run they come.
+
+    Raises:
+        RewardError: from the result, for whatever else than an error of ours is raised, a call of sys.exit included.
+    """
+
+    @functools.wraps(function)
+    def answering(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except ImplicitDiffusionError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RewardError(_located(error, name)) from error
+
+    forward = function.forward if isinstance(function, nn.Module) else function
+    with suppress(TypeError, ValueError):  # built-in functions need not have one
+        answering.__dict__["__signature__"] = inspect.signature(forward)
+    return answering
+
+
+def _located(error: BaseException, name: str) -> str:
+    """A line that says what a reward of the user's own raised, and where."""
+    place = name.rpartition(":")[0]
+    file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
+    where = f"{file}:{lines[-1]}" if lines else name
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"--reward {where}: {type(error).__name__}: {what}"
 
 
 @contextmanager
@@ -63,31 +112,25 @@ def blamed(name: str, must: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except RewardError as error:
+        raise InvalidInputError(f"{error}{must}") from error
     except ImplicitDiffusionError:
         raise
-    except Exception as error:
-        place = name.rpartition(":")[0]
-        file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
-        where = f"{file}:{lines[-1]}" if lines else name
-        if isinstance(error, SyntaxError) and error.filename:
-            where = f"{error.filename}:{error.lineno}"
-        what = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise InvalidInputError(f"--reward {where}: {type(error).__name__}: {what}{must}") from error
+    except (Exception, SystemExit) as error:
+        raise InvalidInputError(f"{_located(error, name)}{must}") from error
 
 
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InvalidInputError(f"--reward: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
-    assert spec is not None and spec.loader is not None
+def _execute(code: Code, path: Path) -> ModuleType:
+    """The module of a file, made of the very bytes that were read."""
+    name = f"reward {path.stem} {code.digest[:12]}"  # which no other module has
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that its dataclasses and pickles of its own find it
-    sys.path.insert(0, str(path.absolute().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.absolute().parent))
+    sys.modules[name] = module  # so that its dataclasses find it
+    beside = str(path.parent)
+    if beside not in sys.path:
+        sys.path.append(beside)  # for good: functions import when they are called; last: nothing is shadowed
+    exec(compile(code.content, str(path), "exec", dont_inherit=True), module.__dict__)
     return module
 
 

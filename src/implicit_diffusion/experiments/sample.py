@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_diffusion.denoisers.checkpoints import CHAIN
+from implicit_diffusion.denoisers.files import names_in, real
 from implicit_diffusion.denoisers.pretrained import Pretrained, load_pretrained
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
@@ -26,12 +28,13 @@ from implicit_diffusion.experiments.energy_model import is_energy_model
 from implicit_diffusion.experiments.ranges import at_least
 from implicit_diffusion.loops.evaluation import NUMBERS
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.reading import one_line, read_json
 from implicit_diffusion.runs import progress
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.files import check_place
 from implicit_diffusion.samplers.chain import Chain
 
-CHAIN_FILE = "chain.json"  # beside model_index.json: the chain that a pipeline was trained for
+TILE = 64  # pixels that the longer side of an image takes at least
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -81,7 +84,8 @@ def run(config: Config) -> Path:
         if config.prompts is not None:
             raise InvalidInputError(f"--model {config.model} takes no --prompts: it is an energy-based model")
         return sample_energy.sample(Path(config.model), config.num, config.out, config.num_steps, config.seed)
-    pretrained, trained_for = load_pretrained(config.model), read_chain(config.model)
+    pretrained = load_pretrained(config.model)
+    trained_for = read_chain(pretrained)
     if (config.prompts is None) == (pretrained.condition == "prompts"):
         what = "needs --prompts FILE" if config.prompts is None else "takes no --prompts"
         raise InvalidInputError(
@@ -93,6 +97,9 @@ def run(config: Config) -> Path:
     device = find_device(config.device)
     for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
         network.to(device)
+    colours = pretrained.event_shape[0] if pretrained.decoder is None else pretrained.decoder.vae.config.out_channels
+    if colours not in (1, 3, 4):
+        raise InvalidInputError(f"--model {config.model} has samples of {colours} channels, which no picture shows")
     size = max(1, min(256, NUMBERS // math.prod(pretrained.event_shape)))
     batches = [range(first, min(first + size, config.num)) for first in range(0, config.num, size)]
     with progress(config.num, "sampling") as bar:
@@ -105,13 +112,14 @@ def run(config: Config) -> Path:
             images += draw(batch)
             bar.update(advance=len(batch))
     if "table" in trained_for and steps != trained_for["num_steps"]:
-        print(f"fine-tuned for {trained_for['table']['name']}; these are {steps} steps of the folder's pipeline")
+        print(f"fine-tuned for {trained_for['table'].name}; these are {steps} steps of the folder's pipeline")
     columns = math.ceil(math.sqrt(config.num))
     rows = math.ceil(config.num / columns)
     blank = images[0].copy()
     blank.paste(0, (0, 0, *blank.size))
-    size = max(64, max(images[0].size))
-    images = [image.resize((size, size), resample=0) for image in [*images, *[blank] * (rows * columns - config.num)]]
+    times = math.ceil(TILE / max(blank.size))  # every pixel as large as the others
+    tile = (times * blank.width, times * blank.height)
+    images = [image.resize(tile, resample=0) for image in [*images, *[blank] * (rows * columns - config.num)]]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images, rows, columns).save(config.out)
     print(config.out)
@@ -125,7 +133,7 @@ def _by_chain(pretrained: Pretrained, config: Config, trained_for: dict[str, Any
     """Images by the chain that the model was trained on."""
     from diffusers.utils import pt_to_pil
 
-    given, table = _given(pretrained, config, trained_for, device), ChainTable.from_dict(trained_for["table"])
+    given, table = _given(pretrained, config, trained_for, device), trained_for["table"]
 
     @torch.no_grad()
     def draw(numbers: range) -> list[Any]:
@@ -206,10 +214,31 @@ def _in_turn(given: Conditioning, numbers: range) -> dict[str, Tensor]:
 def write_chain(folder: Path, table: ChainTable, **options: int | float) -> None:
     """Note beside a pipeline what it was fine-tuned for: num_steps, its table, eta of DDIM, guidance and null class."""
     chain = {"num_steps": len(table), **options, "table": table.to_dict()}
-    (folder / CHAIN_FILE).write_text(json.dumps(chain) + "\n", encoding="utf-8")
+    (folder / CHAIN).write_text(json.dumps(chain) + "\n", encoding="utf-8")
 
 
-def read_chain(model: str) -> dict[str, Any]:
-    """The chain that a folder was fine-tuned for; empty where nothing is said."""
-    path = Path(model) / CHAIN_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+def read_chain(pretrained: Pretrained) -> dict[str, Any]:
+    """The chain that a model was fine-tuned for, its table a `ChainTable`; empty where nothing is said.
+
+    Raises:
+        InvalidInputError: the file is damaged.
+    """
+    checkpoint = pretrained.checkpoint
+    if checkpoint is None or CHAIN not in names_in(checkpoint.folder):
+        return {}
+    path = checkpoint.folder / CHAIN
+    try:
+        said = read_json(real(checkpoint.folder, path))
+        said["table"] = ChainTable.from_dict(said["table"])
+        if said["num_steps"] != len(said["table"]):
+            raise InvalidInputError(f"num_steps is {said['num_steps']!r}, and its table has {len(said['table'])} rows")
+        for name, kinds in {"eta": (int, float), "guidance": (int, float), "null_class": (int,)}.items():
+            value = said.get(name)
+            if value is not None and (type(value) not in kinds or not math.isfinite(value)):
+                raise InvalidInputError(f"{name} is {value!r}")
+    except (InvalidInputError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"--model {checkpoint.folder}: {CHAIN}, the chain that it was fine-tuned for, is damaged "
+            f"({one_line(error)}); without this file the folder's own pipeline is sampled"
+        ) from error
+    return said

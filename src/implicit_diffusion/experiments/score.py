@@ -31,7 +31,8 @@ def run(config: Config) -> dict[str, Any]:
     """Print the mean log-likelihood, and return it with its standard errors.
 
     Raises:
-        InvalidInputError: no such model or data, another event shape, or an existing `out`.
+        InvalidInputError: no such model or data, another event shape, data without a finite log-likelihood, or an
+            existing `out`.
     """
     if config.out is not None and (config.out.exists() or config.out.suffix != ".npy"):
         raise InvalidInputError(f"--out {config.out} must name a new .npy file")
@@ -51,6 +52,7 @@ def run(config: Config) -> dict[str, Any]:
         with replacing(config.out) as file, file.open("wb") as stream:
             np.save(stream, scores.numpy(), allow_pickle=False)
     shown = "" if error is None else f" ± {error:.4f} (data)"
-    print(f"log-likelihood {found['log_likelihood']:.4f}{shown} ± {model.log_z_se or 0:.4f} (log Z) nats per datum")
+    shown += " ± unknown (log Z)" if model.log_z_se is None else f" ± {model.log_z_se:.4f} (log Z)"
+    print(f"log-likelihood {found['log_likelihood']:.4f}{shown} nats per datum")
     print(f"bits per dimension {found['bits_per_dimension']:.4f}")
     return found

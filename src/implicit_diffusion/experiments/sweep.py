@@ -19,23 +19,38 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
+from implicit_diffusion.experiments.drawing import save
 from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
-from implicit_diffusion.experiments.written import number, percent
+from implicit_diffusion.experiments.reward_trust import short
+from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
+from implicit_diffusion.runs.files import UNFINISHED, writing
+from implicit_diffusion.runs.lock import LOCK
+from implicit_diffusion.runs.provenance import FILE, Change, verified
 
 CURVE = 12  # KL weights of the drawn frontier
 REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
 KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
+LEFT_BY_AN_EARLY_END = {
+    LOCK,
+    FILE,
+    "config.json",
+    "plan.json",
+    finetune.PLANNED,
+    "figures",
+    finetune.PROMPTS,
+    "checkpoint",
+}
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
-LEFT_BY_AN_EARLY_END = {"config.json", "plan.json", finetune.PLANNED, "figures", finetune.PROMPTS}
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class Config:
     """The β's, in reward per nat. By default the plan's, for gains of ¼ to 2 deviations of the pretrained reward."""
     each: finetune_config.Config = field(default_factory=finetune_config.Config)
     """Options of every run; --out is the sweep's folder, one subfolder per run."""
+    accept_changes: tuple[Change, ...] = ()
+    """What may be another one than when the sweep began, as of `resume`; other differences are refused, by name."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""
@@ -75,23 +92,33 @@ def run(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: the running run was interrupted; the same command goes on.
     """
     config.check()
-    out = config.each.out or dated("sweep")
-    _check_folder(out, config)
-    directory = RunDirectory(out)
+    config = replace(config, each=absolute(replace(config.each, out=config.each.out or dated("sweep"))))
+    assert config.each.out is not None
+    directory = RunDirectory(config.each.out)
+    with directory.held():
+        _check_folder(directory.path, config)
+        rests_on = inputs(config.each)
+        with verified(directory, config.accept_changes, rests_on):
+            return _run(config, directory, rests_on)
+
+
+def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> dict[str, Any]:
+    """The same in a directory that is held, on what it rested on where it has begun before."""
+    out = directory.path
     samples, conditional = _pretrained(config.each, directory)
     betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
-    out.mkdir(parents=True, exist_ok=True)
     directory.write_config(_settings(config))
+    record_inputs(directory, config.each, rests_on, config=_settings(config))
     finetune.keep_rewards(samples, directory)
     try:
         for beta in betas:
-            _one(replace(config.each, kl_weight=beta, out=out / f"beta-{beta:.6g}"), samples)
+            _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
-    found = {beta: _read(out / f"beta-{beta:.6g}") for beta in _finished(out)}
+    found = {beta: _read(folder) for beta, folder in sorted(_finished(out).items())}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
-        "reward": config.each.reward,
+        "reward": short(config.each.reward),
         "reward_pretrained": mean_and_error(samples.reward)[0],
         "reward_pretrained_se": mean_and_error(samples.reward)[1],
         "rows": [{"kl_weight": beta, **s} for beta, (s, _) in found.items()],
@@ -133,28 +160,53 @@ def _pretrained(each: finetune_config.Config, directory: RunDirectory) -> tuple[
     return samples, problem.chain.condition is not None
 
 
-def _one(config: finetune_config.Config, pretrained: Evaluation) -> None:
+def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes: tuple[Change, ...]) -> None:
     """Run, go on, or leave alone what is finished."""
     assert config.out is not None
-    if (config.out / "summary.json").exists():
+    if (config.out / "report.html").exists():
         print(f"finished  {config.out}")
-    elif (config.out / "checkpoint").exists():
-        resume(config.out)
+    elif (config.out / "summary.json").exists() or RunDirectory(config.out).has_state:
+        resume(config.out, accept_changes)
     else:
-        if config.out.is_dir() and {path.name for path in config.out.iterdir()} <= LEFT_BY_AN_EARLY_END:
-            shutil.rmtree(config.out)
+        there = {path.name.removesuffix(UNFINISHED) for path in config.out.glob("*")}
+        if there <= LEFT_BY_AN_EARLY_END:
+            with writing(config.out):
+                shutil.rmtree(config.out, ignore_errors=not there)
         finetune.run(config, pretrained=pretrained)
 
 
-def _finished(out: Path) -> list[float]:
-    """The β of all finished runs of the folder, those of earlier calls too."""
-    return sorted(float(path.parent.name.removeprefix("beta-")) for path in out.glob("beta-*/summary.json"))
+def folder_of(out: Path, beta: float) -> Path:
+    """The folder of the run at β: the one that holds it, or a new one whose name says β to the last digit."""
+    for folder in sorted(out.glob("beta-*/")):
+        if _beta(folder) == beta:
+            return folder
+    short = f"{beta:.6g}"
+    folder = out / f"beta-{short if float(short) == beta else repr(float(beta))}"
+    while _beta(folder) is not None:  # names used to be rounded
+        folder = folder.with_name(folder.name + "-exact")
+    return folder
+
+
+def _beta(folder: Path) -> float | None:
+    """The KL weight that a run's folder was begun with; None where it did not come that far."""
+    try:
+        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))["kl_weight"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _finished(out: Path) -> dict[float, Path]:
+    """The folders of all finished runs by their β, those of earlier calls too."""
+    folders = [path.parent for path in sorted(out.glob("beta-*/summary.json"))]
+    return {beta: folder for folder in folders if (beta := _beta(folder)) is not None}
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The headline numbers of a run, and its metrics."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary.get(key) for name in KEPT for key in (name, f"{name}_se")}
+    kept["worse"] = summary.get("worse")
     kept["held_out_reward_before"] = summary["held_out_reward_before"]
     kept |= {"updates": summary["updates"], "seconds": summary["seconds"], "run": folder.name}
     return kept, RunDirectory(folder).read_metrics()
@@ -186,9 +238,14 @@ def show(summary: dict[str, Any]) -> None:
     table = Table(title=f"{summary['reward']} against path KL (pretrained reward {before})")
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")
-    for row in summary["rows"]:
+    rows = summary["rows"]
+    weights = distinct([row["kl_weight"] for row in rows])
+    for weight, row in zip(weights, rows):
         cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl", "j_after", "j_bound")]
-        table.add_row(f"{row['kl_weight']:.4g}", *cells, percent(row["captured"], row["captured_se"]))
+        table.add_row(weight, *cells, "J rose" if row["worse"] else percent(row["captured"], row["captured_se"]))
+    for weight, row in zip(weights, rows):
+        if row["worse"]:
+            print(f"KL weight {weight}: {row['worse']}")
     Console().print(table)
 
 
@@ -204,12 +261,11 @@ def plot(
         figure = canvas(7.6)
         axes = figure.subplot_mosaic([["top", "top"], ["reward", "kl"]], height_ratios=[3, 2])
         _draw_frontier(axes["top"], summary, frontier)
-        for row, shade in zip(rows, shades):
+        weights = distinct([row["kl_weight"] for row in rows], 3)
+        for weight, row, shade in zip(weights, rows, shades):
             style = {"xerr": 2 * row["path_kl_se"], "yerr": 2 * row["reward_gain_se"], "elinewidth": 1.3, "fmt": "D"}
             style |= {"color": shade, "markeredgecolor": "white", "zorder": 5}
-            axes["top"].errorbar(
-                row["path_kl"], row["reward_gain"], label=f"fine-tuned, β = {row['kl_weight']:.3g}", **style
-            )
+            axes["top"].errorbar(row["path_kl"], row["reward_gain"], label=f"fine-tuned, β = {weight}", **style)
             base = {"held_out_reward": row["held_out_reward_before"], "held_out_path_kl": 0.0}
             for name, key in (("reward", "held_out_reward"), ("kl", "held_out_path_kl")):
                 seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
@@ -219,15 +275,17 @@ def plot(
         axes["reward"].axhline(0.0, color=BEFORE, lw=1)
         axes["reward"].set(xlabel="updates", ylabel="reward gained, held out")
         axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_frontier(axes: Any, summary: dict[str, Any], found: Sequence[Bound]) -> None:
     """What can be had: the curve, and open circles where it rests on too few effective samples."""
     before, bounds = summary["reward_pretrained"], [b for b in found if b.path_kl > 0]
     if bounds:
-        kl = np.linspace(0, bounds[-1].path_kl, 300)
-        axes.plot(kl, tangent_curve(before, bounds, kl) - before, color=BOUND, label="best possible")
+        kl, knots = np.linspace(0, bounds[-1].path_kl, 300), bounds[:1]
+        for b in bounds[1:]:  # the curve needs knots apart
+            knots += [b] if b.path_kl > 1.001 * knots[-1].path_kl else []
+        axes.plot(kl, tangent_curve(before, knots, kl) - before, color=BOUND, label="best possible")
     doubtful = [b for b in bounds if not b.trusted]
     if doubtful:
         points = [b.path_kl for b in doubtful], [b.reward - before for b in doubtful]

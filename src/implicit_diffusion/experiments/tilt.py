@@ -11,9 +11,11 @@ particle, and nothing pulls back then; unweighted ones that lag there go on tell
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -23,15 +25,20 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
+from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.experiments.tilt_exact import AT_EDGE, Exact, half_plane
+from implicit_diffusion.experiments.written import distinct
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -73,13 +80,19 @@ class Config:
             raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
         if not self.kl_weights or not all(0 < w < math.inf for w in self.kl_weights):
             raise InvalidInputError(f"--kl-weights must be positive and finite, got {self.kl_weights}")
+        if len(set(self.kl_weights)) < len(self.kl_weights):
+            raise InvalidInputError(f"--kl-weights must differ from each other, got {self.kl_weights}")
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise InvalidInputError(f"--arms must be one or both of {' '.join(ARMS)}, got {self.arms}")
         positive(self, "lr")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
     """All arms at every weight; returns the summary, and leaves model/w-<weight> for every weight.
+
+    Args:
+        config: see there.
+        directory: of an interrupted study to go on with; None begins a new one.
 
     Raises:
         InvalidInputError: no model of the plane, a reward that does not fit, an optimum that the quadrature's grid does
@@ -87,8 +100,16 @@ def run(config: Config) -> dict[str, Any]:
         NonFiniteError: a training that overflowed.
     """
     config.check()
-    out = config.out or dated("tilt")
-    RunDirectory.check(out)
+    begun = directory is not None
+    out = directory.path if directory else config.out or dated("tilt")
+    config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
+    with directory.held():
+        return _run(config, directory, begun)
+
+
+def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
+    """The same in a directory that is held."""
+    rests_on = inputs(config)
     model = load_energy_model(config.model)
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
@@ -99,37 +120,79 @@ def run(config: Config) -> dict[str, Any]:
             f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function; shipped rewards are "
             "of images, and the model is of the plane"
         )
-    reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
-    exact = Exact(model, reward)
+    with Draws(Noise(config.seed), START, 0):
+        reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
+        exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
-    directory = RunDirectory.create(out)
-    directory.write_config(replace(config, out=out))
+    if not begun:
+        directory.start(config)
+    if not (begun and is_recorded(directory)):
+        record_inputs(directory, config, rests_on)
+    with directory.resumable():
+        rows = _study(config, model, reward, exact, optima, Study(directory))
+        summary = {"reward_initial": exact.reward_initial, "rows": rows}
+        plot(summary, exact, directory.figure("tilt"))
+        directory.write_summary(summary)  # the last file: with it, the run is finished
+    show(summary, directory)
+    return summary
+
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the figure of a finished study again, print its table, and return its summary.
+
+    Raises:
+        InvalidInputError: a model that is no longer there; a reward of the user's own, which would have to run for it.
+    """
+    config = directory.read_config() or {}
+    if config.get("reward") != "half-plane":
+        raise InvalidInputError(f"{directory.path}: its figure needs the reward, which is code: run `tilt` again")
+    summary: dict[str, Any] = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+    plot(summary, Exact(load_energy_model(config["model"]), half_plane), directory.figure("tilt"))
+    show(summary, directory)
+    return summary
+
+
+def _study(
+    config: Config,
+    model: EnergyModel,
+    reward: Callable[[Tensor], Tensor],
+    exact: Exact,
+    optima: dict[float, dict[str, float]],
+    study: Study,
+) -> list[dict[str, Any]]:
+    """A row of results for every weight."""
+    names = dict(zip(config.kl_weights, distinct(config.kl_weights, digits=6)))
     seeds, rows = range(config.seed, config.seed + config.seeds), []
     with progress(config.seeds, "annealing") as bar:
         starts = {}
         for seed in seeds:
             starts[seed] = at_model(model, config.particles, Noise(seed))
             bar.update()
+
+    def make(weight: float, arm: str, seed: int) -> dict[str, float]:
+        trained = train(config, model, starts[seed], reward, weight, arm, seed)
+        if (arm, seed) == (config.arms[0], config.seed):
+            log_z = exact.quadrature.log_density(trained.potential)[1]
+            trained.with_log_z(log_z, 0.0).save(study.directory.model / f"w-{names[weight]}")
+        return exact.judge(trained, weight)
+
+    def line(weight: float, arm: str, seed: int, found: dict[str, float]) -> list[dict[str, Any]]:
+        return [{"kl_weight": weight, "arm": arm, "seed": seed} | found]
+
     with progress(len(config.arms) * len(config.kl_weights) * config.seeds, "tilt") as bar:
         for weight, optimum in optima.items():
             row: dict[str, Any] = {"kl_weight": weight, "optimum": optimum}
             for arm in config.arms:
                 found = []
                 for seed in seeds:
-                    trained = train(config, model, starts[seed], reward, weight, arm, seed)
-                    found.append(exact.judge(trained, weight))
-                    directory.append_metrics({"kl_weight": weight, "arm": arm, "seed": seed} | found[-1])
-                    if (arm, seed) == (config.arms[0], config.seed):
-                        log_z = exact.quadrature.log_density(trained.potential)[1]
-                        trained.with_log_z(log_z, 0.0).save(directory.model / f"w-{weight:g}")
+                    one = study.once(
+                        weight, arm, seed, make=partial(make, weight, arm, seed), lines=partial(line, weight, arm, seed)
+                    )
+                    found.append(one)
                     bar.update()
                 row[arm] = _over_seeds(found)
             rows.append(row)
-    summary = {"reward_initial": exact.reward_initial, "rows": rows}
-    directory.write_summary(summary)
-    plot(summary, exact, directory.figure("tilt"))
-    show(summary, directory)
-    return summary
+    return rows
 
 
 def train(
@@ -152,22 +215,23 @@ def train(
     particles = start if arm == "weighted" else resampled(start, noise)
 
     def in_data_units(z: Tensor) -> Tensor:
-        return reward(z * model.scale + model.shift)
+        return reward((z * model.scale + model.shift).to(z))  # in the precision in which the grid was seen
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    loop = Single(
-        potential,
-        model.moves.kernel(),
-        Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
-        Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
-        particles=particles.x,
-        noise=noise.stream(TRAIN),
-        weighted=arm == "weighted",
-    )
-    loop.refresh(particles)
     try:
-        for _ in loop.run(config.steps):
-            pass
+        with Draws(noise, TRAIN, 0):
+            loop = Single(
+                potential,
+                model.moves.kernel(),
+                Reward(in_data_units) + weight * ReverseKL.to_initial(potential),
+                Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)),
+                particles=particles.x,
+                noise=noise.stream(TRAIN),
+                weighted=arm == "weighted",
+            )
+            loop.refresh(particles)
+            for _ in loop.run(config.steps):
+                pass
     except NonFiniteError as error:
         raise NonFiniteError(f"w = {weight:g}, {arm}, seed {seed}: {error}. Take a smaller --lr") from error
     return replace(model, potential=potential, particles=resampled(loop.particles, noise).x, log_z=None, log_z_se=None)

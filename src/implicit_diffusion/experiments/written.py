@@ -1,8 +1,11 @@
-"""How numbers are written: to the digits that their standard errors leave standing."""
+"""How numbers are written, to the digits that their standard errors leave standing, and words that are not ours."""
 
 from __future__ import annotations
 
+import html
 import math
+import re
+from collections.abc import Sequence
 
 
 def decimals(scale: float, digits: int = 1) -> int:
@@ -34,3 +37,21 @@ def percent(share: float | None, error: float | None = None) -> str:
         return "—"
     text = f"{100 * share:.1f}" if error is None else number(100 * share, 100 * error)
     return f"{text}\N{NO-BREAK SPACE}%"
+
+
+def markdown(text: object) -> str:
+    """A string from elsewhere (a path, a name) as plain words of a Markdown document, in one line.
+
+    Neither HTML nor Markdown in it has an effect; what cannot be printed becomes U+FFFD.
+    """
+    words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(words, quote=False))
+
+
+def distinct(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Numbers in `digits` significant digits, or in as many as it takes for no two different ones to look the same."""
+    for enough in range(digits, 17):
+        texts = [f"{value:.{enough}g}" for value in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
+    return [repr(value) for value in values]

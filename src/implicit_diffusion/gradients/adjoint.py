@@ -21,24 +21,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.gradients import half
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import Objective
+from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
+
+LOST = (
+    "does not depend on the samples any more: its result comes without a gradient, as after .detach(), .numpy() or "
+    "torch.no_grad(); θ was left as it was"
+)
 
 
 def terminal_adjoint(
     objective: Objective, x: Float[Tensor, "batch *event"], condition: Mapping[str, Tensor] | None = None
 ) -> tuple[Float[Tensor, "batch *event"], dict[str, Tensor]]:
-    """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted."""
+    """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted.
+
+    Raises:
+        InvalidInputError: a term whose value depends on the samples no more (a reward that detaches them later on).
+    """
     x = x.detach().requires_grad_()
+    adjoint, values = torch.zeros_like(x), {}
     with torch.enable_grad(), objective.evaluating():
-        ends = Particles(x, condition=condition)
-        values = [(c, term, term.value(ends)) for c, term in objective.terminal]
-        total = sum((c * value for c, _, value in values), start=0 * x.sum())
-    (adjoint,) = torch.autograd.grad(total, x)
-    return adjoint, {term.name: value.detach() for _, term, value in values}
+        for weight, term in objective.terminal:
+            value = term.value(Particles(x, condition=condition))
+            values[term.name] = value.detach()
+            if weight != 0:
+                adjoint = adjoint + slope(term, weight * value, x)
+    return adjoint, values
+
+
+def slope(term: TerminalObjective, value: Float[Tensor, ""], x: Float[Tensor, "batch *event"]) -> Tensor:
+    """∂ value/∂x, of a term that depended on the samples x when its loop began."""
+    found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    if found is None:
+        raise InvalidInputError(f"{term.name} {LOST}")
+    return found
 
 
 def pull_back(
@@ -90,6 +111,9 @@ class Adjoint:
         Returns:
             every term's value by name, unweighted, running costs summed over the rows (a path KL is in nats).
         """
+        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
+        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
+        refuse_inference_mode()
         states = chain.trajectory(noise, batch, index)
         condition = chain.conditions(noise, batch, [index])
         with chain.evaluating():

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.frozen import refuse_inference_mode
+from implicit_diffusion.gradients.adjoint import LOST
 from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -27,6 +29,9 @@ class FullBackprop:
         Raises:
             InvalidInputError: the network computes in float16.
         """
+        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
+        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
+        refuse_inference_mode()
         if computes_in_float16(chain.denoiser):
             raise InvalidInputError("FullBackprop: cotangents vanish in a float16 network; take Adjoint, or bfloat16")
         values: dict[str, Tensor] = {}
@@ -42,6 +47,8 @@ class FullBackprop:
             end = chain.endpoint(x, noise, index)
             for weight, term in objective.terminal:
                 value = term.value(end)
+                if weight != 0 and not value.requires_grad:
+                    raise InvalidInputError(f"{term.name} {LOST}")
                 total = total + weight * value
                 values[term.name] = value.detach()
             total.backward()

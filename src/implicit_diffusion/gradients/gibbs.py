@@ -28,7 +28,9 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives import GibbsObjective
 from implicit_diffusion.objectives.base import Charges
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy
+from implicit_diffusion.potentials.energy import Energy, evaluate
+
+CANCELLED = 0.1  # share of Σ|c_j| that Σc_j must keep for the sum to be divided by
 
 Terms = Sequence[tuple[float, GibbsObjective]]
 
@@ -42,6 +44,7 @@ class Fused(NamedTuple):
         gradients: Γ, one tensor per parameter; None for parameters that V does not use.
         charges: total charge of every particle, with shape (n,).
         values: what every term says of its value, unweighted, by name; terms that cannot tell are missing.
+        total: Σ V over particles and points, which is finite where V is.
     """
 
     here: Energy
@@ -49,6 +52,13 @@ class Fused(NamedTuple):
     gradients: tuple[Tensor | None, ...]
     charges: Float[Tensor, " n"]
     values: dict[str, Tensor]
+    total: Float[Tensor, ""]
+
+
+def one_pull(terms: Terms) -> bool:
+    """Whether one pull serves sampler and Γ on uniform particles: all charges are alike, and do not cancel."""
+    total, size = sum(c for c, _ in terms), sum(abs(c) for c, _ in terms)
+    return all(term.constant_charges for _, term in terms) and abs(total) > CANCELLED * size
 
 
 def fused_pass(
@@ -73,18 +83,19 @@ def fused_pass(
     others = [y for y in points if y is not None]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        energies = potential(torch.cat([x, *others]) if others else x)
+        energies = evaluate(potential, torch.cat([x, *others]) if others else x)
         energy, *rest = energies.split([len(x), *map(len, others)])
-        alike = weigh is None and all(t.constant_charges for _, t in terms) and sum(c for c, _ in terms) != 0
+        alike = weigh is None and one_pull(terms)
         if not alike:
             (force,) = torch.autograd.grad(energy.sum(), x, retain_graph=True)
             here = Energy(energy.detach(), force)
-        # A black box may write into what it is given: terms get a copy, as they do from `weigh`.
-        particles = Particles(x.detach().clone()) if weigh is None else weigh(here)
+        particles = Particles(x.detach()) if weigh is None else weigh(here)
         on_particles, values, remaining = torch.zeros_like(energy), {}, iter(rest)
         outside: list[Tensor] = []
         for (weight, term), y in zip(terms, points, strict=True):
-            found: Charges = term.charges(particles, energy.detach(), y)
+            # A black box may write into what it is given: every term gets a copy of its own.
+            own = Particles(x.detach().clone(), particles.log_weights, particles.log_z, particles.log_z_growth)
+            found: Charges = term.charges(own, energy.detach(), y)
             on_particles = on_particles.add(found.particles, alpha=weight)
             at_points = None if y is None else next(remaining)
             if found.on_points is not None:
@@ -100,4 +111,9 @@ def fused_pass(
             here = Energy(energy.detach(), force / on_particles.view(-1, *[1] * (x.ndim - 1)))
         else:
             gradients = list(torch.autograd.grad(total, list(parameters), allow_unused=True))
-    return Fused(here, particles, tuple(gradients), on_particles, values)
+    return Fused(here, particles, dense(gradients), on_particles, values, energies.detach().sum())
+
+
+def dense(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of embeddings with `sparse=True` as ordinary tensors, which have norms and can be averaged."""
+    return tuple(g.to_dense() if g is not None and g.layout is torch.sparse_coo else g for g in gradients)

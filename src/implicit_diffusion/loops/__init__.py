@@ -1,10 +1,23 @@
 """Loops: state in, one update, metrics out."""
 
-from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
-from implicit_diffusion.loops.evaluation import Evaluation, evaluate
-from implicit_diffusion.loops.nested import Nested
-from implicit_diffusion.loops.queue import Queue
-from implicit_diffusion.loops.single import Single
-from implicit_diffusion.loops.update import Update
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
+    from implicit_diffusion.loops.evaluation import Evaluation, evaluate
+    from implicit_diffusion.loops.nested import Nested
+    from implicit_diffusion.loops.queue import Queue
+    from implicit_diffusion.loops.single import Single
+    from implicit_diffusion.loops.update import Update
+else:
+
+    def __getattr__(name: str) -> object:
+        from implicit_diffusion.lazily import attribute
+
+        return attribute(__name__, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["Evaluation", "Nested", "NestedParticles", "Queue", "Single", "Unrolled", "Update", "evaluate"]

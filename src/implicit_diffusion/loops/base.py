@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -34,6 +35,7 @@ class Loop(ABC):
     ) -> None:
         check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
         check_type("noise", noise, Noise, "take Noise(0), say")
+        refuse_inference_mode()
         self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
         self.model: nn.Module = self.update.bind(model, role)
@@ -87,7 +89,10 @@ class Loop(ABC):
             InvalidInputError: state of a loop with another noise, objective, model, update, batch or the like, which
                 this one could not continue; nothing has been changed then.
         """
+        check_type("state", state, Mapping, "take the state_dict() of a loop like this one")
         own = self._like()  # what a state of an earlier version does not tell is taken to agree
+        if missing := self.state_dict().keys() - own.keys() - state.keys():
+            raise InvalidInputError(f"state is no loop's, or damaged: it lacks {', '.join(sorted(missing))}")
         other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
         before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], moving(self.model)))
         if name := next((name for name in before | now if before.get(name) != now.get(name)), None):

@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
+from implicit_diffusion.gradients.adjoint import LOST
+from implicit_diffusion.gradients.gibbs import dense, fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.potentials.energy import Energy, energy_of, evaluate
 from implicit_diffusion.samplers.kernel import innermost
 
 Begin = Literal["initial", "last", "data"]
@@ -35,10 +36,8 @@ class NestedParticles(ParticleLoop):
 
     def __init__(self, *args: Any, inner_steps: int, begin: Begin = "initial", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if inner_steps < 1:
-            raise InvalidInputError(f"inner_steps must be an integer ≥ 1, got {inner_steps}")
-        if begin not in get_args(Begin):
-            raise InvalidInputError(f"begin must be one of {', '.join(get_args(Begin))}, got {begin!r}")
+        inner_steps = check_integer("inner_steps", inner_steps)
+        check_choice("begin", begin, get_args(Begin))
         _refuse_weights(self)
         self.inner_steps, self.begin, self.initial = inner_steps, begin, self.walkers
         if begin == "data" and len(self._data(self._points(0))) != self.n:
@@ -61,7 +60,7 @@ class NestedParticles(ParticleLoop):
         self._hand_over(fused.gradients)
         self.iteration += 1
         self.evaluations += self.inner_steps * self.kernel.evaluations + 1
-        moved = self.update.step([walkers.x.sum()], lambda: self._diagnose(walkers, fused.values))
+        moved = self.update.step([walkers.x.sum(), fused.total], lambda: self._diagnose(walkers, fused.values))
         self.walkers = walkers
         acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
@@ -94,8 +93,7 @@ class Unrolled(ParticleLoop):
 
     def __init__(self, *args: Any, unrolled_steps: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if unrolled_steps < 1:
-            raise InvalidInputError(f"unrolled_steps must be an integer ≥ 1, got {unrolled_steps}")
+        unrolled_steps = check_integer("unrolled_steps", unrolled_steps)
         _refuse_weights(self)
         if self.kernel.target_acceptance is not None:
             raise InvalidInputError(
@@ -111,11 +109,12 @@ class Unrolled(ParticleLoop):
     def step(self) -> dict[str, Any]:
         self.update.begin()
         start, walkers = self.iteration * self.unrolled_steps, self.walkers
-        x, momentum = walkers.x, walkers.momentum
+        x, momentum, heights = walkers.x, walkers.momentum, list[Tensor]()
         with self.evaluating(), torch.enable_grad():
             for k in range(start, start + self.unrolled_steps):
                 *numbers, _ = self._draws(k)
                 here = self._differentiable_energy(x)
+                heights.append(here.value.detach().sum())
                 move = self.kernel.move(x, momentum, here, self._differentiable_energy, tuple(numbers), self._h(k))
                 x, momentum = move.x, move.momentum
             values = {
@@ -123,15 +122,18 @@ class Unrolled(ParticleLoop):
                 for _, term in self.objective.stationary
                 if isinstance(term, TerminalObjective)
             }
+            for weight, term in self.objective.stationary:
+                if weight != 0 and not values[term.name].requires_grad:
+                    raise InvalidInputError(f"{term.name} {LOST}")
             total = sum((c * values[term.name] for c, term in self.objective.stationary), start=0 * x.sum())
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        self._hand_over(gradients)
+        self._hand_over(dense(gradients))
         self.iteration += 1
         self.evaluations += 2 * self.unrolled_steps * self.kernel.evaluations
         moved = innermost(x.detach()), None if momentum is None else momentum.detach()
         after = walkers._replace(x=moved[0], momentum=moved[1])
         values = {name: value.detach() for name, value in values.items()}
-        info = self.update.step([after.x.sum()], lambda: self._diagnose(after, values))
+        info = self.update.step([after.x.sum(), *heights], lambda: self._diagnose(after, values))
         self.walkers = after
         return self._metrics(values) | info
 
@@ -141,7 +143,7 @@ class Unrolled(ParticleLoop):
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""
         x = x if x.requires_grad else x.detach().requires_grad_()
-        value = self.model(x)
+        value = evaluate(self.model, x)
         (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         return Energy(value, grad)
 

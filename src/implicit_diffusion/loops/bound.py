@@ -11,19 +11,24 @@ The expectations may be taken under any control with importance weights: E_{u_0}
 w = R/β − log dP_θ/dP_0. Under the pretrained chain (w = R/β) this plans a run before any training; under the trained
 one the weights are nearly constant, and the same number of trajectories gives a much sharper J*.
 
+A chain that training has ruined tells less than the pretrained one, which never puts J* above its own J: `sharpest`
+takes whichever of the two has more effective samples.
+
 With M trajectories per x_0 a log-mean-exp is biased by O(1/M); the jackknife over the M takes the first order away.
+What it leaves shows in how far the estimate moves when it is made of M/2.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type
 from implicit_diffusion.loops.evaluation import Evaluation, mean_and_error
 
 
@@ -37,8 +42,12 @@ class Bound:
         reward: E R under the optimal path law.
         path_kl: its KL to the pretrained path, in nats.
         effective_samples: 1/Σw² of the importance weights: within a start, on average over the starts, where the
-            bound is conditional; of all trajectories together where it is not.
-        trusted: whether these are enough (half the repeats, or 50) not to rest on a few lucky trajectories.
+            bound is conditional; of all trajectories together where it is not, or as few as the error over starts
+            amounts to.
+        trusted: whether these are enough (over half the repeats, or 50) not to rest on a few lucky trajectories, and
+            what few repeats leave in J* is within its standard error.
+        bias: that remainder, estimated generously: what J* loses or gains when it is made of half the repeats; with
+            two or three repeats the jackknife's whole correction.
     """
 
     beta: float
@@ -50,37 +59,70 @@ class Bound:
     path_kl_se: float
     effective_samples: float
     trusted: bool
+    bias: float = 0.0
 
 
 def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> Bound:
     """J* from trajectories of any control of the chain.
 
     Args:
-        evaluation: with at least 2 repeats per start.
+        evaluation: with at least 2 repeats per start; at least 4 of them for a bound that can be trusted.
         beta: KL weight > 0.
         conditional: given x_0, as above. Otherwise −β log E e^{R/β} over all trajectories: a bound that is never too
             high and tight for a memoryless chain, and whose bias falls with all of them instead of the repeats.
 
     Raises:
-        InvalidInputError: beta not positive and finite; a single trajectory per start; path KLs that are infinite.
+        InvalidInputError: beta not positive and finite, or so small that R/β is not; a single trajectory per start;
+            path KLs that are infinite.
     """
-    _check(evaluation, beta)
-    reward, repeats = evaluation.reward.double(), evaluation.reward.shape[1]
-    log_weights = reward / beta - evaluation.log_ratio.double()
+    check_type("conditional", conditional, bool, "take True or False")
+    log_weights, reward = _log_weights(evaluation, beta), evaluation.reward.double()
+    repeats = reward.shape[1]
     if conditional:
         value, tilted = _jackknife(log_weights, reward)
-        effective = (1 / torch.softmax(log_weights, 1).square().sum(1)).mean().item()
+        effective, enough = (1 / torch.softmax(log_weights, 1).square().sum(1)).mean().item(), (repeats + 1) / 2
+        bias = beta * (value - _with_fewer(log_weights)).mean().item()
     else:
         value, tilted = _influence(log_weights, reward)
-        effective = (1 / torch.softmax(log_weights.flatten(), 0).square().sum()).item()
+        error = mean_and_error(value)[1]
+        effective, enough = (1 / torch.softmax(log_weights.flatten(), 0).square().sum()).item(), 50.0
+        effective = min(effective, 1 / max(error**2, 1e-300))
+        bias = beta * error**2 / 2
+    j, j_se = mean_and_error(-beta * value)
     return Bound(
         beta,
-        *mean_and_error(-beta * value),
+        j,
+        j_se,
         *mean_and_error(tilted),
         *mean_and_error(tilted / beta - value),
         effective_samples=effective,
-        trusted=effective >= (repeats / 2 if conditional else 50),
+        trusted=effective >= enough and abs(bias) <= j_se,
+        bias=bias,
     )
+
+
+def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound, Literal["trained", "pretrained"]]:
+    """The conditional bound from the chain that tells it best, and which that is; arguments as in `captured`.
+
+    It is the one with more effective samples, the trained chain where both have as many. The pretrained one where the
+    other's bound lies above J_before, which no bound does: log-mean-exp ≥ mean, so that its own never does.
+
+    Raises:
+        InvalidInputError: as `captured`.
+    """
+    for name, given in (("before", before), ("after", after)):
+        check_type(name, given, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    if before.reward.shape[:1] != after.reward.shape[:1]:
+        starts = f"{len(before.reward)} and {len(after.reward)}"
+        raise InvalidInputError(f"before and after must hold the same starts, got {starts} of them")
+    trained = bound(after, beta)
+    if before.reward.shape[1] < 2:  # it has no bound
+        return trained, "trained"
+    pretrained = bound(before, beta)
+    fewer = trained.effective_samples < (1 - 1e-6) * pretrained.effective_samples
+    if fewer or trained.j > before.objective(beta).double().mean().item():
+        return pretrained, "pretrained"
+    return trained, "trained"
 
 
 def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:
@@ -93,22 +135,24 @@ def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tu
         beta: KL weight > 0.
         conditional: as in `bound`.
     """
-    reward = pretrained.reward.double()
+    check_type("conditional", conditional, bool, "take True or False")
+    check_type("pretrained", pretrained, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    beta, reward = check_number("beta", beta, 0), pretrained.reward.double()
     tilted = (_jackknife if conditional else _influence)(reward / beta, reward)[1]
     return mean_and_error(tilted - reward.mean(1))
 
 
 def possible(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
     """J_before − J*, what any fine-tuning could gain, with its standard error; arguments as in `captured`."""
-    gained, missed = _gained_and_missed(before, after, beta)
-    return mean_and_error(gained + missed)
+    return mean_and_error(_gained_and_possible(before, after, beta)[1])
 
 
 def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
     """The share (J_before − J_after)/(J_before − J*) of the possible gain, with its standard error.
 
-    Both differences are sharp: before and after share their noise, so the numerator is paired; and J_after − J* is the
-    mean of −β times a log-weight against its soft maximum over the same trajectories.
+    Both differences are sharp. Before and after share their noise, so the numerator is paired. J* is the `sharpest`,
+    from the trajectories of one of the two, and J of these less J* is the mean of −β times a log-weight against its
+    soft maximum.
 
     Args:
         before: the pretrained chain.
@@ -116,29 +160,27 @@ def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float,
         beta: KL weight > 0.
 
     Raises:
-        InvalidInputError: as `bound`.
+        InvalidInputError: as `bound`; other starts before than after.
     """
-    gained, missed = _gained_and_missed(before, after, beta)
-    total = (gained + missed).mean()
-    share = gained.mean() / total
-    error = ((1 - share) * gained - share * missed).std() / total.abs() / len(gained) ** 0.5
-    return share.item(), error.item()
+    gained, total = _gained_and_possible(before, after, beta)
+    share = gained.mean() / total.mean()
+    return share.item(), mean_and_error((gained - share * total) / total.mean().abs())[1]
 
 
-def _gained_and_missed(
+def _gained_and_possible(
     before: Evaluation, after: Evaluation, beta: float
 ) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
-    """J_before − J_after and J_after − J* of every start."""
-    _check(after, beta)
-    log_weights = after.reward.double() / beta - after.log_ratio.double()
-    best = -beta * _jackknife(log_weights, after.reward.double())[0]
-    gained = (before.objective(beta) - after.objective(beta)).double().mean(1)
-    return gained, after.objective(beta).double().mean(1) - best
+    """J_before − J_after and J_before − J* of every start."""
+    chosen = {"trained": after, "pretrained": before}[sharpest(before, after, beta)[1]]
+    best = -beta * _jackknife(_log_weights(chosen, beta), chosen.reward.double())[0]
+    start = before.objective(beta).double().mean(1)
+    return start - after.objective(beta).double().mean(1), start - best
 
 
-def _check(evaluation: Evaluation, beta: float) -> None:
-    if not (beta > 0 and math.isfinite(beta)):
-        raise InvalidInputError(f"beta must be positive and finite: without a KL there is no bound; got {beta}")
+def _log_weights(evaluation: Evaluation, beta: float) -> Float[Tensor, "starts repeats"]:
+    """R/β − log dP_θ/dP_0 of every trajectory, or the word for why there is no bound."""
+    check_type("evaluation", evaluation, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     if evaluation.reward.shape[1] < 2:
         raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
     if not evaluation.log_ratio.isfinite().all():
@@ -146,6 +188,10 @@ def _check(evaluation: Evaluation, beta: float) -> None:
             "evaluation holds path KLs that are infinite or NaN: a trained row of its chain has no noise; keep the "
             "pretrained network there, pretrained_rows='noiseless', or evaluate the pretrained chain"
         )
+    log_weights = evaluation.reward.double() / beta - evaluation.log_ratio.double()
+    if not log_weights.isfinite().all():
+        raise InvalidInputError(f"reward / beta must be finite, but rewards are not or beta is too small, {beta}")
+    return log_weights
 
 
 def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, float]:
@@ -153,8 +199,16 @@ def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, flo
 
     One-way analysis of variance: the mean square between starts holds 1/repeats of the variance within, which is
     subtracted. The error is a jackknife over starts.
+
+    Raises:
+        InvalidInputError: fewer than 3 starts or 2 repeats, or values that do not vary.
     """
+    check_tensor("values", values, "starts repeats")
     values = values.double()
+    if values.shape[0] < 3 or values.shape[1] < 2:
+        raise InvalidInputError(f"values must hold at least 3 starts with 2 repeats each, got {tuple(values.shape)}")
+    if not values.std() > 0:
+        raise InvalidInputError(f"values must vary, and be finite; the first is {values[0, 0].item():g}")
     repeats = values.shape[1]
     within = values.var(1)
     means = values.mean(1)
@@ -176,18 +230,30 @@ def _jackknife(
 ) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
     """For every start log E e^w and E[R e^w]/E e^w, each less its first-order bias: M T_M − (M−1)·mean T_{M−1}."""
     repeats = log_weights.shape[1]
-    top = log_weights.max(1, keepdim=True).values
+    top, leader = log_weights.max(1, keepdim=True)
     w = (log_weights - top).exp()
     total, weighted = w.sum(1, keepdim=True), (w * reward).sum(1, keepdim=True)
-    # Leaving the largest weight out of a difference would cancel; sums of the others are formed directly.
-    others = 1 - torch.eye(repeats, dtype=w.dtype, device=w.device)
-    total_left, weighted_left = w @ others, (w * reward) @ others
+    # What is left without the leader may be less than the leader's rounding, or than any number: it has a scale of its
+    # own. Without any other it holds the leader, and the difference keeps its digits.
+    others = log_weights.scatter(1, leader, -math.inf)
+    log_total_left = (total - w).log().scatter(1, leader, others.logsumexp(1, keepdim=True) - top)
+    led = (others.softmax(1) * reward).sum(1, keepdim=True)
+    tilted_left = ((weighted - w * reward) / (total - w)).scatter(1, leader, led)
 
     def corrected(full: Tensor, left_out: Tensor) -> Tensor:
         return (repeats * full[:, 0]) - (repeats - 1) * left_out.mean(1)
 
-    value = corrected((total / repeats).log(), (total_left / (repeats - 1)).log()) + top[:, 0]
-    return value, corrected(weighted / total, weighted_left / total_left)
+    value = corrected((total / repeats).log(), log_total_left - math.log(repeats - 1)) + top[:, 0]
+    return value, corrected(weighted / total, tilted_left)
+
+
+def _with_fewer(log_weights: Float[Tensor, "starts repeats"]) -> Float[Tensor, " starts"]:
+    """For every start log E e^w from half the repeats, the mean over both; of 2 or 3 repeats without the jackknife."""
+    half = log_weights.shape[1] // 2
+    if half < 2:
+        return log_weights.logsumexp(1) - math.log(log_weights.shape[1])
+    parts = torch.cat([log_weights[:, :half], log_weights[:, half : 2 * half]])
+    return _jackknife(parts, parts)[0].view(2, -1).mean(0)
 
 
 def _influence(

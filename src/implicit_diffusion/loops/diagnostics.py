@@ -16,12 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
-from implicit_diffusion.potentials.energy import energy_of
+from implicit_diffusion.potentials.energy import coarse, energy_of, precision
 
 LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # where `advice` speaks up
+
+
+GROUPS = 8  # of particles, for the noise of Γ
 
 
 WORDS = {  # what `advice` calls the things to change, from Python
@@ -32,13 +36,15 @@ WORDS = {  # what `advice` calls the things to change, from Python
 }
 
 
-def signal_to_noise(loop: ParticleLoop, groups: int = 8) -> float:
+def signal_to_noise(loop: ParticleLoop, groups: int = GROUPS) -> float:
     """‖E Γ‖ over the standard error of Γ, from `groups` groups of the present particles, without their weights.
 
     ‖mean‖² holds the squared error besides ‖E Γ‖², so it is subtracted; 0 where nothing is left, or Γ is zero. Below
     one, the step on θ is mostly noise. Every group has a draw of data of its own. It changes nothing in the loop.
     """
     x = loop.walkers.x
+    if len(x) < 2 * check_integer("groups", groups, 2):
+        raise InvalidInputError(f"groups must be at most half of the {len(x)} particles, got {groups}")
     with loop.evaluating():
         estimates = []
         for i, part in enumerate(x[: len(x) // groups * groups].chunk(groups)):
@@ -59,6 +65,7 @@ def statistics(loop: ParticleLoop) -> dict[str, float]:
 
 def r_hat(values: Float[Tensor, "time chains"]) -> float:
     """Split R-hat of a statistic: the deviation over all chains against that within them; 1 where they agree."""
+    check_tensor("values", values, "time chains")
     halves = torch.cat(values.double()[: len(values) // 2 * 2].chunk(2), 1)
     within = halves.var(0).mean()
     return ((halves.mean(0).var() + within * (1 - 1 / len(halves))) / within).sqrt().item()
@@ -66,6 +73,7 @@ def r_hat(values: Float[Tensor, "time chains"]) -> float:
 
 def ess_in_time(values: Float[Tensor, "time chains"]) -> float:
     """Effective number of independent draws in each chain's `time` values, by Geyer's initial positive sequence."""
+    check_tensor("values", values, "time chains")
     centred = values.double() - values.double().mean()
     time = len(centred)
     spectrum = torch.fft.rfft(centred, n=2 * time, dim=0).abs().square()
@@ -93,7 +101,12 @@ def advice(
             have none.
         words: what to call the things to change, with the keys of `WORDS`; a command line names its options.
     """
+    check_type("loop", loop, ParticleLoop, "advice is for loops over particles")
     found = []
+    with eval_mode(loop.model):
+        said = coarse(energy_of(loop.model, loop.walkers.x).value, precision(loop.model, loop.walkers.x))
+    if said and loop.values_count:
+        found.append(said)
     if float(metrics.get("lag", 0.0)) > LAG:
         found.append(
             f"the particles lag behind θ: weighted and plain means differ by {float(metrics['lag']):.2f} deviations. "
@@ -109,7 +122,7 @@ def advice(
         found.append(
             f"{float(metrics['acceptance']):.0%} of the proposals are accepted: take a {change} {words['step']}"
         )
-    noise = signal_to_noise(loop)
+    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS else math.inf
     if math.isfinite(noise) and noise < NOISE:
         found.append(
             f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more "

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import check_call, check_integer, check_number, check_tensor, check_type, trying
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward
@@ -46,11 +47,12 @@ class Evaluation:
 
     def objective(self, beta: float) -> Float[Tensor, "starts repeats"]:
         """−R + β log dP_θ/dP_0 of every trajectory, whose mean is J = −E R + β·KL(path)."""
-        return beta * self.log_ratio - self.reward
+        return check_number("beta", beta) * self.log_ratio - self.reward
 
 
 def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, float]:
     """Mean and its standard error; trajectories from one start are not independent, so starts are the unit."""
+    check_tensor("values", values, "starts ...")
     per_start = values.reshape(len(values), -1).mean(1).double()
     error = per_start.std() / len(per_start) ** 0.5 if len(per_start) > 1 else torch.tensor(float("nan"))
     return per_start.mean().item(), error.item()
@@ -87,9 +89,10 @@ def evaluate(
         InvalidInputError: starts, repeats or chunk below one; rewards of another shape than (n,).
         NonFiniteError: rewards that are NaN or infinite.
     """
-    for name, count in (("starts", starts), ("repeats", repeats), ("chunk", chunk)):
-        if count is not None and count < 1:
-            raise InvalidInputError(f"{name} must be an integer ≥ 1, got {count}")
+    check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
+    starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
+    chunk = None if chunk is None else check_integer("chunk", chunk)
+    check_call("progress", progress, "done")
     parts: list[tuple[Tensor, ...]] = []
     if chunk is None:
         chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
@@ -112,8 +115,10 @@ def evaluate(
                     log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
             if singular:
                 kl, log_ratio = kl + math.inf, log_ratio + math.nan
-            end = chain.endpoint(x, noise, index, repeats=repeats)
-            rows = (score.judge(end), kl, log_ratio, x)
+            end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
+            with nullcontext() if parts else trying("reward", f"samples of shape {tuple(x.shape)}"):
+                judged = score.judge(end)
+            rows = (judged, kl, log_ratio, x)
             parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))
             progress(len(x))
     return Evaluation(*(torch.cat(column) for column in zip(*parts)))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.lora import WATCHING
-from implicit_diffusion.errors import MemoryLimitError
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
 from implicit_diffusion.gradients import FullBackprop
 from implicit_diffusion.loops.nested import Nested
 from implicit_diffusion.loops.on_chain import TRIAL, ChainLoop
@@ -41,25 +41,33 @@ class Memory:
         activations: kept by autograd during the largest call with gradient.
         parameters: θ, its gradient, the optimizer's moments, its moving average, and u_0.
         resident: the part of `parameters` that is in memory already.
+        undo: the copy of θ and of the moments that an update can go back to, made when the activations are gone.
     """
 
     states: int
     activations: int
     parameters: int
     resident: int = 0
+    undo: int = 0
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
-        return self.states + self.activations + self.parameters
+        """The sum of the parts, of activations and the copy the larger one."""
+        return self.states + max(self.activations, self.undo) + self.parameters
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in ("states", "activations", "parameters"))
+        passing = "activations" if self.activations >= self.undo else "undo"
+        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in ("states", passing, "parameters"))
         return f"{_size(self.total)} ({parts})"
 
 
 def predict_memory(loop: ChainLoop) -> Memory:
-    """Predict what `loop` needs; tries its network and objective on three samples, and leaves no trace."""
+    """Predict what `loop` needs; tries its network and objective on three samples, and leaves no trace.
+
+    Raises:
+        InvalidInputError: a loop of another kind.
+    """
+    check_type("loop", loop, ChainLoop, "take a Queue or Nested; loops over particles keep nothing that grows")
     chain, objective, batch = loop.chain, loop.objective, loop.batch
     slots = -(-chain.num_steps // loop.stride) if isinstance(loop, Queue) else 1
     event = torch.empty(chain.event_shape, dtype=chain.dtype, device="meta").nbytes
@@ -90,8 +98,8 @@ def predict_memory(loop: ChainLoop) -> Memory:
     held = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     trained = sum(p.nbytes for p in loop.update.parameters if p.requires_grad)
     resident = sum(held.values())
-    parameters = resident + round((1 + _moments(loop.update.optimizer)) * trained)
-    return Memory(states, activations, parameters, resident)
+    moved = round((1 + _moments(loop.update.optimizer)) * trained)
+    return Memory(states, activations, resident + moved, resident, moved)
 
 
 def check_memory(memory: Memory, device: torch.device | str, available: int | None = None) -> None:
@@ -105,7 +113,13 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
     Raises:
         MemoryLimitError: more is needed, beyond what is in memory already, than is free.
     """
-    device = torch.device(device)
+    check_type("memory", memory, Memory, "take predict_memory(loop)")
+    try:
+        device = torch.device(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"device must be one of torch's, e.g. cpu or cuda, got {shown(device)}") from error
+    if available is not None:
+        available = check_integer("available", available, 0, 2**63)
     if available is None:
         available = _free(device)
     needed = memory.total - memory.resident

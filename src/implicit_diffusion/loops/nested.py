@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from implicit_diffusion.errors import check_call, check_integer
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops.on_chain import ChainLoop
 
@@ -22,7 +23,8 @@ class Nested(ChainLoop):
 
     def __init__(self, *args: Any, estimator: Callable[..., dict[str, Tensor]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.estimator = estimator or Adjoint()
+        self.estimator = Adjoint() if estimator is None else estimator
+        check_call("estimator", self.estimator, "chain", "objective", "noise", "batch", "index")
 
     def step(self) -> dict[str, Any]:
         self.iteration += 1
@@ -33,6 +35,7 @@ class Nested(ChainLoop):
         return self._metrics(values) | info
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        updates = check_integer("updates", updates, 0)
         while self.update.updates < updates:
             yield self.step()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
 from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
@@ -42,18 +42,20 @@ class ChainLoop(Loop):
         batch: int,
         noise: Noise,
     ) -> None:
-        if batch < 1:
-            raise InvalidInputError(f"batch must be an integer ≥ 1, got {batch}")
+        batch = check_integer("batch", batch)
         check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape); a potential is trained by Single")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
         self.update.advice = HALF if computes_in_float16(chain.denoiser) else ""
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
-        trial = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
+        shape = (2, *chain.event_shape)
+        with trying("denoiser", f"states of shape {shape}"):
+            trial = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
         for weight, term in objective.terms:
             if isinstance(term, TerminalObjective):
-                term.check(trial)
+                with trying(term.name, f"samples of shape {shape}"):
+                    term.check(trial)
             elif isinstance(term, GibbsObjective) and weight != 0:
                 raise InvalidInputError(
                     f"{type(term).__name__} needs the density of the samples, which a denoising chain does not have; "

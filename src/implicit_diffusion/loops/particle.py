@@ -6,6 +6,8 @@ them, are addressed by number, so that a restored loop draws the same.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -15,15 +17,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_type
-from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, memory_for, trying
+from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import GibbsObjective, Objective
-from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of, known_log_z
-from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, innermost
+from implicit_diffusion.objectives import GibbsObjective, Objective, ReverseKL
+from implicit_diffusion.particles import Particles, states
+from implicit_diffusion.potentials.energy import (
+    Energy,
+    check_potential,
+    coarse,
+    energy_of,
+    evaluate,
+    known_log_z,
+    precision,
+)
+from implicit_diffusion.rounding import at_least_single, exact
+from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, check_resolved, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
 KERNEL, DATA, START = range(3)  # streams of noise
@@ -61,6 +72,8 @@ class ParticleLoop(Loop):
         lag: bool = False,
     ) -> None:
         check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
+        check_type("weighted", weighted, bool, "take True or False")
+        check_type("lag", lag, bool, "take True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
         if (weighted or lag) and not kernel.weighted:
@@ -71,15 +84,19 @@ class ParticleLoop(Loop):
             names = ", ".join(type(term).__name__ for _, term in objective.running)
             raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
         x = self._start(particles)
+        check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
         with self.evaluating():
             check_potential(potential, x)
             here = energy_of(potential, x)
             for _, term in objective.stationary:
-                term.check_stationary(Particles(x.clone()), here.value)  # a black box may write into what it is given
+                with trying(term.name, f"particles of shape {tuple(x.shape)}"):  # it may write into what it is given
+                    term.check_stationary(Particles(x.clone()), here.value)
+        if (said := coarse(here.value, precision(potential, x))) and self.values_count:
+            warnings.warn(said, stacklevel=3)
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)
-        zeros = [x.new_zeros(()) for _ in range(3)]
-        self.walkers = Walkers(x, momentum, torch.zeros_like(here.value), zeros[0], x.clone(), here.value, *zeros[1:])
+        zeros, value = [x.new_zeros(()) for _ in range(3)], here.value
+        self.walkers = Walkers(x, momentum, torch.zeros_like(value), zeros[0], x.clone(), exact(value), *zeros[1:])
         self.log_z0 = known_log_z(potential)  # log Z at the start; None where nobody knows
         self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
         self._drawn: tuple[int, torch.Generator | None, tuple[Tensor, ...]] = (-1, None, ())
@@ -94,6 +111,12 @@ class ParticleLoop(Loop):
             return self._held(close(self.kernel, self.walkers, energy_of(self.model, self.walkers.x)))
 
     @property
+    def values_count(self) -> bool:
+        """Whether V itself counts, beside its gradients: for acceptance, weights or the objective."""
+        charged = any(isinstance(term, ReverseKL) for _, term in self.objective.stationary)
+        return self.tracked or charged or self.kernel.target_acceptance is not None
+
+    @property
     def tracked(self) -> bool:
         """Whether log-weights are kept, to weigh with or to tell the lag."""
         return self.weighted or self.lag
@@ -101,6 +124,7 @@ class ParticleLoop(Loop):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        refuse_inference_mode()
         with eval_mode(self.model), self.objective.evaluating():
             yield
 
@@ -119,7 +143,9 @@ class ParticleLoop(Loop):
             InvalidInputError: particles of another number, shape, dtype or device, or not finite; weights in a loop
                 without.
         """
+        check_type("particles", particles, Particles, "take Particles(x)")
         x, kept = particles.x.detach(), self.walkers.x
+        x = x.to(at_least_single(x.dtype)) if x.is_floating_point() else x
         if (x.shape, x.dtype, x.device) != (kept.shape, kept.dtype, kept.device) or (
             particles.log_weights is not None and not self.weighted
         ):
@@ -132,19 +158,25 @@ class ParticleLoop(Loop):
         x = innermost(x.clone())
         with eval_mode(self.model):
             value = energy_of(self.model, x).value
-        weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights
+        weights = torch.zeros_like(value) if particles.log_weights is None else particles.log_weights.to(value)
+        if weights.shape != value.shape or not (weights < math.inf).all() or not weights.isfinite().any():
+            raise InvalidInputError(
+                f"refresh needs log-weights of shape ({len(x)},) that are finite, or −∞ for some, got "
+                f"{tuple(weights.shape)}"
+            )
         weights = weights - log_mean_exp(weights)
         growth = self.particles.log_z_growth if self.weighted else self.walkers.log_z
         assert growth is not None
         if particles.log_z is not None:
             self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
-            growth = particles.log_z - self.log_z0
+            growth = (particles.log_z - self.log_z0).to(growth)
         zero = torch.zeros_like(growth)
         self.walkers = self.walkers._replace(
-            x=x, log_weights=weights, log_z=growth, previous=x, debt=value, h=zero, lag=zero
+            x=x, log_weights=weights, log_z=growth, previous=x, debt=exact(value), h=zero, lag=zero
         )
 
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
+        updates = check_integer("updates", updates, 0)
         while self.update.updates < updates:
             yield self.step()
 
@@ -163,7 +195,7 @@ class ParticleLoop(Loop):
         super().load_state_dict(state)
         saved: dict[str, Any] = {}
         for name, value in state["walkers"].items():
-            saved[name] = value if value is None else innermost(value.to(self.walkers.x))
+            saved[name] = value if value is None else innermost(value.to(getattr(self.walkers, name)))
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
         self._drawn = (-1, None, ())
 
@@ -173,36 +205,36 @@ class ParticleLoop(Loop):
         if not self.weighted:
             return Particles(x)
         growth = closed.log_z + log_mean_exp(closed.log_weights)
-        return Particles(x, closed.log_weights, None if self.log_z0 is None else self.log_z0 + growth, growth)
+        log_z = None if self.log_z0 is None else exact(growth) + self.log_z0
+        return Particles(x, closed.log_weights, log_z, growth)
 
     def _start(self, particles: Any) -> Tensor:
-        if isinstance(particles, Integral):
+        if isinstance(particles, Integral) and not isinstance(particles, bool):
             if particles < 2:
                 raise InvalidInputError(f"particles must be at least 2, got {particles}")
+            count = check_integer("particles", particles, 2)
             if not hasattr(self.model, "sample"):
                 raise InvalidInputError(
                     f"particles={particles} needs a potential with a method sample(n, noise); pass the particles "
                     "themselves, with shape (n, *event)"
                 )
             potential: Any = self.model
-            x: Tensor = potential.sample(int(particles), self.noise.stream(START, 0))
+            with trying("potential.sample", f"({count}, noise)"), memory_for(f"{count} particles"):
+                x: Tensor = potential.sample(count, self.noise.stream(START, 0))
+            check_type("what potential.sample returns", x, Tensor, "it draws n of them, with shape (n, *event)")
         else:
-            check_type("particles", particles, Tensor, "take torch.as_tensor(particles), or a number of them")
             x = particles
-        if len(x) < 2 or x.ndim < 2:
-            raise InvalidInputError(
-                f"particles must have shape (n, *event) with n ≥ 2 and an event of at least one dimension, got "
-                f"{tuple(x.shape)}"
-            )
         first = next(self.model.parameters())
-        if (first.dtype, first.device) != (x.dtype, x.device):
+        if (
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and (at_least_single(first.dtype), first.device) != (at_least_single(x.dtype), x.device)
+        ):
             raise InvalidInputError(
                 f"particles are {x.dtype} on {x.device}, the potential's parameters {first.dtype} on "
                 f"{first.device}; use particles.to(device, dtype)"
             )
-        if not x.isfinite().all():
-            raise InvalidInputError("particles must be finite floating-point numbers, but hold NaN or infinity")
-        return innermost(x.detach().clone())
+        return innermost(states(x).clone())
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:
         """The random numbers of one sampler's step: the kernel's, and one U(0, 1) for resampling."""
@@ -232,6 +264,7 @@ class ParticleLoop(Loop):
 
     def _h(self, k: int) -> Tensor:
         h = self.kernel.step(k)
+        check_resolved(self.kernel, self.walkers.x, k)
         if h not in self._step_sizes:
             self._step_sizes = {h: self.walkers.x.new_tensor(h)}
         return self._step_sizes[h]
@@ -269,11 +302,14 @@ class ParticleLoop(Loop):
                 f"iteration {self.iteration - 1}: one particle carries all the weight, since θ moved too far in one "
                 "step; take a smaller learning rate or more particles"
             )
-        with eval_mode(self.model):
-            unbounded = int((~energy_of(self.model, self.walkers.x).value.isfinite()).sum())
-        if unbounded:
-            return (
-                f"iteration {self.iteration - 1}: V is NaN or infinite at {unbounded} of {self.n} particles; take a "
-                "smaller step size, or check that the potential confines them"
-            )
+        terms = zip(self.objective.stationary, self._points(self.iteration - 1), strict=True)
+        places = [(f"data of {term.name}", y) for (_, term), y in terms if y is not None]
+        for name, x in (("particles", self.walkers.x), ("particles", walkers.x), *places):
+            with eval_mode(self.model), torch.no_grad():
+                unbounded = int((~evaluate(self.model, x).isfinite()).sum())
+            if unbounded:
+                return (
+                    f"iteration {self.iteration - 1}: V is NaN or infinite at {unbounded} of {len(x)} {name}; take "
+                    "a smaller step size, or check that the potential confines the particles and is finite on data"
+                )
         return self._bad_value(values)

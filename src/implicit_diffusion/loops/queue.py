@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients.adjoint import pull_back, terminal_adjoint
 from implicit_diffusion.loops.on_chain import ChainLoop
 
@@ -58,9 +58,7 @@ class Queue(ChainLoop):
 
     def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not 1 <= stride <= self.chain.num_steps:
-            raise InvalidInputError(f"stride must lie in 1..{self.chain.num_steps} (the chain's steps), got {stride}")
-        self.stride = stride
+        self.stride = check_integer("stride", stride, 1, self.chain.num_steps, note=" (the chain's steps)")
         self.slots: list[Slot] = []
         self.values: dict[str, Tensor] = {}  # last seen: terminal values
         self.costs: dict[str, dict[int, Tensor]] = {}  # last seen: running costs by row
@@ -99,6 +97,7 @@ class Queue(ChainLoop):
         Injection stops in time for every trajectory to come home: one injected now is on its way for 2⌈N/stride⌉ − 1
         iterations, of which those bring a gradient that begin after the oldest in flight has turned round.
         """
+        updates = check_integer("updates", updates, 0)
         while (left := updates - self.update.updates) > 0:
             gradients = left * self.update.accumulate - self.update.pending
             yield self.step(inject=gradients > 2 * self._flight - 2 - self._blind or not self.slots)

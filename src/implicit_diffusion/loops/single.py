@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients.gibbs import Fused, fused_pass
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.walkers import Walkers, close, exhausted
 
 
@@ -52,8 +53,10 @@ class Single(ParticleLoop):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if order not in ("paper", "x-first"):
-            raise InvalidInputError(f'order must be "paper" or "x-first", got {order!r}')
+        if not isinstance(order, str) or order not in ("paper", "x-first"):
+            raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
+        check_type("compiled", compiled, bool, "take True or False")
+        iterations = check_integer("iterations", iterations, 0, 10**6)
         if iterations < 1 or (iterations > 1 and not self.update.plain):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
@@ -82,7 +85,8 @@ class Single(ParticleLoop):
                 walkers, info = self._function(self.walkers, inputs)
         values, alarm, norm = info.pop("values"), info.pop("alarm"), info.pop("norm")
         if self._plain:
-            moved = self.update.account(alarm, lambda: self._diagnose(walkers, values), norm, count)
+            overflow = info.pop("overflow")
+            moved = self.update.account(alarm, overflow, lambda: self._diagnose(walkers, values), norm, count)
         else:
             moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
         self.walkers = walkers
@@ -93,19 +97,19 @@ class Single(ParticleLoop):
 
     @property
     def _one_pull(self) -> bool:
-        terms = self.objective.stationary
-        return not self.tracked and all(term.constant_charges for _, term in terms)
+        return not self.tracked and one_pull(self.objective.stationary)
 
     def _several(
         self, walkers: Walkers, inputs: list[tuple[tuple[Tensor, ...], list[Tensor | None], Tensor]]
     ) -> tuple[Walkers, dict[str, Any]]:
         """Iterations with their updates of θ, none of which is made once something is not finite."""
-        alarm = torch.zeros_like(walkers.log_z)
+        alarm = overflow = torch.zeros_like(walkers.log_z)
         for draws, points, h in inputs:
             walkers, gradients, info = self._inner(walkers, draws, points, h)
             alarm = alarm + info["alarm"] + info["norm"]
-            self.update.masked(self.parameters, gradients, alarm.isfinite())
-        return walkers, info | {"alarm": alarm}
+            overflow = overflow + self.update.masked(self.parameters, gradients, alarm.isfinite())
+            alarm = alarm + overflow
+        return walkers, info | {"alarm": alarm, "overflow": overflow}
 
     def _paper(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
@@ -123,7 +127,7 @@ class Single(ParticleLoop):
         walkers, move = self._take(walkers, here, draws, h)
         walkers, fused, told = self._charge(walkers, points)
         # The next increment is that of θ alone, at particles that stay where they are.
-        settled = walkers._replace(previous=walkers.x, debt=fused.here.value, h=torch.zeros_like(h))
+        settled = walkers._replace(previous=walkers.x, debt=exact(fused.here.value), h=torch.zeros_like(h))
         return settled, fused.gradients, told | _info(settled, fused, move.acceptance)
 
     def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused, dict[str, Any]]:
@@ -148,7 +152,7 @@ class Single(ParticleLoop):
 
 
 def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-    """Values of the terms, the norm of Γ, and one number that is finite if the particles are.
+    """Values of the terms, the norm of Γ, and one number that is finite if the particles, and V at them, are.
 
     Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
     pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
@@ -156,7 +160,7 @@ def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str
     """
     foreach = False if torch.compiler.is_compiling() else None
     norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
-    alarm = torch.nn.utils.get_total_norm([walkers.x.sum()])
+    alarm = torch.nn.utils.get_total_norm([walkers.x.sum() + fused.total])
     info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": alarm}
     return info if acceptance is None else info | {"acceptance": acceptance.mean()}
 
@@ -174,10 +178,11 @@ def forget(walkers: Walkers, fused: Fused, alike: bool) -> tuple[Walkers, Tensor
         fused: V and charges there.
         alike: whether all charges are the same, and tell nothing.
     """
-    w = torch.softmax(walkers.log_weights, 0)
+    w = torch.softmax(exact(walkers.log_weights), 0)
 
     def difference(values: Tensor) -> Tensor:
-        return (w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)
+        values = exact(values)
+        return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).to(walkers.lag)
 
     lag = difference(fused.here.value)
     if not alike:

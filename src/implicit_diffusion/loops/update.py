@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
-from implicit_diffusion.frozen import parametrizations, train_once
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
+from implicit_diffusion.frozen import check_complete, copied, parametrizations, refuse_inference_mode, train_once
+from implicit_diffusion.loops.undo import Before, largest
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -53,12 +54,17 @@ class Update:
     ) -> None:
         check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; take torch.optim.Adam")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise InvalidInputError(
                 f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
                 "take a first-order optimizer such as Adam or SGD"
             )
         if schedule is not None:
+            kinds = (torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            if not isinstance(schedule, kinds) and not hasattr(schedule, "step"):
+                check_type("schedule", schedule, kinds[0], "take CosineAnnealingLR(optimizer, updates), say")
             try:
                 inspect.signature(schedule.step).bind()
             except TypeError as error:
@@ -68,14 +74,14 @@ class Update:
                 ) from error
             if getattr(schedule, "optimizer", optimizer) is not optimizer:
                 raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InvalidInputError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise InvalidInputError(f"ema_decay must lie in (0, 1), e.g. 0.99, or be None, got {ema_decay}")
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise InvalidInputError(f"accumulate must be an integer ≥ 1, got {accumulate}")
+        unbounded = isinstance(max_grad_norm, float) and max_grad_norm == math.inf
+        if max_grad_norm is not None and not unbounded:
+            max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0, note=", or None")
+        if ema_decay is not None:
+            ema_decay = check_number("ema_decay", ema_decay, 0, 1, note=", e.g. 0.99, or None")
         self.optimizer, self.schedule = optimizer, schedule
-        self.max_grad_norm, self.ema_decay, self.accumulate = max_grad_norm, ema_decay, accumulate
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.accumulate = check_integer("accumulate", accumulate)
         self.ema: AveragedModel | None = None
         self.bound = False
         self.updates = 0  # optimizer steps made
@@ -96,8 +102,9 @@ class Update:
 
         Raises:
             InvalidInputError: no module, the optimizer moves no trainable parameter of it, or the update is another
-                loop's.
+                loop's; lazy layers without weights.
         """
+        refuse_inference_mode()
         if self.bound:
             raise InvalidInputError("update already serves another loop, whose count it keeps; make a new Update")
         check_type(f"the {role}", model, nn.Module, "what is trained is a module that owns its parameters")
@@ -111,23 +118,27 @@ class Update:
         if not any(p.requires_grad for p in held):
             raise InvalidInputError(f"every parameter of the {role} that the optimizer holds is frozen")
         module: nn.Module = model
+        check_complete(module)
         self.model, self.bound, self.parametrized = module, True, parametrizations(module)
         self.begin()
         if self.ema_decay is not None:
-            self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay)).requires_grad_(False)
+            average = get_ema_multi_avg_fn(self.ema_decay)
+            self.ema = AveragedModel(copied(module), multi_avg_fn=average).requires_grad_(False)
         return module
 
     def begin(self) -> None:
         """Drop what `.grad` holds from elsewhere, a pretraining say: Γ is added to what is there."""
+        refuse_inference_mode()
         if not self.pending:
             self.optimizer.zero_grad(set_to_none=True)
 
     def step(
         self, watched: Sequence[Tensor], diagnose: Callable[[], str | None], norm: Tensor | None = None
     ) -> dict[str, Any]:
-        """Count the gradient in `.grad`; when enough are in, check it, clip it and move θ.
+        """Count the gradient in `.grad`; when enough are in, clip it, move θ, and go back unless all is finite.
 
-        The check reads one number, for which the device is waited for; nothing else in an iteration is.
+        The check reads one number, for which the device is waited for; nothing else in an iteration is. It is read
+        after the step, and so tells of the optimizer as well, whose own arithmetic may fail on a sound gradient.
 
         Args:
             watched: tensors that must be finite as well.
@@ -138,14 +149,19 @@ class Update:
             metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
 
         Raises:
-            NonFiniteError: NaN or infinity; θ has not been touched then, and the gradient is dropped.
+            NonFiniteError: NaN or infinity; θ and the optimizer's state are as they were before, and the gradient is
+                dropped.
         """
+        for p in self.parameters:
+            if p.grad is not None and p.grad.layout is torch.sparse_coo:  # of embeddings; it has no norm
+                p.grad = p.grad.to_dense()
         if norm is None or self.pending:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if not math.isfinite(sum((x.sum().float() for x in watched), start=norm.float())):  # NaN and ∞ spread
-            raise self._stop(diagnose)
-        self.pending += 1
-        if self.pending < self.accumulate:
+        alarm = sum((x.sum().float() for x in watched), start=norm.float())  # NaN and ∞ spread
+        if self.pending + 1 < self.accumulate:
+            if not math.isfinite(alarm):
+                raise self._stop(diagnose)
+            self.pending += 1
             return {}
         if self.accumulate > 1:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / self.accumulate)
@@ -153,10 +169,21 @@ class Update:
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        moved = [p for p in self.parameters if p.grad is not None]
+        before = Before(self.optimizer, moved)
+        try:
+            self.optimizer.step()
+            sound = math.isfinite(alarm + largest(moved))
+        except BaseException:  # an interrupt as well: half a step is none
+            before.restore()
+            raise
+        if not sound:
+            lost = math.isfinite(alarm) and self._lost(moved)
+            before.restore()
+            raise self._stop(diagnose if not lost else lambda: lost)
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = 0
-        self.updates += 1
+        self._made(1)
         train_once(self.parametrized)
         if self.schedule is not None:
             self.schedule.step()
@@ -173,8 +200,12 @@ class Update:
         more = self.schedule or self.max_grad_norm or self.ema_decay or self.parametrized
         return self.accumulate == 1 and not (more or hooks)
 
-    def masked(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ok: Tensor) -> None:
-        """The optimizer's step where `ok`, nothing elsewhere: free of branches, and nothing is waited for."""
+    def masked(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ok: Tensor) -> Tensor:
+        """The optimizer's step where `ok` and θ stays finite, nothing elsewhere: free of branches or waits.
+
+        Returns:
+            a number that is not finite where it is θ that did not stay finite.
+        """
         state = (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
         held = [*parameters, *state]
         before = [t.detach().clone() for t in held]
@@ -185,14 +216,19 @@ class Update:
                         p.grad = torch.empty_like(p)
                     p.grad.copy_(g)
             inspect.unwrap(type(self.optimizer).step)(self.optimizer)  # its wrappers profile, and stop compilation
+            overflow = torch.where(ok, largest([p for p, g in zip(parameters, gradients) if g is not None]), 0)
+            ok = ok & overflow.isfinite()
             for t, old in zip(held, before):
                 t.copy_(torch.where(ok, t, old))
+        return overflow
 
-    def account(self, alarm: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int) -> dict[str, Any]:
+    def account(
+        self, alarm: Tensor, overflow: Tensor, diagnose: Callable[[], str | None], norm: Tensor, count: int
+    ) -> dict[str, Any]:
         """Count `count` masked updates, and stop if one of them was not made. Returns and raises as `step`."""
         if not math.isfinite(alarm):
-            raise self._stop(diagnose)
-        self.updates += count
+            raise self._stop(diagnose if math.isfinite(overflow) else lambda: self._lost([]))
+        self._made(count)
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,6 +269,26 @@ class Update:
         for averaged, own in zip(ema.module.buffers(), self.model.buffers(), strict=True):
             averaged.copy_(own)
         ema.n_averaged += 1
+
+    def _made(self, count: int) -> None:
+        self.updates += count
+        torch.clear_autocast_cache()  # of the weights as they were, for calls between two steps
+
+    def _lost(self, moved: Sequence[Tensor]) -> str:
+        """What an optimizer's own step made of θ, in words, with what would help."""
+        group = self.optimizer.param_groups[0]
+        settings = ", ".join(f"{key}={group[key]:g}" for key in ("lr", "eps") if isinstance(group.get(key), float))
+        bad = sum(not p.isfinite().all() for p in moved)
+        count = f"{bad} of {len(self.parameters)} parameter tensors" if bad else "θ"
+        eps, small = group.get("eps"), {p.dtype for p in self.parameters if p.dtype.itemsize < 4}
+        lost = [d for d in small if isinstance(eps, float) and eps > 0 and not torch.tensor(eps, dtype=d)]
+        advice = f"eps is 0 in {lost[0]}: take eps=1e-4, or float32 weights" if lost else "take a smaller learning rate"
+        if eps == 0:
+            advice = "take a positive eps"
+        return (
+            f"the step of the optimizer, {type(self.optimizer).__name__}({settings}), made {count} NaN or infinite "
+            f"from a finite gradient; {advice}"
+        )
 
     def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
         found, self.pending = diagnose() or self._diagnose(), 0

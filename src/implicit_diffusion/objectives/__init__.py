@@ -1,12 +1,25 @@
 """Objectives F: functionals of the distribution that a sampler produces, always minimised."""
 
-from implicit_diffusion.objectives.base import Charges, GibbsObjective, Objective, RunningCost, TerminalObjective
-from implicit_diffusion.objectives.functional import Functional
-from implicit_diffusion.objectives.kl import ForwardKL, ReverseKL
-from implicit_diffusion.objectives.mmd import MMD, gaussian_kernel
-from implicit_diffusion.objectives.path import DriftPenalty, PathKL
-from implicit_diffusion.objectives.reward import Reward
-from implicit_diffusion.objectives.sinkhorn import Sinkhorn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.objectives.base import Charges, GibbsObjective, Objective, RunningCost, TerminalObjective
+    from implicit_diffusion.objectives.functional import Functional
+    from implicit_diffusion.objectives.kl import ForwardKL, ReverseKL
+    from implicit_diffusion.objectives.mmd import MMD, gaussian_kernel
+    from implicit_diffusion.objectives.path import DriftPenalty, PathKL
+    from implicit_diffusion.objectives.reward import Reward
+    from implicit_diffusion.objectives.sinkhorn import Sinkhorn
+else:
+
+    def __getattr__(name: str) -> object:
+        from implicit_diffusion.lazily import attribute
+
+        return attribute(__name__, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "MMD",

@@ -15,8 +15,8 @@ Under a stationary law π_θ ∝ e^{−V} an objective is the signed measure ν 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, SupportsFloat
@@ -26,9 +26,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.probing import check_slope
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.transition import Transition
 
 
@@ -48,12 +50,22 @@ class Charges:
 
 
 class Objective:
-    """F = Σ_j c_j F_j: a sum of terms, each with a finite coefficient."""
+    """F = Σ_j c_j F_j: a sum of terms, each with a finite coefficient.
+
+    Args:
+        terms: pairs (coefficient, term).
+
+    Raises:
+        InvalidInputError: a weight that is no finite number, terms of one name, or what is no term.
+    """
 
     def __init__(self, terms: tuple[tuple[float, Term], ...]) -> None:
-        for coefficient, term in terms:
-            if not math.isfinite(coefficient):
-                raise InvalidInputError(f"the weight of {term.name} must be finite, got {coefficient}")
+        pairs = isinstance(terms, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in terms)
+        if not pairs or not all(isinstance(term, Term) for _, term in terms):
+            raise InvalidInputError(
+                f"terms must be pairs (weight, term), got {shown(terms)}; Reward(f) + 0.1 * PathKL() makes them"
+            )
+        terms = tuple((check_number(f"the weight of {term.name}", c), term) for c, term in terms)
         names = [term.name for _, term in terms]
         if len(set(names)) < len(names):
             raise InvalidInputError(f"terms of an objective need different names, got {names}; pass name=... to one")
@@ -95,20 +107,26 @@ class Objective:
 
     def __mul__(self, factor: SupportsFloat) -> Objective:
         check_type("the weight of an objective", factor, SupportsFloat, "weights are numbers")
-        return Objective(tuple((float(factor) * c, term) for c, term in self.terms))
+        factor = check_number("the weight of an objective", factor)
+        return Objective(tuple((factor * c, term) for c, term in self.terms))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float | int) -> Objective:
         check_type("the divisor of an objective", divisor, SupportsFloat, "weights are numbers")
-        return (1 / float(divisor)) * self
+        divisor = check_number("the divisor of an objective", divisor)
+        if divisor == 0:
+            raise InvalidInputError("the divisor of an objective must not be 0")
+        return (1 / divisor) * self
 
     def weight(self, kind: type[Term]) -> float:
         """Total coefficient of the terms of a kind; 0 where there is none."""
+        _check_kind(kind)
         return sum((c for c, term in self.terms if isinstance(term, kind)), start=0.0)
 
     def with_weight(self, kind: type[Term], weight: float) -> Objective:
         """The same objective with another coefficient on the terms of a kind (a KL weight under adaptation)."""
+        _check_kind(kind)
         return Objective(tuple((weight if isinstance(term, kind) else c, term) for c, term in self.terms))
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -216,18 +234,20 @@ class TerminalObjective(GibbsObjective):
         Raises:
             InvalidInputError: no 0-d tensor, or one that does not depend on the positions through torch operations.
         """
-        x = particles.x.detach().requires_grad_()
+        x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
             value = self.value(Particles(x, condition=particles.condition))
         if not isinstance(value, Tensor) or value.ndim != 0:
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInputError(f"{self.name} must be a 0-d tensor, got {given}")
-        if not value.requires_grad or torch.autograd.grad(value, x, allow_unused=True)[0] is None:
+        gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+        if gradient is None:
             raise InvalidInputError(
                 f"{self.name} is not differentiable in the samples: its value does not depend on them through torch "
                 "operations; remove .detach(), .numpy(), torch.no_grad() and comparisons from it, or train a potential "
                 "by Single, which needs no such derivative"
             )
+        check_slope(self.name, gradient, value.detach())
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         found = self.charges(particles, energy, None).particles
@@ -250,7 +270,20 @@ def centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, 
     """w_i (values_i − mean)/(1 − Σ w²), of total zero: with uniform weights the factor is n/(n − 1), and a covariance
     with anything is unbiased for independent particles.
     """
+    wide = exact(values)
     if particles.log_weights is None:
-        return (values - values.mean()) * (1 / (len(values) - 1))
-    w = particles.weights
-    return w * (values - w @ values) / (1 - w.square().sum())
+        return ((wide - wide.mean()) * (1 / (len(values) - 1))).to(values.dtype)
+    w = torch.softmax(exact(particles.log_weights), 0)
+    return (w * (wide - w @ wide) / (1 - w.square().sum())).to(values.dtype)
+
+
+def check_name(name: object) -> str:
+    """The name of a term, which metrics and files report it by."""
+    if not isinstance(name, str) or not name:
+        raise InvalidInputError(f"name must be a word under which metrics report the term, got {shown(name)}")
+    return name
+
+
+def _check_kind(kind: object) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, Term)):
+        raise InvalidInputError(f"the kind of terms must be a class such as PathKL, got {shown(kind)}")

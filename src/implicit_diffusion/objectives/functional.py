@@ -11,6 +11,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.errors import check_call, check_type
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.particles import Particles
 
@@ -24,9 +25,14 @@ class Functional(TerminalObjective):
         function: f, from positions (n, *event) and weights (n,) to a 0-d tensor, differentiable in the weights, e.g.
             `lambda x, w: (w @ x - target).square().sum()`.
         name: under which metrics report it.
+
+    Raises:
+        InvalidInputError: no function of two arguments.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], name: str = "functional") -> None:
+        check_call("function", function, "x", "w")
+        check_type("name", name, str, "metrics report it under a name")
         self.function, self.name = function, name
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:

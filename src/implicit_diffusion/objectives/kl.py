@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number, check_type
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
 from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import known_log_z
+from implicit_diffusion.potentials.energy import evaluate, known_log_z, precision
+from implicit_diffusion.rounding import at_least_single, exact
 
 
 class ForwardKL(GibbsObjective):
@@ -44,9 +45,9 @@ class ForwardKL(GibbsObjective):
 
     def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
         self.data = checked(data)
-        if batch is not None and batch < 1:
-            raise InvalidInputError(f"batch must be an integer ≥ 1, or None for all data, got {batch}")
-        self.batch, self.name = batch, name
+        check_type("name", name, str, "metrics report it under a name")
+        self.batch = None if batch is None else check_integer("batch", batch, note=", or None for all data")
+        self.name = name
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"]:
         if self.batch is None:
@@ -63,7 +64,7 @@ class ForwardKL(GibbsObjective):
     def estimate(
         self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
     ) -> Float[Tensor, ""] | None:
-        return None if on_points is None or log_z is None else on_points.mean() + log_z
+        return None if on_points is None or log_z is None else on_points.to(log_z).mean() + log_z
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
@@ -82,12 +83,18 @@ class ReverseKL(GibbsObjective):
         potential: U, (n, *event) → (n,).
         name: under which metrics report it.
         log_z: log Z_U, where it is known.
+
+    Raises:
+        InvalidInputError: a potential that is no function of one argument; a log Z_U that is no finite number.
     """
 
     def __init__(
         self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
     ) -> None:
-        self.potential, self.name, self.log_z = potential, name, log_z
+        check_call("potential", potential, "x")
+        check_type("name", name, str, "metrics report it under a name")
+        self.potential, self.name = potential, name
+        self.log_z = None if log_z is None else check_number("log_z", log_z, note=", or None where it is not known")
         self.begins = False  # whether U is the potential that the loop began with
 
     @classmethod
@@ -99,8 +106,8 @@ class ReverseKL(GibbsObjective):
         self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
     ) -> Charges:
         with torch.no_grad():
-            excess = energy - self.potential(particles.x)
-            log_weights = particles.log_weights
+            excess = exact(energy) - exact(evaluate(self.potential, particles.x))
+            log_weights = None if particles.log_weights is None else exact(particles.log_weights)
             if self.log_z is not None and particles.log_z is not None:
                 log_ratio = self.log_z - particles.log_z
             elif self.begins and particles.log_z_growth is not None:
@@ -109,24 +116,26 @@ class ReverseKL(GibbsObjective):
                 log_ratio = excess.logsumexp(0) - math.log(len(excess))
             else:
                 log_ratio = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
-            return Charges(centred(excess, particles), value=log_ratio - particles.mean(excess))
+            mean = Particles(particles.x, log_weights).mean(excess)
+            return Charges(centred(excess, particles).to(energy.dtype), value=(log_ratio - mean).to(energy.dtype))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: a potential U of wrong shape or dtype, or NaN or infinite on the particles."""
         x = particles.x
         first = next(self.potential.parameters(), x) if isinstance(self.potential, nn.Module) else x
-        if (first.dtype, first.device) != (x.dtype, x.device):
+        if (at_least_single(first.dtype), first.device) != (x.dtype, x.device):
             raise InvalidInputError(
                 f"ReverseKL: its potential is {first.dtype} on {first.device}, particles {x.dtype} on {x.device}; use "
                 "potential.to(x)"
             )
         with torch.no_grad():
-            reference = self.potential(particles.x)
-        fits = isinstance(reference, Tensor) and (reference.shape, reference.dtype) == (energy.shape, energy.dtype)
+            reference = self.potential(x.to(precision(self.potential, x)))
+        fits = isinstance(reference, Tensor) and reference.shape == energy.shape
+        fits = fits and at_least_single(reference.dtype) == energy.dtype and reference.is_floating_point()
         if not fits or not reference.isfinite().all():
             form = f"{reference.dtype}, {tuple(reference.shape)}" if isinstance(reference, Tensor) else None
             raise InvalidInputError(
                 f"ReverseKL: its potential must return finite numbers of {energy.dtype}, {tuple(energy.shape)} on the "
                 f"particles, got {form or type(reference).__name__}"
             )
-        self.begins = torch.equal(reference, energy)
+        self.begins = torch.equal(reference.to(energy), energy)

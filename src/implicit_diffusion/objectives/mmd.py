@@ -7,30 +7,27 @@ Pairs of a particle with itself are left out: they are no draws from p ⊗ p.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_call, check_number, check_type, trying
 from implicit_diffusion.objectives.base import TerminalObjective
-from implicit_diffusion.objectives.data import check_fits, checked
+from implicit_diffusion.objectives.data import checked, fitting
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.rounding import squared_distances
 
 
 def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """k(x, y) = exp(−‖x − y‖²/(2 bandwidth²)) as a function from (n, *event), (m, *event) to (n, m)."""
-    if not 0 < bandwidth < math.inf:
-        raise InvalidInputError(f"bandwidth must be positive and finite, got {bandwidth}")
-    return lambda x, y: (-squared_distances(x, y) / (2 * bandwidth**2)).exp()
+    """k(x, y) = exp(−‖x − y‖²/(2 bandwidth²)) as a function from (n, *event), (m, *event) to (n, m).
 
-
-def squared_distances(x: Float[Tensor, "n *event"], y: Float[Tensor, "m *event"]) -> Float[Tensor, "n m"]:
-    """‖x_i − y_j‖², differentiable also where two points coincide."""
-    x, y = x.flatten(1), y.flatten(1)
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT).clamp(min=0)
+    Raises:
+        InvalidInputError: a bandwidth that is not positive and finite.
+    """
+    width = check_number("bandwidth", bandwidth, 0.0)
+    return lambda x, y: (-squared_distances(x, y) / (2 * width**2)).exp().to(x.dtype)
 
 
 class MMD(TerminalObjective):
@@ -43,7 +40,7 @@ class MMD(TerminalObjective):
 
     Raises:
         InvalidInputError: fewer than two data, or data that are no tensor, NaN, infinite or, without a kernel, equal in
-            most pairs.
+            most pairs; a kernel that is no function or does not return a finite matrix.
     """
 
     def __init__(
@@ -53,8 +50,11 @@ class MMD(TerminalObjective):
         name: str = "mmd2",
     ) -> None:
         self.data = checked(data, least=2)
+        if kernel is not None:
+            check_call("kernel", kernel, "x", "y")
+        check_type("name", name, str, "metrics report it under a name")
         if kernel is None:
-            median = torch.pdist(data[:2000].flatten(1)).median().item()
+            median = torch.pdist(self.data[:2000].flatten(1)).median().item()
             if median == 0:
                 raise InvalidInputError(
                     "data are equal in most pairs: their median distance, the kernel's default bandwidth, is 0; pass "
@@ -62,8 +62,9 @@ class MMD(TerminalObjective):
                 )
             kernel = gaussian_kernel(median)
         self.kernel, self.name = kernel, name
-        with self.evaluating():
-            gram = kernel(data, data)
+        with self.evaluating(), trying("kernel", "the data"):
+            gram = kernel(self.data, self.data)
+        _check_gram(gram, len(self.data))
         self._within = (gram.sum() - gram.diagonal().sum()) / (len(data) * (len(data) - 1))
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
@@ -73,10 +74,19 @@ class MMD(TerminalObjective):
         return self._parts(particles)
 
     def _parts(self, particles: Particles) -> tuple[Tensor, Tensor]:
+        particles = fitting("MMD", self.data, particles)
         x, w = particles.x, particles.weights
-        check_fits("MMD", self.data, x)
         gram = self.kernel(x, x)
         others = gram @ w - gram.diagonal() * w  # Σ_{j≠i} w_j k(x_i, x_j)
         across = self.kernel(x, self.data).mean(1)
         value = (w * others).sum() / (1 - w.square().sum()) - 2 * (w * across).sum() + self._within
         return 2 * (others / (1 - w) - across), value
+
+
+def _check_gram(gram: object, m: int) -> None:
+    if not isinstance(gram, Tensor) or gram.shape != (m, m) or not gram.isfinite().all():
+        given = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
+        raise InvalidInputError(
+            f"kernel must return finite numbers with shape (n, m), here ({m}, {m}) for the data with themselves, got "
+            f"{given}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_call
+from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.probing import check_own_gradient, check_separate, check_slope
+
+TRIED = 8  # particles that a black box is tried on, beside all for its form
 
 
 class Reward(TerminalObjective):
@@ -25,10 +29,14 @@ class Reward(TerminalObjective):
             each reward depends on its own sample alone. One that takes two arguments, R(x, condition), is also given
             what the samples were sampled under: tensors by name, as the denoiser gets them.
         name: under which metrics report it.
+
+    Raises:
+        InvalidInputError: no function of samples, or of samples and a condition.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str = "reward") -> None:
-        self.function, self.name, self.conditional = function, name, takes_condition(function)
+        self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
+        check_call("reward", function, "samples", *["their condition"] * self.conditional)
 
     def of(self, particles: Particles) -> Any:
         """R at the particles: R(x), or R(x, condition) where it takes two arguments.
@@ -60,10 +68,10 @@ class Reward(TerminalObjective):
         return reward
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
-        return -particles.mean(self.of(particles))
+        return -particles.mean(self._shaped(particles))
 
     def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        reward = self.of(particles)
+        reward = self._shaped(particles)
         return -reward, -particles.mean(reward)
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
@@ -71,32 +79,66 @@ class Reward(TerminalObjective):
         return self.name, -value
 
     def check(self, particles: Particles) -> None:
-        """Try the reward on a few samples.
+        """Try the reward on a few samples: five calls, one of them with its gradient.
+
+        A reward that is random, or flat at all of the samples, is told by a warning.
 
         Raises:
-            InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or no gradient.
+            InvalidInputError: another shape than (n,), another dtype, NaN or infinity, no gradient, one that is 0 at
+                all samples though their rewards differ, or samples that influence each other's rewards.
         """
-        x = particles.x.detach().requires_grad_()
+        x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
             reward = self.of(Particles(x, condition=particles.condition))
-        self._check_form(reward, x)
-        if not reward.requires_grad:
-            raise InvalidInputError(
-                "reward is not differentiable: its result does not depend on the samples through torch operations; "
-                "remove .detach(), .numpy(), torch.no_grad() and comparisons from it"
-            )
-        gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True)[0]
-        if gradient is None:
-            raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
+            self._check_form(reward, x)
+            if not reward.requires_grad:
+                raise InvalidInputError(
+                    "reward is not differentiable: its result does not depend on the samples through torch operations; "
+                    "remove .detach(), .numpy(), torch.no_grad() and comparisons from it"
+                )
+            gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
+            if gradient is None:
+                raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
+            of_first = torch.autograd.grad(reward[0], x)[0]
+        reward = reward.detach()
         for what, tensor in (("values", reward), ("a gradient", gradient)):
             _check_finite(what, tensor)
+        check_own_gradient("reward", of_first)
+        self._check_separate(particles, reward)
+        check_slope("reward", gradient, reward)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity."""
+        """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
+        each other's rewards.
+        """
         with torch.no_grad():
-            reward = self.of(particles)
-        self._check_form(reward, particles.x)
-        _check_finite("values", reward)
+            x = particles.x.clone()  # a black box may write into what it is given
+            reward = self.of(Particles(x, condition=particles.condition))
+            self._check_form(reward, x)
+            _check_finite("values", reward)
+            few = Particles(particles.x[:TRIED])
+            self._check_separate(few, self.of(Particles(few.x.clone())))
+        if len(reward) > 1 and bool(reward.max() == reward.min()):
+            warnings.warn(
+                f"reward is the same at all {len(reward)} particles: there is nothing to learn from them until some "
+                "reach another one",
+                stacklevel=2,
+            )
+
+    def _check_separate(self, particles: Particles, values: Tensor) -> None:
+        def judge(index: Tensor) -> Tensor:
+            given = particles.condition
+            chosen = None if given is None else {name: value[index] for name, value in given.items()}
+            return self.of(Particles(particles.x.detach()[index], condition=chosen))
+
+        with self.evaluating():
+            check_separate("reward", judge, values)
+
+    def _shaped(self, particles: Particles) -> Tensor:
+        """R at the particles; a mean would take any shape."""
+        reward = self.of(particles)
+        _check_shape(reward, particles.x)
+        return reward
 
     def _check_form(self, reward: Any, x: Tensor) -> None:
         _check_shape(reward, x)

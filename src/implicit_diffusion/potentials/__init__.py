@@ -1,8 +1,21 @@
 """Potentials V(x; θ): any module from (n, *event) to (n,), with density π_θ(x) ∝ e^{−V(x; θ)}."""
 
-from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
-from implicit_diffusion.potentials.guided import Guided
-from implicit_diffusion.potentials.mixture import GaussianMixture
-from implicit_diffusion.potentials.tilted import Tilted, conv, mlp
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
+    from implicit_diffusion.potentials.guided import Guided
+    from implicit_diffusion.potentials.mixture import GaussianMixture
+    from implicit_diffusion.potentials.tilted import Tilted, conv, mlp
+else:
+
+    def __getattr__(name: str) -> object:
+        from implicit_diffusion.lazily import attribute
+
+        return attribute(__name__, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["Energy", "GaussianMixture", "Guided", "Tilted", "check_potential", "conv", "energy_of", "mlp"]

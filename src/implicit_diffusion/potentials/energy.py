@@ -1,4 +1,8 @@
-"""V and ∇V at the particles, and what a module must satisfy to be a potential."""
+"""V and ∇V at the particles, and what a module must satisfy to be a potential.
+
+Particles are kept in single precision at least, as the states of chains are: steps of a sampler are far below the
+spacing of float16 and bfloat16. A potential in half precision is called in its own, on particles rounded to it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_call, trying
+from implicit_diffusion.frozen import refuse_inference_mode
+from implicit_diffusion.particles import states
+from implicit_diffusion.probing import check_own_gradient, check_separate
+from implicit_diffusion.rounding import at_least_single
+
+COARSE = 0.02  # nats that V must resolve where its values count
+TRIED = 8  # particles, to see whether they influence each other
 
 
 class Energy(NamedTuple):
@@ -24,11 +35,23 @@ class Energy(NamedTuple):
     grad: Float[Tensor, "n *event"]
 
 
+def precision(potential: object, x: Float[Tensor, "n *event"]) -> torch.dtype:
+    """The dtype that V is called in at particles x: half where its parameters are in half, that of x elsewhere."""
+    first = next(potential.parameters(), x) if isinstance(potential, nn.Module) else x
+    fits = first.dtype.is_floating_point and at_least_single(first.dtype) == x.dtype
+    return first.dtype if fits else x.dtype
+
+
+def evaluate(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+    """V at x, called in its own `precision` and returned in that of x."""
+    return potential(x.to(precision(potential, x))).to(x.dtype)
+
+
 def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Energy:
     """V and ∇V at x: one forward and one pull. V(x)_i depends on x_i alone, so ∇ Σ_i V_i holds all the ∇V_i."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = potential(x)
+        value = evaluate(potential, x)
         (grad,) = torch.autograd.grad(value.sum(), x)
     return Energy(value.detach(), grad)
 
@@ -54,32 +77,52 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
 
     Raises:
         InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
-            points that influence each other (BatchNorm in training mode, say).
+            points that influence each other (BatchNorm in training mode, say), or whatever the potential raises.
     """
-    with torch.enable_grad():
+    check_call("potential", potential, "x")
+    x = states(x, 1)
+    refuse_inference_mode()
+    own = precision(potential, x)
+    with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)} in {own}"):
         probe = x[:2].detach().clone().requires_grad_()
-        value = potential(probe)
+        value = potential(probe.to(own))
     if not isinstance(value, Tensor) or value.shape != (len(probe),):
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InvalidInputError(
             f"potential must return one number per particle, shape ({len(probe)},) for input {tuple(probe.shape)}, got "
             f"{given}; sum over all dimensions but the first"
         )
-    if (value.dtype, value.device) != (x.dtype, x.device):
+    if (value.dtype, value.device) != (own, x.device):
         raise InvalidInputError(
-            f"potential must return the particles' dtype and device, {x.dtype} on {x.device}, got {value.dtype} on "
+            f"potential must return the particles' dtype and device, {own} on {x.device}, got {value.dtype} on "
             f"{value.device}; move one of them, e.g. potential.to(x.device, x.dtype)"
         )
-    grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
+    with torch.enable_grad():  # value[0] would have no history inside torch.no_grad
+        grad = torch.autograd.grad(value[0], probe, allow_unused=True)[0] if value.requires_grad else None
     if grad is None:
         raise InvalidInputError(
             "potential is not differentiable in x: its result does not depend on the particles through torch "
             "operations; remove .detach(), .numpy() and torch.no_grad() from it"
         )
     with torch.no_grad():
-        everywhere = potential(x)
+        everywhere = evaluate(potential, x)
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
-    if len(probe) > 1 and grad[1].any():
-        raise InvalidInputError("potential mixes particles: V(x)_0 depends on x_1; each value must depend on its own x")
+    check_own_gradient("potential", grad, of="particles")
+    with torch.no_grad():
+        few = x[:TRIED].detach()
+        values = evaluate(potential, few.clone())
+        check_separate("potential", lambda index: evaluate(potential, few[index]), values, of="particles")
+
+
+def coarse(values: Float[Tensor, " n"], dtype: torch.dtype) -> str | None:
+    """What to say where V is so large that its dtype leaves too little of its differences; None where it is not."""
+    largest = float(values.abs().amax())
+    step = torch.finfo(dtype).eps * largest
+    if not step > COARSE:
+        return None
+    return (
+        f"V is about {largest:.2g} at the particles, where {dtype} resolves {step:.1g} nats, and acceptance, weights "
+        "and log Z depend on differences of V: subtract a constant from the potential, or compute it in a wider dtype"
+    )

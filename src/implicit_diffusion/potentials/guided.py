@@ -12,7 +12,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import check_call, check_number
 
 
 class Guided(nn.Module):
@@ -24,14 +24,14 @@ class Guided(nn.Module):
         weight: λ; finite.
 
     Raises:
-        InvalidInputError: a weight that is NaN or infinite.
+        InvalidInputError: a potential or reward that is no function of one argument; a weight that is NaN or infinite.
     """
 
     def __init__(self, potential: nn.Module, reward: Callable[[Tensor], Tensor], weight: float) -> None:
         super().__init__()
-        if not abs(weight) < float("inf"):
-            raise InvalidInputError(f"weight must be finite, got {weight}")
-        self.potential, self.reward, self.weight = potential, reward, weight
+        check_call("potential", potential, "x")
+        check_call("reward", reward, "x")
+        self.potential, self.reward, self.weight = potential, reward, check_number("weight", weight)
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
         return self.potential(x) - self.weight * self.reward(x)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_tensor, check_type
 from implicit_diffusion.noise import Noise
 
 
@@ -30,22 +30,24 @@ class GaussianMixture(nn.Module):
     The parameters are `logits` and `means`; freeze either with `.requires_grad_(False)`.
 
     Raises:
-        InvalidInputError: shapes that do not fit, or std ≤ 0.
+        InvalidInputError: no tensors of floating-point numbers, shapes that do not fit, means that are not finite, or
+            std ≤ 0.
     """
 
     def __init__(
         self, means: Float[Tensor, "modes d"], logits: Float[Tensor, " modes"] | None = None, std: float = 1.0
     ) -> None:
         super().__init__()
+        check_tensor("means", means, "modes d", finite=True)
         logits = means.new_zeros(len(means)) if logits is None else logits
+        check_tensor("logits", logits, "modes")
         if means.ndim != 2 or logits.shape != means.shape[:1]:
             raise InvalidInputError(
                 f"means must have shape (modes, d) and logits shape (modes,), got {tuple(means.shape)} and "
                 f"{tuple(logits.shape)}"
             )
-        if not 0 < std < math.inf:
-            raise InvalidInputError(f"std must be positive and finite, got {std}")
-        self.means, self.logits, self.std = nn.Parameter(means.clone()), nn.Parameter(logits.clone()), float(std)
+        self.std = check_number("std", std, 0.0)
+        self.means, self.logits = nn.Parameter(means.clone()), nn.Parameter(logits.clone())
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         if x.shape[1:] != self.means.shape[1:]:
@@ -69,6 +71,8 @@ class GaussianMixture(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, noise: Noise, *key: int) -> Float[Tensor, "n d"]:
         """N exact draws from π_θ; the same key gives the same draws."""
+        check_type("noise", noise, Noise, "take Noise(0), say")
+        check_integer("n", n)
         generator = noise.generator(*key, 0, device=self.means.device)
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         xi = noise.normal((n, self.means.shape[1]), *key, 1, device=self.means.device, dtype=self.means.dtype)

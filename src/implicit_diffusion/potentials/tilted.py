@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 
@@ -29,13 +29,20 @@ class Tilted(nn.Module):
         network: f, from (n, *event) to (n,) or (n, 1); `mlp` and `conv` build some whose last layer is zero.
         event_shape: of x.
 
+    Raises:
+        InvalidInputError: a network that is no module; an event shape that does not hold positive sizes.
+
     While f is zero, `log_z` is log ∫ e^{−V} and `sample` draws from π_θ. A network that is not zero has neither; loops
     then take particles from elsewhere (`annealed`, say) and tell by how much log Z grows.
     """
 
     def __init__(self, network: nn.Module, event_shape: Sequence[int]) -> None:
         super().__init__()
-        self.network, self.event_shape = network, tuple(event_shape)
+        check_type("network", network, nn.Module, "mlp and conv build some")
+        check_type("event_shape", event_shape, Iterable, "it holds the sizes of one x, e.g. (2,)")
+        self.network, self.event_shape = network, tuple(check_integer("event_shape", size) for size in event_shape)
+        if not self.event_shape:
+            raise InvalidInputError("event_shape must hold at least one size, e.g. (2,)")
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
         f = self.network(x)
@@ -59,7 +66,8 @@ class Tilted(nn.Module):
         Raises:
             InvalidInputError: f is not zero.
         """
-        x = self._draw(n, noise, *key)
+        check_type("noise", noise, Noise, "take Noise(0), say")
+        x = self._draw(check_integer("n", n), noise, *key)
         if not self._is_gaussian(x):
             raise InvalidInputError(
                 "exact draws exist only while the network is zero; reach this potential by `annealed`, and pass the "
@@ -97,6 +105,9 @@ def mlp(dimension: int, noise: Noise, *, width: int = 128, depth: int = 3) -> nn
 
     Smooth, because ∇f moves the particles: a kink in f is a jump of their drift.
     """
+    check_type("noise", noise, Noise, "take Noise(0), say")
+    for name, size in (("dimension", dimension), ("width", width), ("depth", depth)):
+        check_integer(name, size)
     generator, sizes = noise.generator(0), [dimension, *[width] * depth]
     hidden = [
         part
@@ -114,7 +125,10 @@ def conv(event_shape: Sequence[int], noise: Noise, *, width: int = 32) -> nn.Seq
     Raises:
         InvalidInputError: an event that is no image (channels, height, width).
     """
-    if len(event_shape) != 3:
+    check_type("noise", noise, Noise, "take Noise(0), say")
+    check_integer("width", width)
+    check_type("event_shape", event_shape, Sequence, "it holds (channels, height, width)")
+    if len([check_integer("event_shape", size) for size in event_shape]) != 3:
         raise InvalidInputError(f"conv needs images (channels, height, width), got events {tuple(event_shape)}")
     generator, (channels, height, across) = noise.generator(0), event_shape
     cells = -(-height // 4) * -(-across // 4)

@@ -1,8 +1,21 @@
 """F5: what a run leaves on disk and shows on screen, and how it is stopped and continued."""
 
-from implicit_diffusion.runs.checkpoint import load_state, save_state
-from implicit_diffusion.runs.console import Progress, progress
-from implicit_diffusion.runs.directory import RunDirectory
-from implicit_diffusion.runs.signals import Stop, graceful
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.runs.checkpoint import load_state, save_state
+    from implicit_diffusion.runs.console import Progress, progress
+    from implicit_diffusion.runs.directory import RunDirectory
+    from implicit_diffusion.runs.signals import Stop, graceful
+else:
+
+    def __getattr__(name: str) -> object:
+        from implicit_diffusion.lazily import attribute
+
+        return attribute(__name__, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["Progress", "RunDirectory", "Stop", "graceful", "load_state", "progress", "save_state"]

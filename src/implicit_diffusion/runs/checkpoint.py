@@ -8,14 +8,16 @@ booleans and None. In the header's JSON a tree reads
     float   1.5 or {"float": "nan"}      str, int, bool and None as themselves
 
 so nothing in it can be executed. One file, renamed into place, can never be half of an old state and half of a new
-one, however the process ends.
+one, however the process ends. Beside the tree stand SHA-256 digests, of every tensor with its dtype and shape and of
+the header itself: a bit that has flipped on the disk is noticed when the file is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.runs.files import replacing, writing
 
 FILE = "state.safetensors"
-HEADER = "implicit-diffusion state"
+WITHOUT_DIGESTS = "implicit-diffusion state"  # of releases before 0.2
+HEADER = "implicit-diffusion state 2"
+DIGESTS = "sha256"
 
 
 def save_state(folder: str | Path, state: Any) -> None:
@@ -45,33 +49,106 @@ def save_state(folder: str | Path, state: Any) -> None:
             state is untouched then.
     """
     tensors: dict[str, Tensor] = {}
-    header = {HEADER: json.dumps(_encode(state, tensors, "state"), ensure_ascii=False, allow_nan=False)}
+    try:
+        tree = json.dumps(_encode(state, tensors, "state"), ensure_ascii=False, allow_nan=False)
+    except RecursionError as error:
+        raise InvalidInputError("state is nested too deeply to be written") from error
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / FILE) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / FILE, tensors, {HEADER: tree})
 
 
 def load_state(folder: str | Path) -> Any:
     """Read what `save_state` wrote; tensors on the CPU, each with memory of its own.
 
     Raises:
-        InvalidInputError: no state there, or a damaged or foreign file.
+        InvalidInputError: no state there, or a damaged or foreign file, or one without checksums.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         raise InvalidInputError(f"no state to continue from: {path} does not exist")
+    tensors, header = load_tensors(path)
+    if HEADER not in header or DIGESTS not in header:
+        if WITHOUT_DIGESTS in header:
+            raise InvalidInputError(f"{path} is of an earlier release, without checksums; only that can go on from it")
+        raise InvalidInputError(f"{path} is a safetensors file, but holds no state of ours")
+    try:
+        return _decode(json.loads(header[HEADER]), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InvalidInputError(f"{path} is damaged, or no state of ours: {error}") from error
+
+
+def check_finite(state: Any, may_be_infinite: Collection[str] = ()) -> None:
+    """Look at every tensor, and every number, of a state.
+
+    Args:
+        state: as `save_state` takes it.
+        may_be_infinite: keys whose tensors may hold infinity: a mask among the buffers, a weight of zero as logarithm.
+
+    Raises:
+        NonFiniteError: NaN somewhere, or infinity in a tensor; the message says where.
+    """
+    for where, key, value in _leaves(state, "state", ""):
+        if isinstance(value, float) and math.isnan(value):
+            raise NonFiniteError(f"{where} is NaN")
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+            sound = ~value.isnan() if key in may_be_infinite else value.isfinite()
+            if not sound.all():
+                raise NonFiniteError(f"{where} holds NaN or infinity")
+
+
+def _leaves(value: Any, where: str, key: str) -> Iterator[tuple[str, str, Any]]:
+    """Every tensor and number, with its path and the last key on it that is a word."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{where}[{name!r}]", name if isinstance(name, str) else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{where}[{index}]", key)
+    else:
+        yield where, key, value
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write contiguous tensors on the CPU and a header with their digests, in one step."""
+    digests = json.dumps([_digest_of_header(header), {name: _digest(tensor) for name, tensor in tensors.items()}])
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=header | {DIGESTS: digests})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file, checked against the digests where it has any.
+
+    Raises:
+        InvalidInputError: no such file, or a damaged one; the message names the tensor.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
-            if header is None:
-                raise InvalidInputError(f"{path} is a safetensors file, but holds no state of ours")
+            header: dict[str, str] = file.metadata() or {}
             # safe_open maps the file; a copy outlives it and may be written to
-            return _decode(json.loads(header), {name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InvalidInputError):
-            raise
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if DIGESTS in header:
+            of_header, of_tensors = json.loads(header[DIGESTS])
+            if of_header != _digest_of_header({k: v for k, v in header.items() if k != DIGESTS}):
+                raise ValueError("its header is not what was written")
+            for name in tensors.keys() | of_tensors.keys():
+                if name not in tensors or of_tensors.get(name) != _digest(tensors[name]):
+                    raise ValueError(f"tensor {name!r} is not what was written: its checksum differs")
+    # sizes that a header claims may overflow, or be more than there is memory
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         raise InvalidInputError(f"{path} is damaged, or no state of ours: {error}") from error
+    return tensors, header
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_of_header(header: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:

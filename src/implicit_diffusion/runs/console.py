@@ -1,15 +1,82 @@
-"""How far a run is: a progress bar on a terminal, a plain line now and then elsewhere. Both go to stderr."""
+"""What a run shows: how far it is, by a progress bar on a terminal and a plain line now and then elsewhere, on stderr.
+
+Nothing that is shown may end a run: where nobody reads any more (`| head`, a closed terminal, a full disk behind `>`),
+it goes on in silence.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 REFRESH = 0.1  # seconds between two looks at the metrics on a terminal: reading a tensor waits for its device
 QUIET = 15.0  # seconds after which a plain line is due, though less than a tenth of the way was made
+
+
+class _Unheard:
+    """A text stream that goes silent where it cannot be written to; all else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        with self._silencing():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Write them one by one."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush, or drop what was not flushed."""
+        with self._silencing():
+            self._stream.flush()
+
+    @contextmanager
+    def _silencing(self) -> Iterator[None]:
+        """Where the block fails, send all that is buffered or comes nowhere: at its end, Python flushes once more."""
+        try:
+            yield
+        except (OSError, ValueError):
+            if isinstance(sys.exception(), ValueError) and not self._stream.closed:
+                raise
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Let nothing that is printed in the block raise, neither for want of a reader nor for want of a letter."""
+    before = sys.stdout, sys.stderr
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the program began: no file of ours may take its place
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            stream = io.StringIO()
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without β shows \u03b2
+        setattr(sys, name, _Unheard(stream))
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 class Progress:

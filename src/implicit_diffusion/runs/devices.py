@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, MemoryLimitError
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -21,3 +26,25 @@ def find_device(name: str = "auto") -> torch.device:
             raise InvalidInputError(f"--device {name}: {reason}; take auto, cpu, or one that is here") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+@contextmanager
+def naming_memory() -> Iterator[None]:
+    """Turn what Python, NumPy, and torch on any device raise where memory is used up into one error of ours.
+
+    Raises:
+        MemoryLimitError: in their place.
+    """
+    try:
+        yield
+    except ImplicitDiffusionError:
+        raise
+    except (MemoryError, RuntimeError) as error:  # torch's allocator of the CPU raises a bare RuntimeError
+        text = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(m in text for m in OUT_OF_MEMORY):
+            raise
+        reason = text.splitlines()[0] if text else "nothing is left"
+        raise MemoryLimitError(
+            f"memory is used up ({reason}); take less at a time, such as a smaller --batch, --particles, --starts or "
+            "--num, or free some"
+        ) from error

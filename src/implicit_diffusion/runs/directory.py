@@ -6,7 +6,12 @@
     summary.json    the headline numbers
     figures/        pictures
     model/          the result
+    judged/         what the report is made of, beside the JSON files
+    report.html     all of it, for people
     checkpoint/     the state to continue from
+
+Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json is the mark
+that a run is judged; what comes after it is derived from what is on disk, and can be made again.
 
 JSON is strict: NaN and infinity, which JSON does not have, are refused instead of written.
 """
@@ -17,7 +22,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.runs.files import check_place, replacing
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, NonFiniteError, RewardError, StorageError
+from implicit_diffusion.runs.checkpoint import FILE
+from implicit_diffusion.runs.devices import naming_memory
+from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.runs.lock import LOCK, hold, make
+
+BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,7 @@ class RunDirectory:
     def create(cls, path: str | Path, may_hold: Collection[str] = ()) -> RunDirectory:
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
-        try:
-            Path(path).mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # a name that the file system does not take
-            raise InvalidInputError(f"--out: {path} cannot be made ({error})") from error
+        make(Path(path))
         return cls(Path(path))
 
     @staticmethod
@@ -53,22 +60,75 @@ class RunDirectory:
 
         Args:
             path: of the folder.
-            may_hold: files, relative to the folder, that may be there and will be overwritten.
+            may_hold: files, relative to the folder, that may be there and will be overwritten; half-written ones of
+                these names, and of those that a run begins with, may be there in any case.
 
         Raises:
             InvalidInputError: `path` is a file, below a file, a folder with something in it, or where nothing can be
                 written.
         """
         path = Path(path)
+        left_over = {LOCK, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"--out {path} is a file; name a new folder")
-            files = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-            if any(file not in may_hold for file in files):
-                raise InvalidInputError(f"--out {path} exists and is not empty; choose another --out, or move it away")
+            files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+            if not files <= {*may_hold, *left_over}:
+                held = "exists and is not empty"
+                judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
+                if files.issuperset(BEGUN) and not (judged and reported):
+                    held = f"holds a run that was interrupted: go on with `implicit-diffusion resume {path}`"
+                raise InvalidInputError(f"--out {path} {held}; choose another --out, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"--out: {path} cannot be made ({error}); name a folder elsewhere") from error
         check_place(path)
+
+    @contextmanager
+    def held(self) -> Iterator[RunDirectory]:
+        """Hold the folder for the block, which makes it; `runs.lock.hold` says how, and what it raises."""
+        with hold(self.path):
+            yield self
+
+    def check_start(self, kind: Any, may_hold: Collection[str] = ()) -> None:
+        """Refuse a folder that holds more than the little that an early end of a run of this kind leaves.
+
+        Args:
+            kind: the dataclass of the run's config, or such a config.
+            may_hold: as in `check`.
+
+        Raises:
+            InvalidInputError: as `check`.
+        """
+        ours = (self.read_config() or {}).keys() == {field.name for field in dataclasses.fields(kind)}
+        self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
+
+    def start(self, config: Any, may_hold: Collection[str] = ()) -> None:
+        """Write config.json into a new folder, or into what is left of the very same run, which begins anew.
+
+        Args:
+            config: a dataclass, as in `write_config`.
+            may_hold: as in `check`.
+
+        Raises:
+            InvalidInputError: as `check`; a folder with the rest of another run, or with a run that can be resumed.
+        """
+        if (self.path / "summary.json").exists() or self.has_state or self.read_config() != plain(config):
+            self.check_start(config, may_hold)
+        with writing(self.path):
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        self.write_config(config)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """What `write_config` wrote; None where there is nothing, or nothing that can be read."""
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else None
+        return None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.checkpoint / FILE).is_file()
 
     @property
     def model(self) -> Path:
@@ -80,20 +140,40 @@ class RunDirectory:
         """Where `save_state` puts the state to continue from; not made here."""
         return self.path / "checkpoint"
 
+    @property
+    def unconfirmed(self) -> Path:
+        """Where a state waits that may turn out to be unsound; not made here."""
+        return self.checkpoint / "next"
+
+    def confirm(self) -> None:
+        """Let the state that waits replace the one in `checkpoint`, in one step."""
+        with writing(self.checkpoint / FILE):
+            (self.unconfirmed / FILE).replace(self.checkpoint / FILE)
+
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Tell who interrupts the block how to go on, as soon as there is a checkpoint to go on from."""
+        """Tell whom something keeps from finishing the block how to go on, as soon as there is a config to begin from.
+
+        What is told so is an interruption, a file that cannot be written, memory that is used up, a reward that raises.
+        """
+        command = f"`implicit-diffusion resume {self.path}`"
         try:
-            yield
+            with naming_memory():
+                yield
         except KeyboardInterrupt as error:
-            if not self.checkpoint.exists():
+            if not (self.path / "config.json").exists():
                 raise
-            raise KeyboardInterrupt(f"interrupted; go on with `implicit-diffusion resume {self.path}`") from error
+            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; go on with {command}") from error
+        except (StorageError, MemoryLimitError, RewardError) as error:
+            if command in str(error) or not (self.path / "config.json").exists():
+                raise
+            raise type(error)(f"{error}; then {command} goes on") from error
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
         folder = self.path / "figures"
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         return folder / f"{name}.png"
 
     def write_config(self, config: Any) -> None:
@@ -123,7 +203,8 @@ class RunDirectory:
             lines += map(_line, _read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
             if lines:
-                with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                path = self.path / "metrics.jsonl"
+                with writing(path), path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -186,8 +267,11 @@ def plain(value: Any, key: str = "") -> Any:
         return [plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise NonFiniteError(f"{key or 'value'} is {value}, which is not written to a file")
-    if value is None or isinstance(value, str | bool | int | float):
+    if isinstance(value, str | Path):
+        text = str(value)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a letter: how Python reads what is not UTF-8
+            raise InvalidInputError(f"{key or 'value'} is {text!a}, which is not UTF-8")
+        return text
+    if value is None or isinstance(value, bool | int | float):
         return value
-    if isinstance(value, Path):
-        return str(value)
     raise InvalidInputError(f"{key or 'value'} is a {type(value).__name__}, which JSON cannot hold")

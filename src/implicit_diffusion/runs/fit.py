@@ -8,73 +8,40 @@ the run by returning a reason:
 
 They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`. What a callback remembers
 from one call to the next is part of the run: it is saved and restored where the callback has `state_dict()` and
-`load_state_dict(state)`.
+`load_state_dict(state)`. So is the reason that stopped a run: as long as the callback that gave it is among those of
+the resumed run, that does not train on. One that has `unsound(fit)` is asked before a checkpoint is written: a reason
+that it returns keeps the previous one in its place.
+
+What a reward draws from the global generators of torch, NumPy or Python follows from the loop's noise, and goes on with
+the run; the caller's own generators are as they were when `fit` returns.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL
-from implicit_diffusion.runs.checkpoint import load_state, save_state
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.signals import graceful
-from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.runs.state import Callback as Callback
+from implicit_diffusion.runs.state import Fit as Fit
+from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
-
-
-@dataclass
-class Fit:
-    """A run so far.
-
-    Args:
-        loop: the loop being driven.
-        metrics: of the latest update; callbacks may add to them before they are written.
-        seconds: spent in the loop's steps, callbacks and files left out.
-        stopped: why the run ended before its updates were made, if it did.
-    """
-
-    loop: Loop
-    metrics: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    stopped: str | None = None
-
-    @property
-    def updates(self) -> int:
-        """Updates of θ so far."""
-        return self.loop.update.updates
-
-    @property
-    def model(self) -> nn.Module:
-        """The averaged model where there is an average, the present one elsewhere."""
-        ema = self.loop.update.ema
-        return self.loop.model if ema is None else ema.module
-
-    @property
-    def chain(self) -> Chain:
-        """The denoising chain of that model; only loops over chains have one."""
-        if not isinstance(self.loop, ChainLoop):
-            raise InvalidInputError(f"a {type(self.loop).__name__} samples from a potential: it has no denoising chain")
-        same = self.model is self.loop.model
-        return self.loop.chain if same else self.loop.chain.replace(denoiser=self.model)
-
-
-Callback = Callable[[Fit], str | None]
 
 
 def fit(
@@ -93,48 +60,68 @@ def fit(
             further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends; None
-            leaves no trace.
+        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends, and is
+            held meanwhile; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
     Raises:
-        InvalidInputError: updates below one.
-        NonFiniteError: NaN or infinity, before θ was touched; the last good state is in directory.checkpoint, and the
-            message says after which update that was taken.
+        InvalidInputError: updates below one; a directory that another run holds.
+        NonFiniteError: NaN or infinity, before θ was touched or in what would be saved.
+        DivergenceError: from a callback, or a run that ends in a state which one calls unsound.
+        RewardError: a reward of the user's own raised.
+        StorageError: metrics or a checkpoint could not be written.
+
+    After all of these the last good state is in directory.checkpoint.
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
-    state, callbacks = Fit(loop), list(callbacks)
+    state = Fit(loop)
+    with nullcontext() if directory is None else directory.held():
+        _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
+    return state
+
+
+def _drive(
+    state: Fit,
+    updates: int,
+    callbacks: list[Callback],
+    directory: RunDirectory | None,
+    checkpoint_every: float,
+    description: str,
+) -> None:
     if directory is not None:
-        if directory.checkpoint.exists():
-            saved = load_state(directory.checkpoint)
-            if saved["loop"]["iteration"] >= loop.iteration:
-                loop.load_state_dict(saved["loop"])
-                _restore(callbacks, saved.get("callbacks", []))
-            state.seconds = saved["seconds"]
-            directory.forget_metrics(state.updates)
-            state.metrics = next(reversed(directory.read_metrics()), {})
-        _checkpoint(state, directory, callbacks)
+        if directory.has_state:
+            restore(state, directory, callbacks)
+        checkpoint(state, directory, callbacks)
     lines: list[dict[str, Any]] = []
 
     def write() -> None:
         waiting, lines[:] = list(lines), []
         if directory is not None:
             directory.append_metrics(*waiting)
+            state.lines += len(waiting)
 
-    saved_at = state.updates
+    saved_at: int = state.updates  # of the last checkpoint
+    waits: int | None = None  # that of one of which the next update will tell whether it is sound
     last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description) as bar:
         bar.update(advance=state.updates)
         try:
-            for metrics in loop.run(updates):
+            for metrics in () if state.stopped else _steps(state, updates):
                 state.seconds += time.monotonic() - start
                 if "grad_norm" in metrics:
                     state.metrics = metrics | {"seconds": state.seconds}
-                    state.stopped = next(filter(None, (callback(state) for callback in callbacks)), None)
+                    with state.draws:
+                        state.verdict = verdict(state, callbacks)
+                    state.stopped = state.verdict and state.verdict[1]
                     bar.update({name: metrics[name] for name in SHOWN if name in metrics})
                     lines.append(state.metrics)
+                    if waits is not None and directory is not None:  # it is known now what that state led to
+                        if unsound(state, callbacks) is None:
+                            directory.confirm()
+                            saved_at = waits
+                        waits = None
                 if stop.requested:
                     state.stopped = "interrupted"
                 if state.stopped:
@@ -144,39 +131,37 @@ def fit(
                     write()
                     last_read = time.monotonic()
                 if save and directory is not None:
-                    _checkpoint(state, directory, callbacks)
-                    last_saved, saved_at = time.monotonic(), state.updates
+                    last_saved = time.monotonic()
+                    if unsound(state, callbacks) is None:
+                        checkpoint(state, directory, callbacks, known=False)
+                        waits = state.updates
                 start = time.monotonic()
+            if stop.requested:  # in the last step, or while it was saved
+                state.stopped = state.stopped or "interrupted"
             write()
-            if directory is not None:
-                _checkpoint(state, directory, callbacks)
-        except NonFiniteError as error:
+            found = unsound(state, callbacks)
+            if found is not None and state.stopped != "interrupted":
+                raise DivergenceError(f"after update {state.updates}: {found}")
+            if found is None and directory is not None:
+                checkpoint(state, directory, callbacks)
+        except (NonFiniteError, DivergenceError) as error:
             kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
-            raise NonFiniteError(f"{error}{kept}") from error
+            raise type(error)(f"{error}{kept}") from error
+        except RewardError as error:
+            raise RewardError(f"after update {state.updates}: {error}") from error
         finally:
             write()
-    return state
 
 
-def _checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
-    if not all(p.isfinite().all() for p in state.loop.update.parameters):
-        raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
-    remembered = [[type(callback).__name__, callback.state_dict()] for callback in _stateful(callbacks)]
-    told = {"loop": state.loop.state_dict(), "seconds": state.seconds, "callbacks": remembered}
-    save_state(directory.checkpoint, told)
-
-
-def _restore(callbacks: list[Callback], remembered: list[list[Any]]) -> None:
-    """Give every callback its state: the first one left of its class; one that was not there before begins anew."""
-    left = list(remembered)
-    for callback in _stateful(callbacks):
-        names = [name for name, _ in left]
-        if type(callback).__name__ in names:
-            callback.load_state_dict(left.pop(names.index(type(callback).__name__))[1])
-
-
-def _stateful(callbacks: list[Callback]) -> list[Any]:
-    return [callback for callback in callbacks if hasattr(callback, "state_dict")]
+def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
+    """The steps of the loop, with the generators of the run in place during each."""
+    steps = state.loop.run(updates)
+    while True:
+        with state.draws:
+            metrics = next(steps, None)
+        if metrics is None:
+            return
+        yield metrics
 
 
 def _kl_weight(fit: Fit, name: str) -> float:

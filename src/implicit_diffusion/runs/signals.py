@@ -1,15 +1,20 @@
-"""Stopping at the end of a step: the first SIGINT or SIGTERM asks, the second insists."""
+"""Stopping: SIGINT, SIGTERM and SIGHUP alike, at the end of a step inside a loop, at once elsewhere.
+
+A signal that was ignored when the program began, as SIGHUP is under nohup and SIGINT in the background of a script,
+stays ignored.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+Handler = Callable[[int, FrameType | None], None]
 
 
 @dataclass
@@ -19,9 +24,17 @@ class Stop:
     requested: bool = False
 
 
+@dataclass
+class _Last:
+    number: int = signal.SIGINT
+
+
+_last = _Last()  # the signal that stopped the program, for its exit status
+
+
 @contextmanager
 def graceful() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM inside the block into `stop.requested`, the second into KeyboardInterrupt.
+    """Turn the first signal inside the block into `stop.requested`, the second into KeyboardInterrupt.
 
     The loop looks at `stop.requested` between two steps, writes its checkpoint and leaves. The previous handlers are
     back after the block. Off the main thread, where Python allows no handlers, nothing happens.
@@ -29,16 +42,42 @@ def graceful() -> Iterator[Stop]:
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        _last.number = number
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
 
+    with _handling(handle):
+        yield stop
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn every signal inside the block into KeyboardInterrupt, unless `graceful` takes it; as SIGINT alone is."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _last.number = number
+        raise KeyboardInterrupt
+
+    _last.number = signal.SIGINT
+    with _handling(handle):
+        yield
+
+
+def exit_status() -> int:
+    """Of a program that a signal stopped: 130, 143 or 129, by the last one that came."""
+    return 128 + _last.number
+
+
+@contextmanager
+def _handling(handle: Handler) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in heard}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in previous.items():
             # None: the handler was not set from Python, and cannot be put back from here

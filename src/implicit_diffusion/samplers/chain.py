@@ -20,7 +20,8 @@ called in its own, and its output comes back: what half precision may round is u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -28,10 +29,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, shown, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.transition import Transition
 
 Denoiser = Callable[..., Tensor]
@@ -70,20 +72,30 @@ class Chain:
         check_type("table", table, ChainTable, "a diffusers scheduler becomes one by read_table(scheduler, num_steps)")
         check_type("denoiser", denoiser, Callable, "it is called as u(x, t)")
         check_type("event_shape", event_shape, Iterable, "it holds the sizes of one sample, e.g. (1, 8, 8) or (2,)")
-        self.denoiser, self.table, self.event_shape, self.condition = denoiser, table, tuple(event_shape), condition
-        if not self.event_shape or min(self.event_shape) < 1:
-            raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {self.event_shape}")
+        check_call("denoiser", denoiser, "x", "t", more=condition is not None)
+        if condition is not None:
+            check_call("condition", condition, "noise", "batch", "index")
+        sizes = _sequence(event_shape)
+        if not sizes or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
+            raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {shown(event_shape)}")
+        self.denoiser, self.table, self.condition = denoiser, table, condition
+        self.event_shape = tuple(check_integer("a size in event_shape", size) for size in sizes)
         if reference is None:
             reference = frozen_copy(denoiser) if isinstance(denoiser, nn.Module) else denoiser
+        check_call("reference", reference, "x", "t", more=condition is not None)
         self.reference = reference
-        rows = table.noiseless() if pretrained_rows == "noiseless" else tuple(pretrained_rows)
-        if any(not 0 <= row < len(table) for row in rows):
-            raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {rows}")
-        self.pretrained_rows = frozenset(rows)
+        if isinstance(pretrained_rows, str) and pretrained_rows == "noiseless":
+            pretrained_rows = table.noiseless()
+        check_type("pretrained_rows", pretrained_rows, Iterable, 'name rows by number, or take "noiseless"')
+        rows = _sequence(pretrained_rows)
+        if not all(isinstance(row, Integral) and 0 <= int(row) < len(table) for row in rows):
+            raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {shown(rows)}")
+        self.pretrained_rows = frozenset(map(int, rows))
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.dtype = torch.get_default_dtype() if parameter is None else _at_least_single(parameter.dtype)
+        self.dtype = torch.get_default_dtype() if parameter is None else at_least_single(parameter.dtype)
+        self._tried = False  # whether the networks have been called
         self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     @property
@@ -147,6 +159,7 @@ class Chain:
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
         check_type("noise", noise, Noise, "take Noise(0), say")
+        batch = check_integer("batch", batch)
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
         return self.table.initial_std * x
 
@@ -170,7 +183,8 @@ class Chain:
         """
         if self.condition is None:
             return None
-        drawn = [self.condition(noise, batch, index) for index in indices]
+        with nullcontext() if self._tried else trying("condition", f"(noise, {batch}, index)"):
+            drawn = [self.condition(noise, batch, index) for index in indices]
         for given in drawn:
             named = given.items() if isinstance(given, Mapping) else [("condition", given)]
             bad = [(k, v) for k, v in named if not isinstance(v, Tensor) or v.shape[:1] != (batch,)]
@@ -229,9 +243,12 @@ class Chain:
         self, x: Float[Tensor, "batch *event"], noise: Noise, index: int = 0, *, repeats: int = 1
     ) -> Particles:
         """The particles that end trajectory `index` at x_N = `x`, with what they were sampled under; see `walk`."""
-        condition = self.conditions(noise, len(x) // repeats, [index])
-        if condition is None:
+        check_type("x", x, Tensor, "it holds the states that end a trajectory")
+        check_type("noise", noise, Noise, "take Noise(0), say")
+        if self.condition is None:
             return Particles(x)
+        condition = self.conditions(noise, len(x) // check_integer("repeats", repeats), [index])
+        assert condition is not None
         return Particles(x, condition={k: v[0].repeat_interleave(repeats, 0) for k, v in condition.items()})
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -251,13 +268,15 @@ class Chain:
             x, m, t, condition = x[slots], m[slots], t[slots], {name: value[slots] for name, value in condition.items()}
         inputs = (m * x).flatten(0, 1)
         given = {name: value.flatten(0, 1) for name, value in condition.items()}
-        u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
+        with nullcontext() if self._tried else trying("denoiser", f"states of shape {tuple(inputs.shape)}"):
+            u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
         self.evaluations += len(inputs)
         check_type("what the denoiser returns", u, Tensor, "a diffusers model becomes one by DiffusersDenoiser(model)")
         if u.shape != inputs.shape:
             raise InvalidInputError(
                 f"denoiser must return the shape of its input, {tuple(inputs.shape)}, got {tuple(u.shape)}"
             )
+        self._tried = True
         return u.to(x.dtype).unflatten(0, x.shape[:2])
 
     def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:
@@ -280,8 +299,9 @@ class Chain:
         return self._coefficients[rows]
 
 
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+def _sequence(given: Iterable[Any]) -> tuple[Any, ...]:
+    """Numbers in a row; none where it is a word, or a tensor of one number, which torch calls iterable too."""
+    return () if isinstance(given, str) or getattr(given, "ndim", 1) == 0 else tuple(given)
 
 
 def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from a potential that is known to one that is not, they are annealed importance 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
-from implicit_diffusion.samplers.kernel import Kernel, innermost
+from implicit_diffusion.particles import Particles, states
+from implicit_diffusion.potentials.energy import Energy, check_potential, coarse, energy_of, precision
+from implicit_diffusion.rounding import exact
+from implicit_diffusion.samplers.kernel import Kernel, check_resolved, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 
 
@@ -53,17 +55,22 @@ class Followers:
     ) -> None:
         check_type("kernel", kernel, Kernel, "take ULA(0.1), say")
         check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
         if not kernel.weighted:
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC")
-        if groups < 2 or len(x) % groups or len(x) < 2 * groups:
+        x = states(x)
+        if check_integer("groups", groups, 0) < 2 or len(x) % groups or len(x) < 2 * groups:
             raise InvalidInputError(f"{len(x)} particles do not make {groups} groups of equal size ≥ 2")
-        self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, log_z, 0
+        check_resolved(kernel, x, 0)
+        self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, check_number("log_z", log_z), 0
         self.evaluations = 0  # pulls through V at all the particles
         with eval_mode(potential):
             check_potential(potential, x)
             value = energy_of(potential, x).value
+        if said := coarse(value, precision(potential, x)):
+            warnings.warn(said, stacklevel=2)
         self.groups = [
-            Walkers(part, None, torch.zeros_like(v), zero, part, v, zero, zero)
+            Walkers(part, None, torch.zeros_like(v), zero, part, exact(v), zero, zero)
             for part, v in zip(innermost(x).chunk(groups), value.chunk(groups))
             for zero in [x.new_zeros(())]
         ]
@@ -78,6 +85,7 @@ class Followers:
         generator = self.noise.generator(self.steps, device=x.device)
         uniform = torch.rand(len(self.groups), generator=generator, device=x.device, dtype=x.dtype)
         draws = tuple(numbers[0] for numbers in self.kernel.draws(generator, 1, x))
+        check_resolved(self.kernel, x, self.steps)
         h = x.new_tensor(self.kernel.step(self.steps))
         with eval_mode(potential):
             closed = [
@@ -105,7 +113,7 @@ class Followers:
         closed = self._closed(potential)
         log_z = torch.stack([walkers.log_z + log_mean_exp(walkers.log_weights) for walkers in closed])
         weights = torch.cat([walkers.log_weights + walkers.log_z for walkers in closed])
-        return Particles(torch.cat([w.x for w in closed]), weights, self.log_z0 + log_mean_exp(log_z))
+        return Particles(torch.cat([w.x for w in closed]), weights, self.log_z0 + exact(log_mean_exp(log_z)))
 
     def log_z(self, potential: nn.Module) -> tuple[float, float]:
         """Log Z of `potential` and its standard error: from the mean of Z over groups and their spread.
@@ -122,10 +130,10 @@ class Followers:
         x = torch.cat([walkers.x for walkers in self.groups])
         with eval_mode(potential):
             closed = [close(self.kernel, w, here) for w, here in zip(self.groups, self._energies(potential, x))]
-        if any(walkers.log_weights.isnan().any() for walkers in closed):
+        if any((~(walkers.log_weights < math.inf)).any() for walkers in closed):  # e^{−V} may be 0 somewhere, not ∞
             raise NonFiniteError(
-                f"weights of followers are NaN after {self.steps} steps; take a smaller step size, or check that the "
-                "potential confines them"
+                f"weights of followers are NaN after {self.steps} steps, or infinite; take a smaller step size, or "
+                "check that the potential confines them"
             )
         return closed
 
@@ -148,8 +156,11 @@ def annealed(
         groups: independent replicates.
 
     Raises:
-        InvalidInputError: a beginning that cannot be sampled exactly; else as `Followers`.
+        InvalidInputError: a path that is no function, a beginning that cannot be sampled exactly; else as `Followers`.
     """
+    check_type("path", path, Callable, "take the method tempered of a Tilted, say")
+    check_type("noise", noise, Noise, "take Noise(0), say")
+    check_integer("n", n, 2), check_integer("steps", steps)
     start: Any = path(0.0)
     if not hasattr(start, "sample") or not hasattr(start, "log_z"):
         raise InvalidInputError("path(0) must have sample(n, noise) and log_z, as a Gaussian mixture has")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import check_integer
 from implicit_diffusion.potentials.energy import Energy
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import ExactKernel, Move, Schedule, inner, metropolis
 
 
@@ -28,12 +29,13 @@ class HMC(ExactKernel):
 
     target_acceptance = 0.8
 
+    def reach(self, h: float) -> float:
+        return h
+
     def __init__(self, step_size: Schedule, leapfrogs: int = 5) -> None:
         super().__init__(step_size)
-        if leapfrogs < 1:
-            raise InvalidInputError(f"leapfrogs must be an integer ≥ 1, got {leapfrogs}")
-        self.leapfrogs = leapfrogs
-        self.evaluations = 1 + leapfrogs
+        self.leapfrogs = check_integer("leapfrogs", leapfrogs)
+        self.evaluations = 1 + self.leapfrogs
 
     def move(
         self,
@@ -46,11 +48,11 @@ class HMC(ExactKernel):
     ) -> Move:
         p, uniform = draws
         y, there = x, here
-        before = here.value + inner(p, p) / 2
+        before = exact(here.value) + inner(p, p) / 2
         for _ in range(self.leapfrogs):
             p = p - h / 2 * there.grad
             y = y + h * p
             there = energy(y)
             p = p - h / 2 * there.grad
-        after = there.value + inner(p, p) / 2
+        after = exact(there.value) + inner(p, p) / 2
         return metropolis(before - after, uniform, (x, here.value), (y, there.value))

@@ -16,6 +16,7 @@ next step computes anyway: weights cost no evaluation of V.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number
 from implicit_diffusion.potentials.energy import Energy
+from implicit_diffusion.rounding import exact
 
 Schedule = float | Callable[[int], float]
 BLOCK = 2**17  # numbers drawn at once: several steps of few particles, one of many
@@ -68,9 +70,13 @@ class Kernel(ABC):
     def step(self, k: int) -> float:
         """h_k."""
         h = self.step_size(k) if callable(self.step_size) else self.step_size
-        if not 0 < h < math.inf:
-            raise InvalidInputError(f"step_size must be positive and finite, got {h} for iteration {k}")
-        return float(h)
+        if type(h) is float and 0 < h < math.inf:  # in every iteration
+            return h
+        return check_number("step_size", h, 0.0, note=f" for iteration {k}")
+
+    def reach(self, h: float) -> float:
+        """How far one addition moves a coordinate of a particle, about, under V whose scale is one or more."""
+        return math.sqrt(2 * h)
 
     def draws(self, generator: torch.Generator, count: int, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
         """The random numbers of `count` steps: N(0, 1) with shape (count, n, *event); see `uniforms`."""
@@ -103,7 +109,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
-        """The `debt` of a move from x: the part of the increment that the step's own θ, that of `here`, decides."""
+        """The `debt` of a move from x: the part of the increment that the step's own θ, that of `here`, decides.
+
+        In the widest dtype (`exact`): V may share a large constant with what is repaid.
+        """
 
     @abstractmethod
     def repay(
@@ -117,17 +126,46 @@ class ExactKernel(Kernel):
 
     def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
         assert move.energy is not None
-        return move.energy
+        return exact(move.energy)
 
     def repay(
         self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
     ) -> Float[Tensor, " n"]:
-        return here.value
+        return exact(here.value)
 
     def draws(self, generator: torch.Generator, count: int, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
         """N(0, 1) with shape (count, n, *event) and U(0, 1) with shape (count, n)."""
         uniform = torch.rand((count, len(x)), generator=generator, device=x.device, dtype=x.dtype)
         return normals(generator, count, x), uniform
+
+
+CHECKED = 1024  # iterations from one look at the spacing of numbers to the next: a look waits for the device
+
+
+def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int) -> None:
+    """Notice steps that the particles' dtype rounds away, now and then.
+
+    Sums of a particle and its step are rounded by up to half a spacing u of the numbers there, which adds a variance of
+    u²/12 to that of the step. It may be one per cent of that at most, for coordinates as large as they are on average.
+
+    Raises:
+        InvalidInputError: at the first iteration, k = 0; later it warns.
+    """
+    if k % CHECKED:
+        return
+    size = float(x.detach().abs().mean(0).amax())
+    reach = kernel.reach(kernel.step(k))
+    spacing = torch.finfo(x.dtype).eps * 2.0 ** (math.frexp(size)[1] - 1) if math.isfinite(size) else 0.0
+    if spacing**2 / 12 <= 0.01 * reach**2:
+        return
+    message = (
+        f"steps of {type(kernel).__name__} move particles by about {reach:.1g}, but {x.dtype} numbers as large as "
+        f"{size:.2g} are {spacing:.1g} apart, so that steps are rounded away; shift the data towards zero (subtract "
+        "their mean), take a larger step size, or particles and potential in a wider dtype"
+    )
+    if k == 0:
+        raise InvalidInputError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def metropolis(
@@ -137,6 +175,7 @@ def metropolis(
     new: tuple[Float[Tensor, "n *event"], Float[Tensor, " n"]],
 ) -> Move:
     """Accept new = (x, V) with probability min(1, e^{log_ratio}), keep old elsewhere."""
+    log_ratio = log_ratio.to(new[1].dtype)
     accept = uniform < log_ratio.exp()  # NaN is not accepted
     chosen = accept.view(-1, *[1] * (old[0].ndim - 1))
     x = torch.where(chosen, new[0], old[0])
@@ -153,7 +192,11 @@ def power_law(scale: float, exponent: float) -> Callable[[int], float]:
 
     The paper's discrete rates have h_k = c k^{−1/3} and η_k = h_k k^{−1/3}: `power_law(c, 1/3)` for the sampler and
     `power_law(c, 2/3)` for θ, by `torch.optim.lr_scheduler.LambdaLR`, which multiplies: begin with lr=1.
+
+    Raises:
+        InvalidInputError: a scale that is not positive, or an exponent that is not finite.
     """
+    scale, exponent = check_number("scale", scale, 0.0), check_number("exponent", exponent)
     return lambda k: scale * (k + 1) ** -exponent
 
 

@@ -17,14 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.potentials.energy import Energy
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import ExactKernel, Kernel, Move, inner, metropolis
 
 
 def alpha(
     x: Float[Tensor, "n *event"], y: Float[Tensor, "n *event"], at_x: Energy, h: Float[Tensor, ""]
 ) -> Float[Tensor, " n"]:
-    """α(x, y) = V(x) + ½⟨y − x, ∇V(x)⟩ + (h/4)‖∇V(x)‖²."""
-    return at_x.value + inner(at_x.grad, (y - x) / 2 + h / 4 * at_x.grad)
+    """α(x, y) = V(x) + ½⟨y − x, ∇V(x)⟩ + (h/4)‖∇V(x)‖², in the widest dtype: differences of it keep the digits of V."""
+    return exact(at_x.value) + inner(at_x.grad, (y - x) / 2 + h / 4 * at_x.grad)
+
+
+def drifted(here: Energy, xi: Float[Tensor, "n *event"], h: Float[Tensor, ""]) -> Float[Tensor, "n *event"]:
+    """√(2h) ξ − h∇V. Drift and noise are added first: far from zero x − h∇V would be x, and the drift be lost."""
+    return (2 * h).sqrt() * xi - h * here.grad
 
 
 class ULA(Kernel):
@@ -43,7 +49,7 @@ class ULA(Kernel):
         h: Float[Tensor, ""],
     ) -> Move:
         (xi,) = draws
-        return Move(x - h * here.grad + (2 * h).sqrt() * xi)
+        return Move(x + drifted(here, xi, h))
 
     def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
         return alpha(x, move.x, here, h)
@@ -73,7 +79,7 @@ class MALA(ExactKernel):
         h: Float[Tensor, ""],
     ) -> Move:
         xi, uniform = draws
-        y = x - h * here.grad + (2 * h).sqrt() * xi
+        y = x + drifted(here, xi, h)
         there = energy(y)
         log_ratio = alpha(x, y, here, h) - alpha(y, x, there, h)
         return metropolis(log_ratio, uniform, (x, here.value), (y, there.value))

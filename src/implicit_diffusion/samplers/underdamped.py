@@ -14,14 +14,13 @@ N(0, 1 − h²/4).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_number
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers.kernel import Kernel, Move, Schedule, normals
 
@@ -43,9 +42,10 @@ class Underdamped(Kernel):
 
     def __init__(self, step_size: Schedule, friction: float = 1.0) -> None:
         super().__init__(step_size)
-        if not 0 < friction < math.inf:
-            raise InvalidInputError(f"friction must be positive and finite, got {friction}")
-        self.friction = friction
+        self.friction = check_number("friction", friction, 0.0)
+
+    def reach(self, h: float) -> float:
+        return h / 2
 
     def momentum(self, generator: torch.Generator, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
         return normals(generator, 1, x)[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -32,7 +33,7 @@ class Walkers(NamedTuple):
         log_weights: A, with shape (n,).
         log_z: log Z_θ less the log mean e^A of the present weights: carried over the resamplings.
         previous: where the last step came from, as `x`.
-        debt: its part of the increment, with shape (n,).
+        debt: its part of the increment, with shape (n,), in the widest dtype.
         h: its step size.
         lag: by how many deviations weighted and unweighted means differed when the weights were last given up.
     """
@@ -50,7 +51,8 @@ class Walkers(NamedTuple):
 def close(kernel: Kernel, walkers: Walkers, here: Energy) -> Walkers:
     """The weights under the θ of `here`: A ← A + debt − repay."""
     repaid = kernel.repay(walkers.previous, walkers.x, here, walkers.h)
-    return walkers._replace(log_weights=walkers.log_weights + walkers.debt - repaid)
+    closed = exact(walkers.log_weights) + exact(walkers.debt) - exact(repaid)
+    return walkers._replace(log_weights=closed.to(walkers.log_weights.dtype))
 
 
 def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:

@@ -1,26 +1,31 @@
 """Warm-up: find the step size at which a kernel accepts as often as it should.
 
-A stochastic approximation of the root of log h ↦ E[acceptance] − target (Robbins and Monro, 1951; Andrieu and Thoms,
-*A tutorial on adaptive MCMC*, 2008): log h moves by (acceptance − target)·k^{−1/2}, and its average over the second
-half is kept (Polyak and Ruppert).
+Where nearly all proposals are accepted, or nearly none, h is doubled, or halved, at every step until that changes: the
+search may begin in other units than the potential's. Then follows a stochastic approximation of the root of
+log h ↦ E[acceptance] − target (Robbins and Monro, 1951; Andrieu and Thoms, *A tutorial on adaptive MCMC*, 2008): log h
+moves by (acceptance − target)·k^{−1/2}, and its average over the second half is kept (Polyak and Ruppert).
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.potentials.energy import check_potential, energy_of
-from implicit_diffusion.samplers.kernel import Kernel
+from implicit_diffusion.particles import states
+from implicit_diffusion.potentials.energy import check_potential, coarse, energy_of, precision
+from implicit_diffusion.samplers.kernel import Kernel, Move
 
 K = TypeVar("K", bound=Kernel)
+DOUBLINGS = 100  # at most, of the step size or of its inverse
+MISSED = 0.1  # of the target, in acceptance, that is worth a word
 
 
 def warm_up(
@@ -39,7 +44,7 @@ def warm_up(
         potential: V under the θ to tune at.
         x: particles; the acceptance is averaged over them.
         noise: of the warm-up alone.
-        steps: of the search.
+        steps: of the approximation, after as many doublings as it takes.
         target: acceptance to aim at; by default the kernel's own, 0.574 for MALA (optimal scaling, Roberts and
             Rosenthal, 1998) and 0.8 for HMC.
 
@@ -47,9 +52,12 @@ def warm_up(
         InvalidInputError: a kernel that never rejects, or whose step size is a schedule; fewer than 20 steps; a target
             outside (0, 1); from `check_potential`.
         NonFiniteError: V became infinite at some of the particles.
+
+    It warns where the target is not met.
     """
     check_type("kernel", kernel, Kernel, "take MALA(0.1), say")
     check_type("noise", noise, Noise, "take Noise(0), say")
+    check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
     target = kernel.target_acceptance if target is None else target
     if kernel.target_acceptance is None or target is None:
         raise InvalidInputError(
@@ -60,25 +68,43 @@ def warm_up(
             "step_size is a function of the iteration, and warm-up finds a number; warm up a kernel with a number, and "
             "scale the schedule by what it finds"
         )
-    if steps < 20:
-        raise InvalidInputError(f"steps must be an integer ≥ 20, got {steps}")
-    if not 0 < target < 1:
-        raise InvalidInputError(f"target must lie in (0, 1), got {target}")
-    log_h, kept = math.log(kernel.step(0)), []
+    steps, target, x = check_integer("steps", steps, 20), check_number("target", target, 0.0, 1.0), states(x)
+
+    def step(x: Tensor, log_h: float, *key: int) -> tuple[Move, float]:
+        draws = tuple(d[0] for d in kernel.draws(noise.generator(*key, device=x.device), 1, x))
+        h = x.new_tensor(math.exp(log_h))
+        move = kernel.move(x, None, energy_of(potential, x), lambda y: energy_of(potential, y), draws, h)
+        assert move.acceptance is not None
+        return move, move.acceptance.nan_to_num(0.0).mean().item()
+
+    log_h, kept, few, many = math.log(kernel.step(0)), [], target / 2, (1 + target) / 2
     with eval_mode(potential):
         check_potential(potential, x)
+        if said := coarse(energy_of(potential, x).value, precision(potential, x)):
+            warnings.warn(said, stacklevel=2)
+        move, acceptance = step(x, log_h, 0, 0)
+        up = acceptance > many
+        for doublings in range(1, DOUBLINGS + 1):
+            if not (acceptance > many if up else acceptance < few):
+                break
+            x, log_h = move.x, log_h + (math.log(2) if up else -math.log(2))
+            move, acceptance = step(x, log_h, 0, doublings)
         for k in range(steps):
-            draws = tuple(d[0] for d in kernel.draws(noise.generator(k, device=x.device), 1, x))
-            h = x.new_tensor(math.exp(log_h))
-            move = kernel.move(x, None, energy_of(potential, x), lambda y: energy_of(potential, y), draws, h)
-            assert move.acceptance is not None
+            move, acceptance = step(x, log_h, k)
             x = move.x
-            acceptance = move.acceptance.nan_to_num(0.0).mean().item()
             log_h += (acceptance - target) / math.sqrt(k / 10 + 1)
             if 2 * k >= steps:
-                kept.append(log_h)
+                kept.append((log_h, acceptance))
     if move.energy is None or not move.energy.isfinite().all():  # NaN is never accepted, −∞ always
         raise NonFiniteError("warm-up: V is infinite at some of the particles; check that it is bounded below")
     tuned = copy.copy(kernel)
-    tuned.step_size = math.exp(sum(kept) / len(kept))
+    tuned.step_size = math.exp(sum(h for h, _ in kept) / len(kept))
+    reached = sum(acceptance for _, acceptance in kept) / len(kept)
+    if abs(reached - target) > MISSED:
+        warnings.warn(
+            f"warm-up did not reach its target: {reached:.0%} of the proposals were accepted on the way to the step "
+            f"size {tuned.step_size:.3g}, not {target:.0%}; take more steps, begin nearer, or check that the potential "
+            "confines the particles",
+            stacklevel=2,
+        )
     return tuned, x

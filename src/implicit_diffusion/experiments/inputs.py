@@ -1,0 +1,88 @@
+"""What a run reads: where it lies, whatever the working directory becomes, and what it holds.
+
+Paths are made absolute when a run begins, so that it is resumed from anywhere, and a reward that changes directory does
+not move it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from implicit_diffusion.denoisers.checkpoints import find_checkpoint
+from implicit_diffusion.experiments import reward_trust
+from implicit_diffusion.experiments.planar import LAWS
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.fingerprints import MODEL_FILES, fingerprint
+from implicit_diffusion.runs.provenance import record
+
+NAMES = {
+    "model": {"digits"},
+    "reference": {"digits"},
+    "data": {"digits", *LAWS},
+}  # that are no paths, whatever is there
+C = TypeVar("C")
+
+
+def absolute(config: C) -> C:
+    """A config whose paths are absolute: those of its `Path`s, and of the files and folders that a name stands for."""
+    changed: dict[str, Any] = {}
+    for field in fields(config):  # type: ignore[arg-type]  # a dataclass
+        value = getattr(config, field.name)
+        if isinstance(value, Path) or _is_place(field.name, value):
+            changed[field.name] = type(value)(Path(value).absolute())
+        elif field.name == "reward":
+            changed[field.name] = reward_trust.absolute(value)
+    return replace(config, **changed)  # type: ignore[type-var]
+
+
+def inputs(config: Any) -> dict[str, Any]:
+    """Fingerprints of model, reference, data and reward, as `record` and `verify` take them; shipped ones have none.
+
+    Raises:
+        InvalidInputError: there is no such model or reward, or a file that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for name in ("model", "reference"):
+        value = getattr(config, name, None)
+        if isinstance(value, Path) and value.is_dir():
+            found[name] = fingerprint(value, MODEL_FILES)
+        elif isinstance(value, str) and value not in NAMES[name]:
+            found[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
+    data, reward = getattr(config, "data", None), getattr(config, "reward", "")
+    if _is_place("data", data):
+        found["data"] = fingerprint(Path(str(data)))
+    if reward_trust.is_own(reward):
+        found["reward"] = fingerprint(reward_trust.code_of(reward).files)
+    return found
+
+
+def record_inputs(
+    directory: RunDirectory,
+    options: Any,
+    found: dict[str, Any],
+    *,
+    config: Any = None,
+    device: torch.device | None = None,
+) -> None:
+    """`record` for a run whose reward is loaded by now: what it has imported from beside it counts too.
+
+    Args:
+        directory: of the run.
+        options: of the run, with the name of its reward where it has one.
+        found: by `inputs`, before anything was loaded, and further ones.
+        config: as it goes into config.json; by default the options.
+        device: that the run computes on; None for the CPU.
+    """
+    if reward_trust.is_own(getattr(options, "reward", "")):
+        code = reward_trust.code_of(options.reward)
+        beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
+        found = found | ({"reward imports": fingerprint(beside)} if beside else {})
+    record(directory, options if config is None else config, found, device=device)
+
+
+def _is_place(name: str, value: object) -> bool:
+    return name in NAMES and isinstance(value, str) and value not in {"", *NAMES[name]} and Path(value).exists()

@@ -1,0 +1,190 @@
+"""Whether the code of a reward may run without being asked about.
+
+A reward is code. Who names it on the command line, or in Python, means it. A run directory names one as well, in its
+config.json, and that may come from anywhere: it runs only if this user has named the same code before, by place and
+sha256, and if it does not lie in the run directory. What was named is noted below
+
+    $XDG_STATE_HOME/implicit-diffusion/rewards/<sha256 of the place>/<sha256 of the code>
+
+by default ~/.local/state; with IMPLICIT_DIFFUSION_CACHE=off, or where nothing can be written, only for the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from implicit_diffusion.errors import InvalidInputError
+
+_named: set[tuple[str, str]] = set()  # place and sha256, in this process
+
+
+@dataclass(frozen=True)
+class Code:
+    """What runs when a reward is loaded, before anything of it has run.
+
+    Args:
+        name: of the reward, as it was given.
+        place: where it is, with its function.
+        files: with links resolved; for a module those of its packages too, and none where it is built in.
+        content: of the last file.
+        digest: sha256 of all of them.
+    """
+
+    name: str
+    place: str
+    files: tuple[Path, ...]
+    content: bytes
+    digest: str
+
+
+def is_own(name: str) -> bool:
+    """Whether a reward's name stands for code of the user's own, not for a shipped one."""
+    return ":" in name
+
+
+def absolute(name: str) -> str:
+    """FILE.py:function with the file's absolute path; other names as they are."""
+    place, _, function = name.rpartition(":")
+    return f"{Path(place).absolute()}:{function}" if place.endswith(".py") else name
+
+
+def short(name: str) -> str:
+    """A name for people, without the folder of its file."""
+    place, colon, function = name.rpartition(":")
+    return f"{Path(place).name}{colon}{function}"
+
+
+def code_of(name: str) -> Code:
+    """Find and read the code of "FILE.py:function" or "module:function", without running any of it.
+
+    Raises:
+        InvalidInputError: there is none.
+        OSError: it cannot be read.
+    """
+    place, _, function = name.rpartition(":")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise InvalidInputError(f"--reward: there is no file {place}")
+        files: tuple[Path, ...] = (Path(place).resolve(),)
+        where = str(files[0])
+    else:
+        files = _sources(place)
+        where = " ".join(["module", place, *map(str, files)])
+    contents = [file.read_bytes() for file in files]
+    digest = hashlib.sha256(b"".join(contents)).hexdigest()
+    return Code(name, f"{where}:{function}", files, contents[-1] if contents else b"", digest)
+
+
+def remember(code: Code) -> None:
+    """Note that this user has named this code."""
+    _named.add((code.place, code.digest))
+    folder = _folder()
+    if folder is not None:
+        with suppress(OSError):  # a home that cannot be written to
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / _hash(code.place)).mkdir(mode=0o700, exist_ok=True)
+            (folder / _hash(code.place) / code.digest).touch(mode=0o600)
+
+
+def check_trust(name: str, directory: Path) -> None:
+    """Refuse a reward that a run directory names, unless the user has named it before; nothing of it has run then.
+
+    Args:
+        name: as in config.json.
+        directory: of the run.
+
+    Raises:
+        InvalidInputError: code inside the directory, code that has changed, or that was never named; and no code.
+    """
+    if not is_own(name):
+        return
+    try:
+        code = code_of(name)
+    except OSError as error:
+        raise InvalidInputError(f"--reward {name} cannot be read: {error}") from error
+    inside = [file for file in code.files if file.is_relative_to(directory.resolve())]
+    known = _known(code.place)
+    if inside:
+        why = f"{inside[0]} lies inside the run directory"
+    elif code.digest in known:
+        return
+    elif known:
+        why = f"it has changed since you named it (its sha256 is {code.digest[:12]}… now)"
+    else:
+        kept = "" if _folder() else " (nothing is noted under IMPLICIT_DIFFUSION_CACHE=off)"
+        why = f"you have not named it on this machine before{kept}"
+    raise InvalidInputError(
+        f"{directory} names the reward {name}, which is code, and {why}. Look at it; if it may run, add --trust-reward"
+    )
+
+
+def loaded_with(code: Code) -> list[Path]:
+    """The files of a reward that is loaded: its own, and those of modules beside it, which it has imported."""
+    if not code.name.rpartition(":")[0].endswith(".py"):
+        return list(code.files)
+    folder, found = code.files[0].parent, set(code.files)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not isinstance(file, str) or name.partition(".")[0] == __name__.partition(".")[0]:
+            continue
+        with suppress(OSError, ValueError):
+            path = Path(file).resolve()
+            installed = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sys.base_prefix)
+            if path.is_relative_to(folder) and not installed and path.is_file():
+                found.add(path)
+    return sorted(found)
+
+
+def _known(place: str) -> set[str]:
+    """The digests under which code at a place has been named."""
+    known = {digest for named, digest in _named if named == place}
+    folder = _folder()
+    if folder is not None:
+        with suppress(OSError):
+            known |= {path.name for path in (folder / _hash(place)).iterdir()}
+    return known
+
+
+def _folder() -> Path | None:
+    if os.environ.get("IMPLICIT_DIFFUSION_CACHE") in ("", "off"):
+        return None
+    with suppress(RuntimeError):  # nobody's home
+        state = Path(os.environ.get("XDG_STATE_HOME", ""))
+        state = state if state.is_absolute() else Path.home() / ".local" / "state"
+        return state / "implicit-diffusion" / "rewards"
+    return None
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sources(module: str) -> tuple[Path, ...]:
+    """The files that an import of a module would run, those of its packages first."""
+    files, path, parts = [], None, module.split(".")
+    for i in range(len(parts)):
+        spec = _find(".".join(parts[: i + 1]), path)
+        if spec is None:
+            raise InvalidInputError(
+                f"--reward: no module {module!r}; run from its folder, or name it as FILE.py:function"
+            )
+        files += [Path(spec.origin).resolve()] if spec.origin and spec.has_location else []
+        path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    return tuple(files)
+
+
+def _find(name: str, path: list[str] | None) -> ModuleSpec | None:
+    """As `importlib.util.find_spec`, which would import the packages above."""
+    if "." in name and path is None:
+        return None
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        if spec is not None:
+            return spec
+    return None

@@ -1,0 +1,80 @@
+"""Files that came from elsewhere: read where they are what they should be, and refused in a line where they are not.
+
+A path may name anything: a pipe that never answers, a device that never ends, a folder, a file of terabytes; and JSON
+may be nested deeper than a parser's stack. What is read is a regular file of a bounded size, nested to a bounded depth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from implicit_diffusion.errors import InvalidInputError
+
+MOST_BYTES = 2**26  # the largest vocabularies of tokenizers take half of it
+DEEPEST = 64  # levels of lists and mappings
+LONGEST = 400  # characters of a library's own words in a message
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        InvalidInputError: it cannot be read, is a folder, a pipe or a device, or holds more than `most` bytes.
+    """
+    try:
+        # Without waiting: a pipe would wait here for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            refuse_unless_regular(path, os.fstat(descriptor).st_mode)
+            with open(descriptor, "rb", closefd=False) as file:
+                contents = file.read(most + 1)
+        finally:
+            os.close(descriptor)
+    except InvalidInputError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError for a path with a zero byte
+        raise InvalidInputError(f"{path} cannot be read ({one_line(error)})") from error
+    if len(contents) > most:
+        raise InvalidInputError(f"{path} is larger than the {most} bytes that are read of such a file")
+    return contents
+
+
+def refuse_unless_regular(path: Path, mode: int) -> None:
+    """Raise `InvalidInputError` unless `mode`, of its stat, is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise InvalidInputError(f"{path} is {kind}, and only regular files are read")
+
+
+def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InvalidInputError: as `read_bytes`; no JSON, none that is an object, or one of more than `DEEPEST` levels.
+    """
+    contents = read_bytes(path, most)
+    try:
+        value = json.loads(contents.decode("utf-8"))
+    except RecursionError:
+        raise InvalidInputError(f"{path} is nested deeper than {DEEPEST} levels") from None
+    except ValueError as error:  # no UTF-8, no JSON, a number of thousands of digits
+        raise InvalidInputError(f"{path} is no valid JSON ({one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"{path} holds a JSON {type(value).__name__}, and an object is needed")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise InvalidInputError(f"{path} is nested deeper than {DEEPEST} levels")
+
+
+def one_line(error: object) -> str:
+    """What an error of a library says, in one line of bounded length."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= LONGEST else words[:LONGEST] + " …"

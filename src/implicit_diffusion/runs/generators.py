@@ -1,0 +1,86 @@
+"""The global generators of torch, NumPy and Python: rewards of the user's own may draw from them.
+
+Nothing of ours does. Inside `Draws` they follow from the run's own noise, so that the same seed gives the same run
+whatever was drawn before, and outside they are the caller's, as they were. A checkpoint keeps their states.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicit_diffusion.noise import Noise
+
+GLOBAL = 2**31 + 1  # first key of what seeds them: beyond every trajectory, and beside loops.on_chain.TRIAL
+States = tuple[Tensor, Tensor | None, Any, Any]  # of torch, of the device, of NumPy, of Python
+
+
+class Draws:
+    """Global generators of a run's own: in place inside `with draws:`, the caller's again after it.
+
+    Only what may draw for the run belongs inside: a library that draws at its import, or for its screen, would shift
+    the numbers of one run and not of another.
+
+    Args:
+        noise: of the run.
+        key: another one gives other numbers.
+        device: beside the CPU, whose generator rewards may draw from.
+    """
+
+    def __init__(self, noise: Noise, *key: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        words = torch.randint(2**32, (16,), generator=noise.generator(GLOBAL, *key, 1)).tolist()
+        own = None if self.device.type == "cpu" else noise.generator(GLOBAL, *key, 2, device=device).get_state()
+        numpy, python = (
+            np.random.RandomState(words[:8]),
+            random.Random(sum(w << 32 * i for i, w in enumerate(words[8:]))),
+        )
+        self.states: States = (noise.generator(GLOBAL, *key, 3).get_state(), own, numpy.get_state(), python.getstate())
+        self.outside = self.states
+
+    def __enter__(self) -> None:
+        self.outside = self._get()
+        self._set(self.states)
+
+    def __exit__(self, *error: object) -> None:
+        self.states = self._get()
+        self._set(self.outside)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their states, as `save_state` keeps them."""
+        cpu, own, (kind, keys, position, has_gauss, gauss), (version, words, spare) = self.states
+        return {
+            "torch": cpu,
+            self.device.type: own,
+            "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+            "python": [version, torch.tensor(words), spare],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called; the generator of a device of another type begins anew."""
+        kind, keys, *rest = state["numpy"]
+        version, words, spare = state["python"]
+        own = state.get(self.device.type, self.states[1])
+        numpy, python = (kind, keys.numpy().astype(np.uint32), *rest), (version, tuple(words.tolist()), spare)
+        self.states = state["torch"], own, numpy, python
+
+    def _get(self) -> States:
+        own = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state(*self._name)
+        return torch.default_generator.get_state(), own, np.random.get_state(), random.getstate()  # noqa: NPY002
+
+    def _set(self, states: States) -> None:
+        cpu, own, numpy, python = states
+        torch.default_generator.set_state(cpu)
+        if own is not None:
+            torch.get_device_module(self.device).set_rng_state(own, *self._name)
+        np.random.set_state(numpy)  # noqa: NPY002
+        random.setstate(python)
+
+    @property
+    def _name(self) -> tuple[torch.device, ...]:
+        """What names the device to its module; that of Apple knows a single one."""
+        return () if self.device.type == "mps" else (self.device,)

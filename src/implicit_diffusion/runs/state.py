@@ -1,0 +1,160 @@
+"""A run so far, and its state on disk: all that the next update depends on, and what has been said about it.
+
+loop         θ, optimizer, noise keys, what is in flight
+callbacks    what each remembers
+verdict      the callback that stopped the run, and its reason: a run that has stopped does not train on
+generators   the global ones, which rewards of the user's own may draw from
+metrics      the last row, and the number of lines of metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.runs.checkpoint import check_finite, load_state, save_state
+from implicit_diffusion.runs.directory import RunDirectory
+from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.metrics import restore_metrics
+from implicit_diffusion.samplers.chain import Chain
+
+
+@dataclass
+class Fit:
+    """A run so far.
+
+    Args:
+        loop: the loop being driven.
+        metrics: of the latest update; callbacks may add to them before they are written.
+        seconds: spent in the loop's steps, callbacks and files left out.
+        stopped: why the run ended before its updates were made, if it did.
+        verdict: what the callbacks said to that, with the name of the one that stopped the run; it is kept with the
+            run, unlike an interrupt.
+        lines: of metrics.jsonl so far.
+        draws: the global generators that rewards of the user's own may draw from.
+    """
+
+    loop: Loop
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    stopped: str | None = None
+    verdict: tuple[str, str] | None = None
+    lines: int = 0
+    draws: Draws = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device)
+
+    @property
+    def updates(self) -> int:
+        """Updates of θ so far."""
+        return self.loop.update.updates
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model where there is an average, the present one elsewhere."""
+        ema = self.loop.update.ema
+        return self.loop.model if ema is None else ema.module
+
+    @property
+    def chain(self) -> Chain:
+        """The denoising chain of that model; only loops over chains have one."""
+        if not isinstance(self.loop, ChainLoop):
+            raise InvalidInputError(f"a {type(self.loop).__name__} samples from a potential: it has no denoising chain")
+        same = self.model is self.loop.model
+        return self.loop.chain if same else self.loop.chain.replace(denoiser=self.model)
+
+
+Callback = Callable[[Fit], str | None]
+
+
+def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True) -> None:
+    """Save all that the run goes on from.
+
+    Args:
+        state: of the run.
+        directory: of the run.
+        callbacks: those of the run.
+        known: whether the state replaces the one before at once. The numbers of an update are those before its step:
+            only the next update tells whether that step was sound, and then `directory.confirm()` replaces it.
+
+    Raises:
+        NonFiniteError: NaN or infinity in anything that is saved; the checkpoint before is kept.
+    """
+    if not all(p.isfinite().all() for p in state.loop.update.parameters):
+        raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
+    state.metrics = {k: v.item() if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in state.metrics.items()}
+    whole = {
+        "loop": state.loop.state_dict(),
+        "seconds": state.seconds,
+        "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in _stateful(callbacks)],
+        "verdict": state.verdict,
+        "metrics": state.metrics,
+        "lines": state.lines,
+        "generators": state.draws.state_dict(),
+    }
+    buffers = [name for name, _ in state.loop.model.named_buffers()]  # masks among them
+    try:
+        check_finite(whole, ("log_weights", *buffers, *(f"module.{name}" for name in buffers)))
+    except NonFiniteError as error:
+        raise NonFiniteError(f"after update {state.updates}: {error}") from error
+    save_state(directory.checkpoint if known else directory.unconfirmed, whole)
+    if known:
+        shutil.rmtree(directory.unconfirmed, ignore_errors=True)
+
+
+def unsound(state: Fit, callbacks: list[Callback]) -> str | None:
+    """The first reason that a callback gives against keeping the state."""
+    asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "unsound")]
+    return next(filter(None, (callback.unsound(state) for callback in asked)), None)
+
+
+def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
+    """Go on from the checkpoint, unless the loop is further; what an earlier version did not save begins anew."""
+    saved = load_state(directory.checkpoint)
+    behind = saved["loop"]["iteration"] < state.loop.iteration
+    state.seconds = saved["seconds"]
+    if not behind:
+        state.loop.load_state_dict(saved["loop"])
+        _remind(callbacks, saved.get("callbacks", []))
+        if "generators" in saved:
+            state.draws.load_state_dict(saved["generators"])
+        if saved.get("verdict") and saved["verdict"][0] in map(_name, callbacks):
+            state.verdict = saved["verdict"]
+            state.stopped = saved["verdict"][1]
+    rows = restore_metrics(directory, saved["loop"]["update"]["updates"], saved.get("lines"))
+    state.lines = len(rows)
+    state.metrics = saved.get("metrics") or next(reversed(rows), {})
+
+
+def _remind(callbacks: list[Callback], remembered: list[list[Any]]) -> None:
+    """Give every callback its state: the first one left of its class; one that was not there before begins anew."""
+    left = list(remembered)
+    for callback in _stateful(callbacks):
+        names = [name for name, _ in left]
+        if type(callback).__name__ in names:
+            callback.load_state_dict(left.pop(names.index(type(callback).__name__))[1])
+
+
+def verdict(state: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
+    """The first callback that stops the run, by name, and its reason."""
+    for callback in callbacks:
+        if reason := callback(state):
+            return _name(callback), reason
+    return None
+
+
+def _name(callback: Callback) -> str:
+    """Of a function, or of a callback's class."""
+    return getattr(callback, "__qualname__", type(callback).__name__)
+
+
+def _stateful(callbacks: list[Callback]) -> list[Any]:
+    return [callback for callback in callbacks if hasattr(callback, "state_dict")]

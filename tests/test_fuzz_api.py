@@ -1,0 +1,603 @@
+"""Every public function and constructor with one argument that is wrong: it works all the same, or says what is wrong.
+
+A call may return something that can be used as the right one is, or raise an error of ours. A bare error from somewhere
+inside says neither which argument it was nor what would work.
+"""
+
+import math
+import random
+import signal
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import implicit_diffusion as idf
+from implicit_diffusion.errors import ImplicitDiffusionError
+from implicit_diffusion.loops.bound import captured, gain, memory_of_start, possible
+from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops.memory import check_memory
+from implicit_diffusion.potentials.energy import check_potential
+from implicit_diffusion.samplers.simulate import simulate
+from tests import tiny
+
+CALLS, SEED, SECONDS = 1200, 0, 20
+
+X = torch.linspace(-1, 1, 48).view(24, 2) ** 3
+NOISE = idf.Noise(0)
+
+
+class Net(nn.Module):
+    """u(x, t), small."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([-0.5, 0.3]))
+
+    def forward(self, x, t, **condition):
+        return self.weight * x
+
+
+class V(nn.Module):
+    """A Gaussian that can be sampled."""
+
+    log_z = math.log(2 * math.pi)
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return (x - self.mean).square().sum(1) / 2
+
+    def sample(self, n, noise, *key):
+        return self.mean.detach() + noise.normal((n, 2), *key)
+
+
+def reward(x):
+    return -(x - 1).square().flatten(1).sum(1)
+
+
+def table():
+    return idf.ou_reverse_sde(3, 1.0)
+
+
+def chain():
+    return idf.Chain(Net(), table(), (2,))
+
+
+def objective():
+    return idf.Reward(reward) + 0.1 * idf.PathKL()
+
+
+def evaluation():
+    return idf.evaluate(chain(), reward, NOISE, starts=4, repeats=2)
+
+
+def steps(loop):
+    loop.step(), loop.step(), next(loop.run(3), None)
+    return loop
+
+
+class Call(NamedTuple):
+    """A function, its right arguments, and what is done with what it returns."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Callable[[], Any]]
+    use: Callable[[Any], Any] = lambda result: result
+
+
+def sgd(module):
+    """An optimizer of a module, or of another where there is none."""
+    own = list(module.parameters()) if isinstance(module, nn.Module) else []
+    return torch.optim.SGD(own or Net().parameters(), lr=0.01)
+
+
+def on_chain(kind, **more):
+    """A loop over a chain: the optimizer has to fit the network, so both are made together."""
+
+    def make(network, table, objective, optimizer, **rest):
+        chain = idf.Chain(network, table, (2,))
+        update = sgd(network) if isinstance(optimizer, str) else optimizer
+        return kind(chain, objective, update, **rest)
+
+    own = {"network": Net, "table": table, "objective": objective, "optimizer": lambda: "sgd"}
+    return Call(make, own | {"batch": lambda: 4, "noise": lambda: NOISE} | more, steps)
+
+
+def on_particles(kind, **more):
+    def make(potential, optimizer, **rest):
+        update = sgd(potential) if isinstance(optimizer, str) else optimizer
+        return kind(potential=potential, update=update, **rest)
+
+    own = {
+        "potential": V,
+        "optimizer": lambda: "sgd",
+        "kernel": lambda: idf.ULA(0.1),
+        "objective": lambda: idf.Reward(reward),
+        "particles": lambda: X,
+        "noise": lambda: NOISE,
+    }
+    return Call(make, own | more, steps)
+
+
+def method(make, name, use=lambda result: result, **arguments):
+    """A method of a fresh object."""
+    return Call(lambda **given: getattr(make(), name)(**given), arguments, use)
+
+
+def single(**more):
+    net = V()
+    return idf.Single(net, idf.ULA(0.1), idf.Reward(reward), sgd(net), particles=X, noise=NOISE, **more)
+
+
+def queue():
+    made = chain()
+    return idf.Queue(made, objective(), sgd(made.denoiser), batch=4, noise=NOISE)
+
+
+def kernel(kind, **more):
+    def use(made):
+        return [move.x for move in simulate(made, V(), X, NOISE, 2)]
+
+    return Call(kind, {"step_size": lambda: 0.1} | more, use)
+
+
+def term(kind, arguments, name="term"):
+    """A term of a stationary law, on the particles and under a loop."""
+
+    def use(made):
+        net = V()
+        return steps(idf.Single(net, idf.ULA(0.1), made, sgd(net), particles=X, noise=NOISE))
+
+    return Call(kind, arguments | {"name": lambda: name}, use)
+
+
+def denoise(made):
+    idf.Chain(made, table(), (2,)).sample(NOISE, 2)
+
+
+def ddpm():
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(clip_sample=False)
+
+
+def flow():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler()
+
+
+def column(value):
+    return lambda: torch.full((3,), value, dtype=torch.float64)
+
+
+def labelled(**condition):
+    made = idf.Drawn(**condition)
+    made(NOISE, 2, 0)
+    return made
+
+
+def guided(made):
+    idf.Chain(made, table(), (2,), condition=idf.Drawn("which", torch.arange(3))).sample(NOISE, 2)
+
+
+WHICH = {"columns": torch.zeros(3, 2)}
+TABLES = {
+    "a": column(1.0),
+    "b": column(0.1),
+    "s": column(0.2),
+    "m": column(1.0),
+    "t": lambda: torch.arange(3),
+    "h": column(0.1),
+    "initial_std": lambda: 1.0,
+    "name": lambda: "mine",
+}
+PREDICTION = {"mean": lambda: torch.zeros(2), "variance": lambda: 0.5, "prediction": lambda: "score"}
+SCHEDULED = {"scheduler": ddpm, "kind": lambda: "ddpm"}
+TUNED = {"potential": V, "x": lambda: X, "noise": lambda: NOISE}
+PLAIN = {"batch": lambda: 2, "index": lambda: 0, "noise": lambda: NOISE}
+BOUND = {"evaluation": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}
+BEFORE = {"before": evaluation, "after": evaluation, "beta": lambda: 0.5}
+
+PUBLIC = {
+    "HMC": kernel(idf.HMC, leapfrogs=lambda: 2),
+    "MALA": kernel(idf.MALA),
+    "ULA": kernel(idf.ULA),
+    "Underdamped": kernel(idf.Underdamped, friction=lambda: 1.0),
+    "power_law": Call(
+        idf.power_law, {"scale": lambda: 0.1, "exponent": lambda: 0.3}, lambda made: kernel(idf.ULA).use(idf.ULA(made))
+    ),
+    "MMD": term(idf.MMD, {"data": lambda: X + 1, "kernel": lambda: None}),
+    "Sinkhorn": term(idf.Sinkhorn, {"data": lambda: X + 1, "epsilon": lambda: 1.0}),
+    "ForwardKL": term(idf.ForwardKL, {"data": lambda: X + 1, "batch": lambda: 4}),
+    "ReverseKL": term(idf.ReverseKL, {"potential": V, "log_z": lambda: 0.0}),
+    "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": V}),
+    "Reward": term(idf.Reward, {"function": lambda: reward}),
+    "Functional": term(idf.Functional, {"function": lambda: lambda x, w: (w @ x - 1).square().sum()}),
+    "gaussian_kernel": Call(idf.gaussian_kernel, {"bandwidth": lambda: 1.0}, lambda made: made(X, X)),
+    "Objective": Call(idf.Objective, {"terms": lambda: ((1.0, idf.Reward(reward)),)}, repr),
+    "Objective.with_weight": method(objective, "with_weight", repr, kind=lambda: idf.PathKL, weight=lambda: 0.3),
+    "Objective.weight": method(objective, "weight", kind=lambda: idf.PathKL),
+    "sum": Call(lambda other: idf.PathKL() + other, {"other": lambda: idf.Reward(reward)}, repr),
+    "product": Call(lambda weight: weight * idf.PathKL(), {"weight": lambda: 0.5}, repr),
+    "Adjoint": Call(
+        lambda **given: idf.Adjoint()(**given),
+        {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
+    ),
+    "FullBackprop": Call(
+        lambda **given: idf.FullBackprop()(**given),
+        {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
+    ),
+    "Queue": on_chain(idf.Queue, stride=lambda: 1),
+    "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "Single": on_particles(
+        idf.Single,
+        order=lambda: "paper",
+        compiled=lambda: False,
+        iterations=lambda: 1,
+        weighted=lambda: False,
+        lag=lambda: False,
+    ),
+    "NestedParticles": on_particles(idf.NestedParticles, inner_steps=lambda: 2, begin=lambda: "initial"),
+    "Unrolled": on_particles(idf.Unrolled, unrolled_steps=lambda: 2),
+    "refresh": method(single, "refresh", particles=lambda: idf.Particles(X)),
+    "load_state_dict": method(single, "load_state_dict", state=lambda: single().state_dict()),
+    "load_state_dict of a queue": method(queue, "load_state_dict", state=lambda: queue().state_dict()),
+    "run": method(queue, "run", next, updates=lambda: 2),
+    "Update": Call(
+        lambda optimizer, **given: idf.Update(sgd(Net()) if isinstance(optimizer, str) else optimizer, **given),
+        {
+            "optimizer": lambda: "sgd",
+            "schedule": lambda: None,
+            "max_grad_norm": lambda: 1.0,
+            "ema_decay": lambda: 0.9,
+            "accumulate": lambda: 2,
+        },
+    ),
+    "Update in a loop": on_particles(
+        lambda update, max_grad_norm, ema_decay, accumulate, **rest: idf.Single(
+            update=idf.Update(update, max_grad_norm=max_grad_norm, ema_decay=ema_decay, accumulate=accumulate), **rest
+        ),
+        max_grad_norm=lambda: 1.0,
+        ema_decay=lambda: 0.9,
+        accumulate=lambda: 1,
+    ),
+    "predict_memory": Call(idf.predict_memory, {"loop": queue}, str),
+    "check_memory": Call(
+        check_memory,
+        {"memory": lambda: idf.predict_memory(queue()), "device": lambda: "cpu", "available": lambda: 10**9},
+    ),
+    "evaluate": Call(
+        idf.evaluate,
+        {
+            "chain": chain,
+            "reward": lambda: reward,
+            "noise": lambda: NOISE,
+            "starts": lambda: 4,
+            "repeats": lambda: 2,
+            "chunk": lambda: 4,
+            "progress": lambda: lambda done: None,
+        },
+        lambda made: made.objective(0.5),
+    ),
+    "Evaluation.objective": method(evaluation, "objective", beta=lambda: 0.5),
+    "mean_and_error": Call(mean_and_error, {"values": lambda: torch.rand(4, 2)}),
+    "bound": Call(idf.bound, BOUND),
+    "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
+    "captured": Call(captured, BEFORE),
+    "possible": Call(possible, BEFORE),
+    "memory_of_start": Call(memory_of_start, {"values": lambda: torch.rand(4, 2)}),
+    "advice": Call(
+        idf.advice,
+        {"loop": single, "metrics": dict, "history": lambda: torch.rand(20, 4)},
+    ),
+    "signal_to_noise": Call(idf.signal_to_noise, {"loop": single, "groups": lambda: 4}),
+    "r_hat": Call(idf.r_hat, {"values": lambda: torch.rand(20, 4)}),
+    "ess_in_time": Call(idf.ess_in_time, {"values": lambda: torch.rand(20, 4)}),
+    "Noise": Call(idf.Noise, {"seed": lambda: 1, "prefix": lambda: (1, 2)}, lambda made: made.normal((2,), 1)),
+    "Noise.normal": Call(
+        lambda shape, key, device, dtype: NOISE.normal(shape, key, device=device, dtype=dtype),
+        {"shape": lambda: (2, 3), "key": lambda: 1, "device": lambda: "cpu", "dtype": lambda: torch.float32},
+    ),
+    "Noise.stream": Call(lambda key: NOISE.stream(key), {"key": lambda: 1}, lambda made: made.normal((2,))),
+    "Noise.generator": Call(
+        lambda key, device: NOISE.generator(key, device=device), {"key": lambda: 1, "device": lambda: "cpu"}
+    ),
+    "Particles": Call(
+        idf.Particles, {"x": lambda: X, "log_weights": lambda: torch.zeros(24)}, lambda made: (made.weights, made.ess)
+    ),
+    "Chain": Call(
+        idf.Chain,
+        {
+            "denoiser": Net,
+            "table": table,
+            "event_shape": lambda: (2,),
+            "reference": Net,
+            "pretrained_rows": lambda: (0,),
+            "condition": lambda: None,
+        },
+        lambda made: (made.sample(NOISE, 2), made.pretrained().trajectory(NOISE, 2)),
+    ),
+    "Chain under a condition": Call(
+        lambda **given: idf.Chain(Net(), table(), (2,), **given),
+        {"condition": lambda: idf.Drawn("label", torch.arange(3))},
+        lambda made: made.sample(NOISE, 2),
+    ),
+    "Chain.sample": method(chain, "sample", **PLAIN),
+    "Chain.trajectory": method(chain, "trajectory", **PLAIN),
+    "Chain.initial": method(chain, "initial", **PLAIN),
+    "Chain.endpoint": method(chain, "endpoint", x=lambda: X, noise=lambda: NOISE, index=lambda: 0, repeats=lambda: 1),
+    "Chain.replace": method(
+        chain, "replace", lambda made: made.sample(NOISE, 2), denoiser=Net, pretrained_rows=lambda: (1,)
+    ),
+    "ChainTable": Call(idf.ChainTable, TABLES, lambda made: (made.unscaled(), made.noiseless(), made.to_dict())),
+    "ChainTable.from_dict": Call(
+        idf.ChainTable.from_dict, {"saved": lambda: table().to_dict()}, lambda made: made.unscaled()
+    ),
+    "ChainTable.agrees_with": method(table, "agrees_with", other=table, tolerance=lambda: 1e-3),
+    "ChainTable.noiseless": method(table, "noiseless", tolerance=lambda: 1e-4),
+    "ou_reverse_sde": Call(
+        idf.ou_reverse_sde, {"num_steps": lambda: 3, "horizon": lambda: 1.0, "prediction": lambda: "score"}
+    ),
+    "ou_probability_flow": Call(
+        idf.ou_probability_flow, {"num_steps": lambda: 3, "horizon": lambda: 1.0, "prediction": lambda: "score"}
+    ),
+    "GaussianDenoiser.ornstein_uhlenbeck": Call(idf.GaussianDenoiser.ornstein_uhlenbeck, PREDICTION, denoise),
+    "GaussianDenoiser.from_scheduler": Call(
+        idf.GaussianDenoiser.from_scheduler, PREDICTION | {"scheduler": ddpm, "prediction": lambda: "epsilon"}, denoise
+    ),
+    "GaussianDenoiser": Call(
+        idf.GaussianDenoiser, PREDICTION | {"marginal": lambda: lambda t: (torch.exp(-t), torch.exp(-t))}, denoise
+    ),
+    "read_table": Call(idf.read_table, {"scheduler": ddpm, "num_steps": lambda: 3, "mu": lambda: None}),
+    "read_table with options": Call(
+        lambda option: idf.read_table(idf.scheduler_for(ddpm(), "ddim"), 3, eta=option), {"option": lambda: 1.0}
+    ),
+    "memoryless_flow": Call(idf.memoryless_flow, {"scheduler": flow, "num_steps": lambda: 3, "mu": lambda: None}),
+    "default_kind": Call(idf.default_kind, {"scheduler": ddpm}),
+    "scheduler_for": Call(
+        idf.scheduler_for,
+        SCHEDULED | {"clip": lambda: False, "spacing": lambda: "trailing"},
+        lambda made: idf.read_table(made, 3),
+    ),
+    "table_for": Call(idf.table_for, SCHEDULED | {"num_steps": lambda: 3, "eta": lambda: 1.0}),
+    "Drawn": Call(labelled, {"name": lambda: "label", "values": lambda: torch.arange(3)}),
+    "Embedded": Call(idf.Embedded, {"denoiser": Net, "table": lambda: dict(WHICH), "name": lambda: "which"}, guided),
+    "ClassifierFree": Call(
+        idf.ClassifierFree, {"denoiser": Net, "scale": lambda: 2.0, "null": lambda: {"which": 0}}, guided
+    ),
+    "DiffusersDenoiser": Call(
+        idf.DiffusersDenoiser,
+        {"model": lambda: tiny.unet(**tiny.PLAIN)},
+        lambda made: idf.Chain(made, table(), (1, 8, 8)).sample(NOISE, 2),
+    ),
+    "add_lora": Call(
+        idf.add_lora,
+        {
+            "network": lambda: tiny.unet(**tiny.PLAIN),
+            "rank": lambda: 2,
+            "noise": lambda: NOISE,
+            "targets": lambda: None,
+        },
+    ),
+    "WithoutAdapter": Call(idf.WithoutAdapter, {"denoiser": Net}, denoise),
+    "merged": Call(idf.merged, {"denoiser": lambda: idf.DiffusersDenoiser(tiny.unet(**tiny.PLAIN))}),
+    "checkpoint_activations": Call(idf.checkpoint_activations, {"network": lambda: tiny.unet(**tiny.PLAIN)}),
+    "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
+    "save_pipeline": Call(
+        lambda **given: idf.save_pipeline(**given),
+        {
+            "folder": lambda: "folder",
+            "denoiser": lambda: idf.DiffusersDenoiser(tiny.unet(**tiny.PLAIN)),
+            "scheduler": ddpm,
+            "card": lambda: "Mine.",
+            "original": lambda: None,
+        },
+    ),
+    "embed_prompts": Call(
+        idf.embed_prompts,
+        {
+            "checkpoint": lambda: idf.load_pretrained("digits").checkpoint,
+            "network": Net,
+            "prompts": lambda: ["a"],
+            "device": lambda: torch.device("cpu"),
+        },
+    ),
+    "GaussianMixture": Call(
+        idf.GaussianMixture,
+        {"means": lambda: torch.eye(2), "logits": lambda: torch.zeros(2), "std": lambda: 1.0},
+        lambda made: (made(X), made.sample(3, NOISE)),
+    ),
+    "GaussianMixture.sample": method(
+        lambda: idf.GaussianMixture(torch.eye(2)), "sample", n=lambda: 3, noise=lambda: NOISE
+    ),
+    "Guided": Call(
+        idf.Guided,
+        {"potential": V, "reward": lambda: reward, "weight": lambda: 0.5},
+        lambda made: check_potential(made, X),
+    ),
+    "Tilted": Call(
+        idf.Tilted,
+        {"network": lambda: idf.mlp(2, NOISE, width=4), "event_shape": lambda: (2,)},
+        lambda made: (check_potential(made, X), made.sample(3, NOISE)),
+    ),
+    "Tilted.sample": method(
+        lambda: idf.Tilted(idf.mlp(2, NOISE, width=4), (2,)), "sample", n=lambda: 3, noise=lambda: NOISE
+    ),
+    "Tilted.tempered": method(
+        lambda: idf.Tilted(idf.mlp(2, NOISE, width=4), (2,)), "tempered", lambda made: made(X), t=lambda: 0.5
+    ),
+    "mlp": Call(
+        idf.mlp,
+        {"dimension": lambda: 2, "noise": lambda: NOISE, "width": lambda: 4, "depth": lambda: 2},
+        lambda made: made(X),
+    ),
+    "conv": Call(
+        idf.conv,
+        {"event_shape": lambda: (1, 8, 8), "noise": lambda: NOISE, "width": lambda: 2},
+        lambda made: made(torch.zeros(2, 1, 8, 8)),
+    ),
+    "warm_up": Call(
+        idf.warm_up, {"kernel": lambda: idf.MALA(0.1)} | TUNED | {"steps": lambda: 20, "target": lambda: 0.5}
+    ),
+    "Followers": Call(
+        idf.Followers,
+        {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"groups": lambda: 4, "log_z": lambda: 0.0},
+        lambda made: (made.step(V()), made.log_z(V())),
+    ),
+    "annealed": Call(
+        idf.annealed,
+        {
+            "path": lambda: lambda t: V(),
+            "kernel": lambda: idf.ULA(0.1),
+            "n": lambda: 16,
+            "noise": lambda: NOISE,
+            "steps": lambda: 3,
+            "groups": lambda: 4,
+        },
+        lambda made: made.log_z(V()),
+    ),
+    "simulate": Call(simulate, {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"steps": lambda: 3}, list),
+    "check_potential": Call(check_potential, {"potential": V, "x": lambda: X}),
+}
+
+# Public names that are no calls of their own: errors, results, and terms without arguments.
+RESULTS = {
+    *(name for name in idf.__all__ if isinstance(getattr(idf, name), type) and name.endswith("Error")),
+    *("Bound", "Evaluation", "Pretrained", "PathKL", "DriftPenalty"),
+}
+
+
+def raises(x, *more):
+    raise KeyError("broken")
+
+
+ANY = {
+    "None": lambda: None,
+    "word": lambda: "nonsense",
+    "empty word": lambda: "",
+    "bytes": lambda: b"x",
+    "3": lambda: 3,
+    "0": lambda: 0,
+    "-1": lambda: -1,
+    "0.5": lambda: 0.5,
+    "1e300": lambda: 1e300,
+    "nan": lambda: math.nan,
+    "inf": lambda: math.inf,
+    "2**70": lambda: 2**70,
+    "True": lambda: True,
+    "1j": lambda: 1j,
+    "[]": list,
+    "[1, 2]": lambda: [1, 2],
+    "['a']": lambda: ["a"],
+    "{}": dict,
+    "{'a': 1}": lambda: {"a": 1},
+    "(-1, 0)": lambda: (-1, 0),
+    "class": lambda: idf.ULA,
+    "module": lambda: math,
+    "object": object,
+    "noise": lambda: idf.Noise(1),
+    "array": lambda: np.ones((4, 2)),
+    "numpy number": lambda: np.float64(0.5),
+    "nn.Module()": nn.Module,
+    "layer": lambda: nn.Linear(7, 5),
+    "identity": nn.Identity,
+    "f()": lambda: lambda: 0,
+    "f → None": lambda: lambda *given, **named: None,
+    "f → word": lambda: lambda *given, **named: "nonsense",
+    "f → argument": lambda: lambda given, *more, **named: given,
+    "f → number": lambda: lambda *given, **named: 1.0,
+    "f raises": lambda: raises,
+    "tensor": lambda: torch.ones(5, 7, 1),
+    "tensor of one": lambda: torch.tensor(1.0),
+    "empty tensor": lambda: torch.zeros(0, 2),
+    "vector": lambda: torch.ones(4),
+    "double": lambda: torch.ones(4, 2, dtype=torch.float64),
+    "half": lambda: torch.ones(4, 2).half(),
+    "integers": lambda: torch.ones(4, 2, dtype=torch.long),
+    "complex": lambda: torch.ones(4, 2, dtype=torch.complex64),
+    "meta": lambda: torch.ones(4, 2, device="meta"),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "nan tensor": lambda: torch.full((4, 2), math.nan),
+}
+OF_TENSORS = {  # of the right argument itself
+    "half of itself": lambda x: x.half(),
+    "double of itself": lambda x: x.double() if x.dtype != torch.float64 else x.float(),
+    "integers of itself": lambda x: x.long() if x.is_floating_point() else x.float(),
+    "itself on meta": lambda x: x.to("meta"),
+    "one more dimension": lambda x: x[None],
+    "one less dimension": lambda x: x[0],
+    "nothing of itself": lambda x: x[:0],
+    "one of itself": lambda x: x[:1],
+    "itself with NaN": lambda x: x * math.nan if x.is_floating_point() else -x,
+    "itself with a gradient": lambda x: x.clone().requires_grad_() if x.is_floating_point() else x.bool(),
+}
+
+
+def cases():
+    for name, call in PUBLIC.items():
+        for argument, right in call.arguments.items():
+            for kind, wrong in ANY.items():
+                yield name, argument, kind, wrong
+            value = right()
+            if isinstance(value, torch.Tensor) and value.ndim:
+                for kind, change in OF_TENSORS.items():
+                    yield name, argument, kind, lambda change=change, value=value: change(value)
+
+
+@contextmanager
+def limited(seconds):
+    def ring(number, frame):
+        raise TimeoutError(f"still at work after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(name, argument, wrong):
+    """None where the call works or is refused by us; else what came out of it."""
+    call = PUBLIC[name]
+    given = {key: (wrong if key == argument else right)() for key, right in call.arguments.items()}
+    try:
+        with limited(SECONDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call.use(call.function(**given))
+    except ImplicitDiffusionError as error:
+        return None if "\n" not in str(error) else f"{type(error).__name__} of several lines"
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:120]}"
+    return None
+
+
+def test_the_table_holds_all_that_is_public():
+    assert set(idf.__all__) - RESULTS == set(PUBLIC) & set(idf.__all__)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_right_arguments_are_right(name, as_users_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = PUBLIC[name]
+    if name == "embed_prompts":  # digits have no prompts
+        return
+    call.use(call.function(**{key: right() for key, right in call.arguments.items()}))
+
+
+@pytest.mark.slow
+def test_wrong_arguments_are_refused_by_name(as_users_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = random.Random(SEED).sample(list(cases()), CALLS)
+    found = {f"{name}({argument}={kind})": outcome(name, argument, wrong) for name, argument, kind, wrong in chosen}
+    assert {call: error for call, error in found.items() if error} == {}

@@ -1,0 +1,63 @@
+"""Importing: from several threads at once, name by name, and all the names that packages promise."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGES = ["", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers"]
+
+IN_THREADS = """
+import importlib, random, sys, threading
+from importlib.util import find_spec
+from pathlib import Path
+
+root = Path(find_spec("implicit_diffusion").origin).parent
+files = [file.relative_to(root).with_suffix("") for file in root.rglob("*.py") if file.name != "__main__.py"]
+names = [".".join(("implicit_diffusion", *file.parts)).removesuffix(".__init__") for file in files]
+random.Random(int(sys.argv[1])).shuffle(names)
+gate, failed = threading.Barrier(16), []
+
+def load(mine):
+    gate.wait()
+    for name in mine:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            failed.append(f"{name}: {error!r}")
+
+threads = [threading.Thread(target=load, args=(names[i::16],)) for i in range(16)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+assert len(names) > 100
+print(failed)
+"""
+
+
+@pytest.mark.parametrize("order", range(2))
+def test_threads_may_import_whatever_they_want_at_once(order):
+    """Each thread takes the lock of a submodule first, and then needs the packages around it."""
+    found = subprocess.run([sys.executable, "-c", IN_THREADS, str(order)], capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout.strip()) == (0, "[]"), found.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_keep_their_promises(package):
+    module = importlib.import_module(f"implicit_diffusion{package}")
+    for name in module.__all__:
+        found = getattr(module, name)
+        assert found is getattr(module, name) and name in dir(module)
+        if hasattr(found, "__module__") and not isinstance(found, dict):
+            assert found.__name__ == name and found.__module__.startswith("implicit_diffusion")
+    with pytest.raises(AttributeError, match=f"module 'implicit_diffusion{package}' has no attribute 'Quue'"):
+        module.Quue  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Quue'"):
+        exec(f"from implicit_diffusion{package} import Quue")
+
+
+def test_packages_lead_to_what_lies_in_them():
+    program = (
+        "import implicit_diffusion as idf; print(idf.loops.bound.bound is idf.bound, idf.errors.InvalidInputError)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stdout.split(" ", 1)[0] == "True", found.stderr
