@@ -6,6 +6,7 @@ no option expects. What a line may do is written in `verdict`. Prints one JSON o
 """
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -27,10 +28,40 @@ WRITTEN = 64 << 20  # bytes of one file
 INTEGERS = ["0", "1", "2", "3", "5", "8", "16", "-1", "-3", "1000000000000", "9" * 30]
 SMALL = ["0", "1", "2", "3", "-1"]  # of options that lengthen a run
 FLOATS = ["0", "1", "0.5", "1e-3", "1e-12", "2", "30", "1e6", "1e300", "-1", "nan", "inf", "-inf", "1e999"]
-STRANGE = ["", " ", "x", "None", "-", "nan", "😀", "\udcff", "x" * 300, "x" * 5000, "a b", "<b>", "a\nb", "../x", "~", "1,2"]
-PLACES = ["", ".", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "/proc/nowhere", "x" * 300, "\udcff", "file.txt", "file.txt/below"]
-COSTLY = {"compile", "help"}  # the compiler takes minutes, and has tests of its own
-LENGTHS = {"steps", "updates", "num_steps", "starts", "seeds", "judge_steps", "samples", "particles", "batch", "accumulate", "num", "leapfrogs", "chains", "stride", "width", "channels"}
+STRANGE = [
+    "",
+    " ",
+    "x",
+    "None",
+    "-",
+    "nan",
+    "😀",
+    chr(0xDCFF),
+    "x" * 300,
+    "x" * 5000,
+    "a b",
+    "<b>",
+    "a\nb",
+    "../x",
+    "~",
+    "1,2",
+]
+PLACES = [
+    "",
+    ".",
+    "/",
+    "/dev/null",
+    "/dev/zero",
+    "/proc/self/mem",
+    "/proc/nowhere",
+    "x" * 300,
+    chr(0xDCFF),
+    "file.txt",
+    "file.txt/below",
+]
+COSTLY = {"compile", "compare"}  # these take minutes, and have tests of their own
+LENGTHS = {"steps", "updates", "num_steps", "seeds", "judge_steps", "accumulate", "leapfrogs", "chains"}
+SIZES = {"starts", "samples", "particles", "batch", "num", "width", "channels"}
 
 
 def options_of(config: type) -> dict[str, object]:
@@ -57,12 +88,15 @@ def values(kind: object, name: str, draws: random.Random, files: list[str]) -> l
     if kind is bool:
         return []
     if kind is int:
-        return [draws.choice(SMALL if name in LENGTHS and draws.random() < 0.8 else INTEGERS)]
+        small = name in LENGTHS or (name in SIZES and draws.random() < 0.5)
+        return [draws.choice(SMALL if small else INTEGERS)]
     if kind is float:
         return [draws.choice(FLOATS)]
     if kind is Path:
         return [draws.choice(PLACES + files)]
-    return [draws.choice(STRANGE + PLACES + files + ["cpu", "meta", "cuda:7", "digits", "moons", "brightness", "digit-3"])]
+    return [
+        draws.choice(STRANGE + PLACES + files + ["cpu", "meta", "cuda:7", "digits", "moons", "brightness", "digit-3"])
+    ]
 
 
 def configurations() -> dict[str, type]:
@@ -82,27 +116,26 @@ def configurations() -> dict[str, type]:
 
     found = {"hexagon": hexagon_arms, "recovery": recovery, "score": score, "tilt": tilt, "sample": sample}
     found |= {"finetune": finetune_config, "pretrain": pretrain_config, "ebm": ebm_config, "sweep": sweep}
-    return {name: module.Config for name, module in found.items()} | {"resume": cli.Resume}
+    return {name: module.Config for name, module in found.items()} | {"resume": cli.Resume, "report": cli.Report}
 
 
-def bases(root: Path) -> dict[str, list[str]]:
-    """A valid line of every command, on what `prepare` has made."""
-    tiny, energy, out = str(root / "tiny"), str(root / "energy/model"), str(root / "out")
-    short = ["--reward", "brightness", "--num-steps", "3", "--batch", "2", "--updates", "2", "--starts", "4"]
-    chain = ["--model", tiny, *short, "--device", "cpu"]
-    return {
-        "finetune": [*chain, "--out", out],
-        "sweep": ["--kl-weights", "1", "2", *chain, "--out", out],
-        "sample": ["--model", tiny, "--num", "2", "--num-steps", "2", "--out", str(root / "grid.png"), "--device", "cpu"],
-        "pretrain": ["--data", str(root / "images"), "--steps", "2", "--batch", "2", "--chains", "2", "--samples", "4", "--channels", "8", "8", "--out", out, "--device", "cpu"],
-        "ebm": ["--data", "moons", "--steps", "3", "--particles", "16", "--judge-steps", "4", "--width", "8", "--out", out],
-        "score": ["--model", energy, "--data", str(root / "plane.npy")],
-        "tilt": ["--model", energy, "--kl-weights", "1", "--steps", "2", "--particles", "16", "--seeds", "1", "--out", out],
-        "hexagon": ["--steps", "3", "--particles", "16", "--seeds", "1", "--out", out],
-        "recovery": ["--steps", "501", "--particles", "16", "--seeds", "1", "--out", out],
-        "resume": [str(root / "run")],
-        "report": [str(root / "run")],
-    }  # fmt: skip
+def bases() -> dict[str, list[str]]:
+    """A valid line of every command, run where `prepare` has made what it names."""
+    chain = "--model tiny --reward brightness --num-steps 3 --batch 2 --updates 2 --starts 4 --device cpu --out out"
+    lines = {
+        "finetune": chain,
+        "sweep": f"--kl-weights 1 2 {chain}",
+        "sample": "--model tiny --num 2 --num-steps 2 --out grid.png --device cpu",
+        "pretrain": "--data images --steps 2 --batch 2 --chains 2 --samples 4 --channels 8 8 --out out --device cpu",
+        "ebm": "--data moons --steps 3 --particles 16 --judge-steps 4 --width 8 --out out",
+        "score": "--model energy/model --data plane.npy",
+        "tilt": "--model energy/model --kl-weights 1 --steps 2 --particles 16 --seeds 1 --out out",
+        "hexagon": "--steps 3 --particles 16 --seeds 1 --out out",
+        "recovery": "--steps 501 --particles 16 --seeds 1 --out out",
+        "resume": "run",
+        "report": "run",
+    }
+    return {command: line.split() for command, line in lines.items()}
 
 
 def prepare(root: Path) -> None:
@@ -126,19 +159,18 @@ def prepare(root: Path) -> None:
         "def first(x):\n    return x.flatten(1)[:, 0]\n\ndef fails(x):\n    raise RuntimeError('no')\n"
         "def nan(x):\n    return x.flatten(1).mean(1) * float('nan')\n\nnumber = 3\n"
     )
-    lines = bases(root)
+    lines = bases()
     for command, out in (("finetune", "run"), ("ebm", "energy")):
-        line = [str(root / out) if word == str(root / "out") else word for word in lines[command]]
-        assert main([command, *line]) == 0
+        assert main([command, *(out if word == "out" else word for word in lines[command])]) == 0
 
 
-def lines(root: Path, seed: int, count: int) -> Iterator[list[str]]:
+def lines(seed: int, count: int) -> Iterator[list[str]]:
     """Command lines, drawn from the seed."""
     draws = random.Random(seed)
     configs = configurations()
-    valid = bases(root)
-    files = [str(root / name) for name in ("tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model")]
-    files += [f"{root / 'rewards.py'}:{name}" for name in ("first", "fails", "nan", "number", "missing")]
+    valid = bases()
+    files = "tiny images plane.npy line.npy rewards.py file.txt energy/model run run/model".split()
+    files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing")]
     names = [name for name in valid if name in configs]
     cheap = {"hexagon": 1, "recovery": 1, "sweep": 2, "pretrain": 2}  # these take longest
     weights = [cheap.get(name, 4) for name in names]
@@ -167,15 +199,25 @@ def _set(line: list[str], name: str, words: list[str]) -> list[str]:
 
 def attempt(line: list[str], root: Path) -> tuple[int, str, str]:
     """Exit status (negative for a signal), output and error output of a line, in a forked process."""
-    out, err = (tempfile.TemporaryFile() for _ in range(2))
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        status = _forked(line, root, out.fileno(), err.fileno())
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+    return status, *texts
+
+
+def _forked(line: list[str], root: Path, out: int, err: int) -> int:
+    code = 1
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         try:
             os.setsid()
             os.chdir(root)
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
+            os.dup2(out, 1)
+            os.dup2(err, 2)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
             from implicit_diffusion.cli import main
@@ -200,12 +242,8 @@ def attempt(line: list[str], root: Path) -> tuple[int, str, str]:
     if status is None:
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        status = -9
-    texts = []
-    for stream in (out, err):
-        stream.seek(0)
-        texts.append(stream.read().decode(errors="replace"))
-    return status, *texts
+        status = -signal.SIGKILL
+    return status
 
 
 def _wait(child: int, seconds: float) -> int | None:
@@ -266,15 +304,18 @@ def main(seed: int, count: int) -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        os.chdir(root)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             prepare(root)
         kept = {path.name for path in root.iterdir()}
-        for line in lines(root, seed, count):
+        for line in lines(seed, count):
             start = time.monotonic()
             status, out, err = attempt(line, root)
             reason = verdict(status, out, err, root)
             if "-v" in sys.argv:
-                print(f"{time.monotonic() - start:5.1f} s  {status}  {line}  {err.strip().splitlines()[-1:]}", flush=True)
+                print(
+                    f"{time.monotonic() - start:5.1f} s  {status}  {line}  {err.strip().splitlines()[-1:]}", flush=True
+                )
             if reason:
                 wrong += 1
                 print(json.dumps({"reason": reason, "line": line, "status": status, "err": err[-3000:]}), flush=True)
