@@ -169,7 +169,7 @@ def lines(seed: int, count: int) -> Iterator[list[str]]:
     draws = random.Random(seed)
     configs = configurations()
     valid = bases()
-    files = "tiny images plane.npy line.npy rewards.py file.txt energy/model run run/model".split()
+    files = ["tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model"]
     files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing")]
     names = [name for name in valid if name in configs]
     cheap = {"hexagon": 1, "recovery": 1, "sweep": 2, "pretrain": 2}  # these take longest
