@@ -41,17 +41,15 @@ class GaussianMixture(nn.Module):
         check_tensor("means", means, "modes d", finite=True)
         logits = means.new_zeros(len(means)) if logits is None else logits
         check_tensor("logits", logits, "modes")
-        if not logits.amax().isfinite():  # NaN passes on to the maximum
-            raise InvalidInputError(
-                "logits must be finite, or −inf where a weight is zero, but hold NaN or infinity, or −inf alone"
-            )
         if means.ndim != 2 or logits.shape != means.shape[:1]:
             raise InvalidInputError(
                 f"means must have shape (modes, d) and logits shape (modes,), got {tuple(means.shape)} and "
                 f"{tuple(logits.shape)}"
             )
-        if not logits.softmax(0).isfinite().all():  # −∞ is a component without weight
-            raise InvalidInputError("logits must have a softmax, but hold NaN, +∞ or −∞ alone")
+        if not logits.softmax(0).isfinite().all():  # −inf is a component without weight
+            raise InvalidInputError(
+                "logits must be finite, or −inf where a weight is zero, but hold NaN, +inf or −inf alone"
+            )
         self.std = check_number("std", std, 0.0)
         self.means, self.logits = nn.Parameter(means.clone()), nn.Parameter(logits.clone())
 
