@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import (
     ebm_config,
     finetune_config,
@@ -28,3 +29,13 @@ def test_descriptions_break_after_sentences_only_and_none_is_missing(module):
             assert isinstance(text, ast.Expr), f"{option.target.id} has no description"
             first_lines = text.value.value.split("\n")[:-1]
             assert all(line.rstrip().endswith(".") for line in first_lines), text.value.value
+
+
+def test_numbers_that_no_machine_counts_to_are_refused():
+    for config, option in (
+        (finetune_config.Config(batch=2**31), "--batch"),
+        (pretrain_config.Config(batch=10**30), "--batch"),
+        (pretrain_config.Config(seed=2**63), "--seed"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"{option} must be an integer ≤ "):
+            config.check()

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import LARGEST, InvalidInputError
 
 WORDS = {"weigh": "--weighted", "rate": "--lr", "particles": "--particles", "step": "--step-size"}  # for `advice`
 
 
 def at_least(config: Any, **least: int) -> None:
-    """Raise `InvalidInputError` where an integer option is below its least value."""
+    """Raise `InvalidInputError` where an integer option is below its least value, or too large to count or to seed."""
     for name, lowest in least.items():
-        value = getattr(config, name)
+        value, most = getattr(config, name), 2**63 - 1 if name == "seed" else LARGEST
         if value is not None and value < lowest:
             raise InvalidInputError(f"{option(name)} must be an integer ≥ {lowest}, got {value}")
+        if value is not None and value > most:
+            raise InvalidInputError(f"{option(name)} must be an integer ≤ {most}, got {value}")
 
 
 def positive(config: Any, *names: str) -> None:

@@ -174,8 +174,13 @@ class Update:
         try:
             self.optimizer.step()
             sound = math.isfinite(alarm + largest(moved))
-        except BaseException:  # an interrupt as well: half a step is none
+        except BaseException as error:  # an interrupt as well: half a step is none
             before.restore()
+            if isinstance(error, RuntimeError) and "overflow" in str(error):
+                raise NonFiniteError(
+                    f"the optimizer's step at the learning rate {float(lr):g} is more than its numbers hold, and was not "
+                    "made; take a smaller rate"
+                ) from error
             raise
         if not sound:
             lost = math.isfinite(alarm) and self._lost(moved)
