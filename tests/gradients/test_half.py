@@ -74,7 +74,8 @@ def test_a_constant_cotangent_over_many_numbers_does_not_overflow(scaled, monkey
     network = nn.Conv2d(1, 1, 1)
     chain = Chain(DiffusersDenoiser(Pointwise(network)), table(1), (1, 256, 256))
     chain.reference.precision = chain.denoiser.precision = torch.float16
-    Adjoint()(chain, Reward(lambda x: x.flatten(1).mean(1)), Noise(0), 4)
+    with torch.backends.mkldnn.flags(enabled=False):  # on processors with float16 it sums in float16, off by 0.3 %
+        Adjoint()(chain, Reward(lambda x: x.flatten(1).mean(1)), Noise(0), 4)
     assert network.bias.grad.isfinite().all() == scaled
     if scaled:
         torch.testing.assert_close(network.bias.grad.double(), -chain.table.b, rtol=1e-3, atol=0)
