@@ -206,6 +206,6 @@ def test_a_step_that_its_numbers_cannot_hold_is_not_made():
     weight = nn.Parameter(torch.ones(2))
     update = Update(torch.optim.Adam([weight], lr=1e300))
     weight.grad = torch.ones(2)
-    with pytest.raises(NonFiniteError, match="learning rate 1e[+]300"):
+    with pytest.raises(NonFiniteError, match=r"learning rate 1e[+]300"):
         update.step([], lambda: None)
     assert weight.tolist() == [1.0, 1.0] and update.updates == 0

@@ -178,8 +178,8 @@ class Update:
             before.restore()
             if isinstance(error, RuntimeError) and "overflow" in str(error):
                 raise NonFiniteError(
-                    f"the optimizer's step at the learning rate {float(lr):g} is more than its numbers hold, and was not "
-                    "made; take a smaller rate"
+                    f"the optimizer's step at the learning rate {float(lr):g} is more than its numbers hold, and was "
+                    "not made; take a smaller rate"
                 ) from error
             raise
         if not sound:
