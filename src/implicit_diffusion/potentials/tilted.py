@@ -111,7 +111,7 @@ def mlp(dimension: int, noise: Noise, *, width: int = 128, depth: int = 3) -> nn
     check_type("noise", noise, Noise, "take Noise(0), say")
     for name, size in (("dimension", dimension), ("width", width), ("depth", depth)):
         check_integer(name, size)
-    generator, sizes = noise.generator(0), [dimension, *[width] * depth]
+    generator, sizes = noise.generator(0), itertools.chain([dimension], itertools.repeat(width, depth))
     hidden = [
         part
         for into, out in itertools.pairwise(sizes)
