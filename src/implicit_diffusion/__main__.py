@@ -2,6 +2,16 @@
 
 import sys
 
-from implicit_diffusion.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line; an interrupt is one line and status 130 while it is still being imported, too."""
+    try:
+        from implicit_diffusion import cli
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+import implicit_diffusion
+from implicit_diffusion.__main__ import main as program
 from implicit_diffusion.cli import main
 from implicit_diffusion.experiments import hexagon
 from implicit_diffusion.runs import graceful
@@ -99,3 +101,16 @@ def test_a_process_finishes_its_step():
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "checkpoint written\n"
     assert process.returncode == 0
+
+
+def test_an_interrupt_while_the_program_is_imported_is_one_line(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, *arguments):
+            if name == "implicit_diffusion.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "implicit_diffusion.cli", raising=False)
+    monkeypatch.delattr(implicit_diffusion, "cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert program() == 130
+    assert capsys.readouterr().err == "interrupted\n"
