@@ -121,10 +121,7 @@ def test_mutations_of_sinkhorn_are_seen(monkeypatch):
     worst, error, standard = judge(batches(1, "sinkhorn", False, count=10), exact(1, "sinkhorn"))
     assert abs(error) > 4 * standard and worst > 4
     monkeypatch.setattr(base, "centred", right)
-    solve = type(case)._solve
-    monkeypatch.setattr(
-        type(case), "_solve", lambda s, a, b, c: tuple((len(a) != len(b)) * part for part in solve(s, a, b, c))
-    )
+    monkeypatch.setattr(type(case), "_self", lambda self, w, cost: torch.zeros_like(w))
     worst, error, standard = judge(batches(1, "sinkhorn", False, count=10), exact(1, "sinkhorn"))
     assert abs(error) > 4 * standard
 
