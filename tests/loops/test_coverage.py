@@ -115,3 +115,14 @@ def test_many_repeats_of_few_starts_are_few():
     reward = torch.randn(16, 1, generator=g, dtype=F64) + 0.01 * torch.randn(16, 256, generator=g, dtype=F64)
     b = bound(Evaluation(reward, 0 * reward, 0 * reward, reward[..., None]), BETA, conditional=False)
     assert b.effective_samples < 32 and not b.trusted
+
+
+@pytest.mark.parametrize(("leaders", "trusted"), [(2, False), (3, True)])
+def test_two_of_four_repeats_are_too_few_to_be_trusted_and_three_are_enough(leaders, trusted):
+    """Starts that differ by more than few repeats can bias; so many of the four have all the weight of their start."""
+    reward = torch.zeros(64, 4, dtype=torch.float64)
+    reward[:, :leaders] = 30.0
+    reward += 100.0 * torch.arange(64)[:, None]
+    b = bound(Evaluation(reward, torch.zeros_like(reward), torch.zeros_like(reward), reward[..., None]), 1.0)
+    assert b.effective_samples == pytest.approx(leaders) and abs(b.bias) < b.j_se
+    assert b.trusted is trusted

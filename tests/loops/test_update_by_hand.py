@@ -209,3 +209,13 @@ def test_a_step_that_its_numbers_cannot_hold_is_not_made():
     with pytest.raises(NonFiniteError, match=r"learning rate 1e[+]300"):
         update.step([], lambda: None)
     assert weight.tolist() == [1.0, 1.0] and update.updates == 0
+
+
+def test_a_first_step_that_fails_leaves_an_optimizer_without_state():
+    """As before the step: moments that it began with NaN would spoil all that come after."""
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = torch.optim.Adam([weight])  # eps is 0 in float16, and a gradient of zero gives 0/0
+    weight.grad = torch.zeros(2, dtype=torch.float16)
+    with pytest.raises(NonFiniteError, match="Adam"):
+        Update(optimizer).step([], lambda: None)
+    assert not optimizer.state and weight.tolist() == [1.0, 1.0]

@@ -1,6 +1,7 @@
 """Trainings that run away though their numbers are finite, and states that are not: neither replaces a sound one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,3 +100,21 @@ def test_the_watch_goes_on_where_it_was():
     fit(build()[0], 10, callbacks=[watch])
     other.load_state_dict(watch.state_dict())
     assert other == watch and watch.began is not None
+
+
+def seen(kl, updates=10):
+    """A run over two steps of three numbers, with a path KL."""
+    chain = SimpleNamespace(num_steps=2, event_shape=(3,))
+    return SimpleNamespace(chain=chain, metrics={"path_kl": kl}, updates=updates)
+
+
+def test_what_a_path_kl_may_be_and_for_how_long(as_users_run):
+    """1000 and 10 nats for every number that is drawn; twice in a row, and a sound look in between begins anew."""
+    assert Runaway(1.0).unsound(seen(1060.0)) is None
+    assert "the path KL is" in Runaway(1.0).unsound(seen(1061.0))
+    watch = Runaway(1.0)
+    for kl in (2000.0, 0.0, 2000.0, 0.0, 2000.0):
+        watch(seen(kl))
+    watch(seen(2000.0, updates=11))  # no look
+    with pytest.raises(DivergenceError, match="after update 20"):
+        watch(seen(2000.0, updates=20))
