@@ -18,8 +18,8 @@ its equation for the increment δ of log v is, after the sweep of u has made the
 positive semi-definite with the constants as its kernel; conjugate gradients solve it by products with T, which cost a
 fraction of a sweep. A multiple of the error is added to the diagonal: far from the solution a step is then a short one.
 
-Solvers by sweeps alone, POT's among them, are far from the potentials after thousands of sweeps at such ε, and the first
-variation needs potentials, not only the value. POT is the oracle of the tests at larger ε.
+Solvers by sweeps alone, POT's among them, are far from the potentials after thousands of sweeps at such ε, and the
+first variation needs potentials, not only the value. POT is the oracle of the tests at larger ε.
 """
 
 from __future__ import annotations
