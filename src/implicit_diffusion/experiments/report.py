@@ -1,27 +1,21 @@
-"""The report of a fine-tuning run: one HTML file that needs nothing else, neither network nor script.
-
-Pictures are embedded, everything that a user named is escaped, and a content security policy forbids the rest.
-"""
+"""The report of a fine-tuning run, report.html."""
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
+from implicit_diffusion.experiments.page import duration, figure, table, tile, write_page
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import decimals, distinct, number, percent
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.files import replacing
 
-CSS = Path(__file__).with_suffix(".css")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NOT_IN_COMMAND = ("out", "plan")
 
 
@@ -40,34 +34,13 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
     body = [
         _headline(outcome, title),
         _concerns(outcome),
-        f'<section class="figures">{"".join(map(_figure, figures))}</section>',
+        f'<section class="figures">{"".join(map(figure, figures))}</section>',
         _quality(outcome),
         _plan(outcome),
         _use(outcome, directory),
         _configuration(outcome),
     ]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>
-{CSS.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
-{"".join(body)}
-</main>
-</body>
-</html>
-"""
-    path = directory.path / "report.html"
-    with replacing(path) as file:
-        file.write_text(page, encoding="utf-8")
-    return path
+    return write_page(directory.path / "report.html", title, body)
 
 
 def _headline(outcome: Outcome, title: str) -> str:
@@ -75,25 +48,25 @@ def _headline(outcome: Outcome, title: str) -> str:
     gain = s["reward_after"] - s["reward_before"]
     spread = f"{number(outcome.gain_in_std, sign=True, digits=2)} standard deviations of the pretrained samples"
     tiles = [
-        _tile(
+        tile(
             "Mean reward",
             f'<span class="from">{_short(s["reward_before"], gain)} →</span> {_short(s["reward_after"], gain)}',
             f"{number(gain, s.get('reward_gain_se'), sign=True)}, or {spread}",
         )
     ]
     if s.get("worse"):
-        tiles.append(_tile("J rose", f"{number(s['j_before'])} → {number(s['j_after'])}", "lower is better"))
+        tiles.append(tile("J rose", f"{number(s['j_before'])} → {number(s['j_after'])}", "lower is better"))
     if s.get("captured") is not None:
         share = min(1.0, max(0.0, s["captured"]))
         bar = f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>'
         note = f"{bar}of the gain in J that this KL weight allows"
-        tiles.append(_tile("Captured", percent(s["captured"], s["captured_se"]), note))
+        tiles.append(tile("Captured", percent(s["captured"], s["captured_se"]), note))
     if s.get("path_kl") is not None:
         best = outcome.bound
         optimum = "" if best is None else f"the optimum sits at {number(best.path_kl, best.path_kl_se)}"
-        tiles.append(_tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
+        tiles.append(tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
     cost = f"{s['updates']} updates, {s['network_evaluations']:,} network evaluations"
-    tiles.append(_tile("Training time", _duration(s["seconds"]), cost))
+    tiles.append(tile("Training time", duration(s["seconds"]), cost))
     weight = f"{'drift' if outcome.drift else 'KL'} weight {outcome.beta:.4g}"
     if outcome.adapted:
         weight += f" (adapted, {config['kl_weight']:.4g} at the start)"
@@ -129,10 +102,6 @@ def _in_words(outcome: Outcome) -> str:
     return text + " Every ± here is one standard error."
 
 
-def _tile(label: str, value: str, note: str) -> str:
-    return f'<div class="tile"><p>{label}</p><p class="value">{value}</p><p class="note">{note}</p></div>'
-
-
 def _concerns(outcome: Outcome) -> str:
     found = concerns(outcome)
     cards = [
@@ -146,15 +115,6 @@ def _concerns(outcome: Outcome) -> str:
             checked += ", the judge's confidence, the distance to real digits, copies of training data"
         cards.insert(0, f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     return f'<section class="concerns">{"".join(cards)}</section>'
-
-
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode()
-    return (
-        f'<figure id="{escape(picture.name)}"><h2>{escape(picture.title)}</h2>'
-        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-    )
 
 
 def _quality(outcome: Outcome) -> str:
@@ -177,7 +137,7 @@ def _quality(outcome: Outcome) -> str:
     return f"""<section><h2>Numbers, before and after</h2>
 <p>“After” is the chain that was trained; “exported” is what <code>model/</code> runs, the trained network on
 all steps.</p>
-{_table(columns, rows)}</section>
+{table(columns, rows)}</section>
 """
 
 
@@ -229,7 +189,7 @@ a penalty on drifts no bound says how much could be gained.</p></section>
 what training attains. The pretrained reward is {number(plan.reward, plan.reward_se)}, with a deviation of
 {number(plan.reward_std)} between samples; the first noise x<sub>0</sub> decides
 {percent(plan.memory, plan.memory_se)} of its variance (0 % is memoryless).{doubt}</p>
-{_table(columns, rows, chosen)}</section>
+{table(columns, rows, chosen)}</section>
 """
 
 
@@ -273,19 +233,8 @@ def _configuration(outcome: Outcome) -> str:
         rows[place][0] = "kl_weight, at the start"
         rows.insert(place + 1, ["kl_weight, at the end (adapted to target_kl)", f"{outcome.beta:.6g}"])
     return f"""<section><details><summary>Configuration</summary>
-{_table(("setting", "value"), rows, cls="plain")}</details></section>
+{table(("setting", "value"), rows, cls="plain")}</details></section>
 """
-
-
-def _table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | None = None, cls: str = "") -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = []
-    for index, (first, *cells) in enumerate(rows):
-        mark = ' class="chosen"' if index == chosen else ""
-        tds = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
-    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll"><table class="{cls}">{table}</table></div>'
 
 
 def _name(value: Any) -> str:
@@ -296,10 +245,3 @@ def _name(value: Any) -> str:
 def _short(value: float, scale: float) -> str:
     """A number with as many decimals as three digits of the gain need, at most two."""
     return f"{value:.{min(2, decimals(abs(scale), 2))}f}".replace("-", "−")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} <small>s</small>"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} <small>h</small> {minutes} <small>min</small>" if hours else f"{minutes} <small>min</small>"
