@@ -10,7 +10,7 @@ import torch
 from implicit_diffusion import cli
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import ebm
-from implicit_diffusion.experiments.ebm_data import COPIES, dequantised, load, read_array, split
+from implicit_diffusion.experiments.ebm_data import COPIES, load, read_array, split
 from implicit_diffusion.experiments.planar import LAWS
 from implicit_diffusion.noise import Noise
 

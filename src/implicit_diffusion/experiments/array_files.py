@@ -66,8 +66,8 @@ def read_table(name: str, otherwise: str = "") -> Table:
     if suffix in PICKLES or (suffix not in KEYED and _is_torch_archive(path)):
         raise InvalidInputError(
             f"--data {name} is a pickle, as torch.save writes it: to read one is to run what it holds, so none is "
-            f"read. In the program that has the array x, write numpy.save({path.stem + '.npy'!r}, x), of a tensor "
-            f"x.numpy(force=True), and give that file"
+            f"read. In the program that has the array x, write numpy.save({path.stem + '.npy'!r}, x), with "
+            f"x.numpy(force=True) for a tensor, and give that file"
         )
     try:
         if suffix == ".csv":
