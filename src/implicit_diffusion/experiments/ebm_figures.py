@@ -66,9 +66,13 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
     else:
         chosen = most_different(shown)
         most = f"The {len(chosen)} of {d} columns that differ most from the data" if d > 1 else "Data and model"
-        keep("marginals", draw_marginals(shown, chosen), most, f"{axes} {MARGINALS if d > 1 else ''}".strip())
+        figure = draw_marginals(shown, chosen)
+        if d == 1 and model.log_z is not None:
+            x = torch.linspace(*figure.axes[0].get_xlim(), 400)
+            figure.axes[0].plot(x, model.log_density(x[:, None].to(data.train)).exp(), color="0.2", lw=1)
+        keep("marginals", figure, most, f"{axes} {MARGINALS if d > 1 else LINE}")
     if d > PAIRED:
-        components = draw_pairs(principal(shown, data.scale))
+        components = draw_pairs(principal(shown, data.scale.double().expand(data.event_shape).flatten()))
         keep("components", components, "Principal components in pairs", f"{axes} {COMPONENTS} {PAIRS}")
     if "chain_steps" in summary and directory.figure("chains").exists():
         keep("chains", None, "Long chains", CHAINS)
@@ -88,9 +92,10 @@ PLANE = (
     "the same colours. On the right grey are held-out data, green the particles."
 )
 PAIRS = (
-    "Below the diagonal are data, above it the model, on the same axes: the picture should be its own mirror image. r "
-    "is the correlation."
+    "Below the diagonal are data, above it the model, on the same axes: the two should mirror each other. r is the "
+    "correlation."
 )
+LINE = "The line is the model's density."
 MARGINALS = (
     "Columns are ordered by how far their Wasserstein-1 distance exceeds what two samples of one law have by chance."
 )

@@ -139,6 +139,13 @@ def what_to_change(trained: Trained, summary: dict[str, Any], *, chosen: bool) -
     if loop.weighted:
         metrics |= {"ess": summary["ess"]}
     found = advice(loop, metrics, words=WORDS)
+    if summary.get("gain_over_gaussian", 0.0) < -2 * summary.get("gain_over_gaussian_se", 0.0):
+        found.insert(
+            0,
+            f"held-out data are less likely than under a Gaussian of the same mean and covariance, by "
+            f"{-summary['gain_over_gaussian']:.2g} ± {summary['gain_over_gaussian_se']:.1g} nats each: the training "
+            "failed, or was too short. Take more --steps, or a smaller --lr",
+        )
     if summary.get("overfit", 0.0) > max(3 * summary.get("overfit_se", 0.0), OVERFIT):
         found.append(
             f"data of the training are more likely than held-out ones, by {summary['overfit']:.2g} ± "

@@ -102,8 +102,7 @@ def _in_words(data: Data, s: dict[str, Any]) -> str:
         held_out += " or more (a bound, since the data are discrete)"
     beside = f"{number(abs(gain), error)} nats"
     if gain < -2 * error:
-        text = f"<b>The model is worse than a Gaussian, by {beside} per datum.</b> Training failed, or was too short: "
-        text += held_out + "."
+        text = f"The model is worse than a Gaussian, by {beside} per datum: {held_out}."
     elif gain <= 2 * error:
         text = f"The model is no better than a Gaussian within the error ({number(gain, error, sign=True)} nats per "
         text += f"datum): {held_out}."
@@ -164,7 +163,7 @@ def _numbers(data: Data, s: dict[str, Any]) -> str:
         ("error of the modes' masses", "mode_error", "total variation, exact"),
         ("bits per dimension", "bits_per_dimension", "−log-likelihood held out, over dimensions and log 2"),
     ]
-    shown = [[label, number(s[key], s.get(f"{key}_se"), digits=4), meaning] for label, key, meaning in rows if key in s]
+    shown = [[label, number(s[key], s.get(f"{key}_se")), meaning] for label, key, meaning in rows if key in s]
     for name, baseline in s.get("baselines", {}).items():
         value = number(baseline["nll"], baseline["nll_se"])
         shown.append(
@@ -173,7 +172,9 @@ def _numbers(data: Data, s: dict[str, Any]) -> str:
     for name, value in s.get("auroc", {}).items():
         meaning = "chance that a held-out datum has the larger likelihood; one is best"
         shown.append([f"AUROC against {name}", number(value), meaning])
-    return f"<section><h2>Numbers</h2>\n{table(('', 'value', 'what it means'), shown, cls='plain')}</section>\n"
+    return (
+        f"<section><h2>Numbers</h2>\n{table(('', 'value', 'what it means'), shown, cls='plain meanings')}</section>\n"
+    )
 
 
 def _columns(model: EnergyModel, data: Data) -> str:

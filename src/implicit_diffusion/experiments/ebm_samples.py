@@ -75,12 +75,11 @@ def most_different(shown: Sides) -> list[int]:
     return (found - chance).argsort(descending=True)[:SHOWN].tolist()
 
 
-def principal(shown: Sides, scale: Tensor) -> Sides:
-    """Both in the first principal components of the data in deviations, whose signs are such that they add up to more
-    than zero.
+def principal(shown: Sides, scale: Float[Tensor, " d"]) -> Sides:
+    """Both in the first principal components of the data over `scale`, each turned such that it adds up to more than
+    zero.
     """
-    mean, scale = shown.data.mean(0), scale.double().expand(shown.data.shape[1:])
-    x, y = ((part - mean) / scale for part in (shown.data, shown.draws))
+    x, y = ((part - shown.data.mean(0)) / scale for part in (shown.data, shown.draws))
     _, values, directions = torch.linalg.svd(x, full_matrices=False)
     share = values.square() / values.square().sum()
     directions = directions * directions.sum(1, keepdim=True).sign()
@@ -105,7 +104,7 @@ def draw_pairs(shown: Sides) -> Any:
                 x, colour = (shown.data, DATA) if i > j else (shown.draws, MODEL)
                 axes.scatter(x[:, j].numpy(), x[:, i].numpy(), s=4, lw=0, color=colour, alpha=0.6)
                 axes.set_ylim(*limits[i])
-                r = torch.corrcoef(x[:, [i, j]].mT)[0, 1].item()
+                r = round(torch.corrcoef(x[:, [i, j]].mT)[0, 1].item(), 2) + 0.0  # no −0.00
                 axes.set_title(f"r = {r:.2f}".replace("-", "−"), fontsize=8, color="0.35", pad=2, loc="right")
             axes.tick_params(labelsize=8, labelleft=j == 0 and i > 0, labelbottom=i == d - 1)
             if j == 0 and i > 0:
@@ -137,7 +136,7 @@ def draw_marginals(shown: Sides, chosen: list[int]) -> Any:
 
 def draw_scores(held_out: Tensor, train: Tensor, draws: Tensor) -> Any:
     """Histograms of the log-likelihood of held-out data, training data and draws of the model, with their means."""
-    figure = sheet(5.5, 3.3)
+    figure = sheet(10, 3.2)
     axes = figure.subplots()
     together = torch.cat([part[:MOST] for part in (held_out, train, draws)])
     low, high = torch.quantile(together, torch.tensor([0.005, 1.0], dtype=together.dtype)).tolist()

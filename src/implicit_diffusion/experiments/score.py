@@ -59,8 +59,7 @@ def run(config: Config) -> dict[str, Any]:
             np.save(stream, scores.numpy(), allow_pickle=False)
     shown = "" if error is None else f" ± {error:.4f} (data)"
     shown += " ± unknown (log Z)" if model.log_z_se is None else f" ± {model.log_z_se:.4f} (log Z)"
-    if model.lattice is not None:
-        shown += ", at least: the data are discrete, and this is the bound of one draw of noise between their values"
-    print(f"log-likelihood {found['log_likelihood']:.4f}{shown} nats per datum")
+    bound = "" if model.lattice is None else ", at least: a bound, from a draw of noise between discrete values"
+    print(f"log-likelihood {found['log_likelihood']:.4f}{shown} nats per datum{bound}")
     print(f"bits per dimension {found['bits_per_dimension']:.4f}")
     return found
