@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import numpy as np
@@ -149,12 +149,12 @@ def _chosen(name: str, names: list[str], key: str | None) -> str:
     return names[0] if key is None else key
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape and type that a .npy array promises, and where its numbers begin."""
-    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+    version = np.lib.format.read_magic(file)
     # a header of version 3.0 differs from 2.0 in the names of fields alone, which no array of numbers has
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)  # type: ignore[arg-type]
+    shape, _, dtype = read(file)
     if dtype.hasobject:
         raise ValueError(
             "it holds Python objects, and loading them would run code (allow_pickle is off); save numbers instead, as "
@@ -242,7 +242,7 @@ def _value(cell: str) -> float | None:
     except ValueError:
         return None
     digits = cell.strip().lstrip("+-")
-    if "_" in cell or (abs(value) > EXACT and digits.isdigit() and (len(digits) > 400 or int(digits) != abs(value))):
+    if "_" in cell or (abs(value) >= EXACT and digits.isdigit() and (len(digits) > 400 or int(digits) != abs(value))):
         return None
     return value
 
