@@ -119,9 +119,8 @@ def test_an_array_of_an_archive(compressed, tmp_path):
 
 def test_an_array_of_safetensors(tmp_path):
     x = torch.from_numpy(numbers(12, 3))
-    save_file(
-        {"x": x, "half": x.bfloat16(), "complex": torch.complex(x.float(), x.float())}, tmp_path / "x.safetensors"
-    )
+    arrays = {"x": x, "half": x.bfloat16(), "complex": torch.complex(x.float(), x.float())}
+    save_file(arrays, tmp_path / "x.safetensors")
     assert torch.equal(read_array(f"{tmp_path}/x.safetensors:x"), x)
     assert torch.equal(read_array(f"{tmp_path}/x.safetensors:half"), x.bfloat16().float())
     with pytest.raises(InvalidInputError, match=r"must hold one array of numbers, got torch.complex64"):

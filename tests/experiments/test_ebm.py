@@ -24,7 +24,8 @@ KEYS = {
     "nll", "kl", "log_z", "log_z_estimate", "log_z_estimate_se", "log_z_half",
     "log_z_half_se", "mmd2", "seconds", "gradient_evaluations", "updates",
     "nll_held_out", "nll_held_out_se", "nll_train", "nll_train_se", "nll_gaussian", "nll_gaussian_se", "nll_law",
-    "nll_law_se", "gain_over_gaussian", "gain_over_gaussian_se", "overfit", "overfit_se", "log_z_particles", "ess", "mode_masses", "mode_error", "advice",
+    "nll_law_se", "gain_over_gaussian", "gain_over_gaussian_se", "overfit", "overfit_se",
+    "log_z_particles", "ess", "mode_masses", "mode_error", "advice",
 }  # fmt: skip
 
 

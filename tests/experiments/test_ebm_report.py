@@ -90,11 +90,11 @@ def test_numbers_are_those_of_the_summary_with_their_errors(run):
 
 
 def test_its_command_trains_the_same_model(run, tmp_path, monkeypatch):
-    """As it stands in the page, with quotes and line ends, through a shell's own parser."""
+    """As it stands in the page, with quotes and line ends."""
     _, out = run
     monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
     shown = text(out).split("Run it again")[1].split("Configuration")[0].strip()
-    words = shlex.split(shown)
+    words = shlex.split(shown.replace("\\\n", ""))  # as a shell reads it
     assert words[:2] == ["implicit-diffusion", "ebm"] and "--no-weighted" in words and "--out" not in words
     assert cli.main([*words[1:], "--out", str(tmp_path / "again")]) == 0
     files = [(path / "model" / "model.safetensors").read_bytes() for path in (out, tmp_path / "again")]
@@ -107,7 +107,7 @@ def test_its_lines_of_python_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE.csv").write_text("1,100,3\n2,101,3.1\n")
     names: dict = {}
-    exec(code, names)
+    exec(code.strip(), names)
     assert names["log_p"].shape == (2,) and names["draws"].shape == (100, 3)
 
 
@@ -126,7 +126,7 @@ def test_report_draws_it_again_from_what_is_on_disk(run, capsys):
 
 def test_commands_leave_out_what_is_so_anyhow():
     config = dataclasses.replace(TINY, data="a b.npy", dequantise=True, seed=3)
-    said = shlex.split(command(vars(config) | {"out": "run"}))
+    said = shlex.split(command(vars(config) | {"out": "run"}).replace("\\\n", ""))
     assert said[:4] == ["implicit-diffusion", "ebm", "--data", "a b.npy"] and "--dequantise" in said
     assert "--weighted" not in said and said[said.index("--seed") + 1] == "3" and "run" not in said
 

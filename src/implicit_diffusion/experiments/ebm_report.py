@@ -246,7 +246,8 @@ def command(config: dict[str, Any]) -> str:
         if field.name == "out" or value is None or value == field.default:
             continue
         flag = option(field.name, value)
-        words.append(flag if isinstance(value, bool) else f"{flag} {shlex.quote(str(value))}")
+        join = "=" if str(value).startswith("-") else " "  # or the value is taken for an option
+        words.append(flag if isinstance(value, bool) else f"{flag}{join}{shlex.quote(str(value))}")
     return " \\\n  ".join(words)
 
 
