@@ -68,7 +68,8 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
         most = f"The {len(chosen)} of {d} columns that differ most from the data" if d > 1 else "Data and model"
         figure = draw_marginals(shown, chosen)
         if d == 1 and model.log_z is not None:
-            x = torch.linspace(*figure.axes[0].get_xlim(), 400)
+            low, high = figure.axes[0].get_xlim()
+            x = torch.linspace(low, high, 400)
             figure.axes[0].plot(x, model.log_density(x[:, None].to(data.train)).exp(), color="0.2", lw=1)
         keep("marginals", figure, most, f"{axes} {MARGINALS if d > 1 else LINE}")
     if d > PAIRED:

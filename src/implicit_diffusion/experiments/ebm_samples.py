@@ -140,7 +140,7 @@ def draw_scores(held_out: Tensor, train: Tensor, draws: Tensor) -> Any:
     axes = figure.subplots()
     together = torch.cat([part[:MOST] for part in (held_out, train, draws)])
     low, high = torch.quantile(together, torch.tensor([0.005, 1.0], dtype=together.dtype)).tolist()
-    bins = np.linspace(low, high + 1e-9, 2 + min(30, math.isqrt(4 * len(held_out))))
+    bins = np.linspace(low, high + 1e-9, 2 + min(30, math.isqrt(4 * len(held_out)))).tolist()
     for values, colour, label in ((train, TRAIN, "training"), (held_out, DATA, "held out"), (draws, MODEL, "model")):
         mean, error = values.mean().item(), values.std().item() / math.sqrt(len(values))
         axes.axvspan(mean - 2 * error, mean + 2 * error, color=colour, alpha=0.15, lw=0)

@@ -46,10 +46,10 @@ class Lattice:
         off = ((steps - steps.round()).abs() > OFF).flatten(1)
         if off.any():
             row, place = off.nonzero()[0].tolist()
-            spacing, offset = (t.expand(x.shape[1:]).flatten()[place].item() for t in (self.spacing, self.offset))
+            step, start = (t.expand(x.shape[1:]).flatten()[place].item() for t in (self.spacing, self.offset))
             raise InvalidInputError(
-                f"row {row} of the data holds {x[row].flatten()[place].item():.8g}, which is not {offset:.8g} plus a "
-                f"multiple of {spacing:.8g}, as in the data that the model was trained on; give values as these were, "
+                f"row {row} of the data holds {x[row].flatten()[place].item():.8g}, which is not {start:.8g} plus a "
+                f"multiple of {step:.8g}, as in the data that the model was trained on; give values as these were, "
                 "without noise"
             )
         u = torch.rand(x.shape, generator=generator, dtype=x.dtype)
