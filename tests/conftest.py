@@ -27,11 +27,11 @@ def pytest_configure(config):
 
     savefig = Figure.savefig
 
-    def sketch(figure, file, *, format, **options):
+    def sketch(figure, file, **options):
         if drawing:
-            savefig(figure, file, format=format, **options)
+            savefig(figure, file, **options)
         else:
-            Image.new("RGB", (1, 1)).save(file, format)
+            Image.new("RGB", (1, 1)).save(file, options["format"])
 
     Figure.savefig = sketch
 
