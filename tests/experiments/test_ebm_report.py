@@ -234,6 +234,7 @@ def drawn(event, tmp_path, law=None):
     return [picture.name for picture in draw(model, data, {}, RunDirectory(tmp_path))]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("event", "pictures"),
     [

@@ -46,8 +46,8 @@ class Config:
     """Train an energy-based model by maximum likelihood in a single loop."""
 
     data: str = "moons"
-    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or a file:
-    FILE.npy, FILE.npz or FILE.npz:NAME, FILE.csv, FILE.safetensors.
+    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.
+    A file may be FILE.npy, FILE.npz, FILE.npz:NAME for one of several arrays, FILE.csv, or FILE.safetensors.
     Its array has shape (m, d) or (m, channels, height, width)."""
     dequantise: bool = False
     """Of integers, grey levels, rounded measurements: fill the gaps between values with uniform noise.
