@@ -19,7 +19,7 @@ LINE, LIGHT, EXACT, END = "#2a9d5c", "#b5dcc4", "0.2", "#c1666b"
 
 
 def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data, particles: int) -> Figure | None:
-    """Curves of metrics.jsonl, three beside each other; None where there are none.
+    """Curves of metrics.jsonl, three or four beside each other; None where there are none.
 
     Args:
         lines: of metrics.jsonl.
@@ -73,15 +73,16 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data
     panels = {name: panel for name, panel in panels.items() if len(_columns(lines, "updates", name)[0]) > 1}
     if not panels:
         return None
-    rows = -(-len(panels) // 3)
-    figure = sheet(12, 0.3 + 2.9 * rows)
-    places = figure.subplots(rows, min(3, len(panels)), squeeze=False).flatten()
+    width = min(len(panels), 4 if len(panels) % 3 == 1 else 3)  # no row with a single one
+    rows = -(-len(panels) // width)
+    figure = sheet(4 * width, 0.3 + 2.9 * rows)
+    places = figure.subplots(rows, width, squeeze=False).flatten()
     for axes, (label, drawing) in zip(places, panels.values()):
         drawing(axes)
         axes.set_title(label, fontsize=10, loc="left")
         axes.set_xlabel("updates")
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
     for axes in places[len(panels) :]:
         axes.remove()
     return figure
