@@ -42,21 +42,21 @@ class Config:
     """Learn the weights of a mixture from data, by maximum likelihood in a single loop."""
 
     problem: Literal["hexagon", "two-modes"] = "hexagon"
-    """"hexagon": six modes that particles can cross between. "two-modes": two that they cannot."""
+    """The data: "hexagon" has six modes that particles can cross between. "two-modes" has two that they cannot."""
     steps: int = 5000
-    """Iterations."""
+    """Number of iterations."""
     particles: int = 1000
-    """n; the data per iteration are as many, fresh ones of 100,000."""
+    """Number of particles, and of data per iteration, which are drawn afresh from 100,000."""
     seeds: int = 5
-    """Runs of every arm."""
+    """Number of runs of every arm."""
     seed: int = 0
-    """Of the first run."""
+    """Seed of the first run; the others count on from it."""
     step_size: float | None = None
-    """h; 0.2 on the hexagon, 0.05 for two modes by default."""
+    """Step size h of the Langevin steps; 0.2 on the hexagon, 0.05 for two modes by default."""
     lr: float = 0.1
-    """η of plain gradient steps; "decreasing" arms divide it by 1 + k/100."""
+    """Step size η of plain gradient steps; the "decreasing" arms divide it by 1 + k/100."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/recovery-<time>."""
+    """Folder for the run, new or empty. By default runs/recovery-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

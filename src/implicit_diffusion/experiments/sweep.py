@@ -51,18 +51,23 @@ LEFT_BY_AN_EARLY_END = {
     "checkpoint",
 }
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
+NOT_TAKEN = {
+    name: f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights"
+    for name in (*OF_ONE_RUN, "target_kl_mode")
+} | {"penalty": "a sweep compares path KLs: it has no --penalty"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune once for every KL weight, and draw reward against KL beside what can be had."""
+    """Fine-tune once for every KL weight, and draw reward against KL beside the best possible."""
 
     kl_weights: tuple[float, ...] = ()
-    """The β's, in reward per nat. By default the plan's, for gains of ¼ to 2 deviations of the pretrained reward."""
-    each: finetune_config.Config = field(default_factory=finetune_config.Config)
+    """KL weights β to train with, in reward per nat.
+    By default the plan chooses them, for gains of ¼ to 2 standard deviations of the pretrained reward."""
+    each: finetune_config.Config = field(default_factory=finetune_config.Config, metadata={"without": NOT_TAKEN})
     """Options of every run; --out is the sweep's folder, one subfolder per run."""
     accept_changes: tuple[Change, ...] = ()
-    """What may be another one than when the sweep began, as of `resume`; other differences are refused, by name."""
+    """What may have changed since the sweep began, as for `resume`; every other change is refused by name."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""
@@ -73,9 +78,9 @@ class Config:
             raise InvalidInputError(f"--kl-weights must differ, got {' '.join(f'{b:g}' for b in self.kl_weights)}")
         for name in OF_ONE_RUN:
             if getattr(self.each, name) not in (None, False):
-                raise InvalidInputError(f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights")
+                raise InvalidInputError(NOT_TAKEN[name])
         if self.each.penalty != "path-kl":
-            raise InvalidInputError("a sweep compares path KLs: --penalty drift has none")
+            raise InvalidInputError(NOT_TAKEN["penalty"])
         self.each.check()
 
 
