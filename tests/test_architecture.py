@@ -25,6 +25,7 @@ FLOORS = [
     {"runs"},
     {"experiments"},
     {"__init__"},
+    {"options"},
     {"command_line"},
     {"cli"},
     {"__main__"},

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from implicit_diffusion import __version__, cli
-from implicit_diffusion.command_line import check, fitted, make, options_of, read
+from implicit_diffusion.command_line import check, fitted, read
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.options import make, options_of
 
 COMMANDS = cli.commands()
 OPTIONS = [(command, option) for command, config in COMMANDS.items() for option in options_of(config)]
@@ -83,6 +84,11 @@ def good(option):
     return {int: ["3"], float: ["0.5"], bool: []}.get(one, ["x"])
 
 
+def must(option):
+    """The same with its name."""
+    return [*([] if option.positional else [option.name]), *good(option)]
+
+
 def wrong(option):
     """Words of another type; none where it takes any word."""
     one = typing.get_args(option.type)[0] if typing.get_origin(option.type) is tuple else option.type
@@ -92,20 +98,24 @@ def wrong(option):
 @pytest.mark.parametrize(("command", "option"), NAMED, ids=name)
 def test_a_mistake_in_any_option_is_one_line_that_names_it(command, option):
     takes = f"{option.name} takes {option.takes}, got "
-    many = typing.get_args(option.type)[1:] == (...,)
     for word in wrong(option):
         words = [word, *good(option)[1:]]
         assert refused([command, option.name, *words]) == takes + repr(word)
         assert refused([command, f"{option.name}={word}"]) == takes + repr(word)
     if option.type is bool:
         assert refused([command, f"{option.name}=yes"]) == takes + "'yes'"
-    elif not many:
+    elif not option.many:
         assert refused([command, option.name]) == takes + "nothing"
         assert refused([command, option.name, "--help-me"]) == takes + "nothing"
-    if not many:
+    if not option.many:
         assert "no place for 'more'" in refused([command, option.name, *good(option), *["more"] * 2])
     twice = [option.name, *good(option)] * 2
-    assert refused([command, *twice]) == f"{option.name} is given twice; which of the two is meant?"
+    if option.many:
+        assert refused([command, *twice]).startswith(f"{option.name} is given twice; name all")
+    elif option.default is not dataclasses.MISSING:
+        needed = [w for o in options_of(COMMANDS[command]) if o.default is dataclasses.MISSING for w in must(o)]
+        counts = " ".join([option.name, *good(option)])
+        assert check([command, *needed, *twice], COMMANDS) == [f"{option.name} is given twice; what counts is {counts}"]
     slip = option.name + "q"
     assert refused([command, slip]).startswith(f"{command} has no option {slip}; did you mean --")
     assert option.name in refused([command, slip])
@@ -114,7 +124,7 @@ def test_a_mistake_in_any_option_is_one_line_that_names_it(command, option):
 @pytest.mark.parametrize(("command", "option"), NAMED, ids=name)
 def test_what_an_option_takes_is_read(command, option):
     needed = [o for o in options_of(COMMANDS[command]) if o.default is dataclasses.MISSING and o != option]
-    others = [word for o in needed for word in ([] if o.positional else [o.name]) + good(o)]
+    others = [word for o in needed for word in must(o)]
     words = [command, *others, option.name.replace("-", "_").replace("__", "--", 1), *good(option)]
     chosen = read(words, COMMANDS, prog="x", description="y")
     held = next(c for c in (chosen, getattr(chosen, "each", None)) if hasattr(c, option.field))
@@ -136,7 +146,7 @@ def test_what_an_option_takes_is_read(command, option):
         (["finetune", "--num_steps", "x"], "--num-steps takes an integer, got 'x'"),
         (["finetune", "--lr", "-1e-3x"], "--lr takes a number, got '-1e-3x'"),
         (["sweep", "--target-kl-mode", "stop"], "--target-kl-mode is for one run"),
-        (["hexagon", "--no-compile", "--compile"], "--compile is given twice"),
+        (["finetune", "--reward", "a", "--lr", "x" * 5000], r"got 'x+\.\.\.x+'$"),
     ],
 )
 def test_mistakes_beside_options(words, message):
@@ -151,6 +161,14 @@ def test_numbers_below_zero_are_values():
 def test_the_command_ends_with_status_2_and_one_line(capsys):
     assert cli.main(["finetune", "--lr", "abc"]) == 2
     assert capsys.readouterr() == ("", "error: --lr takes a number, got 'abc'\n")
+
+
+def test_the_last_of_two_counts_and_that_is_said(capsys):
+    words = ["hexagon", "--no-compile", "--steps", "20", "--compile", "--steps=30"]
+    chosen = read(words, COMMANDS, prog="x", description="")
+    assert chosen.compile is True and chosen.steps == 30
+    said = ["--compile is given twice; what counts is --compile", "--steps is given twice; what counts is --steps 30"]
+    assert capsys.readouterr().err.splitlines() == said
 
 
 def test_version(capsys):

@@ -1,15 +1,8 @@
-"""Options as the fields of frozen dataclasses: their help by tyro, their mistakes in one line.
-
-The type of a field says what its option takes; None among its values says that the option may be left out, and is not
-offered. A field of another dataclass stands for the options of that one, except those for which its metadata has a
-reason under `without`. With `positional` in its metadata, a field is a word without a name.
-"""
+"""Command lines: their help by tyro, their mistakes in one line that names the option and what it takes."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import dataclasses
 import difflib
 import functools
 import inspect
@@ -17,140 +10,14 @@ import io
 import shutil
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
 from implicit_diffusion.errors import InvalidInputError
-
-NAMES = {int: ("an integer", "integers"), float: ("a number", "numbers"), Path: ("a path", "paths")}
-NAMES |= {str: ("a name", "names")}
-METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "NAME"}
-NUMERALS = {2: "two", 3: "three", 4: "four"}
-MISSING = dataclasses.MISSING
-
-
-class Option(NamedTuple):
-    """One option: the field, its type without None, its default (`MISSING` where it is required), and its help."""
-
-    field: str
-    type: Any
-    default: Any
-    text: str
-    positional: bool
-
-    @property
-    def name(self) -> str:
-        """As it is written on a command line."""
-        return METAVARS[self.type] if self.positional else f"--{self.field.replace('_', '-')}"
-
-    @property
-    def spellings(self) -> tuple[str, ...]:
-        """All of its names: what is on, or is not off by default, can be switched off."""
-        switch = self.type is bool and self.default is not False
-        return (self.name, f"--no-{self.name[2:]}") if switch else (self.name,)
-
-    @property
-    def metavar(self) -> str:
-        """What stands for its value in the help."""
-        one = self._one
-        shown = METAVARS.get(one) or "{" + ",".join(map(str, typing.get_args(one))) + "}"
-        return f"[{shown} ...]" if self._many else " ".join([shown] * self._count)
-
-    @property
-    def takes(self) -> str:
-        """Its values in words."""
-        if self.type is bool:
-            return "no value"
-        if typing.get_origin(self._one) is Literal:
-            *others, last = map(str, typing.get_args(self._one))
-            return ("any of " if self._many else "") + " or ".join(filter(None, [", ".join(others), last]))
-        one, several = NAMES[self._one]
-        return several if self._many else one if self._count == 1 else f"{NUMERALS[self._count]} {several}"
-
-    @property
-    def _many(self) -> bool:
-        return typing.get_args(self.type)[1:] == (...,)
-
-    @property
-    def _count(self) -> int:
-        """How many words follow it, where it takes a fixed number."""
-        if self.type is bool:
-            return 0
-        return len(typing.get_args(self.type)) if typing.get_origin(self.type) is tuple else 1
-
-    @property
-    def _one(self) -> Any:
-        """The type of one value."""
-        return typing.get_args(self.type)[0] if typing.get_origin(self.type) is tuple else self.type
-
-    def cut(self, rest: list[str]) -> list[str]:
-        """Take the words that follow its name, up to the next option, off the rest of a command line."""
-        end = next((i for i, word in enumerate(rest) if _is_option(word)), len(rest))
-        end = end if self._many else min(end, self._count)
-        words, rest[:] = rest[:end], rest[end:]
-        return words
-
-    def refusal(self, words: Sequence[str]) -> str | None:
-        """Why it does not take these words; None where it does."""
-        if not self._many and len(words) != self._count:
-            got = "nothing" if not words else " and ".join(map(repr, words))
-            return f"{self.name} takes {self.takes}, got {got}"
-        for word in words:
-            if not _is_one(self._one, word):
-                return f"{self.name} takes {self.takes}, got {word!r}"
-        return None
-
-
-def _is_one(kind: Any, word: str) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return word in map(str, typing.get_args(kind))
-    try:
-        kind(word)
-    except ValueError:
-        return False
-    return True
-
-
-@functools.cache
-def options_of(config: type) -> tuple[Option, ...]:
-    """All options of a configuration in the order of its fields, those of nested ones in their place."""
-    hints, texts, found = typing.get_type_hints(config), _texts(config), []
-    for field in dataclasses.fields(config):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            found += [option for option in options_of(kind) if option.field not in field.metadata["without"]]
-            continue
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        found.append(Option(field.name, kind, default, texts[field.name], field.metadata.get("positional", False)))
-    return tuple(found)
-
-
-def _texts(config: type) -> dict[str, str]:
-    """What the strings below the fields of a dataclass say, in one line each."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, text in zip(body.body, body.body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), f"{field.target.id}: no text"
-            found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
-
-
-def not_taken(config: type) -> dict[str, str]:
-    """Options of nested configurations that this one does not take, with the reason."""
-    reasons: dict[str, str] = {}
-    for field in dataclasses.fields(config):
-        reasons |= {f"--{name.replace('_', '-')}": why for name, why in field.metadata.get("without", {}).items()}
-    return reasons
+from implicit_diffusion.options import MISSING, Option, is_option, make, not_taken, options_of, quoted
 
 
 def read(words: Sequence[str], commands: Mapping[str, type], *, prog: str, description: str) -> Any:
@@ -167,7 +34,8 @@ def read(words: Sequence[str], commands: Mapping[str, type], *, prog: str, descr
         SystemExit: after the help.
     """
     if not {"-h", "--help"} & set(words) and not (words and words[0].startswith("--tyro-")):  # shell completion
-        check(words, commands)
+        for note in check(words, commands):
+            print(note, file=sys.stderr)
         return _parsed(words, commands, prog, description)
     shown = _Shown(sys.stdout)
     try:
@@ -252,36 +120,25 @@ def _annotated(option: Option) -> Any:
     return Annotated[(positional[kind] if option.positional else kind, *marks)]
 
 
-def make(config: type, **values: Any) -> Any:
-    """A configuration of these values, nested ones with theirs."""
-    hints, given = typing.get_type_hints(config), {}
-    for field in dataclasses.fields(config):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            names = {option.field for option in options_of(kind)} & values.keys()
-            given[field.name] = make(kind, **{name: values[name] for name in names})
-        elif field.name in values:
-            given[field.name] = values[field.name]
-    return config(**given)
-
-
-def check(words: Sequence[str], commands: Mapping[str, type]) -> None:
-    """Raise `InvalidInputError` where words are no command with options that it takes, each once."""
+def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
+    """Raise `InvalidInputError` where words are no command with options that it takes; returns what should be noted."""
+    notes: list[str] = []
     if not words:
         raise InvalidInputError(f"name a command: {', '.join(commands)}; --help says what each does")
     command, *rest = words
     if command not in commands:
         others = f"the commands are {', '.join(commands)}"
-        raise InvalidInputError(f"there is no command {command!r}; {_nearest(command, commands) or others}")
+        raise InvalidInputError(f"there is no command {quoted(command)}; {_nearest(command, commands) or others}")
     options, given = options_of(commands[command]), dict[str, Option]()
     spelled = {spelling: option for option in options if not option.positional for spelling in option.spellings}
     waiting = [option for option in options if option.positional]
     while rest:
         word = rest.pop(0)
-        if not _is_option(word):
+        if not is_option(word):
             if not waiting:
-                raise InvalidInputError(f"{command} has no place for {word!r}{_after(given)}; see {command} --help")
+                raise InvalidInputError(
+                    f"{command} has no place for {quoted(word)}{_after(given)}; see {command} --help"
+                )
             option = waiting.pop(0)
             values = [word]
         else:
@@ -290,11 +147,11 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> None:
             if name not in spelled:
                 reason = not_taken(commands[command]).get(name)
                 guess = _nearest(name, spelled) or f"see {command} --help"
-                raise InvalidInputError(reason or f"{command} has no option {name}; {guess}")
+                raise InvalidInputError(reason or f"{command} has no option {quoted(name)[1:-1]}; {guess}")
             option = spelled[name]
-            if option.field in given:
-                raise InvalidInputError(f"{option.name} is given twice; which of the two is meant?")
             values = [value] if equals else option.cut(rest)
+            if option.field in given:
+                notes.append(_twice(option, " ".join([name, *values])))
         refusal = option.refusal(values)
         if refusal:
             raise InvalidInputError(refusal)
@@ -302,6 +159,16 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> None:
     missing = [option.name for option in options if option.default is MISSING and option.field not in given]
     if missing:
         raise InvalidInputError(f"{command} needs {' and '.join(missing)}; see {command} --help")
+    return notes
+
+
+def _twice(option: Option, last: str) -> str:
+    """The word on an option that is repeated: the last one counts; several values belong behind one name."""
+    if option.many:
+        raise InvalidInputError(
+            f"{option.name} is given twice; name all of its {option.takes} behind one {option.name}"
+        )
+    return f"{option.name} is given twice; what counts is {last}"
 
 
 def _after(given: Mapping[str, Option]) -> str:
@@ -310,11 +177,6 @@ def _after(given: Mapping[str, Option]) -> str:
         return ""
     option = list(given.values())[-1]
     return f" after {option.name}, which takes {option.takes}"
-
-
-def _is_option(word: str) -> bool:
-    """Whether a word is an option's name: a dash and a letter, and no number (-inf)."""
-    return word.startswith("-") and word.lstrip("-")[:1].isalpha() and not _is_one(float, word)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
