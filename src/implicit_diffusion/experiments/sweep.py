@@ -9,6 +9,7 @@ share: for each β the reward and the path KL of the tilted law dP* ∝ e^{R/β}
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -119,7 +120,9 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
         for beta in betas:
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
+        raise KeyboardInterrupt(
+            f"interrupted; the same command, with --out {shlex.quote(str(out))}, goes on"
+        ) from error
     found = {beta: _read(folder) for beta, folder in sorted(_finished(out).items())}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
