@@ -176,7 +176,7 @@ def exact_kls(target: GaussianMixture, path: Float[Tensor, "updates modes"]) -> 
 
 def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
     """Exact KL against updates, a band over seeds per arm."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
 
     figure = sheet(6.4, 4)
     axis = figure.subplots()
@@ -189,5 +189,5 @@ def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
             axis.fill_between(range(ys.shape[1]), ys.amin(0), ys.amax(0), color=colour, alpha=0.15, lw=0)
     axis.axhline(before, color="0.5", ls=":", lw=1)
     axis.set(yscale="log", xlabel="updates", ylabel="exact KL(data‖model), nats", title="Geometric means over seeds")
-    axis.legend(frameon=False)
+    legend_above(axis, columns=2)
     finish(figure, path, [axis])

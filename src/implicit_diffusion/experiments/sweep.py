@@ -20,7 +20,7 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
-from implicit_diffusion.experiments.drawing import save
+from implicit_diffusion.experiments.drawing import legend_above, save
 from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
@@ -279,7 +279,7 @@ def plot(
                 seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
                 values = [0.0, *(m[key] - base[key] for m in seen)]
                 axes[name].plot([0, *(m["updates"] for m in seen)], values, "o-", ms=3, color=shade)
-        axes["top"].legend(loc="lower right", ncols=2)
+        legend_above(axes["top"], columns=2)
         axes["reward"].axhline(0.0, color=BEFORE, lw=1)
         axes["reward"].set(xlabel="updates", ylabel="reward gained, held out")
         axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")

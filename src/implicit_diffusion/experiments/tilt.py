@@ -283,7 +283,7 @@ def _arms(summary: dict[str, Any]) -> list[str]:
 
 def plot(summary: dict[str, Any], exact: Exact, path: Path) -> None:
     """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
     from implicit_diffusion.experiments.ebm_figures import COLOURS
 
     figure = sheet(5.6, 4)
@@ -310,5 +310,5 @@ def plot(summary: dict[str, Any], exact: Exact, path: Path) -> None:
             label=f"{arm}, ± deviation over seeds",
         )
     axis.set(xlabel="KL(π‖π_0), nats", ylabel="expected reward under the model")
-    axis.legend(frameon=False)
+    legend_above(axis, columns=2)
     finish(figure, path, [axis])
