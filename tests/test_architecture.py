@@ -25,6 +25,8 @@ FLOORS = [
     {"runs"},
     {"experiments"},
     {"__init__"},
+    {"options"},
+    {"command_line"},
     {"cli"},
     {"__main__"},
 ]

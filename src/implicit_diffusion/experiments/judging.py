@@ -15,7 +15,7 @@ from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import markdown, number, percent
+from implicit_diffusion.experiments.written import markdown, model_name, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -178,7 +178,7 @@ def effect_of_clipping(
 
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
     """README.md of the exported pipeline; the strings in it that are not ours have no effect as Markdown or HTML."""
-    given = (short(config["reward"]), Path(config["model"]).name, chain.table.name, summary["pipeline"])
+    given = (short(config["reward"]), model_name(config["model"]), chain.table.name, summary["pipeline"])
     reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"

@@ -9,11 +9,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from implicit_diffusion.experiments import page
 from implicit_diffusion.experiments.concerns import concerns
+from implicit_diffusion.experiments.finetune import PROMPTS
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
-from implicit_diffusion.experiments.page import duration, figure, table, tile, write_page
+from implicit_diffusion.experiments.page import duration, table, tile, write_page
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import decimals, distinct, number, percent
+from implicit_diffusion.experiments.written import decimals, distinct, model_name, number, percent
 from implicit_diffusion.runs import RunDirectory
 
 NOT_IN_COMMAND = ("out", "plan")
@@ -30,11 +33,11 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
     Returns:
         The path of the report.
     """
-    title = f"{_name(outcome.config['model'])}, fine-tuned for {_name(outcome.config['reward'])}"
+    title = f"{model_name(outcome.config['model'])}, fine-tuned for {short(outcome.config['reward'])}"
     body = [
         _headline(outcome, title),
         _concerns(outcome),
-        f'<section class="figures">{"".join(map(figure, figures))}</section>',
+        page.figures(figures),
         _quality(outcome),
         _plan(outcome),
         _use(outcome, directory),
@@ -136,7 +139,7 @@ def _quality(outcome: Outcome) -> str:
         rows, columns = [[row[0], *row[2:]] for row in rows], [columns[0], *columns[2:]]
     return f"""<section><h2>Numbers, before and after</h2>
 <p>“After” is the chain that was trained; “exported” is what <code>model/</code> runs, the trained network on
-all steps.</p>
+all steps. A dash stands for what was not measured.</p>
 {table(columns, rows)}</section>
 """
 
@@ -204,24 +207,31 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
         other = (
             f"<p>It runs {escape(outcome.summary['pipeline'])}, which is not the chain that was trained: diffusers has "
             "none for that. To draw from the trained chain:</p>\n<pre><code>implicit-diffusion sample --model "
-            f"{escape(str(directory.model))}</code></pre>\n"
+            f"{escape(shlex.quote(str(directory.model)))}</code></pre>\n"
         )
     return f"""<section><h2>Use the model</h2>
 <p>Plain diffusers loads it, without this package:</p>
 <pre><code>{escape(code)}</code></pre>
 {other}<h2>Run it again</h2>
-<pre><code>{escape(command(config))}</code></pre></section>
+<pre><code>{escape(command(config | _own_prompts(directory)))}</code></pre></section>
 """
 
 
+def _own_prompts(directory: RunDirectory) -> dict[str, str]:
+    """The run's copy of its prompts, which is there as long as the report is."""
+    path = directory.path / PROMPTS
+    return {"prompts": str(path)} if path.is_file() else {}
+
+
 def command(config: dict[str, Any]) -> str:
-    """The command line with this configuration; settings that are None or off are left out."""
+    """The command line with this configuration, to be pasted as it is; settings that are None or off are left out."""
     words = ["implicit-diffusion finetune"]
     for key, value in config.items():
         if key in NOT_IN_COMMAND or value is None or value is False or isinstance(value, dict | list):
             continue
         flag = "--" + key.replace("_", "-")
-        words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+        join = "=" if str(value).startswith("-") else " "  # or the value is taken for an option
+        words.append(flag if value is True else f"{flag}{join}{shlex.quote(str(value))}")
     return " \\\n  ".join(words)
 
 
@@ -235,11 +245,6 @@ def _configuration(outcome: Outcome) -> str:
     return f"""<section><details><summary>Configuration</summary>
 {table(("setting", "value"), rows, cls="plain")}</details></section>
 """
-
-
-def _name(value: Any) -> str:
-    """A path's last part; anything else as it is."""
-    return str(value).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _short(value: float, scale: float) -> str:

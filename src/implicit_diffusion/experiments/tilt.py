@@ -55,23 +55,24 @@ class Config:
     model: Path
     """The model/ folder of an `implicit-diffusion ebm` run."""
     reward: str = "half-plane"
-    """"half-plane", 1 where x_1 ≥ 0, or your own FILE.py:function from (n, 2) to (n,); a black box will do."""
+    """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own FILE.py:function.
+    It takes points (n, 2) to (n,) and needs no gradient."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
-    """w, in reward per nat; one of them gives a result, several a study."""
+    """KL weights w, in reward per nat; one gives a result, several a study."""
     arms: tuple[Arm, ...] = ARMS
-    """Ways of training; the models that are kept are those of the first."""
+    """Ways of training to compare; the models that are kept are those of the first."""
     steps: int = 2000
-    """Updates of θ."""
+    """Number of updates of the parameters θ."""
     particles: int = 512
-    """n, a multiple of 8."""
+    """Number of particles, a multiple of 8."""
     lr: float = 5e-3
-    """Of Adam at the start; cosine decay to zero."""
+    """Learning rate of Adam at the start; it decays to zero along a cosine."""
     seeds: int = 5
-    """Runs of every arm and weight; the models that are kept are those of the first."""
+    """Number of runs of every arm and weight; the models that are kept are those of the first."""
     seed: int = 0
-    """Of the first run's noise: the same seed gives the same models, bit for bit."""
+    """Seed of the first run; the same seed gives the same models, bit for bit."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/tilt-<time>."""
+    """Folder for the run, new or empty. By default runs/tilt-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
@@ -282,7 +283,7 @@ def _arms(summary: dict[str, Any]) -> list[str]:
 
 def plot(summary: dict[str, Any], exact: Exact, path: Path) -> None:
     """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
     from implicit_diffusion.experiments.ebm_figures import COLOURS
 
     figure = sheet(5.6, 4)
@@ -309,5 +310,5 @@ def plot(summary: dict[str, Any], exact: Exact, path: Path) -> None:
             label=f"{arm}, ± deviation over seeds",
         )
     axis.set(xlabel="KL(π‖π_0), nats", ylabel="expected reward under the model")
-    axis.legend(frameon=False)
+    legend_above(axis, columns=2)
     finish(figure, path, [axis])
