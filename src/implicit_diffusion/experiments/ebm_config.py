@@ -50,7 +50,7 @@ class Config:
     A file may be FILE.npy, FILE.npz, FILE.npz:NAME for one of several arrays, FILE.csv, or FILE.safetensors.
     Its array has shape (m, d) or (m, channels, height, width)."""
     dequantise: bool = False
-    """Of integers, grey levels, rounded measurements: fill the gaps between values with uniform noise.
+    """Fill the gaps between the values of integers, grey levels, or rounded measurements with uniform noise.
     Likelihoods are then lower bounds of the probabilities of the values; without, they may grow without limit."""
     potential: Literal["mlp", "conv"] | None = None
     """The network beside the Gaussian; by default mlp for vectors, conv for images."""

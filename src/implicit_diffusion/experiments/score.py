@@ -29,7 +29,7 @@ class Config:
     out: Path | None = None
     """Write one log-likelihood per datum, in nats, to this new .npy file."""
     seed: int = 0
-    """Of the noise that dequantises; other models draw none."""
+    """Seed of the noise that dequantises; other models draw none."""
 
 
 def run(config: Config) -> dict[str, Any]:
