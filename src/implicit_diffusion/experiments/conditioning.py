@@ -24,8 +24,8 @@ from implicit_diffusion.denoisers.pretrained import Pretrained
 from implicit_diffusion.denoisers.text import embed_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.finetune_config import Config
-from implicit_diffusion.objectives.reward import takes_condition
 from implicit_diffusion.reading import read_bytes
+from implicit_diffusion.scores import takes_condition
 
 PROMPT, CLASS = "prompt", "class_labels"
 MOST = 2**24  # bytes of a file of prompts

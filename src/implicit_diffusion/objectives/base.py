@@ -29,7 +29,7 @@ from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.probing import check_slope
+from implicit_diffusion.probing import BY_TORCH, check_slope
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.transition import Transition
 
@@ -244,8 +244,8 @@ class TerminalObjective(GibbsObjective):
         if gradient is None:
             raise InvalidInputError(
                 f"{self.name} is not differentiable in the samples: its value does not depend on them through torch "
-                "operations; remove .detach(), .numpy(), torch.no_grad() and comparisons from it, or train a potential "
-                "by Single, which needs no such derivative"
+                f"operations; {BY_TORCH}, and without comparisons, or train a potential by Single, which needs no such "
+                "derivative"
             )
         check_slope(self.name, gradient, value.detach())
 

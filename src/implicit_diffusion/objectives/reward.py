@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
 from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.probing import check_own_gradient, check_separate, check_slope
+from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate, check_slope
+from implicit_diffusion.scores import scores_of, takes_condition
 
 TRIED = 8  # particles that a black box is tried on, beside all for its form
 
@@ -25,54 +25,57 @@ class Reward(TerminalObjective):
     On chains the adjoint needs ∇R. Under a stationary law R may be a black box: F′ = −R is all that counts.
 
     Args:
-        function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype;
-            each reward depends on its own sample alone. One that takes two arguments, R(x, condition), is also given
-            what the samples were sampled under: tensors by name, as the denoiser gets them.
+        function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
+            in another form that `scores.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
+            depends on its own sample alone. One that takes two arguments, R(x, condition), is also given what the
+            samples were sampled under: tensors by name, as the denoiser gets them.
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: no function, or no name.
+        InvalidInputError: no function, one that takes neither one argument nor two, or no name.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str = "reward") -> None:
         if isinstance(function, type) or not callable(function):
-            raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}")
+            make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
+            raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
 
-    def of(self, particles: Particles) -> Any:
+    def of(self, particles: Particles) -> Float[Tensor, " n"]:
         """R at the particles: R(x), or R(x, condition) where it takes two arguments.
 
         Raises:
-            InvalidInputError: it takes two, but the particles were sampled under nothing.
+            InvalidInputError: it takes two, but the particles were sampled under nothing; what it returns is not one
+                number per sample.
         """
         if not self.conditional:
-            return self.function(particles.x)
+            return scores_of(self.function(particles.x), particles.x)
         if particles.condition is None:
             raise InvalidInputError(
-                "reward takes two arguments, but the samples come without a condition (prompts, class labels): give "
-                "the chain a condition, or take a reward of the samples alone"
+                "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
+                "these samples come without a condition; take a reward of the samples alone, or a model (in Python, a "
+                "chain) that is sampled under one"
             )
-        return self.function(particles.x, particles.condition)
+        return scores_of(self.function(particles.x, particles.condition), particles.x)
 
-    def judge(self, particles: Particles) -> Tensor:
-        """R at samples that are to be judged, with shape (n,); it need not be differentiable.
+    def judge(self, particles: Particles) -> Float[Tensor, " n"]:
+        """R at samples that are to be judged; it need not be differentiable.
 
         Raises:
-            InvalidInputError: another shape than (n,).
+            InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
         reward = self.of(particles)
-        _check_shape(reward, particles.x)
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).sum())
             raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
         return reward
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
-        return -particles.mean(self._shaped(particles))
+        return -particles.mean(self.of(particles))
 
     def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        reward = self._shaped(particles)
+        reward = self.of(particles)
         return -reward, -particles.mean(reward)
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
@@ -91,12 +94,12 @@ class Reward(TerminalObjective):
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
             reward = self.of(Particles(x, condition=particles.condition))
-            self._check_form(reward, x)
-            if not reward.requires_grad:
+            if not reward.requires_grad:  # before the dtype: integers would not have a gradient in another one either
                 raise InvalidInputError(
-                    "reward is not differentiable: its result does not depend on the samples through torch operations; "
-                    "remove .detach(), .numpy(), torch.no_grad() and comparisons from it"
+                    "reward is not differentiable, and fine-tuning follows its gradient: its result does not depend on "
+                    f"the samples through torch operations; {BY_TORCH}, and without integers and comparisons"
                 )
+            _check_dtype(reward, x)
             gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
             if gradient is None:
                 raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
@@ -115,7 +118,7 @@ class Reward(TerminalObjective):
         with torch.no_grad():
             x = particles.x.clone()  # a black box may write into what it is given
             reward = self.of(Particles(x, condition=particles.condition))
-            self._check_form(reward, x)
+            _check_dtype(reward, x)
             _check_finite("values", reward)
             few = Particles(particles.x[:TRIED])
             self._check_separate(few, self.of(Particles(few.x.clone())))
@@ -135,36 +138,11 @@ class Reward(TerminalObjective):
         with self.evaluating():
             check_separate("reward", judge, values)
 
-    def _shaped(self, particles: Particles) -> Tensor:
-        """R at the particles; a mean would take any shape."""
-        reward = self.of(particles)
-        _check_shape(reward, particles.x)
-        return reward
 
-    def _check_form(self, reward: Any, x: Tensor) -> None:
-        _check_shape(reward, x)
-        if reward.dtype != x.dtype:
-            raise InvalidInputError(
-                f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
-            )
-
-
-def takes_condition(function: Callable[..., Any]) -> bool:
-    """Whether a function must be given a second positional argument."""
-    try:
-        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
-    except (TypeError, ValueError):  # built-in functions need not have one
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters.values()) >= 2
-
-
-def _check_shape(reward: object, x: Tensor) -> None:
-    if not isinstance(reward, Tensor) or reward.shape != (len(x),):
-        given = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+def _check_dtype(reward: Tensor, x: Tensor) -> None:
+    if reward.dtype != x.dtype:
         raise InvalidInputError(
-            f"reward must return one number per sample, shape ({len(x)},) for input {tuple(x.shape)}, got {given}; "
-            "average over all dimensions but the first"
+            f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
         )
 
 
