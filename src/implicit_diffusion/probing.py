@@ -23,7 +23,7 @@ ALONE = (
     "each value must depend on its own sample alone. Put batch norm into eval mode, and leave means and ranks over the "
     "batch out"
 )
-BY_TORCH = "write it by torch operations from beginning to end, without .detach(), .numpy(), .item() and torch.no_grad()"
+BY_TORCH = "write it by torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
 ROUNDINGS = 16  # and of their size, in units of the last place
 
 

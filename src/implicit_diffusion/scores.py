@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
@@ -23,7 +23,7 @@ KEYS = ("reward", "rewards", "score", "scores")  # of a dict, the obvious one fi
 WORDS = {"prompt", "prompts", "caption", "captions", "text", "texts", "label", "labels", "class_labels", "condition"}
 
 
-def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Shaped[Tensor, " n"]:
     """The rewards in what a reward returned for samples x.
 
     It may be a tensor or NumPy array of n numbers along one of its dimensions, (n,), (n, 1) or (1, n); a list of n
@@ -62,7 +62,8 @@ def takes_condition(function: Callable[..., Any]) -> bool:
             "reward must take one argument, the samples (images), or two, the samples and what they were sampled under "
             f"(prompts, class labels), got {'one' if len(required) == 1 else 'a function'} of "
             f"{', '.join([*given, *(f'{name}=…' for name in named)])}; give the others defaults"
-            + ", and let the samples come by position" * bool(named)
+            + ", and let the samples come by position"
+            * bool(named)
         )
     if len(given) == 2 and given[0] in WORDS and given[1] not in WORDS:
         raise InvalidInputError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import decimals, distinct, number, percent
 from implicit_diffusion.runs import RunDirectory
@@ -36,7 +37,7 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
     Returns:
         The path of the report.
     """
-    title = f"{_name(outcome.config['model'])}, fine-tuned for {_name(outcome.config['reward'])}"
+    title = f"{_name(outcome.config['model'])}, fine-tuned for {short(outcome.config['reward'])}"
     body = [
         _headline(outcome, title),
         _concerns(outcome),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
@@ -35,13 +35,15 @@ class Reward(TerminalObjective):
         InvalidInputError: no function, one that takes neither one argument nor two, or no name.
     """
 
-    def __init__(self, function: Callable[..., Tensor], name: str = "reward") -> None:
+    probed = False  # whether `check`, or `probe`, has passed it
+
+    def __init__(self, function: Callable[..., Any], name: str = "reward") -> None:
         if isinstance(function, type) or not callable(function):
             make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
             raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
 
-    def of(self, particles: Particles) -> Float[Tensor, " n"]:
+    def of(self, particles: Particles) -> Shaped[Tensor, " n"]:
         """R at the particles: R(x), or R(x, condition) where it takes two arguments.
 
         Raises:
@@ -59,13 +61,14 @@ class Reward(TerminalObjective):
         return scores_of(self.function(particles.x, particles.condition), particles.x)
 
     def judge(self, particles: Particles) -> Float[Tensor, " n"]:
-        """R at samples that are to be judged; it need not be differentiable.
+        """R at samples that are to be judged, as floating-point numbers; it need not be differentiable.
 
         Raises:
             InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
         reward = self.of(particles)
+        reward = reward if reward.is_floating_point() else reward.to(particles.x.dtype)
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).sum())
             raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
@@ -93,7 +96,9 @@ class Reward(TerminalObjective):
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
-            reward = self.of(Particles(x, condition=particles.condition))
+            with warnings.catch_warnings():  # of float(tensor): its advice, .detach(), is refused below
+                warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
+                reward = self.of(Particles(x, condition=particles.condition))
             if not reward.requires_grad:  # before the dtype: integers would not have a gradient in another one either
                 raise InvalidInputError(
                     "reward is not differentiable, and fine-tuning follows its gradient: its result does not depend on "
@@ -115,13 +120,12 @@ class Reward(TerminalObjective):
         """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
         each other's rewards.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self.evaluating():
             x = particles.x.clone()  # a black box may write into what it is given
             reward = self.of(Particles(x, condition=particles.condition))
             _check_dtype(reward, x)
             _check_finite("values", reward)
-            few = Particles(particles.x[:TRIED])
-            self._check_separate(few, self.of(Particles(few.x.clone())))
+        self.probe(particles)
         if len(reward) > 1 and bool(reward.max() == reward.min()):
             warnings.warn(
                 f"reward is the same at all {len(reward)} particles: there is nothing to learn from them until some "
@@ -129,14 +133,36 @@ class Reward(TerminalObjective):
                 stacklevel=2,
             )
 
-    def _check_separate(self, particles: Particles, values: Tensor) -> None:
-        def judge(index: Tensor) -> Tensor:
-            given = particles.condition
-            chosen = None if given is None else {name: value[index] for name, value in given.items()}
-            return self.of(Particles(particles.x.detach()[index], condition=chosen))
+    @torch.no_grad()
+    def probe(self, particles: Particles) -> None:
+        """Try on a few samples whether each reward depends on its own sample alone: five calls, without a gradient.
 
+        One that gives the same samples other values at a second call is told by a warning.
+
+        Raises:
+            InvalidInputError: samples that influence each other's rewards; not one number per sample.
+            NonFiniteError: NaN or infinity.
+        """
+        few = _chosen(particles, torch.arange(min(TRIED, len(particles.x)), device=particles.x.device))
         with self.evaluating():
-            check_separate("reward", judge, values)
+            self._check_separate(few, self.judge(_chosen(few, torch.arange(len(few.x), device=few.x.device))))
+
+    def _check_separate(self, particles: Particles, values: Tensor) -> None:
+        with self.evaluating():
+            check_separate("reward", lambda index: self.judge(_chosen(particles, index)), values)
+        self.probed = True
+
+
+def as_reward(reward: Callable[..., Any] | Reward) -> Reward:
+    """A `Reward` as it is, and that of a function."""
+    return reward if isinstance(reward, Reward) else Reward(reward)
+
+
+def _chosen(particles: Particles, index: Tensor) -> Particles:
+    """Copies of the samples with these numbers, and of their conditions; a black box may write into them."""
+    given = particles.condition
+    condition = None if given is None else {name: value[index] for name, value in given.items()}
+    return Particles(particles.x.detach()[index], condition=condition)
 
 
 def _check_dtype(reward: Tensor, x: Tensor) -> None:
