@@ -7,6 +7,7 @@ What is quick to refuse comes first: text encoders read prompts only when model,
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,7 +107,14 @@ def _build(config: Config, device: torch.device) -> Problem:
     reward = Reward(given.of_states(loaded, pretrained.decoder))
     trial = judging.particles(chain)
     with blamed(config.reward, "; a reward takes samples (n, …) to (n,), by torch operations that leave them alone"):
-        reward.check(trial)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            reward.check(trial)
+        for each in said:
+            if str(each.message).startswith("reward is "):  # random, or flat
+                print(f"reward    {short(config.reward)} {str(each.message).removeprefix('reward ')}")
+            else:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         say_if_unsteady(reward, config, trial)
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):

@@ -113,7 +113,8 @@ class Reward(TerminalObjective):
         for what, tensor in (("values", reward), ("a gradient", gradient)):
             _check_finite(what, tensor)
         check_own_gradient("reward", of_first)
-        self._check_separate(particles, reward)
+        if not self.probed:
+            self._check_separate(particles, reward)
         check_slope("reward", gradient, reward)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
