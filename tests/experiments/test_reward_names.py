@@ -1,15 +1,23 @@
 """Rewards of the user's own: whatever is wrong with them is one line that says where."""
 
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
 from implicit_diffusion.cli import main
+from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments import finetune, reward_trust
+from implicit_diffusion.experiments import finetune, problem, reward_trust
+from implicit_diffusion.experiments.conditioning import Conditioning
+from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.loops import evaluate
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Reward
+from implicit_diffusion.particles import Particles
 
 LOADING = {
     "my.py:2: SyntaxError: ": "import torch\ndef f(x) return x",
@@ -200,3 +208,62 @@ def test_other_arguments_are_other_code_to_trust(mine, tmp_path, monkeypatch):
     for other in ("Weighted(weight=3)", "Weighted", "Weighted()"):
         with pytest.raises(InvalidInputError, match="not named it on this machine"):
             reward_trust.check_trust(f"{mine}:{other}", tmp_path / "run")
+
+
+UNSTEADY = """
+import torch
+from torch import nn
+class Random:
+    def __init__(self, share=0.5): self.share = share
+    def __call__(self, x): return {"reward": nn.functional.dropout(x, self.share).flatten(1).mean(1, keepdim=True)}
+def flat(x): return (x.flatten(1).mean(1) - 100).relu(), {}
+class Mixing:
+    def __call__(self, x):
+        mean = x.flatten(1).mean(1)
+        return mean - mean.mean().detach(), {"mean": mean}
+"""
+
+
+def test_what_is_uncertain_is_said_once_under_the_rewards_name(tmp_path, capsys):
+    """By the model's build; the loops and evaluations of the run say it no more."""
+    (tmp_path / "my.py").write_text(UNSTEADY)
+    for name, said in (
+        ("Random(share=0.25)", "is random: it gives the same samples"),
+        ("flat", "is flat: the same value"),
+    ):
+        config = Config(reward=f"{tmp_path}/my.py:{name}", num_steps=2, batch=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            built = problem.build(config)
+            if name != "flat":
+                problem.make_loop(config, built, Noise(0))
+                evaluate(built.chain, built.reward, Noise(0), starts=2)
+        assert capsys.readouterr().out.count(f"reward    my.py:{name} {said}") == 1
+
+
+def test_a_reward_of_its_batch_is_refused_in_any_form(tmp_path):
+    (tmp_path / "my.py").write_text(UNSTEADY)
+    with pytest.raises(InvalidInputError, match="reward mixes samples"):
+        problem.build(Config(reward=f"{tmp_path}/my.py:Mixing()", num_steps=2))
+
+
+def test_of_decoded_images_and_prompts_as_well():
+    """R of states, as the chain of a model with prompts calls it: forms are read, and mixing is noticed, behind it."""
+    given = Conditioning(Drawn("prompt", torch.arange(2)), ("dark", "bright"))
+    x, condition = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), {"prompt": torch.tensor([0, 1, 1, 0])}
+
+    def reward(images, prompts):
+        signs = torch.tensor([-1.0 if prompt == "dark" else 1.0 for prompt in prompts])
+        return (signs * images.sum(1))[:, None], {"prompts": prompts}
+
+    def relative(images, prompts):
+        scores = reward(images, prompts)[0]
+        return {"scores": scores - scores.mean(0).detach()}
+
+    found = Reward(given.of_states(reward, lambda z: 2 * z)).judge(Particles(x, condition=condition))
+    assert torch.equal(found, torch.tensor([-2.0, 2.0, 2.0, -2.0]) * x.sum(1))
+    Reward(given.of_states(reward, torch.sin)).check(Particles(x, condition=condition))
+    with pytest.raises(InvalidInputError, match="reward mixes samples"):
+        Reward(given.of_states(relative, torch.sin)).check(Particles(x, condition=condition))
+    with pytest.raises(InvalidInputError, match=r"its arguments are \(prompts, images\); exchange them"):
+        given.of_states(lambda prompts, images: images.sum(1), None)
