@@ -154,15 +154,50 @@ FAULTS = {  # a fault, what its message advises, and that taken literally
 }
 
 
+class Plain(nn.Module):
+    """The plain reward as a network."""
+
+    def forward(self, x):
+        return plain(x)
+
+
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    TRAINING, EVALUATING = (
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 1)).double().train(mode) for mode in (True, False)
+    )
+FAULTS |= {
+    "batch norm": (lambda x: TRAINING(x), "Put batch norm into eval mode", lambda x: EVALUATING(x)),
+    "a mean over the batch": (lambda x: plain(x) - plain(x).mean(), "leave means", plain),
+    "rounding": (lambda x: plain(8 * x.round()) + 0 * plain(x), "leave that out", lambda x: plain(8 * x)),
+    "arguments in another order": (
+        lambda prompts, images: plain(images),
+        "exchange them",
+        lambda images, prompts: plain(images),
+    ),
+    "three arguments": (
+        lambda images, prompts, metadata: plain(images),
+        "give the others defaults",
+        lambda images, prompts, metadata=None: plain(images),
+    ),
+    "an argument by name": (
+        lambda *, images: plain(images),
+        "let the samples come by position",
+        lambda images: plain(images),
+    ),
+    "a class": (Plain, "take an instance of it, Plain(...)", Plain()),
+}
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_advice_of_a_message_works(name):
     fault, advice, followed = FAULTS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # neither torch's advice to detach
         with pytest.raises(InvalidInputError) as refusal:
-            Reward(fault).check(Particles(X))
+            Reward(fault).check(Particles(X, condition={"prompts": torch.arange(3)}))
         assert advice in str(refusal.value)
-        Reward(followed).check(Particles(X))
+        Reward(followed).check(Particles(X, condition={"prompts": torch.arange(3)}))
 
 
 def test_torch_does_not_advise_what_is_refused_next():

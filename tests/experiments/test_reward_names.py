@@ -94,7 +94,7 @@ class Needs:
 class Network(nn.Module):
     def __init__(self, power=1):
         super().__init__()
-        self.power, self.drop = power, nn.Dropout(0.5)
+        self.power, self.drop, self.scale = power, nn.Dropout(0.5), nn.Parameter(torch.ones(()))
     def forward(self, x): return self.drop(x).flatten(1).sum(1) ** self.power
 class Nothing: pass
 def factory(weights={"a": 1}, at=(0, 1)):
@@ -137,6 +137,12 @@ def test_classes_and_factories_are_called_with_literal_arguments(name, mine):
     """Networks that are found, or held by what was made, are in eval mode: their dropout does nothing."""
     for place in (mine, "mine_made"):
         assert load_reward(f"{place}:{name}")(X).tolist() == [MADE[name]] * 2
+
+
+def test_networks_go_to_the_runs_device(mine):
+    """A file cannot know it; meta stands for an accelerator."""
+    network = load_reward(f"{mine}:Network(power=2)", torch.device("meta")).__wrapped__
+    assert network.scale.is_meta and not network.training
 
 
 UNFIT = {

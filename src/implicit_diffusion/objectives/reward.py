@@ -86,7 +86,7 @@ class Reward(TerminalObjective):
         return self.name, -value
 
     def check(self, particles: Particles) -> None:
-        """Try the reward on a few samples: five calls, one of them with its gradient.
+        """Try the reward on a few samples: five calls, one of them with its gradient, and that one alone once `probed`.
 
         A reward that is random, or flat at all of the samples, is told by a warning.
 
