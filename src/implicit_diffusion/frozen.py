@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -94,8 +94,8 @@ def eval_mode(*modules: object) -> Iterator[None]:
 
     What stands for modules is what `modules_in` names; plain functions and None have no mode and are passed over.
     """
-    owners = (owner for module in modules for owner in modules_in(module))
-    training = [part for owner in owners for part in owner.modules() if part.training]
+    owners = {id(owner): owner for module in modules if not isinstance(module, WITHOUT) for owner in modules_in(module)}
+    training = [part for owner in owners.values() for part in owner.modules() if part.training]
     cached = torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)
@@ -117,22 +117,25 @@ def modules_in(value: object) -> Iterator[nn.Module]:
     return _modules_in(value, 2)
 
 
+WITHOUT = (FunctionType, Tensor, float, int, str, NoneType, tuple, list, dict, type, ModuleType)  # the usual, quickly
+
+
 def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
+    elif isinstance(value, WITHOUT):
+        return
     elif isinstance(value, functools.partial):
         for part in (value.func, *value.args, *value.keywords.values()):
             yield from _modules_in(part, depth)
     elif isinstance(value, MethodType):
         yield from _modules_in(value.__self__, depth)
-    elif not isinstance(value, (type, Tensor, ModuleType, FunctionType)):
-        for part in getattr(value, "__dict__", {}).values() if depth else ():
-            yield from (m for m in _elements(part) if isinstance(m, nn.Module))
-            yield from _modules_in(part, depth - 1)
-
-
-def _elements(value: object) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    elif depth:
+        for part in getattr(value, "__dict__", {}).values():
+            inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+            yield from (m for m in inside if isinstance(m, nn.Module))
+            if not isinstance(part, WITHOUT):
+                yield from _modules_in(part, depth - 1)
 
 
 def refuse_inference_mode() -> None:

@@ -23,7 +23,7 @@ from typing import Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
@@ -132,9 +132,11 @@ class Objective:
     def evaluating(self) -> AbstractContextManager[None]:
         """Context in which networks that terms hold (a reward, U, a kernel) are deterministic functions (eval mode).
 
-        Found among the attributes of the terms; one that a plain function closes over is out of reach.
+        Found among the attributes of the terms, as `frozen.modules_in` says; one that a plain function closes over is
+        out of reach.
         """
-        return eval_mode(*(part for _, term in self.terms for part in (term, *vars(term).values())))
+        own = [term for _, term in self.terms if isinstance(term, nn.Module)]
+        return eval_mode(*own, *(part for _, term in self.terms for part in vars(term).values()))
 
     def __repr__(self) -> str:
         return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)
