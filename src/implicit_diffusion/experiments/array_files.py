@@ -151,10 +151,10 @@ def _chosen(name: str, names: list[str], key: str | None) -> str:
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape and type that a .npy array promises, and where its numbers begin."""
-    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+    version = np.lib.format.read_magic(file)
     # a header of version 3.0 differs from 2.0 in the names of fields alone, which no array of numbers has
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)  # type: ignore[arg-type]
+    shape, _, dtype = read(file)
     if dtype.hasobject:
         raise ValueError(
             "it holds Python objects, and loading them would run code (allow_pickle is off); save numbers instead, as "
