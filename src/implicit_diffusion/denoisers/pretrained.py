@@ -14,6 +14,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
 from implicit_diffusion.denoisers.latents import Decoder, check_latents
 from implicit_diffusion.denoisers.parts import load_model, load_scheduler
 from implicit_diffusion.denoisers.text import assembled
-from implicit_diffusion.errors import InvalidInputError, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.reading import one_line
+from implicit_diffusion.showing import Shown
 
 # Their steps are functions of (u, t, x) as they are, from N(0, I): what DDPMPipeline does with any scheduler.
 RUN_BY_DDPM_PIPELINE = (
@@ -51,8 +53,8 @@ tags:
 """
 
 
-@dataclass(frozen=True)
-class Pretrained:
+@dataclass(frozen=True, repr=False)
+class Pretrained(Shown):
     """A loaded checkpoint.
 
     Attributes:
@@ -91,7 +93,7 @@ class Pretrained:
         return assembled(self.checkpoint, {self.family.part: self.denoiser.model, "scheduler": self.scheduler})
 
 
-def load_pretrained(model: str | Path) -> Pretrained:
+def load_pretrained(model: str | PathLike[str]) -> Pretrained:
     """Load a diffusers model: unconditional, class-conditional or text-conditional, of images or of latents.
 
     Args:
@@ -134,7 +136,7 @@ def load_pretrained(model: str | Path) -> Pretrained:
 
 
 def save_pipeline(
-    folder: str | Path, denoiser: nn.Module, scheduler: Any, card: str, *, original: Pretrained | None = None
+    folder: str | PathLike[str], denoiser: nn.Module, scheduler: Any, card: str, *, original: Pretrained | None = None
 ) -> Path:
     """Write a pipeline that plain `DiffusionPipeline.from_pretrained(folder)` loads, with its model card.
 
@@ -155,12 +157,11 @@ def save_pipeline(
         InvalidInputError: the denoiser is no `DiffusersDenoiser`, the scheduler of another class, or a file of the
             original has gone; the network is saved by then.
     """
-    if not isinstance(folder, str | Path) or not isinstance(card, str):
-        raise InvalidInputError(f"folder must be a path and card its Markdown, got {shown(folder)} and {shown(card)}")
+    check_type("card", card, str, "it is the Markdown of README.md")
     check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
     if original is not None:
         check_type("original", original, Pretrained, "take what load_pretrained returned, or None")
-    folder, denoiser = Path(folder), inner(denoiser)
+    folder, denoiser = check_path("folder", folder), inner(denoiser)
     family = PIXELS if original is None else original.family
     if family is PIXELS:
         as_pipeline(denoiser, scheduler)  # refuses what is none before anything is copied

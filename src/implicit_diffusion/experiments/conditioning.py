@@ -13,7 +13,7 @@ import codecs
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embed
 from implicit_diffusion.denoisers.families import PIXELS
 from implicit_diffusion.denoisers.pretrained import Pretrained
 from implicit_diffusion.denoisers.text import embed_prompts
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.objectives.reward import takes_condition
 from implicit_diffusion.reading import read_bytes
@@ -128,7 +128,7 @@ def conditioning(config: Config, pretrained: Pretrained, device: torch.device) -
     return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null)
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | PathLike[str]) -> list[str]:
     r"""The prompts of a file, one per line; blank lines do not count.
 
     A line ends where a text editor ends it: at \n, \r\n or \r. The file is UTF-8, or begins with the byte order mark of
@@ -140,7 +140,7 @@ def read_prompts(path: str | Path) -> list[str]:
             such a character (the message names the line), or with nothing in it.
     """
     try:
-        contents = read_bytes(Path(path), MOST)
+        contents = read_bytes(check_path("--prompts", path), MOST)
     except InvalidInputError as error:
         raise InvalidInputError(f"--prompts: {error}; it is a text file, a prompt a line") from error
     encoding = next((name for mark, name in MARKS.items() if contents.startswith(mark)), "utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import check_complete, copied, parametrizations, refuse_inference_mode, train_once
 from implicit_diffusion.loops.undo import Before, largest
+from implicit_diffusion.showing import Shown, brief
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -27,7 +28,7 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
 
 
-class Update:
+class Update(Shown):
     """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
 
     Args:
@@ -87,6 +88,15 @@ class Update:
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
         self.advice = ""  # what to change where numbers overflow, for messages
+
+    def _words(self) -> Iterable[str]:
+        yield type(self.optimizer).__name__
+        yield f"lr={float(self.optimizer.param_groups[0]['lr']):.4g}"
+        held = {name: getattr(self, name) for name in ("schedule", "max_grad_norm", "ema_decay", "accumulate")}
+        yield from (f"{name}={brief(value)}" for name, value in held.items() if value not in (None, 1))
+        yield f"updates={self.updates}"
+        if self.pending:
+            yield f"pending={self.pending}"
 
     @property
     def parameters(self) -> list[Tensor]:
