@@ -31,6 +31,9 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
 class Update(Shown):
     """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
 
+    The Γ that θ was moved by stays in `.grad` until the next step begins, as it was handed to the optimizer: averaged
+    and clipped. It is None after an iteration that moved nothing.
+
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
         schedule: a torch learning-rate scheduler of that optimizer, stepped after every update, without arguments.
@@ -137,7 +140,7 @@ class Update(Shown):
         return module
 
     def begin(self) -> None:
-        """Drop what `.grad` holds from elsewhere, a pretraining say: Γ is added to what is there."""
+        """Drop what `.grad` holds from elsewhere, or from the last update: Γ is added to what is there."""
         refuse_inference_mode()
         if not self.pending:
             self.optimizer.zero_grad(set_to_none=True)
@@ -196,7 +199,6 @@ class Update(Shown):
             lost = math.isfinite(alarm) and self._lost(moved)
             before.restore()
             raise self._stop(diagnose if not lost else lambda: lost)
-        self.optimizer.zero_grad(set_to_none=True)
         self.pending = 0
         self._made(1)
         train_once(self.parametrized)
