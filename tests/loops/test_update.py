@@ -246,8 +246,7 @@ def test_it_is_what_the_optimizer_was_handed(settings):
     update = Update(torch.optim.SGD(chain.denoiser.parameters(), lr=0.1), **settings)
     loop = Nested(chain, Reward(reward), update, batch=2, noise=Noise(0))
     before = [p.detach().clone() for p in loop.model.parameters()]
-    for metrics in loop.run(1):
-        pass
+    *_, metrics = loop.run(1)
     for old, p in zip(before, loop.model.parameters()):
         torch.testing.assert_close(p.detach(), old - 0.1 * p.grad, rtol=1e-12, atol=1e-12)
     norm = torch.cat([p.grad.flatten() for p in loop.model.parameters()]).norm()

@@ -199,6 +199,12 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
     worse = f"\n**{summary['worse']}**\n" if summary.get("worse") else ""
+    adapter = ""
+    if summary.get("adapter"):
+        adapter = f"""
+The low-rank adapter is merged into these weights. By itself, of rank {config["lora_rank"]}, it is in `lora/`, to be
+added to {model}, loaded as `pipeline`: `{summary["adapter"]}`.
+"""
     return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
@@ -217,7 +223,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("this folder")
 {usage(config, summary)}
 ```
-
+{adapter}
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 β = {summary["kl_weight"]:.6g}, reward = {reward}, {summary["updates"]} updates, seed {config["seed"]}.
 """
@@ -249,6 +255,7 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
         f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
         f"{summary['network_evaluations']:,} network evaluations",
         f"model     {directory.model}",
+        *([f"adapter   {directory.model / 'lora'}: {summary['adapter']}"] if summary.get("adapter") else []),
         f"report    {report}",
     ]
     print("\n".join(lines))
