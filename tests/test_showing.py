@@ -11,6 +11,10 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion import showing
 from implicit_diffusion.denoisers.checkpoints import find_checkpoint
+from implicit_diffusion.experiments.conditioning import Conditioning
+from implicit_diffusion.experiments.data import Images
+from implicit_diffusion.experiments.digits import Digits
+from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
@@ -171,6 +175,10 @@ EXAMPLES = {
     "Transition": lambda: chain().transition(torch.zeros(1, 3, 2), [0], reference=True),
     "Fit": lambda: fit(on_chain(idf.Queue), 2),
     "HeldOut": lambda: HeldOut(reward, NOISE),
+    "Plan": lambda: make_plan(evaluation()),
+    "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
+    "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
+    "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),
 }
 
 

@@ -26,6 +26,7 @@ from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.objectives.reward import takes_condition
 from implicit_diffusion.reading import read_bytes
+from implicit_diffusion.showing import Shown
 
 PROMPT, CLASS = "prompt", "class_labels"
 MOST = 2**24  # bytes of a file of prompts
@@ -40,8 +41,8 @@ MARK = "\ufeff"
 UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and separators of lines and paragraphs
 
 
-@dataclass(frozen=True)
-class Conditioning:
+@dataclass(frozen=True, repr=False)
+class Conditioning(Shown):
     """What trajectories are sampled under.
 
     Args:

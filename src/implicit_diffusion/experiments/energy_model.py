@@ -29,6 +29,7 @@ from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.showing import Shown
 
 FORMAT = "implicit-diffusion energy model"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -70,8 +71,8 @@ class Moves:
         return {"ula": ULA, "mala": MALA, "underdamped": Underdamped}[self.sampler](self.step_size)
 
 
-@dataclass(frozen=True)
-class EnergyModel:
+@dataclass(frozen=True, repr=False)
+class EnergyModel(Shown):
     """A potential with the coordinates of its data.
 
     Args:

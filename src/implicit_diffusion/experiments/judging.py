@@ -25,10 +25,11 @@ from implicit_diffusion.objectives.reward import Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 
-@dataclass(frozen=True)
-class Judgement:
+@dataclass(frozen=True, repr=False)
+class Judgement(Shown):
     """The summary's numbers, and the bound they refer to (None without a path KL)."""
 
     summary: dict[str, Any]

@@ -31,8 +31,7 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
 class Update(Shown):
     """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
 
-    The Γ that θ was moved by stays in `.grad` until the next step begins, as it was handed to the optimizer: averaged
-    and clipped. It is None after an iteration that moved nothing.
+    What θ was moved by, Γ averaged and clipped, stays in `.grad` until the next step begins; None if it did not move.
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
@@ -95,11 +94,10 @@ class Update(Shown):
     def _words(self) -> Iterable[str]:
         yield type(self.optimizer).__name__
         yield f"lr={float(self.optimizer.param_groups[0]['lr']):.4g}"
-        held = {name: getattr(self, name) for name in ("schedule", "max_grad_norm", "ema_decay", "accumulate")}
-        yield from (f"{name}={brief(value)}" for name, value in held.items() if value not in (None, 1))
-        yield f"updates={self.updates}"
-        if self.pending:
-            yield f"pending={self.pending}"
+        held = {name: getattr(self, name) for name in ("schedule", "max_grad_norm", "ema_decay")}
+        held |= {"accumulate": self.accumulate if self.accumulate > 1 else None, "updates": self.updates}
+        held["pending"] = self.pending or None
+        yield from (f"{name}={brief(value)}" for name, value in held.items() if value is not None)
 
     @property
     def parameters(self) -> list[Tensor]:
