@@ -144,7 +144,9 @@ def prepare(root: Path) -> None:
     (root / "file.txt").write_text("a cat\na dog\n")
     (root / "rewards.py").write_text(
         "def first(x):\n    return x.flatten(1)[:, 0]\n\ndef fails(x):\n    raise RuntimeError('no')\n"
-        "def nan(x):\n    return x.flatten(1).mean(1) * float('nan')\n\nnumber = 3\n"
+        "def nan(x):\n    return x.flatten(1).mean(1) * float('nan')\n\nnumber = 3\n\n"
+        "class Class:\n    def __init__(self, weight=1):\n        self.weight = weight\n\n"
+        "    def __call__(self, x):\n        return {'reward': self.weight * x.flatten(1).mean(1, keepdim=True)}\n"
     )
     lines = bases()
     for command, out in (("finetune", "run"), ("ebm", "energy")):
@@ -157,7 +159,8 @@ def lines(seed: int, count: int) -> Iterator[list[str]]:
     configs = configurations()
     valid = bases()
     files = ["tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model"]
-    files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing")]
+    files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing", "Class")]
+    files += [f"rewards.py:Class{arguments}" for arguments in ("(weight=2)", "(3)", "('')", "(width=2)", "(x)", "(")]
     names = [name for name in valid if name in configs]
     cheap = {"hexagon": 1, "recovery": 1, "sweep": 2, "pretrain": 2}  # these take longest
     weights = [cheap.get(name, 4) for name in names]

@@ -20,9 +20,11 @@ class Config:
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: str = "brightness"
-    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function.
-    It takes images (n, C, H, W), decoded where the model's are latents, to (n,).
-    One of two arguments also gets the prompts, or the class labels."""
+    """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
+    A class or factory takes literal arguments, as in "FILE.py:Class(weight=2)".
+    It is called with the images (n, C, H, W), decoded where the model's are latents.
+    If it takes two arguments, the second is the list of prompts, or the class labels (n,).
+    It returns one number per image: (n,), (n, 1), or these in a pair (scores, info) or a dict."""
     prompts: Path | None = None
     """Text file with one prompt per line, for text-conditional models."""
     guidance: float | None = None

@@ -28,6 +28,7 @@ from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.experiments.reward_trust import is_own
 from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.experiments.tilt_exact import AT_EDGE, Exact, half_plane
 from implicit_diffusion.experiments.written import distinct
@@ -56,7 +57,8 @@ class Config:
     """The model/ folder of an `implicit-diffusion ebm` run."""
     reward: str = "half-plane"
     """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own FILE.py:function.
-    It takes points (n, 2) to (n,) and needs no gradient."""
+    It takes points (n, 2) to (n,) and needs no gradient.
+    A class takes literal arguments, as in "FILE.py:Class(weight=2)"."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
     """KL weights w, in reward per nat; one gives a result, several a study."""
     arms: tuple[Arm, ...] = ARMS
@@ -116,10 +118,10 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
     if not model.moves.kernel().weighted:
         raise InvalidInputError(f"--model: its sampler {model.moves.sampler} knows no weights; train it with another")
-    if config.reward != "half-plane" and ":" not in config.reward:
+    if config.reward != "half-plane" and not is_own(config.reward):
         raise InvalidInputError(
-            f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function; shipped rewards are "
-            "of images, and the model is of the plane"
+            f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function or "
+            "FILE.py:Class(weight=2); shipped rewards are of images, and the model is of the plane"
         )
     with Draws(Noise(config.seed), START, 0):
         reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
@@ -215,7 +217,7 @@ def train(
     potential.load_state_dict(model.potential.state_dict())
     particles = start if arm == "weighted" else resampled(start, noise)
 
-    def in_data_units(z: Tensor) -> Tensor:
+    def in_data_units(z: Tensor) -> Any:
         return reward((z * model.scale + model.shift).to(z))  # in the precision in which the grid was seen
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
