@@ -233,7 +233,7 @@ def test_the_rate_to_try_brings_j_below_where_it_began(excess, possible, factor)
 
 def test_without_a_finite_j_a_run_is_worse():
     before = evaluation(repeats=8)
-    after = replace(before, log_ratio=before.log_ratio + float("inf"))
+    after = replace(before, path_kl=before.path_kl + float("inf"), log_ratio=before.log_ratio + float("inf"))
     found = judge(before, after, after, BETA).summary
     assert "is not finite any more" in found["worse"] and found["captured"] is None
     fell = replace(before, reward=before.reward - 1)

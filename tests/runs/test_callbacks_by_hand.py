@@ -67,7 +67,7 @@ def test_held_out_numbers_are_those_of_an_evaluation(ema):
     for name, values in (
         ("reward", held.reward),
         ("path_kl", held.path_kl),
-        ("objective", 1.7 * held.log_ratio - held.reward),
+        ("objective", 1.7 * held.path_kl - held.reward),
     ):
         mean, error = mean_and_error(values)
         assert fit.metrics[f"held_out_{name}"] == pytest.approx(mean, rel=1e-9)

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, bound, gain, memory_of_start
+from implicit_diffusion.loops.bound import Bound, bound, gain, gain_of_j, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
@@ -36,6 +37,7 @@ class Plan:
         bounds: the optimum for each β, the weakest tilt first; the unconditional bound, which is never too pessimistic
             and tight where `memory` is small, or the one given the start; none where the penalty is no KL.
         gain_se: standard error of each bound's gain of reward.
+        j_gain_se: that of each bound's gain of J; none in a plan of an earlier version.
         memory: share of the reward's variance that x_0 decides, with its standard error; 0 for a memoryless chain.
         conditional: whether the bounds are given the start.
     """
@@ -48,6 +50,7 @@ class Plan:
     memory: float
     memory_se: float
     conditional: bool = False
+    j_gain_se: tuple[float, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """The table: one row per β, gains relative to the pretrained chain, J in units of reward."""
@@ -60,10 +63,11 @@ class Plan:
                 "path_kl": b.path_kl,
                 "path_kl_se": b.path_kl_se,
                 "j_gain": -self.reward - b.j,
+                "j_gain_se": j_gain_se,
                 "effective_samples": b.effective_samples,
                 "trusted": b.trusted,
             }
-            for b, gain_se in zip(self.bounds, self.gain_se)
+            for b, gain_se, j_gain_se in zip_longest(self.bounds, self.gain_se, self.j_gain_se)
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -109,8 +113,10 @@ def make_plan(
         centred = replace(evaluation, reward=evaluation.reward - evaluation.reward.mean(1, keepdim=True))
         found = [bound(centred, beta) for beta in chosen]
         bounds = [replace(b, reward=b.reward + reward, j=b.j - reward) for b in found]
-    gain_se = (gain(evaluation, beta, conditional=conditional)[1] for beta in chosen)
-    return Plan(reward, reward_se, std, tuple(bounds), tuple(gain_se), memory, memory_se, conditional)
+    gain_se, j_gain_se = (
+        tuple(of(evaluation, beta, conditional=conditional)[1] for beta in chosen) for of in (gain, gain_of_j)
+    )
+    return Plan(reward, reward_se, std, tuple(bounds), gain_se, memory, memory_se, conditional, j_gain_se)
 
 
 def show(plan: Plan) -> None:
@@ -139,7 +145,7 @@ def show(plan: Plan) -> None:
             number(row["reward_gain"], row["reward_gain_se"], sign=True) + mark,
             f"{row['reward_gain_in_std']:.2f}",
             number(row["path_kl"], row["path_kl_se"]) + mark,
-            number(row["j_gain"]),
+            number(row["j_gain"], row["j_gain_se"]),
         )
     Console().print(table)
 

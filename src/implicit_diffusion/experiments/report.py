@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.experiments.concerns import concerns
+from implicit_diffusion.experiments.judging import falls
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import decimals, distinct, number, percent
+from implicit_diffusion.experiments.written import beside, decimals, distinct, number, percent
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.files import replacing
 
@@ -118,13 +119,15 @@ def _in_words(outcome: Outcome) -> str:
     )
     if s.get("path_kl") is not None:
         text += (
-            f" The price is a path KL of {number(s['path_kl'])} nats: how far sampling moved from the pretrained model."
+            f" The price is a path KL of {number(s['path_kl'])} nats: how far sampling moved from the pretrained model, "
+            "by the mean square of the steps' shifts."
         )
     if best is not None and s.get("captured") is not None:
+        fell, could = falls(s)
         text += (
-            f" J weighs one against the other (KL weight × path KL − reward, lower is better). It fell from "
-            f"{number(s['j_before'], s['j_before_se'])} to {number(s['j_after'], s['j_after_se'])}; no sampler of this "
-            f"chain can bring it below {number(best.j, best.j_se)}."
+            f" J weighs one against the other ({outcome.beta:.4g} × path KL − reward, lower is better). It fell by "
+            f"{number(*fell)}, from {beside(s['j_before'], fell[1])} to {beside(s['j_after'], fell[1])}; no sampler of "
+            f"this chain can bring it below {beside(best.j, could[1])}, a fall of {number(*could)}."
         )
     return text + " Every ± here is one standard error."
 
@@ -213,7 +216,7 @@ a penalty on drifts no bound says how much could be gained.</p></section>
                 number(row["reward_gain"], row["reward_gain_se"], sign=True) + unsure,
                 f"{row['reward_gain_in_std']:.2f}",
                 number(row["path_kl"], row["path_kl_se"]) + unsure,
-                number(row["j_gain"]),
+                number(row["j_gain"], row["j_gain_se"]),
             ]
         )
         if abs(row["kl_weight"] / outcome.beta - 1) < 0.02 if outcome.beta else False:

@@ -39,7 +39,7 @@ from implicit_diffusion.runs.provenance import FILE, Change, verified
 
 CURVE = 12  # KL weights of the drawn frontier
 REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
-KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
+KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_fall", "j_bound", "j_possible", "captured")
 LEFT_BY_AN_EARLY_END = {
     LOCK,
     FILE,
@@ -230,18 +230,25 @@ def _point(b: Bound) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print the table, all of it on the noise that the runs were judged on."""
     from rich.console import Console
     from rich.table import Table
 
-    before = number(summary["reward_pretrained"], summary["reward_pretrained_se"])
-    table = Table(title=f"{summary['reward']} against path KL (pretrained reward {before})")
+    rows = summary["rows"]
+    before = number(rows[0]["reward_before"], rows[0]["reward_before_se"])
+    table = Table(
+        title=f"{summary['reward']} against path KL (pretrained reward {before})",
+        caption="J is KL weight × path KL − reward, and minus the pretrained reward before; the ± of J and of the best "
+        "are those of how far it fell and could have fallen, of which captured is the share.",
+    )
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")
-    rows = summary["rows"]
     weights = distinct([row["kl_weight"] for row in rows])
     for weight, row in zip(weights, rows):
-        cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl", "j_after", "j_bound")]
+        cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl")]
+        cells += [
+            number(row[key], row.get(f"{of}_se")) for key, of in (("j_after", "j_fall"), ("j_bound", "j_possible"))
+        ]
         table.add_row(weight, *cells, "J rose" if row["worse"] else percent(row["captured"], row["captured_se"]))
     for weight, row in zip(weights, rows):
         if row["worse"]:

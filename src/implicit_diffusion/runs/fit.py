@@ -196,10 +196,11 @@ class HeldOut:
         before = fit.chain.evaluations
         result = evaluate(fit.chain, self.reward, self.noise, starts=self.starts)
         fit.chain.evaluations = before  # what is reported as cost is the training's own
+        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
         for name, values in (
             ("reward", result.reward),
             ("path_kl", result.path_kl),
-            ("objective", result.objective(fit.loop.objective.weight(PathKL))),
+            ("objective", result.objective(beta)),
         ):
             mean, error = mean_and_error(values)
             told = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread
