@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.experiments.toy_outcome import BETA, digits_outcome, evaluation
 
 from implicit_diffusion.experiments import judging, plan, sweep
 from implicit_diffusion.experiments.judging import judge
 from implicit_diffusion.experiments.report import write_report
 from implicit_diffusion.runs import RunDirectory
-from tests.experiments.toy_outcome import BETA, digits_outcome, evaluation
 
 NUMBER = r"([+−-]?\d+(?:\.\d+)?)"
 

@@ -47,9 +47,10 @@ def judge(
     """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured.
 
     J = β·KL − reward holds for the numbers as they are, before, after and at the bound, and the captured share is the
-    fall of J as a share of what J could fall: the path KL is that of the squares (`Evaluation.path_kl`). All were evaluated under the same noise, so that the errors of differences are those of paired differences. Where J
-    rose, by more than two standard errors, the first entry says so, with what to change. There, and where the possible
-    gain may be none, within two standard errors, a share of it means nothing: `captured_unknown` says why.
+    fall of J as a share of what J could fall: the path KL is that of the squares (`Evaluation.path_kl`). All were
+    evaluated under the same noise, so that the errors of differences are those of paired differences. Where J rose, by
+    more than two standard errors, the first entry says so, with what to change. There, and where the possible gain may
+    be none, within two standard errors, a share of it means nothing: `captured_unknown` says why.
 
     Args:
         before: the pretrained chain.

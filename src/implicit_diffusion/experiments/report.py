@@ -119,8 +119,8 @@ def _in_words(outcome: Outcome) -> str:
     )
     if s.get("path_kl") is not None:
         text += (
-            f" The price is a path KL of {number(s['path_kl'])} nats: how far sampling moved from the pretrained model, "
-            "by the mean square of the steps' shifts."
+            f" The price is a path KL of {number(s['path_kl'])} nats, the mean square of the steps' shifts: how far "
+            "sampling moved from the pretrained model."
         )
     if best is not None and s.get("captured") is not None:
         fell, could = falls(s)

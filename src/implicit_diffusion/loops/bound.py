@@ -140,7 +140,7 @@ def _on_its_noise(evaluation: Evaluation, beta: float) -> Bound:
 
 
 def _chance(evaluation: Evaluation, beta: float) -> Float[Tensor, " starts"]:
-    """β Σ_k ⟨Δ_k, ξ_k⟩/s_k of every start, whose mean is zero: what J with the control variate has more than without."""
+    """β Σ_k ⟨Δ_k, ξ_k⟩/s_k of every start, of mean zero: by this J with the control variate exceeds J without."""
     return beta * (evaluation.log_ratio.double() - evaluation.path_kl.double()).mean(1)
 
 

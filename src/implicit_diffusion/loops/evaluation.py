@@ -52,8 +52,8 @@ class Evaluation:
 
         Args:
             beta: weight of the path KL, in reward per nat.
-            control_variate: take the log-ratio for the path KL. The mean is the same; near an optimum it is known better,
-                its difference from that of another chain on the same noise worse.
+            control_variate: take the log-ratio for the path KL. The mean is the same; near an optimum it is
+                better known, its difference from that of another chain on the same noise less well.
         """
         kl = self.log_ratio if control_variate else self.path_kl
         return check_number("beta", beta) * kl - self.reward
