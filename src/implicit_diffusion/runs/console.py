@@ -93,7 +93,8 @@ class Progress:
         """Count `advance` steps.
 
         Args:
-            metrics: the few numbers to show (floats or 0-d tensors), by name; None keeps the last ones.
+            metrics: the few numbers to show (floats or 0-d tensors), by name; words are shown as they are; None keeps
+                the last ones.
             advance: steps made since the last call.
         """
         self.done += advance
@@ -169,4 +170,4 @@ def progress(total: int, description: str) -> Iterator[Progress]:
 
 
 def _read(metrics: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+    return "  ".join(v if isinstance(v, str) else f"{name} {float(v):.4g}" for name, v in metrics.items())

@@ -40,7 +40,7 @@ from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
 from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
 
-SHOWN = ("reward", "path_kl", "objective", "grad_norm")
+SHOWN = ("reward", "path_kl", "objective", "grad_norm", "phase")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
 
 
@@ -115,13 +115,15 @@ def _drive(
                     with state.draws:
                         state.verdict = verdict(state, callbacks)
                     state.stopped = state.verdict and state.verdict[1]
-                    bar.update({name: metrics[name] for name in SHOWN if name in metrics})
+                    bar.update(_shown(metrics))
                     lines.append(state.metrics)
                     if waits is not None and directory is not None:  # it is known now what that state led to
                         if unsound(state, callbacks) is None:
                             directory.confirm()
                             saved_at = waits
                         waits = None
+                else:
+                    bar.update(_shown(metrics), advance=0)
                 if stop.requested:
                     state.stopped = "interrupted"
                 if state.stopped:
@@ -153,9 +155,13 @@ def _drive(
             write()
 
 
+def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in SHOWN if name in metrics}
+
+
 def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
     """The steps of the loop, with the generators of the run in place during each."""
-    steps = state.loop.run(updates)
+    steps = state.loop.steps(updates)
     while True:
         with state.draws:
             metrics = next(steps, None)
