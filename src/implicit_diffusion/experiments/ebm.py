@@ -21,7 +21,8 @@ from implicit_diffusion.experiments.ebm_training import Trained, train
 from implicit_diffusion.experiments.energy_model import load_energy_model
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
 
@@ -47,14 +48,15 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         return compare(config)
     begun = directory is not None
     directory = RunDirectory(config.out or dated(f"ebm-{Path(config.data).stem}").absolute())
-    with directory.held():
+    with directory.held(), clock.run():
         return _run(replace(config, out=directory.path), directory, begun)
 
 
 def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
     """The same in a directory that is held."""
-    rests_on = inputs(config)
-    data = load(config.data, Noise(config.seed))
+    with part("loading"):
+        rests_on = inputs(config)
+        data = load(config.data, Noise(config.seed))
     settings = config.settings(data)
     loop = make_loop(settings, data)
     if config.long_chains and len(data.event_shape) != 3:
@@ -62,12 +64,14 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
     resolved = config.resolved(data)
     if not begun:
         directory.start(resolved)
+    clock.keep(directory.path)
     if not (begun and is_recorded(directory)):
         record_inputs(directory, resolved, rests_on)
     with directory.resumable():
         return finish(config, resolved, settings, data, train(settings, data, loop, directory, LOOKS), directory)
 
 
+@part("judging")
 def finish(
     config: Config, resolved: Config, settings: Settings, data: Data, trained: Trained, directory: RunDirectory
 ) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def finish(
         from implicit_diffusion.experiments.ebm_digits import long_chains
 
         summary |= long_chains(model, data, directory, 10 * settings.updates, config.seed)
-    draw(model, data, summary, directory)
+    with part("drawing"):
+        draw(model, data, summary, directory)
     directory.write_summary(summary)
     show(summary, directory)
     return summary

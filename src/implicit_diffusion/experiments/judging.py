@@ -23,7 +23,7 @@ from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.samplers.chain import Chain
 
 
@@ -265,8 +265,8 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
             f"bound     {beside(summary['j_bound'], could[1])}{told}: J could fall by {number(*could)}; {result}",
         ]
     lines += [
-        f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
-        f"{summary['network_evaluations']:,} network evaluations",
+        f"cost      {clock.told(clock.seconds(directory.path) or {'training': summary['seconds']})}",
+        f"          {summary['updates']} updates with {summary['network_evaluations']:,} network evaluations",
         f"model     {directory.model}",
         f"report    {report}",
     ]

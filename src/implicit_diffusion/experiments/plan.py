@@ -24,6 +24,7 @@ from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, gain, gain_of_j, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.runs.clock import part
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
 
@@ -82,6 +83,7 @@ class Plan:
         }
 
 
+@part("planning")
 def make_plan(
     evaluation: Evaluation,
     betas: Sequence[float] | None = None,
@@ -150,6 +152,7 @@ def show(plan: Plan) -> None:
     Console().print(table)
 
 
+@part("planning")
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
     from implicit_diffusion.experiments.drawing import finish, sheet

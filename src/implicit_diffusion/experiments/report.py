@@ -18,7 +18,7 @@ from implicit_diffusion.experiments.judging import falls
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import beside, decimals, distinct, number, percent
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.files import replacing
 
 CSS = Path(__file__).with_suffix(".css")
@@ -43,6 +43,7 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
         _concerns(outcome),
         f'<section class="figures">{"".join(map(_figure, figures))}</section>',
         _quality(outcome),
+        _time(directory),
         _plan(outcome),
         _use(outcome, directory),
         _configuration(outcome),
@@ -233,6 +234,19 @@ what training attains. The pretrained reward is {number(plan.reward, plan.reward
 {number(plan.reward_std)} between samples; the first noise x<sub>0</sub> decides
 {percent(plan.memory, plan.memory_se)} of its variance (0 % is memoryless).{doubt}</p>
 {_table(columns, rows, chosen)}</section>
+"""
+
+
+def _time(directory: RunDirectory) -> str:
+    """Where the time went; nothing for a run in which it was not counted."""
+    spent = clock.seconds(directory.path)
+    whole = sum(spent.values())
+    rows = [[name, f"{s:.1f}", percent(s / whole)] for name, s in sorted(spent.items(), key=lambda item: -item[1])]
+    if not rows:
+        return ""
+    return f"""<section><h2>Where the time went</h2>
+<p>All of it up to this page, of every piece of the run if it was interrupted.</p>
+{_table(("part", "seconds", "share"), [*rows, ["all", f"{whole:.1f}", percent(1.0)]])}</section>
 """
 
 

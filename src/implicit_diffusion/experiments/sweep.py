@@ -31,7 +31,8 @@ from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated, plain
 from implicit_diffusion.runs.files import UNFINISHED, writing
 from implicit_diffusion.runs.lock import LOCK
@@ -43,6 +44,7 @@ KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_fall", "j_bound", "j_poss
 LEFT_BY_AN_EARLY_END = {
     LOCK,
     FILE,
+    clock.FILE,
     "config.json",
     "plan.json",
     finetune.PLANNED,
@@ -95,8 +97,9 @@ def run(config: Config) -> dict[str, Any]:
     config = replace(config, each=absolute(replace(config.each, out=config.each.out or dated("sweep"))))
     assert config.each.out is not None
     directory = RunDirectory(config.each.out)
-    with directory.held():
+    with directory.held(), clock.run():
         _check_folder(directory.path, config)
+        clock.keep(directory.path)
         rests_on = inputs(config.each)
         with verified(directory, config.accept_changes, rests_on):
             return _run(config, directory, rests_on)
@@ -111,7 +114,8 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
     record_inputs(directory, config.each, rests_on, config=_settings(config))
     finetune.keep_rewards(samples, directory)
     try:
-        for beta in betas:
+        for place, beta in enumerate(betas, start=1):
+            print(f"KL weight {beta:.6g}, run {place} of {len(betas)}")
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
@@ -127,6 +131,7 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
     directory.write_summary(summary)
     show(summary)
     plot(summary, {beta: metrics for beta, (_, metrics) in found.items()}, frontier, directory.figure("frontier"))
+    print(f"cost      {clock.told(clock.seconds(out))}")
     print(f"sweep     {out}")
     return summary
 
@@ -256,6 +261,7 @@ def show(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
+@part("drawing")
 def plot(
     summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], frontier: Sequence[Bound], path: Path
 ) -> None:

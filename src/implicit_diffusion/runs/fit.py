@@ -33,6 +33,7 @@ from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.signals import graceful
@@ -105,8 +106,7 @@ def _drive(
     saved_at: int = state.updates  # of the last checkpoint
     waits: int | None = None  # that of one of which the next update will tell whether it is sound
     last_saved = last_read = start = time.monotonic()
-    with graceful() as stop, progress(updates, description) as bar:
-        bar.update(advance=state.updates)
+    with graceful() as stop, progress(updates, description, state.updates) as bar, part("saving"):
         try:
             for metrics in () if state.stopped else _steps(state, updates):
                 state.seconds += time.monotonic() - start
@@ -115,7 +115,7 @@ def _drive(
                     with state.draws:
                         state.verdict = verdict(state, callbacks)
                     state.stopped = state.verdict and state.verdict[1]
-                    bar.update(_shown(metrics))
+                    bar.update(_shown(metrics), advance=state.updates - bar.done)
                     lines.append(state.metrics)
                     if waits is not None and directory is not None:  # it is known now what that state led to
                         if unsound(state, callbacks) is None:
@@ -163,7 +163,7 @@ def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
     """The steps of the loop, with the generators of the run in place during each."""
     steps = state.loop.steps(updates)
     while True:
-        with state.draws:
+        with state.draws, part("training"):
             metrics = next(steps, None)
         if metrics is None:
             return
@@ -200,7 +200,8 @@ class HeldOut:
         if fit.updates % self.every:
             return
         before = fit.chain.evaluations
-        result = evaluate(fit.chain, self.reward, self.noise, starts=self.starts)
+        with part("held-out checks"):
+            result = evaluate(fit.chain, self.reward, self.noise, starts=self.starts)
         fit.chain.evaluations = before  # what is reported as cost is the training's own
         beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
         for name, values in (
