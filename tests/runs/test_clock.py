@@ -112,6 +112,12 @@ def test_outside_a_run_nothing_is_counted(now):
     assert sum(spent.seconds.values()) == 0.0
 
 
+def test_shares_of_all(now, tmp_path):
+    assert clock.shares(tmp_path) == []
+    (tmp_path / clock.FILE).write_text('{"training": 3.0, "judging": 9.0}')
+    assert clock.shares(tmp_path) == [("judging", 9.0, 0.75), ("training", 3.0, 0.25), ("all", 12.0, 1.0)]
+
+
 def test_how_it_is_told():
     spent = {"the rest": 0.4, "training": 10.4, "loading": 12.4, "saving": 0.4, "judging": 0.5}
     assert clock.told(spent) == "24 s: 12 loading, 10 training, 0 judging, 2 the rest"

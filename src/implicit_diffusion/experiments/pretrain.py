@@ -22,6 +22,7 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 SAVE_EVERY, CHECKPOINT_EVERY = 600.0, 60.0  # seconds, between two models and between two states
 LINES = 1000  # of metrics.jsonl, at most
+REPEATS = 20  # times and noises per image, by which a loss is judged
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -121,8 +123,7 @@ def _finish(
             "left_out": data.left_out,
         },
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "loss_train": denoising_loss(unet, scheduler, data.train[: 10 * len(data.held_out)]),
-        "loss_held_out": denoising_loss(unet, scheduler, data.held_out),
+        **_losses(unet, scheduler, data),
         "seconds": max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     }
     if config.data == "digits":
@@ -295,12 +296,31 @@ def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator:
     return (prediction - target).square().flatten(1).mean(1)
 
 
+def _losses(unet: "UNet2DModel", scheduler: "DDPMScheduler", data: Images) -> dict[str, float]:
+    """On images that were trained on, and on those that were not."""
+    parts = {"loss_train": data.train[: 10 * len(data.held_out)], "loss_held_out": data.held_out}
+    with progress(REPEATS * sum(map(len, parts.values())), "judging") as bar:
+        tick = lambda done: bar.update(advance=done)  # noqa: E731
+        return {name: denoising_loss(unet, scheduler, x, tick=tick) for name, x in parts.items()}
+
+
 @torch.no_grad()
-def denoising_loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, repeats: int = 20) -> float:
+def denoising_loss(
+    unet: "UNet2DModel",
+    scheduler: "DDPMScheduler",
+    x: Tensor,
+    repeats: int = REPEATS,
+    tick: Callable[[int], None] = lambda done: None,
+) -> float:
     """The loss of the trained network on given images, the same `repeats` times and noises per image at each call.
 
     Much lower on training images than on held-out ones means that the network has learnt the former by heart.
     """
     generator = torch.Generator().manual_seed(0)
     parts = x.split(4096) if len(x) > 4096 else (x,)
-    return torch.cat([_loss(unet, scheduler, part, generator) for _ in range(repeats) for part in parts]).mean().item()
+    losses = []
+    for _ in range(repeats):
+        for piece in parts:
+            losses.append(_loss(unet, scheduler, piece, generator))
+            tick(len(piece))
+    return torch.cat(losses).mean().item()

@@ -238,16 +238,9 @@ what training attains. The pretrained reward is {number(plan.reward, plan.reward
 
 
 def _time(directory: RunDirectory) -> str:
-    """Where the time went; nothing for a run in which it was not counted."""
-    spent = clock.seconds(directory.path)
-    whole = sum(spent.values())
-    rows = [[name, f"{s:.1f}", percent(s / whole)] for name, s in sorted(spent.items(), key=lambda item: -item[1])]
-    if not rows:
-        return ""
-    return f"""<section><h2>Where the time went</h2>
-<p>All of it up to this page, of every piece of the run if it was interrupted.</p>
-{_table(("part", "seconds", "share"), [*rows, ["all", f"{whole:.1f}", percent(1.0)]])}</section>
-"""
+    rows = [[name, f"{spent:.1f}", percent(share)] for name, spent, share in clock.shares(directory.path)]
+    table = _table(("part", "seconds", "share"), rows)
+    return f"<section><h2>Where the time went, up to this page</h2>{table}</section>" if rows else ""
 
 
 def _use(outcome: Outcome, directory: RunDirectory) -> str:

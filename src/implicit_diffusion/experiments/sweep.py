@@ -27,7 +27,7 @@ from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
 from implicit_diffusion.experiments.reward_trust import short
-from implicit_diffusion.experiments.written import distinct, number, percent
+from implicit_diffusion.experiments.written import beside, distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -243,8 +243,9 @@ def show(summary: dict[str, Any]) -> None:
     before = number(rows[0]["reward_before"], rows[0]["reward_before_se"])
     table = Table(
         title=f"{summary['reward']} against path KL (pretrained reward {before})",
-        caption="J is KL weight × path KL − reward, and minus the pretrained reward before; the ± of J and of the best "
-        "are those of how far it fell and could have fallen, of which captured is the share.",
+        caption="J is KL weight × path KL − reward, before training minus the pretrained reward. How far it "
+        "fell and could have fallen, of which captured is the share, is known to the digits shown. Every ± is one "
+        "standard error.",
     )
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")
@@ -252,7 +253,7 @@ def show(summary: dict[str, Any]) -> None:
     for weight, row in zip(weights, rows):
         cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl")]
         cells += [
-            number(row[key], row.get(f"{of}_se")) for key, of in (("j_after", "j_fall"), ("j_bound", "j_possible"))
+            beside(row[key], row.get(f"{of}_se")) for key, of in (("j_after", "j_fall"), ("j_bound", "j_possible"))
         ]
         table.add_row(weight, *cells, "J rose" if row["worse"] else percent(row["captured"], row["captured_se"]))
     for weight, row in zip(weights, rows):

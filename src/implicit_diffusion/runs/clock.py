@@ -104,6 +104,14 @@ def seconds(path: Path) -> dict[str, float]:
     return next((dict(clock.seconds) for clock in _clocks if clock.path == path), None) or read(path)
 
 
+def shares(path: Path) -> list[tuple[str, float, float]]:
+    """Parts with their seconds and shares, the longest first, and their sum; nothing where they were not counted."""
+    spent = seconds(path)
+    whole = sum(spent.values())
+    rows = [(name, s, s / whole) for name, s in sorted(spent.items(), key=lambda item: -item[1])] if whole else []
+    return [*rows, ("all", whole, 1.0)] if rows else []
+
+
 def read(path: Path) -> dict[str, float]:
     """What a clock has kept in a folder."""
     with suppress(OSError, ValueError, AttributeError):

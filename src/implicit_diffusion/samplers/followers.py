@@ -176,7 +176,8 @@ def annealed(
     """
     check_type("noise", noise, Noise, "take Noise(0), say")
     check_integer("n", n, 2), check_integer("steps", steps)
-    check_call("path", path, "t"), check_call("progress", progress, "done")
+    check_call("path", path, "t")
+    check_call("progress", progress, "done")
     with trying("path", "t = 0"):
         start: Any = path(0.0)
     if not hasattr(start, "sample") or not hasattr(start, "log_z"):
