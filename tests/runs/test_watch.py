@@ -102,7 +102,7 @@ def test_the_watch_goes_on_where_it_was():
     assert other == watch and watch.began is not None
 
 
-def test_one_batch_is_looked_at_once_and_remembered():
+def test_one_batch_is_looked_at_once_and_remembered(as_users_run):
     """While a queue drains there are no new numbers: none of its looks counts, and what was seen last stands."""
     watch, drained = Runaway(1.0), seen(2000.0, updates=20)
     drained.metrics = {"grad_norm": 1.0}
