@@ -41,7 +41,7 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert set(promised.split()) <= summary.keys()
     assert summary["updates"] == 6 and summary["path_kl"] > 0
     assert summary["j_bound"] < summary["j_before"]
-    assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], rel=1e-12)
+    assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], rel=1e-6)
     config = json.loads((finished / "config.json").read_text())
     assert config["kl_weight"] == 2.5 and config["scheduler"] == "ddpm" and config["seed"] == 0
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]

@@ -114,6 +114,8 @@ def test_one_batch_is_looked_at_once_and_remembered(as_users_run):
     other = Runaway(1.0)
     other.load_state_dict(watch.state_dict())
     assert "the path KL is" in other.unsound(drained)
+    drained.metrics = {"grad_norm": 1.0, "held_out_path_kl": 3.0}
+    assert other.unsound(drained) is None  # it has come back, on noise of its own
     with pytest.raises(DivergenceError, match="after update 30"):
         watch(seen(2000.0, updates=30))
 

@@ -73,8 +73,9 @@ class Runaway:
     def _see(self, fit: Fit) -> bool:
         """Whether the metrics have what is watched; it is kept, unread, since a device would be waited for."""
         m = fit.metrics
-        new = {"path_kl": m["path_kl"]} if "path_kl" in m else {}
+        names = ["path_kl"] + ["held_out_path_kl"] * ("path_kl" in self.seen)  # a queue that drains has the second only
+        new = {"path_kl": m[name] for name in names if name in m}
         if "objective" in m:
             new["rest"] = m["objective"] - fit.loop.objective.weight(PathKL) * m.get("path_kl", 0.0)
-        self.seen = new or self.seen
+        self.seen |= new
         return bool(new)
