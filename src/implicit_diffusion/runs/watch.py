@@ -73,8 +73,9 @@ class Runaway:
     def _see(self, fit: Fit) -> bool:
         """Whether the metrics have what is watched; it is kept, unread, since a device would be waited for."""
         m = fit.metrics
-        names = ["path_kl"] + ["held_out_path_kl"] * ("path_kl" in self.seen)  # a queue that drains has the second only
-        new = {"path_kl": m[name] for name in names if name in m}
+        new = {"path_kl": m["path_kl"]} if "path_kl" in m else {}
+        if not new and "path_kl" in self.seen and "held_out_path_kl" in m:  # all that a queue tells while it drains
+            new = {"path_kl": m["held_out_path_kl"]}
         if "objective" in m:
             new["rest"] = m["objective"] - fit.loop.objective.weight(PathKL) * m.get("path_kl", 0.0)
         self.seen |= new
