@@ -104,7 +104,7 @@ def held_out(chain: Chain, config: Config, problem: Problem) -> tuple[float, flo
     evaluations = chain.evaluations
     result = evaluate(chain, problem.reward, Noise(0).stream(1), starts=config.held_out)
     chain.evaluations = evaluations
-    return mean_and_error(result.objective(problem.beta))
+    return mean_and_error(result.objective(problem.beta, control_variate=True))
 
 
 def reached(points: list[dict[str, Any]], target: float) -> dict[str, float | None]:

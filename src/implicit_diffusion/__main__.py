@@ -6,6 +6,9 @@ import sys
 def main() -> int:
     """Run the command line; an interrupt is one line and status 130 while it is still being imported, too."""
     try:
+        from implicit_diffusion.runs import clock
+
+        clock.begin()
         from implicit_diffusion import cli
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -58,7 +58,10 @@ def exported(words):
     config = dataclasses.asdict(finetune_config.Config(model=f"a/{words}", reward=words))
     config |= {"scheduler": "ddpm", "num_steps": 4, "penalty": "path-kl"}
     numbers = ("kl_weight", "reward_before", "reward_after", "reward_exported", "path_kl", "captured", "updates")
-    summary = dict.fromkeys(numbers, 1.0) | {"pipeline_is_the_chain": False, "pipeline": words}
+    summary = dict.fromkeys((*numbers, "j_before", "j_after"), 1.0) | {
+        "pipeline_is_the_chain": False,
+        "pipeline": words,
+    }
     chain = SimpleNamespace(pretrained_rows=(), num_steps=4, table=SimpleNamespace(name=words))
     return inspect.unwrap(judging.model_card)(config, summary, chain)
 

@@ -36,7 +36,7 @@ def trained():
     return Trained(settings, Fit(loop, loop.step()), loop, to_model(settings, loop, data), [])
 
 
-def told(half, error):
+def in_words(half, error):
     return {"log_z_estimate": 45.8, "log_z_estimate_se": 0.5, "log_z_half": half, "log_z_half_se": error, "ess": 32.0}
 
 

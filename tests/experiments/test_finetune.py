@@ -19,6 +19,7 @@ from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.rewards import brightness
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import clock
 from implicit_diffusion.samplers.chain import Chain
 
 TINY = ["--num-steps", "4", "--batch", "2", "--updates", "6", "--starts", "8", "--lr", "1e-3", "--kl-weight", "2.5"]
@@ -40,7 +41,7 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert set(promised.split()) <= summary.keys()
     assert summary["updates"] == 6 and summary["path_kl"] > 0
     assert summary["j_bound"] < summary["j_before"]
-    assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], abs=0.5)
+    assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], rel=1e-6)
     config = json.loads((finished / "config.json").read_text())
     assert config["kl_weight"] == 2.5 and config["scheduler"] == "ddpm" and config["seed"] == 0
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -49,6 +50,22 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert "http://" not in (finished / "report.html").read_text()
     card = (finished / "model" / "README.md").read_text()
     assert "num_inference_steps=4" in card and "brightness" in card
+
+
+def test_time_and_metrics_are_told_once_and_whole(finished):
+    """All seconds by parts, in the file and in the report; nothing that a draining queue did not see."""
+    spent = clock.seconds(finished)
+    assert {"loading", "planning", "training", "held-out checks", "saving", "judging", "drawing"} <= spent.keys()
+    assert spent["training"] == pytest.approx(json.loads((finished / "summary.json").read_text())["seconds"], rel=0.2)
+    page = (finished / "report.html").read_text()
+    assert all(f'<th scope="row">{part}</th>' in page for part in (*spent, "all"))
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    rewards = [m["reward"] for m in metrics if "reward" in m]
+    assert len(rewards) == len(set(rewards)) == 6 - 3 and metrics[-1]["phase"] == "draining"
+    for m in metrics:
+        if "held_out_objective" in m:
+            formula = 2.5 * m["held_out_path_kl"] - m["held_out_reward"]
+            assert m["held_out_objective"] == pytest.approx(formula, rel=1e-6)
 
 
 LOAD = """

@@ -8,7 +8,7 @@ import torch
 from implicit_diffusion.experiments.judging import judge
 from implicit_diffusion.experiments.plan import GAINS, make_plan
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import bound, captured
+from implicit_diffusion.loops.bound import bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
 
 F64 = torch.float64
@@ -29,6 +29,19 @@ def rewards(starts=64, repeats=8, memory=0.5, seed=0):
     return 3.0 + own + memory * between
 
 
+def gain_of_j(held, beta, conditional):
+    """−E R − J*, start by start: the jackknife of the log-mean-exp, or the influence of a start on that of all."""
+    w = held.reward / beta
+    if conditional:
+        n = w.shape[1]
+        left = torch.stack([w[:, [j for j in range(n) if j != i]].logsumexp(1) - math.log(n - 1) for i in range(n)])
+        value = n * (w.logsumexp(1) - math.log(n)) - (n - 1) * left.mean(0)
+    else:
+        total = w.logsumexp((0, 1)) - math.log(w.numel())
+        value = total + ((w - total).exp() - 1).mean(1)
+    return mean_and_error(beta * value - held.reward.mean(1))
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_plan(conditional):
     reward = rewards()
@@ -45,6 +58,8 @@ def test_a_plan(conditional):
         assert row["reward_gain_in_std"] == pytest.approx((b.reward - plan.reward) / std)
         assert row["j_gain"] == pytest.approx(-plan.reward - b.j) and row["j_gain"] > 0
         assert row["j_gain"] == pytest.approx(row["reward_gain"] - beta * row["path_kl"], rel=1e-6)
+        assert row["j_gain_se"] == pytest.approx(gain_of_j(held, beta, conditional)[1], rel=1e-9)
+        assert row["j_gain"] == pytest.approx(gain_of_j(held, beta, conditional)[0], rel=1e-9)
 
 
 def test_a_judgement():
@@ -52,7 +67,7 @@ def test_a_judgement():
     after = evaluation(rewards() + 0.7, shift=0.6)
     exported = evaluation(rewards() + 0.4)
     found = judge(before, after, exported, BETA)
-    numbers, best = found.summary, bound(after, BETA)
+    numbers, (best, told) = found.summary, sharpest(before, after, BETA)
     pairs = {
         "reward_before": before.reward,
         "reward_after": after.reward,
@@ -61,16 +76,33 @@ def test_a_judgement():
         "exported_less_after": exported.reward - after.reward,
         "path_kl": after.path_kl,
         "j_before": -before.reward,
-        "j_after": BETA * after.log_ratio - after.reward,
+        "j_after": BETA * after.path_kl - after.reward,
+        "j_fall": after.reward - before.reward - BETA * after.path_kl,
     }
     for name, values in pairs.items():
         mean, error = mean_and_error(values)
         assert (numbers[name], numbers[f"{name}_se"]) == pytest.approx((mean, error), rel=1e-12, abs=1e-15)
     assert numbers["reward_std_before"] == pytest.approx(before.reward.std().item())
-    if best.effective_samples > bound(before, BETA).effective_samples:
-        assert (numbers["j_bound"], numbers["j_bound_se"]) == pytest.approx((best.j, best.j_se))
-        assert found.bound == best
+    assert (numbers["j_bound"], numbers["j_bound_se"], numbers["j_bound_from"]) == (best.j, best.j_se, told)
+    assert found.bound == best
     assert (numbers["captured"], numbers["captured_se"]) == pytest.approx(captured(before, after, BETA))
+    assert (numbers["j_possible"], numbers["j_possible_se"]) == pytest.approx(possible(before, after, BETA))
+
+
+@pytest.mark.parametrize(("shift", "by"), [(0.6, "trained"), (3.0, "pretrained")])
+def test_the_numbers_of_a_judgement_satisfy_their_formulas(shift, by):
+    """J = β·KL − reward, before and after and at the bound; the share is what was gained of what could be."""
+    before, after = evaluation(rewards()), evaluation(rewards() + 0.7, shift=shift)  # of one z
+    found = judge(before, after, after, BETA)
+    s, best = found.summary, found.bound
+    assert s["j_bound_from"] == by
+    assert s["j_before"] == pytest.approx(-s["reward_before"], rel=1e-12)
+    assert s["j_after"] == pytest.approx(BETA * s["path_kl"] - s["reward_after"], rel=1e-12)
+    assert best.j == pytest.approx(BETA * best.path_kl - best.reward, rel=1e-12)
+    assert s["j_fall"] == pytest.approx(s["j_before"] - s["j_after"], rel=1e-9)
+    assert s["j_possible"] == pytest.approx(s["j_before"] - s["j_bound"], rel=1e-9)
+    if s["captured"] is not None:
+        assert s["captured"] == pytest.approx(s["j_fall"] / s["j_possible"], rel=1e-9)
 
 
 def test_the_bound_is_told_by_a_chain_that_has_learnt():
@@ -79,7 +111,7 @@ def test_the_bound_is_told_by_a_chain_that_has_learnt():
     reward = rewards(memory=0.0) + 0.5
     after = Evaluation(reward, torch.full_like(reward, 0.2), reward / BETA - 3.0, before.samples)
     numbers = judge(before, after, after, BETA).summary
-    assert numbers["j_bound"] == pytest.approx(-3.0 * BETA) == numbers["j_after"]
+    assert numbers["j_bound"] == pytest.approx(0.2 * BETA - reward.mean().item()) == numbers["j_after"]
     assert numbers["captured"] == pytest.approx(1.0)
 
 

@@ -17,6 +17,7 @@ from implicit_diffusion.denoisers.pretrained import load_pretrained
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.experiments import digits, pretrain
 from implicit_diffusion.experiments.data import Images
+from implicit_diffusion.experiments.pretrain_samples import sample_images
 from implicit_diffusion.experiments.pretrain_state import begin
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.checkpoint import load_state, save_state
@@ -82,7 +83,7 @@ def test_the_model_is_there_whatever_happens_after_its_training(tmp_path, monkey
     def fail(*arguments):
         raise RuntimeError("no samples")
 
-    monkeypatch.setattr(pretrain, "sample_images", fail)
+    monkeypatch.setattr(pretrain, "sampled", fail)
     with pytest.raises(RuntimeError, match="no samples"):
         pretrain.run(replace(TINY, out=tmp_path / "run"))
     assert load_pretrained(tmp_path / "run" / "model").event_shape == digits.EVENT_SHAPE
@@ -208,7 +209,7 @@ def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path
         patch.setattr(pretrain, "_loss", stop_at(3, lambda: signal.raise_signal(signal.SIGINT)))
         assert main([*call, "run"]) == 130
     with monkeypatch.context() as patch:  # and again, while samples are drawn
-        patch.setattr(pretrain, "sample_images", lambda *a: signal.raise_signal(signal.SIGINT))
+        patch.setattr(pretrain, "sampled", lambda *a: signal.raise_signal(signal.SIGINT))
         assert main(["resume", "run"]) == 130
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -305,7 +306,7 @@ def test_the_shipped_model_samples_digits(num_steps):
     from diffusers import DDPMPipeline
 
     pipeline = DDPMPipeline.from_pretrained(SHIPPED, local_files_only=True)
-    samples = pretrain.sample_images(pipeline.unet, pipeline.scheduler, num_steps, n=200, seed=5)
+    samples = sample_images(pipeline.unet, pipeline.scheduler, num_steps, n=200, seed=5)
     result = digits.quality(samples)
     assert result["classifier_confidence"] > 0.9 and result["judge_agreement"] > 0.85
     assert result["mmd"] < 0.01

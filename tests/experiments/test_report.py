@@ -15,7 +15,7 @@ from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.figures import draw
 from implicit_diffusion.experiments.figures_frontier import frontier, tangent_curve
 from implicit_diffusion.experiments.figures_samples import samples
-from implicit_diffusion.experiments.figures_training import _fresh, cost, smooth, staleness, training
+from implicit_diffusion.experiments.figures_training import cost, smooth, staleness, training
 from implicit_diffusion.experiments.judging import judge, model_card, print_headline, smaller_rate
 from implicit_diffusion.experiments.report import command, write_report
 from implicit_diffusion.experiments.written import number, percent
@@ -234,7 +234,7 @@ def test_the_rate_to_try_brings_j_below_where_it_began(excess, possible, factor)
 
 def test_without_a_finite_j_a_run_is_worse():
     before = evaluation(repeats=8)
-    after = replace(before, log_ratio=before.log_ratio + float("inf"))
+    after = replace(before, path_kl=before.path_kl + float("inf"), log_ratio=before.log_ratio + float("inf"))
     found = judge(before, after, after, BETA).summary
     assert "is not finite any more" in found["worse"] and found["captured"] is None
     fell = replace(before, reward=before.reward - 1)
@@ -317,9 +317,14 @@ def test_the_curve_is_exact_for_a_gaussian_reward():
     assert np.isnan(tangent_curve(m, bounds, np.array([2.1]))).all()
 
 
-def test_rewards_that_a_draining_queue_repeats_count_once(good):
-    repeated = [*good.metrics[:5], *(good.metrics[4] | {"updates": n} for n in (6, 7))]
-    assert _fresh(replace(good, metrics=repeated)) == {1, 2, 3, 4, 5}
+def test_curves_end_where_a_draining_queue_sees_no_batch_any_more(good):
+    gone = {"reward": None, "path_kl": None, "objective": None, "phase": "draining"}
+    drained = [m | gone if m["updates"] > 240 else m for m in good.metrics]
+    lines = [{k: v for k, v in m.items() if v is not None} for m in drained]
+    figure = training(replace(good, metrics=lines))[0]
+    for axes in figure.axes:
+        (curve,) = (line.get_xdata() for line in axes.lines if line.get_label() == "training noise, smoothed")
+        assert list(curve) == list(range(1, 241))
 
 
 def test_smooth_keeps_straight_lines_and_shortens_windows_at_the_ends():

@@ -13,7 +13,7 @@ from implicit_diffusion.experiments.digits import load_digits
 from implicit_diffusion.experiments.outcome import Outcome
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import bound
+from implicit_diffusion.loops.bound import possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
 
 MEAN, STD, BETA, UPDATES = 36.0, 3.3, 3.3, 250
@@ -68,7 +68,7 @@ def digits_outcome(shift=0.93, waste=0.15, **summary):
     images = real[order.repeat(2)[: 512 * 4]].unflatten(0, (512, 4))
     before = evaluation(images=images)
     after = evaluation(shift, waste, images=(images + 0.25 * (images > -0.6)).clamp(-1, 1.04))
-    best = bound(after, BETA)
+    best = sharpest(before, after, BETA)[0]
     numbers = {}
     for name, values in (
         ("reward_before", before.reward),
@@ -76,13 +76,15 @@ def digits_outcome(shift=0.93, waste=0.15, **summary):
         ("reward_gain", after.reward - before.reward),
         ("reward_exported", after.reward + 0.01),
         ("exported_less_after", 0 * after.reward + 0.01),
-        ("path_kl", after.path_kl + 0.03 * before.reward.sub(MEAN)),
+        ("path_kl", after.path_kl),
         ("j_before", before.objective(BETA)),
         ("j_after", after.objective(BETA)),
+        ("j_fall", before.objective(BETA) - after.objective(BETA)),
     ):
         numbers[name], numbers[name + "_se"] = mean_and_error(values)
     numbers["held_out_reward_before"] = evaluation(0.0, 0.0, 128, 1, 7).reward.mean().item()
     numbers |= {"j_bound": best.j, "j_bound_se": best.j_se, "kl_weight": BETA}
+    numbers["j_possible"], numbers["j_possible_se"] = possible(before, after, BETA)
     numbers |= {"captured": (numbers["j_before"] - numbers["j_after"]) / (numbers["j_before"] - best.j)}
     numbers |= {"captured_se": 0.007, "seconds": 84.6, "network_evaluations": 120_000, "updates": UPDATES}
     numbers |= {"stopped": None, "clipping": None, "quality_before": quality()}

@@ -8,7 +8,7 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops.bound import bound, captured, gain, memory_of_start, possible, sharpest
-from implicit_diffusion.loops.evaluation import Evaluation, evaluate
+from implicit_diffusion.loops.evaluation import Evaluation, evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from tests.oracles import affine_chain, exact_terms, riccati, tilted_bound
 
@@ -87,7 +87,29 @@ def test_the_possible_gain_is_what_the_captured_share_is_of(problem):
     most, error = possible(before, after, BETA)
     gained = (before.objective(BETA) - after.objective(BETA)).mean().item()
     assert captured(before, after, BETA)[0] * most == pytest.approx(gained)
-    assert most == pytest.approx(before.objective(BETA).mean().item() - bound(after, BETA).j) and 0 < error < most
+    best, told = sharpest(before, after, BETA)
+    assert most == pytest.approx(before.objective(BETA).mean().item() - best.j) and 0 < error < most
+    assert told == "trained" and best.j == pytest.approx(BETA * best.path_kl - best.reward, abs=1e-9)
+
+
+def test_differences_of_j_on_one_noise_are_exact_where_the_drift_is_the_optimum():
+    """R = σz, which the drift shifts by a = σ/β: J falls by σ²/2β whatever z is, and nothing is left to the bound.
+
+    With the control variate in the first difference, or without it in the second, each would have an error.
+    """
+    sigma, shift = 1.5, 1.5 / BETA
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kl = torch.full_like(z, shift**2 / 2)
+    before = Evaluation(sigma * z, 0 * z, 0 * z, z[..., None])
+    after = Evaluation(sigma * (z + shift), kl, kl + shift * z, z[..., None])
+    exact = sigma**2 / (2 * BETA)
+    for found in (possible(before, after, BETA), mean_and_error(before.objective(BETA) - after.objective(BETA))):
+        assert found == pytest.approx((exact, 0.0), abs=1e-12)
+    assert captured(before, after, BETA) == pytest.approx((1.0, 0.0), abs=1e-12)
+    assert mean_and_error(after.objective(BETA, control_variate=True))[1] < 1e-12 < mean_and_error(z)[1]
+    best, told = sharpest(before, after, BETA)
+    assert told == "trained" and best.j == pytest.approx(after.objective(BETA).mean().item())
+    assert best.j == pytest.approx(BETA * best.path_kl - best.reward, abs=1e-12)
 
 
 def test_jackknife_takes_the_bias_away():
@@ -149,7 +171,10 @@ def test_the_chain_that_tells_the_bound_best_is_chosen(problem):
     astray = chain.replace(denoiser=copy.deepcopy(good.denoiser), reference=chain.reference)
     astray.denoiser.shift.data += 3.0
     before, best, ruined = (evaluate(c, reward, Noise(2), **sizes) for c in (chain.pretrained(), good, astray))
-    assert sharpest(before, best, BETA) == (bound(best, BETA), "trained")
+    found, told = sharpest(before, best, BETA)
+    own = bound(best, BETA)
+    assert told == "trained" and (found.path_kl, found.effective_samples) == (own.path_kl, own.effective_samples)
+    assert found.j - own.j == pytest.approx((BETA * (best.path_kl - best.log_ratio)).mean().item())
     found, told = sharpest(before, ruined, BETA)
     assert told == "pretrained" and found == bound(before, BETA)
     assert abs(found.j - conditional) < 4 * found.j_se < 0.2 < bound(ruined, BETA).j - conditional

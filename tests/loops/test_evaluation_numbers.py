@@ -23,10 +23,11 @@ def evaluation(starts=6, repeats=5, seed=0):
     return Evaluation(reward, kl.abs(), ratio, torch.zeros(starts, repeats, 1))
 
 
-def test_the_objective_is_that_of_the_likelihood_ratio():
-    """−R + β log dP_θ/dP_0, whose mean is that with the path KL and whose spread is less."""
+def test_the_objective_is_what_its_path_kl_and_its_reward_make_of_it():
+    """β·KL − R, trajectory by trajectory; with the log-ratio for the path KL where that is asked for."""
     found = evaluation()
-    torch.testing.assert_close(found.objective(0.7), 0.7 * found.log_ratio - found.reward)
+    torch.testing.assert_close(found.objective(0.7), 0.7 * found.path_kl - found.reward)
+    torch.testing.assert_close(found.objective(0.7, control_variate=True), 0.7 * found.log_ratio - found.reward)
 
 
 @pytest.mark.parametrize("conditional", [True, False])

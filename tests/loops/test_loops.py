@@ -1,5 +1,6 @@
 """One contract for both loops, and what is particular to each."""
 
+import copy
 import subprocess
 import sys
 
@@ -120,7 +121,7 @@ def replay(chain, theta):
 def test_queue_with_stride_n_is_the_nested_loop():
     nested, _ = build("nested", max_grad_norm=0.3, ema_decay=0.9)
     queue, _ = build("queue, stride N", max_grad_norm=0.3, ema_decay=0.9)
-    for a, b in zip(nested.run(8), queue.run(8), strict=True):
+    for a, b in zip(nested.steps(8), queue.steps(8), strict=True):
         assert torch.allclose(a["objective"], b["objective"], rtol=1e-12)
     torch.testing.assert_close(weights(nested), weights(queue), rtol=1e-11, atol=1e-13)
     ema = [torch.cat([p.flatten() for p in loop.update.ema.module.parameters()]) for loop in (nested, queue)]
@@ -138,16 +139,69 @@ def test_full_backprop_is_interchangeable():
 
 def test_fill_drain_and_staleness():
     loop, _ = build("queue", pretrained_rows=())
-    metrics = list(loop.run(10))
+    metrics = list(loop.steps(10))
     assert loop.update.updates == 10 and loop.injected == 10 - N + 1 and not loop.slots
     assert ["grad_norm" in m for m in metrics] == [False] * (N - 1) + [True] * 10
-    assert "objective" not in metrics[2 * N - 3] and "objective" in metrics[2 * N - 2]
+    assert not any("objective" in m for m in metrics)  # never were all rows pulled in one step
     assert metrics[2 * N - 3]["staleness_max"] == N - 2  # the oldest trajectory was born before the first update
     endless, _ = build("queue", pretrained_rows=())
-    steady = [endless.step() for _ in range(30)][-1]
+    begun = [endless.step() for _ in range(30)]
+    assert [i for i, m in enumerate(begun) if "objective" not in m] == list(range(2 * N - 2))
+    steady = begun[-1]
     assert steady["staleness_max"] == 2 * N - 2 and steady["staleness_mean"] == pytest.approx(1.5 * (N - 1))
     assert [slot.row for slot in endless.slots if slot.adjoint is None] == list(range(N - 1, 0, -1))
     assert len(list(endless.drain())) == 2 * N - 2 and not endless.slots
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_yields_its_updates_and_nothing_else(kind, accumulate):
+    """One dict for each update, in order; all steps are there for who asks for them."""
+    loop, _ = build(kind, accumulate=accumulate)
+    assert [m["updates"] for m in loop.run(7)] == list(range(1, 8)) and not list(loop.run(7))
+    again, _ = build(kind, accumulate=accumulate)
+    steps = list(again.steps(7))
+    assert len(steps) == again.iteration == loop.iteration
+    assert sum("grad_norm" in m for m in steps) == sum("lr" in m for m in steps) == 7
+    assert torch.equal(weights(loop), weights(again))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 5])
+@pytest.mark.parametrize("pretrained_rows", [(), (5,)])
+def test_a_queue_tells_what_it_has_seen_in_that_step_and_nothing_twice(stride, pretrained_rows):
+    """θ stands still, so every number is that of a batch: of the one that came home, or by row of those pulled back."""
+    chain, reward = affine_chain(N, 2, pretrained_rows=pretrained_rows)
+    chain = chain.replace(denoiser=copy.deepcopy(chain.denoiser), reference=chain.reference)
+    chain.denoiser.shift.data += 0.3
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.0)
+    queue = Queue(chain, Reward(reward) + 0.4 * PathKL(), sgd, batch=3, noise=Noise(0), stride=stride)
+    flight, updates = -(-N // stride), 3 * N
+    steps = list(queue.steps(updates))
+    injected, least = queue.injected, flight - 1
+    rewards, kls = {}, {}
+    for index in range(injected):
+        x = chain.initial(Noise(0), 3, index)
+        rows = []
+        for transition, _, state in chain.walk(x, Noise(0), index, reference=True):
+            rows.append(PathKL().cost(transition).mean().item())
+            x = state[0]
+        rewards[index], kls[index] = reward(x).mean().item(), rows
+    for i, metrics in enumerate(steps):
+        home = i - least  # the trajectory that arrives in step i
+        assert ("reward" in metrics) == (0 <= home < injected)
+        if "reward" in metrics:
+            assert metrics["reward"].item() == pytest.approx(rewards[home])
+        full = i - 2 * least >= 0 and home < injected
+        assert ("path_kl" in metrics) == ("objective" in metrics) == full
+        if full:  # row k was pulled by the trajectory that came home as many steps ago as that takes
+            own = [kls[home - (N - 1 - k) // stride][k] for k in range(N)]
+            assert metrics["path_kl"].item() == pytest.approx(sum(own))
+            expected = 0.4 * metrics["path_kl"] - metrics["reward"]
+            assert metrics["objective"].item() == pytest.approx(expected.item())
+        phase = "draining" if i >= injected else None if full else "filling"
+        assert metrics.get("phase") == phase
+    assert "reward" not in steps[-1] or stride == N
+    assert [m["phase"] for m in steps[injected:]] == ["draining"] * (len(steps) - injected)
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -168,7 +222,7 @@ def test_a_state_comes_to_the_device_of_the_chain():
     second.chain.device = torch.device("meta")
     second.load_state_dict(first.state_dict())
     held = [x for slot in second.slots for x in (*slot.states, slot.adjoint) if x is not None]
-    held += [*second.values.values(), *(cost for rows in second.costs.values() for cost in rows.values())]
+    held += second.values.values()
     assert held and all(x.device.type == "meta" for x in held)
 
 

@@ -49,6 +49,18 @@ def test_the_average_that_stops():
     assert reason == f"path KL {average:.3g} nats reached the target 1"
 
 
+def test_held_out_numbers_have_the_weight_of_their_line():
+    """Where β was moved before, for the updates to come, the line says which one its numbers were made with."""
+    fit, reward = driven()
+    fit.loop.step()
+    fit.metrics = {"path_kl": 9.0, "kl_weight": 0.5}
+    fit.loop.objective = fit.loop.objective.with_weight(PathKL, 1.7)
+    fit.loop.update.updates = 2
+    HeldOut(reward, Noise(5), every=2, starts=16)(fit)
+    formula = 0.5 * fit.metrics["held_out_path_kl"] - fit.metrics["held_out_reward"]
+    assert fit.metrics["held_out_objective"] == pytest.approx(formula, rel=1e-9)
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_held_out_numbers_are_those_of_an_evaluation(ema):
     """Of the averaged chain where there is one, under the present β, at the updates asked for and at no cost."""
@@ -67,7 +79,7 @@ def test_held_out_numbers_are_those_of_an_evaluation(ema):
     for name, values in (
         ("reward", held.reward),
         ("path_kl", held.path_kl),
-        ("objective", 1.7 * held.log_ratio - held.reward),
+        ("objective", 1.7 * held.path_kl - held.reward),
     ):
         mean, error = mean_and_error(values)
         assert fit.metrics[f"held_out_{name}"] == pytest.approx(mean, rel=1e-9)

@@ -38,7 +38,7 @@ def test_a_line_every_tenth(clock, capsys):
             bar.update({"reward": torch.tensor(1.23456), "path_kl": k / 100})
     shown = lines(capsys)
     assert len(shown) == 10
-    assert shown[0] == "fine-tuning  20/200 (10 %)  2 s  reward 1.235  path_kl 0.19"
+    assert shown[0] == "fine-tuning  20/200 (10 %)  2 s, 18 s left  reward 1.235  path_kl 0.19"
     assert shown[-1] == "fine-tuning  200/200 (100 %)  20 s  reward 1.235  path_kl 1.99"
 
 
@@ -47,14 +47,39 @@ def test_a_line_every_fifteen_seconds_where_steps_are_slow(clock, capsys):
         for _ in range(30):
             clock[0] += 4
             bar.update()
-    assert lines(capsys) == [f"slow  {k}/1000 ({k // 10} %)  {4 * k} s" for k in (4, 8, 12, 16, 20, 24, 28, 30)]
+    times = [(k, 4 * k, 4 * (1000 - k)) for k in (4, 8, 12, 16, 20, 24, 28, 30)]
+    assert lines(capsys) == [f"slow  {k}/1000 ({k // 10} %)  {spent} s, {left} s left" for k, spent, left in times]
+
+
+def test_what_was_made_before_says_nothing_of_how_long_the_rest_takes(clock, capsys):
+    with progress(100, "run", 80) as bar:
+        for _ in range(10):
+            clock[0] += 3
+            bar.update()
+    assert lines(capsys) == ["run  85/100 (85 %)  15 s, 45 s left", "run  90/100 (90 %)  30 s, 30 s left"]
+
+
+def test_no_more_than_all_is_done(clock, capsys):
+    with progress(4, "run", 1) as bar:
+        bar.update(advance=9)
+        bar.update()
+    with progress(4, "again", 7) as bar:
+        bar.update()
+    assert lines(capsys) == ["run  4/4 (100 %)  0 s"]
+
+
+def test_words_are_shown_as_they_are_and_without_a_step(clock, capsys):
+    with progress(4, "run") as bar:
+        clock[0] += 20
+        bar.update({"reward": 2.0, "phase": "filling"}, advance=0)
+    assert lines(capsys) == ["run  0/4 (0 %)  20 s  reward 2  filling"]
 
 
 def test_the_last_word_of_a_run_that_breaks_off(clock, capsys):
     with pytest.raises(RuntimeError), progress(100, "run") as bar:
         bar.update({"kl": 0.5}, advance=3)
         raise RuntimeError
-    assert lines(capsys) == ["run  3/100 (3 %)  0 s  kl 0.5"]
+    assert lines(capsys) == ["run  3/100 (3 %)  0 s, 0 s left  kl 0.5"]
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):

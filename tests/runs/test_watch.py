@@ -102,6 +102,24 @@ def test_the_watch_goes_on_where_it_was():
     assert other == watch and watch.began is not None
 
 
+def test_one_batch_is_looked_at_once_and_remembered(as_users_run):
+    """While a queue drains there are no new numbers: none of its looks counts, and what was seen last stands."""
+    watch, drained = Runaway(1.0), seen(2000.0, updates=20)
+    drained.metrics = {"grad_norm": 1.0}
+    assert watch.unsound(drained) is None
+    watch(seen(2000.0))
+    for _ in range(3):
+        watch(drained)
+    assert "the path KL is" in watch.unsound(drained)
+    other = Runaway(1.0)
+    other.load_state_dict(watch.state_dict())
+    assert "the path KL is" in other.unsound(drained)
+    drained.metrics = {"grad_norm": 1.0, "held_out_path_kl": 3.0}
+    assert other.unsound(drained) is None  # it has come back, on noise of its own
+    with pytest.raises(DivergenceError, match="after update 30"):
+        watch(seen(2000.0, updates=30))
+
+
 def seen(kl, updates=10):
     """A run over two steps of three numbers, with a path KL."""
     chain = SimpleNamespace(num_steps=2, event_shape=(3,))

@@ -22,7 +22,8 @@ from implicit_diffusion.experiments.ebm_training import Trained, train
 from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
 
@@ -48,14 +49,15 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         return compare(config)
     begun = directory is not None
     directory = RunDirectory(config.out or dated(f"ebm-{Path(place_of(config.data)[0]).stem}").absolute())
-    with directory.held():
+    with directory.held(), clock.run():
         return _run(replace(config, out=directory.path), directory, begun)
 
 
 def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
     """The same in a directory that is held."""
-    rests_on = inputs(config)
-    data = load(config.data, Noise(config.seed), dequantise=config.dequantise)
+    with part("loading"):
+        rests_on = inputs(config)
+        data = load(config.data, Noise(config.seed), dequantise=config.dequantise)
     if said := discrete(data):
         print(f"note      {said}")
     settings = config.settings(data)
@@ -65,12 +67,14 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
     resolved = config.resolved(data)
     if not begun:
         directory.start(resolved)
+    clock.keep(directory.path)
     if not (begun and is_recorded(directory)):
         record_inputs(directory, resolved, rests_on)
     with directory.resumable():
         return finish(config, resolved, settings, data, train(settings, data, loop, directory, LOOKS), directory)
 
 
+@part("judging")
 def finish(
     config: Config, resolved: Config, settings: Settings, data: Data, trained: Trained, directory: RunDirectory
 ) -> dict[str, Any]:
@@ -95,7 +99,8 @@ def finish(
 
         summary |= long_chains(model, data, directory, 10 * settings.updates, config.seed)
     directory.write_summary(summary)
-    _write_report(model, data, summary, directory)
+    with part("drawing"):
+        _write_report(model, data, summary, directory)
     show(summary, directory)
     return summary
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from implicit_diffusion.experiments.ebm_config import DEFAULTS
 from implicit_diffusion.experiments.ebm_data import Data
@@ -25,7 +25,8 @@ from implicit_diffusion.loops.diagnostics import advice
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs import RunDirectory, clock, progress
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.samplers.followers import annealed
 
 FOLLOWERS = {"vectors": 1600, "images": 400}  # particles of the annealing
@@ -44,15 +45,13 @@ def log_z_by_annealing(
     if moves.sampler != "hmc":  # which cannot explode
         moves = Moves("hmc", DEFAULTS[kind]["step_size"])
     with progress(steps, description) as bar:
-
-        def path(t: float) -> nn.Module:
-            bar.update(advance=1 if t else 0)
-            return model.potential.tempered(t)
-
-        followers = annealed(path, moves.kernel(), FOLLOWERS[kind], noise, steps=steps)
+        tick = lambda done: bar.update(advance=done)  # noqa: E731
+        path, kernel = model.potential.tempered, moves.kernel()
+        followers = annealed(path, kernel, FOLLOWERS[kind], noise, steps=steps, progress=tick)
     return followers.log_z(model.potential)
 
 
+@part("judging")
 def judge(trained: Trained, data: Data, steps: int) -> dict[str, Any]:
     """The headline numbers of a training, log Z by `steps` of annealing and, to compare with, by half of them."""
     _, held_out = data.standardised()
@@ -182,8 +181,7 @@ def show(summary: dict[str, Any], directory: RunDirectory) -> None:
     )
     for line in summary["advice"]:
         print(f"advice    {line}")
-    print(
-        f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
-        f"{summary['gradient_evaluations']} pulls through V at all particles"
-    )
+    work = f"{summary['updates']} updates, {summary['gradient_evaluations']} pulls through V at all particles"
+    spent = clock.seconds(directory.path) or {"training": summary["seconds"]}
+    print(f"cost      {clock.in_words(spent)}; {work}")
     print(f"run       {directory.path}")

@@ -16,6 +16,7 @@ from implicit_diffusion.experiments.planar import Quadrature
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit, fit
 
 
@@ -73,7 +74,8 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
 
         def look(state: Fit) -> None:
             if state.updates % every == 0 or state.updates == settings.updates:
-                found = quadrature.figures(state.model)
+                with part("held-out checks"):
+                    found = quadrature.figures(state.model)
                 work = {"updates": state.updates, "seconds": state.seconds} | loop.cost()
                 if loop.weighted:
                     found["log_z_particles"] = float(loop.particles.log_z or 0.0)

@@ -25,7 +25,6 @@ def training(outcome: Outcome) -> tuple[Any, str, str] | None:
     rows = [row for row in rows if outcome.column(row[0]) or outcome.column("held_out_" + row[0])]
     if not rows:
         return None
-    fresh = _fresh(outcome)
     figure = canvas(0.55 + 1.95 * len(rows))
     panels = np.atleast_1d(figure.subplots(len(rows), 1, sharex=True))
     for axes, (name, label, before, before_se, law) in zip(panels, rows):
@@ -35,7 +34,7 @@ def training(outcome: Outcome) -> tuple[Any, str, str] | None:
             _level(axes, *law, BOUND, "optimum")
         if name == "path_kl" and target is not None:
             _level(axes, target, None, INK, "target")
-        noisy = [row for row in outcome.column("updates", name) if row[0] in fresh]
+        noisy = outcome.column("updates", name)
         if noisy:
             x, y = np.array(noisy).T
             axes.plot(x, y, color=LIGHT, lw=0.6, alpha=0.55)
@@ -126,12 +125,6 @@ def smooth(values: np.ndarray, radius: int) -> np.ndarray:
     index = np.arange(len(values))
     low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
-
-
-def _fresh(outcome: Outcome) -> set[float]:
-    """Updates with a new batch of samples: a queue that fills or drains repeats the reward it saw last."""
-    seen = outcome.column("updates", "reward")
-    return {update for i, (update, reward) in enumerate(seen) if i == 0 or reward != seen[i - 1][1]}
 
 
 def _law(best: Any, name: str) -> tuple[float, float] | None:

@@ -30,7 +30,8 @@ from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
-from implicit_diffusion.runs import RunDirectory, load_state, progress, save_state
+from implicit_diffusion.runs import RunDirectory, clock, load_state, progress, save_state
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
@@ -60,7 +61,7 @@ def run(
     config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
     assert config.out is not None
     directory = RunDirectory(config.out)
-    with directory.held():
+    with directory.held(), clock.run():
         return _run(config, directory, begun, pretrained)
 
 
@@ -72,6 +73,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not begun:
         directory.check_start(Config, OF_A_PLAN)
+    clock.keep(directory.path)
     noise, rests_on = Noise(config.seed), inputs(config)
     problem = build(config)
     config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
@@ -127,6 +129,7 @@ def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: 
     return state
 
 
+@part("judging")
 def finish(
     config: Config, problem: Problem, state: Fit, plan: Plan, noise: Noise, directory: RunDirectory, memory: Memory
 ) -> None:
@@ -173,6 +176,7 @@ def finish(
     directory.write_summary(summary)
 
 
+@part("drawing")
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write report.html, from what is on disk; prints the headline and returns the summary.
 
@@ -222,6 +226,7 @@ def plan_beta(plan: Plan) -> float:
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
 
 
+@part("saving")
 def _export(config: Config, problem: Problem, state: Fit, directory: RunDirectory, card: str) -> None:
     """The pipeline with the trained network, adapters merged; and the adapters by themselves."""
     save_pipeline(directory.model, merged(state.model), problem.exported[0], card, original=problem.pretrained)
@@ -247,6 +252,7 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
     return [reached, held_out]
 
 
+@part("planning")
 def pretrained_samples(config: Config, problem: Problem) -> Evaluation:
     """Trajectories of the pretrained chain, several from each start, for the plan."""
     noise = Noise(config.seed)

@@ -15,7 +15,7 @@ from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import markdown, model_name, number, percent
+from implicit_diffusion.experiments.written import beside, markdown, model_name, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -23,7 +23,7 @@ from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 
@@ -47,9 +47,11 @@ def judge(
 ) -> Judgement:
     """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured.
 
-    All were evaluated under the same noise, so that the errors of differences are those of paired differences. Where J
-    rose, by more than two standard errors, the first entry says so, with what to change. There, and where the possible
-    gain may be none, within two standard errors, a share of it means nothing: `captured_unknown` says why.
+    J = β·KL − reward holds for the numbers as they are, before, after and at the bound, and the captured share is the
+    fall of J as a share of what J could fall: the path KL is that of the squares (`Evaluation.path_kl`). All were
+    evaluated under the same noise, so that the errors of differences are those of paired differences. Where J rose, by
+    more than two standard errors, the first entry says so, with what to change. There, and where the possible gain may
+    be none, within two standard errors, a share of it means nothing: `captured_unknown` says why.
 
     Args:
         before: the pretrained chain.
@@ -68,6 +70,7 @@ def judge(
         ("path_kl", after.path_kl),
         ("j_before", None if beta is None else before.objective(beta)),
         ("j_after", None if beta is None else after.objective(beta)),
+        ("j_fall", None if beta is None else before.objective(beta) - after.objective(beta)),
     ):
         numbers |= _with_error(name, values)
     numbers["reward_std_before"] = before.reward.double().std().item()
@@ -75,7 +78,7 @@ def judge(
     if beta is not None:
         numbers["worse"] = _worse(before, after, beta, found, lr)
     share: tuple[float | None, float | None] = (None, None)
-    unknown = None
+    most, error, unknown = None, None, None
     if found is not None and beta:
         (most, error), known = possible(before, after, beta), captured(before, after, beta)
         if numbers["worse"]:
@@ -90,6 +93,7 @@ def judge(
     numbers["j_bound"] = found and found.j
     numbers["j_bound_se"] = found and found.j_se
     numbers["j_bound_from"] = told
+    numbers["j_possible"], numbers["j_possible_se"] = most, error
     numbers["captured"], numbers["captured_se"] = share
     return Judgement(numbers, found)
 
@@ -197,6 +201,9 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
     else:
         leash = "KL of the sampling path to the pretrained model"
         judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
+| J = {summary["kl_weight"]:.4g} × path KL − reward | {number(summary["j_before"], digits=4)} | {
+            number(summary["j_after"], digits=4)
+        } |
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
     worse = f"\n**{summary['worse']}**\n" if summary.get("worse") else ""
@@ -230,6 +237,12 @@ Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 """
 
 
+def falls(summary: dict[str, Any]) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
+    """By how much J fell and could have fallen, with standard errors; of earlier versions' runs these are not known."""
+    fell, could = (summary["j_before"] - summary[name] for name in ("j_after", "j_bound"))
+    return (fell, summary.get("j_fall_se")), (could, summary.get("j_possible_se"))
+
+
 def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Path) -> None:
     """The last lines of a run."""
 
@@ -250,11 +263,17 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
     if summary["j_bound"] is not None:
         share = percent(summary["captured"], summary["captured_se"])
         result = summary["captured_unknown"] or f"captured {share}"
-        told = " (told by the pretrained chain)" if summary["j_bound_from"] == "pretrained" else ""
-        lines.append(f"J         {line('j_before')} → {line('j_after')}, bound {exact('j_bound')}{told}: {result}")
+        told = ", told by the pretrained chain" if summary["j_bound_from"] == "pretrained" else ""
+        fell, could = falls(summary)
+        before, after = (beside(summary[f"j_{when}"], fell[1]) for when in ("before", "after"))
+        lines += [
+            f"J         {before} → {after}, {summary['kl_weight']:.4g} × path KL − reward: "
+            f"{'fell' if fell[0] >= 0 else 'rose'} by {number(abs(fell[0]), fell[1])}",
+            f"bound     {beside(summary['j_bound'], could[1])}{told}: J could fall by {number(*could)}; {result}",
+        ]
     lines += [
-        f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
-        f"{summary['network_evaluations']:,} network evaluations",
+        f"cost      {clock.in_words(clock.seconds(directory.path) or {'training': summary['seconds']})}",
+        f"          {summary['updates']} updates with {summary['network_evaluations']:,} network evaluations",
         f"model     {directory.model}",
         *([f"adapter   {directory.model / 'lora'}: {summary['adapter']}"] if summary.get("adapter") else []),
         f"report    {report}",

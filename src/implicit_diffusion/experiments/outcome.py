@@ -75,8 +75,9 @@ class Outcome(Shown):
 
     @property
     def gain_in_std(self) -> float:
-        """Reward gained, in standard deviations of the pretrained reward between samples."""
-        return float(self.summary["reward_after"] - self.summary["reward_before"]) / self.plan.reward_std
+        """Reward gained, in standard deviations of the pretrained reward between samples, those of the same noise."""
+        gained = float(self.summary["reward_after"] - self.summary["reward_before"])
+        return gained / float(self.summary.get("reward_std_before") or self.plan.reward_std)
 
     def column(self, name: str, *others: str) -> list[tuple[float, ...]]:
         """Rows (name, *others) of the updates that report all of them."""

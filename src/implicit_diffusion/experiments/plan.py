@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, bound, gain, memory_of_start
+from implicit_diffusion.loops.bound import Bound, bound, gain, gain_of_j, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.showing import Shown, brief, with_error
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
@@ -37,6 +39,7 @@ class Plan(Shown):
         bounds: the optimum for each β, the weakest tilt first; the unconditional bound, which is never too pessimistic
             and tight where `memory` is small, or the one given the start; none where the penalty is no KL.
         gain_se: standard error of each bound's gain of reward.
+        j_gain_se: that of each bound's gain of J; none in a plan of an earlier version.
         memory: share of the reward's variance that x_0 decides, with its standard error; 0 for a memoryless chain.
         conditional: whether the bounds are given the start.
     """
@@ -49,6 +52,7 @@ class Plan(Shown):
     memory: float
     memory_se: float
     conditional: bool = False
+    j_gain_se: tuple[float, ...] = ()
 
     def _words(self) -> Iterable[str]:
         yield f"reward={with_error(self.reward, self.reward_se)}"
@@ -67,10 +71,11 @@ class Plan(Shown):
                 "path_kl": b.path_kl,
                 "path_kl_se": b.path_kl_se,
                 "j_gain": -self.reward - b.j,
+                "j_gain_se": j_gain_se,
                 "effective_samples": b.effective_samples,
                 "trusted": b.trusted,
             }
-            for b, gain_se in zip(self.bounds, self.gain_se)
+            for b, gain_se, j_gain_se in zip_longest(self.bounds, self.gain_se, self.j_gain_se)
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -85,6 +90,7 @@ class Plan(Shown):
         }
 
 
+@part("planning")
 def make_plan(
     evaluation: Evaluation,
     betas: Sequence[float] | None = None,
@@ -116,8 +122,10 @@ def make_plan(
         centred = replace(evaluation, reward=evaluation.reward - evaluation.reward.mean(1, keepdim=True))
         found = [bound(centred, beta) for beta in chosen]
         bounds = [replace(b, reward=b.reward + reward, j=b.j - reward) for b in found]
-    gain_se = (gain(evaluation, beta, conditional=conditional)[1] for beta in chosen)
-    return Plan(reward, reward_se, std, tuple(bounds), tuple(gain_se), memory, memory_se, conditional)
+    gain_se, j_gain_se = (
+        tuple(of(evaluation, beta, conditional=conditional)[1] for beta in chosen) for of in (gain, gain_of_j)
+    )
+    return Plan(reward, reward_se, std, tuple(bounds), gain_se, memory, memory_se, conditional, j_gain_se)
 
 
 def show(plan: Plan) -> None:
@@ -146,11 +154,12 @@ def show(plan: Plan) -> None:
             number(row["reward_gain"], row["reward_gain_se"], sign=True) + mark,
             f"{row['reward_gain_in_std']:.2f}",
             number(row["path_kl"], row["path_kl_se"]) + mark,
-            number(row["j_gain"]),
+            number(row["j_gain"], row["j_gain_se"]),
         )
     Console().print(table)
 
 
+@part("planning")
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
     from implicit_diffusion.experiments.drawing import finish, legend_above, sheet

@@ -22,35 +22,35 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
-from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
+from implicit_diffusion.experiments.pretrain_samples import plot_samples, sampled
 from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digests
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import RunDirectory, graceful, progress
+from implicit_diffusion.runs import RunDirectory, clock, graceful, progress
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.files import writing
 from implicit_diffusion.runs.provenance import is_recorded
-from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
 SAVE_EVERY, CHECKPOINT_EVERY = 600.0, 60.0  # seconds, between two models and between two states
 LINES = 1000  # of metrics.jsonl, at most
+REPEATS = 20  # times and noises per image, by which a loss is judged
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -76,9 +76,10 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     begun = directory is not None
     out = directory.path if directory else config.out or Path(f"runs/pretrain-{Path(config.data).name}")
     config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
-    with directory.held():
+    with directory.held(), clock.run():
         if not begun:
             directory.check_start(Config)
+        clock.keep(directory.path)
         rests_on, data = inputs(config), _load(config)
         config = replace(config, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
         if not begun:
@@ -100,21 +101,19 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     data = load_images(config["data"], tuple(config["size"]), len(config["channels"]))
     pretrained = load_pretrained(directory.model)
     unet, count = pretrained.denoiser.model, config["samples"] if config["data"] == "digits" else 96
-    drawn = {
-        n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape)
-        for n in config["chains"]
-    }
+    drawn = sampled(config["chains"], unet, pretrained.scheduler, count, config["seed"], data.event_shape)
     _plot(data, drawn, directory)
     print(f"figures   {directory.figure('samples')}")
     return dict(summary)
 
 
+@part("judging")
 def _finish(
     config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
 ) -> dict[str, Any]:
     """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
     count = config.samples if config.data == "digits" else 96
-    drawn = {n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape) for n in config.chains}
+    drawn = sampled(config.chains, unet, scheduler, count, config.seed, data.event_shape)
     summary: dict[str, Any] = {
         "config": asdict(config) | {"out": str(config.out)},
         "images": {
@@ -124,8 +123,7 @@ def _finish(
             "left_out": data.left_out,
         },
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "loss_train": denoising_loss(unet, scheduler, data.train[: 10 * len(data.held_out)]),
-        "loss_held_out": denoising_loss(unet, scheduler, data.held_out),
+        **_losses(unet, scheduler, data),
         "seconds": max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     }
     if config.data == "digits":
@@ -137,15 +135,18 @@ def _finish(
         save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
     _plot(data, drawn, directory)
     directory.write_summary(summary)  # the last file: with it, the run is finished
+    print(f"cost      {clock.in_words(clock.seconds(directory.path))}; {config.steps} steps of {config.batch} images")
     print(f"model     {directory.model}")
     return summary
 
 
+@part("drawing")
 def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
     groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
     plot_samples(groups, directory.figure("samples"))
 
 
+@part("loading")
 def _load(config: Config) -> Images:
     return load_images(config.data, config.size, len(config.channels) if config.channels else None)
 
@@ -228,11 +229,13 @@ def train(
         torch.set_num_threads(threads)
 
 
+@part("training")
 def _train(
     config: Config, data: Images, images: list[str], training: Pretraining, directory: RunDirectory | None
 ) -> None:
     """Make the steps that are left."""
 
+    @part("saving")
     def save_model() -> None:
         if directory is not None:
             steps = f"after {training.step} of {config.steps} steps of pretraining"
@@ -240,6 +243,7 @@ def _train(
                 card = f"# A diffusion model of {images_card.title(config.data)}, {steps}"
                 save_pipeline(directory.model, DiffusersDenoiser(unet), training.scheduler, card)
 
+    @part("saving")
     def checkpoint() -> None:
         if directory is not None:
             training.save(directory, images)
@@ -247,8 +251,7 @@ def _train(
     every, saved_at = -(-config.steps // LINES), training.step
     last_model = last_checkpoint = time.monotonic()
     start = last_model - training.seconds
-    with graceful() as stop, progress(config.steps, "pretraining") as bar:
-        bar.update(advance=training.step)
+    with graceful() as stop, progress(config.steps, "pretraining", training.step) as bar:
         while training.step < config.steps:
             x = data.train[torch.randint(len(data.train), (config.batch,), generator=training.generator)]
             try:
@@ -293,36 +296,31 @@ def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator:
     return (prediction - target).square().flatten(1).mean(1)
 
 
+def _losses(unet: "UNet2DModel", scheduler: "DDPMScheduler", data: Images) -> dict[str, float]:
+    """On images that were trained on, and on those that were not."""
+    parts = {"loss_train": data.train[: 10 * len(data.held_out)], "loss_held_out": data.held_out}
+    with progress(REPEATS * sum(map(len, parts.values())), "judging") as bar:
+        tick = lambda done: bar.update(advance=done)  # noqa: E731
+        return {name: denoising_loss(unet, scheduler, x, tick=tick) for name, x in parts.items()}
+
+
 @torch.no_grad()
-def denoising_loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, repeats: int = 20) -> float:
+def denoising_loss(
+    unet: "UNet2DModel",
+    scheduler: "DDPMScheduler",
+    x: Tensor,
+    repeats: int = REPEATS,
+    tick: Callable[[int], None] = lambda done: None,
+) -> float:
     """The loss of the trained network on given images, the same `repeats` times and noises per image at each call.
 
     Much lower on training images than on held-out ones means that the network has learnt the former by heart.
     """
     generator = torch.Generator().manual_seed(0)
     parts = x.split(4096) if len(x) > 4096 else (x,)
-    return torch.cat([_loss(unet, scheduler, part, generator) for _ in range(repeats) for part in parts]).mean().item()
-
-
-def sample_images(
-    unet: "UNet2DModel",
-    scheduler: "DDPMScheduler",
-    num_steps: int,
-    n: int,
-    seed: int,
-    event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
-) -> Float[Tensor, "n *event"]:
-    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU."""
-    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape)
-    return chain.sample(Noise(seed), n).cpu()
-
-
-def plot_samples(groups: dict[str, Tensor], path: Path) -> None:
-    """Draw the first images of each group as one grid beside the others; black is -1, white is +1."""
-    from implicit_diffusion.experiments.drawing import finish, sheet, tile
-
-    figure = sheet(5.2 * len(groups), 4.0)
-    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        tile(axis, images[:96], low=-1, high=1, columns=12)
-        axis.set_title(name)
-    finish(figure, path)
+    losses = []
+    for _ in range(repeats):
+        for piece in parts:
+            losses.append(_loss(unet, scheduler, piece, generator))
+            tick(len(piece))
+    return torch.cat(losses).mean().item()

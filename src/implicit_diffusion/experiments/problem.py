@@ -31,6 +31,7 @@ from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.chain import Chain
@@ -61,6 +62,7 @@ class Problem(Shown):
         return None if decoder is None else tuple(decoder(found.samples[:SHOWN, 0]) for found in evaluations)
 
 
+@part("loading")
 def build(config: Config) -> Problem:
     """Load everything, try the reward on two pretrained samples.
 
@@ -188,6 +190,7 @@ def _original(reference: str, model: str, pretrained: Pretrained) -> Pretrained:
 MEANING = ("prediction_type", "num_train_timesteps")  # of a network's output and of its times
 
 
+@part("loading")
 def make_loop(config: Config, problem: Problem, noise: Noise) -> ChainLoop:
     """The loop that `config` asks for, before β and the clip are known; `scale` sets them."""
     penalty: Objective = PathKL() if config.penalty == "path-kl" else DriftPenalty()

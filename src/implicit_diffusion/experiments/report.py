@@ -12,12 +12,13 @@ from typing import Any
 from implicit_diffusion.experiments import page
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.finetune import PROMPTS
+from implicit_diffusion.experiments.judging import falls
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.page import duration, table, tile, write_page
 from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import decimals, distinct, model_name, number, percent
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.experiments.written import beside, decimals, distinct, model_name, number, percent
+from implicit_diffusion.runs import RunDirectory, clock
 
 NOT_IN_COMMAND = ("out", "plan")
 
@@ -39,6 +40,7 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
         _concerns(outcome),
         page.figures(figures),
         _quality(outcome),
+        _time(directory),
         _plan(outcome),
         _use(outcome, directory),
         _configuration(outcome),
@@ -94,13 +96,15 @@ def _in_words(outcome: Outcome) -> str:
     )
     if s.get("path_kl") is not None:
         text += (
-            f" The price is a path KL of {number(s['path_kl'])} nats: how far sampling moved from the pretrained model."
+            f" The price is a path KL of {number(s['path_kl'])} nats, the mean square of the steps' shifts: how far "
+            "sampling moved from the pretrained model."
         )
     if best is not None and s.get("captured") is not None:
+        fell, could = falls(s)
         text += (
-            f" J weighs one against the other (KL weight × path KL − reward, lower is better). It fell from "
-            f"{number(s['j_before'], s['j_before_se'])} to {number(s['j_after'], s['j_after_se'])}; no sampler of this "
-            f"chain can bring it below {number(best.j, best.j_se)}."
+            f" J weighs one against the other ({outcome.beta:.4g} × path KL − reward, lower is better). It fell by "
+            f"{number(*fell)}, from {beside(s['j_before'], fell[1])} to {beside(s['j_after'], fell[1])}; no sampler of "
+            f"this chain can bring it below {beside(best.j, could[1])}, a fall of {number(*could)}."
         )
     return text + " Every ± here is one standard error."
 
@@ -176,7 +180,7 @@ a penalty on drifts no bound says how much could be gained.</p></section>
                 number(row["reward_gain"], row["reward_gain_se"], sign=True) + unsure,
                 f"{row['reward_gain_in_std']:.2f}",
                 number(row["path_kl"], row["path_kl_se"]) + unsure,
-                number(row["j_gain"]),
+                number(row["j_gain"], row["j_gain_se"]),
             ]
         )
         if abs(row["kl_weight"] / outcome.beta - 1) < 0.02 if outcome.beta else False:
@@ -194,6 +198,12 @@ what training attains. The pretrained reward is {number(plan.reward, plan.reward
 {percent(plan.memory, plan.memory_se)} of its variance (0 % is memoryless).{doubt}</p>
 {table(columns, rows, chosen)}</section>
 """
+
+
+def _time(directory: RunDirectory) -> str:
+    rows = [[name, f"{spent:.1f}", percent(share)] for name, spent, share in clock.shares(directory.path)]
+    parts = table(("part", "seconds", "share"), rows)
+    return f"<section><h2>Where the time went, up to this page</h2>{parts}</section>" if rows else ""
 
 
 def _use(outcome: Outcome, directory: RunDirectory) -> str:

@@ -28,11 +28,12 @@ from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
 from implicit_diffusion.experiments.reward_trust import short
-from implicit_diffusion.experiments.written import distinct, number, percent
+from implicit_diffusion.experiments.written import beside, distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, clock
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated, plain
 from implicit_diffusion.runs.files import UNFINISHED, writing
 from implicit_diffusion.runs.lock import LOCK
@@ -40,10 +41,11 @@ from implicit_diffusion.runs.provenance import FILE, Change, verified
 
 CURVE = 12  # KL weights of the drawn frontier
 REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
-KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_bound", "captured")
+KEPT = (*REWARDS, "path_kl", "j_before", "j_after", "j_fall", "j_bound", "j_possible", "captured")
 LEFT_BY_AN_EARLY_END = {
     LOCK,
     FILE,
+    clock.FILE,
     "config.json",
     "plan.json",
     finetune.PLANNED,
@@ -101,8 +103,9 @@ def run(config: Config) -> dict[str, Any]:
     config = replace(config, each=absolute(replace(config.each, out=config.each.out or dated("sweep"))))
     assert config.each.out is not None
     directory = RunDirectory(config.each.out)
-    with directory.held():
+    with directory.held(), clock.run():
         _check_folder(directory.path, config)
+        clock.keep(directory.path)
         rests_on = inputs(config.each)
         with verified(directory, config.accept_changes, rests_on):
             return _run(config, directory, rests_on)
@@ -117,7 +120,8 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
     record_inputs(directory, config.each, rests_on, config=_settings(config))
     finetune.keep_rewards(samples, directory)
     try:
-        for beta in betas:
+        for place, beta in enumerate(betas, start=1):
+            print(f"KL weight {beta:.6g}, run {place} of {len(betas)}")
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
@@ -135,6 +139,7 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
     directory.write_summary(summary)
     show(summary)
     plot(summary, {beta: metrics for beta, (_, metrics) in found.items()}, frontier, directory.figure("frontier"))
+    print(f"cost      {clock.in_words(clock.seconds(out))}")
     print(f"sweep     {out}")
     return summary
 
@@ -238,18 +243,26 @@ def _point(b: Bound) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print the table, all of it on the noise that the runs were judged on."""
     from rich.console import Console
     from rich.table import Table
 
-    before = number(summary["reward_pretrained"], summary["reward_pretrained_se"])
-    table = Table(title=f"{summary['reward']} against path KL (pretrained reward {before})")
+    rows = summary["rows"]
+    before = number(rows[0]["reward_before"], rows[0]["reward_before_se"])
+    table = Table(
+        title=f"{summary['reward']} against path KL (pretrained reward {before})",
+        caption="J is KL weight × path KL − reward, before training minus the pretrained reward. How far it "
+        "fell and could have fallen, of which captured is the share, is known to the digits shown. Every ± is one "
+        "standard error.",
+    )
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")
-    rows = summary["rows"]
     weights = distinct([row["kl_weight"] for row in rows])
     for weight, row in zip(weights, rows):
-        cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl", "j_after", "j_bound")]
+        cells = [number(row[key], row[f"{key}_se"]) for key in ("reward_after", "path_kl")]
+        cells += [
+            beside(row[key], row.get(f"{of}_se")) for key, of in (("j_after", "j_fall"), ("j_bound", "j_possible"))
+        ]
         table.add_row(weight, *cells, "J rose" if row["worse"] else percent(row["captured"], row["captured_se"]))
     for weight, row in zip(weights, rows):
         if row["worse"]:
@@ -257,6 +270,7 @@ def show(summary: dict[str, Any]) -> None:
     Console().print(table)
 
 
+@part("drawing")
 def plot(
     summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], frontier: Sequence[Bound], path: Path
 ) -> None:

@@ -34,6 +34,13 @@ def number(value: float | None, error: float | None = None, *, sign: bool = Fals
     return text.replace("-", "−")
 
 
+def beside(value: float | None, error: float | None) -> str:
+    """`value` alone, to as many decimals as an `error` leaves standing that is written elsewhere."""
+    if value is None or error is None or not math.isfinite(error) or error <= 0:
+        return number(value, digits=4)
+    return f"{value:.{decimals(error)}f}".replace("-", "−")
+
+
 def percent(share: float | None, error: float | None = None) -> str:
     """A share in per cent, to a tenth where it has no error."""
     if share is None:

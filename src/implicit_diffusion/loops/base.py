@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
@@ -57,16 +57,27 @@ class Loop(Shown, ABC):
         """One iteration.
 
         Returns:
-            metrics: the objective and its terms on the training noise, `grad_norm` and `lr` where θ moved, `updates`
-            and what the work was; 0-d tensors are left on their device.
+            metrics: the objective and its terms on the training noise where this step has seen all that they are made
+            of, `grad_norm` and `lr` where and only where θ moved, `updates` (made so far) and what the work was; 0-d
+            tensors are left on their device. Nothing is repeated: what a step has not seen is not among them.
 
         Raises:
             NonFiniteError: NaN or infinity, before θ is touched.
         """
 
-    @abstractmethod
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
-        """Step until `updates` updates of θ have been made in all, yielding every step's metrics."""
+        """Train until `updates` updates of θ have been made in all, yielding the metrics of each update.
+
+        Steps that make none, while a queue fills or gradients are accumulated, are taken in silence; `steps` yields
+        them too.
+        """
+        return (metrics for metrics in self.steps(updates) if "grad_norm" in metrics)
+
+    def steps(self, updates: int) -> Iterator[dict[str, Any]]:
+        """Step until `updates` updates of θ have been made in all, yielding the metrics of every step."""
+        updates = check_integer("updates", updates, 0)
+        while self.update.updates < updates:
+            yield self.step()
 
     @abstractmethod
     def cost(self) -> dict[str, int]:

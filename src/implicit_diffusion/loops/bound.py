@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -117,6 +117,10 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
     It is the one with more effective samples, the trained chain where both have as many. The pretrained one where the
     other's bound lies above J_before, which no bound does: log-mean-exp ≥ mean, so that its own never does.
 
+    All is told on the noise of the two: J_before − J* = (J_before − J_after) + (J_after − J*), where the first is sharp
+    without the control variate (`Evaluation.objective`) and the second with it. So J* here is the one of `bound`, and
+    its reward, less what the control variate happened to be, whose mean is zero.
+
     Raises:
         InvalidInputError: as `captured`.
     """
@@ -125,7 +129,7 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
     if before.reward.shape[:1] != after.reward.shape[:1]:
         starts = f"{len(before.reward)} and {len(after.reward)}"
         raise InvalidInputError(f"before and after must hold the same starts, got {starts} of them")
-    trained = bound(after, beta)
+    trained = _on_its_noise(after, beta)
     if before.reward.shape[1] < 2:  # it has no bound
         return trained, "trained"
     pretrained = bound(before, beta)
@@ -133,6 +137,20 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
     if fewer or trained.j > before.objective(beta).double().mean().item():
         return pretrained, "pretrained"
     return trained, "trained"
+
+
+def _on_its_noise(evaluation: Evaluation, beta: float) -> Bound:
+    """The conditional bound less the mean of the control variate, as is J of the same trajectories."""
+    value, tilted = _jackknife(_log_weights(evaluation, beta), evaluation.reward.double())
+    chance = _chance(evaluation, beta)
+    j, j_se = mean_and_error(-beta * value - chance)
+    reward, reward_se = mean_and_error(tilted + chance)
+    return replace(bound(evaluation, beta), j=j, j_se=j_se, reward=reward, reward_se=reward_se)
+
+
+def _chance(evaluation: Evaluation, beta: float) -> Float[Tensor, " starts"]:
+    """β Σ_k ⟨Δ_k, ξ_k⟩/s_k of every start, of mean zero: by this J with the control variate exceeds J without."""
+    return beta * (evaluation.log_ratio.double() - evaluation.path_kl.double()).mean(1)
 
 
 def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:
@@ -152,6 +170,15 @@ def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tu
     return mean_and_error(tilted - reward.mean(1))
 
 
+def gain_of_j(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:
+    """J of the pretrained chain less J*, with the standard error of the difference; arguments as in `gain`."""
+    check_type("conditional", conditional, bool, "take True or False")
+    check_type("pretrained", pretrained, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    beta, reward = check_number("beta", beta, 0), pretrained.reward.double()
+    value = (_jackknife if conditional else _influence)(reward / beta, reward)[0]
+    return mean_and_error(beta * value - reward.mean(1))
+
+
 def possible(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
     """J_before − J*, what any fine-tuning could gain, with its standard error; arguments as in `captured`."""
     return mean_and_error(_gained_and_possible(before, after, beta)[1])
@@ -161,8 +188,8 @@ def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float,
     """The share (J_before − J_after)/(J_before − J*) of the possible gain, with its standard error.
 
     Both differences are sharp. Before and after share their noise, so the numerator is paired. J* is the `sharpest`,
-    from the trajectories of one of the two, and J of these less J* is the mean of −β times a log-weight against its
-    soft maximum.
+    from the trajectories of one of the two, on their noise, and J of these less J* is the mean of −β times a log-weight
+    against its soft maximum.
 
     Args:
         before: the pretrained chain.
@@ -183,7 +210,7 @@ def _gained_and_possible(
     """J_before − J_after and J_before − J* of every start."""
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     chosen = {"trained": after, "pretrained": before}[sharpest(before, after, beta)[1]]
-    best = -beta * _jackknife(_log_weights(chosen, beta), chosen.reward.double())[0]
+    best = -beta * _jackknife(_log_weights(chosen, beta), chosen.reward.double())[0] - _chance(chosen, beta)
     start = before.objective(beta).double().mean(1)
     return start - after.objective(beta).double().mean(1), start - best
 

@@ -4,9 +4,11 @@ Along a trajectory of u_θ, with Δ_k = b_k (u_θ − u_0)(m_k x_k, t_k), the lo
 
     log dP_θ/dP_0 = Σ_k ‖Δ_k‖²/(2 s_k²) + ⟨Δ_k, ξ_k⟩/s_k
 
-The first sum has the path KL as its mean, the second has mean zero. So R − β log dP_θ/dP_0 has the same mean as
-R − β·(path KL), and under the best u_θ of all it does not vary at all given x_0: the estimate of J is the sharper the
-better the training. The same numbers, as importance weights, give the bound J* (`implicit_diffusion.loops.bound`).
+The first sum has the path KL as its mean, the second has mean zero. So J = β·KL − E R has two estimates. With the first
+sum alone it is, to the digit, what the path KL and the reward beside it make of it, and chains that share their noise
+share the noise of their rewards: J before less J after is sharp. With the second sum as a control variate it does not
+vary at all under the best u_θ given x_0: its own level, and how far it is from the bound J*, are the sharper the better
+the training (`implicit_diffusion.loops.bound`). What is shown as J is the first.
 """
 
 from __future__ import annotations
@@ -54,9 +56,16 @@ class Evaluation(Shown):
         yield f"path_kl={estimate(self.path_kl)} nats"
         yield f"samples={of_tensor(self.samples[0, 0])}"
 
-    def objective(self, beta: float) -> Float[Tensor, "starts repeats"]:
-        """−R + β log dP_θ/dP_0 of every trajectory, whose mean is J = −E R + β·KL(path)."""
-        return check_number("beta", beta) * self.log_ratio - self.reward
+    def objective(self, beta: float, *, control_variate: bool = False) -> Float[Tensor, "starts repeats"]:
+        """β·path_kl − R of every trajectory, whose mean is J = β·KL(path) − E R.
+
+        Args:
+            beta: weight of the path KL, in reward per nat.
+            control_variate: take the log-ratio for the path KL. The mean is the same; near an optimum it is
+                better known, its difference from that of another chain on the same noise less well.
+        """
+        kl = self.log_ratio if control_variate else self.path_kl
+        return check_number("beta", beta) * kl - self.reward
 
 
 def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, float]:

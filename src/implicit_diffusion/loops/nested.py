@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from implicit_diffusion.errors import check_call, check_integer, check_type, trying
+from implicit_diffusion.errors import check_call, check_type, trying
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops.on_chain import ChainLoop
 
@@ -36,11 +36,6 @@ class Nested(ChainLoop):
         info = self.update.step(list(values.values()), lambda: self._diagnose() or self._bad_value(values))
         self.injected += 1
         return self._metrics(values) | info
-
-    def run(self, updates: int) -> Iterator[dict[str, Any]]:
-        updates = check_integer("updates", updates, 0)
-        while self.update.updates < updates:
-            yield self.step()
 
     def _diagnose(self) -> str | None:
         """Replay the trajectory, whose noise is addressed by its number, up to the first bad state."""

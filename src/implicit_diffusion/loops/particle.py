@@ -184,11 +184,6 @@ class ParticleLoop(Loop):
             x=x, log_weights=weights, log_z=growth, previous=x, debt=exact(value), h=zero, lag=zero
         )
 
-    def run(self, updates: int) -> Iterator[dict[str, Any]]:
-        updates = check_integer("updates", updates, 0)
-        while self.update.updates < updates:
-            yield self.step()
-
     def cost(self) -> dict[str, int]:
         return {"gradient_evaluations": self.evaluations}
 

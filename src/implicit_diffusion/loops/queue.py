@@ -61,14 +61,19 @@ class Queue(ChainLoop):
         super().__init__(*args, **kwargs)
         self.stride = check_integer("stride", stride, 1, self.chain.num_steps, note=" (the chain's steps)")
         self.slots: list[Slot] = []
-        self.values: dict[str, Tensor] = {}  # last seen: terminal values
-        self.costs: dict[str, dict[int, Tensor]] = {}  # last seen: running costs by row
+        self.values: dict[str, Tensor] = {}  # terminal values of the batch that came home last
 
     def _words(self) -> Iterable[str]:
         return f"stride={self.stride}", *super()._words(), f"batches in flight={len(self.slots)}"
 
     def step(self, *, inject: bool = True) -> dict[str, Any]:
-        """One iteration; without `inject`, only what is in flight moves on."""
+        """One iteration; without `inject`, only what is in flight moves on.
+
+        Returns:
+            metrics: the terminal terms of the batch that came home in this iteration, and the running costs where it
+            pulled every row, each of another batch. `phase` is "draining" without `inject`, and "filling" while rows
+            are still missing; a full queue has none.
+        """
         self.iteration += 1
         self.update.begin()
         if inject:
@@ -77,25 +82,33 @@ class Queue(ChainLoop):
             self.injected += 1
         watched: list[Tensor] = []
         info: dict[str, Any] = {}
-        contributed = False
+        arrived: dict[str, Tensor] = {}
+        costs: dict[str, list[Tensor]] = {}
+        pulled: set[int] = set()
         with self.chain.evaluating():
             for _ in range(self.stride):
-                watched += self._advance()
+                states, values = self._advance()
+                watched += states
+                arrived |= values
+            self.values |= arrived
             ages = [self.update.updates - slot.born for slot in self.slots if slot.adjoint is not None]
             for _ in range(self.stride):
-                adjoints, rows = self._pull()
+                adjoints, rows, found = self._pull()
                 watched += adjoints
-                contributed |= any(row not in self.chain.pretrained_rows for row in rows)
-            if contributed:
+                pulled.update(rows)
+                for name, cost in found.items():
+                    costs.setdefault(name, []).append(cost.sum())
+            if not pulled <= self.chain.pretrained_rows:
                 watched += self.values.values()
                 info = self.update.step(watched, self._diagnose)
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self.slots = [slot for slot in self.slots if slot.states]
-        full = {name: rows for name, rows in self.costs.items() if len(rows) == self.chain.num_steps}
-        sums = {name: torch.stack(list(rows.values())).sum() for name, rows in full.items()}
-        return self._metrics(self.values | sums) | info
+        full = len(pulled) == self.chain.num_steps
+        sums = {name: torch.stack(cost).sum() for name, cost in costs.items() if full}
+        phase = {"phase": "draining"} if not inject else {} if full else {"phase": "filling"}
+        return self._metrics(arrived | sums) | info | phase
 
-    def run(self, updates: int) -> Iterator[dict[str, Any]]:
+    def steps(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
 
         Injection stops in time for every trajectory to come home: one injected now is on its way for 2⌈N/stride⌉ − 1
@@ -113,7 +126,7 @@ class Queue(ChainLoop):
 
     def state_dict(self) -> dict[str, Any]:
         slots = [{"index": s.index, "born": s.born, "states": list(s.states), "adjoint": s.adjoint} for s in self.slots]
-        return super().state_dict() | {"slots": slots, "values": dict(self.values), "costs": dict(self.costs)}
+        return super().state_dict() | {"slots": slots, "values": dict(self.values)}
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"stride": self.stride}
@@ -131,9 +144,6 @@ class Queue(ChainLoop):
             for slot in state["slots"]
         ]
         self.values = {name: value.to(device) for name, value in state["values"].items()}
-        self.costs = {
-            name: {row: cost.to(device) for row, cost in rows.items()} for name, rows in state["costs"].items()
-        }
 
     @property
     def _flight(self) -> int:
@@ -149,11 +159,12 @@ class Queue(ChainLoop):
         return max(0, self._flight - 1 + idle - max(made, default=0))
 
     @torch.no_grad()
-    def _advance(self) -> list[Tensor]:
-        """All slots on their way forward move one row; returns the new states."""
+    def _advance(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """All slots on their way forward move one row; returns the new states, and the values of a batch that ends."""
         moving = [slot for slot in self.slots if slot.adjoint is None]
+        arrived: dict[str, Tensor] = {}
         if not moving:
-            return []
+            return [], arrived
         rows = [slot.row for slot in moving]
         xi = self.chain.innovation(self.noise, self.batch, [slot.index for slot in moving], rows)
         condition = self._conditions(moving)
@@ -164,14 +175,14 @@ class Queue(ChainLoop):
             else:
                 end = self.chain.endpoint(state, self.noise, slot.index)
                 slot.adjoint, values = terminal_adjoint(self.objective, end.x, end.condition)
-                self.values |= values
-        return [x]
+                arrived |= values
+        return [x], arrived
 
-    def _pull(self) -> tuple[list[Tensor], list[int]]:
-        """All slots on their way back are pulled back one row; returns the new adjoints and the rows."""
+    def _pull(self) -> tuple[list[Tensor], list[int], dict[str, Tensor]]:
+        """All slots on their way back are pulled back one row; returns the new adjoints, the rows and their costs."""
         turned = [(slot, slot.adjoint) for slot in self.slots if slot.adjoint is not None and slot.states]
         if not turned:
-            return [], []
+            return [], [], {}
         rows = [slot.row for slot, _ in turned]
         x = torch.stack([slot.states.pop() for slot, _ in turned])
         lam = torch.stack([lam for _, lam in turned])
@@ -179,9 +190,7 @@ class Queue(ChainLoop):
         adjoint, costs = pull_back(self.chain, self.objective, x, rows, lam, condition)
         for (slot, _), lam in zip(turned, adjoint):
             slot.adjoint = lam
-        for name, cost in costs.items():
-            self.costs.setdefault(name, {}).update(zip(rows, cost))
-        return [adjoint], rows
+        return [adjoint], rows, costs
 
     def _conditions(self, slots: list[Slot]) -> dict[str, Tensor] | None:
         return self.chain.conditions(self.noise, self.batch, [slot.index for slot in slots])

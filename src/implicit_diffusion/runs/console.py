@@ -84,21 +84,21 @@ def unheard() -> Iterator[None]:
 class Progress(Shown):
     """Steps made out of `total`, and the metrics of the last one."""
 
-    def __init__(self, total: int, description: str) -> None:
+    def __init__(self, total: int, description: str, done: int = 0) -> None:
         self.total, self.description = total, description
-        self.done = 0
+        self.done = self._first = self._shown = min(done, total)
         self._metrics: Mapping[str, Any] = {}
         self._start = self._shown_at = time.monotonic()
-        self._shown = 0
 
     def update(self, metrics: Mapping[str, Any] | None = None, advance: int = 1) -> None:
         """Count `advance` steps.
 
         Args:
-            metrics: the few numbers to show (floats or 0-d tensors), by name; None keeps the last ones.
+            metrics: the few numbers to show (floats or 0-d tensors), by name; words are shown as they are; None keeps
+                the last ones.
             advance: steps made since the last call.
         """
-        self.done += advance
+        self.done = min(self.total, self.done + advance)
         self._metrics = self._metrics if metrics is None else metrics
         if self._is_due():
             self._show()
@@ -116,18 +116,20 @@ class Progress(Shown):
     def _show(self) -> None:
         seconds = time.monotonic() - self._start
         percent = 100 * self.done // self.total
-        line = f"{self.description}  {self.done}/{self.total} ({percent} %)  {seconds:.0f} s  {_read(self._metrics)}"
-        print(line.rstrip(), file=sys.stderr, flush=True)
+        made, left = self.done - self._first, self.total - self.done
+        remaining = f", {seconds * left / made:.0f} s left" if made and left else ""
+        line = f"{self.description}  {self.done}/{self.total} ({percent} %)  {seconds:.0f} s{remaining}"
+        print(f"{line}  {_read(self._metrics)}".rstrip(), file=sys.stderr, flush=True)
 
 
 class _Bar(Progress):
     """The same on a terminal, with rich."""
 
-    def __init__(self, total: int, description: str, console: Any) -> None:
+    def __init__(self, total: int, description: str, done: int, console: Any) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        super().__init__(total, description)
+        super().__init__(total, description, done)
         self._rich = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -138,7 +140,7 @@ class _Bar(Progress):
             TextColumn("{task.fields[metrics]}"),
             console=console,
         )
-        self._task = self._rich.add_task(description, total=total, metrics="")
+        self._task = self._rich.add_task(description, total=total, completed=self.done, metrics="")
         self._rich.start()
 
     def close(self) -> None:
@@ -153,17 +155,18 @@ class _Bar(Progress):
 
 
 @contextmanager
-def progress(total: int, description: str) -> Iterator[Progress]:
-    """Show how far a block is, which calls `update` on what it gets.
+def progress(total: int, description: str, done: int = 0) -> Iterator[Progress]:
+    """Show how far a block is, which calls `update` on what it gets; no more than all is ever done.
 
     Args:
         total: the number of steps, ≥ 1.
         description: what is going on, in a word or two.
+        done: steps that were made before, which say nothing of how long the others take.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    shown = _Bar(total, description, console) if console.is_terminal else Progress(total, description)
+    shown = _Bar(total, description, done, console) if console.is_terminal else Progress(total, description, done)
     try:
         yield shown
     finally:
@@ -171,4 +174,4 @@ def progress(total: int, description: str) -> Iterator[Progress]:
 
 
 def _read(metrics: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+    return "  ".join(v if isinstance(v, str) else f"{name} {float(v):.4g}" for name, v in metrics.items())

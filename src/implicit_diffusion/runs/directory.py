@@ -9,6 +9,7 @@
     judged/         what the report is made of, beside the JSON files
     report.html     all of it, for people
     checkpoint/     the state to continue from
+    seconds.json    where the time went
 
 Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json is the mark
 that a run is judged; what comes after it is derived from what is on disk, and can be made again.
@@ -42,6 +43,7 @@ from implicit_diffusion.errors import (
     StorageError,
     check_path,
 )
+from implicit_diffusion.runs import clock
 from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
@@ -89,7 +91,7 @@ class RunDirectory(Shown):
                 written.
         """
         path = check_path("--out", path)
-        left_over = {LOCK, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
+        left_over = {LOCK, clock.FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"--out {path} is a file; name a new folder")

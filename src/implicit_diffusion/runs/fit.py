@@ -34,6 +34,7 @@ from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.objectives.reward import TRIED, as_reward
+from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.generators import Draws
@@ -43,7 +44,7 @@ from implicit_diffusion.runs.state import Fit as Fit
 from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
 from implicit_diffusion.showing import Shown
 
-SHOWN = ("reward", "path_kl", "objective", "grad_norm")
+SHOWN = ("reward", "path_kl", "objective", "grad_norm", "phase")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
 
 
@@ -110,8 +111,7 @@ def _drive(
     saved_at: int = state.updates  # of the last checkpoint
     waits: int | None = None  # that of one of which the next update will tell whether it is sound
     last_saved = last_read = start = time.monotonic()
-    with graceful() as stop, progress(updates, description) as bar:
-        bar.update(advance=state.updates)
+    with graceful() as stop, progress(updates, description, state.updates) as bar, part("saving"):
         try:
             for metrics in () if state.stopped else _steps(state, updates):
                 state.seconds += time.monotonic() - start
@@ -120,13 +120,15 @@ def _drive(
                     with state.draws:
                         state.verdict = verdict(state, callbacks)
                     state.stopped = state.verdict and state.verdict[1]
-                    bar.update({name: metrics[name] for name in SHOWN if name in metrics})
+                    bar.update(_shown(metrics), advance=state.updates - bar.done)
                     lines.append(state.metrics)
                     if waits is not None and directory is not None:  # it is known now what that state led to
                         if unsound(state, callbacks) is None:
                             directory.confirm()
                             saved_at = waits
                         waits = None
+                else:
+                    bar.update(_shown(metrics), advance=0)
                 if stop.requested:
                     state.stopped = "interrupted"
                 if state.stopped:
@@ -158,11 +160,15 @@ def _drive(
             write()
 
 
+def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in SHOWN if name in metrics}
+
+
 def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
     """The steps of the loop, with the generators of the run in place during each."""
-    steps = state.loop.run(updates)
+    steps = state.loop.steps(updates)
     while True:
-        with state.draws:
+        with state.draws, part("training"):
             metrics = next(steps, None)
         if metrics is None:
             return
@@ -203,12 +209,14 @@ class HeldOut(Shown):
             with Draws(self.noise, TRIAL, device=fit.chain.device):
                 score.probe(fit.chain.endpoint(fit.chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
             self.reward = score
-        result = evaluate(fit.chain, score, self.noise, starts=self.starts)
+        with part("held-out checks"):
+            result = evaluate(fit.chain, score, self.noise, starts=self.starts)
         fit.chain.evaluations = before  # what is reported as cost is the training's own
+        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
         for name, values in (
             ("reward", result.reward),
             ("path_kl", result.path_kl),
-            ("objective", result.objective(fit.loop.objective.weight(PathKL))),
+            ("objective", result.objective(beta)),
         ):
             mean, error = mean_and_error(values)
             told = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread

@@ -158,7 +158,14 @@ class Followers(Shown):
 
 
 def annealed(
-    path: Callable[[float], nn.Module], kernel: Kernel, n: int, noise: Noise, *, steps: int = 500, groups: int = 8
+    path: Callable[[float], nn.Module],
+    kernel: Kernel,
+    n: int,
+    noise: Noise,
+    *,
+    steps: int = 500,
+    groups: int = 8,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Followers:
     """Annealed importance sampling: followers at path(1), begun at exact draws from path(0).
 
@@ -169,6 +176,7 @@ def annealed(
         noise: of the run.
         steps: t = 0, 1/steps, …, 1.
         groups: independent replicates.
+        progress: called with the number of steps just made, one.
 
     Raises:
         InvalidInputError: a path that is no function, a beginning that cannot be sampled exactly; else as `Followers`.
@@ -176,6 +184,7 @@ def annealed(
     check_type("noise", noise, Noise, "take Noise(0), say")
     check_integer("n", n, 2), check_integer("steps", steps)
     check_call("path", path, "t")
+    check_call("progress", progress, "done")
     with trying("path", "t = 0"):
         start: Any = path(0.0)
     if not hasattr(start, "sample") or not hasattr(start, "log_z"):
@@ -188,4 +197,5 @@ def annealed(
         check_potential(end, torch.cat([walkers.x for walkers in followers.groups]))
     for k in range(1, steps + 1):
         followers.step(path(k / steps))
+        progress(1)
     return followers

@@ -1,0 +1,67 @@
+"""Samples of a pretrained model: drawn by chains of several lengths, and shown beside real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.experiments import digits
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import progress
+from implicit_diffusion.runs.clock import part
+from implicit_diffusion.samplers.chain import Chain
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+
+@part("sampling")
+def sampled(
+    chains: Sequence[int],
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    count: int,
+    seed: int,
+    event: tuple[int, ...],
+) -> dict[int, Tensor]:
+    """`count` images of the chain of each length, said while they are drawn."""
+    with progress(sum(chains), f"sampling {count} images by chains of {', '.join(map(str, chains))} steps") as bar:
+        return {n: sample_images(unet, scheduler, n, count, seed, event, bar.update) for n in chains}
+
+
+@torch.no_grad()
+def sample_images(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    num_steps: int,
+    n: int,
+    seed: int,
+    event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
+    tick: Callable[[], None] = lambda: None,
+) -> Float[Tensor, "n *event"]:
+    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; `tick` at every step."""
+    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape)
+    x = chain.initial(Noise(seed), n)
+    with chain.evaluating():
+        for _, _, state in chain.walk(x, Noise(seed)):
+            x = state[0]
+            tick()
+    return x.cpu()
+
+
+def plot_samples(groups: dict[str, Tensor], path: Path) -> None:
+    """Draw the first images of each group as one grid beside the others; black is -1, white is +1."""
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
+
+    figure = sheet(5.2 * len(groups), 4.0)
+    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        tile(axis, images[:96], low=-1, high=1, columns=12)
+        axis.set_title(name)
+    finish(figure, path)

@@ -1,0 +1,140 @@
+"""Where the time of a run goes: seconds by named parts, which add up to all of it.
+
+One part runs at any moment: a part that begins within another takes over until it ends, and what belongs to none is the
+rest. The seconds are kept in the run's folder, so that those of an interrupted run and of its resumption add up. Runs
+may stand within a run, as in a sweep: what is spent in the inner ones counts, part by part, in the outer one too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.runs.lock import LOCK
+
+FILE = "seconds.json"
+REST = "the rest"
+SAVE_EVERY = 5.0  # seconds: a run that is killed loses at most as much of what its parts took, and its last part
+
+
+class Clock:
+    """The seconds of one run, by parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.path: Path | None = None
+        self._saved = time.monotonic()
+
+    def keep(self, path: Path) -> None:
+        """Keep the seconds in this folder from now on, and add to those that it holds."""
+        self.path = path
+        for name, spent in read(path).items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def save(self) -> None:
+        """Write them, unless the folder holds nothing yet: a run that is refused leaves nothing."""
+        self._saved = time.monotonic()
+        if self.path is not None and any(file.name not in (LOCK, FILE) for file in self.path.glob("*")):
+            with replacing(self.path / FILE) as file:
+                file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved > SAVE_EVERY
+
+
+_clocks: list[Clock] = []  # of the runs that are going on, the outermost first
+_parts: list[str] = []  # that have begun, the one that runs last
+_last = 0.0  # when its seconds were counted last
+_begun: float | None = None  # when a command began that has not reached its run yet
+
+
+def begin() -> None:
+    """Say that a command begins, whose run will count the time from here on, its imports, say, as loading."""
+    global _begun
+    _begun = time.monotonic()
+
+
+@contextmanager
+def run() -> Iterator[Clock]:
+    """A clock for the block; `Clock.keep` says where its seconds go when it ends, however it ends."""
+    global _begun
+    clock = Clock()
+    _count()
+    if _begun is not None:
+        clock.seconds["loading"], _begun = time.monotonic() - _begun, None
+    _clocks.append(clock)
+    try:
+        with part(REST):
+            yield clock
+    finally:
+        _count()
+        _clocks.remove(clock)
+        clock.save()
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Count the seconds of the block as those of a part, but for the parts within it; also a decorator."""
+    _count()
+    _parts.append(name)
+    try:
+        yield
+    finally:
+        _count()
+        _parts.pop()
+        for clock in _clocks:
+            if clock.is_due():
+                clock.save()
+
+
+def keep(path: Path) -> None:
+    """`Clock.keep` of the run that is going on, if any; called once the folder is known to be the run's own."""
+    if _clocks:
+        _clocks[-1].keep(path)
+
+
+def seconds(path: Path) -> dict[str, float]:
+    """Seconds by parts of the run in a folder, up to now where it is going on; {} where they were not counted."""
+    _count()
+    return next((dict(clock.seconds) for clock in _clocks if clock.path == path), None) or read(path)
+
+
+def shares(path: Path) -> list[tuple[str, float, float]]:
+    """Parts with their seconds and shares, the longest first, and their sum; nothing where they were not counted."""
+    spent = seconds(path)
+    whole = sum(spent.values())
+    rows = [(name, s, s / whole) for name, s in sorted(spent.items(), key=lambda item: -item[1])] if whole else []
+    return [*rows, ("all", whole, 1.0)] if rows else []
+
+
+def read(path: Path) -> dict[str, float]:
+    """What a clock has kept in a folder."""
+    with suppress(OSError, ValueError, AttributeError):
+        found = json.loads((path / FILE).read_text(encoding="utf-8"))
+        return {str(name): float(spent) for name, spent in found.items() if isinstance(spent, int | float)}
+    return {}
+
+
+def in_words(spent: dict[str, float]) -> str:
+    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest."""
+    whole = sum(spent.values())
+    shown = {name: s for name, s in spent.items() if s >= 0.5 and name != REST}
+    rest = whole - sum(map(round, shown.values()))
+    words = [f"{s:.0f} {name}" for name, s in sorted(shown.items(), key=lambda item: -item[1])]
+    words += [f"{rest:.0f} {REST}"] if round(rest) else []
+    return f"{whole:.0f} s{': ' if words else ''}{', '.join(words)}"
+
+
+def _count() -> None:
+    """Give what has passed to the part that ran."""
+    global _last
+    now = time.monotonic()
+    if _parts:
+        for clock in _clocks:
+            clock.seconds[_parts[-1]] = clock.seconds.get(_parts[-1], 0.0) + now - _last
+    _last = now
