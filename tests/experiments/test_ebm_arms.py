@@ -15,19 +15,21 @@ from implicit_diffusion.experiments.ebm_arms import (
     LANGEVIN,
     Refresh,
     Settings,
-    Watch,
     make_loop,
     pulls_per_update,
     to_model,
 )
 from implicit_diffusion.experiments.ebm_data import load
 from implicit_diffusion.experiments.energy_model import Architecture, Moves, load_energy_model
+from implicit_diffusion.experiments.ranges import WORDS
 from implicit_diffusion.loops import NestedParticles, Single
+from implicit_diffusion.loops.divergence import diverged
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import Fit, fit
+from implicit_diffusion.runs.watch import Watch
 from implicit_diffusion.samplers import ULA
 
 HMC3 = Moves("hmc", 0.3, 3)
@@ -95,7 +97,7 @@ def test_refreshing_begins_anew_on_time(data):
 
 def watched(data, **options):
     loop = make_loop(SETTINGS, data)
-    return Fit(loop), Watch(data.standardised()[0], **options)
+    return Fit(loop), Watch(data.standardised()[0], words=WORDS, **options)
 
 
 def test_a_watch_lets_sound_training_pass(data):
@@ -119,9 +121,14 @@ def test_a_watch_sees_particles_that_leave(data):
     message = r"update 1: 1 of 64 particles .*V is not bounded below.*--lr or --step-size, or add --weight-decay"
     with pytest.raises(DivergenceError, match=message):
         watch(state)
-    sound, watch = watched(data)
-    assert watch.diagnose(sound.loop) is None
-    assert watch.radius == pytest.approx(data.standardised()[0][:1000].norm(dim=1).max().item())
+    sound, _ = watched(data)
+    assert diverged(sound.loop) is None
+    x, radius = sound.loop.walkers.x, data.standardised()[0][:1000].norm(dim=1).max()
+    out = x / x.norm(dim=1, keepdim=True) * radius
+    for times in (9.99, 10.01):
+        sound.loop.walkers = sound.loop.walkers._replace(x=times * out)
+        said = diverged(sound.loop, data=data.standardised()[0][:1000])
+        assert ("64 of 64 particles are more than ten times" in (said or "")) == (times > 10)
 
 
 def test_a_watch_sees_energies_run_apart(data):
