@@ -106,8 +106,8 @@ def advice(
     check_type("loop", loop, ParticleLoop, "advice is for loops over particles")
     check_type("metrics", metrics, Mapping, "take what the last step returned")
     found = []
-    if said := diverged(loop, words=words):
-        found.append(said)
+    if gone := diverged(loop, metrics, words=words):
+        found.append(gone)
     with eval_mode(loop.model):
         said = coarse(energy_of(loop.model, loop.walkers.x).value, precision(loop.model, loop.walkers.x))
     if said and loop.values_count:
@@ -124,7 +124,7 @@ def advice(
         )
     if "acceptance" in metrics and (said := unfit(float(metrics["acceptance"]), words)):
         found.append(said)
-    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS else math.inf
+    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS and not gone else math.inf
     if math.isfinite(noise) and noise < NOISE:
         found.append(
             f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more "

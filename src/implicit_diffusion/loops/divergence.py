@@ -16,15 +16,17 @@ network is low outside of the data, where no particle has come, log Ẑ says so.
 begin at data, is blind to such places, and so are the energies of its particles. In many dimensions q hits few of them:
 the bound holds, and sees less.
 
-Where the objective is maximum likelihood alone, two more signs are looked at, which need no log Z: particles more than
-ten times as far out as any datum, and mean energies of data and particles that differ by more than ten of their
-deviations.
+Where the objective is maximum likelihood alone, three more signs are looked at, which need no log Z: particles more
+than ten times as far out as any datum, mean energies of data and particles that differ by more than ten of their
+deviations, and a Γ that is exactly zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -99,6 +101,7 @@ def data_of(loop: ParticleLoop) -> Tensor | None:
 
 def diverged(
     loop: ParticleLoop,
+    metrics: Mapping[str, Any] = MappingProxyType({}),
     *,
     data: Float[Tensor, "m *event"] | None = None,
     nats: float | None = None,
@@ -108,12 +111,18 @@ def diverged(
 
     Args:
         loop: as it stands.
+        metrics: of its last step, where there are any.
         data: to compare with; by default those of the objective, where it is maximum likelihood alone.
         nats: from `distance`, where it is known already.
         words: what to call the things to change, with the keys of `WORDS`.
     """
     data = data_of(loop) if data is None else data
     found = None if data is None else _against(loop, data, words)
+    if found is None and data is not None and float(metrics.get("grad_norm", 1.0)) == 0:
+        found = (
+            "Γ is exactly zero: V no longer depends on θ at particles and data, as where all units of a network have "
+            f"died. Begin anew with a smaller {words['rate']}"
+        )
     nats = distance(loop) if nats is None else nats
     if found is None and nats > limit(loop):
         found = (

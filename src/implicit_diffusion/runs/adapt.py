@@ -48,7 +48,7 @@ class AdaptStep:
     """
 
     target: float | None = None
-    rate: float = 0.05
+    rate: float | int = 0.05
     moves: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ class Watch:
         patience: bad looks in a row that stop.
         save: called at every sound look; None where nothing is kept.
         words: what to call the things to change, with the keys of `divergence.WORDS`.
-        say: gets a sentence on the step size; by default it is printed on stderr.
+        say: gets a sentence on a bad look that does not stop, or on the step size; by default it is printed on stderr.
 
     Raises:
         DivergenceError: when called, in plain words with what to change.
@@ -130,7 +130,9 @@ class Watch:
         self.bad = self.bad + 1 if found else 0
         if found and self.bad >= patience:
             raise DivergenceError(f"update {fit.updates}: {found}")
-        if not found and self.save is not None:
+        if found:
+            self.say(f"update {fit.updates}: {found}. The run stops if the next look says so too")
+        elif self.save is not None:
             self.save(fit)
 
     def unsound(self, fit: Fit) -> str | None:
@@ -147,7 +149,7 @@ class Watch:
 
     def _found(self, fit: Fit, nats: float) -> str | None:
         nearer = fit.updates <= self.every or (self.nats is not None and nats < self.nats)
-        found = diverged(_particles(fit), data=self.data, nats=0.0 if nearer else nats, words=self.words)
+        found = diverged(_particles(fit), fit.metrics, data=self.data, nats=0.0 if nearer else nats, words=self.words)
         acceptance = fit.metrics.get("acceptance")
         if found is None and acceptance is not None and float(acceptance) < STUCK:
             found = (
