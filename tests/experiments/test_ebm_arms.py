@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from implicit_diffusion import cli
-from implicit_diffusion.errors import DivergenceError, NonFiniteError
-from implicit_diffusion.experiments import ebm
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
+from implicit_diffusion.experiments import ebm, ebm_training
 from implicit_diffusion.experiments.ebm_arms import (
     ARMS,
     LANGEVIN,
@@ -19,6 +19,7 @@ from implicit_diffusion.experiments.ebm_arms import (
     pulls_per_update,
     to_model,
 )
+from implicit_diffusion.experiments.ebm_config import Config
 from implicit_diffusion.experiments.ebm_data import load
 from implicit_diffusion.experiments.energy_model import Architecture, Moves, load_energy_model
 from implicit_diffusion.experiments.ranges import WORDS
@@ -153,6 +154,23 @@ def test_one_bad_look_is_forgiven(data):
     resumed = Watch(watch.data)
     resumed.load_state_dict(watch.state_dict())
     assert resumed.bad == 1
+
+
+def test_an_adapted_step_size_is_kept_with_the_model(data):
+    moves = Moves("hmc", 1.5, 3)
+    settings = dataclasses.replace(SETTINGS, moves=moves, adapt=True, refresh=6)
+    loop = make_loop(settings, data)
+    trained = ebm_training.train(settings, data, loop, None, 1)
+    assert trained.model.moves == dataclasses.replace(moves, step_size=1.5 * loop.step_scale)
+    assert loop.step_scale < 0.9 and trained.fit.metrics["step_size"] < 1.4
+    fixed = ebm_training.train(dataclasses.replace(settings, adapt=False), data, make_loop(settings, data), None, 1)
+    assert fixed.model.moves == moves and "step_size" not in fixed.fit.metrics
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ula"}, {"compare": True}])
+def test_a_step_size_is_adapted_only_where_there_is_an_acceptance(options):
+    with pytest.raises(InvalidInputError, match=r"--adapt-step has no effect: "):
+        Config(adapt_step=True, **options).check()
 
 
 class Unbounded(nn.Module):

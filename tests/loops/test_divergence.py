@@ -151,6 +151,9 @@ def test_particles_that_come_nearer_are_let_pass():
     loop, said = still(Harmonic(), 30 + normal(200, 1), kernel=ULA(0.05)), []
     fit(loop, 80, callbacks=[Watch(every=5, say=said.append)])
     assert said == [] and distance(loop) < 2
+    under_way = still(Harmonic(), 30 + normal(200, 1), kernel=ULA(0.05))
+    fit(under_way, 20, callbacks=[Watch(every=5, say=said.append)])  # ends at a look, well above the limit
+    assert said == [] and distance(under_way) > 3 * limit(under_way)
     stands = still(Harmonic(), 30 + normal(200, 1), kernel=ULA(1e-9))
     with pytest.raises(DivergenceError, match="nats"):
         fit(stands, 80, callbacks=[Watch(every=5, say=said.append)])

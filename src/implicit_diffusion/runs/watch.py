@@ -112,6 +112,8 @@ class Watch:
     say: Say = say_on_stderr
     bad: int = field(default=0, init=False)
     nats: float | None = field(default=None, init=False)  # from the law of V, at the last look
+    at: int = field(default=0, init=False)  # update of the last look
+    before: float | None = field(default=None, init=False)  # nats at the look before that
     stiff: int = field(default=0, init=False)  # looks in a row at which the step size was too large
 
     def __post_init__(self) -> None:
@@ -126,6 +128,8 @@ class Watch:
         """Look now; by default a single bad look stops, as at the end of a training, whose result would be used."""
         nats = distance(_particles(fit))
         found = self._found(fit, nats)
+        if fit.updates != self.at:
+            self.at, self.before = fit.updates, self.nats
         self.nats = nats if nats > 0 else None
         self.bad = self.bad + 1 if found else 0
         if found and self.bad >= patience:
@@ -141,14 +145,16 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """How many bad looks in a row there were, and what the last one saw."""
-        return {"bad": self.bad, "nats": self.nats, "stiff": self.stiff}
+        return {"bad": self.bad, "nats": self.nats, "at": self.at, "before": self.before, "stiff": self.stiff}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.bad, self.nats, self.stiff = state["bad"], state.get("nats"), state.get("stiff", 0)
+        self.bad, self.nats, self.at = state["bad"], state.get("nats"), state.get("at", 0)
+        self.before, self.stiff = state.get("before"), state.get("stiff", 0)
 
     def _found(self, fit: Fit, nats: float) -> str | None:
-        nearer = fit.updates <= self.every or (self.nats is not None and nats < self.nats)
+        before = self.before if fit.updates == self.at else self.nats
+        nearer = fit.updates <= self.every or (before is not None and nats < before)
         found = diverged(_particles(fit), fit.metrics, data=self.data, nats=0.0 if nearer else nats, words=self.words)
         acceptance = fit.metrics.get("acceptance")
         if found is None and acceptance is not None and float(acceptance) < STUCK:
