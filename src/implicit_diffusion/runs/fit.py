@@ -25,16 +25,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.objectives.reward import TRIED, as_reward
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
+from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
@@ -179,13 +180,13 @@ class HeldOut:
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
     Args:
-        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`.
         noise: of the evaluation, the same at every call.
         every: updates between two evaluations.
         starts: trajectories of each.
     """
 
-    reward: Callable[..., Tensor]
+    reward: Callable[..., Any] | Reward
     noise: Noise
     every: int = 25
     starts: int = 128
@@ -193,8 +194,12 @@ class HeldOut:
     def __call__(self, fit: Fit) -> None:
         if fit.updates % self.every:
             return
-        before = fit.chain.evaluations
-        result = evaluate(fit.chain, self.reward, self.noise, starts=self.starts)
+        before, score = fit.chain.evaluations, as_reward(self.reward)
+        if not score.probed:  # once, and on draws of its own: a resumed run does it again
+            with Draws(self.noise, TRIAL, device=fit.chain.device):
+                score.probe(fit.chain.endpoint(fit.chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
+            self.reward = score
+        result = evaluate(fit.chain, score, self.noise, starts=self.starts)
         fit.chain.evaluations = before  # what is reported as cost is the training's own
         for name, values in (
             ("reward", result.reward),
