@@ -23,9 +23,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
-from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError, check_path
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
@@ -40,6 +41,7 @@ from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
 from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
+from implicit_diffusion.showing import Shown
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
@@ -50,7 +52,7 @@ def fit(
     updates: int,
     *,
     callbacks: Iterable[Callback] = (),
-    directory: RunDirectory | None = None,
+    directory: RunDirectory | str | PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     description: str = "fine-tuning",
 ) -> Fit:
@@ -61,8 +63,8 @@ def fit(
             further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends, and is
-            held meanwhile; None leaves no trace.
+        directory: of the run, or its path; gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one
+            when the run ends, and is held meanwhile; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
@@ -77,6 +79,8 @@ def fit(
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
+    if directory is not None and not isinstance(directory, RunDirectory):
+        directory = RunDirectory(check_path("directory", directory))
     state = Fit(loop)
     with nullcontext() if directory is None else directory.held():
         _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
@@ -175,8 +179,8 @@ def _kl_weight(fit: Fit, name: str) -> float:
     return weight
 
 
-@dataclass
-class HeldOut:
+@dataclass(repr=False)
+class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
     Args:
