@@ -60,7 +60,7 @@ class ParticleLoop(Loop):
         InvalidInputError: whatever of these does not fit the others; the message says which.
     """
 
-    inner_steps: int = 1  # of the kernel per iteration
+    inner_steps = 1  # of the kernel per iteration
 
     def __init__(
         self,
@@ -201,23 +201,19 @@ class ParticleLoop(Loop):
         return {"gradient_evaluations": self.evaluations}
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"walkers": self.walkers._asdict(), "log_z0": self.log_z0, "evaluations": self.evaluations}
-        return super().state_dict() | own | {"step_scale": self.step_scale}
+        own = {"log_z0": self.log_z0, "evaluations": self.evaluations, "step_scale": self.step_scale}
+        return super().state_dict() | {"walkers": self.walkers._asdict()} | own
 
     def _like(self) -> dict[str, Any]:
         own = {"particles": list(self.walkers.x.shape), "kernel": type(self.kernel).__name__}
         return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        earlier: dict[str, Any] = {"step_scale": 1.0}
-        state = earlier | dict(state) if isinstance(state, Mapping) else state
-        super().load_state_dict(state)
-        saved: dict[str, Any] = {}
-        for name, value in state["walkers"].items():
-            saved[name] = value if value is None else innermost(value.to(getattr(self.walkers, name)))
+        super().load_state_dict({"step_scale": 1.0} | dict(state) if isinstance(state, Mapping) else state)
+        old, new = self.walkers._asdict(), state["walkers"]
+        saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
-        self.step_scale = state["step_scale"]
-        self._drawn = (-1, None, ())
+        self.step_scale, self._drawn = state.get("step_scale", 1.0), (-1, None, ())
 
     def _held(self, closed: Walkers) -> Particles:
         """The walkers as particles, weighted where the loop weighs; a copy, for objectives may write into it."""
