@@ -60,8 +60,6 @@ class ParticleLoop(Loop):
         InvalidInputError: whatever of these does not fit the others; the message says which.
     """
 
-    inner_steps = 1  # of the kernel per iteration
-
     def __init__(
         self,
         potential: nn.Module,
@@ -79,6 +77,7 @@ class ParticleLoop(Loop):
         check_type("lag", lag, bool, "take True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
+        self.inner_steps = 1  # of the kernel per iteration
         self.step_scale = 1.0  # of the kernel's step sizes; `AdaptStep` moves it
         if (weighted or lag) and not kernel.weighted:
             raise InvalidInputError(
