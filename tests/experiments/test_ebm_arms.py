@@ -8,26 +8,29 @@ import torch
 from torch import nn
 
 from implicit_diffusion import cli
-from implicit_diffusion.errors import DivergenceError, NonFiniteError
-from implicit_diffusion.experiments import ebm
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
+from implicit_diffusion.experiments import ebm, ebm_training
 from implicit_diffusion.experiments.ebm_arms import (
     ARMS,
     LANGEVIN,
     Refresh,
     Settings,
-    Watch,
     make_loop,
     pulls_per_update,
     to_model,
 )
+from implicit_diffusion.experiments.ebm_config import Config
 from implicit_diffusion.experiments.ebm_data import load
 from implicit_diffusion.experiments.energy_model import Architecture, Moves, load_energy_model
+from implicit_diffusion.experiments.ranges import WORDS
 from implicit_diffusion.loops import NestedParticles, Single
+from implicit_diffusion.loops.divergence import diverged
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import Fit, fit
+from implicit_diffusion.runs.watch import Watch
 from implicit_diffusion.samplers import ULA
 
 HMC3 = Moves("hmc", 0.3, 3)
@@ -95,7 +98,7 @@ def test_refreshing_begins_anew_on_time(data):
 
 def watched(data, **options):
     loop = make_loop(SETTINGS, data)
-    return Fit(loop), Watch(data.standardised()[0], **options)
+    return Fit(loop), Watch(data.standardised()[0], words=WORDS, **options)
 
 
 def test_a_watch_lets_sound_training_pass(data):
@@ -119,9 +122,14 @@ def test_a_watch_sees_particles_that_leave(data):
     message = r"update 1: 1 of 64 particles .*V is not bounded below.*--lr or --step-size, or add --weight-decay"
     with pytest.raises(DivergenceError, match=message):
         watch(state)
-    sound, watch = watched(data)
-    assert watch.diagnose(sound.loop) is None
-    assert watch.radius == pytest.approx(data.standardised()[0][:1000].norm(dim=1).max().item())
+    sound, _ = watched(data)
+    assert diverged(sound.loop) is None
+    x, radius = sound.loop.walkers.x, data.standardised()[0][:1000].norm(dim=1).max()
+    out = x / x.norm(dim=1, keepdim=True) * radius
+    for times in (9.99, 10.01):
+        sound.loop.walkers = sound.loop.walkers._replace(x=times * out)
+        said = diverged(sound.loop, data=data.standardised()[0][:1000])
+        assert ("64 of 64 particles are more than ten times" in (said or "")) == (times > 10)
 
 
 def test_a_watch_sees_energies_run_apart(data):
@@ -146,6 +154,23 @@ def test_one_bad_look_is_forgiven(data):
     resumed = Watch(watch.data)
     resumed.load_state_dict(watch.state_dict())
     assert resumed.bad == 1
+
+
+def test_an_adapted_step_size_is_kept_with_the_model(data):
+    moves = Moves("hmc", 1.5, 3)
+    settings = dataclasses.replace(SETTINGS, moves=moves, adapt=True, refresh=6)
+    loop = make_loop(settings, data)
+    trained = ebm_training.train(settings, data, loop, None, 1)
+    assert trained.model.moves == dataclasses.replace(moves, step_size=1.5 * loop.step_scale)
+    assert loop.step_scale < 0.9 and trained.fit.metrics["step_size"] < 1.4
+    fixed = ebm_training.train(dataclasses.replace(settings, adapt=False), data, make_loop(settings, data), None, 1)
+    assert fixed.model.moves == moves and "step_size" not in fixed.fit.metrics
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ula"}, {"compare": True}])
+def test_a_step_size_is_adapted_only_where_there_is_an_acceptance(options):
+    with pytest.raises(InvalidInputError, match=r"--adapt-step has no effect: "):
+        Config(adapt_step=True, **options).check()
 
 
 class Unbounded(nn.Module):

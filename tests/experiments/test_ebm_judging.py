@@ -36,7 +36,7 @@ def trained():
     return Trained(settings, Fit(loop, loop.step()), loop, to_model(settings, loop, data), [])
 
 
-def in_words(half, error):
+def estimates(half, error):
     return {"log_z_estimate": 45.8, "log_z_estimate_se": 0.5, "log_z_half": half, "log_z_half_se": error, "ess": 32.0}
 
 
@@ -44,21 +44,27 @@ def test_annealing_that_has_not_arrived_is_said(trained):
     def say(summary):
         return [line for line in ebm_judging.what_to_change(trained, summary, chosen=False) if "log Z" in line]
 
-    (line,) = say(told(43.0, 0.6))
+    (line,) = say(estimates(43.0, 0.6))
     assert "log Z rises from 43 to 45.8 ± 0.78" in line and "--judge-steps" in line
-    assert say(told(44.5, 0.6)) == [] and say(told(48.0, 0.6)) == []  # within the errors; too low is what it errs
-    assert say(told(43.0, 0.6) | {"log_z": 46.0}) == []  # the exact one is known, and used
+    assert (
+        say(estimates(44.5, 0.6)) == [] and say(estimates(48.0, 0.6)) == []
+    )  # within the errors; too low is what it errs
+    assert say(estimates(43.0, 0.6) | {"log_z": 46.0}) == []  # the exact one is known, and used
 
 
 def test_advice_is_in_options_and_not_on_untouched_defaults(trained):
     """A network of zeros accepts every proposal of the default step size, which is meant for a trained one."""
     assert float(trained.fit.metrics["acceptance"]) > 0.98
     given, untouched = (
-        [line for line in ebm_judging.what_to_change(trained, told(45.0, 0.6), chosen=chosen) if "accepted" in line]
+        [
+            line
+            for line in ebm_judging.what_to_change(trained, estimates(45.0, 0.6), chosen=chosen)
+            if "accepted" in line
+        ]
         for chosen in (True, False)
     )
     assert untouched == [] and "larger --step-size" in given[0] and "warm_up" not in given[0]
-    few = ebm_judging.what_to_change(trained, told(45.0, 0.6) | {"ess": 2.0}, chosen=False)
+    few = ebm_judging.what_to_change(trained, estimates(45.0, 0.6) | {"ess": 2.0}, chosen=False)
     assert "Take a smaller --lr or more --particles" in few[0]
     assert WORDS.keys() == ebm_judging.WORDS.keys()
 

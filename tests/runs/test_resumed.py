@@ -173,7 +173,7 @@ def test_resuming_looks_at_the_metrics(tmp_path, capsys):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     found = fit(build(), 6, directory=directory)
     assert "it lacks 2 of 6 lines, among updates 5 to 6" in capsys.readouterr().out
-    assert found.metrics["reward"] == pytest.approx(rows[-1]["reward"], rel=1e-12)
+    assert found.metrics["grad_norm"] == pytest.approx(rows[-1]["grad_norm"], rel=1e-12)
     fit(build(), 8, directory=directory)
     assert not capsys.readouterr().out
     assert [row["updates"] for row in directory.read_metrics()] == [1, 2, 3, 4, 7, 8]

@@ -1,4 +1,4 @@
-"""How an energy-based model is trained, in every arm, and when its training has gone wrong.
+"""How an energy-based model is trained, in every arm.
 
     weighted    the single loop with weighted particles: exact up to O(1/n) though θ moves
     hmc         the same kernel and loop without weights
@@ -11,19 +11,14 @@ Arms are compared at equal numbers of pulls through V at all particles.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from implicit_diffusion.errors import DivergenceError
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
-from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops import NestedParticles, Single, Update
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.noise import Noise
@@ -53,6 +48,7 @@ class Settings:
         seed: of all noise.
         weight_decay: of AdamW.
         refresh: updates after which weighted particles are drawn anew by annealing; 0 for never.
+        adapt: whether the step size of `moves` is adapted while θ moves.
     """
 
     architecture: Architecture
@@ -64,6 +60,7 @@ class Settings:
     seed: int
     weight_decay: float = 0.0
     refresh: int = 0
+    adapt: bool = False
 
     @property
     def description(self) -> str:
@@ -115,95 +112,17 @@ class Refresh:
             return
         assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
         began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
-        path, kernel = loop.model.tempered, self.settings.moves.kernel()
+        path, kernel = loop.model.tempered, moved(self.settings, loop).kernel()
         followers = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
         loop.refresh(followers.particles(loop.model))
         loop.evaluations += followers.evaluations
         fit.seconds += time.monotonic() - began
 
 
-@dataclass
-class Watch:
-    """Callback: stop when training diverges, and keep the last state that was sound.
-
-    Two things go wrong in maximum likelihood by sampling. Particles leave: the network has out-grown the Gaussian, V is
-    not bounded below, and there is no π_θ. Or the energies of data and particles run apart: particles no longer are
-    where π_θ is, so nothing holds the difference back.
-
-    Args:
-        data: standardised, to compare with.
-        every: updates between two looks.
-        patience: bad looks in a row that stop.
-        save: called at every sound look; None where nothing is kept.
-
-    Raises:
-        DivergenceError: when called, in plain words with what to change.
-    """
-
-    data: Tensor
-    every: int = 20
-    patience: int = 2
-    save: Callable[[Fit], None] | None = None
-    bad: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.data = self.data[:1000]
-        self.radius = self.data.flatten(1).norm(dim=1).amax().item()
-
-    def __call__(self, fit: Fit) -> None:
-        if fit.updates % self.every == 0:
-            self.look(fit, self.patience)
-
-    def look(self, fit: Fit, patience: int = 1) -> None:
-        """Look now; by default a single bad look stops, as at the end of a training, whose result would be used."""
-        loop = fit.loop
-        assert isinstance(loop, ParticleLoop)
-        found = self.diagnose(loop, fit.metrics.get("acceptance"))
-        self.bad = self.bad + 1 if found else 0
-        if found and self.bad >= patience:
-            raise DivergenceError(f"update {fit.updates}: {found}")
-        if not found and self.save is not None:
-            self.save(fit)
-
-    def unsound(self, fit: Fit) -> str | None:
-        """What has gone wrong, if anything: no such state is saved."""
-        assert isinstance(fit.loop, ParticleLoop)
-        return self.diagnose(fit.loop, fit.metrics.get("acceptance"))
-
-    def state_dict(self) -> dict[str, int]:
-        """How many bad looks in a row there were."""
-        return {"bad": self.bad}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.bad = state["bad"]
-
-    @torch.no_grad()
-    def diagnose(self, loop: ParticleLoop, acceptance: float | Tensor | None = None) -> str | None:
-        """What has gone wrong, if anything."""
-        x = loop.walkers.x
-        far = (x.flatten(1).norm(dim=1) > 10 * self.radius).sum().item()
-        if far > 0.01 * len(x):
-            return (
-                f"{far} of {len(x)} particles are more than ten times as far out as any datum: V is not bounded below, "
-                "or the sampler is unstable. Take a smaller --lr or --step-size, or add --weight-decay"
-            )
-        with eval_mode(loop.model):
-            data, particles = loop.model(self.data), loop.model(x)
-        gap = data.mean() - loop.particles.mean(particles)
-        usual = math.sqrt(math.prod(x.shape[1:]) / 2)  # deviation of −log p under p, of a Gaussian of that dimension
-        spread = min(max(data.std().item(), usual), 10 * usual)  # of a sound model; it would grow with what runs away
-        if not gap.abs() < 10 * spread:
-            return (
-                f"the mean energy of the data is {gap:.3g} from that of the particles, {gap.abs() / spread:.0f} times "
-                "its spread: particles are not where the model is. Take a smaller --lr, --weighted, or more --particles"
-            )
-        if acceptance is not None and acceptance < 0.01:
-            return (
-                f"{acceptance:.1%} of the proposals are accepted: particles stand still, and Γ means nothing. Take a "
-                "smaller --step-size or --lr"
-            )
-        return None
+def moved(settings: Settings, loop: ParticleLoop) -> Moves:
+    """The sampler with the step size that it has come to."""
+    moves = settings.moves if settings.arm in ("weighted", "hmc") else LANGEVIN
+    return replace(moves, step_size=moves.step_size * loop.step_scale)
 
 
 def to_model(settings: Settings, loop: ParticleLoop, data: Data) -> EnergyModel:
@@ -215,6 +134,6 @@ def to_model(settings: Settings, loop: ParticleLoop, data: Data) -> EnergyModel:
     if held.log_weights is not None:
         uniform = torch.rand((), generator=Noise(settings.seed).generator(START))
         x = x[systematic(held.log_weights, uniform)]
-    moves = settings.moves if settings.arm in ("weighted", "hmc") else LANGEVIN
+    moves = moved(settings, loop)
     lattice = data.lattice if data.dequantised else None
     return EnergyModel(settings.architecture, potential, data.shift, data.scale, moves, x.detach(), lattice=lattice)

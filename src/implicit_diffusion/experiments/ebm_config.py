@@ -67,6 +67,8 @@ class Config:
     step_size: float | None = None
     """Step size h of the sampler in standardised coordinates; by default 0.06 for vectors, 0.2 for images.
     Ula and mala take the square of that default."""
+    adapt_step: bool = False
+    """Move the step size while training, for the share of accepted proposals that suits mala (0.574) or hmc (0.8)."""
     leapfrogs: int | None = None
     """Number of leapfrog steps of hmc; 4 by default.
     Together with the step size they should carry a particle through its mode."""
@@ -129,6 +131,7 @@ class Config:
             self.seed,
             weight_decay=values["weight_decay"],
             refresh=values["refresh"] if self.weighted else 0,
+            adapt=self.adapt_step,
         )
 
     def _values(self, data: Data) -> dict[str, Any]:
@@ -146,11 +149,14 @@ class Config:
             idle |= {"dequantise": f"--data {self.data} {why}"}
         if self.sampler != "hmc":
             idle |= {"leapfrogs": f"--sampler {self.sampler} has none"}
+        if self.sampler in ("ula", "underdamped"):
+            idle |= {"adapt_step": f"--sampler {self.sampler} accepts everything"}
         if not self.compare:
             idle |= {"seeds": "it is the number of runs of --compare"}
             return idle if self.weighted else idle | {"refresh": "particles without weights are not drawn anew"}
         return idle | {
             "lr": "--compare searches the rate of every arm",
+            "adapt_step": "--compare holds the step size fixed",
             "refresh": "--compare never draws particles anew",
             "weighted": "--compare runs arms with weights and without",
             "long_chains": "--compare takes laws of the plane",

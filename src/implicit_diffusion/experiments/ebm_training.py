@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
-from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, to_model
+from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, to_model
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.experiments.ranges import WORDS
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.adapt import AdaptStep
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit, fit
+from implicit_diffusion.runs.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
     """
     standardised, _ = data.standardised()
     save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
-    watch = Watch(standardised, save=save)
-    callbacks: list[Any] = [watch, Refresh(settings), Gap(standardised[:1000])]
+    watch = Watch(standardised, save=save, words=WORDS)
+    callbacks: list[Any] = [*[AdaptStep()] * settings.adapt, watch, Refresh(settings), Gap(standardised[:1000])]
     curve: list[dict[str, Any]] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)

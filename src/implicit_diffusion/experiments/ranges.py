@@ -10,7 +10,14 @@ from typing import Any
 
 from implicit_diffusion.errors import LARGEST, InvalidInputError
 
-WORDS = {"weigh": "--weighted", "rate": "--lr", "particles": "--particles", "step": "--step-size"}  # for `advice`
+WORDS = {  # for `advice`
+    "weigh": "--weighted",
+    "rate": "--lr",
+    "particles": "--particles",
+    "step": "--step-size",
+    "tune": "add --adapt-step",
+    "decay": "--weight-decay",
+}
 
 
 def at_least(config: Any, **least: int) -> None:

@@ -108,7 +108,7 @@ class Unrolled(ParticleLoop):
                 raise InvalidInputError(f"{type(term).__name__} has no derivative in the particles; use Single")
             if weight != 0:
                 term.check(self.particles)
-        self.unrolled_steps = unrolled_steps
+        self.unrolled_steps = self.inner_steps = unrolled_steps
 
     def _words(self) -> Iterable[str]:
         return *super()._words(), f"unrolled_steps={self.unrolled_steps}"

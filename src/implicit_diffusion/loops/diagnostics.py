@@ -1,5 +1,6 @@
 """Are the particles where π_θ is, and does Γ know where it goes? Numbers, and plain words on what to change.
 
+- *divergence*: whether the particles can still stand for π_θ, see `divergence`;
 - *lag*: by how many deviations the mean of V (or of the charges) over the particles is off, told by the weights;
 - *signal-to-noise* of Γ: its norm over the standard error of it, from groups of particles;
 - *effective samples in time* and *R-hat* of a statistic recorded along the run (Vehtari et al., arXiv 1903.08008):
@@ -19,6 +20,8 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.loops.divergence import WORDS as WORDS
+from implicit_diffusion.loops.divergence import diverged
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.potentials.energy import coarse, energy_of, precision
 
@@ -26,14 +29,6 @@ LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # whe
 
 
 GROUPS = 8  # of particles, for the noise of Γ
-
-
-WORDS = {  # what `advice` calls the things to change, from Python
-    "weigh": "weighted=True",
-    "rate": "learning rate",
-    "particles": "particles",
-    "step": "step size, or tune it with warm_up",
-}
 
 
 def signal_to_noise(loop: ParticleLoop, groups: int = GROUPS) -> float:
@@ -111,6 +106,8 @@ def advice(
     check_type("loop", loop, ParticleLoop, "advice is for loops over particles")
     check_type("metrics", metrics, Mapping, "take what the last step returned")
     found = []
+    if gone := diverged(loop, metrics, words=words):
+        found.append(gone)
     with eval_mode(loop.model):
         said = coarse(energy_of(loop.model, loop.walkers.x).value, precision(loop.model, loop.walkers.x))
     if said and loop.values_count:
@@ -125,12 +122,9 @@ def advice(
             f"{float(metrics['ess']):.0f} of {loop.n} particles carry the weight: θ moves too far per step. Take a "
             f"smaller {words['rate']} or more {words['particles']}"
         )
-    if "acceptance" in metrics and not ACCEPTED[0] < float(metrics["acceptance"]) < ACCEPTED[1]:
-        change = "smaller" if float(metrics["acceptance"]) < ACCEPTED[0] else "larger"
-        found.append(
-            f"{float(metrics['acceptance']):.0%} of the proposals are accepted: take a {change} {words['step']}"
-        )
-    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS else math.inf
+    if "acceptance" in metrics and (said := unfit(float(metrics["acceptance"]), words)):
+        found.append(said)
+    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS and not gone else math.inf
     if math.isfinite(noise) and noise < NOISE:
         found.append(
             f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more "
@@ -143,3 +137,14 @@ def advice(
             f"{words['weigh']} with X_0 from π_θ"
         )
     return found
+
+
+def unfit(acceptance: float, words: Mapping[str, str] = WORDS, *, low: bool = False) -> str | None:
+    """What to say of a step size by the share of its proposals that are accepted; None where it fits.
+
+    With `low` a share that is too high passes: that costs time alone.
+    """
+    if ACCEPTED[0] < acceptance and (low or acceptance < ACCEPTED[1]):
+        return None
+    change = "smaller" if acceptance < ACCEPTED[0] else "larger"
+    return f"{acceptance:.0%} of the proposals are accepted: take a {change} {words['step']}, or {words['tune']}"

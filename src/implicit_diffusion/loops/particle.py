@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -38,7 +38,7 @@ from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, check_resolv
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
 from implicit_diffusion.showing import of_tensor
 
-KERNEL, DATA, START = range(3)  # streams of noise
+KERNEL, DATA, START, CHECK = range(4)  # streams of noise
 SPAN = 32  # iterations, about, that one generator serves: to seed one costs as much as thousands of numbers
 
 
@@ -77,6 +77,8 @@ class ParticleLoop(Loop):
         check_type("lag", lag, bool, "take True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
+        self.inner_steps = 1  # of the kernel per iteration
+        self.step_scale = 1.0  # of the kernel's step sizes; `AdaptStep` moves it
         if (weighted or lag) and not kernel.weighted:
             raise InvalidInputError(
                 f"{type(kernel).__name__} has no increment of weights; take ULA, MALA or HMC, or weighted=False"
@@ -142,6 +144,11 @@ class ParticleLoop(Loop):
         """The number of particles."""
         return len(self.walkers.x)
 
+    @property
+    def step_size(self) -> float:
+        """Scaled, of the last step of the kernel; of the first where none has been made."""
+        return self.step_scale * self.kernel.step(max(0, self.iteration * self.inner_steps - 1))
+
     def refresh(self, particles: Particles) -> None:
         """Go on from other particles that stand for the present π_θ: draws, weighted or not, from `annealed`, say.
 
@@ -188,20 +195,19 @@ class ParticleLoop(Loop):
         return {"gradient_evaluations": self.evaluations}
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"walkers": self.walkers._asdict(), "log_z0": self.log_z0, "evaluations": self.evaluations}
-        return super().state_dict() | own
+        own = {"log_z0": self.log_z0, "evaluations": self.evaluations, "step_scale": self.step_scale}
+        return super().state_dict() | {"walkers": self.walkers._asdict()} | own
 
     def _like(self) -> dict[str, Any]:
         own = {"particles": list(self.walkers.x.shape), "kernel": type(self.kernel).__name__}
         return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        saved: dict[str, Any] = {}
-        for name, value in state["walkers"].items():
-            saved[name] = value if value is None else innermost(value.to(getattr(self.walkers, name)))
+        super().load_state_dict({"step_scale": 1.0} | dict(state) if isinstance(state, Mapping) else state)
+        old, new = self.walkers._asdict(), state["walkers"]
+        saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.walkers, self.log_z0, self.evaluations = Walkers(**saved), state["log_z0"], state["evaluations"]
-        self._drawn = (-1, None, ())
+        self.step_scale, self._drawn = state.get("step_scale", 1.0), (-1, None, ())
 
     def _held(self, closed: Walkers) -> Particles:
         """The walkers as particles, weighted where the loop weighs; a copy, for objectives may write into it."""
@@ -267,8 +273,8 @@ class ParticleLoop(Loop):
         return [term.draw(generator) for _, term in self.objective.stationary]
 
     def _h(self, k: int) -> Tensor:
-        h = self.kernel.step(k)
-        check_resolved(self.kernel, self.walkers.x, k)
+        h = self.step_scale * self.kernel.step(k)
+        check_resolved(self.kernel, self.walkers.x, k, self.step_scale)
         if h not in self._step_sizes:
             self._step_sizes = {h: self.walkers.x.new_tensor(h)}
         return self._step_sizes[h]

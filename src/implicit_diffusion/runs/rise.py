@@ -13,7 +13,11 @@ from implicit_diffusion.runs.fit import Fit
 ERRORS = 4.0  # standard errors by which J must have risen
 
 
-def _print(text: str) -> None:
+Say = Callable[[str], None]
+
+
+def say_on_stderr(text: str) -> None:
+    """Where progress is shown as well."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -32,7 +36,7 @@ class Rise:
 
     j: float
     j_se: float = 0.0
-    say: Callable[[str], None] = _print
+    say: Say = say_on_stderr
     above: bool = field(default=False, init=False)
 
     def __call__(self, fit: Fit) -> None:

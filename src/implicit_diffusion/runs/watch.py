@@ -1,17 +1,27 @@
-"""A training over a chain that runs away though its numbers are finite: seen before it replaces a sound one on disk."""
+"""A training that runs away though its numbers are finite: seen before it replaces a sound one on disk.
+
+`Runaway` is for loops over chains, `Watch` for loops over particles.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from implicit_diffusion.errors import DivergenceError
+from implicit_diffusion.errors import DivergenceError, check_type
+from implicit_diffusion.loops.diagnostics import unfit
+from implicit_diffusion.loops.divergence import DATA, WORDS, distance, diverged
+from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.fit import Fit
+from implicit_diffusion.runs.rise import Say, say_on_stderr
 
 RISE = 1e4  # deviations of the pretrained reward
+STUCK = 0.01  # acceptance below which nothing moves
 
 
 @dataclass
@@ -80,3 +90,101 @@ class Runaway:
             new["rest"] = m["objective"] - fit.loop.objective.weight(PathKL) * m.get("path_kl", 0.0)
         self.seen |= new
         return bool(new)
+
+
+@dataclass
+class Watch:
+    """Callback: stop a run over particles when it diverges, and say when its step size no longer fits.
+
+    See `loops.divergence` for what divergence is. Particles that began far away, and come nearer from one look to the
+    next, are let pass. An acceptance that falls too low is said, once until it fits again; below one per cent it stops
+    the run.
+
+    Args:
+        data: to compare with; by default those of the objective where it is maximum likelihood alone.
+        every: updates between two looks.
+        patience: bad looks in a row that stop.
+        save: called at every sound look; None where nothing is kept.
+        words: what to call the things to change, with the keys of `divergence.WORDS`.
+        say: gets a sentence on a bad look that does not stop, or on the step size; by default it is printed on stderr.
+
+    Raises:
+        DivergenceError: when called, in plain words with what to change.
+        InvalidInputError: when called, a loop without particles.
+    """
+
+    data: Tensor | None = None
+    every: int = 20
+    patience: int = 2
+    save: Callable[[Fit], None] | None = None
+    words: Mapping[str, str] = field(default_factory=lambda: WORDS)
+    say: Say = say_on_stderr
+    bad: int = field(default=0, init=False)
+    nats: float | None = field(default=None, init=False)  # from the law of V, at the last look
+    at: int = field(default=0, init=False)  # update of the last look
+    before: float | None = field(default=None, init=False)  # nats at the look before that
+    stiff: int = field(default=0, init=False)  # looks in a row at which the step size was too large
+
+    def __post_init__(self) -> None:
+        self.data = None if self.data is None else self.data[:DATA]
+
+    def __call__(self, fit: Fit) -> None:
+        if fit.updates % self.every == 0:
+            self.look(fit, self.patience)
+            self._notice(fit)
+
+    def look(self, fit: Fit, patience: int = 1) -> None:
+        """Look now; by default a single bad look stops, as at the end of a training, whose result would be used."""
+        nats = distance(_particles(fit))
+        found = self._found(fit, nats)
+        if fit.updates != self.at:
+            self.at, self.before = fit.updates, self.nats
+        self.nats = nats if nats > 0 else None
+        self.bad = self.bad + 1 if found else 0
+        if found and self.bad >= patience:
+            raise DivergenceError(f"update {fit.updates}: {found}")
+        if found:
+            self.say(f"update {fit.updates}: {found}. The run stops if the next look says so too")
+        elif self.save is not None:
+            self.save(fit)
+
+    def unsound(self, fit: Fit) -> str | None:
+        """What has gone wrong, if anything: no such state is saved."""
+        return self._found(fit, distance(_particles(fit)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many bad looks in a row there were, and what the last one saw."""
+        return {"bad": self.bad, "nats": self.nats, "at": self.at, "before": self.before, "stiff": self.stiff}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.bad, self.nats, self.at = state["bad"], state.get("nats"), state.get("at", 0)
+        self.before, self.stiff = state.get("before"), state.get("stiff", 0)
+
+    def _found(self, fit: Fit, nats: float) -> str | None:
+        before = self.before if fit.updates == self.at else self.nats
+        nearer = fit.updates <= self.every or (before is not None and nats < before)
+        found = diverged(_particles(fit), fit.metrics, data=self.data, nats=0.0 if nearer else nats, words=self.words)
+        acceptance = fit.metrics.get("acceptance")
+        if found is None and acceptance is not None and float(acceptance) < STUCK:
+            found = (
+                f"{float(acceptance):.1%} of the proposals are accepted: particles stand still, and Γ means nothing. "
+                f"Take a smaller {self.words['step']} or {self.words['rate']}, or {self.words['tune']}"
+            )
+        return found
+
+    def _notice(self, fit: Fit) -> None:
+        """Say it when the acceptance was too low twice in a row, and when it fits again."""
+        acceptance = fit.metrics.get("acceptance")
+        found = None if acceptance is None else unfit(float(acceptance), self.words, low=True)
+        if found and self.stiff == 1:
+            self.say(f"update {fit.updates}: the step size no longer fits, {found}")
+        elif not found and self.stiff > 1:
+            self.say(f"update {fit.updates}: the step size fits again, {float(acceptance or 0):.0%} are accepted")
+        self.stiff = self.stiff + 1 if found else 0
+
+
+def _particles(fit: Fit) -> ParticleLoop:
+    check_type("the loop that Watch looks at", fit.loop, ParticleLoop, "over chains take Runaway")
+    assert isinstance(fit.loop, ParticleLoop)
+    return fit.loop

@@ -149,8 +149,8 @@ class ExactKernel(Kernel):
 CHECKED = 1024  # iterations from one look at the spacing of numbers to the next: a look waits for the device
 
 
-def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int) -> None:
-    """Notice steps that the particles' dtype rounds away, now and then.
+def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int, scale: float = 1.0) -> None:
+    """Notice steps, of `scale` times the kernel's size, that the particles' dtype rounds away, now and then.
 
     Sums of a particle and its step are rounded by up to half a spacing u of the numbers there, which adds a variance of
     u²/12 to that of the step. It may be one per cent of that at most, for coordinates as large as they are on average.
@@ -161,7 +161,7 @@ def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int) -> None
     if k % CHECKED:
         return
     size = float(x.detach().abs().mean(0).amax())
-    reach = kernel.reach(kernel.step(k))
+    reach = kernel.reach(scale * kernel.step(k))
     spacing = torch.finfo(x.dtype).eps * 2.0 ** (math.frexp(size)[1] - 1) if math.isfinite(size) else 0.0
     if spacing**2 / 12 <= 0.01 * reach * reach:
         return
