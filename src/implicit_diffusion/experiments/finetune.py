@@ -13,15 +13,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from implicit_diffusion.denoisers.lora import adapter_of, merged
 from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
-from implicit_diffusion.experiments import judging
+from implicit_diffusion.experiments import judging, planning
 from implicit_diffusion.experiments.finetune_config import Config
-from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.experiments.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.experiments.outcome import Outcome, keep_outcome, read_outcome
-from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
+from implicit_diffusion.experiments.plan import Plan
+from implicit_diffusion.experiments.planning import PROMPTS, planned
 from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.sample import write_chain
@@ -30,7 +29,7 @@ from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
-from implicit_diffusion.runs import RunDirectory, load_state, progress, save_state
+from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fit import AdaptKL, Fit, HeldOut, StopAtKL, fit
@@ -39,10 +38,6 @@ from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.rise import Rise
 from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
-
-PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
-PLANNED = "plan"  # folder of the pretrained rewards that the plan is made of, which a resumed run reads
-OF_A_PLAN = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
 
 
 def run(
@@ -66,12 +61,12 @@ def run(
 
 def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if begun and (directory.path / PROMPTS).is_file():
+    if begun and config.prompts is not None and (directory.path / PROMPTS).is_file():
         config = replace(config, prompts=directory.path / PROMPTS)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not begun:
-        directory.check_start(Config, OF_A_PLAN)
+        directory.check_start(Config, planning.FILES)
     noise, rests_on = Noise(config.seed), inputs(config)
     problem = build(config)
     config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
@@ -80,31 +75,26 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         loop = make_loop(config, problem, noise)
         memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
-    known = read_rewards(directory) if begun else None
-    samples = pretrained or known or pretrained_samples(config, problem)
-    options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
-    plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
     if problem.conditioning.prompts and not begun:  # from here on, nothing is refused
         with replacing(directory.path / PROMPTS) as file:
             file.write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
-    if samples is not known:
-        keep_rewards(samples, directory)
-        directory.write_plan(plan.summary())
-        plot(plan, samples, directory.figure("plan"))
-    if samples is not known and samples is not pretrained:
-        show(plan)
+    if problem.conditioning.prompts:
+        rests_on |= {"prompts": directory.path / PROMPTS}
+    trained = directory.has_state
+    if not trained:
+        begin(directory, config, rests_on, problem.chain.device)
+    elif not is_recorded(directory):
+        record_inputs(directory, config, rests_on, device=problem.chain.device)
+    with directory.resumable():
+        plan = planned(config, problem, directory, rests_on, pretrained)
     if config.plan:
-        _show_files(problem, samples, directory)
         return plan.summary()
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
     scale(loop, started, config.max_grad_norm * plan.reward_std)
     resolved_kind: Any = problem.kind
     config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
-    if not begun:
-        directory.write_config(config)
-    if not (begun and is_recorded(directory)):
-        rests_on |= {"prompts": directory.path / PROMPTS} if problem.conditioning.prompts else {}
-        record_inputs(directory, config, rests_on, device=problem.chain.device)
+    if not trained:
+        begin(directory, config, rests_on, problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
         state = train(config, problem, loop, plan, noise, directory)
@@ -187,35 +177,6 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     return outcome.summary
 
 
-def keep_rewards(samples: Evaluation, directory: RunDirectory) -> None:
-    """Write what plans are made of: the rewards, without the samples."""
-    save_state(directory.path / PLANNED, {"reward": samples.reward})
-
-
-def read_rewards(directory: RunDirectory) -> Evaluation | None:
-    """What `keep_rewards` wrote, on the CPU and without samples; None where there is nothing."""
-    if not (directory.path / PLANNED).exists():
-        return None
-    reward = load_state(directory.path / PLANNED)["reward"]
-    none = torch.zeros_like(reward)
-    return Evaluation(reward, none, none, none[..., None][..., :0])
-
-
-def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) -> None:
-    """Draw pretrained samples of the chain, and say where the plan is."""
-    from implicit_diffusion.experiments.drawing import finish, sheet, tile
-
-    print(f"plan      {directory.path / 'plan.json'}")
-    print(f"figures   {directory.figure('plan')}")
-    decoded = problem.decoded(samples)
-    images = samples.samples[:64, 0] if decoded is None else decoded[0]
-    if images.ndim == 4:
-        figure = sheet(5.0, 5.0)
-        tile(figure.subplots(), images, -1.0, 1.0)
-        finish(figure, directory.figure("pretrained"))
-        print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
-
-
 def plan_beta(plan: Plan) -> float:
     """The β whose bound promises about one standard deviation of reward."""
     return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
@@ -245,21 +206,6 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
         return [held_out]
     reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)
     return [reached, held_out]
-
-
-def pretrained_samples(config: Config, problem: Problem) -> Evaluation:
-    """Trajectories of the pretrained chain, several from each start, for the plan."""
-    noise = Noise(config.seed)
-    with progress(16 * config.starts, "planning") as bar, Draws(noise, PLAN, 2, device=problem.chain.device):
-        return evaluate_pretrained(
-            problem.chain,
-            problem.reward,
-            noise.stream(PLAN),
-            name=config.reward,
-            starts=config.starts,
-            repeats=16,
-            progress=lambda done: bar.update(advance=done),
-        )
 
 
 def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:

@@ -46,6 +46,11 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
                 )
             raise InvalidInputError(f"{path} is no interrupted run: nothing had begun; give the first command again")
         experiment, values = _experiment(directory)
+        if values.get("plan") and (path / "plan.json").exists():
+            raise InvalidInputError(
+                f"{path} is no interrupted run: it holds a whole plan; `finetune --out {path}`, with the other "
+                "options of the plan, trains"
+            )
         if finished and (path / experiment.last).exists():
             raise InvalidInputError(
                 f"{path} is no interrupted run: it is finished, and {path}/model is its result; `report` draws it again"
