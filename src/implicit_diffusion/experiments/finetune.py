@@ -15,7 +15,7 @@ from typing import Any
 
 from implicit_diffusion.denoisers.lora import adapter_of, merged
 from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
-from implicit_diffusion.experiments import judging, planning
+from implicit_diffusion.experiments import judging, kept, planning
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.experiments.outcome import Outcome, keep_outcome, read_outcome
@@ -24,7 +24,7 @@ from implicit_diffusion.experiments.planning import PROMPTS, planned
 from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.sample import write_chain
-from implicit_diffusion.loops import Evaluation, evaluate
+from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
@@ -124,7 +124,7 @@ def finish(
     loop, evaluations = state.loop, problem.chain.evaluations  # of the training: the judges sample from the same chain
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
-    before, after, exported = _judge(config, problem, state, noise)
+    before, after, exported = _judge(config, problem, state, noise, directory)
     found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
     with Draws(noise, DURING, 0, device=problem.chain.device):
         held_out = evaluate_pretrained(
@@ -159,6 +159,7 @@ def finish(
         _export(config, problem, state, directory, card)
     decoded: Any = problem.decoded(before, after)
     keep_outcome(Outcome(resolved, summary, plan, before, after, found.bound, [], decoded), directory)
+    kept.forget(directory)
     directory.write_summary(summary)
 
 
@@ -208,14 +209,20 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
     return [reached, held_out]
 
 
-def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:
+def _judge(
+    config: Config, problem: Problem, state: Fit, noise: Noise, directory: RunDirectory
+) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Before, after, and the exported pipeline with the trained network on all rows, on the same noise."""
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
     network, condition = chain.denoiser, chain.condition
     everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
-    with progress(3 * 8 * config.starts, "judging") as bar, Draws(noise, 0, device=chain.device):
+    draws = Draws(noise, 0, device=chain.device)
+    parts = kept.judgements(directory, network.state_dict().values(), config.starts, draws)
+    with progress(3 * 8 * config.starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)
-        before = evaluate_pretrained(chain, reward, noise, name=config.reward, **sizes)
-        after, exported = (evaluate(judged, reward, noise, **sizes) for judged in (chain, everywhere))
+        before = evaluate_pretrained(chain, reward, noise, name=config.reward, kept=parts[0], **sizes)
+        after, exported = (
+            part.evaluate(judged, reward, noise, **sizes) for part, judged in zip(parts[1:], (chain, everywhere))
+        )
     return before, after, exported

@@ -13,8 +13,10 @@ for as long as all that it rests on is the same; else it is said what differs, a
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +26,19 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.outcome import JUDGED
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.evaluation import evaluate_in_parts, joined
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import load_state, save_state
+from implicit_diffusion.runs import RunDirectory, load_state, provenance, save_state
 from implicit_diffusion.runs.checkpoint import FILE
+from implicit_diffusion.runs.fingerprints import fingerprint
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.chain import Chain
 
 EVERY, SHARE = 5.0, 0.05  # seconds between two writes, which take this share of the time at most
 DIFFERENCES = 3  # that are named
+SIDES = ("before", "after", "exported")
 COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
 
 
@@ -134,6 +139,36 @@ class Kept:
 def evaluation(state: Mapping[str, Any], device: torch.device) -> Evaluation:
     """What was kept, as far as it goes."""
     return Evaluation(*(state[name].to(device) for name in COLUMNS))
+
+
+def judgements(
+    directory: RunDirectory, trained: Iterable[Tensor], starts: int, draws: Draws
+) -> tuple[Kept, Kept, Kept]:
+    """Before, after and exported, in the run's folder; says how far an interrupted judgement has come.
+
+    Args:
+        directory: of the run. provenance.json has all that was given, and changes that were accepted since.
+        trained: the weights of the network that is judged.
+        starts: that make each whole.
+        draws: of all three, one after the other.
+    """
+    weights = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in trained).encode())
+    given = hashlib.sha256((directory.path / provenance.FILE).read_bytes())
+    rests = {"the trained weights": weights.hexdigest(), provenance.FILE: given.hexdigest()}
+    kept = [Kept(directory.path / JUDGED / name, rests, starts, draws) for name in SIDES]
+    there = 0
+    for part in kept:
+        with suppress(InvalidInputError):
+            there += len((part.read() or {"reward": ()})["reward"])
+    if there:
+        print(f"judging   goes on: {there} of {len(kept) * starts} starts are judged")
+    return kept[0], kept[1], kept[2]
+
+
+def forget(directory: RunDirectory) -> None:
+    """Take away what `judgements` kept, once the outcome is."""
+    for name in SIDES:
+        shutil.rmtree(directory.path / JUDGED / name, ignore_errors=True)
 
 
 def _inside(draws: Draws, parts: Iterator[Evaluation]) -> Iterator[Evaluation]:

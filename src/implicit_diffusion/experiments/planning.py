@@ -187,9 +187,11 @@ def _files(found: dict[str, Any]) -> dict[str, str]:
     """The digests of files, by names that do not say where they lie."""
     told = {}
     for name, entry in found.items():
+        if name == "prompts":  # read by now
+            continue
         files = dict(entry["files"])
         if "folder" not in entry and files:
             base = os.path.commonpath([Path(file).parent for file in files])
             files = {os.path.relpath(file, base): digest for file, digest in files.items()}
-        told |= {f"{name} {file}": f"sha256 {digest}" for file, digest in files.items() if name != "prompts"}
+        told |= {f"{name} {file}": f"sha256 {digest}" for file, digest in files.items()}
     return told
