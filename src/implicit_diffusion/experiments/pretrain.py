@@ -22,6 +22,7 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from torch import Tensor
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
 from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
-from implicit_diffusion.experiments import digits, digits_card, images_card
+from implicit_diffusion.experiments import digits, digits_card, image_classes, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
@@ -97,11 +98,13 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     """
     summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
     config = summary["config"]
-    data = load_images(config["data"], tuple(config["size"]), len(config["channels"]))
+    data = load_images(
+        config["data"], tuple(config["size"]), len(config["channels"]), classes=config.get("classes", False)
+    )
     pretrained = load_pretrained(directory.model)
     unet, count = pretrained.denoiser.model, config["samples"] if config["data"] == "digits" else 96
     drawn = {
-        n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape)
+        n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape, len(data.classes))
         for n in config["chains"]
     }
     _plot(data, drawn, directory)
@@ -113,8 +116,11 @@ def _finish(
     config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
 ) -> dict[str, Any]:
     """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
-    count = config.samples if config.data == "digits" else 96
-    drawn = {n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape) for n in config.chains}
+    count, few = config.samples if config.data == "digits" else 96, 10 * len(data.held_out)
+    drawn = {
+        n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape, len(data.classes))
+        for n in config.chains
+    }
     summary: dict[str, Any] = {
         "config": asdict(config) | {"out": str(config.out)},
         "images": {
@@ -122,10 +128,11 @@ def _finish(
             "held_out": len(data.held_out),
             "event_shape": data.event_shape,
             "left_out": data.left_out,
+            "classes": data.classes,
         },
         "parameters": sum(p.numel() for p in unet.parameters()),
-        "loss_train": denoising_loss(unet, scheduler, data.train[: 10 * len(data.held_out)]),
-        "loss_held_out": denoising_loss(unet, scheduler, data.held_out),
+        "loss_train": denoising_loss(unet, scheduler, data.train[:few], labels=_some(data.train_labels, few)),
+        "loss_held_out": denoising_loss(unet, scheduler, data.held_out, labels=data.held_out_labels),
         "seconds": max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     }
     if config.data == "digits":
@@ -142,16 +149,24 @@ def _finish(
 
 
 def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
-    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
-    plot_samples(groups, directory.figure("samples"))
+    real = as_floats(data.held_out)
+    if data.held_out_labels is not None:
+        real = image_classes.arranged(real, data.held_out_labels, len(data.classes), 96)
+    groups = {"real": real} | {f"{n} steps": x for n, x in drawn.items()}
+    plot_samples(groups, directory.figure("samples"), data.classes)
 
 
 def _load(config: Config) -> Images:
-    return load_images(config.data, config.size, len(config.channels) if config.channels else None)
+    levels = len(config.channels) if config.channels else None
+    return load_images(config.data, config.size, levels, classes=config.classes)
 
 
 def _device(config: Config) -> torch.device:
     return find_device(config.device or ("cpu" if config.data == "digits" else "auto"))
+
+
+def _some(labels: Tensor | None, count: int) -> Tensor | None:
+    return None if labels is None else labels[:count]
 
 
 def _widths(event_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -159,9 +174,12 @@ def _widths(event_shape: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def build(
-    config: Config, event_shape: tuple[int, int, int] = digits.EVENT_SHAPE
+    config: Config, event_shape: tuple[int, int, int] = digits.EVENT_SHAPE, classes: int = 0
 ) -> "tuple[UNet2DModel, DDPMScheduler]":
-    """The untrained network and the scheduler: never clipping, since a clipped chain is not affine in the network."""
+    """The untrained network, of so many classes, and the scheduler.
+
+    It never clips, since a clipped chain is not affine in the network.
+    """
     from diffusers import UNet2DModel
 
     channels, height, width = event_shape
@@ -179,6 +197,7 @@ def build(
         norm_num_groups=8,
         add_attention=False,
         dropout=config.dropout,
+        num_class_embeds=classes or None,
     )
     return unet, noise_schedule(config)
 
@@ -211,7 +230,7 @@ def train(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            unet, scheduler = build(config, data.event_shape)
+            unet, scheduler = build(config, data.event_shape, len(data.classes))
             unet.to(device).train()
             training = begin(config, unet, scheduler)
             images = (
@@ -250,9 +269,10 @@ def _train(
     with graceful() as stop, progress(config.steps, "pretraining") as bar:
         bar.update(advance=training.step)
         while training.step < config.steps:
-            x = data.train[torch.randint(len(data.train), (config.batch,), generator=training.generator)]
+            rows = torch.randint(len(data.train), (config.batch,), generator=training.generator)
+            x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
-                training.descend(_loss(training.unet, training.scheduler, x, training.generator).mean())
+                training.descend(_loss(training.unet, training.scheduler, x, training.generator, labels).mean())
             except NonFiniteError as error:
                 kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
                 where = f"at step {training.step + 1} of {config.steps}"
@@ -278,8 +298,14 @@ def _train(
     save_model()
 
 
-def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator: torch.Generator) -> Tensor:
-    """|u(x_t, t) - target|^2 per pixel, at random times and noise, with shape (batch,)."""
+def _loss(
+    unet: "UNet2DModel",
+    scheduler: "DDPMScheduler",
+    x: Tensor,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """|u(x_t, t, label) - target|^2 per pixel, at random times and noise, with shape (batch,)."""
     x = as_floats(x)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), generator=generator)
     noise = torch.randn(x.shape, generator=generator)
@@ -289,19 +315,28 @@ def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator:
         "sample": lambda: x,
     }
     target = targets[scheduler.config.prediction_type]().to(unet.device)
-    prediction = unet(scheduler.add_noise(x, noise, t).to(unet.device), t.to(unet.device)).sample
+    given = {} if labels is None else {"class_labels": labels.to(unet.device)}
+    prediction = unet(scheduler.add_noise(x, noise, t).to(unet.device), t.to(unet.device), **given).sample
     return (prediction - target).square().flatten(1).mean(1)
 
 
 @torch.no_grad()
-def denoising_loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, repeats: int = 20) -> float:
+def denoising_loss(
+    unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, repeats: int = 20, labels: Tensor | None = None
+) -> float:
     """The loss of the trained network on given images, the same `repeats` times and noises per image at each call.
 
     Much lower on training images than on held-out ones means that the network has learnt the former by heart.
     """
     generator = torch.Generator().manual_seed(0)
-    parts = x.split(4096) if len(x) > 4096 else (x,)
-    return torch.cat([_loss(unet, scheduler, part, generator) for _ in range(repeats) for part in parts]).mean().item()
+    parts = [(part, None if labels is None else labels[i : i + 4096]) for i, part in _split(x)]
+    losses = [_loss(unet, scheduler, part, generator, own) for _ in range(repeats) for part, own in parts]
+    return torch.cat(losses).mean().item()
+
+
+def _split(x: Tensor) -> list[tuple[int, Tensor]]:
+    """Parts that fit into a call, each after the number of its first image."""
+    return [(i, x[i : i + 4096]) for i in range(0, len(x), 4096)]
 
 
 def sample_images(
@@ -311,18 +346,26 @@ def sample_images(
     n: int,
     seed: int,
     event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
+    classes: int = 0,
 ) -> Float[Tensor, "n *event"]:
-    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU."""
-    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape)
+    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; of classes in turn."""
+    condition = image_classes.InTurn(classes) if classes else None
+    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape, condition=condition)
     return chain.sample(Noise(seed), n).cpu()
 
 
-def plot_samples(groups: dict[str, Tensor], path: Path) -> None:
-    """Draw the first images of each group as one grid beside the others; black is -1, white is +1."""
+def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] = ()) -> None:
+    """Draw the first images of each group as one grid beside the others; black is -1, white is +1.
+
+    Images have the classes in turn, and each its column, where there are not too many.
+    """
     from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
     figure = sheet(5.2 * len(groups), 4.0)
     for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        tile(axis, images[:96], low=-1, high=1, columns=12)
+        columns = image_classes.columns(classes)
+        tile(axis, images[: 96 // columns * columns], low=-1, high=1, columns=columns)
+        if columns == len(classes):
+            image_classes.name_columns(axis, classes, images.shape[-1])
         axis.set_title(name)
     finish(figure, path)

@@ -27,6 +27,8 @@ class Config:
     """Run directory, new or empty. By default runs/pretrain-<data>."""
     size: tuple[int, int] | None = None
     """Height and width to bring the images to; by default their own, rounded to what the U-Net can halve."""
+    classes: bool = False
+    """Condition the model on classes: the subfolders of a folder, or the labels of the digits."""
     steps: int = 3000
     """Optimizer steps."""
     batch: int = 64
