@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
@@ -20,7 +20,7 @@ from implicit_diffusion.experiments.written import markdown
 from implicit_diffusion.noise import Noise
 
 NAMED = 10  # classes that a line names
-WIDE = 24  # classes that a picture has a column for
+ROWS, COLUMNS, LONG = 24, 12, 16  # classes that a picture has a row for, images in a row, letters of a name beside it
 
 
 def classes_of(pictures: Sequence[Picture], data: str) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
@@ -85,31 +85,25 @@ class InTurn:
         return {"class_labels": in_turn(self.classes, batch)}
 
 
-def arranged(
-    images: Shaped[Tensor, "n *event"], labels: Int[Tensor, " n"], classes: int, count: int
-) -> Shaped[Tensor, "count *event"]:
-    """Images with the classes in turn, the first ones of each; a class with too few begins again, one with none is left
-    to a blank.
-    """
-    blank = torch.zeros_like(images[:1])
-    own = [images[labels == label] for label in range(classes)]
-    own = [found if len(found) else blank for found in own]
-    return torch.stack([own[i % classes][i // classes % len(own[i % classes])] for i in range(count)])
+def to_draw(classes: int) -> int:
+    """Samples for a picture: 96, or a row of each class."""
+    return max(96, COLUMNS * classes) if classes <= ROWS else 96
 
 
-def columns(classes: Sequence[str]) -> int:
-    """Of a picture of samples: one for each class where they fit."""
-    return len(classes) if 1 < len(classes) <= WIDE else 12
+def by_class(images: Float[Tensor, "n *event"], labels: Int[Tensor, " n"], classes: int) -> Float[Tensor, "m *event"]:
+    """The first images of each class, a row of `COLUMNS` for each; black where there are not as many."""
+    black = torch.full_like(images[:1], -1).expand(COLUMNS, *images.shape[1:])
+    return torch.cat([torch.cat([images[labels == label], black])[:COLUMNS] for label in range(classes)])
 
 
-def name_columns(axis: Any, classes: Sequence[str], width: int) -> None:
-    """Write the classes below the columns of a picture whose images are `width` pixels wide, each in a frame."""
+def name_rows(axis: Any, classes: Sequence[str], height: int) -> None:
+    """Write the classes beside the rows of a picture whose images are `height` pixels high, each in a frame."""
     axis.set_axis_on()
     axis.spines[:].set_visible(False)
-    places = [(width + 2) * (column + 0.5) for column in range(len(classes))]
-    axis.set_xticks(places, [name if len(name) <= 12 else f"{name[:11]}…" for name in classes])
-    axis.set_yticks([])
-    axis.tick_params(length=0, labelsize=7, labelrotation=0 if max(map(len, classes)) <= 2 else 90)
+    places = [(height + 2) * (row + 0.5) for row in range(len(classes))]
+    axis.set_yticks(places, [name if len(name) <= LONG else f"{name[: LONG - 1]}…" for name in classes])
+    axis.set_xticks([])
+    axis.tick_params(length=0, labelsize=8)
 
 
 def card_section(classes: Sequence[str]) -> str:

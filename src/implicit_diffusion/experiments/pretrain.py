@@ -102,7 +102,9 @@ def report(directory: RunDirectory) -> dict[str, Any]:
         config["data"], tuple(config["size"]), len(config["channels"]), classes=config.get("classes", False)
     )
     pretrained = load_pretrained(directory.model)
-    unet, count = pretrained.denoiser.model, config["samples"] if config["data"] == "digits" else 96
+    unet, count = pretrained.denoiser.model, config["samples"]
+    if config["data"] != "digits":
+        count = image_classes.to_draw(len(data.classes))
     drawn = {
         n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape, len(data.classes))
         for n in config["chains"]
@@ -116,7 +118,8 @@ def _finish(
     config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
 ) -> dict[str, Any]:
     """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
-    count, few = config.samples if config.data == "digits" else 96, 10 * len(data.held_out)
+    count = config.samples if config.data == "digits" else image_classes.to_draw(len(data.classes))
+    few = 10 * len(data.held_out)
     drawn = {
         n: sample_images(unet, scheduler, n, count, config.seed, data.event_shape, len(data.classes))
         for n in config.chains
@@ -149,11 +152,15 @@ def _finish(
 
 
 def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
-    real = as_floats(data.held_out)
-    if data.held_out_labels is not None:
-        real = image_classes.arranged(real, data.held_out_labels, len(data.classes), 96)
-    groups = {"real": real} | {f"{n} steps": x for n, x in drawn.items()}
-    plot_samples(groups, directory.figure("samples"), data.classes)
+    groups, classes = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}, data.classes
+    if data.held_out_labels is None or len(classes) > image_classes.ROWS:
+        plot_samples(groups, directory.figure("samples"))
+        return
+    for name, images in groups.items():
+        turn = image_classes.in_turn(len(classes), len(images))
+        labels = data.held_out_labels if name == "real" else turn
+        groups[name] = image_classes.by_class(images, labels, len(classes))
+    plot_samples(groups, directory.figure("samples"), classes)
 
 
 def _load(config: Config) -> Images:
@@ -357,15 +364,14 @@ def sample_images(
 def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] = ()) -> None:
     """Draw the first images of each group as one grid beside the others; black is -1, white is +1.
 
-    Images have the classes in turn, and each its column, where there are not too many.
+    With `classes`, the rows are theirs, and named.
     """
     from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
     figure = sheet(5.2 * len(groups), 4.0)
     for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        columns = image_classes.columns(classes)
-        tile(axis, images[: 96 // columns * columns], low=-1, high=1, columns=columns)
-        if columns == len(classes):
-            image_classes.name_columns(axis, classes, images.shape[-1])
+        tile(axis, images if classes else images[:96], low=-1, high=1, columns=12)
+        if classes:
+            image_classes.name_rows(axis, classes, images.shape[-2])
         axis.set_title(name)
     finish(figure, path)

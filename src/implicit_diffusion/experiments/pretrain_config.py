@@ -61,6 +61,12 @@ class Config:
         at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0)
         if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
             raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
+        if self.classes and self.channels is not None and max(self.channels) == 8:
+            words = " ".join(map(str, self.channels))  # each of the eight groups is one channel, less its own mean
+            raise InvalidInputError(
+                f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
+                "take 16 or more for one level at least"
+            )
         positive(self, "lr")
         for name in ("ema_decay", "dropout"):
             if not 0 <= getattr(self, name) < 1:
