@@ -30,11 +30,11 @@ from torch import Tensor
 from implicit_diffusion.denoisers.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import digits, image_classes
+from implicit_diffusion.experiments.image_classes import listed
 from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the images that nothing is trained on, and its limit
 SPLIT_SEED = 0
-SHOWN = 10  # names of files that are printed
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,10 @@ def load_images(
         if size not in (None, digits.EVENT_SHAPE[1:]):
             raise InvalidInputError(f"size: the digits have 8 by 8 pixels, got {size}; leave it out")
         real = digits.load_digits()
-        labels = (real.train_labels, real.held_out_labels) if classes else (None, None)
-        return Images(real.train, real.held_out, "digits", (), tuple("0123456789") if classes else (), *labels)
+        if not classes:
+            return Images(real.train, real.held_out, "digits")
+        names = tuple("0123456789")
+        return Images(real.train, real.held_out, "digits", (), names, real.train_labels, real.held_out_labels)
     if size is not None and min(size) < 4:
         raise InvalidInputError(f"size: height and width must be at least 4 pixels, got {size}")
     if data and os.path.isdir(data):  # unlike Path.is_dir, it takes names of any length
@@ -245,12 +247,6 @@ def _tensor(
     if copies:
         print(f"{copies} of {len(arrays)} images are copies of others, pixel by pixel; some may be held out")
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few of many, and how many more there are."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_memory(count: int, size: tuple[int, int]) -> None:

@@ -214,7 +214,8 @@ def _judge(
 ) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Before, after, and the exported pipeline with the trained network on all rows, on the same noise."""
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
-    network, condition = chain.denoiser, chain.condition
+    network: Any = chain.denoiser
+    condition = chain.condition
     everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
     draws = Draws(noise, 0, device=chain.device)
     parts = kept.judgements(directory, network.state_dict().values(), config.starts, draws)

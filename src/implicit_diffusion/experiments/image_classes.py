@@ -19,7 +19,7 @@ from implicit_diffusion.experiments.image_files import Picture
 from implicit_diffusion.experiments.written import markdown
 from implicit_diffusion.noise import Noise
 
-NAMED = 10  # classes that a line names
+NAMED = 10  # files or classes that a line names
 ROWS, COLUMNS, LONG = 24, 12, 16  # classes that a picture has a row for, images in a row, letters of a name beside it
 
 
@@ -129,6 +129,6 @@ def drawing(summary: Mapping[str, Any]) -> str:
 
     images = summary["images"]
     classes = images.get("classes")
-    said = {"condition": "classes" if classes else None, "pipeline_class": "DDPMPipeline"}
+    said: dict[str, Any] = {"condition": "classes" if classes else None, "pipeline_class": "DDPMPipeline"}
     said |= {"num_classes": len(classes or ()), "event_shape": images["event_shape"]}
     return usage({"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}, said)

@@ -185,7 +185,7 @@ def rests_on(config: Config, problem: Problem, found: dict[str, Any]) -> dict[st
 
 def _files(found: dict[str, Any]) -> dict[str, str]:
     """The digests of files, by names that do not say where they lie."""
-    told = {}
+    told: dict[str, str] = {}
     for name, entry in found.items():
         if name == "prompts":  # read by now
             continue
