@@ -22,30 +22,26 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
-from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.experiments import digits, digits_card, image_classes, images_card
 from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
+from implicit_diffusion.experiments.pretrain_samples import plot, sample_images
 from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digests
-from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.files import writing
 from implicit_diffusion.runs.provenance import is_recorded
-from implicit_diffusion.samplers.chain import Chain
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -109,7 +105,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
         n: sample_images(unet, pretrained.scheduler, n, count, config["seed"], data.event_shape, len(data.classes))
         for n in config["chains"]
     }
-    _plot(data, drawn, directory)
+    plot(data, drawn, directory)
     print(f"figures   {directory.figure('samples')}")
     return dict(summary)
 
@@ -145,22 +141,10 @@ def _finish(
     card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
     with writing(directory.model):
         save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
-    _plot(data, drawn, directory)
+    plot(data, drawn, directory)
     directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"model     {directory.model}")
     return summary
-
-
-def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
-    groups, classes = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}, data.classes
-    if data.held_out_labels is None or len(classes) > image_classes.ROWS:
-        plot_samples(groups, directory.figure("samples"))
-        return
-    for name, images in groups.items():
-        turn = image_classes.in_turn(len(classes), len(images))
-        labels = data.held_out_labels if name == "real" else turn
-        groups[name] = image_classes.by_class(images, labels, len(classes))
-    plot_samples(groups, directory.figure("samples"), classes)
 
 
 def _load(config: Config) -> Images:
@@ -344,34 +328,3 @@ def denoising_loss(
 def _split(x: Tensor) -> list[tuple[int, Tensor]]:
     """Parts that fit into a call, each after the number of its first image."""
     return [(i, x[i : i + 4096]) for i in range(0, len(x), 4096)]
-
-
-def sample_images(
-    unet: "UNet2DModel",
-    scheduler: "DDPMScheduler",
-    num_steps: int,
-    n: int,
-    seed: int,
-    event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
-    classes: int = 0,
-) -> Float[Tensor, "n *event"]:
-    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; of classes in turn."""
-    condition = image_classes.InTurn(classes) if classes else None
-    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape, condition=condition)
-    return chain.sample(Noise(seed), n).cpu()
-
-
-def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] = ()) -> None:
-    """Draw the first images of each group as one grid beside the others; black is -1, white is +1.
-
-    With `classes`, the rows are theirs, and named.
-    """
-    from implicit_diffusion.experiments.drawing import finish, sheet, tile
-
-    figure = sheet(5.2 * len(groups), 4.0)
-    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        tile(axis, images if classes else images[:96], low=-1, high=1, columns=12)
-        if classes:
-            image_classes.name_rows(axis, classes, images.shape[-2])
-        axis.set_title(name)
-    finish(figure, path)

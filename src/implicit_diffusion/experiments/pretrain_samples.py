@@ -1,0 +1,65 @@
+"""Samples of a pretrained model, and the picture of them beside real images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser
+from implicit_diffusion.denoisers.scheduler import read_table
+from implicit_diffusion.experiments import digits, image_classes
+from implicit_diffusion.experiments.data import Images, as_floats
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.samplers.chain import Chain
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+
+def sample_images(
+    unet: "UNet2DModel",
+    scheduler: "DDPMScheduler",
+    num_steps: int,
+    n: int,
+    seed: int,
+    event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
+    classes: int = 0,
+) -> Float[Tensor, "n *event"]:
+    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; of classes in turn."""
+    condition = image_classes.InTurn(classes) if classes else None
+    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape, condition=condition)
+    return chain.sample(Noise(seed), n).cpu()
+
+
+def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] = ()) -> None:
+    """Draw the first images of each group as one grid beside the others; black is -1, white is +1.
+
+    With `classes`, the rows are theirs, and named.
+    """
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
+
+    figure = sheet(5.2 * len(groups), 4.0)
+    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        tile(axis, images if classes else images[:96], low=-1, high=1, columns=12)
+        if classes:
+            image_classes.name_rows(axis, classes, images.shape[-2])
+        axis.set_title(name)
+    finish(figure, path)
+
+
+def plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
+    """figures/samples.png: held-out images, and samples by the number of steps; with classes, a row for each."""
+    groups, classes = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}, data.classes
+    if data.held_out_labels is None or len(classes) > image_classes.ROWS:
+        plot_samples(groups, directory.figure("samples"))
+        return
+    for name, images in groups.items():
+        turn = image_classes.in_turn(len(classes), len(images))
+        labels = data.held_out_labels if name == "real" else turn
+        groups[name] = image_classes.by_class(images, labels, len(classes))
+    plot_samples(groups, directory.figure("samples"), classes)
