@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, SupportsFloat
 
 
@@ -184,6 +186,21 @@ def check_call(name: str, function: Any, *arguments: str, more: bool = False) ->
         pass
 
 
+def check_path(name: str, value: object) -> Path:
+    """The path of a file or folder, from a string or any path; a leading `~` is the home folder, as in a shell.
+
+    Raises:
+        InvalidInputError: neither, an empty string, or the home of a user who has none.
+    """
+    given = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(given, str) or not given:
+        raise InvalidInputError(f"{name} must be a path, a string or a pathlib.Path, got {shown(value)}")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise InvalidInputError(f"{name}: {given!r} names a home folder that is not known") from error
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise `InvalidInputError` where a word is none of those that are known."""
     if not isinstance(value, str) or value not in choices:
@@ -208,10 +225,17 @@ def trying(name: str, on: str) -> Iterator[None]:
     except Exception as error:
         if "out of memory" in str(error):
             raise
-        lines, frames = str(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
+        lines, frames = reason_of(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
         own = [f for f in frames if not {"torch", "implicit_diffusion"} & set(f.filename.split("/"))]
         where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
         raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}{where}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says; where torch advises to give gradients up, that these are needed."""
+    return str(error).replace(
+        "Use tensor.detach().numpy() instead.", "NumPy passes no gradient on: use torch operations instead"
+    )
 
 
 @contextmanager

@@ -32,13 +32,14 @@ from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import digits, image_classes
 from implicit_diffusion.experiments.image_classes import listed
 from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
+from implicit_diffusion.showing import Shown
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the images that nothing is trained on, and its limit
 SPLIT_SEED = 0
 
 
-@dataclass(frozen=True)
-class Images:
+@dataclass(frozen=True, repr=False)
+class Images(Shown):
     """A data set in memory, as bytes or as it came.
 
     Args:

@@ -30,6 +30,7 @@ from implicit_diffusion.experiments.outcome import JUDGED
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.evaluation import evaluate_in_parts, joined
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Reward
 from implicit_diffusion.runs import RunDirectory, load_state, provenance, save_state
 from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.fingerprints import fingerprint
@@ -93,7 +94,7 @@ class Kept:
     def evaluate(
         self,
         chain: Chain,
-        reward: Callable[..., Tensor],
+        reward: Callable[..., Any] | Reward,
         noise: Noise,
         *,
         starts: int,

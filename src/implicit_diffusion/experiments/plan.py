@@ -13,7 +13,7 @@ A penalty that is no KL has no bound: its plan says only what the pretrained cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, gain, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.showing import Shown, brief, with_error
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """What β buys.
 
     Args:
@@ -48,6 +49,12 @@ class Plan:
     memory: float
     memory_se: float
     conditional: bool = False
+
+    def _words(self) -> Iterable[str]:
+        yield f"reward={with_error(self.reward, self.reward_se)}"
+        yield f"reward_std={self.reward_std:.3g}"
+        yield f"betas={brief([b.beta for b in self.bounds])}"
+        yield f"memory={with_error(self.memory, self.memory_se)}"
 
     def rows(self) -> list[dict[str, Any]]:
         """The table: one row per β, gains relative to the pretrained chain, J in units of reward."""
@@ -146,7 +153,7 @@ def show(plan: Plan) -> None:
 
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
 
     figure = sheet(10.0, 4.0)
     left, right = figure.subplots(1, 2)
@@ -169,12 +176,12 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
             fontsize=8,
         )
     left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be had")
-    left.legend(loc="lower right")
     right.hist(evaluation.reward.flatten().cpu().numpy(), bins=40, color="0.6")
     right.axvline(plan.reward, color="k", label="mean")
     for b in plan.bounds:
         right.axvline(b.reward, color="C0", alpha=0.5, lw=1)
     right.plot([], [], color="C0", alpha=0.5, label="tilted means, by β")
     right.set(xlabel="reward", ylabel="pretrained samples", title="Where the pretrained samples lie")
-    right.legend()
+    for axis in (left, right):
+        legend_above(axis, columns=2)
     finish(figure, path, (left, right))

@@ -12,9 +12,10 @@ better the training. The same numbers, as importance weights, give the bound J* 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,14 +24,15 @@ from torch import Tensor
 from implicit_diffusion.errors import check_call, check_integer, check_number, check_tensor, check_type, trying
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
-from implicit_diffusion.objectives.reward import Reward
+from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown, estimate, of_tensor
 
 NUMBERS = 2**18  # in the states of one network call
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """Trajectories from `starts` initial noises, `repeats` from each.
 
     Args:
@@ -44,6 +46,13 @@ class Evaluation:
     path_kl: Float[Tensor, "starts repeats"]
     log_ratio: Float[Tensor, "starts repeats"]
     samples: Float[Tensor, "shown_starts shown_repeats *event"]
+
+    def _words(self) -> Iterable[str]:
+        starts, repeats = self.reward.shape
+        yield f"{starts} starts × {repeats}"
+        yield f"reward={estimate(self.reward)}"
+        yield f"path_kl={estimate(self.path_kl)} nats"
+        yield f"samples={of_tensor(self.samples[0, 0])}"
 
     def objective(self, beta: float) -> Float[Tensor, "starts repeats"]:
         """−R + β log dP_θ/dP_0 of every trajectory, whose mean is J = −E R + β·KL(path)."""
@@ -60,7 +69,7 @@ def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, flo
 
 def evaluate(
     chain: Chain,
-    reward: Callable[..., Tensor],
+    reward: Callable[..., Any] | Reward,
     noise: Noise,
     *,
     starts: int,
@@ -76,7 +85,8 @@ def evaluate(
     Args:
         chain: the sampler; a chain whose denoiser is its own reference has log-ratio zero and pays one network call
             per step.
-        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`. Whether each reward
+            depends on its own sample alone is tried on a few samples first, unless it is a `Reward` that was.
         noise: of the evaluation; take `Noise(seed).stream(1)` to keep it apart from training.
         starts: independent x_0.
         repeats: trajectories from each x_0; the conditional bound needs several.
@@ -85,7 +95,8 @@ def evaluate(
         progress: called with the number of trajectories just done.
 
     Raises:
-        InvalidInputError: starts, repeats or chunk below one; rewards of another shape than (n,).
+        InvalidInputError: starts, repeats or chunk below one; rewards that are not one number per sample, or
+            depend on other samples than their own.
         NonFiniteError: rewards that are NaN or infinite.
     """
     check_call("progress", progress, "done")
@@ -98,7 +109,7 @@ def evaluate(
 
 def evaluate_in_parts(
     chain: Chain,
-    reward: Callable[..., Tensor],
+    reward: Callable[..., Any] | Reward,
     noise: Noise,
     *,
     starts: int,
@@ -117,7 +128,7 @@ def evaluate_in_parts(
     chunk = None if chunk is None else check_integer("chunk", chunk)
     if chunk is None:
         chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
-    size, score = max(1, chunk // repeats), Reward(reward)
+    size, score = max(1, chunk // repeats), as_reward(reward)
     return (
         _part(chain, score, noise, index, min(size, starts - index * size), repeats, first=index == first)
         for index in range(first, -(-starts // size))
@@ -153,5 +164,7 @@ def _part(
             kl, log_ratio = kl + math.inf, log_ratio + math.nan
         end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
+            if not score.probed and index == 0:  # whoever goes on has done so: it may draw from the global generators
+                score.probe(end)
             judged = score.judge(end)
         return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, check_call, trying
 from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.particles import states
-from implicit_diffusion.probing import check_own_gradient, check_separate
+from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate
 from implicit_diffusion.rounding import at_least_single
+from implicit_diffusion.showing import of_tuple
 
 COARSE = 0.02  # nats that V must resolve where its values count
 TRIED = 8  # particles, to see whether they influence each other
@@ -33,6 +34,9 @@ class Energy(NamedTuple):
 
     value: Float[Tensor, " n"]
     grad: Float[Tensor, "n *event"]
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 def precision(potential: object, x: Float[Tensor, "n *event"]) -> torch.dtype:
@@ -102,7 +106,7 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
     if grad is None:
         raise InvalidInputError(
             "potential is not differentiable in x: its result does not depend on the particles through torch "
-            "operations; remove .detach(), .numpy() and torch.no_grad() from it"
+            f"operations; {BY_TORCH}"
         )
     with torch.no_grad():
         everywhere = evaluate(potential, x)

@@ -21,10 +21,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, NonFiniteError, RewardError, StorageError
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    MemoryLimitError,
+    NonFiniteError,
+    RewardError,
+    StorageError,
+    check_path,
+)
 from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.runs.lock import LOCK, hold, make
+from implicit_diffusion.showing import Shown
 
 BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """The paths and files of one run; `RunDirectory(path)` opens an existing one, `create` begins a new one."""
+@dataclass(frozen=True, repr=False, init=False)
+class RunDirectory(Shown):
+    """The paths and files of one run; `RunDirectory(path)` opens an existing one, `create` begins a new one.
+
+    Args:
+        path: a string or a path; kept as a `Path`.
+
+    Raises:
+        InvalidInputError: neither.
+    """
 
     path: Path
 
+    def __init__(self, path: str | PathLike[str]) -> None:
+        object.__setattr__(self, "path", check_path("the folder of a run", path))
+
     @classmethod
-    def create(cls, path: str | Path, may_hold: Collection[str] = ()) -> RunDirectory:
+    def create(cls, path: str | PathLike[str], may_hold: Collection[str] = ()) -> RunDirectory:
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
-        make(Path(path))
-        return cls(Path(path))
+        directory = cls(check_path("--out", path))
+        make(directory.path)
+        return directory
 
     @staticmethod
-    def check(path: str | Path, may_hold: Collection[str] = ()) -> None:
+    def check(path: str | PathLike[str], may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
         Args:
@@ -67,7 +88,7 @@ class RunDirectory:
             InvalidInputError: `path` is a file, below a file, a folder with something in it, or where nothing can be
                 written.
         """
-        path = Path(path)
+        path = check_path("--out", path)
         left_over = {LOCK, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():
@@ -77,7 +98,7 @@ class RunDirectory:
                 held = "exists and is not empty"
                 judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
                 if files.issuperset(BEGUN) and not (judged and reported):
-                    held = f"holds a run that was interrupted: go on with `implicit-diffusion resume {path}`"
+                    held = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
                 raise InvalidInputError(f"--out {path} {held}; choose another --out, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"--out: {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -131,6 +152,11 @@ class RunDirectory:
         return (self.checkpoint / FILE).is_file()
 
     @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, in the quotes that a message has around it."""
+        return f"`implicit-diffusion resume {shlex.quote(str(self.path))}`"
+
+    @property
     def model(self) -> Path:
         """Where the resulting model goes; not made here."""
         return self.path / "model"
@@ -156,7 +182,7 @@ class RunDirectory:
 
         What is told so is an interruption, a file that cannot be written, memory that is used up, a reward that raises.
         """
-        command = f"`implicit-diffusion resume {self.path}`"
+        command = self.resume_command
         try:
             with naming_memory():
                 yield

@@ -23,22 +23,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
-from torch import Tensor
-
-from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError, check_path
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.objectives.reward import TRIED, as_reward
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
+from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
 from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
+from implicit_diffusion.showing import Shown
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
@@ -49,7 +52,7 @@ def fit(
     updates: int,
     *,
     callbacks: Iterable[Callback] = (),
-    directory: RunDirectory | None = None,
+    directory: RunDirectory | str | PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     description: str = "fine-tuning",
 ) -> Fit:
@@ -60,8 +63,8 @@ def fit(
             further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends, and is
-            held meanwhile; None leaves no trace.
+        directory: of the run, or its path; gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one
+            when the run ends, and is held meanwhile; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
@@ -76,6 +79,8 @@ def fit(
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
+    if directory is not None and not isinstance(directory, RunDirectory):
+        directory = RunDirectory(check_path("directory", directory))
     state = Fit(loop)
     with nullcontext() if directory is None else directory.held():
         _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
@@ -174,18 +179,18 @@ def _kl_weight(fit: Fit, name: str) -> float:
     return weight
 
 
-@dataclass
-class HeldOut:
+@dataclass(repr=False)
+class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
     Args:
-        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`.
         noise: of the evaluation, the same at every call.
         every: updates between two evaluations.
         starts: trajectories of each.
     """
 
-    reward: Callable[..., Tensor]
+    reward: Callable[..., Any] | Reward
     noise: Noise
     every: int = 25
     starts: int = 128
@@ -193,8 +198,12 @@ class HeldOut:
     def __call__(self, fit: Fit) -> None:
         if fit.updates % self.every:
             return
-        before = fit.chain.evaluations
-        result = evaluate(fit.chain, self.reward, self.noise, starts=self.starts)
+        before, score = fit.chain.evaluations, as_reward(self.reward)
+        if not score.probed:  # once, and on draws of its own: a resumed run does it again
+            with Draws(self.noise, TRIAL, device=fit.chain.device):
+                score.probe(fit.chain.endpoint(fit.chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
+            self.reward = score
+        result = evaluate(fit.chain, score, self.noise, starts=self.starts)
         fit.chain.evaluations = before  # what is reported as cost is the training's own
         for name, values in (
             ("reward", result.reward),
