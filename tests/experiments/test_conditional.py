@@ -10,7 +10,7 @@ from tests import tiny
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import load_pretrained
-from implicit_diffusion.experiments import finetune, problem
+from implicit_diffusion.experiments import finetune, planning, problem
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.noise import Noise
@@ -238,7 +238,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_one_clear_line_before_any_work(message, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
+    monkeypatch.setattr(planning, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
     (place / "empty.txt").write_text("\n \n")
     assert finetuned(place, tmp_path / "run", *BAD[message]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -14,7 +14,7 @@ from tests import tiny
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline, scheduler_for
 from implicit_diffusion.denoisers.scheduler import read_table
-from implicit_diffusion.experiments import finetune, judging
+from implicit_diffusion.experiments import finetune, judging, planning
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.rewards import brightness
 from implicit_diffusion.loops import evaluate
@@ -285,7 +285,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkey
         assert main(["finetune", *TINY, "--out", str(out)]) == 130
     assert "implicit-diffusion resume" in capsys.readouterr().err
     with monkeypatch.context() as patched:  # what the plan was made of is read back
-        patched.setattr(finetune, "pretrained_samples", lambda *arguments: pytest.fail("the plan was made again"))
+        patched.setattr(planning, "draw", lambda *arguments: pytest.fail("the plan was made again"))
         assert main(["resume", str(out)]) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"
     assert (out / name).read_bytes() == (finished / name).read_bytes()
@@ -315,8 +315,8 @@ def test_ctrl_c_outside_training_says_what_can_be_done(during, tmp_path, monkeyp
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, {"plan": "evaluate_pretrained", "judging": "_judge"}[during], interrupt)
+    stage = {"plan": (planning, "evaluate_pretrained"), "judging": (finetune, "_judge")}[during]
+    monkeypatch.setattr(*stage, interrupt)
     assert main(["finetune", *TINY, "--updates", "1", "--out", str(tmp_path / "run")]) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    go_on = f"interrupted; go on with `implicit-diffusion resume {tmp_path / 'run'}`"
-    assert said == ("interrupted" if during == "plan" else go_on)
+    assert said == f"interrupted; go on with `implicit-diffusion resume {tmp_path / 'run'}`"

@@ -3,7 +3,7 @@
 import pytest
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.experiments import finetune
+from implicit_diffusion.experiments import planning
 
 TINY = ["--num-steps", "4", "--batch", "2", "--updates", "6", "--starts", "8", "--lr", "1e-3", "--kl-weight", "2.5"]
 
@@ -50,7 +50,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_one_clear_line_before_any_work(message, tmp_path, capsys, monkeypatch):
     """Not a single trajectory of the plan is drawn, and no run directory is left behind."""
-    monkeypatch.setattr(finetune, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
+    monkeypatch.setattr(planning, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
     file = tmp_path / "rewards.py"
     file.write_text(REWARDS)
     options = [o.format(file=file, folder=tmp_path) for o in BAD[message]]

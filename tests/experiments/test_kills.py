@@ -89,10 +89,10 @@ def check(call, whole, moment, out, monkeypatch, capsys):
 
 
 def test_the_files_of_a_run_in_their_order(whole):
-    """Rewards, plan, config, first state; last state, what is judged, summary; at the end what is derived."""
+    """What is asked, rewards, plan, what is resolved, first state; last state, what is judged, summary; the report."""
     names = [name for name in whole[1] if not name.endswith(".png")]
-    expected = ["state.safetensors", "plan.json", "config.json", "state.safetensors"]
-    assert [name for name in names if name != "provenance.json"][:4] == expected
+    expected = ["config.json", "state.safetensors", "plan.json", "config.json", "state.safetensors"]
+    assert [name for name in names if name != "provenance.json"][:5] == expected
     assert names[-4:] == ["state.safetensors", "state.safetensors", "summary.json", "report.html"]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import load_pretrained
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.experiments import digits, pretrain
+from implicit_diffusion.experiments import digits, pretrain, pretrain_loss
 from implicit_diffusion.experiments.data import Images
 from implicit_diffusion.experiments.pretrain_samples import sample_images
 from implicit_diffusion.experiments.pretrain_state import begin
@@ -55,7 +55,7 @@ def test_training_lowers_the_loss():
     untrained, _ = pretrain.train(replace(TINY, steps=1))
     trained, scheduler = pretrain.train(replace(TINY, steps=60, batch=32, lr=5e-3))
     held_out = digits.load_digits().held_out
-    losses = [pretrain.denoising_loss(unet, scheduler, held_out, repeats=2) for unet in (untrained, trained)]
+    losses = [pretrain_loss.denoising_loss(unet, scheduler, held_out, repeats=2) for unet in (untrained, trained)]
     assert losses[1] < 0.8 * losses[0]
 
 
@@ -96,8 +96,8 @@ def test_the_average_so_far_is_saved_on_the_way_and_leaves_no_trace_in_the_train
     directory, plain = RunDirectory.create(tmp_path / "run"), pretrain.train(TINY)[0]
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 0.0)
     if interrupted:
-        loss = pretrain._loss
-        monkeypatch.setattr(pretrain, "_loss", lambda *a: signal.raise_signal(signal.SIGINT) or loss(*a))
+        loss = pretrain.image_losses
+        monkeypatch.setattr(pretrain, "image_losses", lambda *a: signal.raise_signal(signal.SIGINT) or loss(*a))
         with pytest.raises(KeyboardInterrupt, match="interrupted at step 1 of 3; the average of its weights"):
             pretrain.train(TINY, directory=directory)
         assert "after 1 of 3 steps" in (directory.model / "README.md").read_text()
@@ -123,7 +123,7 @@ def lines(directory):
 
 def stop_at(step, how):
     """A loss that stops the training while it makes the step."""
-    loss, calls = pretrain._loss, []
+    loss, calls = pretrain.image_losses, []
 
     def stopping(*arguments):
         calls.append(None)
@@ -167,7 +167,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(how, every, uninterrupted, 
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", every)
     for step in (5, 1):  # of those that are left
         with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-            patch.setattr(pretrain, "_loss", stop_at(step, how))
+            patch.setattr(pretrain, "image_losses", stop_at(step, how))
             pretrain.train(LONG, directory=directory)
         torch.rand(100)  # the caller's randomness is another
     unet, _ = pretrain.train(LONG, directory=directory)
@@ -206,7 +206,7 @@ def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path
     ]
     assert main([*call, "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "_loss", stop_at(3, lambda: signal.raise_signal(signal.SIGINT)))
+        patch.setattr(pretrain, "image_losses", stop_at(3, lambda: signal.raise_signal(signal.SIGINT)))
         assert main([*call, "run"]) == 130
     with monkeypatch.context() as patch:  # and again, while samples are drawn
         patch.setattr(pretrain, "sampled", lambda *a: signal.raise_signal(signal.SIGINT))
@@ -258,13 +258,13 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
     """The loss is 0, and the slope of its root is infinite: clipped, it would be NaN in every weight."""
     directory = RunDirectory.create(tmp_path / "run")
     before = pretrain.train(replace(TINY, steps=1))[0]
-    loss, calls = pretrain._loss, []
+    loss, calls = pretrain.image_losses, []
 
     def steep(unet, *arguments):
         calls.append(unet)
         return loss(unet, *arguments) if len(calls) == 1 else (0 * unet.conv_in.bias).square().sqrt()
 
-    monkeypatch.setattr(pretrain, "_loss", steep)
+    monkeypatch.setattr(pretrain, "image_losses", steep)
     with pytest.raises(
         NonFiniteError, match=r"norm of the gradient is nan at step 2 of 3; try a smaller lr; the state"
     ):
@@ -332,7 +332,7 @@ def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, mo
         ".5",
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    loss, calls = pretrain._loss, itertools.count(1)
+    loss, calls = pretrain.image_losses, itertools.count(1)
 
     def interrupt(*arguments):
         if next(calls) == steps_made:
@@ -341,7 +341,7 @@ def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, mo
 
     assert main(["pretrain", *call, "--out", str(whole)]) == 0
     with monkeypatch.context() as patched:
-        patched.setattr(pretrain, "_loss", interrupt)
+        patched.setattr(pretrain, "image_losses", interrupt)
         assert main(["pretrain", *call, "--out", str(cut)]) == 143
     assert f"go on with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
     assert main(["pretrain", *call, "--out", str(cut)]) == 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments import finetune, problem, reward_trust
+from implicit_diffusion.experiments import planning, problem, reward_trust
 from implicit_diffusion.experiments.conditioning import Conditioning
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.reward_names import load_reward
@@ -73,7 +73,7 @@ def clamps(x): return x.clamp_(-1, 1).flatten(1).sum(1)
     ],
 )
 def test_what_a_reward_raises_is_one_line_before_any_work(function, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
+    monkeypatch.setattr(planning, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
     (tmp_path / "my.py").write_text(RAISING)
     reward = ["--reward", f"{tmp_path / 'my.py'}:{function}"]
     assert main(["finetune", "--num-steps", "2", *reward, "--out", str(tmp_path / "run")]) == 2

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.experiments.toy_model import folder
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.experiments import finetune, sweep
+from implicit_diffusion.experiments import finetune, planning, sweep
 from implicit_diffusion.experiments.written import distinct
 
 TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "8", "--lr", "1e-3"]
@@ -99,7 +99,7 @@ def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch,
         return original(config, **options)
 
     monkeypatch.setattr(finetune, "run", run)
-    monkeypatch.setattr(finetune, "pretrained_samples", lambda *arguments: pytest.fail("drawn again"))
+    monkeypatch.setattr(planning, "draw", lambda *arguments: pytest.fail("drawn again"))
     capsys.readouterr()
     before = (swept / "beta-2" / "summary.json").stat().st_mtime_ns
     assert main(["sweep", *model, *TINY, "--kl-weights", "2", "8", "--out", str(swept)]) == 0

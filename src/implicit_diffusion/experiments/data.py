@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from implicit_diffusion.denoisers.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
-from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments import digits, image_classes
+from implicit_diffusion.experiments.image_classes import listed
 from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
 from implicit_diffusion.showing import Shown
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the images that nothing is trained on, and its limit
 SPLIT_SEED = 0
-SHOWN = 10  # names of files that are printed
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,12 +47,17 @@ class Images(Shown):
         held_out: images that nothing is trained on, likewise.
         name: for reports and file names.
         left_out: files that are not among the images, each with the reason.
+        classes: their names, where the images have classes that are asked for.
+        train_labels, held_out_labels: the number of every image's class; None without classes.
     """
 
     train: Shaped[Tensor, "train channels height width"]
     held_out: Shaped[Tensor, "held_out channels height width"]
     name: str
     left_out: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    train_labels: Int[Tensor, " train"] | None = None
+    held_out_labels: Int[Tensor, " held_out"] | None = None
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -89,29 +94,40 @@ def fitting_size(height: int, width: int, levels: int | None = None) -> tuple[in
     return max(multiple, multiple * round(height / multiple)), max(multiple, multiple * round(width / multiple))
 
 
-def load_images(data: str, size: tuple[int, int] | None = None, levels: int | None = None) -> Images:
+def load_images(
+    data: str, size: tuple[int, int] | None = None, levels: int | None = None, *, classes: bool = False
+) -> Images:
     """The images called `data`; what of a folder is left out is printed, with reasons.
 
     Args:
         data: "digits", a folder of image files (subfolders too), or a hub id `owner/name` of the `datasets` library.
         size: (height, width) to bring the images to; by default their own.
         levels: of the U-Net; by default those of the rule (`levels_for`).
+        classes: with the classes of the images: the folder's subfolders, or the labels of the digits.
 
     Raises:
         InvalidInputError: nothing of that name can be had; no images in it, or a single one; images that cannot be read
-            or have more than eight bits per channel; images of several sizes without a `size`.
+            or have more than eight bits per channel; images of several sizes without a `size`; classes that are not
+            there, or of which no image is left to train on.
         MemoryLimitError: the images do not fit into the memory that is free.
     """
     if data == "digits":
         if size not in (None, digits.EVENT_SHAPE[1:]):
             raise InvalidInputError(f"size: the digits have 8 by 8 pixels, got {size}; leave it out")
         real = digits.load_digits()
-        return Images(real.train, real.held_out, "digits")
+        if not classes:
+            return Images(real.train, real.held_out, "digits")
+        names = tuple("0123456789")
+        return Images(real.train, real.held_out, "digits", (), names, real.train_labels, real.held_out_labels)
     if size is not None and min(size) < 4:
         raise InvalidInputError(f"size: height and width must be at least 4 pixels, got {size}")
     if data and os.path.isdir(data):  # unlike Path.is_dir, it takes names of any length
         found, name = _folder(Path(data)), Path(data).resolve().name
     elif HUB_ID.fullmatch(data) and not os.path.exists(data):
+        if classes:
+            raise InvalidInputError(
+                f"--classes is for folders with class subfolders and for the digits, not for {data} of the hub"
+            )
         found, name = _hub(data), data.split("/")[1]
     else:
         archive = "; an archive has to be unpacked first" if data.lower().endswith(ARCHIVES) else ""
@@ -121,12 +137,21 @@ def load_images(data: str, size: tuple[int, int] | None = None, levels: int | No
         )
     if found.left_out:
         print(f"left out: {listed(found.left_out)}")
+    names, labels = image_classes.classes_of(found.pictures, data) if classes else ((), None)
+    line = None if classes else image_classes.mention(found.pictures)
+    if line is not None:
+        print(line)
     images = _tensor(found.pictures, data, size, levels)
     if len(images) < 2:
         raise InvalidInputError(f"data: {data!r} holds {len(images)} image; at least 2 are needed, one is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     count = max(1, min(MOST_HELD_OUT, int(HELD_OUT * len(images))))
-    return Images(images[order[count:]], images[order[:count]], name, tuple(found.left_out))
+    train, held_out = order[count:], order[:count]
+    kept = Images(images[train], images[held_out], name, tuple(found.left_out), names)
+    if labels is None:
+        return kept
+    image_classes.check_split(names, labels[train])
+    return replace(kept, train_labels=labels[train], held_out_labels=labels[held_out])
 
 
 def _folder(folder: Path) -> Found:
@@ -223,12 +248,6 @@ def _tensor(
     if copies:
         print(f"{copies} of {len(arrays)} images are copies of others, pixel by pixel; some may be held out")
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few of many, and how many more there are."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_memory(count: int, size: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from implicit_diffusion.experiments.image_classes import card_section, drawing
 from implicit_diffusion.experiments.written import markdown
 
 
@@ -26,7 +27,15 @@ def model_card(summary: dict[str, Any]) -> str:
     shares = [
         f"| {n} steps | " + " | ".join(f"{h:.3f}" for h in q["class_histogram"]) + " |" for n, q in quality.items()
     ]
-    return CARD.format(
+    classes = summary.get("images", {}).get("classes", ())
+    drawn = DRAWN
+    if classes:
+        lines = ['pipeline = DiffusionPipeline.from_pretrained("DIR/model")', *drawing(summary).splitlines()]
+        drawn = "\n".join(f"    {line}".rstrip() for line in lines)
+    card = CARD.format(
+        asked=" --classes" if classes else "",
+        kind="class-conditional" if classes else "unconditional",
+        drawn=drawn,
         parameters=summary["parameters"],
         channels=", ".join(map(str, config["channels"])),
         steps=config["steps"],
@@ -44,12 +53,15 @@ def model_card(summary: dict[str, Any]) -> str:
         loss_train=summary["loss_train"],
         loss_held_out=summary["loss_held_out"],
     )
+    return card + card_section(classes)
 
 
+DRAWN = """\
+    images = DiffusionPipeline.from_pretrained("DIR/model")(batch_size=16, num_inference_steps=50).images"""
 CARD = """---
 library_name: diffusers
 license: apache-2.0
-tags: [unconditional-image-generation, ddpm]
+tags: [{kind}-image-generation, ddpm]
 ---
 # A small diffusion model of handwritten digits, 8 by 8 pixels
 
@@ -59,12 +71,12 @@ of the 1797 handwritten digits of scikit-learn (E. Alpaydin and C. Kaynak, UCI M
 is made for short ancestral chains with trailing spacing and without clipping, which its scheduler says too. Reproduce
 it with
 
-    implicit-diffusion pretrain --data digits --out DIR
+    implicit-diffusion pretrain --data digits{asked} --out DIR
 
 and sample from it with plain diffusers:
 
     from diffusers import DiffusionPipeline
-    images = DiffusionPipeline.from_pretrained("DIR/model")(batch_size=16, num_inference_steps=50).images
+{drawn}
 
 ## Quality
 

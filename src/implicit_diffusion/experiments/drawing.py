@@ -63,5 +63,5 @@ def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: fl
     shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)
     framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
     picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    axis.imshow(picture.expand(-1, -1, 3), vmin=0, vmax=1)  # (rows H, columns W, RGB)
+    axis.imshow(picture.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)  # (rows H, columns W, RGB)
     axis.set_axis_off()

@@ -13,24 +13,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.pretrained import adapter_usage, save_adapter, save_pipeline
-from implicit_diffusion.experiments import judging
+from implicit_diffusion.experiments import judging, kept, planning
 from implicit_diffusion.experiments.finetune_config import Config
-from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.experiments.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.experiments.outcome import Outcome, keep_outcome, read_outcome
-from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
+from implicit_diffusion.experiments.plan import Plan
+from implicit_diffusion.experiments.planning import PROMPTS, planned
 from implicit_diffusion.experiments.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
 from implicit_diffusion.experiments.remembered import evaluate_pretrained
 from implicit_diffusion.experiments.sample import write_chain
-from implicit_diffusion.loops import Evaluation, evaluate
+from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
-from implicit_diffusion.runs import RunDirectory, clock, load_state, progress, save_state
+from implicit_diffusion.runs import RunDirectory, clock, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.files import replacing, writing
@@ -40,10 +39,6 @@ from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.rise import Rise
 from implicit_diffusion.runs.watch import Runaway
 from implicit_diffusion.samplers.chain import Chain
-
-PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
-PLANNED = "plan"  # folder of the pretrained rewards that the plan is made of, which a resumed run reads
-OF_A_PLAN = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
 
 
 def run(
@@ -67,12 +62,12 @@ def run(
 
 def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if begun and (directory.path / PROMPTS).is_file():
+    if begun and config.prompts is not None and (directory.path / PROMPTS).is_file():
         config = replace(config, prompts=directory.path / PROMPTS)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not begun:
-        directory.check_start(Config, OF_A_PLAN)
+        directory.check_start(Config, planning.FILES)
     clock.keep(directory.path)
     noise, rests_on = Noise(config.seed), inputs(config)
     problem = build(config)
@@ -82,31 +77,26 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         loop = make_loop(config, problem, noise)
         memory = predict_memory(loop)
     check_memory(memory, problem.chain.device)
-    known = read_rewards(directory) if begun else None
-    samples = pretrained or known or pretrained_samples(config, problem)
-    options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
-    plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
     if problem.conditioning.prompts and not begun:  # from here on, nothing is refused
         with replacing(directory.path / PROMPTS) as file:
             file.write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
-    if samples is not known:
-        keep_rewards(samples, directory)
-        directory.write_plan(plan.summary())
-        plot(plan, samples, directory.figure("plan"))
-    if samples is not known and samples is not pretrained:
-        show(plan)
+    if problem.conditioning.prompts:
+        rests_on |= {"prompts": directory.path / PROMPTS}
+    trained = directory.has_state
+    if not trained:
+        begin(directory, config, rests_on, problem.chain.device)
+    elif not is_recorded(directory):
+        record_inputs(directory, config, rests_on, device=problem.chain.device)
+    with directory.resumable():
+        plan = planned(config, problem, directory, rests_on, pretrained)
     if config.plan:
-        _show_files(problem, samples, directory)
         return plan.summary()
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
     scale(loop, started, config.max_grad_norm * plan.reward_std)
     resolved_kind: Any = problem.kind
     config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
-    if not begun:
-        directory.write_config(config)
-    if not (begun and is_recorded(directory)):
-        rests_on |= {"prompts": directory.path / PROMPTS} if problem.conditioning.prompts else {}
-        record_inputs(directory, config, rests_on, device=problem.chain.device)
+    if not trained:
+        begin(directory, config, rests_on, problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
         state = train(config, problem, loop, plan, noise, directory)
@@ -137,7 +127,7 @@ def finish(
     loop, evaluations = state.loop, problem.chain.evaluations  # of the training: the judges sample from the same chain
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
-    before, after, exported = _judge(config, problem, state, noise)
+    before, after, exported = _judge(config, problem, state, noise, directory)
     found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
     with Draws(noise, DURING, 0, device=problem.chain.device):
         held_out = evaluate_pretrained(
@@ -173,6 +163,7 @@ def finish(
         _export(config, problem, state, directory, card)
     decoded: Any = problem.decoded(before, after)
     keep_outcome(Outcome(resolved, summary, plan, before, after, found.bound, [], decoded), directory)
+    kept.forget(directory)
     directory.write_summary(summary)
 
 
@@ -190,35 +181,6 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     page = write_report(outcome, draw(outcome, directory), directory)
     judging.print_headline(outcome.summary, directory, page)
     return outcome.summary
-
-
-def keep_rewards(samples: Evaluation, directory: RunDirectory) -> None:
-    """Write what plans are made of: the rewards, without the samples."""
-    save_state(directory.path / PLANNED, {"reward": samples.reward})
-
-
-def read_rewards(directory: RunDirectory) -> Evaluation | None:
-    """What `keep_rewards` wrote, on the CPU and without samples; None where there is nothing."""
-    if not (directory.path / PLANNED).exists():
-        return None
-    reward = load_state(directory.path / PLANNED)["reward"]
-    none = torch.zeros_like(reward)
-    return Evaluation(reward, none, none, none[..., None][..., :0])
-
-
-def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) -> None:
-    """Draw pretrained samples of the chain, and say where the plan is."""
-    from implicit_diffusion.experiments.drawing import finish, sheet, tile
-
-    print(f"plan      {directory.path / 'plan.json'}")
-    print(f"figures   {directory.figure('plan')}")
-    decoded = problem.decoded(samples)
-    images = samples.samples[:64, 0] if decoded is None else decoded[0]
-    if images.ndim == 4:
-        figure = sheet(5.0, 5.0)
-        tile(figure.subplots(), images, -1.0, 1.0)
-        finish(figure, directory.figure("pretrained"))
-        print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
 
 
 def plan_beta(plan: Plan) -> float:
@@ -252,30 +214,21 @@ def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[
     return [reached, held_out]
 
 
-@part("planning")
-def pretrained_samples(config: Config, problem: Problem) -> Evaluation:
-    """Trajectories of the pretrained chain, several from each start, for the plan."""
-    noise = Noise(config.seed)
-    with progress(16 * config.starts, "planning") as bar, Draws(noise, PLAN, 2, device=problem.chain.device):
-        return evaluate_pretrained(
-            problem.chain,
-            problem.reward,
-            noise.stream(PLAN),
-            name=config.reward,
-            starts=config.starts,
-            repeats=16,
-            progress=lambda done: bar.update(advance=done),
-        )
-
-
-def _judge(config: Config, problem: Problem, state: Fit, noise: Noise) -> tuple[Evaluation, Evaluation, Evaluation]:
+def _judge(
+    config: Config, problem: Problem, state: Fit, noise: Noise, directory: RunDirectory
+) -> tuple[Evaluation, Evaluation, Evaluation]:
     """Before, after, and the exported pipeline with the trained network on all rows, on the same noise."""
     chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
-    network, condition = chain.denoiser, chain.condition
+    network: Any = chain.denoiser
+    condition = chain.condition
     everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
-    with progress(3 * 8 * config.starts, "judging") as bar, Draws(noise, 0, device=chain.device):
+    draws = Draws(noise, 0, device=chain.device)
+    parts = kept.judgements(directory, network.state_dict().values(), config.starts, draws)
+    with progress(3 * 8 * config.starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)
-        before = evaluate_pretrained(chain, reward, noise, name=config.reward, **sizes)
-        after, exported = (evaluate(judged, reward, noise, **sizes) for judged in (chain, everywhere))
+        before = evaluate_pretrained(chain, reward, noise, name=config.reward, kept=parts[0], **sizes)
+        after, exported = (
+            part.evaluate(judged, reward, noise, **sizes) for part, judged in zip(parts[1:], (chain, everywhere))
+        )
     return before, after, exported

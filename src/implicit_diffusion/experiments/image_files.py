@@ -38,11 +38,13 @@ class Picture:
         name: for messages, in quotes where it is a file.
         open: its bytes.
         suffix: of its name, in lower case; it tells formats that nothing else tells.
+        subfolder: of the folder, that it lies in or below; empty where it lies in none.
     """
 
     name: str
     open: Callable[[], Stream]
     suffix: str = ""
+    subfolder: str = ""
 
 
 @dataclass
@@ -76,7 +78,8 @@ def find(folder: Path) -> Found:
                 continue
         except OSError as error:
             raise InvalidInputError(f"data: {str(path)!r} cannot be looked at ({first_line(error)})") from error
-        picture = Picture(name, partial(_open, path), path.suffix.lower())
+        above = path.relative_to(folder).parts[:-1]
+        picture = Picture(name, partial(_open, path), path.suffix.lower(), above[0] if above else "")
         if reason is None and kinds.get(picture.suffix) not in (*FORMATS, *BY_SUFFIX, "MPO") and not _is_image(picture):
             reason = "an archive: unpack it" if picture.suffix in ARCHIVES else "not an image"
         if reason is None:

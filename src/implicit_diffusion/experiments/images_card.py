@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from implicit_diffusion.experiments.image_classes import card_section, drawing
 from implicit_diffusion.experiments.written import markdown
 
 
@@ -18,7 +19,7 @@ def model_card(summary: dict[str, Any]) -> str:
     channels, height, width = images["event_shape"]
     colour = "grey" if channels == 1 else "colour"
     size, seconds = f"--size {height} {width}", f"{summary['seconds']:.0f} s"
-    data = title(config["data"])
+    data, asked = title(config["data"]), " --classes" if config.get("classes") else ""
     prediction, schedule = (markdown(config[key]) for key in ("prediction_type", "beta_schedule"))
     return f"""# A diffusion model of {data}
 
@@ -27,7 +28,7 @@ denoising score matching ({prediction}, schedule {schedule}, {config["steps"]} s
 {config["batch"]} images, {seconds}) on {images["train"]} {colour} images of {height} by {width} pixels.
 It is made for ancestral chains with trailing spacing and without clipping, which its scheduler says too. Made by
 
-    implicit-diffusion pretrain --data DATA {size} --steps {config["steps"]} --batch {config["batch"]} \\
+    implicit-diffusion pretrain --data DATA{asked} {size} --steps {config["steps"]} --batch {config["batch"]} \\
         --lr {config["lr"]:g} --seed {config["seed"]} --out DIR
 
 where DATA is {data}. The denoising loss is {summary["loss_train"]:.4f} on training images and
@@ -36,6 +37,7 @@ where DATA is {data}. The denoising loss is {summary["loss_train"]:.4f} on train
 ```python
 from diffusers import DiffusionPipeline
 
-images = DiffusionPipeline.from_pretrained("this folder")(batch_size=16, num_inference_steps=50).images
+pipeline = DiffusionPipeline.from_pretrained("this folder")
+{drawing(summary)}
 ```
-"""
+{card_section(images.get("classes", ()))}"""

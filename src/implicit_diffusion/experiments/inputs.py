@@ -7,6 +7,7 @@ not move it.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from implicit_diffusion.experiments.array_files import place_of
 from implicit_diffusion.experiments.planar import LAWS
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fingerprints import MODEL_FILES, fingerprint
-from implicit_diffusion.runs.provenance import record
+from implicit_diffusion.runs.provenance import forget, record
 
 NAMES = {
     "model": {"digits"},
@@ -72,6 +73,7 @@ def record_inputs(
     *,
     config: Any = None,
     device: torch.device | None = None,
+    accepted: Collection[str] = (),
 ) -> None:
     """`record` for a run whose reward is loaded by now: what it has imported from beside it counts too.
 
@@ -81,12 +83,26 @@ def record_inputs(
         found: by `inputs`, before anything was loaded, and further ones.
         config: as it goes into config.json; by default the options.
         device: that the run computes on; None for the CPU.
+        accepted: changes that were accepted before.
     """
-    if reward_trust.is_own(getattr(options, "reward", "")):
-        code = reward_trust.code_of(options.reward)
-        beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
-        found = found | ({"reward imports": fingerprint(beside)} if beside else {})
-    record(directory, options if config is None else config, found, device=device)
+    asked = options if config is None else config
+    record(directory, asked, with_imports(options, found), device=device, accepted=accepted)
+
+
+def begin(directory: RunDirectory, config: Any, found: dict[str, Any], device: torch.device) -> None:
+    """Write config.json, and `record_inputs`; an end in between leaves no provenance that would contradict it."""
+    accepted = forget(directory)
+    directory.write_config(config)
+    record_inputs(directory, config, found, device=device, accepted=accepted)
+
+
+def with_imports(options: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprints, and those of what a reward that is loaded by now has imported from beside it."""
+    if not reward_trust.is_own(getattr(options, "reward", "")):
+        return found
+    code = reward_trust.code_of(options.reward)
+    beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
+    return found | ({"reward imports": fingerprint(beside)} if beside else {})
 
 
 def _is_place(name: str, value: object) -> bool:

@@ -22,22 +22,21 @@ The U-Net follows the size of the images (`implicit_diffusion.experiments.data`)
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
 from implicit_diffusion.errors import NonFiniteError
-from implicit_diffusion.experiments import digits, digits_card, images_card
-from implicit_diffusion.experiments.data import Images, as_floats, load_images, widths_for
+from implicit_diffusion.experiments import digits, digits_card, image_classes, images_card
+from implicit_diffusion.experiments.data import Images, load_images, widths_for
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.pretrain_config import Config as Config
 from implicit_diffusion.experiments.pretrain_config import noise_schedule
-from implicit_diffusion.experiments.pretrain_samples import plot_samples, sampled
+from implicit_diffusion.experiments.pretrain_loss import image_losses, judged_losses
+from implicit_diffusion.experiments.pretrain_samples import plot, sampled
 from implicit_diffusion.experiments.pretrain_state import Pretraining, begin, digests
 from implicit_diffusion.runs import RunDirectory, clock, graceful, progress
 from implicit_diffusion.runs.clock import part
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
 
 SAVE_EVERY, CHECKPOINT_EVERY = 600.0, 60.0  # seconds, between two models and between two states
 LINES = 1000  # of metrics.jsonl, at most
-REPEATS = 20  # times and noises per image, by which a loss is judged
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -98,11 +96,15 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     """
     summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
     config = summary["config"]
-    data = load_images(config["data"], tuple(config["size"]), len(config["channels"]))
+    data = load_images(
+        config["data"], tuple(config["size"]), len(config["channels"]), classes=config.get("classes", False)
+    )
     pretrained = load_pretrained(directory.model)
-    unet, count = pretrained.denoiser.model, config["samples"] if config["data"] == "digits" else 96
-    drawn = sampled(config["chains"], unet, pretrained.scheduler, count, config["seed"], data.event_shape)
-    _plot(data, drawn, directory)
+    unet = pretrained.denoiser.model
+    count = config["samples"] if config["data"] == "digits" else image_classes.to_draw(len(data.classes))
+    shape, classes = data.event_shape, len(data.classes)
+    drawn = sampled(config["chains"], unet, pretrained.scheduler, count, config["seed"], shape, classes)
+    plot(data, drawn, directory)
     print(f"figures   {directory.figure('samples')}")
     return dict(summary)
 
@@ -112,8 +114,8 @@ def _finish(
     config: Config, data: Images, unet: "UNet2DModel", scheduler: "DDPMScheduler", directory: RunDirectory
 ) -> dict[str, Any]:
     """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
-    count = config.samples if config.data == "digits" else 96
-    drawn = sampled(config.chains, unet, scheduler, count, config.seed, data.event_shape)
+    count = config.samples if config.data == "digits" else image_classes.to_draw(len(data.classes))
+    drawn = sampled(config.chains, unet, scheduler, count, config.seed, data.event_shape, len(data.classes))
     summary: dict[str, Any] = {
         "config": asdict(config) | {"out": str(config.out)},
         "images": {
@@ -121,9 +123,10 @@ def _finish(
             "held_out": len(data.held_out),
             "event_shape": data.event_shape,
             "left_out": data.left_out,
+            "classes": data.classes,
         },
         "parameters": sum(p.numel() for p in unet.parameters()),
-        **_losses(unet, scheduler, data),
+        **judged_losses(unet, scheduler, data),
         "seconds": max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     }
     if config.data == "digits":
@@ -133,22 +136,17 @@ def _finish(
     card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
     with writing(directory.model):
         save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
-    _plot(data, drawn, directory)
+    plot(data, drawn, directory)
     directory.write_summary(summary)  # the last file: with it, the run is finished
     print(f"cost      {clock.in_words(clock.seconds(directory.path))}; {config.steps} steps of {config.batch} images")
     print(f"model     {directory.model}")
     return summary
 
 
-@part("drawing")
-def _plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
-    groups = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}
-    plot_samples(groups, directory.figure("samples"))
-
-
 @part("loading")
 def _load(config: Config) -> Images:
-    return load_images(config.data, config.size, len(config.channels) if config.channels else None)
+    levels = len(config.channels) if config.channels else None
+    return load_images(config.data, config.size, levels, classes=config.classes)
 
 
 def _device(config: Config) -> torch.device:
@@ -160,9 +158,12 @@ def _widths(event_shape: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def build(
-    config: Config, event_shape: tuple[int, int, int] = digits.EVENT_SHAPE
+    config: Config, event_shape: tuple[int, int, int] = digits.EVENT_SHAPE, classes: int = 0
 ) -> "tuple[UNet2DModel, DDPMScheduler]":
-    """The untrained network and the scheduler: never clipping, since a clipped chain is not affine in the network."""
+    """The untrained network, of so many classes, and the scheduler.
+
+    It never clips, since a clipped chain is not affine in the network.
+    """
     from diffusers import UNet2DModel
 
     channels, height, width = event_shape
@@ -180,6 +181,7 @@ def build(
         norm_num_groups=8,
         add_attention=False,
         dropout=config.dropout,
+        num_class_embeds=classes or None,
     )
     return unet, noise_schedule(config)
 
@@ -212,7 +214,7 @@ def train(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            unet, scheduler = build(config, data.event_shape)
+            unet, scheduler = build(config, data.event_shape, len(data.classes))
             unet.to(device).train()
             training = begin(config, unet, scheduler)
             images = (
@@ -253,9 +255,10 @@ def _train(
     start = last_model - training.seconds
     with graceful() as stop, progress(config.steps, "pretraining", training.step) as bar:
         while training.step < config.steps:
-            x = data.train[torch.randint(len(data.train), (config.batch,), generator=training.generator)]
+            rows = torch.randint(len(data.train), (config.batch,), generator=training.generator)
+            x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
-                training.descend(_loss(training.unet, training.scheduler, x, training.generator).mean())
+                training.descend(image_losses(training.unet, training.scheduler, x, training.generator, labels).mean())
             except NonFiniteError as error:
                 kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
                 where = f"at step {training.step + 1} of {config.steps}"
@@ -279,48 +282,3 @@ def _train(
                 kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
                 raise KeyboardInterrupt(f"interrupted at step {step} of {config.steps}{kept}")
     save_model()
-
-
-def _loss(unet: "UNet2DModel", scheduler: "DDPMScheduler", x: Tensor, generator: torch.Generator) -> Tensor:
-    """|u(x_t, t) - target|^2 per pixel, at random times and noise, with shape (batch,)."""
-    x = as_floats(x)
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), generator=generator)
-    noise = torch.randn(x.shape, generator=generator)
-    targets = {
-        "v_prediction": lambda: scheduler.get_velocity(x, noise, t),
-        "epsilon": lambda: noise,
-        "sample": lambda: x,
-    }
-    target = targets[scheduler.config.prediction_type]().to(unet.device)
-    prediction = unet(scheduler.add_noise(x, noise, t).to(unet.device), t.to(unet.device)).sample
-    return (prediction - target).square().flatten(1).mean(1)
-
-
-def _losses(unet: "UNet2DModel", scheduler: "DDPMScheduler", data: Images) -> dict[str, float]:
-    """On images that were trained on, and on those that were not."""
-    parts = {"loss_train": data.train[: 10 * len(data.held_out)], "loss_held_out": data.held_out}
-    with progress(REPEATS * sum(map(len, parts.values())), "judging") as bar:
-        tick = lambda done: bar.update(advance=done)  # noqa: E731
-        return {name: denoising_loss(unet, scheduler, x, tick=tick) for name, x in parts.items()}
-
-
-@torch.no_grad()
-def denoising_loss(
-    unet: "UNet2DModel",
-    scheduler: "DDPMScheduler",
-    x: Tensor,
-    repeats: int = REPEATS,
-    tick: Callable[[int], None] = lambda done: None,
-) -> float:
-    """The loss of the trained network on given images, the same `repeats` times and noises per image at each call.
-
-    Much lower on training images than on held-out ones means that the network has learnt the former by heart.
-    """
-    generator = torch.Generator().manual_seed(0)
-    parts = x.split(4096) if len(x) > 4096 else (x,)
-    losses = []
-    for _ in range(repeats):
-        for piece in parts:
-            losses.append(_loss(unet, scheduler, piece, generator))
-            tick(len(piece))
-    return torch.cat(losses).mean().item()

@@ -28,6 +28,8 @@ class Config:
     """Folder for the run, new or empty. By default runs/pretrain-<data>."""
     size: tuple[int, int] | None = None
     """Height and width to scale the images to; by default their own, rounded to what the U-Net can halve."""
+    classes: bool = False
+    """Condition the model on classes: the subfolders of a folder, or the labels of the digits."""
     steps: int = 3000
     """Number of optimizer steps."""
     batch: int = 64
@@ -61,6 +63,12 @@ class Config:
         at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0)
         if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
             raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
+        if self.classes and self.channels is not None and max(self.channels) == 8:
+            words = " ".join(map(str, self.channels))  # each of the eight groups is one channel, less its own mean
+            raise InvalidInputError(
+                f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
+                "take 16 or more for one level at least"
+            )
         positive(self, "lr")
         for name in ("ema_decay", "dropout"):
             if not 0 <= getattr(self, name) < 1:

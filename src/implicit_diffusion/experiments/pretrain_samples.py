@@ -12,9 +12,10 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser
 from implicit_diffusion.denoisers.scheduler import read_table
-from implicit_diffusion.experiments import digits
+from implicit_diffusion.experiments import digits, image_classes
+from implicit_diffusion.experiments.data import Images, as_floats
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.runs import progress
+from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.samplers.chain import Chain
 
@@ -30,10 +31,11 @@ def sampled(
     count: int,
     seed: int,
     event: tuple[int, ...],
+    classes: int = 0,
 ) -> dict[int, Tensor]:
-    """`count` images of the chain of each length, said while they are drawn."""
+    """`count` images of the chain of each length, of classes in turn, said while they are drawn."""
     with progress(sum(chains), f"sampling {count} images by chains of {', '.join(map(str, chains))} steps") as bar:
-        return {n: sample_images(unet, scheduler, n, count, seed, event, bar.update) for n in chains}
+        return {n: sample_images(unet, scheduler, n, count, seed, event, classes, bar.update) for n in chains}
 
 
 @torch.no_grad()
@@ -44,10 +46,15 @@ def sample_images(
     n: int,
     seed: int,
     event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
+    classes: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "n *event"]:
-    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; `tick` at every step."""
-    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape)
+    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; of classes in turn.
+
+    It calls `tick` at every step.
+    """
+    condition = image_classes.InTurn(classes) if classes else None
+    chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape, condition=condition)
     x = chain.initial(Noise(seed), n)
     with chain.evaluating():
         for _, _, state in chain.walk(x, Noise(seed)):
@@ -56,12 +63,31 @@ def sample_images(
     return x.cpu()
 
 
-def plot_samples(groups: dict[str, Tensor], path: Path) -> None:
-    """Draw the first images of each group as one grid beside the others; black is -1, white is +1."""
+def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] = ()) -> None:
+    """Draw the first images of each group as one grid beside the others; black is -1, white is +1.
+
+    With `classes`, the rows are theirs, and named.
+    """
     from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
     figure = sheet(5.2 * len(groups), 4.0)
     for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        tile(axis, images[:96], low=-1, high=1, columns=12)
+        tile(axis, images if classes else images[:96], low=-1, high=1, columns=12)
+        if classes:
+            image_classes.name_rows(axis, classes, images.shape[-2])
         axis.set_title(name)
     finish(figure, path)
+
+
+@part("drawing")
+def plot(data: Images, drawn: dict[int, Tensor], directory: RunDirectory) -> None:
+    """figures/samples.png: held-out images, and samples by the number of steps; with classes, a row for each."""
+    groups, classes = {"real": as_floats(data.held_out)} | {f"{n} steps": x for n, x in drawn.items()}, data.classes
+    if data.held_out_labels is None or len(classes) > image_classes.ROWS:
+        plot_samples(groups, directory.figure("samples"))
+        return
+    for name, images in groups.items():
+        turn = image_classes.in_turn(len(classes), len(images))
+        labels = data.held_out_labels if name == "real" else turn
+        groups[name] = image_classes.by_class(images, labels, len(classes))
+    plot_samples(groups, directory.figure("samples"), classes)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.kept import Kept
 from implicit_diffusion.experiments.reward_trust import is_own
 from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
@@ -46,6 +47,7 @@ def evaluate_pretrained(
     starts: int,
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """`evaluate(chain.pretrained(), …)`, from disk where it was made before.
 
@@ -57,17 +59,26 @@ def evaluate_pretrained(
         starts: independent x_0.
         repeats: trajectories from each x_0.
         progress: called with the number of trajectories just done.
+        kept: the same in the run's own folder, which holds it afterwards, and from which it is gone on with.
     """
+
+    def make() -> Evaluation:
+        by = evaluate if kept is None else kept.evaluate
+        return by(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
+
     folder = _cache() if chain.condition is None else None
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
     if folder is None or is_own(name) or size > LIMIT or not isinstance(chain.reference, DiffusersDenoiser):
-        return evaluate(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
-    folder = folder / _key(chain, chain.reference, name, noise, starts, repeats)
+        return make()
+    shown = None if kept is None else kept.shown
+    folder = folder / _key(chain, chain.reference, name, noise, starts, repeats, kept is not None, shown)
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged
         found = Evaluation(**{column: value.to(chain.device) for column, value in load_state(folder).items()})
         progress(starts * repeats)
+        if kept is not None:
+            kept.write(found)
         return found
-    made = evaluate(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
+    made = make()
     with suppress(OSError):  # a disk that is full or read-only
         save_state(folder, vars(made))
     return made
@@ -96,9 +107,15 @@ def _key(chain: Chain, network: DiffusersDenoiser, *others: object) -> str:
 def _software() -> str:
     import diffusers
 
+    versions = (torch.__version__, diffusers.__version__, np.__version__, platform.platform(), platform.processor())
+    return " ".join((*versions, code_digest()))
+
+
+@cache
+def code_digest() -> str:
+    """sha256 of every file of this package."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    versions = (torch.__version__, diffusers.__version__, np.__version__, platform.platform(), platform.processor())
-    return " ".join((*versions, digest.hexdigest()))
+    return digest.hexdigest()

@@ -11,10 +11,10 @@ from typing import Any
 
 from implicit_diffusion.experiments import page
 from implicit_diffusion.experiments.concerns import concerns
-from implicit_diffusion.experiments.finetune import PROMPTS
 from implicit_diffusion.experiments.judging import falls
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.page import duration, table, tile, write_page
+from implicit_diffusion.experiments.planning import PROMPTS
 from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import beside, decimals, distinct, model_name, number, percent

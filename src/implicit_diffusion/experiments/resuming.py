@@ -53,6 +53,11 @@ def resume(
                 )
             raise InvalidInputError(f"{path} is no interrupted run: nothing had begun; give the first command again")
         experiment, values = _experiment(directory)
+        if values.get("plan") and (path / "plan.json").exists():
+            raise InvalidInputError(
+                f"{path} is no interrupted run: it holds a whole plan; `finetune --out {path}`, with the other "
+                "options of the plan, trains"
+            )
         if finished and (path / experiment.last).exists():
             raise InvalidInputError(f"{path} is no interrupted run: it is finished; {_results(path, values)}")
         if finished:

@@ -25,6 +25,7 @@ from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.experiments.planning import PLANNED, PROMPTS, pretrained_samples
 from implicit_diffusion.experiments.problem import build
 from implicit_diffusion.experiments.resuming import resume
 from implicit_diffusion.experiments.reward_trust import short
@@ -48,9 +49,9 @@ LEFT_BY_AN_EARLY_END = {
     clock.FILE,
     "config.json",
     "plan.json",
-    finetune.PLANNED,
+    PLANNED,
     "figures",
-    finetune.PROMPTS,
+    PROMPTS,
     "checkpoint",
 }
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
@@ -114,12 +115,13 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> dict[str, Any]:
     """The same in a directory that is held, on what it rested on where it has begun before."""
     out = directory.path
-    samples, conditional = _pretrained(config.each, directory)
-    betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
+    problem = build(config.each)
+    conditional = problem.chain.condition is not None
     directory.write_config(_settings(config))
     record_inputs(directory, config.each, rests_on, config=_settings(config))
-    finetune.keep_rewards(samples, directory)
     try:
+        samples = pretrained_samples(config.each, problem, directory, rests_on)
+        betas = sorted(config.kl_weights or (b.beta for b in make_plan(samples, conditional=conditional).bounds))
         for place, beta in enumerate(betas, start=1):
             print(f"KL weight {beta:.6g}, run {place} of {len(betas)}")
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
@@ -164,13 +166,6 @@ def _check_folder(out: Path, config: Config) -> None:
     if different:
         told = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
         raise InvalidInputError(f"--out {out} holds a sweep of other options: {told}; choose another --out")
-
-
-def _pretrained(each: finetune_config.Config, directory: RunDirectory) -> tuple[Evaluation, bool]:
-    """Trajectories of the pretrained chain, those of every run's plan, and whether they come under a condition."""
-    problem = build(each)
-    samples = finetune.read_rewards(directory) or finetune.pretrained_samples(each, problem)
-    return samples, problem.chain.condition is not None
 
 
 def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes: tuple[Change, ...]) -> None:

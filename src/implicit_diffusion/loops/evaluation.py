@@ -14,7 +14,7 @@ the training (`implicit_diffusion.loops.bound`). What is shown as J is the first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +41,13 @@ class Evaluation(Shown):
         reward: R(x_N).
         path_kl: Σ_k ‖Δ_k‖²/(2 s_k²) along each trajectory, in nats; infinite where a trained row has no noise.
         log_ratio: log dP_θ/dP_0 of each trajectory, in nats; NaN where a trained row has no noise.
-        samples: x_N.
+        samples: x_N; of an evaluation that was kept on disk, those of its first starts and repeats alone.
     """
 
     reward: Float[Tensor, "starts repeats"]
     path_kl: Float[Tensor, "starts repeats"]
     log_ratio: Float[Tensor, "starts repeats"]
-    samples: Float[Tensor, "starts repeats *event"]
+    samples: Float[Tensor, "shown_starts shown_repeats *event"]
 
     def _words(self) -> Iterable[str]:
         starts, repeats = self.reward.shape
@@ -76,7 +76,6 @@ def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, flo
     return per_start.mean().item(), error.item()
 
 
-@torch.no_grad()
 def evaluate(
     chain: Chain,
     reward: Callable[..., Any] | Reward,
@@ -109,38 +108,72 @@ def evaluate(
             depend on other samples than their own.
         NonFiniteError: rewards that are NaN or infinite.
     """
+    check_call("progress", progress, "done")
+    parts: list[Evaluation] = []
+    for part in evaluate_in_parts(chain, reward, noise, starts=starts, repeats=repeats, chunk=chunk):
+        parts.append(part)
+        progress(part.reward.numel())
+    return joined(parts)
+
+
+def evaluate_in_parts(
+    chain: Chain,
+    reward: Callable[..., Any] | Reward,
+    noise: Noise,
+    *,
+    starts: int,
+    repeats: int = 1,
+    chunk: int | None = None,
+    first: int = 0,
+) -> Iterator[Evaluation]:
+    """What `evaluate` joins, one network batch after the other; between two of them, networks are as they were.
+
+    A part depends on its number alone, so that whoever has kept some goes on with the others and gets the same.
+
+    Args and errors as in `evaluate`; `first` is the number of the part to begin with.
+    """
     check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
     starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
     chunk = None if chunk is None else check_integer("chunk", chunk)
-    check_call("progress", progress, "done")
-    parts: list[tuple[Tensor, ...]] = []
     if chunk is None:
         chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
-    size = max(1, chunk // repeats)
+    size, score = max(1, chunk // repeats), as_reward(reward)
+    return (
+        _part(chain, score, noise, index, min(size, starts - index * size), repeats, first=index == first)
+        for index in range(first, -(-starts // size))
+    )
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of which these are the parts, in their order."""
+    columns = zip(*((part.reward, part.path_kl, part.log_ratio, part.samples) for part in parts), strict=True)
+    return Evaluation(*map(torch.cat, columns))
+
+
+@torch.no_grad()
+def _part(
+    chain: Chain, score: Reward, noise: Noise, index: int, starts: int, repeats: int, *, first: bool
+) -> Evaluation:
+    """Trajectory `index` of the noise, from so many starts; errors of the first one say what the reward was given."""
     compare = chain.denoiser is not chain.reference
-    score = as_reward(reward)
     singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
     with chain.evaluating(), score.evaluating():
-        for index, first in enumerate(range(0, starts, size)):
-            x = chain.initial(noise, min(size, starts - first), index).repeat_interleave(repeats, 0)
-            kl = log_ratio = x.new_zeros(len(x))
-            for row, (transition, xi, state) in enumerate(
-                chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
-            ):
-                x = state[0]
-                if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
-                    shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
-                    step = squared_norm(shift)[0] / 2
-                    kl = kl + step
-                    log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
-            if singular:
-                kl, log_ratio = kl + math.inf, log_ratio + math.nan
-            end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
-            with nullcontext() if parts else trying("reward", f"samples of shape {tuple(x.shape)}"):
-                if not score.probed and not parts:
-                    score.probe(end)
-                judged = score.judge(end)
-            rows = (judged, kl, log_ratio, x)
-            parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))
-            progress(len(x))
-    return Evaluation(*(torch.cat(column) for column in zip(*parts)))
+        x = chain.initial(noise, starts, index).repeat_interleave(repeats, 0)
+        kl = log_ratio = x.new_zeros(len(x))
+        for row, (transition, xi, state) in enumerate(
+            chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
+        ):
+            x = state[0]
+            if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
+                shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
+                step = squared_norm(shift)[0] / 2
+                kl = kl + step
+                log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
+        if singular:
+            kl, log_ratio = kl + math.inf, log_ratio + math.nan
+        end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
+        with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
+            if not score.probed and index == 0:  # whoever goes on has done so: it may draw from the global generators
+                score.probe(end)
+            judged = score.judge(end)
+        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))

@@ -1,6 +1,6 @@
 """The folder of one run: what was asked, what happened, what came out.
 
-    plan.json       what could be had, known before the run
+    plan.json       what could be had, known before the run, and plan/, the rewards that it is made of
     config.json     the resolved configuration
     metrics.jsonl   one line per update
     summary.json    the headline numbers

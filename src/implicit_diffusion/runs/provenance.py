@@ -21,7 +21,7 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs.directory import RunDirectory, plain
-from implicit_diffusion.runs.files import replacing
+from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.runs.fingerprints import Input, again, fingerprint, is_fingerprint, relative, short
 
 FILE = "provenance.json"
@@ -33,7 +33,12 @@ Change = Literal["config", "model", "reference", "reward", "prompts", "data", "v
 
 
 def record(
-    directory: RunDirectory, config: Any, inputs: Mapping[str, Input], *, device: torch.device | None = None
+    directory: RunDirectory,
+    config: Any,
+    inputs: Mapping[str, Input],
+    *,
+    device: torch.device | None = None,
+    accepted: Collection[str] = (),
 ) -> None:
     """Write provenance.json, when config.json is written.
 
@@ -42,14 +47,12 @@ def record(
         config: all that was asked, as it goes into config.json.
         inputs: by a name of `Change`, which words may follow. Files inside the run directory may move with it.
         device: that the run computes on; None for the CPU.
+        accepted: changes that were accepted before, as `forget` returned them; those of a file that is there stay too.
 
     Raises:
         InvalidInputError: an input that cannot be read.
     """
-    accepted: list[str] = []
-    if is_recorded(directory):
-        with suppress(InvalidInputError):  # a damaged one
-            accepted = _read(directory)["accepted"]
+    accepted = [*accepted, *_accepted(directory)]
     told = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
     _write(
         directory,
@@ -62,6 +65,23 @@ def record(
             "accepted": accepted,
         },
     )
+
+
+def forget(directory: RunDirectory) -> list[str]:
+    """Take provenance.json away before config.json is written anew: an end in between must not look like a change.
+
+    Returns:
+        The changes that were accepted in it.
+    """
+    accepted = _accepted(directory)
+    with writing(directory.path / FILE):
+        (directory.path / FILE).unlink(missing_ok=True)
+    return accepted
+
+
+def surroundings(device: torch.device) -> dict[str, str]:
+    """What decides rounding beside the numbers themselves: device, threads and versions, each in words."""
+    return {"device": f"{device.type}, {_kind(device)}", "threads": str(torch.get_num_threads()), **_versions()}
 
 
 def is_recorded(directory: RunDirectory) -> bool:
@@ -134,6 +154,13 @@ class Difference:
 def device_of(directory: RunDirectory) -> str | None:
     """The device that the run goes on with, where provenance.json says one."""
     return _read(directory)["device"]["name"] if is_recorded(directory) else None
+
+
+def _accepted(directory: RunDirectory) -> list[str]:
+    if is_recorded(directory):
+        with suppress(InvalidInputError):  # a damaged one
+            return list(_read(directory)["accepted"])
+    return []
 
 
 def _config(directory: RunDirectory, saved: dict[str, Any]) -> Iterator[Difference]:

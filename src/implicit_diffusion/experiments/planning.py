@@ -1,0 +1,199 @@
+"""The pretrained trajectories that a plan is made of: drawn once for a run's folder, and gone on with there.
+
+    plan/state.safetensors   the rewards, with all that they rest on: model, reward, chain, noise, and what rounds
+
+`finetune --plan`, the run that follows in the same folder, and whatever was interrupted before its first update share
+them. Where what they rest on differs, a line says so and they are drawn again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.finetune_config import Config
+from implicit_diffusion.experiments.inputs import with_imports
+from implicit_diffusion.experiments.kept import Kept, evaluation
+from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
+from implicit_diffusion.experiments.problem import PLAN, Problem, ddim_eta
+from implicit_diffusion.experiments.remembered import code_digest, evaluate_pretrained
+from implicit_diffusion.experiments.reward_trust import short
+from implicit_diffusion.loops import Evaluation
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.runs import RunDirectory, load_state, progress
+from implicit_diffusion.runs.clock import part
+from implicit_diffusion.runs.files import writing
+from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.provenance import surroundings
+
+PLANNED = "plan"  # the folder
+REPEATS = 16  # trajectories from each start
+SHOWN = 64  # starts whose first sample is kept, for a picture
+PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
+FILES = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
+
+
+def planned(
+    config: Config,
+    problem: Problem,
+    directory: RunDirectory,
+    found: dict[str, Any],
+    pretrained: Evaluation | None = None,
+) -> Plan:
+    """The plan, of a run that has begun to train or is about to; what is new in it is written, drawn and printed.
+
+    Args:
+        config: of the run.
+        problem: of that config.
+        directory: of the run.
+        found: fingerprints, by `inputs`, before anything was loaded.
+        pretrained: what the plan is made of, where it has been drawn and shown before.
+    """
+    known = read_rewards(directory) if directory.has_state else None
+    samples = pretrained or known or pretrained_samples(config, problem, directory, found)
+    options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
+    try:
+        plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
+    except InvalidInputError:
+        if samples is not known:
+            _abandon(directory)
+        raise
+    if samples is known:
+        return plan
+    plot(plan, samples, directory.figure("plan"))
+    if samples is pretrained:
+        keeper(config, problem, directory, found).write(samples)
+    else:
+        show(plan)
+    if config.plan:
+        _show_files(problem, samples, directory)
+    directory.write_plan(plan.summary())  # the last file: with it, the plan is whole
+    return plan
+
+
+@part("planning")
+def pretrained_samples(config: Config, problem: Problem, directory: RunDirectory, found: dict[str, Any]) -> Evaluation:
+    """Trajectories of the pretrained chain, several from each start: those of the folder, and what lacks of them.
+
+    Args:
+        config: of the run.
+        problem: of that config.
+        directory: of the run. Its plan.json stands for a plan that is whole, and goes where something is drawn.
+        found: fingerprints, by `inputs`, before anything was loaded.
+    """
+    kept, there = keeper(config, problem, directory, found), None
+    total = REPEATS * config.starts
+    try:
+        there = kept.read()
+    except InvalidInputError as error:
+        print(f"plan      drawn again, not taken from {kept.folder}: {error}")
+    if there is not None and kept.is_whole(there):
+        print(f"plan      reused: {kept.folder} holds the {total} trajectories of this model, chain and reward")
+        return evaluation(there, problem.chain.device)
+    if there is not None:
+        print(f"plan      goes on: {kept.folder} holds {there['reward'].numel()} of {total} trajectories")
+    with writing(directory.path):
+        (directory.path / "plan.json").unlink(missing_ok=True)
+    return draw(config, problem, kept)
+
+
+def draw(config: Config, problem: Problem, kept: Kept) -> Evaluation:
+    """Draw what the folder lacks."""
+    with progress(REPEATS * config.starts, "planning") as bar:
+        return evaluate_pretrained(
+            problem.chain,
+            problem.reward,
+            Noise(config.seed).stream(PLAN),
+            name=config.reward,
+            starts=config.starts,
+            repeats=REPEATS,
+            progress=lambda done: bar.update(advance=done),
+            kept=kept,
+        )
+
+
+def _abandon(directory: RunDirectory) -> None:
+    """Leave nothing of a plan that there cannot be."""
+    for name in (*FILES, "config.json", "provenance.json"):
+        (directory.path / name).unlink(missing_ok=True)
+    for folder in (PLANNED, "figures"):
+        with suppress(OSError):  # not there, or something else is in it
+            (directory.path / folder).rmdir()
+
+
+def read_rewards(directory: RunDirectory) -> Evaluation | None:
+    """What a run was planned with, on the CPU and no samples, whatever it rests on; None where nothing is there."""
+    if not (directory.path / PLANNED).exists():
+        return None
+    reward = load_state(directory.path / PLANNED)["reward"]
+    none = torch.zeros_like(reward)
+    return Evaluation(reward, none, none, none[..., None][..., :0])
+
+
+def keeper(config: Config, problem: Problem, directory: RunDirectory, found: dict[str, Any]) -> Kept:
+    """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
+    draws = Draws(Noise(config.seed), PLAN, 2, device=problem.chain.device)
+    return Kept(directory.path / PLANNED, rests_on(config, problem, found), config.starts, draws, SHOWN)
+
+
+def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) -> None:
+    """Draw pretrained samples of the chain, and say where the plan is."""
+    from implicit_diffusion.experiments.drawing import finish, sheet, tile
+
+    print(f"plan      {directory.path / 'plan.json'}")
+    print(f"figures   {directory.figure('plan')}")
+    decoded = problem.decoded(samples)
+    images = samples.samples[:SHOWN, 0] if decoded is None else decoded[0]
+    if images.ndim == 4:
+        figure = sheet(5.0, 5.0)
+        tile(figure.subplots(), images, -1.0, 1.0)
+        finish(figure, directory.figure("pretrained"))
+        print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
+
+
+def rests_on(config: Config, problem: Problem, found: dict[str, Any]) -> dict[str, str]:
+    """All that decides the bits of pretrained trajectories and their rewards, by name.
+
+    What is trained, and how, has no part in it: neither β nor adapters, which are off in the pretrained network.
+    """
+    given = problem.conditioning
+    prompts = hashlib.sha256("\n".join(given.prompts).encode()).hexdigest() if given.prompts else None
+    options = {
+        "--reward": short(config.reward),
+        "--scheduler": problem.kind,
+        "--num-steps": config.num_steps,
+        "--eta": ddim_eta(config) if problem.kind == "ddim" else None,
+        "--no-clip": config.no_clip or None,
+        "--guidance": given.guidance if given.drawn is not None else None,
+        "--null-class": given.null if given.drawn is not None else None,
+        "--prompts": prompts and f"sha256 {prompts}",
+        "--precision": config.precision,
+        "--compile": config.compile or None,
+        "--seed": config.seed,
+        "--starts": config.starts,
+        "dtype": problem.chain.dtype,
+        "code": f"sha256 {code_digest()}",
+    }
+    named = {f"--{name}": getattr(config, name) for name in ("model", "reference") if name not in found}
+    told = {name: str(value) for name, value in (named | options).items() if value is not None}
+    return told | _files(with_imports(config, found)) | surroundings(problem.chain.device)
+
+
+def _files(found: dict[str, Any]) -> dict[str, str]:
+    """The digests of files, by names that do not say where they lie."""
+    told: dict[str, str] = {}
+    for name, entry in found.items():
+        if name == "prompts":  # read by now
+            continue
+        files = dict(entry["files"])
+        if "folder" not in entry and files:
+            base = os.path.commonpath([Path(file).parent for file in files])
+            files = {os.path.relpath(file, base): digest for file, digest in files.items()}
+        told |= {f"{name} {file}": f"sha256 {digest}" for file, digest in files.items()}
+    return told
