@@ -107,20 +107,29 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         record_inputs(directory, config, rests_on, device=problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
-        state = train(config, problem, loop, plan, noise, directory)
+        state = train(config, problem, loop, plan, samples, noise, directory)
         finish(config, problem, state, plan, noise, directory, memory)
         return report(directory)
 
 
-def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: Noise, directory: RunDirectory) -> Fit:
+def train(
+    config: Config,
+    problem: Problem,
+    loop: ChainLoop,
+    plan: Plan,
+    samples: Evaluation,
+    noise: Noise,
+    directory: RunDirectory,
+) -> Fit:
     """Train, until all updates are made or the run stops by itself.
 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
-    if config.penalty == "path-kl":
-        callbacks.append(Rise(-plan.reward, plan.reward_se))
+    callbacks: list[Callable[[Fit], str | None]] = [
+        *_callbacks(config, problem, noise, samples),
+        Runaway(plan.reward_std),
+    ]
     state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
@@ -148,6 +157,7 @@ def finish(
         "network_evaluations": evaluations,
         "updates": state.updates,
         "stopped": state.stopped,
+        "kept": state.kept,
         "staleness_max": state.metrics.get("staleness_max"),
         "predicted_memory_bytes": memory.total,
         "condition": problem.pretrained.condition,
@@ -235,16 +245,26 @@ def _export(config: Config, problem: Problem, state: Fit, directory: RunDirector
 
 def _held_out(config: Config) -> int:
     """Trajectories that are judged during training."""
-    return min(128, 8 * config.starts)
+    return min(64, 8 * config.starts)
 
 
-def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
+def _callbacks(
+    config: Config, problem: Problem, noise: Noise, samples: Evaluation
+) -> list[Callable[[Fit], str | None]]:
     every = max(1, config.updates // 10)
     held_out = HeldOut(problem.reward, noise.stream(DURING), every=every, starts=_held_out(config))
-    if config.target_kl is None:
+    if config.penalty == "drift":
         return [held_out]
-    reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)
-    return [reached, held_out]
+
+    def rate(factor: int) -> str:
+        return f"--lr {config.lr / factor:.1g}, {factor} times smaller"
+
+    rise = Rise(held_out, pretrained=samples, rate=rate)
+    if config.target_kl is None:
+        return [held_out, rise]
+    if config.target_kl_mode == "stop":
+        return [held_out, StopAtKL(config.target_kl, held_out=held_out), rise]
+    return [AdaptKL(config.target_kl), held_out, rise]
 
 
 def pretrained_samples(config: Config, problem: Problem) -> Evaluation:

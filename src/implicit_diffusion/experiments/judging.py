@@ -24,6 +24,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.rise import smaller_rate
 from implicit_diffusion.samplers.chain import Chain
 
 
@@ -112,17 +113,6 @@ def _worse(before: Evaluation, after: Evaluation, beta: float, best: Bound | Non
     )
 
 
-def smaller_rate(excess: float, possible: float) -> int:
-    """By what power of ten to divide a learning rate: at it J stands `excess` above J*, before training `possible`.
-
-    What gradient noise keeps J above its optimum is proportional to the rate: divided by excess/possible it would bring
-    J back to where it began, and by the next power of ten below.
-    """
-    if not (possible > 0 and math.isfinite(excess)):
-        return 10
-    return int(10 ** min(6, max(1, math.ceil(math.log10(excess / possible)))))
-
-
 def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
     if values is None:
         return {name: None, f"{name}_se": None}
@@ -176,6 +166,12 @@ def effect_of_clipping(
     }
 
 
+def opening(summary: dict[str, Any]) -> list[str]:
+    """What is said of a run before anything else: that J rose; why it stopped, and which model it ended with."""
+    stopped = summary.get("stopped") and f"Stopped after update {summary['updates']}: {summary['stopped']}."
+    return [sentence for sentence in (summary.get("worse"), stopped) if sentence]
+
+
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
     """README.md of the exported pipeline; the strings in it that are not ours have no effect as Markdown or HTML."""
     given = (short(config["reward"]), Path(config["model"]).name, chain.table.name, summary["pipeline"])
@@ -198,7 +194,7 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
         judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
-    worse = f"\n**{summary['worse']}**\n" if summary.get("worse") else ""
+    worse = "".join(f"\n**{markdown(sentence)}**\n" for sentence in opening(summary))
     return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
@@ -233,7 +229,7 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
         return number(summary[name], summary[f"{name}_se"], sign=sign)
 
     deviations = number(summary["reward_gain"] / summary["reward_std_before"], sign=True)
-    lines = [summary["worse"]] if summary.get("worse") else []
+    lines = opening(summary)
     lines += [
         f"reward    {line('reward_before')} → {line('reward_after')} "
         f"({exact('reward_gain', sign=True)}, or {deviations} deviations)"

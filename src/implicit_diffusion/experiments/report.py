@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.experiments.concerns import concerns
+from implicit_diffusion.experiments.judging import opening
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import decimals, distinct, number, percent
@@ -111,7 +112,7 @@ def _headline(outcome: Outcome, title: str) -> str:
 def _in_words(outcome: Outcome) -> str:
     s, best = outcome.summary, outcome.bound
     verb = "raised" if s["reward_after"] > s["reward_before"] else "lowered"
-    text = f"<b>{escape(s['worse'])}</b> " if s.get("worse") else ""
+    text = "".join(f"<b>{escape(sentence)}</b> " for sentence in opening(s))
     text += (
         f"Fine-tuning {verb} the mean reward on unseen noise by {number(abs(outcome.gain_in_std), digits=2)} standard "
         "deviations of what the pretrained model earns."
