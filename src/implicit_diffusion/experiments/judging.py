@@ -17,7 +17,7 @@ from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import markdown, number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, captured, possible, sharpest
+from implicit_diffusion.loops.bound import Bound, bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
@@ -72,15 +72,17 @@ def judge(
         numbers |= _with_error(name, values)
     numbers["reward_std_before"] = before.reward.double().std().item()
     found, told = sharpest(before, after, beta) if beta and after.log_ratio.isfinite().all() else (None, None)
+    if beta and told is None:  # of which a chain that overflows knows nothing
+        found, told = bound(before, beta), "pretrained"
     if beta is not None:
         numbers["worse"] = _worse(before, after, beta, found, lr)
     share: tuple[float | None, float | None] = (None, None)
     unknown = None
-    if found is not None and beta:
+    if numbers["worse"] and found is not None:
+        unknown = "J rose: nothing was captured."
+    elif found is not None and beta:
         (most, error), known = possible(before, after, beta), captured(before, after, beta)
-        if numbers["worse"]:
-            unknown = "J rose: nothing was captured."
-        elif not most > 2 * error:
+        if not most > 2 * error:
             unknown = f"What could be gained, {number(most, error)} of J, may be nothing: judge more --starts."
         elif known[1] > UNKNOWN:
             unknown = f"The captured share has a standard error of {percent(known[1])}: judge more --starts."

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
@@ -173,10 +174,9 @@ class Rise:
         seen = self.pretrained or self.held_out.pretrained(fit)
         if seen.reward.shape[1] > 1:
             return seen, {"conditional": fit.chain.condition is not None}
-        pairs = {
-            name: value[: len(value) // 2 * 2].reshape(-1, 2, *value.shape[2:]) for name, value in vars(seen).items()
-        }
-        return Evaluation(**pairs), {"conditional": False}
+        even = len(seen.reward) // 2 * 2
+        pairs = (torch.stack([value[0:even:2, 0], value[1:even:2, 0]], 1) for value in vars(seen).values())
+        return Evaluation(*pairs), {"conditional": False}
 
     def _kept_j(self, beta: float) -> float:
         """J of what is kept, under the present β."""

@@ -21,7 +21,7 @@ def most_sound(chain: Chain) -> float:
     One of N·d/2 moves each of the d numbers of an event by a deviation of the step's own noise, in each of N steps:
     twenty times that, and a thousand nats more, for the smallest chains.
     """
-    return 1000 + 10 * chain.num_steps * torch.Size(chain.event_shape).numel()
+    return 1000.0 + 10 * chain.num_steps * torch.Size(chain.event_shape).numel()
 
 
 @dataclass
