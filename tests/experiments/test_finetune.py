@@ -126,6 +126,7 @@ def test_target_kl_stops(tmp_path):
     assert main(["finetune", *TINY, *options]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["updates"] < 60 and "reached the target" in summary["stopped"]
+    assert summary["path_kl"] == pytest.approx(1e-6, rel=0.5)  # however small beside a single step
 
 
 def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
@@ -149,10 +150,11 @@ def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     assert summary["j_after"] > summary["j_before"] + 10 and summary["captured"] is None
     assert summary["j_bound_from"] == "pretrained" and summary["j_bound"] < summary["j_before"]
     assert next(iter(summary)) == "worse" and summary["worse"] in (out / "model" / "README.md").read_text()
-    printed, said = capsys.readouterr()
-    assert said.count("of the pretrained model: this training makes it worse") == 1  # at once, and not at every look
+    (printed, said), report = capsys.readouterr(), (out / "report.html").read_text()
+    assert said.count("Stopped: the path KL is") == 1 and summary["updates"] <= 2  # at once, whatever is still to come
+    assert summary["stopped"] in printed and f"<b>Stopped after update {summary['updates']}: J on" in report
     assert printed.index("Fine-tuning made the model worse: J ") < printed.index("\nreward    ")
-    assert f'<p class="lead"><b>{summary["worse"]}</b>' in (out / "report.html").read_text()
+    assert f'<p class="lead"><b>{summary["worse"]}</b>' in report
     rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["worse"]).group(1)
     assert main(["finetune", *TINY, "--lr", rate, "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "summary.json").read_text())

@@ -50,9 +50,7 @@ def _run(outcome: Outcome) -> list[Concern]:
     if stopped:
         planned = f"after {s['updates']} of {config['updates']} updates"
         reached = "reached the target" in stopped
-        early = s["updates"] < config["updates"]
-        title = "The run stopped early" if early else "The last model was not good"
-        found.append(Concern(not reached, title, f"It ended {planned}: {stopped}."))
+        found.append(Concern(not reached, "The run stopped early", f"It ended {planned}: {stopped}."))
 
     gain, error = s["reward_after"] - s["reward_before"], s["reward_gain_se"]
     if gain < 2 * error:

@@ -196,7 +196,7 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
         judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
-    worse = "".join(f"\n**{markdown(sentence)}**\n" for sentence in opening(summary))
+    worse = "".join(f"\n**{sentence}**\n" for sentence in opening(summary))
     return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
