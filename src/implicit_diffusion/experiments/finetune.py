@@ -144,7 +144,8 @@ def finish(
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise)
-    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
+    advise = "Try " not in (state.stopped or "")
+    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr, advise=advise)
     with Draws(noise, DURING, 0, device=problem.chain.device):
         held_out = evaluate_pretrained(
             problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1

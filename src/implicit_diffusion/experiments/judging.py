@@ -43,7 +43,13 @@ def particles(chain: Chain) -> Particles:
 
 
 def judge(
-    before: Evaluation, after: Evaluation, exported: Evaluation, beta: float | None, *, lr: float | None = None
+    before: Evaluation,
+    after: Evaluation,
+    exported: Evaluation,
+    beta: float | None,
+    *,
+    lr: float | None = None,
+    advise: bool = True,
 ) -> Judgement:
     """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured.
 
@@ -57,6 +63,7 @@ def judge(
         exported: the pipeline's.
         beta: weight of the path KL; None where the penalty is another one, and there is no J to speak of.
         lr: the learning rate of the run, for what to change.
+        advise: whether to say what to change, where nobody has yet.
     """
     numbers: dict[str, Any] = {"worse": None}
     for name, values in (
@@ -76,6 +83,8 @@ def judge(
         found, told = bound(before, beta), "pretrained"
     if beta is not None:
         numbers["worse"] = _worse(before, after, beta, found, lr)
+        if numbers["worse"] and not advise:
+            numbers["worse"] = numbers["worse"].split(" Try ")[0]
     share: tuple[float | None, float | None] = (None, None)
     unknown = None
     if numbers["worse"] and found is not None:

@@ -160,23 +160,21 @@ class Rise:
         """The path KL beyond which no control is as good as the pretrained chain, at the present β."""
         beta = fit.loop.objective.weight(PathKL)
         if self._most is None or self._most[0] != beta:
-            samples, options = self._samples(fit)
-            self._most = beta, most_kl(samples, beta, **options) if beta > 0 else math.inf
+            self._most = beta, most_kl(self._samples(fit), beta) if beta > 0 else math.inf
         return self._most[1]
 
     def _possible(self, fit: Fit) -> float:
         """What could be gained in J at the present β."""
-        (samples, options), beta = self._samples(fit), fit.loop.objective.weight(PathKL)
-        return -mean_and_error(samples.reward)[0] - bound(samples, beta, **options).j if beta > 0 else math.nan
+        samples, beta = self._samples(fit), fit.loop.objective.weight(PathKL)
+        return -mean_and_error(samples.reward)[0] - bound(samples, beta).j if beta > 0 else math.nan
 
-    def _samples(self, fit: Fit) -> tuple[Evaluation, dict[str, bool]]:
-        """Of the pretrained chain, with the way to bound J from them; starts of single trajectories in twos."""
+    def _samples(self, fit: Fit) -> Evaluation:
+        """Of the pretrained chain; starts of single trajectories in twos."""
         seen = self.pretrained or self.held_out.pretrained(fit)
         if seen.reward.shape[1] > 1:
-            return seen, {"conditional": fit.chain.condition is not None}
+            return seen
         even = len(seen.reward) // 2 * 2
-        pairs = (torch.stack([value[0:even:2, 0], value[1:even:2, 0]], 1) for value in vars(seen).values())
-        return Evaluation(*pairs), {"conditional": False}
+        return Evaluation(*(torch.stack([value[0:even:2, 0], value[1:even:2, 0]], 1) for value in vars(seen).values()))
 
     def _kept_j(self, beta: float) -> float:
         """J of what is kept, under the present β."""
