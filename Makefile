@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all lint types docs bench clean
 
@@ -11,10 +11,10 @@ demo: $(READY)  ## fine-tune the shipped digits model for brightness
 	$(BIN)/implicit-diffusion finetune --model digits --reward brightness --kl-weight 2.6 \
 		--out runs/demo-$$(date -u +%Y%m%dT%H%M%SZ)
 
-test: $(READY)  ## the tests, without the slow ones
-	$(PYTEST) -m "not slow"
+test: $(READY)  ## the tests, without the slow ones and without drawing most pictures
+	$(PYTEST) -m "not slow" --sketch
 
-test-all: $(READY)  ## the tests, with the slow ones
+test-all: $(READY)  ## all of the tests, with all of their pictures
 	$(PYTEST)
 
 lint: $(READY)

@@ -9,6 +9,36 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the test workers share the cores
+drawing = True
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sketch", action="store_true", help="Save a dot for every picture, except where a test is `drawn`."
+    )
+
+
+def pytest_configure(config):
+    """Layout and rasterising are half of a small run's time, and few tests are about pictures."""
+    if not config.getoption("--sketch"):
+        return
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    savefig = Figure.savefig
+
+    def sketch(figure, file, **options):
+        if drawing:
+            savefig(figure, file, **options)
+        else:
+            Image.new("RGB", (1, 1)).save(file, options["format"])
+
+    Figure.savefig = sketch
+
+
+def pytest_runtest_setup(item):
+    global drawing
+    drawing = item.get_closest_marker("drawn") is not None
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 ROOT = Path(__file__).parents[1]
 GENERATED = {"_build", "api"}
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not GENERATED & set(page.relative_to(ROOT).parts)]
+SLOW = {"docs/howto/memory.md"}
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -26,7 +27,13 @@ def run_examples(page):
     return document.namespace
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def pages():
+    for page in WRITTEN:
+        name = page.relative_to(ROOT).as_posix()
+        yield pytest.param(page, id=name, marks=pytest.mark.slow if name in SLOW else ())
+
+
+@pytest.mark.parametrize("page", pages())
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_examples(page)
@@ -58,6 +65,7 @@ def test_examples_share_a_namespace_and_may_be_skipped(tmp_path):
         run_examples(page)
 
 
+@pytest.mark.slow
 def test_docs_build_without_warnings(tmp_path):
     docs = ROOT / "docs"
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "doctrees")]

@@ -168,6 +168,7 @@ def test_redness():
         redness(torch.zeros(2, 1, 8, 8))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(("mode", "reward"), [("RGB", "redness"), ("L", "brightness")])
 def test_pretrain_on_a_folder_and_finetune_the_result(mode, reward, tmp_path, capsys):
     folder = write_images(tmp_path / "images", mode=mode)

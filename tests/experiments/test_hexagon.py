@@ -90,6 +90,7 @@ def test_the_narrowest_modes_are_resolved():
     )
 
 
+@pytest.mark.drawn
 def test_modes_that_no_point_of_the_picture_meets_are_drawn(tmp_path):
     """At σ = 1e-3 the density underflows between the points of the grid, and has no levels of its own."""
     from implicit_diffusion.experiments.hexagon_arms import Trace

@@ -25,6 +25,7 @@ TINY = pretrain.Config(steps=3, batch=4, channels=(8, 8), samples=8, chains=(2, 
 SHIPPED = digits.ASSETS / "digits"
 
 
+@pytest.mark.drawn
 def test_run_writes_a_folder_that_diffusers_loads(tmp_path):
     from diffusers import DiffusionPipeline
 

@@ -22,6 +22,7 @@ from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops.bound import Bound, bound
 from implicit_diffusion.runs import RunDirectory
 
+pytestmark = pytest.mark.drawn
 ALL = ["samples", "frontier", "training", "hacking", "cost", "staleness"]
 
 

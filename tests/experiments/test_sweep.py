@@ -40,7 +40,7 @@ def test_one_run_per_weight_and_one_summary(swept):
         own = read(swept / row["run"])
         assert own["kl_weight"] == row["kl_weight"] and own["reward_after"] == row["reward_after"]
         assert row["path_kl"] > 0 and row["updates"] == 4 and row["captured"] is not None
-    assert (swept / "figures" / "frontier.png").stat().st_size > 5000
+    assert (swept / "figures" / "frontier.png").exists()
     assert json.loads((swept / "config.json").read_text())["num_steps"] == 3
 
 
@@ -89,6 +89,7 @@ def test_runs_that_made_things_worse_are_named(capsys):
     assert printed.startswith("KL weight 3: J rose.") and "J rose │" in printed
 
 
+@pytest.mark.drawn
 def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch, capsys):
     runs = []
     original = finetune.run
@@ -106,6 +107,7 @@ def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch,
     printed = capsys.readouterr().out
     assert "finished" in printed and "What the KL weight buys" not in printed
     assert [row["kl_weight"] for row in read(swept)["rows"]] == [2, 4, 8]
+    assert (swept / "figures" / "frontier.png").stat().st_size > 5000
     assert main(["sweep", *model, *TINY, "--lr", "2e-3", "--kl-weights", "2", "--out", str(swept)]) == 2
     assert "lr was 0.001 and is 0.002" in capsys.readouterr().err
     assert main(["sweep", *model, *TINY, "--kl-weights", "2", "--out", str(swept / "beta-2")]) == 2
