@@ -155,7 +155,8 @@ def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     assert summary["stopped"] in printed and f"<b>Stopped after update {summary['updates']}: J on" in report
     assert printed.index("Fine-tuning made the model worse: J ") < printed.index("\nreward    ")
     assert f'<p class="lead"><b>{summary["worse"]}</b>' in report
-    rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["worse"]).group(1)
+    rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["stopped"]).group(1)
+    assert "Try" not in summary["worse"]  # it is said once
     assert main(["finetune", *TINY, "--lr", rate, "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert again["worse"] is None and again["j_after"] < again["j_before"] and again["captured"] > 0

@@ -16,6 +16,7 @@ from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import HeldOut, fit
 from implicit_diffusion.runs.rise import Rise
+from implicit_diffusion.runs.watch import Runaway
 from tests.oracles import affine_chain, exact_terms, table
 
 BETA = 0.7
@@ -48,6 +49,16 @@ def test_too_large_a_rate_stops_and_a_good_one_does_not():
             assert found.updates == 1 and "above the" in found.stopped and len(said) == 1
             assert "no sampler beyond" in found.stopped and "Try a learning rate 1" in found.stopped
             assert found.kept is None and objective(loop.chain, reward) > objective(loop.chain.pretrained(), reward)
+
+
+def test_what_has_run_away_stops_as_well_and_is_not_trained_on(tmp_path):
+    """Its state is on disk: the run was stopped for it, and nothing better is lost."""
+    for _ in range(2):
+        (loop, reward), directory = build(1e5), RunDirectory(tmp_path / "run")
+        callbacks = [Rise(HeldOut(reward, Noise(1), starts=100), say=lambda text: None), Runaway(1.0)]
+        found = fit(loop, 20, callbacks=callbacks, directory=directory)
+        assert found.updates == 1 and "the path KL is" in found.stopped
+        assert exact_terms(loop.chain, reward)[1] > 1060
 
 
 class Scripted(HeldOut):
@@ -93,7 +104,7 @@ def test_when_it_looks_and_what_it_says(as_users_run):
     seen, said, reason, number, watch = drive(lambda n: rises.get(n, -3.0), 22)
     assert seen == [1, 2, 4, 5, 10, 15, 20, 22] and reason is None and number == 22
     assert [line.split(": ")[0] for line in said] == ["update 4", "update 15", "update 20", "update 22"]
-    assert "2.1 ± 0.5 above the -30 of the pretrained model: this training makes it worse" in said[0]
+    assert "is 2.1 ± 0.5 above the -30 of the pretrained model: this training makes it worse" in said[0]
     assert watch._kept.numbers["updates"] == 22  # of a fall by six standard errors; one by a fifth is none
 
 

@@ -16,7 +16,7 @@ from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import bound, most_kl
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.objectives import PathKL
-from implicit_diffusion.runs.held_out import HeldOut
+from implicit_diffusion.runs.held_out import HeldOut, plus_minus
 from implicit_diffusion.runs.kept import Kept
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.runs.watch import RISE, most_sound
@@ -111,7 +111,7 @@ class Rise:
             kl = 0.0 if not beta else (j + mean_and_error(look.reward)[0]) / beta
             self._kept.keep(fit, reward=mean_and_error(look.reward)[0], path_kl=kl, fall=-rise, fall_se=error)
         self._count = self._count + regular if above else 0
-        told = f"J on held-out noise is {j:.4g}, {rise:.3g} ± {error:.1g} above the {was:.4g} of the pretrained model"
+        told = f"J on held-out noise is {plus_minus(rise, error)} above the {was:.4g} of the pretrained model"
         reason = self._reason(fit, look, before, last, rise) if above else None
         if reason is not None:
             self._excess = rise + self._possible(fit)
@@ -133,7 +133,7 @@ class Rise:
             seen = self._kept.numbers
             ends = (
                 f"The model is that of update {seen['updates']}, the best one that was seen below the pretrained "
-                f"model's J, by {seen['fall']:.3g} ± {seen['fall_se']:.1g}. "
+                f"model's J, by {plus_minus(seen['fall'], seen['fall_se'])}. "
             )
         return f"{ends}Try {self.rate(smaller_rate(self._excess, self._possible(fit)))}"
 
