@@ -74,7 +74,7 @@ class Scripted(HeldOut):
         self.seen.append(fit.updates)
         rise = self.rises(fit.updates) + 10 * self.error * self.noise_of_j
         zero = torch.zeros(100, 1, dtype=torch.float64)
-        return Evaluation(self.reward_of_u0 - rise, zero + fit.kl, zero, zero[..., None][..., :0])
+        return Evaluation(self.reward_of_u0 - rise, zero + getattr(fit, "kl", 0.0), zero, zero[..., None][..., :0])
 
     def pretrained(self, fit):
         zero = torch.zeros(100, 1, dtype=torch.float64)
@@ -140,6 +140,23 @@ def test_the_trainings_own_path_kl_calls_for_a_look(as_users_run):
     assert most(9.9, 5.0)[0] == [1, 2, 4, 8, 16, 30, 60]  # J is known to stand above
     looks, _, reason, number, _ = most(10.1, 5.0)
     assert looks[-1] == number == 36 and "the path KL is" in reason and "no sampler beyond" in reason
+
+
+def test_a_weight_that_is_raised_does_not_make_a_run_worse_before_its_end(as_users_run):
+    """β from 1 to 10 at a path KL of one nat, for a reward of two: J = −1 under the first, 8 under the last."""
+
+    class OneNat(Scripted):
+        def look(self, fit):
+            found = super().look(fit)
+            return Evaluation(found.reward, found.path_kl + 1.0, found.log_ratio + 1, found.samples)
+
+    watch = Rise(OneNat(lambda n: -2.0), say=lambda text: None)
+    watch._kept.keep = lambda fit, **numbers: None
+    chain = SimpleNamespace(num_steps=2, event_shape=(3,), trained_rows=(0, 1), table=table(2), condition=None)
+    for number in range(1, 51):
+        loop = SimpleNamespace(objective=Reward(torch.sum) + min(10.0, 1.0 + (number - 1) / 2) * PathKL())
+        reason = watch(SimpleNamespace(loop=loop, chain=chain, metrics={}, updates=number, total=50))
+        assert (reason is None) == (number < 50)
 
 
 def gaussian(*shape, std=1.4):

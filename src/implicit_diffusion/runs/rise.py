@@ -59,6 +59,8 @@ class Rise:
       which costs nothing, calls for a look when it is beyond that, at most five times in `held_out.every` updates;
     - after the last update.
 
+    Where β moves, J is that of the smallest β so far, and of the last one after the last update.
+
     The look with the lowest J of all those clearly below the pretrained chain's is kept, and the model that the run
     ends with when it has stopped is that of this look, if there is one; elsewhere it is left as it is.
 
@@ -84,6 +86,7 @@ class Rise:
     _count: int = field(default=0, init=False, repr=False)  # looks above, one after the other
     _looked: int = field(default=0, init=False, repr=False)  # update of the last look
     _excess: float = field(default=math.nan, init=False, repr=False)  # of J over J*, when the run was stopped
+    _lowest: float = field(default=math.inf, init=False, repr=False)  # β so far
     _kept: Kept = field(default_factory=lambda: Kept("better"), init=False, repr=False)
     _most: tuple[float, float] | None = field(default=None, init=False, repr=False, compare=False)  # β and path KL
 
@@ -95,10 +98,12 @@ class Rise:
         every = self.held_out.every
         last, regular = fit.updates == fit.total, fit.updates % every == 0
         early = fit.updates < every and fit.updates.bit_count() == 1
+        self._beta(fit)
         if not (last or regular or early or self._is_far(fit)):
             return None
         self._looked = fit.updates
-        look, before, beta = self.held_out.look(fit), self.held_out.pretrained(fit), fit.loop.objective.weight(PathKL)
+        look, before, now = self.held_out.look(fit), self.held_out.pretrained(fit), fit.loop.objective.weight(PathKL)
+        beta = now if last else self._beta(fit)
         if beta and not set(fit.chain.trained_rows).isdisjoint(fit.chain.table.noiseless()):
             raise InvalidInputError(
                 "Rise compares J, but its path KL is infinite: a trained row of the chain has no noise; keep the "
@@ -107,9 +112,10 @@ class Rise:
         rise, error = mean_and_error(_j(look, beta) - _j(before, beta))
         j, was = mean_and_error(_j(look, beta))[0], mean_and_error(_j(before, beta))[0]
         above = not rise <= (CLEAR if last else ERRORS) * error  # a J that is not finite any more has risen
-        if rise < -CLEAR * error and (self._kept.numbers is None or j < self._kept_j(beta)):
-            kl = 0.0 if not beta else (j + mean_and_error(look.reward)[0]) / beta
-            self._kept.keep(fit, reward=mean_and_error(look.reward)[0], path_kl=kl, fall=-rise, fall_se=error)
+        fall, fall_se = mean_and_error(_j(before, now) - _j(look, now))
+        if fall > CLEAR * fall_se and mean_and_error(_j(look, now))[0] < self._kept_j(now):
+            reward, kl = (mean_and_error(values)[0] for values in (look.reward, look.log_ratio))
+            self._kept.keep(fit, reward=reward, path_kl=kl if now else 0.0, fall=fall, fall_se=fall_se)
         self._count = self._count + regular if above else 0
         told = f"J on held-out noise is {plus_minus(rise, error)} above the {was:.4g} of the pretrained model"
         reason = self._reason(fit, look, before, last, rise) if above else None
@@ -157,8 +163,8 @@ class Rise:
         return not float(fit.metrics["path_kl"]) <= (FAR if self.above else 1.0) * self.most(fit)
 
     def most(self, fit: Fit) -> float:
-        """The path KL beyond which no control is as good as the pretrained chain, at the present β."""
-        beta = fit.loop.objective.weight(PathKL)
+        """The path KL beyond which no control is as good as the pretrained chain, at the smallest β so far."""
+        beta = self._beta(fit)
         if self._most is None or self._most[0] != beta:
             self._most = beta, most_kl(self._samples(fit), beta) if beta > 0 else math.inf
         return self._most[1]
@@ -176,6 +182,11 @@ class Rise:
         even = len(seen.reward) // 2 * 2
         return Evaluation(*(torch.stack([value[0:even:2, 0], value[1:even:2, 0]], 1) for value in vars(seen).values()))
 
+    def _beta(self, fit: Fit) -> float:
+        """The smallest β so far: one that is raised to bring the path KL down raises J until it has."""
+        self._lowest = min(self._lowest, fit.loop.objective.weight(PathKL))
+        return self._lowest
+
     def _kept_j(self, beta: float) -> float:
         """J of what is kept, under the present β."""
         seen = self._kept.numbers
@@ -184,12 +195,12 @@ class Rise:
     def state_dict(self) -> dict[str, Any]:
         """What was said last, seen and kept."""
         seen = {"above": self.above, "count": self._count, "looked": self._looked, "kept": self._kept.numbers}
-        return seen | {"excess": self._excess if math.isfinite(self._excess) else None}
+        return seen | {"excess": self._excess if math.isfinite(self._excess) else None, "lowest": self._lowest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.above, self._count, self._looked = state["above"], state.get("count", 0), state.get("looked", 0)
-        self._kept.numbers = state.get("kept")
+        self._kept.numbers, self._lowest = state.get("kept"), state.get("lowest", math.inf)
         self._excess = math.nan if state.get("excess") is None else state["excess"]
 
 
