@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     {"errors", "lazily"},
     {"rounding"},
-    {"frozen", "noise", "particles", "probing", "reading", "transition"},
+    {"frozen", "noise", "particles", "probing", "reading", "scores", "transition"},
     {"denoisers", "potentials"},
     {"samplers", "objectives"},
     {"gradients"},
@@ -25,6 +25,8 @@ FLOORS = [
     {"runs"},
     {"experiments"},
     {"__init__"},
+    {"options"},
+    {"command_line"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import tyro
+import torch
 
+from implicit_diffusion import __version__
+from implicit_diffusion.command_line import read
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.runs.console import unheard
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.provenance import Change
 from implicit_diffusion.runs.signals import exit_status, interruptible
 
+DESCRIPTION = """Optimise samplers through the distributions that they produce.
+
+Start here:
+  implicit-diffusion finetune --plan               what each KL weight can buy
+  implicit-diffusion finetune --kl-weight 2.5      fine-tune the shipped digits
+  implicit-diffusion sample --model RUN/model      look at the result
+  implicit-diffusion ebm --data moons              train an energy-based model
+  implicit-diffusion sweep --kl-weights 1 2 4      one run per KL weight
+  implicit-diffusion hexagon                       the paper's first experiment
+  implicit-diffusion recovery --problem two-modes  why particles have weights
+  implicit-diffusion COMMAND --help                all options of a command
+  implicit-diffusion --version                     the version, and torch's"""
+
 
 @dataclass(frozen=True)
 class Resume:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
+    run: Path = field(metadata={"positional": True})
+    """The folder of the run."""
     accept_changes: tuple[Change, ...] = ()
-    """What may be another one than when the run began; other differences are refused, by name."""
-    trust_reward: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Run the code of the reward that the directory names, though it lies there, has changed, or is not known here."""
+    """What may have changed since the run began; every other change is refused by name."""
+    trust_reward: bool = False
+    """Run the code of the reward that the folder names, though it lies there, has changed, or is not known here."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the figures of a finished run again, and write its report, from what is in its directory."""
+    """Draw the figures of a finished run again, and write its report, from what is in its folder."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
+    run: Path = field(metadata={"positional": True})
+    """The folder of the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +73,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def commands() -> dict[str, type]:
+    """The configuration of every command."""
+    from implicit_diffusion.experiments import (
+        ebm,
+        finetune_config,
+        hexagon,
+        pretrain_config,
+        recovery,
+        sample,
+        score,
+        sweep,
+        tilt,
+    )
+
+    return {
+        "finetune": finetune_config.Config,
+        "resume": Resume,
+        "report": Report,
+        "sweep": sweep.Config,
+        "sample": sample.Config,
+        "pretrain": pretrain_config.Config,
+        "ebm": ebm.Config,
+        "score": score.Config,
+        "tilt": tilt.Config,
+        "hexagon": hexagon.Config,
+        "recovery": recovery.Config,
+    }
+
+
 def _run(arguments: Sequence[str]) -> None:
     from implicit_diffusion.experiments import (
         ebm,
@@ -74,39 +118,15 @@ def _run(arguments: Sequence[str]) -> None:
         tilt,
     )
 
-    commands = (
-        Annotated[tyro.conf.FlagCreatePairsOff[finetune_config.Config], tyro.conf.subcommand("finetune")]
-        | Annotated[Resume, tyro.conf.subcommand("resume")]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[tyro.conf.FlagCreatePairsOff[sweep.Config], tyro.conf.subcommand("sweep")]
-        | Annotated[sample.Config, tyro.conf.subcommand("sample")]
-        | Annotated[tyro.conf.FlagCreatePairsOff[pretrain_config.Config], tyro.conf.subcommand("pretrain")]
-        | Annotated[ebm.Config, tyro.conf.subcommand("ebm")]
-        | Annotated[score.Config, tyro.conf.subcommand("score")]
-        | Annotated[tilt.Config, tyro.conf.subcommand("tilt")]
-        | Annotated[hexagon.Config, tyro.conf.subcommand("hexagon")]
-        | Annotated[recovery.Config, tyro.conf.subcommand("recovery")]
-    )
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError as error:  # neither JSON nor a report could hold it
             raise InvalidInputError(f"{argument!a} is not UTF-8; give the file or folder another name") from error
-    chosen = tyro.cli(
-        commands,
-        prog="implicit-diffusion",
-        description="Optimise samplers through the distributions that they produce.\n\n"
-        "Start here:\n"
-        "  implicit-diffusion finetune --plan                 what each KL weight can buy\n"
-        "  implicit-diffusion finetune --kl-weight 2.5        fine-tune the shipped digits for brightness\n"
-        "  implicit-diffusion sample --model RUN/model        look at the result\n"
-        "  implicit-diffusion ebm --data moons                train an energy-based model and its likelihood\n"
-        "  implicit-diffusion sweep --kl-weights 1 2 4        reward against KL, one run per weight\n"
-        "  implicit-diffusion hexagon                         the paper's first experiment, in all its arms\n"
-        "  implicit-diffusion recovery --problem two-modes    why weighted particles",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    if list(arguments) == ["--version"]:
+        print(f"implicit-diffusion {__version__}, torch {torch.__version__}")
+        return
+    chosen: Any = read(arguments, commands(), prog="implicit-diffusion", description=DESCRIPTION)
     match chosen:
         case finetune_config.Config():
             finetune.run(chosen)

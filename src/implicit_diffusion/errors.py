@@ -208,10 +208,17 @@ def trying(name: str, on: str) -> Iterator[None]:
     except Exception as error:
         if "out of memory" in str(error):
             raise
-        lines, frames = str(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
+        lines, frames = reason_of(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[1:]
         own = [f for f in frames if not {"torch", "implicit_diffusion"} & set(f.filename.split("/"))]
         where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
         raise InvalidInputError(f"{name} fails on {on}: {type(error).__name__}: {lines[0]}{where}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says; where torch advises to give gradients up, that these are needed."""
+    return str(error).replace(
+        "Use tensor.detach().numpy() instead.", "NumPy passes no gradient on: use torch operations instead"
+    )
 
 
 @contextmanager

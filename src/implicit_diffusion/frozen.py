@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -91,11 +92,10 @@ def eval_mode(*modules: object) -> Iterator[None]:
     They are in evaluation mode inside the block; afterwards every submodule has its own mode again. An autocast around
     it casts the weights anew at every call.
 
-    A bound method stands for its module. Other objects that are no `torch.nn.Module` (plain functions used as
-    denoisers, None) have no mode and are passed over.
+    What stands for modules is what `modules_in` names; plain functions and None have no mode and are passed over.
     """
-    owners = (getattr(module, "__self__", module) for module in modules)
-    training = [part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules() if part.training]
+    owners = {id(owner): owner for module in modules if not isinstance(module, WITHOUT) for owner in modules_in(module)}
+    training = [part for owner in owners.values() for part in owner.modules() if part.training]
     cached = torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)
@@ -106,6 +106,36 @@ def eval_mode(*modules: object) -> Iterator[None]:
         for part in training:
             part.training = True
         torch.set_autocast_cache_enabled(cached)
+
+
+def modules_in(value: object) -> Iterator[nn.Module]:
+    """The modules that a callable holds: itself, the owner of a bound method, what a partial was given, attributes.
+
+    Attributes of an instance count as far as two levels down, with lists, tuples and dicts of modules in them. What a
+    plain function closes over, or finds among its globals, is out of reach.
+    """
+    return _modules_in(value, 2)
+
+
+WITHOUT = (FunctionType, Tensor, float, int, str, NoneType, tuple, list, dict, type, ModuleType)  # the usual, quickly
+
+
+def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, WITHOUT):
+        return
+    elif isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from _modules_in(part, depth)
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__, depth)
+    elif depth:
+        for part in getattr(value, "__dict__", {}).values():
+            inside = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+            yield from (m for m in inside if isinstance(m, nn.Module))
+            if not isinstance(part, WITHOUT):
+                yield from _modules_in(part, depth - 1)
 
 
 def refuse_inference_mode() -> None:

@@ -23,6 +23,7 @@ ALONE = (
     "each value must depend on its own sample alone. Put batch norm into eval mode, and leave means and ranks over the "
     "batch out"
 )
+BY_TORCH = "write it by torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
 ROUNDINGS = 16  # and of their size, in units of the last place
 
 
@@ -49,8 +50,8 @@ def check_separate(
     noise = (judge(order) - values).abs().max()
     if not noise <= SHARE * spread + rounding:
         warnings.warn(
-            f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Runs can "
-            "then not be repeated; switch dropout and random augmentations off in it",
+            f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch "
+            "dropout and random augmentations off in it, or its noise is in every gradient, and runs may not repeat",
             stacklevel=2,
         )
         return

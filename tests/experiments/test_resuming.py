@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,17 @@ from tests import tiny
 from implicit_diffusion import cli
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, save_pipeline
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments import finetune, problem, resuming, reward_trust
+from implicit_diffusion.experiments import (
+    ebm_config,
+    finetune,
+    hexagon,
+    pretrain_config,
+    problem,
+    recovery,
+    resuming,
+    reward_trust,
+    tilt,
+)
 from implicit_diffusion.runs import provenance
 from implicit_diffusion.runs.directory import RunDirectory
 
@@ -360,3 +372,49 @@ def test_an_energy_based_run_rests_on_its_data(tmp_path, monkeypatch):
     with pytest.raises(InvalidInputError, match=r"data: .*data.npy was sha256 .*--accept-changes data"):
         resuming.resume(run)
     assert RunDirectory(run).read_config() is not None
+
+
+CONFIGS = {
+    "finetune": finetune.Config(),
+    "ebm": ebm_config.Config(),
+    "compare": ebm_config.Config(compare=True),
+    "pretrain": pretrain_config.Config(),
+    "tilt": tilt.Config(model=Path("energy")),
+    "own": tilt.Config(model=Path("energy"), reward="mine.py:f"),
+    "recovery": recovery.Config(),
+    "hexagon": hexagon.Config(),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("has", [("figures",), ("model", "figures", "report.html"), ()], ids=len)
+def test_a_finished_run_names_only_results_that_are_there(name, has, tmp_path, capsys):
+    run = RunDirectory.create(tmp_path / "a run")
+    run.write_config(CONFIGS[name])
+    run.write_summary({})
+    for part in (*has, "report.html") if name == "finetune" or "report.html" in has else has:
+        (run.path / part).touch()
+    if not (run.path / resuming._experiment(run)[0].last).exists():
+        pytest.skip("the report is still to be written")
+    assert cli.main(["resume", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    results = re.findall(rf"{re.escape(str(run.path))}/([\w.]+)", said)
+    there = [part for part in ("model", "report.html", "figures", "summary.json") if (run.path / part).exists()]
+    assert results == there
+    assert (f"`implicit-diffusion report '{run.path}'` draws it again" in said) is (
+        name != "compare" and (name != "own" or "report.html" in has)
+    )
+
+
+def test_a_part_of_a_run_and_one_that_never_began_are_not_gone_on_with(tmp_path, capsys):
+    run = RunDirectory.create(tmp_path / "run")
+    for command in ("resume", "report"):
+        assert cli.main([command, str(run.path)]) == 2
+        assert "nothing had begun" in capsys.readouterr().err
+    run.write_config(finetune.Config())
+    run.model.mkdir()
+    for command in ("resume", "report"):
+        assert cli.main([command, str(run.model)]) == 2
+        assert f"name the run itself, {run.path}\n" in capsys.readouterr().err
+    assert cli.main(["report", str(run.path)]) == 2
+    assert f"`implicit-diffusion resume {run.path}` goes on" in capsys.readouterr().err

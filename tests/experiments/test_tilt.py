@@ -177,10 +177,10 @@ BAD = {
     "there is no file": {"reward": "nowhere.py:f"},
 }
 WRONG = {
-    r"--reward must return one finite number per point": "column",
+    r"reward must return one number per sample, shape \(\d+,\) for input \(\d+, 2\), got \(\d+, 2\)": "both",
     r"--reward must return .* got NaN or infinity at \d+ points": "nan",
     r"--reward must return .* got torch.bool": "boolean",
-    r"--reward must return .* got ndarray": "array",
+    r"reward mixes samples": "centred",
 }
 
 
@@ -196,13 +196,21 @@ def test_bad_options_are_named_and_leave_no_folder(message, tmp_path):
 def test_rewards_that_do_not_fit(message, tmp_path):
     gaussian().save(tmp_path / "model")
     (tmp_path / "bad.py").write_text(
-        "def column(x): return x[:, :1]\ndef nan(x): return (x[:, 0] - 99).log()\n"
-        "def boolean(x): return x[:, 0] > 0\ndef array(x): return x[:, 0].numpy()\n"
+        "def both(x): return x\ndef nan(x): return (x[:, 0] - 99).log()\n"
+        "def boolean(x): return x[:, 0] > 0\ndef centred(x): return (x - x.mean(0))[:, 0]\n"
     )
     config = dataclasses.replace(TINY, model=tmp_path / "model", out=tmp_path / "run")
     with pytest.raises(InvalidInputError, match=message):
         tilt.run(dataclasses.replace(config, reward=f"{tmp_path}/bad.py:{WRONG[message]}"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: x[:, :1], lambda x: x[:, 0].numpy(), lambda x: (x[:, 0].tolist(), {"beside": 1})]
+)
+def test_forms_of_rewards_are_one_reward(form):
+    """A column, an array and a list, each has the optimum of the plain function."""
+    assert tilt.Exact(gaussian(), form).optimum(0.5) == tilt.Exact(gaussian(), lambda x: x[:, 0]).optimum(0.5)
 
 
 MODELS = {

@@ -102,21 +102,8 @@ def values(kind: object, name: str, draws: random.Random, files: list[str]) -> l
 def configurations() -> dict[str, type]:
     """The configuration of every command."""
     from implicit_diffusion import cli
-    from implicit_diffusion.experiments import (
-        ebm_config,
-        finetune_config,
-        hexagon_arms,
-        pretrain_config,
-        recovery,
-        sample,
-        score,
-        sweep,
-        tilt,
-    )
 
-    found = {"hexagon": hexagon_arms, "recovery": recovery, "score": score, "tilt": tilt, "sample": sample}
-    found |= {"finetune": finetune_config, "pretrain": pretrain_config, "ebm": ebm_config, "sweep": sweep}
-    return {name: module.Config for name, module in found.items()} | {"resume": cli.Resume, "report": cli.Report}
+    return cli.commands()
 
 
 def bases() -> dict[str, list[str]]:
@@ -157,7 +144,9 @@ def prepare(root: Path) -> None:
     (root / "file.txt").write_text("a cat\na dog\n")
     (root / "rewards.py").write_text(
         "def first(x):\n    return x.flatten(1)[:, 0]\n\ndef fails(x):\n    raise RuntimeError('no')\n"
-        "def nan(x):\n    return x.flatten(1).mean(1) * float('nan')\n\nnumber = 3\n"
+        "def nan(x):\n    return x.flatten(1).mean(1) * float('nan')\n\nnumber = 3\n\n"
+        "class Class:\n    def __init__(self, weight=1):\n        self.weight = weight\n\n"
+        "    def __call__(self, x):\n        return {'reward': self.weight * x.flatten(1).mean(1, keepdim=True)}\n"
     )
     lines = bases()
     for command, out in (("finetune", "run"), ("ebm", "energy")):
@@ -170,7 +159,8 @@ def lines(seed: int, count: int) -> Iterator[list[str]]:
     configs = configurations()
     valid = bases()
     files = ["tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model"]
-    files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing")]
+    files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing", "Class")]
+    files += [f"rewards.py:Class{arguments}" for arguments in ("(weight=2)", "(3)", "('')", "(width=2)", "(x)", "(")]
     names = [name for name in valid if name in configs]
     cheap = {"hexagon": 1, "recovery": 1, "sweep": 2, "pretrain": 2}  # these take longest
     weights = [cheap.get(name, 4) for name in names]
@@ -259,7 +249,7 @@ def _wait(child: int, seconds: float) -> int | None:
 def verdict(status: int, out: str, err: str, root: Path) -> str | None:
     """What is wrong with how a line ended; None where nothing is.
 
-    It ends with status 0, with 2 and one line that begins with "error:" (or the parser's own box), or is stopped by
+    It ends with status 0, with 2 and one line that begins with "error:", or is stopped by
     SIGTERM with 143. It prints no traceback, leaves no NaN among headline numbers, and JSON that is JSON.
     """
     if "Traceback" in err or "Traceback" in out:
@@ -267,7 +257,7 @@ def verdict(status: int, out: str, err: str, root: Path) -> str | None:
     if status not in (0, 2, 143):
         return f"status {status}"
     last = err.strip().splitlines()[-1:]
-    if status == 2 and not (last and (last[0].startswith("error: ") or last[0].startswith("╰"))):
+    if status == 2 and not (last and last[0].startswith("error: ")):
         return "no error line"
     if status == 2 and last[0].startswith("error: ") and not last[0].removeprefix("error: ").strip():
         return "empty error"

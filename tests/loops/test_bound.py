@@ -190,9 +190,11 @@ def test_bad_arguments(problem):
 
 
 def test_rewards_of_another_form_are_no_evaluation(problem):
-    """A column would broadcast against the log-ratios."""
+    """A column, which would broadcast against the log-ratios, is read as its numbers."""
     chain = problem[0]
-    for shape, reward in ((r"\(4, 1\)", lambda x: x[:, :1]), (r"\(\)", lambda x: x.mean()), ("float", lambda x: 1.0)):
+    column, plain = (evaluate(chain, f, Noise(0), starts=4).reward for f in (lambda x: x[:, :1], lambda x: x[:, 0]))
+    assert torch.equal(column, plain)
+    for shape, reward in ((r"\(4, 2\)", lambda x: x), (r"\(\)", lambda x: x.mean()), ("float", lambda x: 1.0)):
         with pytest.raises(InvalidInputError, match=f"one number per sample, .* got {shape}"):
             evaluate(chain, reward, Noise(0), starts=4)
     with pytest.raises(NonFiniteError, match="the reward of 2 of 4 samples is NaN"):

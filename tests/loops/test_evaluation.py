@@ -61,4 +61,4 @@ def test_the_condition_of_a_start_is_that_of_the_network_and_of_the_reward():
 
     found = evaluate(chain, watching, Noise(0), starts=12, repeats=3, chunk=12).samples[..., 0]
     assert torch.equal(found, found[:, :1].expand_as(found)) and len(found.unique()) > 6
-    assert torch.equal(found.flatten(), torch.cat(seen).to(F64))
+    assert torch.equal(found.flatten(), torch.cat(seen)[-36:].to(F64))  # after what the reward was tried on

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from implicit_diffusion.denoisers.pretrained import Pretrained
 from implicit_diffusion.denoisers.text import embed_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.finetune_config import Config
-from implicit_diffusion.objectives.reward import takes_condition
 from implicit_diffusion.reading import read_bytes
+from implicit_diffusion.scores import takes_condition
 
 PROMPT, CLASS = "prompt", "class_labels"
 MOST = 2**24  # bytes of a file of prompts
@@ -67,15 +68,16 @@ class Conditioning:
             network = ClassifierFree(network, self.guidance, {self.drawn.name: self.null})
         return network
 
-    def of_states(
-        self, reward: Callable[..., Tensor], decoder: Callable[[Tensor], Tensor] | None
-    ) -> Callable[..., Tensor]:
-        """R(x, condition) of the chain's states, from a reward of images, or of images and prompts or labels."""
+    def of_states(self, reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor] | None) -> Callable[..., Any]:
+        """R(x, condition) of the chain's states, from a reward of images, or of images and prompts or labels.
+
+        It returns what the reward does, in whatever form that is.
+        """
         if self.drawn is None:
             return reward
         wants = takes_condition(reward)
 
-        def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
             images = x if decoder is None else decoder(x)
             if not wants:
                 return reward(images)

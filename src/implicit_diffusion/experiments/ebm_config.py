@@ -52,38 +52,45 @@ class Config:
     sampler: Literal["ula", "mala", "underdamped", "hmc"] = "hmc"
     """The kernel that moves the particles, once per update."""
     weighted: bool = True
-    """Weigh the particles for the motion of θ: right masses of modes, and log Z. Underdamped has no weights."""
+    """Weigh the particles for the motion of the parameters θ, for the right masses of modes, and log Z.
+    Underdamped has no weights."""
     steps: int | None = None
-    """Updates of θ; 1000 for vectors, 1200 for images by default."""
+    """Number of updates of the parameters θ; 1000 for vectors, 1200 for images by default."""
     particles: int | None = None
-    """n, and data per update; 1000 for vectors, 256 for images by default. Weighted, a multiple of 8."""
+    """Number of particles, and of data per update; 1000 for vectors, 256 for images by default.
+    Weighted, it must be a multiple of 8."""
     step_size: float | None = None
-    """h in standardised coordinates; by default 0.06 for vectors, 0.2 for images.
+    """Step size h of the sampler in standardised coordinates; by default 0.06 for vectors, 0.2 for images.
     Ula and mala take the square of that default."""
     leapfrogs: int | None = None
-    """Of hmc; 4 by default. Together with the step size they should carry a particle through its mode."""
+    """Number of leapfrog steps of hmc; 4 by default.
+    Together with the step size they should carry a particle through its mode."""
     refresh: int | None = None
-    """Updates after which weighted particles are drawn anew; 0 for never; 250 for vectors, 100 for images by default.
+    """Number of updates after which weighted particles are drawn anew; 0 means never.
+    The default is 250 for vectors, 100 for images.
     That ends the errors that their weights have accumulated."""
     lr: float | None = None
-    """Of Adam at the start, with cosine decay to zero; 3e-3 for vectors, 1e-3 for images by default."""
+    """Learning rate of Adam at the start, which decays to zero along a cosine.
+    The default is 3e-3 for vectors, 1e-3 for images."""
     weight_decay: float | None = None
-    """Of AdamW; holds a network down that out-grows the Gaussian. 0 for vectors, 0.01 for images by default."""
+    """Weight decay of AdamW; it holds a network down that out-grows the Gaussian.
+    The default is 0 for vectors, 0.01 for images."""
     width: int | None = None
-    """Of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
+    """Width of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
     judge_steps: int | None = None
-    """Annealing steps that tell the final log Z; 200 for vectors, 1500 for images by default.
+    """Number of annealing steps that estimate the final log Z; 200 for vectors, 1500 for images by default.
     Half as many again check it; for images they are most of the time after training."""
     long_chains: bool = False
-    """Of images: also move particles ten times as long as training did, to see whether they drift away from data."""
+    """For images: also move particles ten times as long as training did, to see whether they drift off."""
     compare: bool = False
-    """Run all arms of the comparison at equal cost instead: laws of the plane only."""
+    """Compare all ways of training at equal cost instead; for data of the plane with a known law only."""
     seeds: int | None = None
-    """Of the comparison; 5 by default."""
+    """Number of seeds of the comparison; 5 by default."""
     seed: int = 0
-    """Of all random numbers: the same seed gives the same model, bit for bit."""
+    """Seed of all random numbers: the same seed gives the same model, bit for bit."""
     out: Path | None = None
-    """Run directory, new or empty, by default runs/ebm-<data>-<time>; an interrupted comparison goes on in its own."""
+    """Folder for the run, new or empty, by default runs/ebm-<data>-<time>.
+    An interrupted comparison goes on in its own."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""

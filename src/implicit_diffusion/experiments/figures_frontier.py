@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from implicit_diffusion.experiments.drawing import legend_above
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, FAINT, INK, canvas
 from implicit_diffusion.experiments.outcome import Outcome
 from implicit_diffusion.experiments.written import number, percent
@@ -37,7 +38,7 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     plan = outcome.plan.reward
     bounds = [b for b in outcome.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
     path = [(n, kl, reward - s["held_out_reward_before"]) for n, kl, reward in path]
-    figure = canvas(4.6)
+    figure = canvas(5.1)
     axes = figure.subplots()
 
     kl = np.linspace(0, reach, 400)
@@ -81,7 +82,7 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
     _points(axes, [final], fmt="D", color=AFTER, ms=8, label="fine-tuned")
     axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained", xlim=(-0.02 * reach, reach))
     axes.set_ylim(*limits)
-    axes.legend(loc="lower right", borderaxespad=0.2)
+    legend_above(axes, columns=2)
     pair = ("trained", "pretrained")
     teller, other = reversed(pair) if s.get("j_bound_from") == "pretrained" else pair
     caption = (

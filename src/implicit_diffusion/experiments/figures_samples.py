@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from implicit_diffusion.experiments.drawing import legend_above
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, EXPORTED, FAINT, INK, REAL, WIDTH, canvas
 from implicit_diffusion.experiments.outcome import Outcome
 from implicit_diffusion.experiments.written import decimals
@@ -77,7 +78,7 @@ def hacking(outcome: Outcome) -> tuple[Any, str, str]:
     first = figure.add_subplot(grid[0, :])
     _rewards(first, outcome)
     first.set_title("What the samples earn")
-    _classes(figure.add_subplot(grid[1, :]), looks["before"], looks["after"])
+    _classes(figure.add_subplot(grid[1, :]), looks["before"], looks["after"], len(outcome.before.reward))
     series = {"real, held out": (looks["before"]["held_out"], REAL, "D"), "before": (looks["before"], BEFORE, "o")}
     series["after"] = looks["after"], AFTER, "o"
     if looks["exported"]:
@@ -87,8 +88,8 @@ def hacking(outcome: Outcome) -> tuple[Any, str, str]:
     axes = figure.add_subplot(grid[2, :])
     _dots(axes, series, shares, scale=100.0)
     axes.set(xlabel="per cent", xlim=(-3, 103))
-    axes.legend(loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=len(series), columnspacing=0.9, handletextpad=0.1)
-    axes.set_title("Is it still a digit?", pad=24)
+    axes.set_title("Is it still a digit?")
+    legend_above(axes, columns=len(series))
     mmd, distance = figure.add_subplot(grid[3, 0]), figure.add_subplot(grid[3, 1])
     reference = looks["after"]["mmd_reference"]
     mmd.axvspan(min(0.0, reference["mean"]), reference["quantile_95"], color=REAL, alpha=0.25, lw=0)
@@ -102,7 +103,8 @@ def hacking(outcome: Outcome) -> tuple[Any, str, str]:
     distance.set_xlim(left=0)
     distance.locator_params(axis="x", nbins=4)
     caption += (
-        " The classifier may have been optimised against, the judge (a support vector machine) never was: where only "
+        " Bars on the shares of digits are ± 2 standard errors. The classifier may have been optimised against, the "
+        "judge (a support vector machine) never was: where only "
         "the classifier grows sure, the reward has been hacked. The green band of MMD² is what chance makes of two "
         "halves of the real digits; asking for rare digits moves the set away from it honestly. “Exported” is the "
         "model in model/, the trained network on all steps."
@@ -130,16 +132,20 @@ def _rewards(axes: Any, outcome: Outcome) -> None:
     axes.grid(visible=False)
 
 
-def _classes(axes: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _classes(axes: Any, before: dict[str, Any], after: dict[str, Any], count: int) -> None:
+    """Shares of the digits among `count` samples, with bars of two standard errors."""
     digits = np.arange(10)
-    axes.bar(digits - 0.2, 100 * np.array(before["class_histogram"]), 0.38, color=BEFORE, label="before")
-    axes.bar(digits + 0.2, 100 * np.array(after["class_histogram"]), 0.38, color=AFTER, label="after")
+    for shift, name, colour, look in ((-0.2, "before", BEFORE, before), (0.2, "after", AFTER, after)):
+        shares = np.array(look["class_histogram"])
+        error = 200 * np.sqrt(shares * (1 - shares) / count)  # two binomial ones, in per cent
+        bars = {"ecolor": INK, "elinewidth": 0.9}
+        axes.bar(digits + shift, 100 * shares, 0.38, yerr=error, error_kw=bars, color=colour, label=name)
     axes.axhline(10, color=INK, lw=1, ls=(0, (4, 3)), label="balanced")
     axes.grid(visible=False, axis="x")
     axes.set(title="Which digits are drawn", xticks=digits, xlabel="class, by the classifier", ylabel="per cent")
     axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, 1.25 * max(10.0, *(100 * share for look in (before, after) for share in look["class_histogram"])))
-    axes.legend(loc="upper right", ncols=3, borderaxespad=0, columnspacing=1.2)
+    axes.set_ylim(bottom=0)
+    legend_above(axes, columns=3)
 
 
 def _dots(axes: Any, series: dict[str, Any], rows: dict[str, str], scale: float = 1.0) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from implicit_diffusion.experiments.drawing import legend_above
 from implicit_diffusion.experiments.figures import AFTER, BEFORE, BOUND, INK, canvas
 from implicit_diffusion.experiments.outcome import Outcome
 
@@ -109,7 +110,7 @@ def staleness(outcome: Outcome) -> tuple[Any, str, str] | None:
     axes.plot(x, most, color=LIGHT, drawstyle="steps-mid", label="oldest")
     axes.plot(x, mean, color=AFTER, drawstyle="steps-mid", label="mean")
     axes.set(xlabel="updates", ylabel="age (updates)", ylim=(0, 1.12 * max(1.0, most.max())))
-    axes.legend(loc="lower center", ncols=2)
+    legend_above(axes, columns=2)
     flight = -(-outcome.config["num_steps"] // outcome.config.get("stride", 1))
     caption = (
         "Updates of the network between the injection of a trajectory and its contribution to a gradient. The queue "

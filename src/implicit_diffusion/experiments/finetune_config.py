@@ -14,84 +14,88 @@ from implicit_diffusion.experiments.ranges import at_least, not_negative, positi
 class Config:
     """Fine-tune a diffusion model for a reward, with a KL leash to the pretrained model.
 
-    Minimises −E[reward] + β · KL(path). See what each --kl-weight β can buy first, with --plan.
+    It minimises −E[reward] + β · KL(path). See first what each --kl-weight β can buy, with --plan.
     """
 
     model: str = "digits"
-    """"digits" (shipped), a diffusers folder, or a hub id owner/name."""
+    """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: str = "brightness"
-    """"brightness", "darkness", "redness", "digit-0" … "digit-9", or your own FILE.py:function.
-    It takes images (n, C, H, W), decoded where the model's are latents, to (n,).
-    One of two arguments also gets the prompts, or the class labels."""
+    """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
+    A class or factory takes literal arguments, as in "FILE.py:Class(weight=2)".
+    It is called with the images (n, C, H, W), decoded where the model's are latents.
+    If it takes two arguments, the second is the list of prompts, or the class labels (n,).
+    It returns one number per image: (n,), (n, 1), or these in a pair (scores, info) or a dict."""
     prompts: Path | None = None
-    """Text file with a prompt per line, for text-conditional models."""
+    """Text file with one prompt per line, for text-conditional models."""
     guidance: float | None = None
-    """Scale of classifier-free guidance, part of the trained chain; by default that of the model's pipeline."""
+    """Scale of classifier-free guidance in the trained chain; by default that of the model's pipeline."""
     null_class: int | None = None
     """The label that stands for no class in the guidance of a class-conditional U-Net."""
     kl_weight: float | None = None
-    """β, in reward per nat. By default the plan's, for a gain of one standard deviation of the pretrained reward.
-    The weight of --penalty drift, which has no plan, must be named."""
+    """Weight β of the KL, in reward per nat.
+    By default the plan chooses it, for a gain of one standard deviation of the pretrained reward.
+    With --penalty drift, which has no plan, it must be given."""
     target_kl: float | None = None
-    """Path KL in nats to aim at; see --target-kl-mode."""
+    """Path KL to aim at, in nats; see --target-kl-mode."""
     target_kl_mode: Literal["adapt", "stop"] | None = None
-    """Adapt β until the path KL sits at the target (the default), or stop there."""
+    """Whether to adapt β until the path KL sits at --target-kl (the default), or to stop there."""
     reference: str | None = None
-    """The model that the KL is taken to, by default --model itself. Name the original when going on from RUN/model."""
+    """The model that the KL is taken to, by default --model itself.
+    Name the original model here when you go on training from RUN/model."""
     plan: bool = False
-    """Only say what each --kl-weight can buy, from pretrained samples, and show some of these."""
+    """Do not train; only say what each --kl-weight can buy, from pretrained samples, and show some of these."""
     out: Path | None = None
-    """Run directory: new, empty, or with a plan alone. By default runs/finetune-<time>."""
+    """Folder for the run: new, empty, or with a plan alone. By default runs/finetune-<time>."""
     loop: Literal["queue", "nested"] = "queue"
-    """One pipelined loop, or sample-then-differentiate."""
+    """The algorithm: sample and train in one pipelined loop, or sample every batch first, then differentiate it."""
     scheduler: (
         Literal["ddpm", "ddim", "euler", "euler-ancestral", "dpm-solver", "flow-euler", "flow-memoryless"] | None
     ) = None
-    """The chain's sampler, on the checkpoint's noise schedule.
+    """The sampler that is trained, on the checkpoint's noise schedule.
     By default the one that forgets its start: ddpm for diffusion models, flow-memoryless for flow models.
     euler and flow-euler have no noise and need --penalty drift."""
     eta: float | None = None
-    """Noise of --scheduler ddim, by default 1; 0 is deterministic and needs --penalty drift."""
+    """Amount of noise in --scheduler ddim, by default 1; 0 is deterministic and needs --penalty drift."""
     penalty: Literal["path-kl", "drift"] = "path-kl"
-    """What --kl-weight weighs: the path KL, or the distance of the drifts.
-    Under a path KL, rows without noise keep the pretrained network."""
+    """What --kl-weight weighs: the path KL, or the squared distance of the drifts.
+    With the path KL, steps without noise keep the pretrained network."""
     num_steps: int = 10
-    """Steps of the chain, N."""
+    """Number N of steps of the sampler."""
     batch: int = 16
-    """Trajectories injected per iteration."""
+    """Number of trajectories that start in each iteration."""
     stride: int | None = None
-    """Rows that each trajectory in the queue moves per iteration; more needs less memory and is less stale.
-    By default N/10, so that ten batches are in flight each way."""
+    """Number of steps that each trajectory in the queue moves per iteration; more needs less memory and is less stale.
+    By default N/10, so that ten batches are in flight in each direction."""
     updates: int = 250
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     lr: float = 5e-5
-    """Adam's learning rate at the start; cosine decay to zero."""
+    """Learning rate of Adam at the start; it decays to zero along a cosine."""
     max_grad_norm: float = 1.0
-    """Γ is clipped to this norm, in deviations of the pretrained reward."""
+    """Largest norm of the gradient, in standard deviations of the pretrained reward; larger ones are clipped."""
     accumulate: int = 1
-    """Gradients averaged per update."""
+    """Number of gradients that are averaged for one update."""
     ema: float | None = None
-    """Decay of an average of the weights, which is then what is judged and exported."""
+    """Decay rate of a moving average of the weights, below 1; the average is then what is judged and exported."""
     lora_rank: int | None = None
-    """Train low-rank adapters of this rank in place of all weights; the frozen reference then costs no memory."""
+    """Rank of low-rank adapters to train in place of all weights; the frozen reference then costs no memory."""
     lora_targets: str | None = None
-    """Layers that get adapters, by the ends of their names, "to_q,to_v".
-    By default the projections of attention, or the convolutions of a network without attention."""
+    """Layers that get adapters, by the ends of their names, such as "to_q,to_v".
+    By default these are the projections of attention, or the convolutions of a network without attention."""
     gradient_checkpointing: bool = False
-    """Keep less of the network's activations, and compute it once more on the way back."""
+    """Save memory: keep fewer activations of the network, and compute them again for the gradient."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Of the network alone, by autocast; states, adjoints, path KL and weights stay in float32.
+    """Precision of the network alone, by autocast; states, adjoints, path KL and weights stay in float32.
     fp16 is for devices without bfloat16: its gradients are scaled into float16's range, call by call."""
     compile: bool = False
-    """torch.compile the network; what stands in the way is said, and it runs as it is."""
+    """Compile the network with torch.compile; where that fails, it says why and runs uncompiled."""
     no_clip: bool = False
-    """Switch off the scheduler's clip_sample, which no adjoint passes; what that changes is reported."""
+    """Switch off the scheduler's clip_sample, through which no gradient can pass; the report says what that changes."""
     seed: int = 0
-    """Of all noise."""
+    """Seed of all random numbers."""
     starts: int = 256
-    """Initial noises for the plan, 16 trajectories from each, and for judging before and after, 8 from each."""
+    """Number of initial noises: 16 trajectories start from each for the plan, 8 for judging before and after."""
     device: str = "auto"
-    """"cpu", "cuda", …; auto takes an accelerator where there is one."""
+    """Device to compute on: "cpu", "cuda", …; "auto" takes an accelerator where there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

@@ -42,29 +42,29 @@ class Config:
     """Reproduce section 5.1 of the paper: optimise the weights of six Gaussians through Langevin sampling."""
 
     steps: int = 5000
-    """Iterations of the single loop, K; the other arms get as many gradient evaluations."""
+    """Number K of iterations of the single loop; the other arms get as many gradient evaluations."""
     particles: int = 1000
-    """n."""
+    """Number of particles."""
     seeds: int = 10
-    """Runs of every arm."""
+    """Number of runs of every arm."""
     seed: int = 0
-    """Of the first run."""
+    """Seed of the first run; the others count on from it."""
     sigma: float = 1.0
     """Standard deviation of the Gaussians, whose centres lie at radius 4."""
     step_size: float | None = None
-    """h of the Langevin steps; 0.2 σ² by default."""
+    """Step size h of the Langevin steps; 0.2 σ² by default."""
     lr: float = 0.1
-    """η of plain gradient steps on θ."""
+    """Step size η of plain gradient steps on the parameters θ."""
     forward_kl: float = 0.0
-    """Weight of KL(π_θ0‖π_θ) beside the reward."""
+    """Weight of KL(π_θ0‖π_θ), a penalty beside the reward."""
     guidance: float = 10.0
-    """λ of the arm that samples V − λ R_smooth."""
+    """Strength λ of the guidance arm, which samples V − λ R_smooth without training."""
     grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-    """η tried for nested and unrolled."""
+    """Step sizes η to try for the nested and unrolled arms."""
     compile: bool | None = None
     """Compile the single loop's inner update; by default from 20,000 iterations (steps × seeds), where it pays."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/hexagon-<time>."""
+    """Folder for the run, new or empty. By default runs/hexagon-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

@@ -118,7 +118,7 @@ def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
             _band(ax, x.mean(0), ys, colours[mode], f"mode {mode + 1}")
         ax.set(title=name, xlabel="updates", ylim=(0, 1))
     axes[0][0].set_ylabel("softmax(θ)")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=MODES, frameon=False)
     finish(figure, directory.figure("modes"), axes.flat)
 
 
@@ -146,7 +146,7 @@ def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:
     )
     right.axhline(0, color="0.5", lw=0.8)
     right.set(xlabel="updates", ylabel="reward of the particles − E R under π_θ", title="How far behind θ they are")
-    right.legend(frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     finish(figure, directory.figure("lag"), (left, right))
 
 

@@ -15,13 +15,13 @@ from implicit_diffusion.denoisers.kinds import KINDS
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import markdown, number, percent
+from implicit_diffusion.experiments.written import markdown, model_name, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives.reward import Reward
+from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.rise import smaller_rate
@@ -149,7 +149,7 @@ def digits_quality(before: Evaluation, after: Evaluation, exported: Evaluation) 
 
 @torch.no_grad()
 def effect_of_clipping(
-    chain: Chain, clipped: Any, reward: Callable[..., Tensor], noise: Noise, options: dict[str, Any]
+    chain: Chain, clipped: Any, reward: Callable[..., Any] | Reward, noise: Noise, options: dict[str, Any]
 ) -> dict[str, float]:
     """What switching `clip_sample` off changed, on 128 samples of the same noise.
 
@@ -160,7 +160,7 @@ def effect_of_clipping(
         noise: whose draws both use: the scheduler gets the generators that the chain's ξ come from.
         options: of `clipped.step`.
     """
-    count = 128
+    count, score = 128, as_reward(reward)
     x, condition = chain.initial(noise, count), chain.conditions(noise, count, [0])
     clipped.set_timesteps(chain.num_steps)
     with chain.evaluating():
@@ -172,8 +172,8 @@ def effect_of_clipping(
     return {
         "mean_absolute_change": (free - x).abs().mean().item(),
         "largest_change": (free - x).abs().max().item(),
-        "reward_with_clipping": Reward(reward).of(chain.endpoint(x, noise)).mean().item(),
-        "reward_without_clipping": Reward(reward).of(chain.endpoint(free, noise)).mean().item(),
+        "reward_with_clipping": score.of(chain.endpoint(x, noise)).mean().item(),
+        "reward_without_clipping": score.of(chain.endpoint(free, noise)).mean().item(),
     }
 
 
@@ -185,7 +185,7 @@ def opening(summary: dict[str, Any]) -> list[str]:
 
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
     """README.md of the exported pipeline; the strings in it that are not ours have no effect as Markdown or HTML."""
-    given = (short(config["reward"]), Path(config["model"]).name, chain.table.name, summary["pipeline"])
+    given = (short(config["reward"]), model_name(config["model"]), chain.table.name, summary["pipeline"])
     reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"

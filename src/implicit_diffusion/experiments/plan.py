@@ -146,7 +146,7 @@ def show(plan: Plan) -> None:
 
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
 
     figure = sheet(10.0, 4.0)
     left, right = figure.subplots(1, 2)
@@ -169,12 +169,12 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
             fontsize=8,
         )
     left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be had")
-    left.legend(loc="lower right")
     right.hist(evaluation.reward.flatten().cpu().numpy(), bins=40, color="0.6")
     right.axvline(plan.reward, color="k", label="mean")
     for b in plan.bounds:
         right.axvline(b.reward, color="C0", alpha=0.5, lw=1)
     right.plot([], [], color="C0", alpha=0.5, label="tilted means, by β")
     right.set(xlabel="reward", ylabel="pretrained samples", title="Where the pretrained samples lie")
-    right.legend()
+    for axis in (left, right):
+        legend_above(axis, columns=2)
     finish(figure, path, (left, right))

@@ -16,43 +16,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Pretrain a diffusion model. The defaults are the published setting for the digits.
+    """Pretrain a diffusion model on images.
 
-    On one kind of processor they give the same weights bit for bit.
+    The defaults are the published setting for the digits: on one kind of processor, the same weights bit for bit.
     """
 
     data: str = "digits"
-    """"digits", a folder of images, or a hub id of the datasets library such as ylecun/mnist or uoft-cs/cifar10."""
+    """The images: "digits", a folder of images, or a hub id of the datasets library.
+    Examples are ylecun/mnist and uoft-cs/cifar10."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/pretrain-<data>."""
+    """Folder for the run, new or empty. By default runs/pretrain-<data>."""
     size: tuple[int, int] | None = None
-    """Height and width to bring the images to; by default their own, rounded to what the U-Net can halve."""
+    """Height and width to scale the images to; by default their own, rounded to what the U-Net can halve."""
     steps: int = 3000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: int = 64
-    """Images per step."""
+    """Number of images per optimizer step."""
     lr: float = 2e-3
-    """After a linear warm-up over 200 steps; then cosine decay to zero."""
+    """Learning rate after a linear warm-up over 200 steps; then it decays to zero along a cosine."""
     ema_decay: float = 0.999
-    """Of the average of the weights, which is what is kept; below 1."""
+    """Decay rate of the moving average of the weights, below 1; the average is what is kept."""
     dropout: float = 0.1
-    """Of the residual blocks."""
+    """Dropout rate in the residual blocks of the U-Net."""
     channels: tuple[int, ...] | None = None
     """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
     """What the network predicts."""
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """Noise schedule."""
+    """Noise schedule of the diffusion."""
     train_timesteps: int = 1000
-    """Timesteps of the noise schedule, T."""
+    """Number T of timesteps of the noise schedule."""
     seed: int = 0
-    """Of weights, batches, times and noise."""
+    """Seed of all random numbers."""
     chains: tuple[int, ...] = (10, 50)
-    """Chain lengths at which the samples are judged, or drawn."""
+    """Numbers of sampling steps at which the model is judged, or its samples drawn."""
     samples: int = 2000
-    """Digits to judge per chain length; of other images 96 are drawn."""
+    """Number of digits to judge at each of --chains; of other images, 96 are always drawn."""
     device: str | None = None
-    """"cpu", "cuda", …; by default the CPU for digits, and an accelerator where there is one for other images."""
+    """Device to compute on: "cpu", "cuda", …; by default the CPU for digits.
+    For other images it is an accelerator, where there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

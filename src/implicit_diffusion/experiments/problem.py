@@ -7,7 +7,7 @@ What is quick to refuse comes first: text encoders read prompts only when model,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class Problem:
     pretrained: Pretrained
     kind: str
     chain: Chain
-    reward: Callable[..., Tensor]
+    reward: Reward
     clipping: dict[str, float] | None
     exported: tuple[Any, ChainTable]  # the scheduler of the exported pipeline, and the chain that it runs
     conditioning: Conditioning
@@ -73,7 +73,7 @@ def build(config: Config) -> Problem:
 
 
 def _build(config: Config, device: torch.device) -> Problem:
-    reward = load_reward(config.reward)
+    loaded = load_reward(config.reward, device)
     precision = check_precision(config.precision, device)
     pretrained = load_pretrained(config.model)
     clip = False if config.no_clip or pretrained.family.latent else None
@@ -104,10 +104,17 @@ def _build(config: Config, device: torch.device) -> Problem:
             "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or --penalty drift"
         )
     note = compiled(chain, config.compile)
-    reward = given.of_states(reward, pretrained.decoder)
+    reward = Reward(given.of_states(loaded, pretrained.decoder))
     trial = judging.particles(chain)
     with blamed(config.reward, "; a reward takes samples (n, …) to (n,), by torch operations that leave them alone"):
-        Reward(reward).check(trial)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            reward.check(trial)
+        for each in said:
+            if str(each.message).startswith("reward is "):  # random, or flat
+                print(f"reward    {short(config.reward)} {str(each.message).removeprefix('reward ')}")
+            else:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         say_if_unsteady(reward, config, trial)
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):
@@ -117,13 +124,13 @@ def _build(config: Config, device: torch.device) -> Problem:
 
 
 @torch.no_grad()
-def say_if_unsteady(reward: Callable[..., Tensor], config: Config, trial: Particles) -> None:
+def say_if_unsteady(reward: Reward, config: Config, trial: Particles) -> None:
     """Say that a reward has a state of its own: other values from the same samples and the same global generators."""
-    values = []
+    values: list[Tensor] = []
     for _ in range(2):
         with Draws(Noise(config.seed), PLAN, 3, device=trial.x.device):
-            values.append(Reward(reward).of(trial))
-    if not torch.allclose(*values):
+            values.append(reward.of(trial))
+    if not torch.allclose(values[0], values[1]):
         print(
             f"reward    {short(config.reward)} gives other values on the same samples when called again, with the "
             "global generators as they were: it has a state of its own, which no checkpoint keeps, and a resumed run "
@@ -183,7 +190,7 @@ MEANING = ("prediction_type", "num_train_timesteps")  # of a network's output an
 def make_loop(config: Config, problem: Problem, noise: Noise) -> ChainLoop:
     """The loop that `config` asks for, before β and the clip are known; `scale` sets them."""
     penalty: Objective = PathKL() if config.penalty == "path-kl" else DriftPenalty()
-    objective = Reward(problem.reward) + (1.0 if config.kl_weight is None else config.kl_weight) * penalty
+    objective = problem.reward + (1.0 if config.kl_weight is None else config.kl_weight) * penalty
     trained = [p for p in problem.pretrained.denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.lr)
     update = Update(

@@ -42,21 +42,21 @@ class Config:
     """Learn the weights of a mixture from data, by maximum likelihood in a single loop."""
 
     problem: Literal["hexagon", "two-modes"] = "hexagon"
-    """"hexagon": six modes that particles can cross between. "two-modes": two that they cannot."""
+    """The data: "hexagon" has six modes that particles can cross between. "two-modes" has two that they cannot."""
     steps: int = 5000
-    """Iterations."""
+    """Number of iterations."""
     particles: int = 1000
-    """n; the data per iteration are as many, fresh ones of 100,000."""
+    """Number of particles, and of data per iteration, which are drawn afresh from 100,000."""
     seeds: int = 5
-    """Runs of every arm."""
+    """Number of runs of every arm."""
     seed: int = 0
-    """Of the first run."""
+    """Seed of the first run; the others count on from it."""
     step_size: float | None = None
-    """h; 0.2 on the hexagon, 0.05 for two modes by default."""
+    """Step size h of the Langevin steps; 0.2 on the hexagon, 0.05 for two modes by default."""
     lr: float = 0.1
-    """η of plain gradient steps; "decreasing" arms divide it by 1 + k/100."""
+    """Step size η of plain gradient steps; the "decreasing" arms divide it by 1 + k/100."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/recovery-<time>."""
+    """Folder for the run, new or empty. By default runs/recovery-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
@@ -176,7 +176,7 @@ def exact_kls(target: GaussianMixture, path: Float[Tensor, "updates modes"]) -> 
 
 def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
     """Exact KL against updates, a band over seeds per arm."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
 
     figure = sheet(6.4, 4)
     axis = figure.subplots()
@@ -189,5 +189,5 @@ def plot(curves: dict[str, Tensor], before: float, path: Path) -> None:
             axis.fill_between(range(ys.shape[1]), ys.amin(0), ys.amax(0), color=colour, alpha=0.15, lw=0)
     axis.axhline(before, color="0.5", ls=":", lw=1)
     axis.set(yscale="log", xlabel="updates", ylabel="exact KL(data‖model), nats", title="Geometric means over seeds")
-    axis.legend(frameon=False)
+    legend_above(axis, columns=2)
     finish(figure, path, [axis])

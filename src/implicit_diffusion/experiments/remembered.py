@@ -27,8 +27,10 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.reward_trust import is_own
 from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Reward
 from implicit_diffusion.runs.checkpoint import load_state, save_state
 from implicit_diffusion.samplers.chain import Chain
 
@@ -37,7 +39,7 @@ LIMIT = 64_000_000  # bytes of one evaluation
 
 def evaluate_pretrained(
     chain: Chain,
-    reward: Callable[..., Tensor],
+    reward: Callable[..., Tensor] | Reward,
     noise: Noise,
     *,
     name: str,
@@ -51,14 +53,14 @@ def evaluate_pretrained(
         chain: whose reference is evaluated.
         reward: R, (n, *event) → (n,).
         noise: of the evaluation.
-        name: of the reward; one with a colon is the user's own.
+        name: of the reward; numbers of the user's own are not kept.
         starts: independent x_0.
         repeats: trajectories from each x_0.
         progress: called with the number of trajectories just done.
     """
     folder = _cache() if chain.condition is None else None
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
-    if folder is None or ":" in name or size > LIMIT or not isinstance(chain.reference, DiffusersDenoiser):
+    if folder is None or is_own(name) or size > LIMIT or not isinstance(chain.reference, DiffusersDenoiser):
         return evaluate(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
     folder = folder / _key(chain, chain.reference, name, noise, starts, repeats)
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged

@@ -1,28 +1,25 @@
-"""The report of a fine-tuning run: one HTML file that needs nothing else, neither network nor script.
-
-Pictures are embedded, everything that a user named is escaped, and a content security policy forbids the rest.
-"""
+"""The report of a fine-tuning run, report.html."""
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from implicit_diffusion.experiments import page
 from implicit_diffusion.experiments.concerns import concerns
+from implicit_diffusion.experiments.finetune import PROMPTS
 from implicit_diffusion.experiments.judging import opening
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
+from implicit_diffusion.experiments.page import duration, table, tile, write_page
+from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
-from implicit_diffusion.experiments.written import decimals, distinct, number, percent
+from implicit_diffusion.experiments.written import decimals, distinct, model_name, number, percent
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.files import replacing
 
-CSS = Path(__file__).with_suffix(".css")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NOT_IN_COMMAND = ("out", "plan")
 
 
@@ -37,38 +34,17 @@ def write_report(outcome: Outcome, figures: Sequence[Picture], directory: RunDir
     Returns:
         The path of the report.
     """
-    title = f"{_name(outcome.config['model'])}, fine-tuned for {_name(outcome.config['reward'])}"
+    title = f"{model_name(outcome.config['model'])}, fine-tuned for {short(outcome.config['reward'])}"
     body = [
         _headline(outcome, title),
         _concerns(outcome),
-        f'<section class="figures">{"".join(map(_figure, figures))}</section>',
+        page.figures(figures),
         _quality(outcome),
         _plan(outcome),
         _use(outcome, directory),
         _configuration(outcome),
     ]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>
-{CSS.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
-{"".join(body)}
-</main>
-</body>
-</html>
-"""
-    path = directory.path / "report.html"
-    with replacing(path) as file:
-        file.write_text(page, encoding="utf-8")
-    return path
+    return write_page(directory.path / "report.html", title, body)
 
 
 def _headline(outcome: Outcome, title: str) -> str:
@@ -76,25 +52,25 @@ def _headline(outcome: Outcome, title: str) -> str:
     gain = s["reward_after"] - s["reward_before"]
     spread = f"{number(outcome.gain_in_std, sign=True, digits=2)} standard deviations of the pretrained samples"
     tiles = [
-        _tile(
+        tile(
             "Mean reward",
             f'<span class="from">{_short(s["reward_before"], gain)} →</span> {_short(s["reward_after"], gain)}',
             f"{number(gain, s.get('reward_gain_se'), sign=True)}, or {spread}",
         )
     ]
     if s.get("worse"):
-        tiles.append(_tile("J rose", f"{number(s['j_before'])} → {number(s['j_after'])}", "lower is better"))
+        tiles.append(tile("J rose", f"{number(s['j_before'])} → {number(s['j_after'])}", "lower is better"))
     if s.get("captured") is not None:
         share = min(1.0, max(0.0, s["captured"]))
         bar = f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>'
         note = f"{bar}of the gain in J that this KL weight allows"
-        tiles.append(_tile("Captured", percent(s["captured"], s["captured_se"]), note))
+        tiles.append(tile("Captured", percent(s["captured"], s["captured_se"]), note))
     if s.get("path_kl") is not None:
         best = outcome.bound
         optimum = "" if best is None else f"the optimum sits at {number(best.path_kl, best.path_kl_se)}"
-        tiles.append(_tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
+        tiles.append(tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
     cost = f"{s['updates']} updates, {s['network_evaluations']:,} network evaluations"
-    tiles.append(_tile("Training time", _duration(s["seconds"]), cost))
+    tiles.append(tile("Training time", duration(s["seconds"]), cost))
     weight = f"{'drift' if outcome.drift else 'KL'} weight {outcome.beta:.4g}"
     if outcome.adapted:
         weight += f" (adapted, {config['kl_weight']:.4g} at the start)"
@@ -130,10 +106,6 @@ def _in_words(outcome: Outcome) -> str:
     return text + " Every ± here is one standard error."
 
 
-def _tile(label: str, value: str, note: str) -> str:
-    return f'<div class="tile"><p>{label}</p><p class="value">{value}</p><p class="note">{note}</p></div>'
-
-
 def _concerns(outcome: Outcome) -> str:
     found = concerns(outcome)
     cards = [
@@ -147,15 +119,6 @@ def _concerns(outcome: Outcome) -> str:
             checked += ", the judge's confidence, the distance to real digits, copies of training data"
         cards.insert(0, f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     return f'<section class="concerns">{"".join(cards)}</section>'
-
-
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode()
-    return (
-        f'<figure id="{escape(picture.name)}"><h2>{escape(picture.title)}</h2>'
-        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-    )
 
 
 def _quality(outcome: Outcome) -> str:
@@ -177,8 +140,8 @@ def _quality(outcome: Outcome) -> str:
         rows, columns = [[row[0], *row[2:]] for row in rows], [columns[0], *columns[2:]]
     return f"""<section><h2>Numbers, before and after</h2>
 <p>“After” is the chain that was trained; “exported” is what <code>model/</code> runs, the trained network on
-all steps.</p>
-{_table(columns, rows)}</section>
+all steps. A dash stands for what was not measured.</p>
+{table(columns, rows)}</section>
 """
 
 
@@ -230,7 +193,7 @@ a penalty on drifts no bound says how much could be gained.</p></section>
 what training attains. The pretrained reward is {number(plan.reward, plan.reward_se)}, with a deviation of
 {number(plan.reward_std)} between samples; the first noise x<sub>0</sub> decides
 {percent(plan.memory, plan.memory_se)} of its variance (0 % is memoryless).{doubt}</p>
-{_table(columns, rows, chosen)}</section>
+{table(columns, rows, chosen)}</section>
 """
 
 
@@ -245,24 +208,31 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
         other = (
             f"<p>It runs {escape(outcome.summary['pipeline'])}, which is not the chain that was trained: diffusers has "
             "none for that. To draw from the trained chain:</p>\n<pre><code>implicit-diffusion sample --model "
-            f"{escape(str(directory.model))}</code></pre>\n"
+            f"{escape(shlex.quote(str(directory.model)))}</code></pre>\n"
         )
     return f"""<section><h2>Use the model</h2>
 <p>Plain diffusers loads it, without this package:</p>
 <pre><code>{escape(code)}</code></pre>
 {other}<h2>Run it again</h2>
-<pre><code>{escape(command(config))}</code></pre></section>
+<pre><code>{escape(command(config | _own_prompts(directory)))}</code></pre></section>
 """
 
 
+def _own_prompts(directory: RunDirectory) -> dict[str, str]:
+    """The run's copy of its prompts, which is there as long as the report is."""
+    path = directory.path / PROMPTS
+    return {"prompts": str(path)} if path.is_file() else {}
+
+
 def command(config: dict[str, Any]) -> str:
-    """The command line with this configuration; settings that are None or off are left out."""
+    """The command line with this configuration, to be pasted as it is; settings that are None or off are left out."""
     words = ["implicit-diffusion finetune"]
     for key, value in config.items():
         if key in NOT_IN_COMMAND or value is None or value is False or isinstance(value, dict | list):
             continue
         flag = "--" + key.replace("_", "-")
-        words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+        join = "=" if str(value).startswith("-") else " "  # or the value is taken for an option
+        words.append(flag if value is True else f"{flag}{join}{shlex.quote(str(value))}")
     return " \\\n  ".join(words)
 
 
@@ -274,33 +244,10 @@ def _configuration(outcome: Outcome) -> str:
         rows[place][0] = "kl_weight, at the start"
         rows.insert(place + 1, ["kl_weight, at the end (adapted to target_kl)", f"{outcome.beta:.6g}"])
     return f"""<section><details><summary>Configuration</summary>
-{_table(("setting", "value"), rows, cls="plain")}</details></section>
+{table(("setting", "value"), rows, cls="plain")}</details></section>
 """
-
-
-def _table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | None = None, cls: str = "") -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = []
-    for index, (first, *cells) in enumerate(rows):
-        mark = ' class="chosen"' if index == chosen else ""
-        tds = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
-    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll"><table class="{cls}">{table}</table></div>'
-
-
-def _name(value: Any) -> str:
-    """A path's last part; anything else as it is."""
-    return str(value).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _short(value: float, scale: float) -> str:
     """A number with as many decimals as three digits of the gain need, at most two."""
     return f"{value:.{min(2, decimals(abs(scale), 2))}f}".replace("-", "−")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} <small>s</small>"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} <small>h</small> {minutes} <small>min</small>" if hours else f"{minutes} <small>min</small>"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+import shlex
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from implicit_diffusion.experiments.inputs import inputs
 from implicit_diffusion.experiments.reward_trust import check_trust
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import device_of, verified
+
+RESULTS = ("model", "report.html", "figures", "summary.json")  # of a run, as far as it has them
+PARTS = ("model", "figures", "checkpoint", "judged", "plan")  # folders in that of a run
 
 
 class Experiment(NamedTuple):
@@ -42,14 +46,12 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
         if not finished and not (path / "config.json").exists():
             if (path / "plan.json").exists():
                 raise InvalidInputError(
-                    f"{path} is no interrupted run: it holds a plan; `finetune --out {path}` trains"
+                    f"{path} is no interrupted run: it holds a plan; `finetune --out {shlex.quote(str(path))}` trains"
                 )
             raise InvalidInputError(f"{path} is no interrupted run: nothing had begun; give the first command again")
         experiment, values = _experiment(directory)
         if finished and (path / experiment.last).exists():
-            raise InvalidInputError(
-                f"{path} is no interrupted run: it is finished, and {path}/model is its result; `report` draws it again"
-            )
+            raise InvalidInputError(f"{path} is no interrupted run: it is finished; {_results(path, values)}")
         if finished:
             return experiment.report(directory)
         fields = {field.name: str(field.type) for field in dataclasses.fields(experiment.config)}
@@ -81,8 +83,21 @@ def report(path: Path) -> dict[str, Any]:
     directory = _open(path)
     with directory.held():
         if not (path / "summary.json").exists():
-            raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume {path}` goes on with it")
+            if not (path / "config.json").exists():
+                raise InvalidInputError(f"{path} is no finished run: nothing had begun; give the first command again")
+            raise InvalidInputError(
+                f"{path} is not finished: it has no summary.json; {directory.resume_command} goes on with it"
+            )
         return _experiment(directory)[0].report(directory)
+
+
+def _results(path: Path, values: Mapping[str, Any]) -> str:
+    """Where the results of a finished run are, by what is there, and whether `report` would draw them again."""
+    there = " and ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
+    own = values.get("reward", "half-plane") != "half-plane" and not (path / "report.html").exists()
+    compared = values.get("compare")  # neither a tilt for a reward of the user's own nor a comparison is drawn again
+    again = "" if own or compared else f"; `implicit-diffusion report {shlex.quote(str(path))}` draws it again"
+    return f"its results are in {there}{again}"
 
 
 def _open(path: Path) -> RunDirectory:
@@ -90,6 +105,8 @@ def _open(path: Path) -> RunDirectory:
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
     if any(path.glob("beta-*")):
         raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it goes on with it")
+    if not (path / "config.json").exists() and path.name in PARTS and (path.parent / "config.json").exists():
+        raise InvalidInputError(f"{path} is a part of a run; name the run itself, {path.parent}")
     return RunDirectory(path)
 
 

@@ -15,41 +15,62 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, reason_of
 from implicit_diffusion.experiments import digits, rewards
-from implicit_diffusion.experiments.reward_trust import Code, code_of, remember
+from implicit_diffusion.experiments.reward_arguments import Arguments, made, read_arguments
+from implicit_diffusion.experiments.reward_trust import Code, code_of, remember, spelled
+from implicit_diffusion.frozen import modules_in
+from implicit_diffusion.scores import takes_condition
 
 SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
 
 
-def load_reward(name: str) -> Callable[[Tensor], Tensor]:
-    """The reward called `name`: a shipped one such as "brightness" or "digit-3", "module:function", "file.py:function".
+def load_reward(name: str, device: torch.device | None = None) -> Callable[..., Tensor]:
+    """The reward called `name`.
+
+    It may be a shipped one, such as "brightness" or "digit-3", or the user's own, as "module:function" or
+    "file.py:function". In place of a function that can be an instance, a class, or a class or factory with literal
+    arguments, "file.py:Class(weight=2)" (`reward_arguments`).
 
     A file or module that the user names is imported, and so executed, and noted as one that this user has named
     (`reward_trust`). A file finds what lies beside it, also later, when it is called; it takes no other module's name,
-    and installed modules come before those beside it. A network found there is put in eval mode.
+    and installed modules come before those beside it. A network found there, or held by an instance, is put in eval
+    mode.
+
+    Args:
+        name: of the reward.
+        device: that networks are moved to; None leaves them where they are.
 
     Raises:
-        InvalidInputError: nothing of that name, and the message says what was looked for; or what the file raises.
+        InvalidInputError: nothing of that name, and the message says what was looked for; arguments that do not fit; or
+            what the file raises.
     """
-    if name in ("brightness", "darkness", "redness"):
-        return getattr(rewards, name)
-    if match := re.fullmatch(r"digit-(\d)", name):
-        return digits.digit_log_probability(int(match[1]))
-    place, colon, function = name.rpartition(":")
-    if not colon:
-        raise InvalidInputError(f"--reward {name!r} is neither {SHIPPED}, nor of the form FILE.py:function")
+    place, function, call = spelled(name)
+    shipped = re.fullmatch(r"brightness|darkness|redness|digit-(\d)", function)
+    if shipped and not place:
+        if call:
+            raise InvalidInputError(f"--reward {name}: {function} takes no arguments; name it without parentheses")
+        return digits.digit_log_probability(int(shipped[1])) if shipped[1] else getattr(rewards, function)
+    if not place:
+        raise InvalidInputError(
+            f"--reward {name!r} is neither {SHIPPED}, nor of the form FILE.py:function or FILE.py:Class(weight=2)"
+        )
+    if "(" in function:
+        raise InvalidInputError(f"--reward {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
+    arguments = read_arguments(name, call) if call else None
     paths = list(sys.path)
     try:
-        return _function(name, place, function)
+        return _function(name, arguments, device)
     except BaseException:
         sys.path[:] = paths
         raise
 
 
-def _function(name: str, place: str, function: str) -> Callable[[Tensor], Tensor]:
+def _function(name: str, arguments: Arguments | None, device: torch.device | None) -> Callable[..., Tensor]:
+    place, function, _ = spelled(name)
     with blamed(name):
         code = code_of(name)
         remember(code)
@@ -60,9 +81,15 @@ def _function(name: str, place: str, function: str) -> Callable[[Tensor], Tensor
         raise InvalidInputError(
             f"--reward: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
         )
-    if inspect.isclass(found):
-        raise InvalidInputError(f"--reward {name} is a class; name a function, or an instance: best = {function}()")
-    return _answering(found.eval() if isinstance(found, nn.Module) else found, name)
+    with blamed(name):
+        reward = made(name, found, arguments)
+    for network in modules_in(reward):
+        network.eval()
+        if device is not None:
+            network.to(device)
+    with blamed(name):
+        takes_condition(reward)
+    return _answering(reward, name)
 
 
 def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -89,13 +116,13 @@ def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tens
 
 def _located(error: BaseException, name: str) -> str:
     """A line that says what a reward of the user's own raised, and where."""
-    place = name.rpartition(":")[0]
+    place = spelled(name).place
     file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
     where = f"{file}:{lines[-1]}" if lines else name
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
-    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    what = error.msg if isinstance(error, SyntaxError) else reason_of(error)
     return f"--reward {where}: {type(error).__name__}: {what}"
 
 

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NamedTuple
 
 from implicit_diffusion.errors import InvalidInputError
 
+SHORT = 60  # letters of arguments in a title
 _named: set[tuple[str, str]] = set()  # place and sha256, in this process
 
 
@@ -30,7 +33,7 @@ class Code:
 
     Args:
         name: of the reward, as it was given.
-        place: where it is, with its function.
+        place: where it is, with its function and the arguments of that.
         files: with links resolved; for a module those of its packages too, and none where it is built in.
         content: of the last file.
         digest: sha256 of all of them.
@@ -43,31 +46,57 @@ class Code:
     digest: str
 
 
+class Spelling(NamedTuple):
+    """PLACE:function, or PLACE:function(arguments); a name without a place is that of a shipped reward.
+
+    Args:
+        place: FILE.py or a module; empty for a shipped reward.
+        function: or class, or instance.
+        call: the arguments with their parentheses, as they were given; empty where there are none.
+    """
+
+    place: str
+    function: str
+    call: str
+
+
+def spelled(name: str) -> Spelling:
+    """The parts of a reward's name; nothing of it is evaluated."""
+    for place in (r"(.+?\.py):", r"([\w.]+):", r"()"):  # a file, whatever its folders are called; a module; shipped
+        if match := re.fullmatch(place + r"([^\W\d][\w-]*)\s*(\(.*\))?\s*", name, re.DOTALL):
+            return Spelling(match[1], match[2], match[3] or "")
+    before, _, function = name.rpartition(":")
+    return Spelling(before, function, "")
+
+
 def is_own(name: str) -> bool:
     """Whether a reward's name stands for code of the user's own, not for a shipped one."""
-    return ":" in name
+    return bool(spelled(name).place)
 
 
 def absolute(name: str) -> str:
     """FILE.py:function with the file's absolute path; other names as they are."""
-    place, _, function = name.rpartition(":")
-    return f"{Path(place).absolute()}:{function}" if place.endswith(".py") else name
+    place, function, call = spelled(name)
+    return f"{Path(place).absolute()}:{function}{call}" if place.endswith(".py") else name
 
 
 def short(name: str) -> str:
-    """A name for people, without the folder of its file."""
-    place, colon, function = name.rpartition(":")
-    return f"{Path(place).name}{colon}{function}"
+    """A name for people, without the folder of its file; long arguments are cut."""
+    place, function, call = spelled(name)
+    call = call if len(call) <= SHORT else f"{call[: SHORT - 2]}…)"
+    return f"{Path(place).name}:{function}{call}" if place else name
 
 
 def code_of(name: str) -> Code:
     """Find and read the code of "FILE.py:function" or "module:function", without running any of it.
 
+    Its place has the arguments too: who has named `loader("mine")` has not named `loader("yours")`.
+
     Raises:
         InvalidInputError: there is none.
         OSError: it cannot be read.
     """
-    place, _, function = name.rpartition(":")
+    place, function, call = spelled(name)
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise InvalidInputError(f"--reward: there is no file {place}")
@@ -78,7 +107,7 @@ def code_of(name: str) -> Code:
         where = " ".join(["module", place, *map(str, files)])
     contents = [file.read_bytes() for file in files]
     digest = hashlib.sha256(b"".join(contents)).hexdigest()
-    return Code(name, f"{where}:{function}", files, contents[-1] if contents else b"", digest)
+    return Code(name, f"{where}:{function}{call}", files, contents[-1] if contents else b"", digest)
 
 
 def remember(code: Code) -> None:
@@ -126,7 +155,7 @@ def check_trust(name: str, directory: Path) -> None:
 
 def loaded_with(code: Code) -> list[Path]:
     """The files of a reward that is loaded: its own, and those of modules beside it, which it has imported."""
-    if not code.name.rpartition(":")[0].endswith(".py"):
+    if not spelled(code.name).place.endswith(".py"):
         return list(code.files)
     folder, found = code.files[0].parent, set(code.files)
     for name, module in list(sys.modules.items()):

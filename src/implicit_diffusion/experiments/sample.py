@@ -43,20 +43,24 @@ class Config:
     """Draw a grid of images from a model."""
 
     model: str = "digits"
-    """"digits" (shipped), a folder such as RUN/model, of diffusers or an energy-based model, or a hub id owner/name."""
+    """The model: "digits" (shipped), a folder such as RUN/model, or a hub id owner/name.
+    A folder holds a diffusers pipeline or an energy-based model."""
     num: int = 64
-    """Images."""
+    """Number of images."""
     out: Path = Path("grid.png")
-    """Picture to write, .png, .jpg or .webp, or of an energy-based model FILE.npy; an existing file is left alone."""
+    """File to write: a .png, .jpg or .webp picture, or a .npy array from an energy-based model.
+    An existing file is never overwritten."""
     prompts: Path | None = None
-    """Text file with a prompt per line, for text-conditional models; images take them in turn."""
+    """Text file with one prompt per line, for text-conditional models; the images take them in turn."""
     num_steps: int | None = None
-    """Steps of the sampler. By default those of the chain that the model was fine-tuned for, and that chain.
+    """Number of steps of the sampler.
+    By default the chain that the model was fine-tuned for is run, with its own number.
     Any other number runs the folder's own pipeline, which takes 50 by default."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of all random numbers."""
     device: str = "auto"
-    """"cpu", "cuda", …; auto takes an accelerator where there is one. Energy-based models are drawn from on the CPU."""
+    """Device to compute on: "cpu", "cuda", …; "auto" takes an accelerator where there is one.
+    Energy-based models are drawn from on the CPU."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or `out` cannot be written."""

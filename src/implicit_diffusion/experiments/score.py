@@ -17,7 +17,7 @@ from implicit_diffusion.runs.files import replacing
 
 @dataclass(frozen=True)
 class Config:
-    """Log-likelihoods of data under a trained energy-based model."""
+    """Compute log-likelihoods of data under a trained energy-based model."""
 
     model: Path
     """The model/ folder of an `implicit-diffusion ebm` run."""

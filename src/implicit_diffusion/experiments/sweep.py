@@ -9,6 +9,7 @@ share: for each β the reward and the path KL of the tilted law dP* ∝ e^{R/β}
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import finetune, finetune_config
-from implicit_diffusion.experiments.drawing import save
+from implicit_diffusion.experiments.drawing import legend_above, save
 from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
@@ -52,18 +53,23 @@ LEFT_BY_AN_EARLY_END = {
     "checkpoint",
 }
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
+NOT_TAKEN = {
+    name: f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights"
+    for name in (*OF_ONE_RUN, "target_kl_mode")
+} | {"penalty": "a sweep compares path KLs: it has no --penalty"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune once for every KL weight, and draw reward against KL beside what can be had."""
+    """Fine-tune once for every KL weight, and draw reward against KL beside the best possible."""
 
     kl_weights: tuple[float, ...] = ()
-    """The β's, in reward per nat. By default the plan's, for gains of ¼ to 2 deviations of the pretrained reward."""
-    each: finetune_config.Config = field(default_factory=finetune_config.Config)
+    """KL weights β to train with, in reward per nat.
+    By default the plan chooses them, for gains of ¼ to 2 standard deviations of the pretrained reward."""
+    each: finetune_config.Config = field(default_factory=finetune_config.Config, metadata={"without": NOT_TAKEN})
     """Options of every run; --out is the sweep's folder, one subfolder per run."""
     accept_changes: tuple[Change, ...] = ()
-    """What may be another one than when the sweep began, as of `resume`; other differences are refused, by name."""
+    """What may have changed since the sweep began, as for `resume`; every other change is refused by name."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""
@@ -74,9 +80,9 @@ class Config:
             raise InvalidInputError(f"--kl-weights must differ, got {' '.join(f'{b:g}' for b in self.kl_weights)}")
         for name in OF_ONE_RUN:
             if getattr(self.each, name) not in (None, False):
-                raise InvalidInputError(f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights")
+                raise InvalidInputError(NOT_TAKEN[name])
         if self.each.penalty != "path-kl":
-            raise InvalidInputError("a sweep compares path KLs: --penalty drift has none")
+            raise InvalidInputError(NOT_TAKEN["penalty"])
         self.each.check()
 
 
@@ -115,7 +121,9 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
         for beta in betas:
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted; the same command, with --out {out}, goes on") from error
+        raise KeyboardInterrupt(
+            f"interrupted; the same command, with --out {shlex.quote(str(out))}, goes on"
+        ) from error
     found = {beta: _read(folder) for beta, folder in sorted(_finished(out).items())}
     frontier = _frontier(samples, list(found), conditional)
     summary = {
@@ -272,7 +280,7 @@ def plot(
                 seen = [m for m in metrics[row["kl_weight"]] if m.get(key) is not None]
                 values = [0.0, *(m[key] - base[key] for m in seen)]
                 axes[name].plot([0, *(m["updates"] for m in seen)], values, "o-", ms=3, color=shade)
-        axes["top"].legend(loc="lower right", ncols=2)
+        legend_above(axes["top"], columns=2)
         axes["reward"].axhline(0.0, color=BEFORE, lw=1)
         axes["reward"].set(xlabel="updates", ylabel="reward gained, held out")
         axes["kl"].set(xlabel="updates", ylabel="path KL (nats), held out")

@@ -28,6 +28,7 @@ from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.experiments.ranges import at_least, positive
 from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.experiments.reward_trust import is_own
 from implicit_diffusion.experiments.studies import Study
 from implicit_diffusion.experiments.tilt_exact import AT_EDGE, Exact, half_plane
 from implicit_diffusion.experiments.written import distinct
@@ -55,23 +56,25 @@ class Config:
     model: Path
     """The model/ folder of an `implicit-diffusion ebm` run."""
     reward: str = "half-plane"
-    """"half-plane", 1 where x_1 ≥ 0, or your own FILE.py:function from (n, 2) to (n,); a black box will do."""
+    """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own FILE.py:function.
+    It takes points (n, 2) to (n,) and needs no gradient.
+    A class takes literal arguments, as in "FILE.py:Class(weight=2)"."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
-    """w, in reward per nat; one of them gives a result, several a study."""
+    """KL weights w, in reward per nat; one gives a result, several a study."""
     arms: tuple[Arm, ...] = ARMS
-    """Ways of training; the models that are kept are those of the first."""
+    """Ways of training to compare; the models that are kept are those of the first."""
     steps: int = 2000
-    """Updates of θ."""
+    """Number of updates of the parameters θ."""
     particles: int = 512
-    """n, a multiple of 8."""
+    """Number of particles, a multiple of 8."""
     lr: float = 5e-3
-    """Of Adam at the start; cosine decay to zero."""
+    """Learning rate of Adam at the start; it decays to zero along a cosine."""
     seeds: int = 5
-    """Runs of every arm and weight; the models that are kept are those of the first."""
+    """Number of runs of every arm and weight; the models that are kept are those of the first."""
     seed: int = 0
-    """Of the first run's noise: the same seed gives the same models, bit for bit."""
+    """Seed of the first run; the same seed gives the same models, bit for bit."""
     out: Path | None = None
-    """Run directory, new or empty. By default runs/tilt-<time>."""
+    """Folder for the run, new or empty. By default runs/tilt-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
@@ -115,10 +118,10 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
     if not model.moves.kernel().weighted:
         raise InvalidInputError(f"--model: its sampler {model.moves.sampler} knows no weights; train it with another")
-    if config.reward != "half-plane" and ":" not in config.reward:
+    if config.reward != "half-plane" and not is_own(config.reward):
         raise InvalidInputError(
-            f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function; shipped rewards are "
-            "of images, and the model is of the plane"
+            f"--reward {config.reward!r} is neither half-plane nor of the form FILE.py:function or "
+            "FILE.py:Class(weight=2); shipped rewards are of images, and the model is of the plane"
         )
     with Draws(Noise(config.seed), START, 0):
         reward = half_plane if config.reward == "half-plane" else load_reward(config.reward)
@@ -214,7 +217,7 @@ def train(
     potential.load_state_dict(model.potential.state_dict())
     particles = start if arm == "weighted" else resampled(start, noise)
 
-    def in_data_units(z: Tensor) -> Tensor:
+    def in_data_units(z: Tensor) -> Any:
         return reward((z * model.scale + model.shift).to(z))  # in the precision in which the grid was seen
 
     adam = torch.optim.Adam(potential.parameters(), lr=config.lr, betas=(0.9, 0.99))
@@ -282,7 +285,7 @@ def _arms(summary: dict[str, Any]) -> list[str]:
 
 def plot(summary: dict[str, Any], exact: Exact, path: Path) -> None:
     """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
-    from implicit_diffusion.experiments.drawing import finish, sheet
+    from implicit_diffusion.experiments.drawing import finish, legend_above, sheet
     from implicit_diffusion.experiments.ebm_figures import COLOURS
 
     figure = sheet(5.6, 4)
@@ -309,5 +312,5 @@ def plot(summary: dict[str, Any], exact: Exact, path: Path) -> None:
             label=f"{arm}, ± deviation over seeds",
         )
     axis.set(xlabel="KL(π‖π_0), nats", ylabel="expected reward under the model")
-    axis.legend(frameon=False)
+    legend_above(axis, columns=2)
     finish(figure, path, [axis])

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, trying
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.planar import CELL, HALF, Quadrature
+from implicit_diffusion.objectives.reward import TRIED, Reward
+from implicit_diffusion.particles import Particles
 
 AT_EDGE = 1e-5  # mass in the outermost cells above which a law does not fit on the grid
 
@@ -38,26 +41,24 @@ class Exact:
 
     def __init__(self, model: EnergyModel, reward: Callable[[Tensor], Tensor]) -> None:
         self.quadrature = Quadrature(model.shift, model.scale)
-        values = reward(self.quadrature.grid.to(model.particles))
-        given = None
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            given = f"{values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-        elif values.shape != (len(self.quadrature.grid),):
-            given = f"shape {tuple(values.shape)} for {tuple(self.quadrature.grid.shape)}"
-        elif not values.isfinite().all():
-            given = f"NaN or infinity at {int((~values.isfinite()).sum())} points of the grid"
-        if given is not None:
+        grid, judge = self.quadrature.grid.to(model.particles), Reward(reward)
+        with trying("--reward", f"points of shape {tuple(grid.shape)}"), torch.no_grad(), judge.evaluating():
+            values = judge.of(Particles(grid.clone()))
+        if not values.is_floating_point() or not values.isfinite().all():
+            bad = int((~values.isfinite()).sum())
+            given = f"NaN or infinity at {bad} points of the grid" if bad else f"{values.dtype}"
             raise InvalidInputError(
                 "--reward must return one finite number per point, a floating-point tensor with shape (n,) for input "
                 f"(n, 2), got {given}"
             )
+        judge.probe(Particles(grid[:: len(grid) // TRIED]))
         outside = (model.particles * model.scale + model.shift).abs().amax(1) > HALF
         if outside.double().mean() > 0.01 or model.scale.amin() < 2 * CELL:
             raise InvalidInputError(
                 f"--model: the quadrature covers [−{HALF:g}, {HALF:g}]² in cells of {CELL:g}, which does not fit "
                 f"data of mean {model.shift.tolist()} and deviation {model.scale.tolist()}; train on standardised data"
             )
-        self.reward = values.detach().double()
+        self.reward = values.double()
         self.log_initial = self.quadrature.log_density(model.potential)[0]
         self.reward_initial = self._mean(self.log_initial, self.reward)
 

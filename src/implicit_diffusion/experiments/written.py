@@ -6,6 +6,9 @@ import html
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+DASH = "—"  # for what there is not
 
 
 def decimals(scale: float, digits: int = 1) -> int:
@@ -21,7 +24,7 @@ def number(value: float | None, error: float | None = None, *, sign: bool = Fals
     A proper minus sign, and a dash for a number that does not exist.
     """
     if value is None or not math.isfinite(value):
-        return "—"
+        return DASH
     plus = "+" if sign else ""
     if error is None or not math.isfinite(error) or error <= 0:
         text = f"{value:{plus}.{decimals(abs(value), digits)}f}" if value else "0"
@@ -34,7 +37,7 @@ def number(value: float | None, error: float | None = None, *, sign: bool = Fals
 def percent(share: float | None, error: float | None = None) -> str:
     """A share in per cent, to a tenth where it has no error."""
     if share is None:
-        return "—"
+        return DASH
     text = f"{100 * share:.1f}" if error is None else number(100 * share, 100 * error)
     return f"{text}\N{NO-BREAK SPACE}%"
 
@@ -55,3 +58,20 @@ def distinct(values: Sequence[float], digits: int = 4) -> list[str]:
         if len(set(texts)) == len(set(values)):
             return texts
     return [repr(value) for value in values]
+
+
+NAMELESS = {"model", "models", "pipeline", "checkpoint", "final", "last", "latest", "best", "output", "out"}
+
+
+def model_name(model: object) -> str:
+    """A model for people: its hub id, or the last part of its folder; with the one above it where every run has such.
+
+    A folder of the hub's cache, `models--owner--name/snapshots/<revision>`, is `owner/name`.
+    """
+    if not Path(str(model)).is_absolute():  # a configuration's folders are
+        return str(model)
+    parts = Path(str(model)).parts[1:] or ("/",)
+    for part in parts:
+        if cached := re.fullmatch(r"models--(.+?)--(.+)", part):
+            return "/".join(cached.groups())
+    return "/".join(parts[-2:] if parts[-1].lower() in NAMELESS else parts[-1:])

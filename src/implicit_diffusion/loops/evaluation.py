@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from torch import Tensor
 from implicit_diffusion.errors import check_call, check_integer, check_number, check_tensor, check_type, trying
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
-from implicit_diffusion.objectives.reward import Reward
+from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.samplers.chain import Chain
 
 NUMBERS = 2**18  # in the states of one network call
@@ -61,7 +62,7 @@ def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, flo
 @torch.no_grad()
 def evaluate(
     chain: Chain,
-    reward: Callable[..., Tensor],
+    reward: Callable[..., Any] | Reward,
     noise: Noise,
     *,
     starts: int,
@@ -77,7 +78,8 @@ def evaluate(
     Args:
         chain: the sampler; a chain whose denoiser is its own reference has log-ratio zero and pays one network call
             per step.
-        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`. Whether each reward
+            depends on its own sample alone is tried on a few samples first, unless it is a `Reward` that was.
         noise: of the evaluation; take `Noise(seed).stream(1)` to keep it apart from training.
         starts: independent x_0.
         repeats: trajectories from each x_0; the conditional bound needs several.
@@ -86,7 +88,8 @@ def evaluate(
         progress: called with the number of trajectories just done.
 
     Raises:
-        InvalidInputError: starts, repeats or chunk below one; rewards of another shape than (n,).
+        InvalidInputError: starts, repeats or chunk below one; rewards that are not one number per sample, or
+            depend on other samples than their own.
         NonFiniteError: rewards that are NaN or infinite.
     """
     check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
@@ -98,7 +101,7 @@ def evaluate(
         chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
     size = max(1, chunk // repeats)
     compare = chain.denoiser is not chain.reference
-    score = Reward(reward)
+    score = as_reward(reward)
     singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
     with chain.evaluating(), score.evaluating():
         for index, first in enumerate(range(0, starts, size)):
@@ -117,6 +120,8 @@ def evaluate(
                 kl, log_ratio = kl + math.inf, log_ratio + math.nan
             end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
             with nullcontext() if parts else trying("reward", f"samples of shape {tuple(x.shape)}"):
+                if not score.probed and not parts:
+                    score.probe(end)
                 judged = score.judge(end)
             rows = (judged, kl, log_ratio, x)
             parts.append(tuple(v.unflatten(0, (-1, repeats)) for v in rows))

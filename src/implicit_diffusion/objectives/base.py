@@ -23,13 +23,13 @@ from typing import Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.probing import check_slope
+from implicit_diffusion.probing import BY_TORCH, check_slope
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.transition import Transition
 
@@ -132,9 +132,11 @@ class Objective:
     def evaluating(self) -> AbstractContextManager[None]:
         """Context in which networks that terms hold (a reward, U, a kernel) are deterministic functions (eval mode).
 
-        Found among the attributes of the terms; one that a plain function closes over is out of reach.
+        Found among the attributes of the terms, as `frozen.modules_in` says; one that a plain function closes over is
+        out of reach.
         """
-        return eval_mode(*(part for _, term in self.terms for part in (term, *vars(term).values())))
+        own = [term for _, term in self.terms if isinstance(term, nn.Module)]
+        return eval_mode(*own, *(part for _, term in self.terms for part in vars(term).values()))
 
     def __repr__(self) -> str:
         return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)
@@ -244,8 +246,8 @@ class TerminalObjective(GibbsObjective):
         if gradient is None:
             raise InvalidInputError(
                 f"{self.name} is not differentiable in the samples: its value does not depend on them through torch "
-                "operations; remove .detach(), .numpy(), torch.no_grad() and comparisons from it, or train a potential "
-                "by Single, which needs no such derivative"
+                f"operations; {BY_TORCH}, and without comparisons, or train a potential by Single, which needs no such "
+                "derivative"
             )
         check_slope(self.name, gradient, value.detach())
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
 from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.probing import check_own_gradient, check_separate, check_slope
+from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate, check_slope
+from implicit_diffusion.scores import scores_of, takes_condition
 
 TRIED = 8  # particles that a black box is tried on, beside all for its form
 
@@ -25,54 +25,60 @@ class Reward(TerminalObjective):
     On chains the adjoint needs ∇R. Under a stationary law R may be a black box: F′ = −R is all that counts.
 
     Args:
-        function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype;
-            each reward depends on its own sample alone. One that takes two arguments, R(x, condition), is also given
-            what the samples were sampled under: tensors by name, as the denoiser gets them.
+        function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
+            in another form that `scores.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
+            depends on its own sample alone. One that takes two arguments, R(x, condition), is also given what the
+            samples were sampled under: tensors by name, as the denoiser gets them.
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: no function, or no name.
+        InvalidInputError: no function, one that takes neither one argument nor two, or no name.
     """
 
-    def __init__(self, function: Callable[..., Tensor], name: str = "reward") -> None:
+    probed = False  # whether `check`, or `probe`, has passed it
+
+    def __init__(self, function: Callable[..., Any], name: str = "reward") -> None:
         if isinstance(function, type) or not callable(function):
-            raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}")
+            make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
+            raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
 
-    def of(self, particles: Particles) -> Any:
+    def of(self, particles: Particles) -> Shaped[Tensor, " n"]:
         """R at the particles: R(x), or R(x, condition) where it takes two arguments.
 
         Raises:
-            InvalidInputError: it takes two, but the particles were sampled under nothing.
+            InvalidInputError: it takes two, but the particles were sampled under nothing; what it returns is not one
+                number per sample.
         """
         if not self.conditional:
-            return self.function(particles.x)
+            return scores_of(self.function(particles.x), particles.x)
         if particles.condition is None:
             raise InvalidInputError(
-                "reward takes two arguments, but the samples come without a condition (prompts, class labels): give "
-                "the chain a condition, or take a reward of the samples alone"
+                "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
+                "these samples come without a condition; take a reward of the samples alone, or a model (in Python, a "
+                "chain) that is sampled under one"
             )
-        return self.function(particles.x, particles.condition)
+        return scores_of(self.function(particles.x, particles.condition), particles.x)
 
-    def judge(self, particles: Particles) -> Tensor:
-        """R at samples that are to be judged, with shape (n,); it need not be differentiable.
+    def judge(self, particles: Particles) -> Float[Tensor, " n"]:
+        """R at samples that are to be judged, as floating-point numbers; it need not be differentiable.
 
         Raises:
-            InvalidInputError: another shape than (n,).
+            InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
         reward = self.of(particles)
-        _check_shape(reward, particles.x)
+        reward = reward if reward.is_floating_point() else reward.to(particles.x.dtype)
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).sum())
             raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
         return reward
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
-        return -particles.mean(self._shaped(particles))
+        return -particles.mean(self.of(particles))
 
     def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        reward = self._shaped(particles)
+        reward = self.of(particles)
         return -reward, -particles.mean(reward)
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
@@ -80,7 +86,7 @@ class Reward(TerminalObjective):
         return self.name, -value
 
     def check(self, particles: Particles) -> None:
-        """Try the reward on a few samples: five calls, one of them with its gradient.
+        """Try the reward on a few samples: five calls, one of them with its gradient, and that one alone once `probed`.
 
         A reward that is random, or flat at all of the samples, is told by a warning.
 
@@ -90,13 +96,15 @@ class Reward(TerminalObjective):
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
-            reward = self.of(Particles(x, condition=particles.condition))
-            self._check_form(reward, x)
-            if not reward.requires_grad:
+            with warnings.catch_warnings():  # of float(tensor): its advice, .detach(), is refused below
+                warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
+                reward = self.of(Particles(x, condition=particles.condition))
+            if not reward.requires_grad:  # before the dtype: integers would not have a gradient in another one either
                 raise InvalidInputError(
-                    "reward is not differentiable: its result does not depend on the samples through torch operations; "
-                    "remove .detach(), .numpy(), torch.no_grad() and comparisons from it"
+                    "reward is not differentiable, and fine-tuning follows its gradient: its result does not depend on "
+                    f"the samples through torch operations; {BY_TORCH}, and without integers and comparisons"
                 )
+            _check_dtype(reward, x)
             gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
             if gradient is None:
                 raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
@@ -105,20 +113,20 @@ class Reward(TerminalObjective):
         for what, tensor in (("values", reward), ("a gradient", gradient)):
             _check_finite(what, tensor)
         check_own_gradient("reward", of_first)
-        self._check_separate(particles, reward)
+        if not self.probed:
+            self._check_separate(particles, reward)
         check_slope("reward", gradient, reward)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
         each other's rewards.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self.evaluating():
             x = particles.x.clone()  # a black box may write into what it is given
             reward = self.of(Particles(x, condition=particles.condition))
-            self._check_form(reward, x)
+            _check_dtype(reward, x)
             _check_finite("values", reward)
-            few = Particles(particles.x[:TRIED])
-            self._check_separate(few, self.of(Particles(few.x.clone())))
+        self.probe(particles)
         if len(reward) > 1 and bool(reward.max() == reward.min()):
             warnings.warn(
                 f"reward is the same at all {len(reward)} particles: there is nothing to learn from them until some "
@@ -126,45 +134,42 @@ class Reward(TerminalObjective):
                 stacklevel=2,
             )
 
-    def _check_separate(self, particles: Particles, values: Tensor) -> None:
-        def judge(index: Tensor) -> Tensor:
-            given = particles.condition
-            chosen = None if given is None else {name: value[index] for name, value in given.items()}
-            return self.of(Particles(particles.x.detach()[index], condition=chosen))
+    @torch.no_grad()
+    def probe(self, particles: Particles) -> None:
+        """Try on a few samples whether each reward depends on its own sample alone: five calls, without a gradient.
 
+        One that gives the same samples other values at a second call is told by a warning.
+
+        Raises:
+            InvalidInputError: samples that influence each other's rewards; not one number per sample.
+            NonFiniteError: NaN or infinity.
+        """
+        few = _chosen(particles, torch.arange(min(TRIED, len(particles.x)), device=particles.x.device))
         with self.evaluating():
-            check_separate("reward", judge, values)
+            self._check_separate(few, self.judge(_chosen(few, torch.arange(len(few.x), device=few.x.device))))
 
-    def _shaped(self, particles: Particles) -> Tensor:
-        """R at the particles; a mean would take any shape."""
-        reward = self.of(particles)
-        _check_shape(reward, particles.x)
-        return reward
-
-    def _check_form(self, reward: Any, x: Tensor) -> None:
-        _check_shape(reward, x)
-        if reward.dtype != x.dtype:
-            raise InvalidInputError(
-                f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
-            )
+    def _check_separate(self, particles: Particles, values: Tensor) -> None:
+        with self.evaluating():
+            check_separate("reward", lambda index: self.judge(_chosen(particles, index)), values)
+        self.probed = True
 
 
-def takes_condition(function: Callable[..., Any]) -> bool:
-    """Whether a function must be given a second positional argument."""
-    try:
-        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
-    except (TypeError, ValueError):  # built-in functions need not have one
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters.values()) >= 2
+def as_reward(reward: Callable[..., Any] | Reward) -> Reward:
+    """A `Reward` as it is, and that of a function."""
+    return reward if isinstance(reward, Reward) else Reward(reward)
 
 
-def _check_shape(reward: object, x: Tensor) -> None:
-    if not isinstance(reward, Tensor) or reward.shape != (len(x),):
-        given = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+def _chosen(particles: Particles, index: Tensor) -> Particles:
+    """Copies of the samples with these numbers, and of their conditions; a black box may write into them."""
+    given = particles.condition
+    condition = None if given is None else {name: value[index] for name, value in given.items()}
+    return Particles(particles.x.detach()[index], condition=condition)
+
+
+def _check_dtype(reward: Tensor, x: Tensor) -> None:
+    if reward.dtype != x.dtype:
         raise InvalidInputError(
-            f"reward must return one number per sample, shape ({len(x)},) for input {tuple(x.shape)}, got {given}; "
-            "average over all dimensions but the first"
+            f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
         )
 
 

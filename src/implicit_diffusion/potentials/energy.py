@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, check_call, trying
 from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.particles import states
-from implicit_diffusion.probing import check_own_gradient, check_separate
+from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate
 from implicit_diffusion.rounding import at_least_single
 
 COARSE = 0.02  # nats that V must resolve where its values count
@@ -102,7 +102,7 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
     if grad is None:
         raise InvalidInputError(
             "potential is not differentiable in x: its result does not depend on the particles through torch "
-            "operations; remove .detach(), .numpy() and torch.no_grad() from it"
+            f"operations; {BY_TORCH}"
         )
     with torch.no_grad():
         everywhere = evaluate(potential, x)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import check_call, check_number
+from implicit_diffusion.scores import scores_of
 
 
 class Guided(nn.Module):
@@ -20,7 +21,7 @@ class Guided(nn.Module):
 
     Args:
         potential: V, (n, *event) → (n,).
-        reward: R, (n, *event) → (n,), differentiable.
+        reward: R, (n, *event) → (n,), differentiable, in any of the forms that `Reward` takes.
         weight: λ; finite.
 
     Raises:
@@ -34,4 +35,4 @@ class Guided(nn.Module):
         self.potential, self.reward, self.weight = potential, reward, check_number("weight", weight)
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        return self.potential(x) - self.weight * self.reward(x)
+        return self.potential(x) - self.weight * scores_of(self.reward(x), x)

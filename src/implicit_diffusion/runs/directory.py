@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class RunDirectory:
                 held = "exists and is not empty"
                 judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
                 if files.issuperset(BEGUN) and not (judged and reported):
-                    held = f"holds a run that was interrupted: go on with `implicit-diffusion resume {path}`"
+                    held = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
                 raise InvalidInputError(f"--out {path} {held}; choose another --out, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"--out: {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -132,6 +133,11 @@ class RunDirectory:
         return (self.checkpoint / FILE).is_file()
 
     @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, in the quotes that a message has around it."""
+        return f"`implicit-diffusion resume {shlex.quote(str(self.path))}`"
+
+    @property
     def model(self) -> Path:
         """Where the resulting model goes; not made here."""
         return self.path / "model"
@@ -162,7 +168,7 @@ class RunDirectory:
 
         What is told so is an interruption, a file that cannot be written, memory that is used up, a reward that raises.
         """
-        command = f"`implicit-diffusion resume {self.path}`"
+        command = self.resume_command
         try:
             with naming_memory():
                 yield

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-
-from torch import Tensor
+from typing import Any
 
 from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.objectives.reward import TRIED, as_reward
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.state import Fit
 
@@ -32,13 +33,13 @@ class HeldOut:
     Other callbacks may look at other updates as well (`look`); at one update all of them see the same look.
 
     Args:
-        reward: R, (n, *event) → (n,); under a condition as in `Reward`.
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`.
         noise: of the evaluation, the same at every call.
         every: updates between two evaluations.
         starts: trajectories of each.
     """
 
-    reward: Callable[..., Tensor]
+    reward: Callable[..., Any] | Reward
     noise: Noise
     every: int = 25
     starts: int = 128
@@ -68,15 +69,25 @@ class HeldOut:
     def evaluate(self, fit: Fit) -> Evaluation:
         """The chain as it is now, without its samples, and without a trace in the metrics."""
         chain = fit.chain
-        before = chain.evaluations
-        result = evaluate(chain, self.reward, self.noise, starts=self.starts)
+        before, score = chain.evaluations, self._score(fit)
+        result = evaluate(chain, score, self.noise, starts=self.starts)
         chain.evaluations = before  # what is reported as cost is the training's own
         return replace(result, samples=result.reward[..., None][..., :0])
 
     def pretrained(self, fit: Fit) -> Evaluation:
         """The pretrained chain on the same noise, so that differences of the two are sharp; made once."""
         if self._before is None:
+            score = self._score(fit)
             with Draws(self.noise, 0, device=fit.chain.device):  # the run's own go on as if this were not made
-                found = evaluate(fit.chain.pretrained(), self.reward, self.noise, starts=self.starts)
+                found = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(found, samples=found.reward[..., None][..., :0])
         return self._before
+
+    def _score(self, fit: Fit) -> Reward:
+        """The reward, tried once, on draws of its own: a resumed run does it again."""
+        score, chain = as_reward(self.reward), fit.chain
+        if not score.probed:
+            with Draws(self.noise, TRIAL, device=chain.device):
+                score.probe(chain.endpoint(chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
+            self.reward = score
+        return score
