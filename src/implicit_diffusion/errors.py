@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, SupportsFloat
 
 
@@ -182,6 +184,21 @@ def check_call(name: str, function: Any, *arguments: str, more: bool = False) ->
         raise InvalidInputError(f"{form}, got one that is not: {error}") from error
     except ValueError:  # functions written in C need not tell
         pass
+
+
+def check_path(name: str, value: object) -> Path:
+    """The path of a file or folder, from a string or any path; a leading `~` is the home folder, as in a shell.
+
+    Raises:
+        InvalidInputError: neither, an empty string, or the home of a user who has none.
+    """
+    given = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(given, str) or not given:
+        raise InvalidInputError(f"{name} must be a path, a string or a pathlib.Path, got {shown(value)}")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise InvalidInputError(f"{name}: {given!r} names a home folder that is not known") from error
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

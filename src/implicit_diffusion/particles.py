@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.rounding import at_least_single
+from implicit_diffusion.showing import Shown, brief, of_kind, with_error
+
+FEW = 3  # coordinates whose means are shown
 
 
-@dataclass(frozen=True)
-class Particles:
+@dataclass(frozen=True, repr=False)
+class Particles(Shown):
     """Points with weights that are positive and sum to one.
 
     Args:
@@ -62,6 +65,22 @@ class Particles:
     def ess(self) -> Float[Tensor, ""]:
         """Effective sample size of the weights, 1/Σ w_i²: n where they are equal, 1 where one carries all."""
         return 1 / self.weights.square().sum()
+
+    def _words(self) -> Iterable[str]:
+        yield f"{len(self)} of {tuple(self.x.shape[1:])} {of_kind(self.x.dtype, self.x.device)}"
+        if self.x.is_floating_point() and 1 <= self.x[0].numel() <= FEW:
+            yield f"mean={self._mean()}"
+        if self.log_weights is not None:
+            yield f"ess={brief(self.ess)}"
+        held = {"log_z": self.log_z, "log_z_growth": self.log_z_growth, "condition": self.condition}
+        yield from (f"{name}={brief(value)}" for name, value in held.items() if value is not None)
+
+    def _mean(self) -> str:
+        """The mean of every coordinate, with its standard error as of independent particles."""
+        x, w = self.x.detach().double().flatten(1), self.weights.detach().double()
+        mean = w @ x
+        error = ((w @ (x - mean).square()) * w.square().sum()).sqrt()
+        return f"({', '.join(map(with_error, mean.tolist(), error.tolist()))})"
 
     def mean(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
         """E_p[values] = Σ_i w_i values_i."""

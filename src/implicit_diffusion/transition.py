@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit_diffusion.showing import Shown
 
-@dataclass(frozen=True)
-class Transition:
+
+@dataclass(frozen=True, repr=False)
+class Transition(Shown):
     """x⁺ = a x + b u_θ(m x, t) + s ξ on several slots at once, each slot on a row of its own.
 
     Args:

@@ -8,9 +8,10 @@ from tests import tiny
 from tests.oracles import table
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.checkpoints import DIGITS
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
 from implicit_diffusion.denoisers.lora import WithoutAdapter, adapter_of, add_lora, checkpoint_activations, merged
-from implicit_diffusion.denoisers.pretrained import load_pretrained, save_adapter
+from implicit_diffusion.denoisers.pretrained import adapter_usage, load_pretrained, save_adapter
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Queue, Update
@@ -173,7 +174,7 @@ def test_plain_diffusers_loads_the_adapter(kind, tmp_path):
     for p in network.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn(p.shape, generator=g)
-    saved = save_adapter(tmp_path / "lora", adapter_of(pretrained.denoiser), pretrained)
+    saved = save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.load_lora_weights(saved)
     theirs = DiffusersDenoiser(getattr(pipeline, family.part)).eval()
@@ -188,8 +189,37 @@ def test_plain_diffusers_loads_the_adapter(kind, tmp_path):
         assert (expected - load_pretrained(folder).denoiser(x, t, **given)).abs().max() > 1e-3
 
 
-def test_pixel_pipelines_load_no_adapters(tmp_path):
+@pytest.mark.parametrize("kind", ["digits", "class_conditional", "dit"])
+def test_peft_adds_the_adapter_where_diffusers_does_not(kind, tmp_path):
+    """The original network with the saved adapter is the merged one, to rounding; merged by peft, to the last bit."""
+    import peft
+    from diffusers import DiffusionPipeline
+
+    folder = DIGITS if kind == "digits" else getattr(tiny, kind)(tmp_path / "model")
+    pretrained = load_pretrained("digits" if kind == "digits" else folder)
+    family, network = pretrained.family, pretrained.denoiser.model
+    add_lora(network, 3, Noise(0))
+    g = torch.Generator().manual_seed(5)
+    for p in network.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=g)
+    saved = save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
+    assert {file.name for file in saved.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    added = eval(adapter_usage(family).replace('"lora"', repr(str(saved))), {"peft": peft, "pipeline": pipeline})
+    x, t = torch.randn(2, *pretrained.event_shape, generator=g), torch.tensor([3.0, 500.0])
+    given = {} if pretrained.condition is None else {"class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        expected = merged(pretrained.denoiser)(x, t, **given)
+        found = DiffusersDenoiser(getattr(pipeline, family.part)).eval()(x, t, **given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        plain = DiffusersDenoiser(added.merge_and_unload()).eval()(x, t, **given)
+        torch.testing.assert_close(plain, expected, rtol=1e-6, atol=1e-6)
+        assert (expected - load_pretrained(pretrained.source).denoiser(x, t, **given)).abs().max() > 1e-3
+
+
+def test_without_an_adapter_there_is_none_to_save(tmp_path):
     pretrained = load_pretrained(tiny.class_conditional(tmp_path / "model"))
-    add_lora(pretrained.denoiser.model, 2, Noise(0))
-    assert save_adapter(tmp_path / "lora", adapter_of(pretrained.denoiser), pretrained) is None
+    with pytest.raises(InvalidInputError, match="has no adapter inside; add_lora puts them in"):
+        save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
     assert not (tmp_path / "lora").exists()

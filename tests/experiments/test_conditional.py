@@ -158,7 +158,7 @@ def test_dit_with_its_null_class(place, tmp_path):
     assert load_pretrained(out / "model").event_shape == (4, 8, 8)
 
 
-def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, text_run, tmp_path):
+def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, text_run, tmp_path, capsys):
     from safetensors.torch import load_file
 
     out, start = tmp_path / "run", text_run / "model"
@@ -188,6 +188,8 @@ def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["path_kl"] > 0
     assert summary["reward_exported"] == pytest.approx(summary["reward_after"], abs=1e-2)
+    assert "in `lora/`" in (out / "model" / "README.md").read_text()
+    assert f'{out / "model" / "lora"}: pipeline.load_lora_weights("lora")' in capsys.readouterr().out
 
 
 def test_an_interrupted_run_goes_on_with_its_own_prompts(place, text_run, tmp_path, monkeypatch):

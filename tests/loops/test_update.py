@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.loops import Queue, Single, Update
+from implicit_diffusion.loops import Nested, Queue, Single, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import Tilted
@@ -223,3 +223,32 @@ def test_an_average_of_a_network_with_hooks():
     (first, second), (third, fourth), (fifth, sixth) = seen
     g, v = (a / 4 + b / 4 + c / 2 for a, b, c in ((first, third, fifth), (second, fourth, sixth)))
     torch.testing.assert_close(update.ema.module(x), (g * v / v.norm() * x).sum().view(1, 1))
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *PARTICLES])
+def test_what_moved_theta_stays_in_grad_until_the_next_step(name):
+    loop = build(name)
+    for _ in range(8):
+        metrics = loop.step()
+        held = [p.grad for p in loop.model.parameters() if p.grad is not None]
+        if "grad_norm" in metrics:
+            norm = torch.stack([g.norm() for g in held]).norm()
+            torch.testing.assert_close(norm, metrics["grad_norm"], rtol=1e-5, atol=0)
+        else:
+            assert not held or loop.update.pending
+    assert "grad_norm" in metrics
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1e-3}, {"accumulate": 3}])
+def test_it_is_what_the_optimizer_was_handed(settings):
+    """θ⁺ = θ − η · .grad under plain SGD, clipped and averaged as it may be."""
+    chain, reward = affine_chain(4, 2)
+    update = Update(torch.optim.SGD(chain.denoiser.parameters(), lr=0.1), **settings)
+    loop = Nested(chain, Reward(reward), update, batch=2, noise=Noise(0))
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    *_, metrics = loop.run(1)
+    for old, p in zip(before, loop.model.parameters()):
+        torch.testing.assert_close(p.detach(), old - 0.1 * p.grad, rtol=1e-12, atol=1e-12)
+    norm = torch.cat([p.grad.flatten() for p in loop.model.parameters()]).norm()
+    expected = min(metrics["grad_norm"].item(), settings.get("max_grad_norm", float("inf")))
+    assert norm.item() == pytest.approx(expected, rel=1e-3)  # clipping divides by the norm and a little

@@ -7,7 +7,7 @@ autocast, and its output comes back in the precision of x.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,9 +16,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.showing import ShownModule, of_network
 
 
-class DiffusersDenoiser(nn.Module):
+class DiffusersDenoiser(ShownModule):
     """A diffusers model as a denoiser u(x, t).
 
     Args:
@@ -42,6 +43,13 @@ class DiffusersDenoiser(nn.Module):
         self.model = model
         self.precision: torch.dtype | None = None
         self.compiled: Callable[..., Any] | None = None
+
+    def _words(self) -> Iterable[str]:
+        yield of_network(self.model)
+        if self.precision is not None:
+            yield f"precision={self.precision}"
+        if self.compiled is not None:
+            yield "compiled"
 
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any

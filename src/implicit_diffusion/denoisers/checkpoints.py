@@ -13,8 +13,9 @@ ask the hub, so that a closed network is an error after seconds. `HF_HUB_OFFLINE
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from implicit_diffusion.denoisers.files import (
 )
 from implicit_diffusion.errors import InvalidInputError, shown
 from implicit_diffusion.reading import one_line, read_json
+from implicit_diffusion.showing import Shown
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -42,8 +44,8 @@ INDEX = "model_index.json"
 CHAIN = "chain.json"  # beside it: the chain that a pipeline was fine-tuned for
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Shown):
     """A folder that has been looked at.
 
     Args:
@@ -64,6 +66,9 @@ class Checkpoint:
     index: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Source] = field(default_factory=dict)
 
+    def _words(self) -> Iterable[str]:
+        return str(self.folder), self.family.network, self.scheduler_class
+
     @property
     def parts(self) -> dict[str, tuple[str, str]]:
         """The parts that are there: name → (library, class)."""
@@ -74,23 +79,24 @@ class Checkpoint:
         return laid_out({INDEX: json.dumps(self.index).encode()} | self.files)
 
 
-def find_checkpoint(model: str | Path) -> Checkpoint:
+def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint called `model`: "digits", a folder, or a hub id.
 
     Raises:
         InvalidInputError: nothing of that name exists or can be reached, or what is there is no diffusers pipeline of
             a known family with safetensors weights. The message says what was found and what to do.
     """
-    if not isinstance(model, str | Path):
+    if not isinstance(model, str | os.PathLike):
         raise InvalidInputError(f'model must be "digits", a folder or a hub id owner/name, got {shown(model)}')
     if model == "digits":
         return inspect_folder(DIGITS, linked=True)  # installers link a package's files to their caches
     try:
-        is_folder, exists = bool(str(model)) and Path(model).is_dir(), Path(model).exists()
-    except (OSError, ValueError) as error:  # too long, in a folder that may not be read, with a zero byte
+        place = Path(model).expanduser()
+        is_folder, exists = bool(str(model)) and place.is_dir(), place.exists()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # too long, unreadable, a zero byte, no such home
         raise InvalidInputError(f"model: {str(model)!r} cannot be read ({one_line(error)})") from error
     if is_folder:
-        return inspect_folder(Path(model))
+        return inspect_folder(place)
     if isinstance(model, str) and HUB_ID.fullmatch(model) and not exists:
         return _from_hub(model)
     raise InvalidInputError(

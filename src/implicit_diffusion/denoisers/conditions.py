@@ -12,7 +12,7 @@ adjoint and its path KL: guidance is differentiated through like any layer, both
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type, shown
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import Shown, ShownModule, brief
 
 ROW = 2**32 - 1  # key of the draws, in the place of a row's: no chain has so many
 
 
-@dataclass(frozen=True)
-class Drawn:
+@dataclass(frozen=True, repr=False)
+class Drawn(Shown):
     """A condition of chains: every sample draws one of `values`, uniformly and on its own.
 
     Args:
@@ -54,7 +55,7 @@ class Drawn:
         return {self.name: self.values[which]}
 
 
-class Embedded(nn.Module):
+class Embedded(ShownModule):
     """u(x, t, prompt) = u(x, t, **row `prompt` of a table).
 
     Copies of the module share the table, which is no part of its state: it can be filled again from the prompts.
@@ -81,6 +82,9 @@ class Embedded(nn.Module):
             raise InvalidInputError(f"table must have columns of one length, one row per {name}, got {lengths}")
         self.denoiser, self.name, self.table = denoiser, name, _Shared(table)
 
+    def _words(self) -> Iterable[str]:
+        return brief(self.denoiser), f"table={brief(self.table.columns)}", f"name={self.name!r}"
+
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
     ) -> Float[Tensor, "batch *event"]:
@@ -104,7 +108,7 @@ class _Shared:
         return self
 
 
-class ClassifierFree(nn.Module):
+class ClassifierFree(ShownModule):
     """Classifier-free guidance: u(x, t, c) + (w − 1)(u(x, t, c) − u(x, t, ∅)), in one call on twice the batch.
 
     Args:
@@ -129,6 +133,9 @@ class ClassifierFree(nn.Module):
                 f"guidance needs a finite scale and the value of no condition, got {shown(scale)} and {shown(null)}"
             )
         self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
+
+    def _words(self) -> Iterable[str]:
+        return brief(self.denoiser), f"scale={self.scale:g}", f"null={brief(self.null)}"
 
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Tensor

@@ -17,7 +17,7 @@ is a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,12 +34,13 @@ from implicit_diffusion.errors import (
     check_tensor,
     shown,
 )
+from implicit_diffusion.showing import ShownModule, of_tensor
 
 Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
 PREDICTIONS = ("score", "epsilon", "sample", "v_prediction", "flow_prediction")
 
 
-class GaussianDenoiser(nn.Module):
+class GaussianDenoiser(ShownModule):
     """Exact u(x, t) for data N(mean, diag(variance)) under x_t = α(t) x_0 + σ(t) ε.
 
     Args:
@@ -85,6 +86,9 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("variance", spread)
         self.marginal = marginal
         self.prediction = prediction
+
+    def _words(self) -> Iterable[str]:
+        return self.prediction, f"mean={of_tensor(self.mean)}"
 
     @classmethod
     def ornstein_uhlenbeck(

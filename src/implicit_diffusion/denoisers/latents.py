@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.showing import ShownModule, of_network
 
 PIXELS = 512 * 512  # decoded at a time
 
 
-class Decoder(nn.Module):
+class Decoder(ShownModule):
     """Images D(z/σ + μ) of latents z, nominally in [−1, 1].
 
     Args:
@@ -52,6 +53,9 @@ class Decoder(nn.Module):
         self.vae = vae.eval().requires_grad_(False)
         self.scaling, self.shift = float(scaling), float(shift)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, each way
+
+    def _words(self) -> Iterable[str]:
+        return (of_network(self.vae),)
 
     def forward(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
         """x, differentiable in z."""

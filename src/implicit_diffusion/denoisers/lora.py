@@ -11,7 +11,7 @@ is remembered with every checkpoint, for the way back of u_0 runs after that of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from implicit_diffusion.denoisers.adapter import inner
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import ShownModule, brief
 
 ATTENTION, RESIDUAL = ("to_q", "to_k", "to_v", "to_out.0"), ("conv1", "conv2")
 
@@ -80,7 +81,7 @@ def _end(name: str) -> str:
     return ".".join(words[-2:]) if words[-1].isdigit() and len(words) > 1 else words[-1]
 
 
-class WithoutAdapter(nn.Module):
+class WithoutAdapter(ShownModule):
     """u_0: the same denoiser with its adapters switched off, sharing every weight.
 
     Args:
@@ -91,6 +92,9 @@ class WithoutAdapter(nn.Module):
         super().__init__()
         check_type("denoiser", denoiser, nn.Module, "it has adapters inside")
         self.denoiser = denoiser
+
+    def _words(self) -> Iterable[str]:
+        return (brief(self.denoiser),)
 
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any

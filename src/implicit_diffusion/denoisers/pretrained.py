@@ -13,11 +13,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser as DiffusersDenoiser
@@ -27,10 +29,12 @@ from implicit_diffusion.denoisers.families import PIXELS, WIDTHS, Family
 from implicit_diffusion.denoisers.files import copied
 from implicit_diffusion.denoisers.kinds import scheduler_for as scheduler_for
 from implicit_diffusion.denoisers.latents import Decoder, check_latents
+from implicit_diffusion.denoisers.lora import adapter_of
 from implicit_diffusion.denoisers.parts import load_model, load_scheduler
 from implicit_diffusion.denoisers.text import assembled
-from implicit_diffusion.errors import InvalidInputError, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.reading import one_line
+from implicit_diffusion.showing import Shown
 
 # Their steps are functions of (u, t, x) as they are, from N(0, I): what DDPMPipeline does with any scheduler.
 RUN_BY_DDPM_PIPELINE = (
@@ -39,6 +43,7 @@ RUN_BY_DDPM_PIPELINE = (
     "DPMSolverSinglestepScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
+PEFT_WEIGHTS = "adapter_model.safetensors"  # the name that peft looks for
 LARGEST = 2**28  # numbers of one sample
 CARD_HEADER = """---
 library_name: diffusers
@@ -51,8 +56,8 @@ tags:
 """
 
 
-@dataclass(frozen=True)
-class Pretrained:
+@dataclass(frozen=True, repr=False)
+class Pretrained(Shown):
     """A loaded checkpoint.
 
     Attributes:
@@ -91,7 +96,7 @@ class Pretrained:
         return assembled(self.checkpoint, {self.family.part: self.denoiser.model, "scheduler": self.scheduler})
 
 
-def load_pretrained(model: str | Path) -> Pretrained:
+def load_pretrained(model: str | PathLike[str]) -> Pretrained:
     """Load a diffusers model: unconditional, class-conditional or text-conditional, of images or of latents.
 
     Args:
@@ -134,7 +139,7 @@ def load_pretrained(model: str | Path) -> Pretrained:
 
 
 def save_pipeline(
-    folder: str | Path, denoiser: nn.Module, scheduler: Any, card: str, *, original: Pretrained | None = None
+    folder: str | PathLike[str], denoiser: nn.Module, scheduler: Any, card: str, *, original: Pretrained | None = None
 ) -> Path:
     """Write a pipeline that plain `DiffusionPipeline.from_pretrained(folder)` loads, with its model card.
 
@@ -155,12 +160,11 @@ def save_pipeline(
         InvalidInputError: the denoiser is no `DiffusersDenoiser`, the scheduler of another class, or a file of the
             original has gone; the network is saved by then.
     """
-    if not isinstance(folder, str | Path) or not isinstance(card, str):
-        raise InvalidInputError(f"folder must be a path and card its Markdown, got {shown(folder)} and {shown(card)}")
+    check_type("card", card, str, "it is the Markdown of README.md")
     check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
     if original is not None:
         check_type("original", original, Pretrained, "take what load_pretrained returned, or None")
-    folder, denoiser = Path(folder), inner(denoiser)
+    folder, denoiser = check_path("folder", folder), inner(denoiser)
     family = PIXELS if original is None else original.family
     if family is PIXELS:
         as_pipeline(denoiser, scheduler)  # refuses what is none before anything is copied
@@ -176,25 +180,51 @@ def save_pipeline(
     return folder
 
 
-def save_adapter(folder: Path, adapter: dict[str, torch.Tensor], original: Pretrained) -> Path | None:
-    """Write a low-rank adapter that `pipeline.load_lora_weights(folder)` adds to the original pipeline.
+def save_adapter(folder: str | PathLike[str], denoiser: nn.Module, original: Pretrained) -> Path:
+    """Write the low-rank adapter inside a denoiser, for the original pipeline: `adapter_usage` says how it is loaded.
+
+    A pipeline that knows adapters gets them in the format of diffusers; for the networks of others (`UNet2DModel`, DiT)
+    they are in that of peft, `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
         folder: created where missing.
-        adapter: weights under peft's names, from `adapter_of`.
+        denoiser: with an adapter inside.
         original: what was loaded.
 
     Returns:
-        The folder; None where this kind of pipeline cannot load adapters.
+        The folder.
+
+    Raises:
+        InvalidInputError: a denoiser without an adapter.
     """
+    check_type("denoiser", denoiser, nn.Module, "take one that add_lora put adapters into")
+    folder, adapter, family = check_path("folder", folder), adapter_of(denoiser), original.family
+    if adapter is None:
+        raise InvalidInputError(f"denoiser {type(denoiser).__name__} has no adapter inside; add_lora puts them in")
+    pipeline_class = _pipeline_class(family)
+    if hasattr(pipeline_class, "save_lora_weights"):
+        pipeline_class.save_lora_weights(folder, **{f"{family.part}_lora_layers": adapter}, safe_serialization=True)
+        return folder
+    network: Any = inner(denoiser)
+    (config,) = network.model.peft_config.values()
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(config, target_modules=sorted(config.target_modules)).save_pretrained(folder)
+    save_file({f"base_model.model.{name}": weight for name, weight in adapter.items()}, folder / PEFT_WEIGHTS)
+    return folder
+
+
+def adapter_usage(family: Family) -> str:
+    """The line of Python that adds an adapter, in the folder "lora", to the original pipeline."""
+    if hasattr(_pipeline_class(family), "load_lora_weights"):
+        return 'pipeline.load_lora_weights("lora")'
+    return f'peft.PeftModel.from_pretrained(pipeline.{family.part}, "lora")'
+
+
+def _pipeline_class(family: Family) -> Any:
+    """The class in diffusers; None where the parts alone decide."""
     import diffusers
 
-    family = original.family
-    pipeline_class: Any = getattr(diffusers, family.pipelines[0]) if family.pipelines else None
-    if not hasattr(pipeline_class, "save_lora_weights"):
-        return None
-    pipeline_class.save_lora_weights(folder, **{f"{family.part}_lora_layers": adapter}, safe_serialization=True)
-    return folder
+    return getattr(diffusers, family.pipelines[0]) if family.pipelines else None
 
 
 def _save_beside(folder: Path, denoiser: Any, scheduler: Any, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ a name for reports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.reading import one_line
+from implicit_diffusion.showing import Shown
 
 COLUMNS = ("a", "b", "s", "m", "t", "h")
 
 
-@dataclass(frozen=True, eq=False)
-class ChainTable:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChainTable(Shown):
     """The rows of a chain, x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k.
 
     Columns have shape (N,). Tensors of any dtype and device are taken, and kept as float64 copies on the CPU.
@@ -82,6 +83,12 @@ class ChainTable:
         object.__setattr__(self, "initial_std", check_number("ChainTable: initial_std", self.initial_std, 0))
         if not isinstance(self.name, str):
             raise InvalidInputError(f"ChainTable: name must be one line for reports, got {shown(self.name)}.")
+
+    def _words(self) -> Iterable[str]:
+        yield repr(self.name)
+        yield f"N={len(self)}"
+        yield from (f"{name}: {column[0]:.3g} → {column[-1]:.3g}" for name in "ts" for column in [getattr(self, name)])
+        yield f"initial_std={self.initial_std:g}"
 
     def __len__(self) -> int:
         """Number N of rows, which is the number of network calls."""

@@ -13,7 +13,7 @@ import codecs
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embed
 from implicit_diffusion.denoisers.families import PIXELS
 from implicit_diffusion.denoisers.pretrained import Pretrained
 from implicit_diffusion.denoisers.text import embed_prompts
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.reading import read_bytes
 from implicit_diffusion.scores import takes_condition
+from implicit_diffusion.showing import Shown
 
 PROMPT, CLASS = "prompt", "class_labels"
 MOST = 2**24  # bytes of a file of prompts
@@ -41,8 +42,8 @@ MARK = "\ufeff"
 UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and separators of lines and paragraphs
 
 
-@dataclass(frozen=True)
-class Conditioning:
+@dataclass(frozen=True, repr=False)
+class Conditioning(Shown):
     """What trajectories are sampled under.
 
     Args:
@@ -130,7 +131,7 @@ def conditioning(config: Config, pretrained: Pretrained, device: torch.device) -
     return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null)
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | PathLike[str]) -> list[str]:
     r"""The prompts of a file, one per line; blank lines do not count.
 
     A line ends where a text editor ends it: at \n, \r\n or \r. The file is UTF-8, or begins with the byte order mark of
@@ -142,7 +143,7 @@ def read_prompts(path: str | Path) -> list[str]:
             such a character (the message names the line), or with nothing in it.
     """
     try:
-        contents = read_bytes(Path(path), MOST)
+        contents = read_bytes(check_path("--prompts", path), MOST)
     except InvalidInputError as error:
         raise InvalidInputError(f"--prompts: {error}; it is a text file, a prompt a line") from error
     encoding = next((name for mark, name in MARKS.items() if contents.startswith(mark)), "utf-8")

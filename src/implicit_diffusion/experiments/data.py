@@ -31,14 +31,15 @@ from implicit_diffusion.denoisers.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import digits
 from implicit_diffusion.experiments.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
+from implicit_diffusion.showing import Shown
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share of the images that nothing is trained on, and its limit
 SPLIT_SEED = 0
 SHOWN = 10  # names of files that are printed
 
 
-@dataclass(frozen=True)
-class Images:
+@dataclass(frozen=True, repr=False)
+class Images(Shown):
     """A data set in memory, as bytes or as it came.
 
     Args:

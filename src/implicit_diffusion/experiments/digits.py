@@ -29,6 +29,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from implicit_diffusion.showing import of_tuple
+
 from ..errors import InvalidInputError
 
 EVENT_SHAPE = (1, 8, 8)
@@ -44,6 +46,9 @@ class Digits(NamedTuple):
     train_labels: Int[Tensor, " train"]
     held_out: Float[Tensor, "held_out 1 8 8"]
     held_out_labels: Int[Tensor, " held_out"]
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 @cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.denoisers.parts import SLACK, bounded
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
 from implicit_diffusion.reading import one_line, read_json
@@ -28,6 +29,7 @@ from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.showing import Shown
 
 FORMAT = "implicit-diffusion energy model"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -69,8 +71,8 @@ class Moves:
         return {"ula": ULA, "mala": MALA, "underdamped": Underdamped}[self.sampler](self.step_size)
 
 
-@dataclass(frozen=True)
-class EnergyModel:
+@dataclass(frozen=True, repr=False)
+class EnergyModel(Shown):
     """A potential with the coordinates of its data.
 
     Args:
@@ -158,19 +160,19 @@ class EnergyModel:
             file.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def is_energy_model(folder: str | Path) -> bool:
+def is_energy_model(folder: str | PathLike[str]) -> bool:
     """Whether a folder holds an energy-based model."""
-    return (Path(folder) / DESCRIPTION).is_file()
+    return (Path(folder).expanduser() / DESCRIPTION).is_file()
 
 
-def load_energy_model(folder: str | Path) -> EnergyModel:
+def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
     """Read what `EnergyModel.save` wrote.
 
     Raises:
         InvalidInputError: no such folder, or files that are damaged or no energy-based model. Weights that an earlier
             release wrote have no checksums, and are taken as they are.
     """
-    folder = Path(folder)
+    folder = check_path("--model", folder)
     if not is_energy_model(folder):
         raise InvalidInputError(
             f"--model {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"

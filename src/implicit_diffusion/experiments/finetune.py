@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.denoisers.lora import adapter_of, merged
-from implicit_diffusion.denoisers.pretrained import save_adapter, save_pipeline
+from implicit_diffusion.denoisers.lora import merged
+from implicit_diffusion.denoisers.pretrained import adapter_usage, save_adapter, save_pipeline
 from implicit_diffusion.experiments import judging
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
@@ -166,6 +166,7 @@ def finish(
         "event_shape": problem.chain.event_shape,
         "num_classes": problem.pretrained.num_classes,
         "compiled": problem.compiled,
+        "adapter": None if config.lora_rank is None else adapter_usage(problem.pretrained.family),
         **({"reward_std_before": plan.reward_std} if plan.conditional else {}),
         "clipping": problem.clipping,
         "pipeline": problem.exported[1].name,
@@ -233,11 +234,10 @@ def plan_beta(plan: Plan) -> float:
 
 
 def _export(config: Config, problem: Problem, state: Fit, directory: RunDirectory, card: str) -> None:
-    """The pipeline with the trained network, adapters merged; and the adapters alone, where diffusers loads them."""
+    """The pipeline with the trained network, adapters merged; and the adapters by themselves."""
     save_pipeline(directory.model, merged(state.model), problem.exported[0], card, original=problem.pretrained)
-    adapter = adapter_of(state.model)
-    if adapter is not None:
-        save_adapter(directory.model / "lora", adapter, problem.pretrained)
+    if config.lora_rank is not None:
+        save_adapter(directory.model / "lora", state.model, problem.pretrained)
     options = {"eta": config.eta if problem.kind == "ddim" else None}
     options |= {"guidance": config.guidance, "null_class": config.null_class}
     given = {name: value for name, value in options.items() if value is not None}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from implicit_diffusion.denoisers.checkpoints import find_checkpoint
+from implicit_diffusion.errors import check_path
 from implicit_diffusion.experiments import reward_trust
 from implicit_diffusion.experiments.planar import LAWS
 from implicit_diffusion.runs import RunDirectory
@@ -33,8 +34,10 @@ def absolute(config: C) -> C:
     changed: dict[str, Any] = {}
     for field in fields(config):  # type: ignore[arg-type]  # a dataclass
         value = getattr(config, field.name)
-        if isinstance(value, Path) or _is_place(field.name, value):
-            changed[field.name] = type(value)(Path(value).absolute())
+        if isinstance(value, os.PathLike) or ("Path" in str(field.type) and value is not None):
+            changed[field.name] = check_path(f"--{field.name}", value).absolute()
+        elif _is_place(field.name, value):
+            changed[field.name] = str(Path(value).absolute())
         elif field.name == "reward":
             changed[field.name] = reward_trust.absolute(value)
     return replace(config, **changed)  # type: ignore[type-var]

@@ -26,10 +26,11 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.rise import smaller_rate
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 
-@dataclass(frozen=True)
-class Judgement:
+@dataclass(frozen=True, repr=False)
+class Judgement(Shown):
     """The summary's numbers, and the bound they refer to (None without a path KL)."""
 
     summary: dict[str, Any]
@@ -206,6 +207,12 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
     worse = "".join(f"\n**{sentence}**\n" for sentence in opening(summary))
+    adapter = ""
+    if summary.get("adapter"):
+        adapter = f"""
+The low-rank adapter is merged into these weights. By itself, of rank {config["lora_rank"]}, it is in `lora/`, to be
+added to {model}, loaded as `pipeline`: `{summary["adapter"]}`.
+"""
     return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {summary["kl_weight"]:.4g} × {leash},
@@ -224,7 +231,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("this folder")
 {usage(config, summary)}
 ```
-
+{adapter}
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 β = {summary["kl_weight"]:.6g}, reward = {reward}, {summary["updates"]} updates, seed {config["seed"]}.
 """
@@ -256,6 +263,7 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
         f"cost      {summary['seconds']:.0f} s, {summary['updates']} updates, "
         f"{summary['network_evaluations']:,} network evaluations",
         f"model     {directory.model}",
+        *([f"adapter   {directory.model / 'lora'}: {summary['adapter']}"] if summary.get("adapter") else []),
         f"report    {report}",
     ]
     print("\n".join(lines))

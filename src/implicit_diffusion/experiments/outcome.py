@@ -16,12 +16,13 @@ from implicit_diffusion.experiments.plan import Plan
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound
 from implicit_diffusion.runs import RunDirectory, load_state, save_state
+from implicit_diffusion.showing import Shown
 
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
 
 
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, repr=False)
+class Outcome(Shown):
     """All that a report shows.
 
     Args:

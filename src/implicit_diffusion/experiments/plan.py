@@ -13,7 +13,7 @@ A penalty that is no KL has no bound: its plan says only what the pretrained cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from implicit_diffusion.experiments.written import distinct, number, percent
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, gain, memory_of_start
 from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.showing import Shown, brief, with_error
 
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """What β buys.
 
     Args:
@@ -48,6 +49,12 @@ class Plan:
     memory: float
     memory_se: float
     conditional: bool = False
+
+    def _words(self) -> Iterable[str]:
+        yield f"reward={with_error(self.reward, self.reward_se)}"
+        yield f"reward_std={self.reward_std:.3g}"
+        yield f"betas={brief([b.beta for b in self.bounds])}"
+        yield f"memory={with_error(self.memory, self.memory_se)}"
 
     def rows(self) -> list[dict[str, Any]]:
         """The table: one row per β, gains relative to the pretrained chain, J in units of reward."""

@@ -34,14 +34,15 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
 ETA = 1.0  # of DDIM, where nothing is said: as much noise as DDPM
 SHOWN = 20  # starts whose images a report shows
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, repr=False)
+class Problem(Shown):
     """A checkpoint, its chain and the reward: all that does not depend on β."""
 
     pretrained: Pretrained

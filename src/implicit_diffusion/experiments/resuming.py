@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Callable, Collection, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
 from implicit_diffusion.experiments.inputs import inputs
 from implicit_diffusion.experiments.reward_trust import check_trust
 from implicit_diffusion.runs import RunDirectory
@@ -27,7 +28,9 @@ class Experiment(NamedTuple):
     last: str  # of the files that a run writes
 
 
-def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bool = False) -> dict[str, Any]:
+def resume(
+    path: str | PathLike[str], accept_changes: Collection[str] = (), *, trust_reward: bool = False
+) -> dict[str, Any]:
     """Go on with an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
 
     Args:
@@ -39,7 +42,7 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
     Raises:
         InvalidInputError: no interrupted run there; what it rests on has changed; a reward that is not to be trusted.
     """
-    path = path.absolute()
+    path = check_path("the folder of a run", path).absolute()
     directory = _open(path)
     with directory.held():
         finished = (path / "summary.json").exists()
@@ -74,12 +77,13 @@ def resume(path: Path, accept_changes: Collection[str] = (), *, trust_reward: bo
             return experiment.run(config, directory)
 
 
-def report(path: Path) -> dict[str, Any]:
+def report(path: str | PathLike[str]) -> dict[str, Any]:
     """Draw the figures of a finished run, and write its report, from what is on disk; returns the summary.
 
     Raises:
         InvalidInputError: no finished run there, or one whose figures are not made from what is on disk.
     """
+    path = check_path("the folder of a run", path)
     directory = _open(path)
     with directory.held():
         if not (path / "summary.json").exists():

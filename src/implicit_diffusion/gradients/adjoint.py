@@ -28,6 +28,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 LOST = (
     "does not depend on the samples any more: its result comes without a gradient, as after .detach(), .numpy() or "
@@ -100,7 +101,7 @@ def pull_back(
     return transition.a * adjoint + x.grad, costs
 
 
-class Adjoint:
+class Adjoint(Shown):
     """∇ℓ from one batch of trajectories: sample them, then run the adjoint back from the end."""
 
     def __call__(

@@ -16,9 +16,10 @@ from implicit_diffusion.gradients.half import computes_in_float16
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 
-class FullBackprop:
+class FullBackprop(Shown):
     """∇ℓ from one batch of trajectories by autograd through all N steps."""
 
     def __call__(

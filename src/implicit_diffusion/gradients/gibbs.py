@@ -29,6 +29,7 @@ from implicit_diffusion.objectives import GibbsObjective
 from implicit_diffusion.objectives.base import Charges
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, evaluate
+from implicit_diffusion.showing import of_tuple
 
 CANCELLED = 0.1  # share of Σ|c_j| that Σc_j must keep for the sum to be divided by
 
@@ -53,6 +54,9 @@ class Fused(NamedTuple):
     charges: Float[Tensor, " n"]
     values: dict[str, Tensor]
     total: Float[Tensor, ""]
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 def one_pull(terms: Terms) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
+from implicit_diffusion.showing import Shown, brief
 
 
-class Loop(ABC):
+class Loop(Shown, ABC):
     """One `step()` is one iteration; `state_dict()` holds all that the next one depends on.
 
     Args:
@@ -40,6 +41,16 @@ class Loop(ABC):
         self.update = update if isinstance(update, Update) else Update(update)
         self.model: nn.Module = self.update.bind(model, role)
         self.iteration = 0
+
+    def _words(self) -> Iterable[str]:
+        return f"updates={self.update.updates}", f"iterations={self.iteration}"
+
+    def _parts(self) -> dict[str, object]:
+        return {"objective": self.objective, "update": self.update, "noise": self.noise}
+
+    def __repr__(self) -> str:
+        parts = "".join(f"\n  {name:9} {brief(part)}" for name, part in self._parts().items())
+        return super().__repr__() + parts
 
     @abstractmethod
     def step(self) -> dict[str, Any]:

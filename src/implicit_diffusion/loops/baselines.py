@@ -6,6 +6,7 @@ seconds, and are no defaults.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,6 +46,9 @@ class NestedParticles(ParticleLoop):
                 f'begin="data" needs as many particles as data per estimate, got {self.n} and '
                 f"{len(self._data(self._points(0)))}; set the batch of the objective"
             )
+
+    def _words(self) -> Iterable[str]:
+        return *super()._words(), f"inner_steps={self.inner_steps}", f"begin={self.begin!r}"
 
     def step(self) -> dict[str, Any]:
         self.update.begin()
@@ -105,6 +109,9 @@ class Unrolled(ParticleLoop):
             if weight != 0:
                 term.check(self.particles)
         self.unrolled_steps = unrolled_steps
+
+    def _words(self) -> Iterable[str]:
+        return *super()._words(), f"unrolled_steps={self.unrolled_steps}"
 
     def step(self) -> dict[str, Any]:
         self.update.begin()

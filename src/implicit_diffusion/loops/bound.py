@@ -21,6 +21,7 @@ What it leaves shows in how far the estimate moves when it is made of M/2.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,10 +31,11 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type
 from implicit_diffusion.loops.evaluation import Evaluation, mean_and_error
+from implicit_diffusion.showing import Shown, with_error
 
 
-@dataclass(frozen=True)
-class Bound:
+@dataclass(frozen=True, repr=False)
+class Bound(Shown):
     """The optimum of J = −E R + β·KL over all controls, each number with its standard error.
 
     Args:
@@ -60,6 +62,13 @@ class Bound:
     effective_samples: float
     trusted: bool
     bias: float = 0.0
+
+    def _words(self) -> Iterable[str]:
+        yield f"beta={self.beta:g}"
+        yield f"J*={with_error(self.j, self.j_se)}"
+        yield f"reward={with_error(self.reward, self.reward_se)}"
+        yield f"path_kl={with_error(self.path_kl, self.path_kl_se)} nats"
+        yield f"effective_samples={self.effective_samples:.3g}, {'trusted' if self.trusted else 'not trusted'}"
 
 
 def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> Bound:

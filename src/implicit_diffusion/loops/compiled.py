@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from implicit_diffusion.showing import Shown
 
-class Compiled:
+
+class Compiled(Shown):
     """A function that is compiled in full at its first call, or not at all. A copy of it is compiled at its own.
 
     Args:

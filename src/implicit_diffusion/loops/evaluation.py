@@ -12,7 +12,7 @@ better the training. The same numbers, as importance weights, give the bound J* 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +26,13 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown, estimate, of_tensor
 
 NUMBERS = 2**18  # in the states of one network call
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """Trajectories from `starts` initial noises, `repeats` from each.
 
     Args:
@@ -45,6 +46,13 @@ class Evaluation:
     path_kl: Float[Tensor, "starts repeats"]
     log_ratio: Float[Tensor, "starts repeats"]
     samples: Float[Tensor, "starts repeats *event"]
+
+    def _words(self) -> Iterable[str]:
+        starts, repeats = self.reward.shape
+        yield f"{starts} starts × {repeats}"
+        yield f"reward={estimate(self.reward)}"
+        yield f"path_kl={estimate(self.path_kl)} nats"
+        yield f"samples={of_tensor(self.samples[0, 0])}"
 
     def objective(self, beta: float) -> Float[Tensor, "starts repeats"]:
         """−R + β log dP_θ/dP_0 of every trajectory, whose mean is J = −E R + β·KL(path)."""

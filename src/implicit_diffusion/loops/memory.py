@@ -17,7 +17,7 @@ added. Gradients of activations, workspaces of kernels and the allocator's slack
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,11 @@ from implicit_diffusion.gradients import FullBackprop
 from implicit_diffusion.loops.nested import Nested
 from implicit_diffusion.loops.on_chain import TRIAL, ChainLoop
 from implicit_diffusion.loops.queue import Queue
+from implicit_diffusion.showing import Shown
 
 
-@dataclass(frozen=True)
-class Memory:
+@dataclass(frozen=True, repr=False)
+class Memory(Shown):
     """A prediction in bytes, at the fullest moment of an iteration.
 
     Args:
@@ -54,6 +55,9 @@ class Memory:
     def total(self) -> int:
         """The sum of the parts, of activations and the copy the larger one."""
         return self.states + max(self.activations, self.undo) + self.parameters
+
+    def _words(self) -> Iterable[str]:
+        return (str(self),)
 
     def __str__(self) -> str:
         passing = "activations" if self.activations >= self.undo else "undo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ class ChainLoop(Loop):
                 )
         chain.evaluations = 0
         self.injected = 0  # trajectories begun
+
+    def _words(self) -> Iterable[str]:
+        return f"batch={self.batch}", *super()._words()
+
+    def _parts(self) -> dict[str, object]:
+        return {"chain": self.chain} | super()._parts()
 
     def cost(self) -> dict[str, int]:
         return {"network_evaluations": self.chain.evaluations}

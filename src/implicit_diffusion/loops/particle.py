@@ -36,6 +36,7 @@ from implicit_diffusion.potentials.energy import (
 from implicit_diffusion.rounding import at_least_single, exact
 from implicit_diffusion.samplers.kernel import BLOCK, Kernel, Move, check_resolved, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
+from implicit_diffusion.showing import of_tensor
 
 KERNEL, DATA, START = range(3)  # streams of noise
 SPAN = 32  # iterations, about, that one generator serves: to seed one costs as much as thousands of numbers
@@ -101,6 +102,14 @@ class ParticleLoop(Loop):
         self.evaluations = 0  # pulls through V at all the particles, for the sampler or for Γ
         self._drawn: tuple[int, torch.Generator | None, tuple[Tensor, ...]] = (-1, None, ())
         self._step_sizes: dict[float, Tensor] = {}
+
+    def _words(self) -> Iterable[str]:
+        yield f"{self.n} particles {of_tensor(self.walkers.x[0])}"
+        yield from (name for name in ("weighted", "lag") if getattr(self, name))
+        yield from super()._words()
+
+    def _parts(self) -> dict[str, object]:
+        return {"potential": self.model, "kernel": self.kernel} | super()._parts()
 
     @property
     def particles(self) -> Particles:

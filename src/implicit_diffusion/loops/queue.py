@@ -16,7 +16,7 @@ The paper (Marion et al., arXiv 2402.05468, section 4.2) queues the sampling; qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ from torch import Tensor
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients.adjoint import pull_back, terminal_adjoint
 from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.showing import Shown
 
 
-@dataclass
-class Slot:
+@dataclass(repr=False)
+class Slot(Shown):
     """One batch of trajectories in flight.
 
     On its way forward (no adjoint yet) it holds x_0..x_k and stands before row k; on its way back it holds the same
@@ -62,6 +63,9 @@ class Queue(ChainLoop):
         self.slots: list[Slot] = []
         self.values: dict[str, Tensor] = {}  # last seen: terminal values
         self.costs: dict[str, dict[int, Tensor]] = {}  # last seen: running costs by row
+
+    def _words(self) -> Iterable[str]:
+        return f"stride={self.stride}", *super()._words(), f"batches in flight={len(self.slots)}"
 
     def step(self, *, inject: bool = True) -> dict[str, Any]:
         """One iteration; without `inject`, only what is in flight moves on."""

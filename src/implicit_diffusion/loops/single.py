@@ -69,6 +69,15 @@ class Single(ParticleLoop):
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function
 
+    def _words(self) -> Iterable[str]:
+        yield from super()._words()
+        if self.order != "paper":
+            yield f"order={self.order!r}"
+        if self.compiled is not None:
+            yield "compiled" if self.compiled.reason is None else "not compiled"
+        if self.iterations > 1:
+            yield f"{self.iterations} iterations per step"
+
     def step(self) -> dict[str, Any]:
         first, count = self.iteration, self.iterations
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import check_complete, copied, parametrizations, refuse_inference_mode, train_once
 from implicit_diffusion.loops.undo import Before, largest
+from implicit_diffusion.showing import Shown, brief
 
 
 def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -27,8 +28,10 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
 
 
-class Update:
+class Update(Shown):
     """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
+
+    What θ was moved by, Γ averaged and clipped, stays in `.grad` until the next step begins; None if it did not move.
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
@@ -88,6 +91,14 @@ class Update:
         self.pending = 0  # gradients accumulated since
         self.advice = ""  # what to change where numbers overflow, for messages
 
+    def _words(self) -> Iterable[str]:
+        yield type(self.optimizer).__name__
+        yield f"lr={float(self.optimizer.param_groups[0]['lr']):.4g}"
+        held = {name: getattr(self, name) for name in ("schedule", "max_grad_norm", "ema_decay")}
+        held |= {"accumulate": self.accumulate if self.accumulate > 1 else None, "updates": self.updates}
+        held["pending"] = self.pending or None
+        yield from (f"{name}={brief(value)}" for name, value in held.items() if value is not None)
+
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters that the optimizer moves."""
@@ -127,7 +138,7 @@ class Update:
         return module
 
     def begin(self) -> None:
-        """Drop what `.grad` holds from elsewhere, a pretraining say: Γ is added to what is there."""
+        """Drop what `.grad` holds from elsewhere, or from the last update: Γ is added to what is there."""
         refuse_inference_mode()
         if not self.pending:
             self.optimizer.zero_grad(set_to_none=True)
@@ -186,7 +197,6 @@ class Update:
             lost = math.isfinite(alarm) and self._lost(moved)
             before.restore()
             raise self._stop(diagnose if not lost else lambda: lost)
-        self.optimizer.zero_grad(set_to_none=True)
         self.pending = 0
         self._made(1)
         train_once(self.parametrized)

@@ -31,11 +31,12 @@ from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.probing import BY_TORCH, check_slope
 from implicit_diffusion.rounding import exact
+from implicit_diffusion.showing import Shown
 from implicit_diffusion.transition import Transition
 
 
-@dataclass(frozen=True)
-class Charges:
+@dataclass(frozen=True, repr=False)
+class Charges(Shown):
     """The signed measure ν that an objective puts on points, of total mass zero.
 
     Args:
@@ -142,7 +143,7 @@ class Objective:
         return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)
 
 
-class Term(Objective):
+class Term(Shown, Objective):
     """A single term, which is itself an objective with coefficient one."""
 
     name: str

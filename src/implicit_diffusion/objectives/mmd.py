@@ -18,6 +18,7 @@ from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.data import checked, fitting
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import squared_distances
+from implicit_diffusion.showing import named
 
 
 def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -27,7 +28,10 @@ def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
         InvalidInputError: a bandwidth that is not positive and finite.
     """
     width = check_number("bandwidth", bandwidth, 0.0)
-    return lambda x, y: (-squared_distances(x, y) / (2 * width * width)).exp().to(x.dtype)
+    kernel: Callable[[Tensor, Tensor], Tensor] = named(
+        lambda x, y: (-squared_distances(x, y) / (2 * width * width)).exp().to(x.dtype), f"gaussian_kernel({width:g})"
+    )
+    return kernel
 
 
 class MMD(TerminalObjective):

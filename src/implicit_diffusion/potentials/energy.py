@@ -18,6 +18,7 @@ from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.particles import states
 from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate
 from implicit_diffusion.rounding import at_least_single
+from implicit_diffusion.showing import of_tuple
 
 COARSE = 0.02  # nats that V must resolve where its values count
 TRIED = 8  # particles, to see whether they influence each other
@@ -33,6 +34,9 @@ class Energy(NamedTuple):
 
     value: Float[Tensor, " n"]
     grad: Float[Tensor, "n *event"]
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 def precision(potential: object, x: Float[Tensor, "n *event"]) -> torch.dtype:

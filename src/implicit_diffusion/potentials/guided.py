@@ -7,16 +7,17 @@ A sampler driven by it needs ∇R in every step, for every sample drawn, for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import check_call, check_number
 from implicit_diffusion.scores import scores_of
+from implicit_diffusion.showing import ShownModule, brief
 
 
-class Guided(nn.Module):
+class Guided(ShownModule):
     """V − λR as a potential.
 
     Args:
@@ -33,6 +34,9 @@ class Guided(nn.Module):
         check_call("potential", potential, "x")
         check_call("reward", reward, "x")
         self.potential, self.reward, self.weight = potential, reward, check_number("weight", weight)
+
+    def _words(self) -> Iterable[str]:
+        return brief(self.potential), f"reward={brief(self.reward)}", f"weight={self.weight:g}"
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
         return self.potential(x) - self.weight * scores_of(self.reward(x), x)

@@ -10,6 +10,7 @@ particles, which is what processors vectorise.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_tensor, check_type
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import ShownModule
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(ShownModule):
     """V(x) = −log Σ_i softmax(logits)_i exp(−‖x − means_i‖²/(2 std²)) over vectors x.
 
     Args:
@@ -52,6 +54,10 @@ class GaussianMixture(nn.Module):
             )
         self.std = check_number("std", std, 0.0)
         self.means, self.logits = nn.Parameter(means.clone()), nn.Parameter(logits.clone())
+
+    def _words(self) -> Iterable[str]:
+        modes, d = self.means.shape
+        return f"{modes} modes in {d} dimensions", f"std={self.std:g}"
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         if x.shape[1:] != self.means.shape[1:]:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import ShownModule, brief
 
 
-class Tilted(nn.Module):
+class Tilted(ShownModule):
     """V(x) = ‖x‖²/2 + f(x).
 
     Args:
@@ -45,6 +46,9 @@ class Tilted(nn.Module):
         self.network, self.event_shape = network, tuple(check_integer("event_shape", size) for size in event_shape)
         if not self.event_shape:
             raise InvalidInputError("event_shape must hold at least one size, e.g. (2,)")
+
+    def _words(self) -> Iterable[str]:
+        return brief(self.network), f"event_shape={self.event_shape}"
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
         f = self.network(x)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.runs.files import replacing, writing
 
 FILE = "state.safetensors"
@@ -35,7 +36,7 @@ HEADER = "implicit-diffusion state 2"
 DIGESTS = "sha256"
 
 
-def save_state(folder: str | Path, state: Any) -> None:
+def save_state(folder: str | PathLike[str], state: Any) -> None:
     """Write `state` to folder/state.safetensors, replacing the previous one in one step.
 
     Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate.
@@ -53,19 +54,19 @@ def save_state(folder: str | Path, state: Any) -> None:
         tree = json.dumps(_encode(state, tensors, "state"), ensure_ascii=False, allow_nan=False)
     except RecursionError as error:
         raise InvalidInputError("state is nested too deeply to be written") from error
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / FILE, tensors, {HEADER: tree})
 
 
-def load_state(folder: str | Path) -> Any:
+def load_state(folder: str | PathLike[str]) -> Any:
     """Read what `save_state` wrote; tensors on the CPU, each with memory of its own.
 
     Raises:
         InvalidInputError: no state there, or a damaged or foreign file, or one without checksums.
     """
-    path = Path(folder) / FILE
+    path = check_path("folder", folder) / FILE
     if not path.is_file():
         raise InvalidInputError(f"no state to continue from: {path} does not exist")
     tensors, header = load_tensors(path)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from implicit_diffusion.showing import Shown
+
 REFRESH = 0.1  # seconds between two looks at the metrics on a terminal: reading a tensor waits for its device
 QUIET = 15.0  # seconds after which a plain line is due, though less than a tenth of the way was made
 
@@ -79,7 +81,7 @@ def unheard() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-class Progress:
+class Progress(Shown):
     """Steps made out of `total`, and the metrics of the last one."""
 
     def __init__(self, total: int, description: str) -> None:

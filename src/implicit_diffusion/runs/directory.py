@@ -27,6 +27,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +35,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, NonFiniteError, RewardError, StorageError
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    MemoryLimitError,
+    NonFiniteError,
+    RewardError,
+    StorageError,
+    check_path,
+)
 from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.runs.lock import LOCK, hold, make
+from implicit_diffusion.showing import Shown
 
 BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """The paths and files of one run; `RunDirectory(path)` opens an existing one, `create` begins a new one."""
+@dataclass(frozen=True, repr=False, init=False)
+class RunDirectory(Shown):
+    """The paths and files of one run; `RunDirectory(path)` opens an existing one, `create` begins a new one.
+
+    Args:
+        path: a string or a path; kept as a `Path`.
+
+    Raises:
+        InvalidInputError: neither.
+    """
 
     path: Path
 
+    def __init__(self, path: str | PathLike[str]) -> None:
+        object.__setattr__(self, "path", check_path("the folder of a run", path))
+
     @classmethod
-    def create(cls, path: str | Path, may_hold: Collection[str] = ()) -> RunDirectory:
+    def create(cls, path: str | PathLike[str], may_hold: Collection[str] = ()) -> RunDirectory:
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
-        make(Path(path))
-        return cls(Path(path))
+        directory = cls(check_path("--out", path))
+        make(directory.path)
+        return directory
 
     @staticmethod
-    def check(path: str | Path, may_hold: Collection[str] = ()) -> None:
+    def check(path: str | PathLike[str], may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
         Args:
@@ -69,7 +89,7 @@ class RunDirectory:
             InvalidInputError: `path` is a file, below a file, a folder with something in it, or where nothing can be
                 written.
         """
-        path = Path(path)
+        path = check_path("--out", path)
         left_over = {LOCK, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():

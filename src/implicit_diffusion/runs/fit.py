@@ -23,9 +23,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from os import PathLike
 from typing import Any
 
-from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError, check_path
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
@@ -46,7 +47,7 @@ def fit(
     updates: int,
     *,
     callbacks: Iterable[Callback] = (),
-    directory: RunDirectory | None = None,
+    directory: RunDirectory | str | PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     description: str = "fine-tuning",
 ) -> Fit:
@@ -57,8 +58,8 @@ def fit(
             further already.
         updates: ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one when the run ends, and is
-            held meanwhile; None leaves no trace.
+        directory: of the run, or its path; gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one
+            when the run ends, and is held meanwhile; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
@@ -73,6 +74,8 @@ def fit(
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
+    if directory is not None and not isinstance(directory, RunDirectory):
+        directory = RunDirectory(check_path("directory", directory))
     state = Fit(loop, directory=directory, total=updates)
     with nullcontext() if directory is None else directory.held():
         _drive(state, updates, list(callbacks), directory, checkpoint_every, description)

@@ -16,6 +16,7 @@ from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.objectives.reward import TRIED, as_reward
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.state import Fit
+from implicit_diffusion.showing import Shown
 
 
 def plus_minus(value: float, error: float) -> str:
@@ -26,8 +27,8 @@ def plus_minus(value: float, error: float) -> str:
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
-@dataclass
-class HeldOut:
+@dataclass(repr=False)
+class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
     Other callbacks may look at other updates as well (`look`); at one update all of them see the same look.

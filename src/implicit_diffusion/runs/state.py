@@ -10,7 +10,7 @@ metrics      the last row, and the number of lines of metrics.jsonl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,11 @@ from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 
-@dataclass
-class Fit:
+@dataclass(repr=False)
+class Fit(Shown):
     """A run so far.
 
     Args:
@@ -57,6 +58,13 @@ class Fit:
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device)
+
+    def _words(self) -> Iterable[str]:
+        yield type(self.loop).__name__
+        yield f"updates={self.updates}"
+        yield f"seconds={self.seconds:.3g}"
+        if self.stopped is not None:
+            yield f"stopped={self.stopped!r}"
 
     @property
     def updates(self) -> int:

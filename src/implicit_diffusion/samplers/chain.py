@@ -34,13 +34,14 @@ from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import at_least_single
+from implicit_diffusion.showing import Shown, brief, of_kind
 from implicit_diffusion.transition import Transition
 
 Denoiser = Callable[..., Tensor]
 Condition = Callable[[Noise, int, int], Mapping[str, Tensor]]
 
 
-class Chain:
+class Chain(Shown):
     """A sampler of N steps from noise to data, driven by a denoiser.
 
     Args:
@@ -97,6 +98,17 @@ class Chain:
         self.dtype = torch.get_default_dtype() if parameter is None else at_least_single(parameter.dtype)
         self._tried: set[int] = set()  # functions that have been called, by id: the first call is a trial
         self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
+
+    def _words(self) -> Iterable[str]:
+        yield brief(self.denoiser)
+        yield f"table={self.table.name!r}"
+        yield f"N={len(self.table)}"
+        yield f"event_shape={self.event_shape}"
+        yield of_kind(self.dtype, self.device)
+        if self.pretrained_rows:
+            yield f"pretrained_rows={brief(sorted(self.pretrained_rows))}"
+        if self.condition is not None:
+            yield f"condition={brief(self.condition)}"
 
     @property
     def num_steps(self) -> int:

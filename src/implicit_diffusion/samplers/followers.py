@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,9 +33,10 @@ from implicit_diffusion.potentials.energy import Energy, check_potential, coarse
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Kernel, check_resolved, innermost
 from implicit_diffusion.samplers.walkers import Walkers, close, log_mean_exp, resample
+from implicit_diffusion.showing import Shown, of_tensor
 
 
-class Followers:
+class Followers(Shown):
     """Independent groups of weighted particles.
 
     Args:
@@ -82,6 +83,12 @@ class Followers:
             for part, v in zip(innermost(x).chunk(groups), value.chunk(groups))
             for zero in [x.new_zeros(())]
         ]
+
+    def _words(self) -> Iterable[str]:
+        walkers = self.groups[0]
+        yield f"{len(self.groups)} groups of {len(walkers.x)} particles {of_tensor(walkers.x[0])}"
+        yield repr(self.kernel)
+        yield f"steps={self.steps}"
 
     def step(self, potential: nn.Module) -> Tensor | None:
         """Close the weights under `potential`, resample the groups that call for it, and move once.

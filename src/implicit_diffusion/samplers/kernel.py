@@ -28,6 +28,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, check_call, check_number, trying
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
+from implicit_diffusion.showing import Shown, named, of_tuple
 
 Schedule = float | Callable[[int], float]
 BLOCK = 2**17  # numbers drawn at once: several steps of few particles, one of many
@@ -48,8 +49,11 @@ class Move(NamedTuple):
     energy: Tensor | None = None
     acceptance: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
-class Kernel(ABC):
+
+class Kernel(Shown, ABC):
     """A sampler's step.
 
     Args:
@@ -200,7 +204,7 @@ def power_law(scale: float, exponent: float) -> Callable[[int], float]:
         InvalidInputError: a scale that is not positive, or an exponent that is not finite.
     """
     scale, exponent = check_number("scale", scale, 0.0), check_number("exponent", exponent)
-    return lambda k: scale * (k + 1) ** -exponent
+    return named(lambda k: scale * (k + 1) ** -exponent, f"power_law({scale:g}, {exponent:.3g})")
 
 
 def short(x: Tensor) -> bool:

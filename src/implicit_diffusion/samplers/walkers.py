@@ -22,6 +22,7 @@ from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.showing import of_tuple
 
 
 class Walkers(NamedTuple):
@@ -46,6 +47,9 @@ class Walkers(NamedTuple):
     debt: Tensor
     h: Tensor
     lag: Tensor
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 def close(kernel: Kernel, walkers: Walkers, here: Energy) -> Walkers:

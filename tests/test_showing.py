@@ -1,0 +1,269 @@
+"""`print` of every public object: a line or a few, without an address and without the numbers of a tensor."""
+
+import importlib
+import re
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import nn
+
+import implicit_diffusion as idf
+from implicit_diffusion import showing
+from implicit_diffusion.denoisers.checkpoints import find_checkpoint
+from implicit_diffusion.experiments.conditioning import Conditioning
+from implicit_diffusion.experiments.data import Images
+from implicit_diffusion.experiments.digits import Digits
+from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.loops.compiled import Compiled
+from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
+from implicit_diffusion.potentials import energy_of
+from implicit_diffusion.runs import Progress, RunDirectory, Stop
+from implicit_diffusion.runs.fit import HeldOut, fit
+from implicit_diffusion.samplers import Kernel
+from implicit_diffusion.samplers.simulate import simulate
+from tests.oracles import table
+
+PACKAGES = ("", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers")
+NOISE = idf.Noise(0)
+DATA = NOISE.normal((40, 2), 1)
+LONG = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))  # its own repr has a line for each
+
+
+def reward(x):
+    return x[:, 0]
+
+
+def scaled(x, factor):
+    return factor * x[:, 0]
+
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = LONG
+
+    def forward(self, x, t, **condition):
+        return self.layers(x)
+
+
+class White(TerminalObjective):
+    name = "white"
+
+    def value(self, particles):
+        return particles.x.square().mean()
+
+
+class Charged(GibbsObjective):
+    name = "charged"
+
+    def charges(self, particles, energy, points):
+        return Charges(particles.x[:, 0] - particles.x[:, 0].mean())
+
+
+class Effort(RunningCost):
+    name = "effort"
+
+    def cost(self, transition):
+        return transition.u.square().flatten(2).sum(2)
+
+
+class Stays(Kernel):
+    def move(self, x, momentum, here, energy, draws, h):
+        raise NotImplementedError
+
+    owe = repay = move
+
+
+def mixture():
+    return idf.GaussianMixture(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def chain(**options):
+    net = idf.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5)
+    return idf.Chain(net, idf.ou_reverse_sde(4, 2.0), (2,), **options)
+
+
+def on_chain(kind):
+    c = chain()
+    loop = kind(c, idf.Reward(reward) + 0.5 * idf.PathKL(), sgd(c.denoiser), batch=3, noise=NOISE)
+    loop.step()
+    return loop
+
+
+def on_particles(kind, **options):
+    v = mixture()
+    loop = kind(v, idf.ULA(0.1), idf.Reward(reward), sgd(v), particles=100, noise=NOISE, **options)
+    loop.step()
+    return loop
+
+
+@cache
+def digits():
+    return idf.load_pretrained("digits")
+
+
+def evaluation():
+    return idf.evaluate(chain(), reward, NOISE, starts=32, repeats=4)
+
+
+def weighted():
+    return on_particles(idf.Single, weighted=True)
+
+
+EXAMPLES = {
+    "HMC": lambda: idf.HMC(0.1),
+    "MALA": lambda: idf.MALA(0.1),
+    "ULA": lambda: idf.ULA(idf.power_law(0.5, 1 / 3)),
+    "Underdamped": lambda: idf.Underdamped(0.1),
+    "Kernel": lambda: Stays(0.1),
+    "Move": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1)),
+    "MMD": lambda: idf.MMD(DATA),
+    "Sinkhorn": lambda: idf.Sinkhorn(DATA, 0.5),
+    "ForwardKL": lambda: idf.ForwardKL(DATA, 8),
+    "ReverseKL": lambda: idf.ReverseKL.to_initial(mixture()),
+    "Functional": lambda: idf.Functional(lambda x, w: w @ x[:, 0]),
+    "Reward": lambda: idf.Reward(partial(scaled, factor=2.0)),
+    "PathKL": idf.PathKL,
+    "DriftPenalty": idf.DriftPenalty,
+    "Objective": lambda: idf.Reward(reward) + 0.5 * idf.PathKL(),
+    "TerminalObjective": White,
+    "GibbsObjective": Charged,
+    "RunningCost": Effort,
+    "Charges": lambda: Charged().charges(idf.Particles(DATA), DATA[:, 0], None),
+    "Adjoint": idf.Adjoint,
+    "FullBackprop": idf.FullBackprop,
+    "Fused": lambda: fused_pass(v := mixture(), list(v.parameters()), [(1.0, Charged())], DATA, [None]),
+    "Energy": lambda: energy_of(mixture(), DATA),
+    "GaussianMixture": mixture,
+    "Guided": lambda: idf.Guided(mixture(), reward, 0.5),
+    "Tilted": lambda: idf.Tilted(LONG, (2,)),
+    "GaussianDenoiser": lambda: chain().denoiser,
+    "DiffusersDenoiser": lambda: digits().denoiser,
+    "ClassifierFree": lambda: idf.ClassifierFree(Denoiser(), 2.0, {"class_labels": 3}),
+    "Embedded": lambda: idf.Embedded(Denoiser(), {"embeddings": torch.zeros(5, 7, 16)}),
+    "WithoutAdapter": lambda: idf.WithoutAdapter(Denoiser()),
+    "Drawn": lambda: idf.Drawn("class_labels", torch.arange(10)),
+    "Pretrained": digits,
+    "ChainTable": lambda: table(20),
+    "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
+    "Evaluation": evaluation,
+    "Bound": lambda: idf.bound(evaluation(), 0.5),
+    "Particles": lambda: weighted().particles,
+    "Followers": lambda: idf.annealed(idf.Tilted(idf.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2),
+    "Noise": lambda: NOISE.stream(1),
+    "Update": lambda: on_chain(idf.Queue).update,
+    "Queue": lambda: on_chain(idf.Queue),
+    "Nested": lambda: on_chain(idf.Nested),
+    "Single": weighted,
+    "NestedParticles": lambda: on_particles(idf.NestedParticles, inner_steps=2),
+    "Unrolled": lambda: on_particles(idf.Unrolled, unrolled_steps=2),
+    "Progress": lambda: Progress(10, "fine-tuning"),
+    "RunDirectory": lambda: RunDirectory("runs/sharp"),
+    "Stop": Stop,
+    # What public functions return and public objects hold:
+    "Walkers": lambda: weighted().walkers,
+    "Slot": lambda: on_chain(idf.Queue).slots[0],
+    "Memory": lambda: idf.predict_memory(on_chain(idf.Queue)),
+    "Compiled": lambda: Compiled(reward),
+    "Checkpoint": lambda: find_checkpoint("digits"),
+    "Transition": lambda: chain().transition(torch.zeros(1, 3, 2), [0], reference=True),
+    "Fit": lambda: fit(on_chain(idf.Queue), 2),
+    "HeldOut": lambda: HeldOut(reward, NOISE),
+    "Plan": lambda: make_plan(evaluation()),
+    "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
+    "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
+    "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),
+}
+
+
+def public_classes():
+    modules = [importlib.import_module(f"implicit_diffusion{package}") for package in PACKAGES]
+    found = {name: getattr(module, name) for module in modules for name in module.__all__}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and not issubclass(kind, Exception)}
+
+
+def test_every_public_class_has_an_example():
+    assert public_classes().keys() <= EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_it_prints_in_short(name):
+    example = EXAMPLES[name]()
+    kind = public_classes().get(name)
+    assert kind is None or isinstance(example, kind)
+    for text in (repr(example), str(example)):
+        lines = text.splitlines()
+        assert len(lines) <= (7 if isinstance(example, idf.loops.base.Loop) else 1)
+        assert all(len(line) <= 250 for line in lines)
+        assert not re.search(r"0x[0-9a-f]{4}|tensor\(|<(?!lambda>)", text)
+    if name not in ("Objective",):  # a sum of terms is the formula
+        assert repr(example).startswith(type(example).__name__ + "(")
+
+
+SAID = {
+    "ULA": "ULA(step_size=power_law(0.5, 0.333))",
+    "HMC": "leapfrogs=5",
+    "Objective": "1·reward + 0.5·path_kl",
+    "Reward": "function=scaled",
+    "Sinkhorn": "data=(40, 2) float32, epsilon=0.5",
+    "MMD": "kernel=gaussian_kernel(",
+    "ReverseKL": "potential=GaussianMixture(2 modes in 2 dimensions, std=1)",
+    "Tilted": "Sequential of 300 parameters, event_shape=(2,)",
+    "DiffusersDenoiser": "UNet2DModel of 357,625 parameters",
+    "Pretrained": "event_shape=(1, 8, 8)",
+    "Chain": "pretrained_rows=(0, 1, 2, 3, … 9 in all)",
+    "Queue": "batch=3, updates=0, iterations=1, batches in flight=1",
+    "Single": "100 particles (2,) float32, weighted, updates=1, iterations=1",
+    "Update": "SGD, lr=0.1, updates=0",
+    "Fit": "Fit(Queue, updates=2, seconds=",
+    "RunDirectory": "RunDirectory(path=runs/sharp)",
+    "Noise": "Noise(seed=0, prefix=(1,))",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_it_says_what_matters(name):
+    assert SAID[name] in repr(EXAMPLES[name]())
+
+
+def test_an_evaluation_shows_its_means_with_their_errors():
+    values = torch.tensor([[1.0], [2.0], [3.0], [6.0]])  # mean 3, variance 14/3: an error of √(14/12) = 1.08
+    shown = repr(idf.Evaluation(values, 0 * values, 0 * values, torch.zeros(4, 1, 2)))
+    assert shown == "Evaluation(4 starts × 1, reward=3 ± 1, path_kl=0 nats, samples=(2,) float32)"
+
+
+def test_weighted_particles_show_their_weighted_mean():
+    """Weights (3, 1)/4 on 0 and 4: mean 1, variance 3, and Σw² = 10/16."""
+    particles = idf.Particles(torch.tensor([[0.0], [4.0]]), torch.tensor([3.0, 1.0]).log())
+    assert repr(particles) == "Particles(2 of (1,) float32, mean=(1 ± 1), ess=1.6)"
+    assert repr(idf.Particles(torch.zeros(3, 1, 8, 8))) == "Particles(3 of (1, 8, 8) float32)"
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "said"),
+    [
+        (30.337, 0.0421, "30.34 ± 0.04"),
+        (-0.02, 0.2, "0.0 ± 0.2"),
+        (0.9, 0.0999, "0.9 ± 0.1"),
+        (1234.5, 30.0, "1234 ± 30"),
+        (2.5, float("nan"), "2.5"),
+        (float("inf"), 1.0, "inf"),
+        (0.0, 0.0, "0"),
+        (1.0, 1e-12, "1 ± 1e-12"),
+    ],
+)
+def test_a_mean_is_shown_to_the_first_digit_of_its_error(mean, error, said):
+    assert showing.with_error(mean, error) == said
+
+
+def test_lazy_layers_meta_tensors_and_long_strings_are_no_obstacle():
+    assert showing.brief(nn.Sequential(nn.LazyLinear(2))) == "Sequential"
+    assert showing.brief(torch.empty((), device="meta")) == "() float32 on meta"
+    assert len(showing.brief("x" * 1000)) < 70
+    assert showing.brief(list(range(100))) == "(0, 1, 2, 3, … 100 in all)"
