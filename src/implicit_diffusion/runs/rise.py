@@ -20,6 +20,7 @@ from implicit_diffusion.runs.held_out import HeldOut, plus_minus
 from implicit_diffusion.runs.kept import Kept
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.runs.watch import RISE, most_sound
+from implicit_diffusion.showing import Shown
 
 ERRORS, CLEAR = 4.0, 2.0  # standard errors by which J must have risen while there is more to come, and otherwise
 FAR = 10.0  # times the path KL beyond which no sampler is as good as the pretrained one
@@ -44,8 +45,8 @@ def smaller_rate(excess: float, possible: float) -> int:
     return int(10 ** min(6, max(1, math.ceil(math.log10(excess / possible)))))
 
 
-@dataclass
-class Rise:
+@dataclass(repr=False)
+class Rise(Shown):
     """Callback: stop a run whose J on held-out noise stays above the pretrained chain's, and go back to its best look.
 
     Both chains are looked at under the same noise, so that what J has risen by is a paired difference with a small

@@ -12,6 +12,7 @@ from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.held_out import HeldOut, plus_minus
 from implicit_diffusion.runs.kept import Kept
 from implicit_diffusion.runs.state import Fit
+from implicit_diffusion.showing import Shown
 
 
 def _kl_weight(fit: Fit, name: str) -> float:
@@ -27,8 +28,8 @@ def _kl_weight(fit: Fit, name: str) -> float:
 ATTEMPTS = 12  # places that are tried on a line
 
 
-@dataclass
-class StopAtKL:
+@dataclass(repr=False)
+class StopAtKL(Shown):
     """Callback: stop when the path KL reaches a target.
 
     With `held_out` it is the path KL on held-out noise, looked at in time. That of small steps grows with the square of
