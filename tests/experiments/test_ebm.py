@@ -23,7 +23,9 @@ from implicit_diffusion.runs import RunDirectory
 KEYS = {
     "nll", "kl", "log_z", "log_z_estimate", "log_z_estimate_se", "log_z_half",
     "log_z_half_se", "mmd2", "seconds", "gradient_evaluations", "updates",
-    "nll_held_out", "nll_held_out_se", "log_z_particles", "ess", "mode_masses", "mode_error", "advice",
+    "nll_held_out", "nll_held_out_se", "nll_train", "nll_train_se", "nll_gaussian", "nll_gaussian_se", "nll_law",
+    "nll_law_se", "gain_over_gaussian", "gain_over_gaussian_se", "overfit", "overfit_se",
+    "log_z_particles", "ess", "mode_masses", "mode_error", "advice",
 }  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def tiny(tmp_path_factory):
 def test_a_run_leaves_what_it_says(tiny):
     summary, out = tiny
     assert summary.keys() == KEYS and json.loads((out / "summary.json").read_text()) == summary
-    assert {path.name for path in (out / "figures").iterdir()} == {"density.png", "training.png"}
+    assert {path.name for path in (out / "figures").iterdir()} == {"density.png", "scores.png", "training.png"}
     assert {path.name for path in (out / "model").iterdir()} == {"model.json", "model.safetensors"}
     said = json.loads((out / "config.json").read_text())
     assert (said["steps"], said["width"], said["step_size"], said["data"]) == (30, 8, 0.3, "eight-gaussians")
@@ -162,12 +164,14 @@ def test_an_array_of_ones_own(shape, tmp_path):
     np.save(tmp_path / "x.npy", 5 + 3 * np.random.default_rng(0).standard_normal((80, *shape)))
     config = dataclasses.replace(TINY, data=str(tmp_path / "x.npy"), steps=12, out=tmp_path / "run")
     summary = ebm.run(config)
-    assert summary.keys() == KEYS - {"kl", "nll", "log_z", "mode_masses", "mode_error"}
+    unknown = {"kl", "nll", "log_z", "mode_masses", "mode_error", "nll_law", "nll_law_se"}
+    assert summary.keys() == KEYS - unknown | ({"bits_per_dimension"} if len(shape) == 3 else set())
     model = load_energy_model(tmp_path / "run" / "model")
     assert (model.log_z, model.log_z_se) == (summary["log_z_estimate"], summary["log_z_estimate_se"])
     assert model.architecture == Architecture("mlp" if len(shape) == 1 else "conv", shape, 8)
     figures = {path.name for path in (tmp_path / "run").glob("figures/*.png")}
-    assert figures == (set() if len(shape) == 1 else {"particles.png"})
+    shown = {(1,): {"marginals"}, (3,): {"pairs"}, (2, 4, 4): {"particles", "components"}}[shape]
+    assert {name.removesuffix(".png") for name in figures} == shown | {"scores", "training"}
     found = score.run(score.Config(tmp_path / "run" / "model", str(tmp_path / "x.npy")))
     assert found["log_z_standard_error"] == summary["log_z_estimate_se"]
     gaussian = -math.prod(shape) * math.log(3 * math.sqrt(2 * math.pi * math.e))
@@ -213,7 +217,7 @@ def test_digits(tmp_path, monkeypatch):
         assert baseline["bits_per_dimension"] == pytest.approx(baseline["nll"] / 64 / math.log(2))
     assert 0.5 < summary["data_confidence"] <= 1
     figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
-    assert figures == {"particles", "chains"}
+    assert figures == {"particles", "components", "chains", "scores", "training"}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from implicit_diffusion import cli
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.experiments import ebm
-from implicit_diffusion.experiments.ebm_data import COPIES, dequantised, load, read_array, split
+from implicit_diffusion.experiments.ebm_data import COPIES, GREY, load, read_array, split
 from implicit_diffusion.experiments.planar import LAWS
 from implicit_diffusion.noise import Noise
 
@@ -113,7 +113,7 @@ def test_digits_are_dequantised_grey_levels():
     assert data.event_shape == (1, 8, 8) and data.train.min() >= 0 and data.train.max() < 17
     assert len(data.train) / COPIES + len(data.held_out) == 1797 and data.law is None
     levels = torch.tensor([[0.0, 3.0, 16.0]]).expand(4000, 3)
-    x = dequantised(levels, torch.Generator().manual_seed(0))
+    x = GREY.dequantise(levels, torch.Generator().manual_seed(0))
     assert torch.equal(x.floor(), levels) and (x - levels).std().item() == pytest.approx(12**-0.5, rel=0.05)
 
 
@@ -158,7 +158,7 @@ def constant():
 
 
 BAD = {
-    "no file": (lambda path: None, r"no such file; give one of moons, .* digits, or FILE\.npy"),
+    "no file": (lambda path: None, r"no such file; give one of moons, .* digits, FILE\.npy, .* FILE\.csv"),
     "NaN": (save(with_nan(np.nan)), r"2 of 20 rows hold NaN or infinity; remove or impute them \(rows 0, 1\)"),
     "a header of ten to the twelve rows": (header((10**12, 2)), "no plain .npy array: its header says 16000000000000"),
     "a header beyond all integers": (header((10**30, 10**30)), "no plain .npy array: its header says"),

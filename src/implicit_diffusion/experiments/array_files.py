@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import numpy as np
@@ -66,8 +66,8 @@ def read_table(name: str, otherwise: str = "") -> Table:
     if suffix in PICKLES or (suffix not in KEYED and _is_torch_archive(path)):
         raise InvalidInputError(
             f"--data {name} is a pickle, as torch.save writes it: to read one is to run what it holds, so none is "
-            f"read. In the program that has the array x, write numpy.save({path.stem + '.npy'!r}, x), of a tensor "
-            f"x.numpy(force=True), and give that file"
+            f"read. In the program that has the array x, write numpy.save({path.stem + '.npy'!r}, x), with "
+            f"x.numpy(force=True) for a tensor, and give that file"
         )
     try:
         if suffix == ".csv":
@@ -149,7 +149,7 @@ def _chosen(name: str, names: list[str], key: str | None) -> str:
     return names[0] if key is None else key
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape and type that a .npy array promises, and where its numbers begin."""
     version = np.lib.format.read_magic(file)
     # a header of version 3.0 differs from 2.0 in the names of fields alone, which no array of numbers has
@@ -242,7 +242,7 @@ def _value(cell: str) -> float | None:
     except ValueError:
         return None
     digits = cell.strip().lstrip("+-")
-    if "_" in cell or (abs(value) > EXACT and digits.isdigit() and (len(digits) > 400 or int(digits) != abs(value))):
+    if "_" in cell or (abs(value) >= EXACT and digits.isdigit() and (len(digits) > 400 or int(digits) != abs(value))):
         return None
     return value
 

@@ -1,6 +1,6 @@
 """Train an energy-based model by maximum likelihood in a single loop; on the plane, say exactly how good it is.
 
-    load → build V = Gaussian + network → weighted particles and a watch → log Z by annealing → save → figures
+    load → build V = Gaussian + network → weighted particles and a watch → log Z by annealing → save → report
 
 minimising KL(p_ref‖π_θ). `--compare` runs all arms at equal cost, with their learning rates searched on a grid.
 """
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.array_files import place_of
 from implicit_diffusion.experiments.ebm_arms import Settings, make_loop
 from implicit_diffusion.experiments.ebm_config import Config as Config
-from implicit_diffusion.experiments.ebm_data import Data, load
+from implicit_diffusion.experiments.ebm_data import Data, discrete, load
 from implicit_diffusion.experiments.ebm_judging import judge, show, what_to_change
 from implicit_diffusion.experiments.ebm_training import Trained, train
-from implicit_diffusion.experiments.energy_model import load_energy_model
+from implicit_diffusion.experiments.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
@@ -46,7 +47,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
         return compare(config)
     begun = directory is not None
-    directory = RunDirectory(config.out or dated(f"ebm-{Path(config.data).stem}").absolute())
+    directory = RunDirectory(config.out or dated(f"ebm-{Path(place_of(config.data)[0]).stem}").absolute())
     with directory.held():
         return _run(replace(config, out=directory.path), directory, begun)
 
@@ -54,7 +55,9 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
     """The same in a directory that is held."""
     rests_on = inputs(config)
-    data = load(config.data, Noise(config.seed))
+    data = load(config.data, Noise(config.seed), dequantise=config.dequantise)
+    if said := discrete(data):
+        print(f"note      {said}")
     settings = config.settings(data)
     loop = make_loop(settings, data)
     if config.long_chains and len(data.event_shape) != 3:
@@ -71,15 +74,14 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
 def finish(
     config: Config, resolved: Config, settings: Settings, data: Data, trained: Trained, directory: RunDirectory
 ) -> dict[str, Any]:
-    """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
-    from implicit_diffusion.experiments.ebm_figures import draw
-
+    """Judge, save, and write the summary: what is interrupted before that is done once more. Then draw and report."""
     if trained.fit.stopped == "interrupted":
         raise KeyboardInterrupt
     assert resolved.judge_steps is not None
     usual = replace(config, step_size=None).resolved(data)
     summary = judge(trained, data, resolved.judge_steps)
     summary["advice"] = what_to_change(trained, summary, chosen=resolved.step_size != usual.step_size)
+    summary["advice"] += [said] if (said := discrete(data)) else []
     model = trained.model.with_log_z(summary["log_z_estimate"], summary["log_z_estimate_se"])
     if "log_z" in summary:
         model = model.with_log_z(summary["log_z"], 0.0)
@@ -92,27 +94,32 @@ def finish(
         from implicit_diffusion.experiments.ebm_digits import long_chains
 
         summary |= long_chains(model, data, directory, 10 * settings.updates, config.seed)
-    draw(model, data, summary, directory)
     directory.write_summary(summary)
+    _write_report(model, data, summary, directory)
     show(summary, directory)
     return summary
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:
-    """Draw the figures from what is on disk; prints the headline and returns the summary.
+    """Draw the figures and write the report from what is on disk; prints the headline and returns the summary.
 
     Raises:
         InvalidInputError: a comparison, whose own command draws it again; data or a model that are no longer there.
     """
-    from implicit_diffusion.experiments.ebm_figures import draw
-
     config = directory.read_config() or {}
     if config.get("compare"):
         raise InvalidInputError(
             f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
         )
     summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
-    data = load(config["data"], Noise(config["seed"]))
-    draw(load_energy_model(directory.model), data, summary, directory)
+    data = load(config["data"], Noise(config["seed"]), dequantise=config["dequantise"])
+    _write_report(load_energy_model(directory.model), data, summary, directory)
     show(summary, directory)
     return summary
+
+
+def _write_report(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> None:
+    from implicit_diffusion.experiments.ebm_figures import draw
+    from implicit_diffusion.experiments.ebm_report import write_report
+
+    write_report(model, data, summary, draw(model, data, summary, directory), directory)

@@ -216,4 +216,5 @@ def to_model(settings: Settings, loop: ParticleLoop, data: Data) -> EnergyModel:
         uniform = torch.rand((), generator=Noise(settings.seed).generator(START))
         x = x[systematic(held.log_weights, uniform)]
     moves = settings.moves if settings.arm in ("weighted", "hmc") else LANGEVIN
-    return EnergyModel(settings.architecture, potential, data.shift, data.scale, moves, x.detach())
+    lattice = data.lattice if data.dequantised else None
+    return EnergyModel(settings.architecture, potential, data.shift, data.scale, moves, x.detach(), lattice=lattice)

@@ -10,6 +10,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.ebm_arms import Settings
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import Architecture, Moves
+from implicit_diffusion.experiments.planar import LAWS
 from implicit_diffusion.experiments.ranges import at_least, not_negative, option, positive
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,8 +46,12 @@ class Config:
     """Train an energy-based model by maximum likelihood in a single loop."""
 
     data: str = "moons"
-    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.npy.
-    The array has shape (m, d) or (m, channels, height, width)."""
+    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.
+    A file may be FILE.npy, FILE.npz, FILE.npz:NAME for one of several arrays, FILE.csv, or FILE.safetensors.
+    Its array has shape (m, d) or (m, channels, height, width)."""
+    dequantise: bool = False
+    """Fill the gaps between the values of integers, grey levels, or rounded measurements with uniform noise.
+    Likelihoods are then lower bounds of the probabilities of the values; without, they may grow without limit."""
     potential: Literal["mlp", "conv"] | None = None
     """The network beside the Gaussian; by default mlp for vectors, conv for images."""
     sampler: Literal["ula", "mala", "underdamped", "hmc"] = "hmc"
@@ -136,6 +141,9 @@ class Config:
     def _idle(self) -> dict[str, str]:
         """Options without an effect beside the others, and why."""
         idle: dict[str, str] = {}
+        if self.data in (*LAWS, "digits"):
+            why = "are dequantised in any case" if self.data == "digits" else "has a density"
+            idle |= {"dequantise": f"--data {self.data} {why}"}
         if self.sampler != "hmc":
             idle |= {"leapfrogs": f"--sampler {self.sampler} has none"}
         if not self.compare:

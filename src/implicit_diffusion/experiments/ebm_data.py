@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.experiments.array_files import read_table
+from implicit_diffusion.experiments.lattice import LEVELS, Lattice, find_lattice
 from implicit_diffusion.experiments.planar import LAWS, Law, law
 from implicit_diffusion.noise import Noise
 
-TRAIN, HELD_OUT = range(2)  # streams of noise
+TRAIN, HELD_OUT, FILLED = 0, 1, 6  # streams of noise beside those of training
 SIZES = 20_000, 10_000  # of laws
 SHARE = 0.2  # of an array that is held out
 GREY_LEVELS = 17  # of the handwritten digits
 SHOWN = 10  # rows that are named
-COPIES = 20  # of each, with noise of their own: a network could learn a single draw by heart
+COPIES = 20  # of dequantised data, with noise of their own: a network could learn a single draw by heart
+MOST_COPIED = 2**23  # numbers, that copies may add up to
+GREY = Lattice(torch.ones(()), torch.zeros(()))  # of the digits
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Data:
             that (nearly) never change get a hundredth of the largest deviation.
         law: where the data come from, if that is known.
         digits: whether they are the handwritten digits, which have a judge.
+        columns: what the coordinates are called, where the file says so.
+        lattice: that the data lay on before they were dequantised, or lie on because they were not.
+        dequantised: whether they were.
+        copies: of every training datum, one after the other, each with noise of its own.
     """
 
     train: Float[Tensor, "m *event"]
@@ -43,11 +48,30 @@ class Data:
     scale: Tensor
     law: Law | None = None
     digits: bool = False
+    columns: tuple[str, ...] | None = None
+    lattice: Lattice | None = None
+    dequantised: bool = False
+    copies: int = 1
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Of one datum."""
         return tuple(self.train.shape[1:])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the coordinates are called; x₁, x₂, … where nobody said."""
+        return self.columns or tuple(f"$x_{{{i + 1}}}$" for i in range(math.prod(self.event_shape)))
+
+    @property
+    def once(self) -> Float[Tensor, "k *event"]:
+        """One copy of the training data."""
+        return self.train[: len(self.train) // self.copies]
+
+    @property
+    def log_cell(self) -> float:
+        """Of dequantised data what to add to a log-density for the bound of a log-probability; zero of others."""
+        return self.lattice.log_volume(self.event_shape) if self.dequantised and self.lattice is not None else 0.0
 
     def standardised(self) -> tuple[Float[Tensor, "m *event"], Float[Tensor, "l *event"]]:
         """Training and held-out data in the model's coordinates, in single precision."""
@@ -55,29 +79,68 @@ class Data:
         return train, held_out
 
 
-def load(name: str, noise: Noise) -> Data:
-    """The data called `name`: one of the laws, "digits", or a file FILE.npy.
+def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
+    """The data called `name`: one of the laws, "digits", or a file of `array_files.FORMATS`.
+
+    Args:
+        name: see above.
+        noise: of draws, of the split, and of dequantisation.
+        dequantise: add uniform noise as wide as the spacing of the values; digits have it in any case.
 
     Raises:
-        InvalidInputError: an unknown name, or a file that is no array of finite numbers with shape (m, d) or
-            (m, channels, height, width), m ≥ 10, without a constant column.
+        InvalidInputError: an unknown name; a file that is no array of finite numbers with shape (m, d) or
+            (m, channels, height, width), m ≥ 10, without a constant column; nothing to dequantise.
         MemoryLimitError: an array that does not fit into the memory that is free.
     """
     if name in LAWS:
         target = law(name)
         train, held_out = (target.sample(n, noise.stream(key)) for key, n in zip((TRAIN, HELD_OUT), SIZES))
         return Data(train, held_out, *moments(train), target)
+    columns, copies = None, 1
     if name == "digits":
         from implicit_diffusion.experiments.digits import load_digits
 
         digits = load_digits()
-        train = dequantised(((digits.train + 1) * 8).repeat(COPIES, 1, 1, 1), noise.generator(TRAIN))
-        held_out = dequantised((digits.held_out + 1) * 8, noise.generator(HELD_OUT))
+        train, held_out = (((x + 1) * 8).round() for x in (digits.train, digits.held_out))
+        lattice: Lattice | None = GREY
     else:
-        train, held_out = split(read_array(name), noise)
+        table = read_table(name, f"one of {', '.join(LAWS)}, digits, ")
+        columns = table.columns
+        x = to_tensor(name, table.array)
+        train, held_out = split(x, noise)
+        lattice = find_lattice(x)
+        if dequantise and lattice is None:
+            raise InvalidInputError(
+                f"--dequantise has no effect: the values of --data {name} lie on no lattice of at most "
+                f"{LEVELS} steps, so they have a density as they are; leave it out"
+            )
+    dequantise = dequantise or name == "digits"
+    if dequantise and lattice is not None:
+        copies = COPIES if name == "digits" else max(1, min(COPIES, MOST_COPIED // train.numel()))
+        repeated = train.repeat(copies, *[1] * (train.ndim - 1))
+        train = lattice.dequantise(repeated, noise.generator(TRAIN if name == "digits" else FILLED))
+        held_out = lattice.dequantise(held_out, noise.generator(HELD_OUT))
     shift, scale = moments(train)
     scale = scale.clamp(min=0.01 * scale.amax().item()) if train.ndim > 2 else scale
-    return Data(train, held_out, shift, scale, digits=name == "digits")
+    return Data(train, held_out, shift, scale, None, name == "digits", columns, lattice, dequantise, copies)
+
+
+def discrete(data: Data) -> str | None:
+    """What a density of these data is worth that lie on a lattice and were not dequantised, and what to do."""
+    if data.lattice is None or data.dequantised:
+        return None
+    spacing = data.lattice.spacing
+    if len(data.event_shape) == 3:
+        where = f"all pixels are multiples of {spacing.item():.4g}"
+    else:
+        of = [i for i, s in enumerate(spacing.tolist()) if s]
+        shown = ", ".join(data.names[i] if data.columns else str(i) for i in of[:SHOWN])
+        steps = sorted({f"{spacing[i]:.4g}" for i in of}, key=float)
+        where = f"columns {shown}{', …' if len(of) > SHOWN else ''} hold multiples of {', '.join(steps[:SHOWN])}"
+    return (
+        f"{where}: a density may pile up on such values without limit, so its likelihood means little. --dequantise "
+        "fills the gaps with noise, and bounds the probability of the values"
+    )
 
 
 def moments(x: Float[Tensor, "m *event"]) -> tuple[Float[Tensor, "*event"], Float[Tensor, "*event"]]:
@@ -86,14 +149,13 @@ def moments(x: Float[Tensor, "m *event"]) -> tuple[Float[Tensor, "*event"], Floa
     return exact.mean(0).to(x.dtype), exact.std(0).to(x.dtype)
 
 
-def dequantised(levels: Float[Tensor, "n *event"], generator: torch.Generator) -> Float[Tensor, "n *event"]:
-    """Integers plus uniform numbers: a density of these bounds the probability of those (Theis et al., 1511.01844)."""
-    return levels.round() + torch.rand(levels.shape, generator=generator)
-
-
 def read_array(name: str) -> Float[Tensor, "m *event"]:
-    """An array of data from a .npy file, in double precision where single would round it; errors as in `load`."""
-    array = _read(name)
+    """An array of data from a file, in double precision where single would round it; errors as in `load`."""
+    return to_tensor(name, read_table(name).array)
+
+
+def to_tensor(name: str, array: np.ndarray) -> Float[Tensor, "m *event"]:
+    """An array of data, in double precision where single would round it; errors as in `load`."""
     if array.ndim not in (2, 4):
         raise InvalidInputError(
             f"--data {name} must have shape (m, d) or (m, channels, height, width), got {array.shape}"
@@ -118,52 +180,6 @@ def read_array(name: str) -> Float[Tensor, "m *event"]:
             f"--data {name}: {len(bad)} of {len(x)} rows hold NaN or infinity; remove or impute them (rows {rows})"
         )
     return x
-
-
-def _read(name: str) -> np.ndarray:
-    """The array of numbers in a file that says honestly what it holds; nothing is allocated before that is known."""
-    path = Path(name)
-    if not os.path.isfile(path):  # no folder, pipe or device, whose reading might never end
-        raise InvalidInputError(f"--data {name}: no such file; give one of {', '.join(LAWS)}, digits, or FILE.npy")
-    if is_zipfile(path):
-        raise InvalidInputError(f"--data {name} must hold one array of numbers, got an archive; save one of its arrays")
-    try:
-        shape, dtype, behind = _header(path)
-        if dtype.kind not in "fiub" or dtype.itemsize > 8:
-            raise InvalidInputError(f"--data {name} must hold one array of numbers, got {dtype}")
-        promised = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or promised != behind:
-            raise ValueError(f"its header says {promised} bytes of shape {shape}, and {behind} follow")
-        _check_memory(name, math.prod(shape), dtype)
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (InvalidInputError, MemoryLimitError):
-        raise
-    except Exception as error:  # numpy raises what it likes about a header: ValueError, EOFError, SyntaxError, ...
-        raise InvalidInputError(f"--data {name} is no plain .npy array: {error}") from error
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape and type that a .npy file promises, and the bytes behind its header."""
-    with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        # a header of version 3.0 differs from 2.0 in the names of fields alone, which no array of numbers has
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects, and loading them would run code (allow_pickle is off)")
-        return shape, dtype, os.fstat(file.fileno()).st_size - file.tell()
-
-
-def _check_memory(name: str, numbers: int, dtype: np.dtype) -> None:
-    import psutil
-
-    kept = 4 if np.can_cast(dtype, np.float32) else 8
-    needed = numbers * (dtype.itemsize + 2 * kept + 8 + 4)  # as read, as kept and split, for moments, standardised
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryLimitError(
-            f"--data {name}: {numbers} numbers need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; take fewer rows"
-        )
 
 
 def split(x: Float[Tensor, "m *event"], noise: Noise) -> tuple[Tensor, Tensor]:

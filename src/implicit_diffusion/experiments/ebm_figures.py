@@ -1,16 +1,33 @@
-"""Pictures of an energy-based model: on the plane its density, energy and particles; for images particles and data."""
+"""The pictures of an energy-based model: its density, its draws beside the data, its training."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from implicit_diffusion.experiments.drawing import finish, sheet, tile
+from implicit_diffusion.experiments.ebm_curves import draw_curves
 from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.ebm_samples import (
+    MOST,
+    PAIRED,
+    draw_marginals,
+    draw_pairs,
+    draw_scores,
+    most_different,
+    principal,
+    short,
+    sides,
+)
 from implicit_diffusion.experiments.energy_model import EnergyModel
+from implicit_diffusion.experiments.outcome import Picture
 from implicit_diffusion.experiments.planar import Quadrature
 from implicit_diffusion.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {"weighted": "#2a9d5c", "hmc": "#7fb069", "implicit": "#1f6f8b", "cd": "#c1666b", "pcd": "#e8a33d"}
 NAMES = {
@@ -22,35 +39,81 @@ NAMES = {
 }
 
 
-def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> None:
-    """figures/density.png and figures/training.png where there is a plane, figures/particles.png for images."""
-    if len(data.event_shape) == 3:
-        _draw_images(model, data, directory)
-    elif data.event_shape == (2,):
-        _draw_plane(model, data, directory)
-    points = [p for p in directory.read_metrics() if "exact_kl" in p]
-    if points:
-        _draw_training(points, summary, directory)
+def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> list[Picture]:
+    """Draw what there is into figures/.
+
+    Returns:
+        The pictures in the order of the report: the density on the plane; images beside images; marginals and pairs of
+        columns, or of principal components where columns are many; log-likelihoods; how training went.
+    """
+    found: list[Picture] = []
+
+    def keep(name: str, figure: Figure | None, title: str, caption: str, plain: Any = ()) -> None:
+        path = directory.figure(name)
+        if figure is not None:
+            finish(figure, path, plain)
+        found.append(Picture(name, path, title, caption))
+
+    images, d = len(data.event_shape) == 3, math.prod(data.event_shape)
+    shown = sides(model, data)
+    axes = f"Grey are {shown.words}, at most {MOST} of them, with two standard errors; green are the model's particles."
+    if images:
+        keep("particles", _draw_images(model, data), "Data and draws of the model", IMAGES)
+    elif d == 2:
+        keep("density", _draw_plane(model, data), "Density, energy and particles", PLANE)
+    elif d <= PAIRED and d > 1:
+        keep("pairs", draw_pairs(shown), "Columns in pairs", f"{axes} {PAIRS}")
+    else:
+        chosen = most_different(shown)
+        most = f"The {len(chosen)} of {d} columns that differ most from the data" if d > 1 else "Data and model"
+        figure = draw_marginals(shown, chosen)
+        if d == 1 and model.log_z is not None:
+            low, high = figure.axes[0].get_xlim()
+            x = torch.linspace(low, high, 400)
+            figure.axes[0].plot(x, model.log_density(x[:, None].to(data.train)).exp(), color="0.2", lw=1)
+        keep("marginals", figure, most, f"{axes} {MARGINALS if d > 1 else LINE}")
+    if d > PAIRED:
+        components = draw_pairs(principal(shown, data.scale.double().expand(data.event_shape).flatten()))
+        keep("components", components, "Principal components in pairs", f"{axes} {COMPONENTS} {PAIRS}")
+    if "chain_steps" in summary and directory.figure("chains").exists():
+        keep("chains", None, "Long chains", CHAINS)
+    if model.log_z is not None:
+        draws = model.particles * model.scale + model.shift
+        figure = draw_scores(*(model.log_density(x) + data.log_cell for x in (data.held_out, data.once[:MOST], draws)))
+        keep("scores", figure, "Log-likelihoods, one by one", SCORES, figure.axes)
+    curves = draw_curves(directory.read_metrics(), summary, data, len(model.particles))
+    if curves is not None:
+        keep("training", curves, "How training went", CURVES, curves.axes)
+    return found
 
 
-def _draw_training(points: list[dict[str, Any]], summary: dict[str, Any], directory: RunDirectory) -> None:
-    figure = sheet(9, 3.4)
-    axes = figure.subplots(1, 2)
-    updates = [p["updates"] for p in points]
-    axes[0].plot(updates, [p["exact_kl"] for p in points], color=COLOURS["weighted"], marker=".")
-    axes[0].set(xlabel="updates", ylabel="exact KL(data‖model), nats", yscale="log")
-    axes[1].plot(updates, [p["exact_log_z"] for p in points], color="0.2", label="exact", lw=1.5)
-    if "log_z" in points[0]:
-        told = [p["log_z"] for p in points]
-        axes[1].plot(updates, told, color=COLOURS["weighted"], ls="--", label="training's own weights")
-    end = {"yerr": [2 * summary["log_z_estimate_se"]], "fmt": "o", "ms": 4, "color": COLOURS["cd"]}
-    axes[1].errorbar(updates[-1:], [summary["log_z_estimate"]], **end, label="annealing, ± 2 s.e.")
-    axes[1].set(xlabel="updates", ylabel="log Z")
-    axes[1].legend(frameon=False)
-    finish(figure, directory.figure("training"), axes)
+IMAGES = "Left images that training did not see, right the particles: draws of the model. They should look alike."
+PLANE = (
+    "The model's density, and its energy −log p above the minimum; where the law of the data is known, its density has "
+    "the same colours. On the right grey are held-out data, green the particles."
+)
+PAIRS = (
+    "Below the diagonal are data, above it the model, on the same axes: the two should mirror each other. r is the "
+    "correlation."
+)
+LINE = "The line is the model's density."
+MARGINALS = (
+    "Columns are ordered by how far their Wasserstein-1 distance exceeds what two samples of one law have by chance."
+)
+COMPONENTS = "The directions in which the data, in deviations, vary most."
+CHAINS = "The same particles, moved on by the sampler long after training: they should go on looking like data."
+SCORES = (
+    "Dashed are the means, with two standard errors. Training right of held out says that data were learned by "
+    "heart; the model right of held out that it is narrower than the data, and left of it that it has mass where no "
+    "data are."
+)
+CURVES = (
+    "Training's own numbers come from its particles. A band or bar is two standard errors; dotted lines are where "
+    "advice begins. What is known exactly, or by annealing after the training, is marked."
+)
 
 
-def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
+def _draw_plane(model: EnergyModel, data: Data) -> Figure:
     half = min(4.0, 1.2 * data.standardised()[0].abs().amax().item())  # in deviations: each coordinate has its own
     quadrature = Quadrature(torch.zeros(2), torch.ones(2), half=half, cell=2 * half / 240)
     log_q = quadrature.log_density(model.potential)[0] - model.scale.double().log().sum()
@@ -86,12 +149,12 @@ def _draw_plane(model: EnergyModel, data: Data, directory: RunDirectory) -> None
     axes[-1].set_title("particles")
     axes[-1].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
     for axis in axes:
-        axis.set(aspect=aspect, xlim=extent[:2], ylim=extent[2:], xlabel="$x_1$")
-    axes[0].set_ylabel("$x_2$")
-    finish(figure, directory.figure("density"))
+        axis.set(aspect=aspect, xlim=extent[:2], ylim=extent[2:], xlabel=short(data.names[0]))
+    axes[0].set_ylabel(short(data.names[1]))
+    return figure
 
 
-def _draw_images(model: EnergyModel, data: Data, directory: RunDirectory) -> None:
+def _draw_images(model: EnergyModel, data: Data) -> Figure:
     figure = sheet(8, 4.2)
     axes = figure.subplots(1, 2)
     low, high = data.train.amin().item(), data.train.amax().item()
@@ -99,7 +162,7 @@ def _draw_images(model: EnergyModel, data: Data, directory: RunDirectory) -> Non
     for axis, images, title in zip(axes, (data.held_out, particles), ("held-out data", "particles")):
         tile(axis, images[:64], low, high)
         axis.set_title(title)
-    finish(figure, directory.figure("particles"))
+    return figure
 
 
 def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], directory: RunDirectory) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
 from implicit_diffusion.experiments.ebm_arms import Refresh, Settings, Watch, to_model
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import Fit, fit
@@ -26,6 +30,31 @@ class Trained:
     curve: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Callback: by how many nats the mean energy of the data is above that of the particles, for metrics.jsonl.
+
+    The network's share of it is the slope of the likelihood along the network's own scale, which ends at zero.
+    """
+
+    data: Tensor
+    every: int = 20
+
+    @torch.no_grad()
+    def __call__(self, fit: Fit) -> None:
+        if fit.updates % self.every:
+            return
+        loop = fit.loop
+        assert isinstance(loop, ParticleLoop)
+        with eval_mode(loop.model):
+            data, energy = loop.model(self.data).double(), loop.model(loop.walkers.x).double()
+        held = loop.particles
+        mean = (held.weights * energy).sum()
+        variance = (held.weights * (energy - mean).square()).sum() / held.ess + data.var() / len(data)
+        if mean.isfinite() and variance.isfinite():
+            fit.metrics |= {"energy_gap": (data.mean() - mean).item(), "energy_gap_se": variance.sqrt().item()}
+
+
 def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
     """Train under a watch; on the plane with exact figures along the way.
 
@@ -36,7 +65,7 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
     standardised, _ = data.standardised()
     save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
     watch = Watch(standardised, save=save)
-    callbacks: list[Any] = [watch, Refresh(settings)]
+    callbacks: list[Any] = [watch, Refresh(settings), Gap(standardised[:1000])]
     curve: list[dict[str, Any]] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)

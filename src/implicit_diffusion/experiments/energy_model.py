@@ -2,7 +2,8 @@
 
     log p(x) = −V((x − shift)/scale) − log Z − Σ log scale
 
-A folder holds `model.safetensors` (the network, shift, scale, particles) and `model.json` (how to build the network,
+A folder holds `model.safetensors` (the network, shift, scale, particles, and where the data were
+dequantised their lattice) and `model.json` (how to build the network,
 log Z and its standard error). Nothing in it is executed.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.parts import SLACK, bounded
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
+from implicit_diffusion.experiments.lattice import Lattice
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
 from implicit_diffusion.reading import one_line, read_json
@@ -33,6 +35,7 @@ from implicit_diffusion.showing import Shown
 
 FORMAT = "implicit-diffusion energy model"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+SPACING, OFFSET = "lattice.spacing", "lattice.offset"
 SAMPLERS = ("ula", "mala", "underdamped", "hmc")
 
 
@@ -83,6 +86,7 @@ class EnergyModel(Shown):
         particles: standardised draws from (nearly) π_θ, with shape (n, *event): where sampling begins.
         log_z: log ∫ e^{−V}; None where it is not known, and no likelihood is.
         log_z_se: its standard error; zero where it was computed by quadrature.
+        lattice: of the data, where the model is one of these with uniform noise between the values.
     """
 
     architecture: Architecture
@@ -93,6 +97,7 @@ class EnergyModel(Shown):
     particles: Tensor
     log_z: float | None = None
     log_z_se: float | None = None
+    lattice: Lattice | None = None
 
     def standardise(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
         """The model's coordinates of data."""
@@ -108,9 +113,7 @@ class EnergyModel(Shown):
         """
         if self.log_z is None:
             raise InvalidInputError("this model does not know its log Z: its training was interrupted, or diverged")
-        event = self.architecture.event_shape
-        if x.shape[1:] != event:
-            raise InvalidInputError(f"data have event shape {tuple(x.shape[1:])}, the model {event}; they must agree")
+        event = self._event_of(x)
         z = self.standardise(x)
         energy = torch.cat([self.potential(part) for part in z.split(2**14)]).double()
         bad = (~energy.isfinite()).nonzero().flatten().tolist()
@@ -121,10 +124,29 @@ class EnergyModel(Shown):
             )
         return -energy - self.log_z - self.scale.double().expand(event).log().sum()
 
+    def log_likelihood(self, x: Float[Tensor, "n *event"], noise: Noise) -> Float[Tensor, " n"]:
+        """Log p(x), or of a model of dequantised data one draw of a lower bound of log P(x): log p(x + noise) and the
+        log-volume of a cell of the lattice. Its mean over draws is the bound.
+
+        Raises:
+            InvalidInputError: as `log_density`; data that are not on the lattice.
+        """
+        if self.lattice is None:
+            return self.log_density(x)
+        event = self._event_of(x)
+        return self.log_density(self.lattice.dequantise(x, noise.generator(0))) + self.lattice.log_volume(event)
+
+    def _event_of(self, x: Tensor) -> tuple[int, ...]:
+        event = self.architecture.event_shape
+        if x.shape[1:] != event:
+            raise InvalidInputError(f"data have event shape {tuple(x.shape[1:])}, the model {event}; they must agree")
+        return event
+
     def sample(self, n: int, noise: Noise, steps: int = 200) -> Float[Tensor, "n *event"]:
         """N draws: particles of the training, moved `steps` further by the model's own sampler, in data's coordinates.
 
-        Particles do not cross between far modes, so shares of modes are those of the training's particles.
+        Particles do not cross between far modes, so shares of modes are those of the training's particles. Draws of a
+        model of dequantised data lie between the values that such data have; `lattice.quantise` rounds them down.
 
         Raises:
             NonFiniteError: the sampler ran away.
@@ -147,6 +169,8 @@ class EnergyModel(Shown):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         tensors = {"shift": self.shift, "scale": self.scale, "particles": self.particles}
+        if self.lattice is not None:
+            tensors |= {SPACING: self.lattice.spacing, OFFSET: self.lattice.offset}
         tensors |= {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
         save_tensors(folder / WEIGHTS, {k: value.detach().cpu().contiguous() for k, value in tensors.items()}, {})
         described = {
@@ -195,6 +219,12 @@ def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
         event = architecture.event_shape
         if particles.shape[1:] != event or torch.broadcast_shapes(shift.shape, scale.shape, event) != event:
             raise ValueError(f"particles, shift and scale do not have the event shape {event}")
+        lattice = Lattice(tensors[SPACING], tensors[OFFSET]) if SPACING in tensors else None
+        if lattice is not None:
+            if torch.broadcast_shapes(lattice.spacing.shape, lattice.offset.shape, event) != event:
+                raise ValueError(f"its lattice does not have the event shape {event}")
+            if not (lattice.spacing >= 0).all():
+                raise ValueError("the spacing of its lattice must not be negative")
         for name, number in (("log_z", log_z), ("log_z_se", error)):
             if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
                 raise ValueError(f"{name} must be finite, got {number}")
@@ -204,4 +234,4 @@ def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
         raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {one_line(cause)}") from cause
     potential.eval().requires_grad_(False)
-    return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error)
+    return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error, lattice)

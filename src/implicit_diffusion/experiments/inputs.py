@@ -16,6 +16,7 @@ import torch
 from implicit_diffusion.denoisers.checkpoints import find_checkpoint
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.experiments import reward_trust
+from implicit_diffusion.experiments.array_files import place_of
 from implicit_diffusion.experiments.planar import LAWS
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fingerprints import MODEL_FILES, fingerprint
@@ -58,7 +59,7 @@ def inputs(config: Any) -> dict[str, Any]:
             found[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
     data, reward = getattr(config, "data", None), getattr(config, "reward", "")
     if _is_place("data", data):
-        found["data"] = fingerprint(Path(str(data)))
+        found["data"] = fingerprint(Path(place_of(str(data))[0]))
     if reward_trust.is_own(reward):
         found["reward"] = fingerprint(reward_trust.code_of(reward).files)
     return found
@@ -91,4 +92,7 @@ def record_inputs(
 def _is_place(name: str, value: object) -> bool:
     """Whether a value names a file or a folder: a pipe or a device is neither, and hashing it might never end."""
     named = name in NAMES and isinstance(value, str) and value not in {"", *NAMES[name]}
-    return named and (os.path.isfile(str(value)) or os.path.isdir(str(value)))
+    if not named:
+        return False
+    file, _ = place_of(str(value))
+    return os.path.isfile(file) or os.path.isdir(file)

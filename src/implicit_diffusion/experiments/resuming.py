@@ -130,7 +130,7 @@ def _experiment(directory: RunDirectory) -> tuple[Experiment, dict[str, Any]]:
     values = directory.read_config()
     for experiment in (
         Experiment(finetune_config.Config, finetune.run, finetune.report, "report.html"),
-        Experiment(ebm.Config, ebm.run, ebm.report, "summary.json"),
+        Experiment(ebm.Config, ebm.run, ebm.report, "report.html"),
         Experiment(pretrain_config.Config, pretrain.run, pretrain.report, "summary.json"),
         Experiment(tilt.Config, tilt.run, tilt.report, "summary.json"),
         Experiment(recovery.Config, recovery.run, recovery.report, "summary.json"),

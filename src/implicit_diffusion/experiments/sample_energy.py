@@ -17,6 +17,8 @@ from implicit_diffusion.runs.files import replacing
 def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> Path:
     """Write `num` draws to `out`: FILE.npy takes them as they are, any other name a picture of images or of a plane.
 
+    Draws of a model of dequantised data are rounded down to values that such data have.
+
     Raises:
         InvalidInputError: no such model, or draws that have no picture.
     """
@@ -25,6 +27,8 @@ def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> P
     if out.suffix != ".npy" and len(event) != 3 and event != (2,):
         raise InvalidInputError(f"--out {out}: events of shape {event} have no picture; name a file FILE.npy")
     x = model.sample(num, Noise(seed), **({} if steps is None else {"steps": steps}))
+    if model.lattice is not None:
+        x = model.lattice.quantise(x)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
         with replacing(out) as file, file.open("wb") as stream:
