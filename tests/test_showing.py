@@ -19,7 +19,7 @@ from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
-from implicit_diffusion.runs import Progress, RunDirectory, Stop
+from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
 from implicit_diffusion.runs.fit import HeldOut, fit
 from implicit_diffusion.samplers import Kernel
 from implicit_diffusion.samplers.simulate import simulate
@@ -175,6 +175,9 @@ EXAMPLES = {
     "Transition": lambda: chain().transition(torch.zeros(1, 3, 2), [0], reference=True),
     "Fit": lambda: fit(on_chain(idf.Queue), 2),
     "HeldOut": lambda: HeldOut(reward, NOISE),
+    "Rise": lambda: Rise(HeldOut(reward, NOISE)),
+    "StopAtKL": lambda: StopAtKL(0.5, held_out=HeldOut(reward, NOISE)),
+    "AdaptKL": lambda: AdaptKL(0.5),
     "Plan": lambda: make_plan(evaluation()),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),

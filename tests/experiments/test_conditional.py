@@ -15,7 +15,7 @@ from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.loops import evaluate
 from implicit_diffusion.noise import Noise
 
-TINY = ["finetune", "--num-steps", "4", "--batch", "2", "--updates", "2", "--starts", "4", "--lr", "1e-3"]
+TINY = ["finetune", "--num-steps", "4", "--batch", "2", "--updates", "2", "--starts", "4", "--lr", "1e-5"]
 TINY += ["--kl-weight", "2.5"]
 REWARDS = """
 def red(images, prompts):
@@ -206,7 +206,8 @@ def test_an_interrupted_run_goes_on_with_its_own_prompts(place, text_run, tmp_pa
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
+        own = finetune._callbacks
+        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt, *own(*arguments)])
         assert main([*TINY, "--stride", "2", "--out", str(out), *words]) == 130
     prompts.unlink()
     assert main(["resume", str(out)]) == 0

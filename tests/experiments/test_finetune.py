@@ -22,7 +22,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import clock
 from implicit_diffusion.samplers.chain import Chain
 
-TINY = ["--num-steps", "4", "--batch", "2", "--updates", "6", "--starts", "8", "--lr", "1e-3", "--kl-weight", "2.5"]
+TINY = ["--num-steps", "4", "--batch", "2", "--updates", "6", "--starts", "8", "--lr", "1e-4", "--kl-weight", "2.5"]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,7 @@ def test_target_kl_stops(tmp_path):
     assert main(["finetune", *TINY, *options]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["updates"] < 60 and "reached the target" in summary["stopped"]
+    assert summary["path_kl"] == pytest.approx(1e-6, rel=0.5)  # however small beside a single step
 
 
 def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
@@ -166,11 +167,13 @@ def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     assert summary["j_after"] > summary["j_before"] + 10 and summary["captured"] is None
     assert summary["j_bound_from"] == "pretrained" and summary["j_bound"] < summary["j_before"]
     assert next(iter(summary)) == "worse" and summary["worse"] in (out / "model" / "README.md").read_text()
-    printed, said = capsys.readouterr()
-    assert said.count("of the pretrained model: this training makes it worse") == 1  # at once, and not at every look
+    (printed, said), report = capsys.readouterr(), (out / "report.html").read_text()
+    assert said.count("Stopped: the path KL is") == 1 and summary["updates"] <= 2  # at once, whatever is still to come
+    assert summary["stopped"] in printed and f"<b>Stopped after update {summary['updates']}: J on" in report
     assert printed.index("Fine-tuning made the model worse: J ") < printed.index("\nreward    ")
-    assert f'<p class="lead"><b>{summary["worse"]}</b>' in (out / "report.html").read_text()
-    rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["worse"]).group(1)
+    assert f'<p class="lead"><b>{summary["worse"]}</b>' in report
+    rate = re.search(r"Try --lr (\S+), \d+ times smaller", summary["stopped"]).group(1)
+    assert "Try" not in summary["worse"]  # it is said once
     assert main(["finetune", *TINY, "--lr", rate, "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert again["worse"] is None and again["j_after"] < again["j_before"] and again["captured"] > 0

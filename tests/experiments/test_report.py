@@ -16,7 +16,7 @@ from implicit_diffusion.experiments.figures import draw
 from implicit_diffusion.experiments.figures_frontier import frontier, tangent_curve
 from implicit_diffusion.experiments.figures_samples import samples
 from implicit_diffusion.experiments.figures_training import cost, smooth, staleness, training
-from implicit_diffusion.experiments.judging import judge, model_card, print_headline, smaller_rate
+from implicit_diffusion.experiments.judging import judge, model_card, opening, print_headline, smaller_rate
 from implicit_diffusion.experiments.report import command, write_report
 from implicit_diffusion.experiments.written import number, percent
 from implicit_diffusion.loops.bound import Bound, bound
@@ -240,6 +240,22 @@ def test_without_a_finite_j_a_run_is_worse():
     fell = replace(before, reward=before.reward - 1)
     assert judge(before, fell, fell, 0.0).summary["worse"]  # J is minus the reward
     assert judge(before, fell, fell, None).summary["worse"] is None  # there is none
+
+
+def test_a_run_that_was_stopped_says_so_first(good, tmp_path, capsys):
+    """After what is worse than that, and once: on the terminal, in the report and on the card."""
+    stopped = "the path KL on held-out noise, 0.1 nats, reached the target 0.1"
+    summary = good.summary | {"stopped": stopped, "worse": None, "j_bound_from": "trained", "captured_unknown": None}
+    summary["reward_std_before"] = STD
+    first = f"Stopped after update 250: {stopped}."
+    assert opening(summary) == [first] and opening(summary | {"stopped": None}) == []
+    assert opening(summary | {"worse": "J rose."}) == ["J rose.", first]
+    assert f'<p class="lead"><b>{first}</b> Fine-tuning raised' in written(replace(good, summary=summary), tmp_path)
+    print_headline(summary, RunDirectory(tmp_path), tmp_path / "report.html")
+    assert capsys.readouterr().out.startswith(first)
+    ends = good.before, good.after, good.after
+    advice = (judge(*ends, 99.0, advise=given).summary["worse"] for given in (True, False))
+    assert [" Try " in text for text in advice] == [True, False]
 
 
 def test_pixels_out_of_range(good):

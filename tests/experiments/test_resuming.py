@@ -53,6 +53,9 @@ def model(folder, shift=0.0):
     return save_pipeline(folder, DiffusersDenoiser(unet), DDPMScheduler(clip_sample=False), "a test")
 
 
+CALLBACKS = finetune._callbacks
+
+
 def stop_at_two(fit):
     if fit.updates == 2:
         os.kill(os.getpid(), signal.SIGINT)
@@ -67,9 +70,8 @@ def home(tmp_path_factory):
     (home / "scale_of_reward.py").write_text("scale = 2.0\n")
     with pytest.MonkeyPatch.context() as patched:
         for out in ("whole", "half", "adapters"):
-            patched.setattr(finetune, "_callbacks", lambda *arguments: [])
-            if out != "whole":
-                patched.setattr(finetune, "_callbacks", lambda *arguments: [stop_at_two])
+            first = [] if out == "whole" else [stop_at_two]
+            patched.setattr(finetune, "_callbacks", lambda *arguments, first=first: [*first, *CALLBACKS(*arguments)])
             lora = ["--lora-rank", "2"] if out == "adapters" else []
             patched.chdir(home)
             call = ["finetune", *TINY, *lora, "--model", "model", "--reward", "my.py:f", "--out", out]

@@ -88,7 +88,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     elif not is_recorded(directory):
         record_inputs(directory, config, rests_on, device=problem.chain.device)
     with directory.resumable():
-        plan = planned(config, problem, directory, rests_on, pretrained)
+        plan, samples = planned(config, problem, directory, rests_on, pretrained)
     if config.plan:
         return plan.summary()
     started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
@@ -99,20 +99,29 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         begin(directory, config, rests_on, problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
-        state = train(config, problem, loop, plan, noise, directory)
+        state = train(config, problem, loop, plan, samples, noise, directory)
         finish(config, problem, state, plan, noise, directory, memory)
         return report(directory)
 
 
-def train(config: Config, problem: Problem, loop: ChainLoop, plan: Plan, noise: Noise, directory: RunDirectory) -> Fit:
+def train(
+    config: Config,
+    problem: Problem,
+    loop: ChainLoop,
+    plan: Plan,
+    samples: Evaluation,
+    noise: Noise,
+    directory: RunDirectory,
+) -> Fit:
     """Train, until all updates are made or the run stops by itself.
 
     Raises:
         KeyboardInterrupt: interrupted; the checkpoint is there.
     """
-    callbacks: list[Callable[[Fit], str | None]] = [Runaway(plan.reward_std), *_callbacks(config, problem, noise)]
-    if config.penalty == "path-kl":
-        callbacks.append(Rise(-plan.reward, plan.reward_se))
+    callbacks: list[Callable[[Fit], str | None]] = [
+        *_callbacks(config, problem, noise, samples),
+        Runaway(plan.reward_std),
+    ]
     state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
@@ -128,7 +137,8 @@ def finish(
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise, directory)
-    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr)
+    advise = "Try " not in (state.stopped or "")
+    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr, advise=advise)
     with Draws(noise, DURING, 0, device=problem.chain.device):
         held_out = evaluate_pretrained(
             problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
@@ -141,6 +151,7 @@ def finish(
         "network_evaluations": evaluations,
         "updates": state.updates,
         "stopped": state.stopped,
+        "kept": state.kept,
         "staleness_max": state.metrics.get("staleness_max"),
         "predicted_memory_bytes": memory.total,
         "condition": problem.pretrained.condition,
@@ -202,16 +213,26 @@ def _export(config: Config, problem: Problem, state: Fit, directory: RunDirector
 
 def _held_out(config: Config) -> int:
     """Trajectories that are judged during training."""
-    return min(128, 8 * config.starts)
+    return min(64, 8 * config.starts)
 
 
-def _callbacks(config: Config, problem: Problem, noise: Noise) -> list[Callable[[Fit], str | None]]:
+def _callbacks(
+    config: Config, problem: Problem, noise: Noise, samples: Evaluation
+) -> list[Callable[[Fit], str | None]]:
     every = max(1, config.updates // 10)
     held_out = HeldOut(problem.reward, noise.stream(DURING), every=every, starts=_held_out(config))
-    if config.target_kl is None:
+    if config.penalty == "drift":
         return [held_out]
-    reached = StopAtKL(config.target_kl) if config.target_kl_mode == "stop" else AdaptKL(config.target_kl)
-    return [reached, held_out]
+
+    def rate(factor: int) -> str:
+        return f"--lr {config.lr / factor:.1g}, {factor} times smaller"
+
+    rise = Rise(held_out, pretrained=samples, rate=rate)
+    if config.target_kl is None:
+        return [held_out, rise]
+    if config.target_kl_mode == "stop":
+        return [held_out, StopAtKL(config.target_kl, held_out=held_out), rise]
+    return [AdaptKL(config.target_kl), held_out, rise]
 
 
 def _judge(

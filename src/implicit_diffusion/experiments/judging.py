@@ -17,13 +17,14 @@ from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.experiments.usage import usage
 from implicit_diffusion.experiments.written import beside, markdown, model_name, number, percent
 from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import Bound, captured, possible, sharpest
+from implicit_diffusion.loops.bound import Bound, bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, clock
+from implicit_diffusion.runs.rise import smaller_rate
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 
@@ -43,7 +44,13 @@ def particles(chain: Chain) -> Particles:
 
 
 def judge(
-    before: Evaluation, after: Evaluation, exported: Evaluation, beta: float | None, *, lr: float | None = None
+    before: Evaluation,
+    after: Evaluation,
+    exported: Evaluation,
+    beta: float | None,
+    *,
+    lr: float | None = None,
+    advise: bool = True,
 ) -> Judgement:
     """Rewards, path KL, J, the bound on it and the share of the possible gain that was captured.
 
@@ -59,6 +66,7 @@ def judge(
         exported: the pipeline's.
         beta: weight of the path KL; None where the penalty is another one, and there is no J to speak of.
         lr: the learning rate of the run, for what to change.
+        advise: whether to say what to change, where nobody has yet.
     """
     numbers: dict[str, Any] = {"worse": None}
     for name, values in (
@@ -75,15 +83,19 @@ def judge(
         numbers |= _with_error(name, values)
     numbers["reward_std_before"] = before.reward.double().std().item()
     found, told = sharpest(before, after, beta) if beta and after.log_ratio.isfinite().all() else (None, None)
+    if beta and told is None:  # of which a chain that overflows knows nothing
+        found, told = bound(before, beta), "pretrained"
     if beta is not None:
         numbers["worse"] = _worse(before, after, beta, found, lr)
+        if numbers["worse"] and not advise:
+            numbers["worse"] = numbers["worse"].split(" Try ")[0]
     share: tuple[float | None, float | None] = (None, None)
     most, error, unknown = None, None, None
-    if found is not None and beta:
+    if numbers["worse"] and found is not None:
+        unknown = "J rose: nothing was captured."
+    elif found is not None and beta:
         (most, error), known = possible(before, after, beta), captured(before, after, beta)
-        if numbers["worse"]:
-            unknown = "J rose: nothing was captured."
-        elif not most > 2 * error:
+        if not most > 2 * error:
             unknown = f"What could be gained, {number(most, error)} of J, may be nothing: judge more --starts."
         elif known[1] > UNKNOWN:
             unknown = f"The captured share has a standard error of {percent(known[1])}: judge more --starts."
@@ -115,17 +127,6 @@ def _worse(before: Evaluation, after: Evaluation, beta: float, best: Bound | Non
         f"Fine-tuning made the model worse: J (KL weight × path KL − reward), which it lowers, {words}, from "
         f"{number(j[0], digits=4)} to {number(j[1], digits=4)}. Try {rate}, {factor} times smaller."
     )
-
-
-def smaller_rate(excess: float, possible: float) -> int:
-    """By what power of ten to divide a learning rate: at it J stands `excess` above J*, before training `possible`.
-
-    What gradient noise keeps J above its optimum is proportional to the rate: divided by excess/possible it would bring
-    J back to where it began, and by the next power of ten below.
-    """
-    if not (possible > 0 and math.isfinite(excess)):
-        return 10
-    return int(10 ** min(6, max(1, math.ceil(math.log10(excess / possible)))))
 
 
 def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
@@ -181,6 +182,12 @@ def effect_of_clipping(
     }
 
 
+def opening(summary: dict[str, Any]) -> list[str]:
+    """What is said of a run before anything else: that J rose; why it stopped, and which model it ended with."""
+    stopped = summary.get("stopped") and f"Stopped after update {summary['updates']}: {summary['stopped']}."
+    return [sentence for sentence in (summary.get("worse"), stopped) if sentence]
+
+
 def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) -> str:
     """README.md of the exported pipeline; the strings in it that are not ours have no effect as Markdown or HTML."""
     given = (short(config["reward"]), model_name(config["model"]), chain.table.name, summary["pipeline"])
@@ -206,7 +213,7 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
         } |
 | share of the possible gain of J | 0 | {number(summary["captured"])} |
 """
-    worse = f"\n**{summary['worse']}**\n" if summary.get("worse") else ""
+    worse = "".join(f"\n**{sentence}**\n" for sentence in opening(summary))
     adapter = ""
     if summary.get("adapter"):
         adapter = f"""
@@ -253,7 +260,7 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
         return number(summary[name], summary[f"{name}_se"], sign=sign)
 
     deviations = number(summary["reward_gain"] / summary["reward_std_before"], sign=True)
-    lines = [summary["worse"]] if summary.get("worse") else []
+    lines = opening(summary)
     lines += [
         f"reward    {line('reward_before')} → {line('reward_after')} "
         f"({exact('reward_gain', sign=True)}, or {deviations} deviations)"

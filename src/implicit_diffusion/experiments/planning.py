@@ -45,8 +45,10 @@ def planned(
     directory: RunDirectory,
     found: dict[str, Any],
     pretrained: Evaluation | None = None,
-) -> Plan:
-    """The plan, of a run that has begun to train or is about to; what is new in it is written, drawn and printed.
+) -> tuple[Plan, Evaluation]:
+    """The plan of a run that has begun to train or is about to, and what it is made of.
+
+    What is new in it is written, drawn and printed.
 
     Args:
         config: of the run.
@@ -65,7 +67,7 @@ def planned(
             _abandon(directory)
         raise
     if samples is known:
-        return plan
+        return plan, samples
     plot(plan, samples, directory.figure("plan"))
     if samples is pretrained:
         keeper(config, problem, directory, found).write(samples)
@@ -74,7 +76,7 @@ def planned(
     if config.plan:
         _show_files(problem, samples, directory)
     directory.write_plan(plan.summary())  # the last file: with it, the plan is whole
-    return plan
+    return plan, samples
 
 
 @part("planning")

@@ -11,7 +11,7 @@ from typing import Any
 
 from implicit_diffusion.experiments import page
 from implicit_diffusion.experiments.concerns import concerns
-from implicit_diffusion.experiments.judging import falls
+from implicit_diffusion.experiments.judging import falls, opening
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.page import duration, table, tile, write_page
 from implicit_diffusion.experiments.planning import PROMPTS
@@ -89,7 +89,7 @@ def _headline(outcome: Outcome, title: str) -> str:
 def _in_words(outcome: Outcome) -> str:
     s, best = outcome.summary, outcome.bound
     verb = "raised" if s["reward_after"] > s["reward_before"] else "lowered"
-    text = f"<b>{escape(s['worse'])}</b> " if s.get("worse") else ""
+    text = "".join(f"<b>{escape(sentence)}</b> " for sentence in opening(s))
     text += (
         f"Fine-tuning {verb} the mean reward on unseen noise by {number(abs(outcome.gain_in_std), digits=2)} standard "
         "deviations of what the pretrained model earns."

@@ -24,6 +24,7 @@ from implicit_diffusion.experiments.drawing import legend_above, save
 from implicit_diffusion.experiments.figures import BEFORE, BOUND, STYLE, canvas
 from implicit_diffusion.experiments.figures_frontier import tangent_curve
 from implicit_diffusion.experiments.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.experiments.judging import opening
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.planning import PLANNED, PROMPTS, pretrained_samples
 from implicit_diffusion.experiments.problem import build
@@ -214,7 +215,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The headline numbers of a run, and its metrics."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary.get(key) for name in KEPT for key in (name, f"{name}_se")}
-    kept["worse"] = summary.get("worse")
+    kept |= {"worse": summary.get("worse"), "stopped": summary.get("stopped")}
     kept["held_out_reward_before"] = summary["held_out_reward_before"]
     kept |= {"updates": summary["updates"], "seconds": summary["seconds"], "run": folder.name}
     return kept, RunDirectory(folder).read_metrics()
@@ -260,8 +261,8 @@ def show(summary: dict[str, Any]) -> None:
         ]
         table.add_row(weight, *cells, "J rose" if row["worse"] else percent(row["captured"], row["captured_se"]))
     for weight, row in zip(weights, rows):
-        if row["worse"]:
-            print(f"KL weight {weight}: {row['worse']}")
+        for sentence in opening(row):
+            print(f"KL weight {weight}: {sentence}")
     Console().print(table)
 
 

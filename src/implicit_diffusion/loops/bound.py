@@ -179,6 +179,31 @@ def gain_of_j(pretrained: Evaluation, beta: float, *, conditional: bool = True) 
     return mean_and_error(beta * value - reward.mean(1))
 
 
+def most_kl(pretrained: Evaluation, beta: float) -> float:
+    """The path KL beyond which no control is as good as the pretrained chain, whatever it earns, from samples of that.
+
+    One that is, J ≤ J_before, has β·KL ≤ E R − E_{u_0} R, and any at all has E R − β'·KL ≤ −J*(β'). So for β' < β
+
+        KL ≤ (J_before − J*(β')) / (β − β').
+
+    The least of these is taken, over several β' and both bounds on J that can be trusted there, with two standard
+    errors. For a Gaussian reward that forgets x_0 it is attained at β' = β/2: four times the path KL of the optimum.
+
+    Args:
+        pretrained: of the pretrained chain, with at least 2 repeats per start.
+        beta: KL weight > 0.
+
+    Returns:
+        The path KL in nats; infinite where no bound can be trusted.
+    """
+    beta, before, found = check_number("beta", beta, 0), -mean_and_error(pretrained.reward)[0], math.inf
+    for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        for best in (bound(pretrained, share * beta, conditional=given) for given in (True, False)):
+            if best.trusted:
+                found = min(found, (before - best.j + 2 * best.j_se) / ((1 - share) * beta))
+    return found
+
+
 def possible(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
     """J_before − J*, what any fine-tuning could gain, with its standard error; arguments as in `captured`."""
     return mean_and_error(_gained_and_possible(before, after, beta)[1])

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +18,13 @@ from implicit_diffusion.showing import Shown
 
 REFRESH = 0.1  # seconds between two looks at the metrics on a terminal: reading a tensor waits for its device
 QUIET = 15.0  # seconds after which a plain line is due, though less than a tenth of the way was made
+
+Say = Callable[[str], None]
+
+
+def say_on_stderr(text: str) -> None:
+    """Print a line where progress is shown as well."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class _Unheard:

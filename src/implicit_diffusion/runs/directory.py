@@ -10,6 +10,7 @@
     report.html     all of it, for people
     checkpoint/     the state to continue from
     seconds.json    where the time went
+    kept/           models of earlier updates that a run may end with
 
 Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json is the mark
 that a run is judged; what comes after it is derived from what is on disk, and can be made again.
@@ -167,6 +168,11 @@ class RunDirectory(Shown):
     def checkpoint(self) -> Path:
         """Where `save_state` puts the state to continue from; not made here."""
         return self.path / "checkpoint"
+
+    @property
+    def kept(self) -> Path:
+        """Where models of earlier updates are kept (`runs.kept`); not made here."""
+        return self.path / "kept"
 
     @property
     def unconfirmed(self) -> Path:

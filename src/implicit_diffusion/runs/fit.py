@@ -10,7 +10,9 @@ They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop
 from one call to the next is part of the run: it is saved and restored where the callback has `state_dict()` and
 `load_state_dict(state)`. So is the reason that stopped a run: as long as the callback that gave it is among those of
 the resumed run, that does not train on. One that has `unsound(fit)` is asked before a checkpoint is written: a reason
-that it returns keeps the previous one in its place.
+that it returns keeps the previous one in its place. One with `begin(fit)` is called before the first step. Where one
+with `settle(fit)` has stopped the run, that may put another model in place of the last one (`runs.kept`), after the
+last checkpoint: what it returns is added to its reason.
 
 What a reward draws from the global generators of torch, NumPy or Python follows from the loop's noise, and goes on with
 the run; the caller's own generators are as they were when `fit` returns.
@@ -18,31 +20,24 @@ the run; the caller's own generators are as they were when `fit` returns.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError, check_path
-from implicit_diffusion.loops import evaluate
 from implicit_diffusion.loops.base import Loop
-from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.loops.on_chain import TRIAL
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.objectives.reward import TRIED, as_reward
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
-from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs.held_out import HeldOut as HeldOut
 from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
-from implicit_diffusion.runs.state import checkpoint, restore, unsound, verdict
-from implicit_diffusion.showing import Shown
+from implicit_diffusion.runs.state import begin, checkpoint, restore, settle, settles, unsound, verdict
+from implicit_diffusion.runs.targets import AdaptKL as AdaptKL
+from implicit_diffusion.runs.targets import StopAtKL as StopAtKL
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm", "phase")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
@@ -82,7 +77,7 @@ def fit(
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
     if directory is not None and not isinstance(directory, RunDirectory):
         directory = RunDirectory(check_path("directory", directory))
-    state = Fit(loop)
+    state = Fit(loop, directory=directory, total=updates)
     with nullcontext() if directory is None else directory.held():
         _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
     return state
@@ -100,6 +95,8 @@ def _drive(
         if directory.has_state:
             restore(state, directory, callbacks)
         checkpoint(state, directory, callbacks)
+    if not state.stopped:
+        begin(state, callbacks)
     lines: list[dict[str, Any]] = []
 
     def write() -> None:
@@ -147,10 +144,12 @@ def _drive(
                 state.stopped = state.stopped or "interrupted"
             write()
             found = unsound(state, callbacks)
-            if found is not None and state.stopped != "interrupted":
+            ends = settles(state, callbacks)  # in a state that its callback has judged already
+            if found is not None and not ends and state.stopped != "interrupted":
                 raise DivergenceError(f"after update {state.updates}: {found}")
-            if found is None and directory is not None:
+            if (found is None or ends) and directory is not None:
                 checkpoint(state, directory, callbacks)
+            settle(state, callbacks)
         except (NonFiniteError, DivergenceError) as error:
             kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
             raise type(error)(f"{error}{kept}") from error
@@ -173,112 +172,3 @@ def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
         if metrics is None:
             return
         yield metrics
-
-
-def _kl_weight(fit: Fit, name: str) -> float:
-    """β of the path KL, which a callback aims at."""
-    weight = fit.loop.objective.weight(PathKL)
-    if weight == 0:
-        raise InvalidInputError(
-            f"{name} needs a path KL to aim at, but the objective is {fit.loop.objective!r}; add beta * PathKL()"
-        )
-    return weight
-
-
-@dataclass(repr=False)
-class HeldOut(Shown):
-    """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
-
-    Args:
-        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`.
-        noise: of the evaluation, the same at every call.
-        every: updates between two evaluations.
-        starts: trajectories of each.
-    """
-
-    reward: Callable[..., Any] | Reward
-    noise: Noise
-    every: int = 25
-    starts: int = 128
-
-    def __call__(self, fit: Fit) -> None:
-        if fit.updates % self.every:
-            return
-        before, score = fit.chain.evaluations, as_reward(self.reward)
-        if not score.probed:  # once, and on draws of its own: a resumed run does it again
-            with Draws(self.noise, TRIAL, device=fit.chain.device):
-                score.probe(fit.chain.endpoint(fit.chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
-            self.reward = score
-        with part("held-out checks"):
-            result = evaluate(fit.chain, score, self.noise, starts=self.starts)
-        fit.chain.evaluations = before  # what is reported as cost is the training's own
-        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
-        for name, values in (
-            ("reward", result.reward),
-            ("path_kl", result.path_kl),
-            ("objective", result.objective(beta)),
-        ):
-            mean, error = mean_and_error(values)
-            told = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread
-            fit.metrics |= {key: value for key, value in told.items() if math.isfinite(value)}
-
-
-@dataclass
-class StopAtKL:
-    """Callback: stop as soon as the path KL, averaged over the last updates, reaches a target.
-
-    Args:
-        target: path KL in nats.
-        memory: share of the average that each new update leaves standing.
-
-    Raises:
-        InvalidInputError: when called, an objective that gives the path KL no weight.
-    """
-
-    target: float
-    memory: float = 0.9
-    average: float | None = None
-
-    def __call__(self, fit: Fit) -> str | None:
-        _kl_weight(fit, "StopAtKL")
-        if "path_kl" not in fit.metrics:
-            return None
-        now = float(fit.metrics["path_kl"])
-        self.average = now if self.average is None else self.memory * self.average + (1 - self.memory) * now
-        reached = self.average >= self.target
-        return f"path KL {self.average:.3g} nats reached the target {self.target:g}" if reached else None
-
-    def state_dict(self) -> dict[str, float | None]:
-        """The average so far."""
-        return {"average": self.average}
-
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Go on from it."""
-        self.average = state["average"]
-
-
-@dataclass
-class AdaptKL:
-    """Callback: move the weight β of the path KL until the KL sits at a target, β ← β exp(rate · (KL/target − 1)).
-
-    The excess is clipped to ±1, so that β at most doubles in 1/(1.4 rate) updates; the rate has to be slow beside
-    the queue's staleness.
-
-    Args:
-        target: path KL in nats.
-        rate: per update.
-
-    Raises:
-        InvalidInputError: when called, an objective that gives the path KL no weight.
-    """
-
-    target: float
-    rate: float = 0.02
-
-    def __call__(self, fit: Fit) -> None:
-        beta = _kl_weight(fit, "AdaptKL")
-        if "path_kl" not in fit.metrics:
-            return
-        excess = max(-1.0, min(1.0, float(fit.metrics["path_kl"]) / self.target - 1))
-        fit.loop.objective = fit.loop.objective.with_weight(PathKL, beta * math.exp(self.rate * excess))
-        fit.metrics["kl_weight"] = beta

@@ -39,6 +39,9 @@ class Fit(Shown):
         verdict: what the callbacks said to that, with the name of the one that stopped the run; it is kept with the
             run, unlike an interrupt.
         lines: of metrics.jsonl so far.
+        directory: of the run, if it has one.
+        total: updates that the run is to make in all; 0 where nobody said.
+        kept: where a callback put back an earlier model, what was seen of it, with `updates`.
         draws: the global generators that rewards of the user's own may draw from.
     """
 
@@ -48,6 +51,9 @@ class Fit(Shown):
     stopped: str | None = None
     verdict: tuple[str, str] | None = None
     lines: int = 0
+    directory: RunDirectory | None = None
+    total: int = 0
+    kept: dict[str, float] | None = None
     draws: Draws = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,6 +163,29 @@ def verdict(state: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
         if reason := callback(state):
             return _name(callback), reason
     return None
+
+
+def begin(state: Fit, callbacks: list[Callback]) -> None:
+    """Let callbacks that ask for it see the run before its first step."""
+    asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "begin")]
+    with state.draws:
+        for callback in asked:
+            callback.begin(state)
+
+
+def settles(state: Fit, callbacks: list[Callback]) -> Callable[[Fit], str] | None:
+    """The `settle` of the callback that has stopped the run, if it has one."""
+    asked: list[Any] = [c for c in callbacks if state.verdict and hasattr(c, "settle") and _name(c) == state.verdict[0]]
+    return asked[0].settle if asked else None
+
+
+def settle(state: Fit, callbacks: list[Callback]) -> None:
+    """Let the callback that has stopped the run put back what it kept, and add to its reason."""
+    found = settles(state, callbacks)
+    if found is not None and state.verdict is not None and state.stopped != "interrupted":
+        with state.draws:
+            added = found(state)
+        state.stopped = f"{state.verdict[1]}. {added}" if added else state.verdict[1]
 
 
 def _name(callback: Callback) -> str:

@@ -17,20 +17,29 @@ from implicit_diffusion.loops.diagnostics import unfit
 from implicit_diffusion.loops.divergence import DATA, WORDS, distance, diverged
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.fit import Fit
-from implicit_diffusion.runs.rise import Say, say_on_stderr
+from implicit_diffusion.samplers.chain import Chain
 
 RISE = 1e4  # deviations of the pretrained reward
 STUCK = 0.01  # acceptance below which nothing moves
+
+
+def most_sound(chain: Chain) -> float:
+    """The path KL in nats beyond which nothing of the pretrained law is left.
+
+    One of N·d/2 moves each of the d numbers of an event by a deviation of the step's own noise, in each of N steps:
+    twenty times that, and a thousand nats more, for the smallest chains.
+    """
+    return 1000.0 + 10 * chain.num_steps * torch.Size(chain.event_shape).numel()
 
 
 @dataclass
 class Runaway:
     """Callback: stop a run over a chain when its path KL, or the rest of J, runs away though it is finite.
 
-    A path KL of N·d/2 nats moves each of the d numbers of an event by a deviation of the step's own noise, in each of N
-    steps. Beyond twenty times that (and a thousand nats more, for the smallest chains) nothing of the pretrained law is
-    left. What J holds beside the path KL may not rise above where it began by 10⁴ deviations of the pretrained reward.
+    A path KL may not be beyond `most_sound`. What J holds beside it may not rise above where it began by 10⁴ deviations
+    of the pretrained reward.
 
     Args:
         reward_std: of the pretrained chain.
@@ -62,7 +71,7 @@ class Runaway:
         """What has run away, if anything, by the last numbers that there were."""
         self._see(fit)
         chain, advice = fit.chain, "take a smaller --lr, or a smaller --max-grad-norm"
-        most = 1000 + 10 * chain.num_steps * torch.Size(chain.event_shape).numel()
+        most = most_sound(chain)
         kl = float(self.seen.get("path_kl", 0.0))
         if kl > most:
             return f"the path KL is {kl:.3g} nats: beyond {most:.3g} nothing of the pretrained model is left; {advice}"
