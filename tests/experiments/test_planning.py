@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.experiments.toy_model import folder
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.experiments import kept, planning, sweep
+from implicit_diffusion.experiments import planning, stored, sweep
 from implicit_diffusion.loops import evaluation
 from implicit_diffusion.runs import RunDirectory, load_state, save_state
 
@@ -214,7 +214,7 @@ def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypat
     monkeypatch.setattr(kept, "SHARE", 1e9)
     assert main(words("whole", "--plan")) == 0
     total, parts.drawn, parts.left, parts.error = parts.drawn, 0, 3, Kill
-    written, original = [], kept.Kept.write
+    written, original = [], stored.Stored.write
 
     def write(self, found, count, draws):
         if len(written) < 2:  # the last one comes from the end, which a kill does not wait for
@@ -222,7 +222,7 @@ def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypat
             original(self, found, count, draws)
 
     with monkeypatch.context() as patched, pytest.raises(Kill):
-        patched.setattr(kept.Kept, "write", write)
+        patched.setattr(stored.Stored, "write", write)
         main(words("run", "--plan"))
     assert written == [1, 2] and len(rewards("run")) == 4
     assert main(words("run", "--plan")) == 0

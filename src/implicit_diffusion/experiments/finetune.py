@@ -15,7 +15,7 @@ from typing import Any
 
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.pretrained import adapter_usage, save_adapter, save_pipeline
-from implicit_diffusion.experiments import judging, kept, planning
+from implicit_diffusion.experiments import judging, planning, stored
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.experiments.outcome import Outcome, keep_outcome, read_outcome
@@ -174,7 +174,7 @@ def finish(
         _export(config, problem, state, directory, card)
     decoded: Any = problem.decoded(before, after)
     keep_outcome(Outcome(resolved, summary, plan, before, after, found.bound, [], decoded), directory)
-    kept.forget(directory)
+    stored.forget(directory)
     directory.write_summary(summary)
 
 
@@ -244,11 +244,11 @@ def _judge(
     condition = chain.condition
     everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
     draws = Draws(noise, 0, device=chain.device)
-    parts = kept.judgements(directory, network.state_dict().values(), config.starts, draws)
+    parts = stored.judgements(directory, network.state_dict().values(), config.starts, draws)
     with progress(3 * 8 * config.starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8}
         sizes["progress"] = lambda done: bar.update(advance=done)
-        before = evaluate_pretrained(chain, reward, noise, name=config.reward, kept=parts[0], **sizes)
+        before = evaluate_pretrained(chain, reward, noise, name=config.reward, stored=parts[0], **sizes)
         after, exported = (
             part.evaluate(judged, reward, noise, **sizes) for part, judged in zip(parts[1:], (chain, everywhere))
         )

@@ -19,7 +19,7 @@ import torch
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.inputs import with_imports
-from implicit_diffusion.experiments.kept import Kept, evaluation
+from implicit_diffusion.experiments.stored import Stored, evaluation
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
 from implicit_diffusion.experiments.problem import PLAN, Problem, ddim_eta
 from implicit_diffusion.experiments.remembered import code_digest, evaluate_pretrained
@@ -34,7 +34,7 @@ from implicit_diffusion.runs.provenance import surroundings
 
 PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
-SHOWN = 64  # starts whose first sample is kept, for a picture
+SHOWN = 64  # starts whose first sample is stored, for a picture
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
 FILES = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
 
@@ -70,7 +70,7 @@ def planned(
         return plan, samples
     plot(plan, samples, directory.figure("plan"))
     if samples is pretrained:
-        keeper(config, problem, directory, found).write(samples)
+        storage(config, problem, directory, found).write(samples)
     else:
         show(plan)
     if config.plan:
@@ -89,23 +89,23 @@ def pretrained_samples(config: Config, problem: Problem, directory: RunDirectory
         directory: of the run. Its plan.json stands for a plan that is whole, and goes where something is drawn.
         found: fingerprints, by `inputs`, before anything was loaded.
     """
-    kept, there = keeper(config, problem, directory, found), None
+    stored, there = storage(config, problem, directory, found), None
     total = REPEATS * config.starts
     try:
-        there = kept.read()
+        there = stored.read()
     except InvalidInputError as error:
-        print(f"plan      drawn again, not taken from {kept.folder}: {error}")
-    if there is not None and kept.is_whole(there):
-        print(f"plan      reused: {kept.folder} holds the {total} trajectories of this model, chain and reward")
+        print(f"plan      drawn again, not taken from {stored.folder}: {error}")
+    if there is not None and stored.is_whole(there):
+        print(f"plan      reused: {stored.folder} holds the {total} trajectories of this model, chain and reward")
         return evaluation(there, problem.chain.device)
     if there is not None:
-        print(f"plan      goes on: {kept.folder} holds {there['reward'].numel()} of {total} trajectories")
+        print(f"plan      goes on: {stored.folder} holds {there['reward'].numel()} of {total} trajectories")
     with writing(directory.path):
         (directory.path / "plan.json").unlink(missing_ok=True)
-    return draw(config, problem, kept)
+    return draw(config, problem, stored)
 
 
-def draw(config: Config, problem: Problem, kept: Kept) -> Evaluation:
+def draw(config: Config, problem: Problem, stored: Stored) -> Evaluation:
     """Draw what the folder lacks."""
     with progress(REPEATS * config.starts, "planning") as bar:
         return evaluate_pretrained(
@@ -116,7 +116,7 @@ def draw(config: Config, problem: Problem, kept: Kept) -> Evaluation:
             starts=config.starts,
             repeats=REPEATS,
             progress=lambda done: bar.update(advance=done),
-            kept=kept,
+            stored=stored,
         )
 
 
@@ -138,10 +138,10 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
     return Evaluation(reward, none, none, none[..., None][..., :0])
 
 
-def keeper(config: Config, problem: Problem, directory: RunDirectory, found: dict[str, Any]) -> Kept:
+def storage(config: Config, problem: Problem, directory: RunDirectory, found: dict[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
     draws = Draws(Noise(config.seed), PLAN, 2, device=problem.chain.device)
-    return Kept(directory.path / PLANNED, rests_on(config, problem, found), config.starts, draws, SHOWN)
+    return Stored(directory.path / PLANNED, rests_on(config, problem, found), config.starts, draws, SHOWN)
 
 
 def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) -> None:

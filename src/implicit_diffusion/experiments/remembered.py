@@ -27,7 +27,7 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.kept import Kept
+from implicit_diffusion.experiments.stored import Stored
 from implicit_diffusion.experiments.reward_trust import is_own
 from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
@@ -47,7 +47,7 @@ def evaluate_pretrained(
     starts: int,
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
-    kept: Kept | None = None,
+    stored: Stored | None = None,
 ) -> Evaluation:
     """`evaluate(chain.pretrained(), …)`, from disk where it was made before.
 
@@ -59,24 +59,24 @@ def evaluate_pretrained(
         starts: independent x_0.
         repeats: trajectories from each x_0.
         progress: called with the number of trajectories just done.
-        kept: the same in the run's own folder, which holds it afterwards, and from which it is gone on with.
+        stored: the same in the run's own folder, which holds it afterwards, and from which it is gone on with.
     """
 
     def make() -> Evaluation:
-        by = evaluate if kept is None else kept.evaluate
+        by = evaluate if stored is None else stored.evaluate
         return by(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
 
     folder = _cache() if chain.condition is None else None
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
     if folder is None or is_own(name) or size > LIMIT or not isinstance(chain.reference, DiffusersDenoiser):
         return make()
-    shown = None if kept is None else kept.shown
-    folder = folder / _key(chain, chain.reference, name, noise, starts, repeats, kept is not None, shown)
+    shown = None if stored is None else stored.shown
+    folder = folder / _key(chain, chain.reference, name, noise, starts, repeats, stored is not None, shown)
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged
         found = Evaluation(**{column: value.to(chain.device) for column, value in load_state(folder).items()})
         progress(starts * repeats)
-        if kept is not None:
-            kept.write(found)
+        if stored is not None:
+            stored.write(found)
         return found
     made = make()
     with suppress(OSError):  # a disk that is full or read-only

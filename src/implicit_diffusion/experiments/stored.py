@@ -44,7 +44,7 @@ COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
 
 
 @dataclass(frozen=True)
-class Kept:
+class Stored:
     """An evaluation on disk, whole or in part.
 
     Args:
@@ -144,7 +144,7 @@ def evaluation(state: Mapping[str, Any], device: torch.device) -> Evaluation:
 
 def judgements(
     directory: RunDirectory, trained: Iterable[Tensor], starts: int, draws: Draws
-) -> tuple[Kept, Kept, Kept]:
+) -> tuple[Stored, Stored, Stored]:
     """Before, after and exported, in the run's folder; says how far an interrupted judgement has come.
 
     Args:
@@ -156,14 +156,14 @@ def judgements(
     weights = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in trained).encode())
     given = hashlib.sha256((directory.path / provenance.FILE).read_bytes())
     rests = {"the trained weights": weights.hexdigest(), provenance.FILE: given.hexdigest()}
-    kept = [Kept(directory.path / JUDGED / name, rests, starts, draws) for name in SIDES]
+    stored = [Stored(directory.path / JUDGED / name, rests, starts, draws) for name in SIDES]
     there = 0
-    for part in kept:
+    for part in stored:
         with suppress(InvalidInputError):
             there += len((part.read() or {"reward": ()})["reward"])
     if there:
-        print(f"judging   goes on: {there} of {len(kept) * starts} starts are judged")
-    return kept[0], kept[1], kept[2]
+        print(f"judging   goes on: {there} of {len(stored) * starts} starts are judged")
+    return stored[0], stored[1], stored[2]
 
 
 def forget(directory: RunDirectory) -> None:
