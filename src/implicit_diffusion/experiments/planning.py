@@ -19,11 +19,11 @@ import torch
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments.finetune_config import Config
 from implicit_diffusion.experiments.inputs import with_imports
-from implicit_diffusion.experiments.stored import Stored, evaluation
 from implicit_diffusion.experiments.plan import Plan, make_plan, plot, show
 from implicit_diffusion.experiments.problem import PLAN, Problem, ddim_eta
 from implicit_diffusion.experiments.remembered import code_digest, evaluate_pretrained
 from implicit_diffusion.experiments.reward_trust import short
+from implicit_diffusion.experiments.stored import Stored, evaluation
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, load_state, progress

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.stored import Stored
 from implicit_diffusion.experiments.reward_trust import is_own
+from implicit_diffusion.experiments.stored import Stored
 from implicit_diffusion.loops import Evaluation, evaluate
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
