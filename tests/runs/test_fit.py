@@ -101,6 +101,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     assert [line["updates"] for line in directory.read_metrics()] == list(range(1, 31))
 
 
+class Enough:
+    """Stops after three updates; a signal comes while it settles."""
+
+    def __init__(self, signals):
+        self.signals = signals
+
+    def __call__(self, state):
+        return "enough" if state.updates == 3 else None
+
+    def settle(self, state):
+        if self.signals:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "More is too much"
+
+
+def test_an_interrupt_while_a_model_is_put_back_is_heard(tmp_path):
+    """Nobody has to press Ctrl-C twice; the run that goes on ends as it would have."""
+    ends = [fit(build()[0], 10, callbacks=[Enough(s)], directory=tmp_path / "run").stopped for s in (True, False)]
+    assert ends == ["interrupted", "enough. More is too much"]
+
+
 @pytest.mark.parametrize(("every", "last"), [(0.0, 8), (1e9, 0)])
 def test_a_non_finite_value_leaves_the_last_good_state_on_disk(tmp_path, every, last):
     loop, _ = build()

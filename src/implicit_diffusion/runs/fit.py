@@ -141,7 +141,7 @@ def _drive(
                         waits = state.updates
                 start = time.monotonic()
             if stop.requested:  # in the last step, or while it was saved
-                state.stopped = state.stopped or "interrupted"
+                state.stopped = "interrupted"
             write()
             found = unsound(state, callbacks)
             ends = settles(state, callbacks)  # in a state that its callback has judged already
@@ -157,6 +157,8 @@ def _drive(
             raise RewardError(f"after update {state.updates}: {error}") from error
         finally:
             write()
+    if stop.requested:  # whenever: while its model was put back, say
+        state.stopped = "interrupted"
 
 
 def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
