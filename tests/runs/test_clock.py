@@ -1,6 +1,7 @@
 """Seconds by parts: they add up to all of the time, over interruptions and runs within runs."""
 
 import json
+import re
 
 import pytest
 
@@ -118,7 +119,17 @@ def test_shares_of_all(now, tmp_path):
     assert clock.shares(tmp_path) == [("judging", 9.0, 0.75), ("training", 3.0, 0.25), ("all", 12.0, 1.0)]
 
 
+@pytest.mark.parametrize("seconds", [[0.6, 0.6, 0.6], [0.5, 0.5], [7.5, 2.5, 0.5, 0.1], [1.9] * 9, [0.99, 3.49, 2.49]])
+def test_parts_in_words_add_up_to_all(seconds):
+    """In whole seconds, each within one of what it took."""
+    text = clock.in_words({f"part {place}": s for place, s in enumerate(seconds)})
+    whole, *shown = (int(n) for n in re.findall(r"(?:^|[:,] )(-?\d+)", text))
+    assert whole == sum(shown) == round(sum(seconds)) and min(shown) > 0
+    for place, s in re.findall(r"(\d+) part (\d+)", text):
+        assert abs(int(place) - seconds[int(s)]) < 1
+
+
 def test_how_it_is_told():
     spent = {"the rest": 0.4, "training": 10.4, "loading": 12.4, "saving": 0.4, "judging": 0.5}
-    assert clock.in_words(spent) == "24 s: 12 loading, 10 training, 0 judging, 2 the rest"
+    assert clock.in_words(spent) == "24 s: 12 loading, 10 training, 1 judging, 1 the rest"
     assert clock.in_words({"training": 4.4}) == "4 s: 4 training" and clock.in_words({}) == "0 s"

@@ -121,12 +121,16 @@ def read(path: Path) -> dict[str, float]:
 
 
 def in_words(spent: dict[str, float]) -> str:
-    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest."""
+    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest.
+
+    The whole seconds of the parts add up to those of all: each is rounded down, but up where that loses most.
+    """
     whole = sum(spent.values())
-    shown = {name: s for name, s in spent.items() if s >= 0.5 and name != REST}
-    rest = whole - sum(map(round, shown.values()))
-    words = [f"{s:.0f} {name}" for name, s in sorted(shown.items(), key=lambda item: -item[1])]
-    words += [f"{rest:.0f} {REST}"] if round(rest) else []
+    shown = {name: s for name, s in sorted(spent.items(), key=lambda item: -item[1]) if s >= 0.5 and name != REST}
+    shown[REST] = whole - sum(shown.values())
+    down = {name: int(s) for name, s in shown.items()}
+    up = sorted(shown, key=lambda name: down[name] - shown[name])[: round(whole) - sum(down.values())]
+    words = [f"{s + (name in up)} {name}" for name, s in down.items() if s + (name in up)]
     return f"{whole:.0f} s{': ' if words else ''}{', '.join(words)}"
 
 
