@@ -214,7 +214,9 @@ def test_the_run_ends_with_the_best_model_that_was_seen(on_disk, ema, tmp_path):
         rise = Rise(HeldOut(reward, Noise(1), every=4, starts=200), say=lambda text: None)
         directory = RunDirectory(tmp_path / name) if on_disk else None
         callbacks = [kick(14, 4.0), lambda s: seen.update({s.updates: weights(s.model)}), *others, rise]
-        return fit(loop, 40, callbacks=callbacks, directory=directory), reward
+        found = fit(loop, 40, callbacks=callbacks, directory=directory)
+        assert torch.equal(rise.held_out.look(found).reward, rise.held_out.evaluate(found).reward)
+        return found, reward
 
     seen = {}
     whole, reward = run("whole")
@@ -240,7 +242,7 @@ def test_what_cannot_be_watched_is_refused(as_users_run):
     loop = Nested(chain, Reward(reward) + 0.0 * PathKL(), sgd, batch=8, noise=Noise(0))
     loop.objective = loop.objective.with_weight(PathKL, 1.0)
     rise = Rise(HeldOut(reward, Noise(1), starts=8))
-    state = SimpleNamespace(loop=loop, chain=chain, metrics={}, updates=1, total=3)
+    state = SimpleNamespace(loop=loop, chain=chain, metrics={}, updates=1, total=3, kept=None)
     with pytest.raises(InvalidInputError, match="a trained row of the chain has no noise"):
         rise(state)
 

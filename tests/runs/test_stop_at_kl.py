@@ -69,5 +69,7 @@ def test_a_target_that_is_not_reached_leaves_the_run_alone():
     chain, reward = affine_chain(4, 2)
     adam = torch.optim.Adam(chain.denoiser.parameters(), lr=1e-3)
     loop = Queue(chain, Reward(reward) + 0.3 * PathKL(), adam, batch=16, noise=Noise(0))
-    found = fit(loop, 20, callbacks=[StopAtKL(1e3, held_out=HeldOut(reward, Noise(1), starts=50))])
+    looks = Counted(reward, Noise(1), starts=50)
+    found = fit(loop, 20, callbacks=[StopAtKL(1e3, held_out=looks)])
     assert found.updates == 20 and found.stopped is None and found.kept is None
+    assert looks.seen == [0, 1, 2, 4, 8, 16, 20]

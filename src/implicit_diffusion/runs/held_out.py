@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from implicit_diffusion.loops import Evaluation, evaluate
-from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
@@ -45,7 +44,7 @@ class HeldOut(Shown):
     noise: Noise
     every: int = 25
     starts: int = 128
-    _last: tuple[Loop, int, Evaluation] | None = field(default=None, init=False, repr=False, compare=False)
+    _last: tuple[tuple[Any, ...], Evaluation] | None = field(default=None, init=False, repr=False, compare=False)
     _before: Evaluation | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self, fit: Fit) -> None:
@@ -54,8 +53,9 @@ class HeldOut(Shown):
 
     def look(self, fit: Fit) -> Evaluation:
         """The chain after the present update, without its samples; its numbers are in `fit.metrics` then."""
-        if self._last is not None and self._last[0] is fit.loop and self._last[1] == fit.updates:
-            return self._last[2]
+        which = fit.loop, fit.updates, fit.kept  # where another model was put back, it is another look
+        if self._last is not None and self._last[0] == which:
+            return self._last[1]
         result = self.evaluate(fit)
         beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
         for name, values in (
@@ -66,7 +66,7 @@ class HeldOut(Shown):
             mean, error = mean_and_error(values)
             seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread
             fit.metrics |= {key: value for key, value in seen.items() if math.isfinite(value)}
-        self._last = fit.loop, fit.updates, result
+        self._last = which, result
         return result
 
     def evaluate(self, fit: Fit) -> Evaluation:

@@ -34,10 +34,11 @@ class StopAtKL(Shown):
 
     With `held_out` it is the path KL on held-out noise, looked at in time. That of small steps grows with the square of
     the way at most: one of K after n updates reaches the target κ after n·√(κ/K), not before. Looks come after 1, 2, 4,
-    … updates, and from there on half-way to that, at last after every update; and at once where the training's own path
-    KL, in proportion to the held-out one at the last look, has reached the target. The last look below the target is
-    kept. From there the model is put as far on the line to where it was found above as the target asks for: however
-    large the last steps were, the path KL is κ, within twice its standard error or a fiftieth.
+    … updates, and from there on half-way to that, at last after every update; after the last update of the run; and at
+    once where the training's own path KL, in proportion to the held-out one at the last look, has reached the target.
+    The last look below the target is kept. From there the model is put as far on the line to where it was found above
+    as the target asks for: however large the last steps were, the path KL is κ, within twice its standard error or a
+    fiftieth.
 
     Without `held_out`, it is the training's own path KL, averaged over the last updates: it lags behind, stops late,
     and the model is what it is then.
@@ -77,7 +78,8 @@ class StopAtKL(Shown):
             self._keep(fit, *mean_and_error(self.held_out.evaluate(fit).path_kl))
 
     def _in_time(self, fit: Fit, held_out: HeldOut, now: float | None) -> str | None:
-        if fit.updates < self._due and not (now is not None and self._scale * now >= self.target):
+        last = fit.updates == fit.total
+        if not last and fit.updates < self._due and not (now is not None and self._scale * now >= self.target):
             return None
         kl, error = mean_and_error(held_out.look(fit).path_kl)
         if not kl < self.target:
