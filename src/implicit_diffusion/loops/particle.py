@@ -108,6 +108,8 @@ class ParticleLoop(Loop):
     def _words(self) -> Iterable[str]:
         yield f"{self.n} particles {of_tensor(self.walkers.x[0])}"
         yield from (name for name in ("weighted", "lag") if getattr(self, name))
+        if self.step_scale != 1:
+            yield f"step size={self.step_size:.3g}"
         yield from super()._words()
 
     def _parts(self) -> dict[str, object]:
