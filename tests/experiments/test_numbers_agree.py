@@ -132,5 +132,5 @@ def test_where_the_bound_is_told_by_the_pretrained_chain(tmp_path, capsys):
     text = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
     (after,), (kl,) = numbers("reward +[^ ]+ → #", text), numbers(r"path KL +#", text)
     j0, j, beta, rose = numbers(r"J +# → #, # × path KL − reward: rose by #", text)
-    least, could = numbers("bound +#, told by the pretrained chain: J could fall by #", text)
+    least, could = numbers("bound +#, from the pretrained chain: J could fall by #", text)
     assert agree(j, weight(beta) * kl - after) and agree(rose, j - j0) and agree(could, j0 - least)

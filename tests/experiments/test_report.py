@@ -152,6 +152,7 @@ def test_no_false_alarm(good):
         ({"path_kl": 0.9, "path_kl_se": 0.01}, "The KL is above its target"),
         ({"reward_exported": 37.0}, "The exported model differs from the trained chain"),
         ({"reward_after": 36.1, "reward_gain_se": 0.1}, "No clear gain"),
+        ({"reward_after": 35.0, "reward_gain_se": 0.1}, "The reward fell"),
         ({"quality_after": quality(judge_confidence=0.8)}, "Reward hacking suspected: the judge lost confidence"),
         ({"quality_after": quality(nearest_distance=3.9)}, "Reward hacking suspected: samples left the real digits"),
         ({"quality_after": quality(memorised=0.2)}, "The model recites"),
@@ -163,6 +164,13 @@ def test_warnings(good, tmp_path, summary, title):
     assert title in titles(outcome)
     text = written(outcome, tmp_path)
     assert title in text and "No warnings" not in text
+
+
+def test_a_target_that_was_not_reached_is_noted(good):
+    near, far = ({"path_kl": kl, "path_kl_se": 0.01} for kl in (0.58, 0.4))
+    config = good.config | {"target_kl": 0.6}
+    found = [concerns(replace(good, config=config, summary=good.summary | numbers)) for numbers in (near, far)]
+    assert [[note.title for note in notes] for notes in found] == [[], ["The KL is below its target"]]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +247,8 @@ def test_without_a_finite_j_a_run_is_worse():
     assert "is not finite any more" in found["worse"] and found["captured"] is None
     fell = replace(before, reward=before.reward - 1)
     assert judge(before, fell, fell, 0.0).summary["worse"]  # J is minus the reward
-    assert judge(before, fell, fell, None).summary["worse"] is None  # there is none
+    assert judge(before, before, before, None).summary["worse"] is None
+    assert "the mean reward, which it raises, fell by " in judge(before, fell, fell, None).summary["worse"]  # at least
 
 
 def test_a_run_that_was_stopped_says_so_first(good, tmp_path, capsys):

@@ -45,7 +45,7 @@ def concerns(outcome: Outcome) -> list[Concern]:
 def _run(outcome: Outcome) -> list[Concern]:
     config, s, found = outcome.config, outcome.summary, []
     if s.get("worse"):
-        found.append(Concern(True, "J rose", s["worse"]))
+        found.append(Concern(True, "J rose" if s.get("j_before") is not None else "The reward fell", s["worse"]))
     stopped = s.get("stopped")
     if stopped:
         planned = f"after {s['updates']} of {config['updates']} updates"
@@ -53,7 +53,10 @@ def _run(outcome: Outcome) -> list[Concern]:
         found.append(Concern(not reached, "The run stopped early", f"It ended {planned}: {stopped}."))
 
     gain, error = s["reward_after"] - s["reward_before"], s["reward_gain_se"]
-    if gain < 2 * error:
+    if gain < -2 * error and not any(concern.title == "The reward fell" for concern in found):
+        text = f"It is what fine-tuning was to raise, and changed by {number(gain, error, sign=True)}."
+        found.append(Concern(True, "The reward fell", text))
+    elif abs(gain) < 2 * error:
         text = f"The reward changed by {number(gain, error, sign=True)} (± 1 standard error), which may be chance."
         found.append(Concern(True, "No clear gain", text))
 
@@ -83,6 +86,9 @@ def _run(outcome: Outcome) -> list[Concern]:
     if target is not None and kl is not None and kl - 2 * s["path_kl_se"] > 1.05 * target:
         text = f"The path KL is {number(kl, s['path_kl_se'])} nats, the target was {target:g}."
         found.append(Concern(True, "The KL is above its target", text))
+    if target is not None and kl is not None and kl + 2 * s["path_kl_se"] < 0.95 * target:
+        text = f"The path KL is {number(kl, s['path_kl_se'])} nats, the target was {target:g}: take more updates."
+        found.append(Concern(False, "The KL is below its target", text))
 
     clipping = s.get("clipping")
     if clipping:

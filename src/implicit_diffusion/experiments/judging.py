@@ -58,7 +58,8 @@ def judge(
     fall of J as a share of what J could fall: the path KL is that of the squares (`Evaluation.path_kl`). All were
     evaluated under the same noise, so that the errors of differences are those of paired differences. Where J rose, by
     more than two standard errors, the first entry says so, with what to change. There, and where the possible gain may
-    be none, within two standard errors, a share of it means nothing: `captured_unknown` says why.
+    be none, within two standard errors, a share of it means nothing: `captured_unknown` says why. Without a J it is the
+    reward that must not have fallen.
 
     Args:
         before: the pretrained chain.
@@ -82,18 +83,17 @@ def judge(
     ):
         numbers |= _with_error(name, values)
     numbers["reward_std_before"] = before.reward.double().std().item()
-    found, told = sharpest(before, after, beta) if beta and after.log_ratio.isfinite().all() else (None, None)
-    if beta and told is None:  # of which a chain that overflows knows nothing
-        found, told = bound(before, beta), "pretrained"
-    if beta is not None:
-        numbers["worse"] = _worse(before, after, beta, found, lr)
-        if numbers["worse"] and not advise:
-            numbers["worse"] = numbers["worse"].split(" Try ")[0]
+    best, source = sharpest(before, after, beta) if beta and after.log_ratio.isfinite().all() else (None, None)
+    if beta and best is None:  # of which a chain that overflows knows nothing
+        best, source = bound(before, beta), "pretrained"
+    numbers["worse"] = _worse(before, after, beta)
+    if numbers["worse"] and advise:
+        numbers["worse"] += f" {_advice(before, after, beta, best, lr)}"
     share: tuple[float | None, float | None] = (None, None)
     most, error, unknown = None, None, None
-    if numbers["worse"] and found is not None:
+    if numbers["worse"] and best is not None:
         unknown = "J rose: nothing was captured."
-    elif found is not None and beta:
+    elif best is not None and beta:
         (most, error), known = possible(before, after, beta), captured(before, after, beta)
         if not most > 2 * error:
             unknown = f"What could be gained, {number(most, error)} of J, may be nothing: judge more --starts."
@@ -102,31 +102,51 @@ def judge(
         else:
             share = known
     numbers["captured_unknown"] = unknown
-    numbers["j_bound"] = found and found.j
-    numbers["j_bound_se"] = found and found.j_se
-    numbers["j_bound_from"] = told
+    numbers["j_bound"] = best and best.j
+    numbers["j_bound_se"] = best and best.j_se
+    numbers["j_bound_from"] = source
     numbers["j_possible"], numbers["j_possible_se"] = most, error
     numbers["captured"], numbers["captured_se"] = share
-    return Judgement(numbers, found)
+    return Judgement(numbers, best)
 
 
 UNKNOWN = 0.5  # standard error of a captured share that is not worth a number
 
 
-def _worse(before: Evaluation, after: Evaluation, beta: float, best: Bound | None, lr: float | None) -> str | None:
-    """That J rose, by how much and what to change; None where it did not, by more than two standard errors."""
+def _worse(before: Evaluation, after: Evaluation, beta: float | None) -> str | None:
+    """That J rose, and by how much; None where it did not, by more than two standard errors.
+
+    Of a penalty that is not judged it is known that it was zero before: where the reward fell, what is minimised rose.
+    """
+    if beta is None:
+        fall, error = mean_and_error(before.reward - after.reward)
+        ends = (number(mean_and_error(seen.reward)[0], digits=4) for seen in (before, after))
+        return (
+            f"Fine-tuning made the model worse: the mean reward, which it raises, fell by {number(fall, error)}, from "
+            f"{' to '.join(ends)}."
+            if fall > 2 * error
+            else None
+        )
     old, new = before.objective(beta), after.objective(beta)
     rise, error = mean_and_error(new - old)
     if math.isfinite(rise) and not rise > 2 * error:
         return None
     j = [mean_and_error(values)[0] for values in (old, new)]
     words = "is not finite any more" if not math.isfinite(rise) else f"rose by {number(rise, error)}"
-    factor = 10 if best is None else smaller_rate(j[1] - best.j, j[0] - best.j)
-    rate = "a smaller learning rate" if lr is None else f"--lr {lr / factor:.1g}"
     return (
         f"Fine-tuning made the model worse: J (KL weight × path KL − reward), which it lowers, {words}, from "
-        f"{number(j[0], digits=4)} to {number(j[1], digits=4)}. Try {rate}, {factor} times smaller."
+        f"{number(j[0], digits=4)} to {number(j[1], digits=4)}."
     )
+
+
+def _advice(before: Evaluation, after: Evaluation, beta: float | None, best: Bound | None, lr: float | None) -> str:
+    """What to change where J rose."""
+    factor = 10
+    if beta is not None and best is not None:
+        old, new = (mean_and_error(seen.objective(beta))[0] for seen in (before, after))
+        factor = smaller_rate(new - best.j, old - best.j)
+    rate = "a learning rate" if lr is None else f"--lr {lr / factor:.1g},"
+    return f"Try {rate} {factor} times smaller."
 
 
 def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
@@ -207,7 +227,7 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
         leash, judged = "the squared distance of the drifts from those of the pretrained model", ""
     else:
         leash = "KL of the sampling path to the pretrained model"
-        judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"])} |
+        judged = f"""| path KL (nats) | 0 | {number(summary["path_kl"], digits=4)} |
 | J = {summary["kl_weight"]:.4g} × path KL − reward | {number(summary["j_before"], digits=4)} | {
             number(summary["j_after"], digits=4)
         } |
@@ -240,8 +260,13 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 {adapter}
 Chain: {config["scheduler"]}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
-β = {summary["kl_weight"]:.6g}, reward = {reward}, {summary["updates"]} updates, seed {config["seed"]}.
+β = {summary["kl_weight"]:.6g}, reward = {reward}, {updates(summary)}, seed {config["seed"]}.
 """
+
+
+def updates(summary: dict[str, Any]) -> str:
+    """How many there were, in words."""
+    return f"{summary['updates']} update{'s' * (summary['updates'] != 1)}"
 
 
 def falls(summary: dict[str, Any]) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
@@ -270,17 +295,17 @@ def print_headline(summary: dict[str, Any], directory: RunDirectory, report: Pat
     if summary["j_bound"] is not None:
         share = percent(summary["captured"], summary["captured_se"])
         result = summary["captured_unknown"] or f"captured {share}"
-        told = ", told by the pretrained chain" if summary["j_bound_from"] == "pretrained" else ""
+        source = ", from the pretrained chain" if summary["j_bound_from"] == "pretrained" else ""
         fell, could = falls(summary)
         before, after = (beside(summary[f"j_{when}"], fell[1]) for when in ("before", "after"))
         lines += [
             f"J         {before} → {after}, {summary['kl_weight']:.4g} × path KL − reward: "
             f"{'fell' if fell[0] >= 0 else 'rose'} by {number(abs(fell[0]), fell[1])}",
-            f"bound     {beside(summary['j_bound'], could[1])}{told}: J could fall by {number(*could)}; {result}",
+            f"bound     {beside(summary['j_bound'], could[1])}{source}: J could fall by {number(*could)}; {result}",
         ]
     lines += [
         f"cost      {clock.in_words(clock.seconds(directory.path) or {'training': summary['seconds']})}",
-        f"          {summary['updates']} updates with {summary['network_evaluations']:,} network evaluations",
+        f"          {updates(summary)} with {summary['network_evaluations']:,} network evaluations",
         f"model     {directory.model}",
         *([f"adapter   {directory.model / 'lora'}: {summary['adapter']}"] if summary.get("adapter") else []),
         f"report    {report}",

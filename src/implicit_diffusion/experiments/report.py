@@ -11,7 +11,7 @@ from typing import Any
 
 from implicit_diffusion.experiments import page
 from implicit_diffusion.experiments.concerns import concerns
-from implicit_diffusion.experiments.judging import falls, opening
+from implicit_diffusion.experiments.judging import falls, opening, updates
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
 from implicit_diffusion.experiments.page import duration, table, tile, write_page
 from implicit_diffusion.experiments.planning import PROMPTS
@@ -59,7 +59,7 @@ def _headline(outcome: Outcome, title: str) -> str:
             f"{number(gain, s.get('reward_gain_se'), sign=True)}, or {spread}",
         )
     ]
-    if s.get("worse"):
+    if s.get("worse") and s["j_before"] is not None:
         tiles.append(tile("J rose", f"{number(s['j_before'])} → {number(s['j_after'])}", "lower is better"))
     if s.get("captured") is not None:
         share = min(1.0, max(0.0, s["captured"]))
@@ -70,7 +70,7 @@ def _headline(outcome: Outcome, title: str) -> str:
         best = outcome.bound
         optimum = "" if best is None else f"the optimum sits at {number(best.path_kl, best.path_kl_se)}"
         tiles.append(tile("Path KL in nats", number(s["path_kl"], s["path_kl_se"]), optimum))
-    cost = f"{s['updates']} updates, {s['network_evaluations']:,} network evaluations"
+    cost = f"{updates(s)}, {s['network_evaluations']:,} network evaluations"
     tiles.append(tile("Training time", duration(s["seconds"]), cost))
     weight = f"{'drift' if outcome.drift else 'KL'} weight {outcome.beta:.4g}"
     if outcome.adapted:
