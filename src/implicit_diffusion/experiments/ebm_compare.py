@@ -103,8 +103,8 @@ def check_folder(out: Path, resolved: Config) -> None:
     named = set(saved) | set(asked)
     different = [name for name in sorted(named - {"out", "seeds"}) if saved.get(name) != asked.get(name)]
     if different:
-        told = ", ".join(f"{name} was {saved.get(name)!r} and is {asked.get(name)!r}" for name in different)
-        raise InvalidInputError(f"--out {out} holds a run of other options: {told}; choose another --out")
+        changes = ", ".join(f"{name} was {saved.get(name)!r} and is {asked.get(name)!r}" for name in different)
+        raise InvalidInputError(f"--out {out} holds a run of other options: {changes}; choose another --out")
 
 
 def at_the_edge(arm: str, best: float) -> list[str]:

@@ -183,13 +183,13 @@ def rests_on(config: Config, problem: Problem, found: dict[str, Any]) -> dict[st
         "code": f"sha256 {code_digest()}",
     }
     named = {f"--{name}": getattr(config, name) for name in ("model", "reference") if name not in found}
-    told = {name: str(value) for name, value in (named | options).items() if value is not None}
-    return told | _files(with_imports(config, found)) | surroundings(problem.chain.device)
+    given = {name: str(value) for name, value in (named | options).items() if value is not None}
+    return given | _files(with_imports(config, found)) | surroundings(problem.chain.device)
 
 
 def _files(found: dict[str, Any]) -> dict[str, str]:
     """The digests of files, by names that do not say where they lie."""
-    told: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name, entry in found.items():
         if name == "prompts":  # read by now
             continue
@@ -197,5 +197,5 @@ def _files(found: dict[str, Any]) -> dict[str, str]:
         if "folder" not in entry and files:
             base = os.path.commonpath([Path(file).parent for file in files])
             files = {os.path.relpath(file, base): digest for file, digest in files.items()}
-        told |= {f"{name} {file}": f"sha256 {digest}" for file, digest in files.items()}
-    return told
+        digests |= {f"{name} {file}": f"sha256 {digest}" for file, digest in files.items()}
+    return digests

@@ -188,7 +188,7 @@ def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:
         return
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            was, is_now = (_in_short(told.get(name, "not there")) for told in (before, now))
+            was, is_now = (_in_short(rests.get(name, "not there")) for rests in (before, now))
             yield f"{name} was {was} and is {is_now}"
 
 

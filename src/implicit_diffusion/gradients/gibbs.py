@@ -89,8 +89,8 @@ def fused_pass(
         x = x.detach().requires_grad_()
         energies = evaluate(potential, torch.cat([x, *others]) if others else x)
         energy, *rest = energies.split([len(x), *map(len, others)])
-        alike = weigh is None and one_pull(terms)
-        if not alike:
+        one = weigh is None and one_pull(terms)
+        if not one:
             (force,) = torch.autograd.grad(energy.sum(), x, retain_graph=True)
             here = Energy(energy.detach(), force)
         particles = Particles(x.detach()) if weigh is None else weigh(here)
@@ -110,7 +110,7 @@ def fused_pass(
             if value is not None:
                 values[term.name] = value
         total = sum(outside, start=on_particles @ energy)
-        if alike:
+        if one:
             force, *gradients = torch.autograd.grad(total, [x, *parameters], allow_unused=True)
             here = Energy(energy.detach(), force / on_particles.view(-1, *[1] * (x.ndim - 1)))
         else:

@@ -123,9 +123,9 @@ class Single(ParticleLoop):
     def _paper(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
     ) -> tuple[Walkers, tuple[Tensor | None, ...], dict[str, Any]]:
-        walkers, fused, told = self._charge(walkers, points)
+        walkers, fused, values = self._charge(walkers, points)
         moved, move = self._take(walkers, fused.here, draws, h)
-        return moved, fused.gradients, told | _info(moved, fused, move.acceptance)
+        return moved, fused.gradients, values | _info(moved, fused, move.acceptance)
 
     def _x_first(
         self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
@@ -134,10 +134,10 @@ class Single(ParticleLoop):
         if self.tracked:
             walkers = close(self.kernel, walkers, here)
         walkers, move = self._take(walkers, here, draws, h)
-        walkers, fused, told = self._charge(walkers, points)
+        walkers, fused, values = self._charge(walkers, points)
         # The next increment is that of θ alone, at particles that stay where they are.
         settled = walkers._replace(previous=walkers.x, debt=exact(fused.here.value), h=torch.zeros_like(h))
-        return settled, fused.gradients, told | _info(settled, fused, move.acceptance)
+        return settled, fused.gradients, values | _info(settled, fused, move.acceptance)
 
     def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused, dict[str, Any]]:
         """One fused pass at the walkers, whose weights it closes, and what these tell."""
@@ -154,9 +154,9 @@ class Single(ParticleLoop):
         fused = fused_pass(self.model, self.parameters, terms, walkers.x, points, weigh)
         if self.weighted:
             held = fused.particles
-            told = {"log_z_growth": held.log_z_growth} if held.log_z is None else {"log_z": held.log_z}
-            return closed, fused, {"ess": held.ess} | told
-        closed, lag = forget(closed, fused, alike=all(term.constant_charges for _, term in terms))
+            values = {"log_z_growth": held.log_z_growth} if held.log_z is None else {"log_z": held.log_z}
+            return closed, fused, {"ess": held.ess} | values
+        closed, lag = forget(closed, fused, same_charges=all(term.constant_charges for _, term in terms))
         return closed, fused, {"lag": lag}
 
 
@@ -174,7 +174,7 @@ def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str
     return info if acceptance is None else info | {"acceptance": acceptance.mean()}
 
 
-def forget(walkers: Walkers, fused: Fused, alike: bool) -> tuple[Walkers, Tensor]:
+def forget(walkers: Walkers, fused: Fused, same_charges: bool) -> tuple[Walkers, Tensor]:
     """For particles that carry weights for information only: their lag, and the weights given up once exhausted.
 
     The lag is by how many standard deviations the weighted mean of V, or of the charges, differs from the plain one.
@@ -185,7 +185,7 @@ def forget(walkers: Walkers, fused: Fused, alike: bool) -> tuple[Walkers, Tensor
     Args:
         walkers: with weights closed under the present θ.
         fused: V and charges there.
-        alike: whether all charges are the same, and tell nothing.
+        same_charges: whether all charges are the same, and tell nothing.
     """
     w = torch.softmax(exact(walkers.log_weights), 0)
 
@@ -194,7 +194,7 @@ def forget(walkers: Walkers, fused: Fused, alike: bool) -> tuple[Walkers, Tensor
         return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).to(walkers.lag)
 
     lag = difference(fused.here.value)
-    if not alike:
+    if not same_charges:
         lag = torch.maximum(lag, difference(fused.charges.detach()))
     due = exhausted(walkers.log_weights)
     kept = walkers._replace(

@@ -53,12 +53,12 @@ def record(
         InvalidInputError: an input that cannot be read.
     """
     accepted = [*accepted, *_accepted(directory)]
-    told = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
+    prints = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
     _write(
         directory,
         {
             "config": plain(config),
-            "inputs": told,
+            "inputs": prints,
             "versions": _versions(),
             "threads": torch.get_num_threads(),
             "device": {"name": str(device or "cpu"), "kind": _kind(device or torch.device("cpu"))},

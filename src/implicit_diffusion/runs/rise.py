@@ -114,15 +114,15 @@ class Rise(Shown):
             reward, kl = (mean_and_error(values)[0] for values in (look.reward, look.path_kl))
             self._kept.keep(fit, reward=reward, path_kl=kl if now else 0.0, fall=fall, fall_se=fall_se)
         self._count = self._count + regular if above else 0
-        told = f"J on held-out noise is {plus_minus(rise, error)} above the {was:.4g} of the pretrained model"
+        sentence = f"J on held-out noise is {plus_minus(rise, error)} above the {was:.4g} of the pretrained model"
         reason = self._reason(fit, look, before, last, rise) if above else None
         if reason is not None:
             self._excess = rise + self._possible(fit)
-            self.say(f"update {fit.updates}: {told}. Stopped: {reason}")
-            return f"{told}: {reason}"
+            self.say(f"update {fit.updates}: {sentence}. Stopped: {reason}")
+            return f"{sentence}: {reason}"
         if above and not self.above:
             self.say(
-                f"update {fit.updates}: {told}: this training makes it worse. If that stays so, it will be stopped"
+                f"update {fit.updates}: {sentence}: this training makes it worse. If that stays so, it will be stopped"
             )
         elif self.above and rise < 0:
             self.say(f"update {fit.updates}: J on held-out noise is {j:.4g}, below the {was:.4g} of before again")
