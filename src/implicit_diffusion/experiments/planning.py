@@ -183,8 +183,8 @@ def rests_on(config: Config, problem: Problem, found: dict[str, Any]) -> dict[st
         "code": f"sha256 {code_digest()}",
     }
     named = {f"--{name}": getattr(config, name) for name in ("model", "reference") if name not in found}
-    given = {name: str(value) for name, value in (named | options).items() if value is not None}
-    return given | _files(with_imports(config, found)) | surroundings(problem.chain.device)
+    asked = {name: str(value) for name, value in (named | options).items() if value is not None}
+    return asked | _files(with_imports(config, found)) | surroundings(problem.chain.device)
 
 
 def _files(found: dict[str, Any]) -> dict[str, str]:
