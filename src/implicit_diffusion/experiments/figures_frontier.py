@@ -71,11 +71,12 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
         updates, xs, ys = np.array(path).T
         axes.plot([0, *xs], [0, *ys], color="#9aa1ab", lw=0.9, zorder=2)
         dots = axes.scatter(xs, ys, c=updates, cmap="viridis_r", s=26, zorder=4, label="training, held-out noise")
-        bar = figure.colorbar(dots, ax=axes, location="bottom", shrink=0.55, aspect=32, pad=0.02)
-        bar.set_label("update", fontsize=9)
-        bar.outline.set_visible(False)
-        bar.locator = _few_ticks()
-        bar.update_ticks()
+        if len(path) > 1:
+            bar = figure.colorbar(dots, ax=axes, location="bottom", shrink=0.55, aspect=32, pad=0.02)
+            bar.set_label("update", fontsize=9)
+            bar.outline.set_visible(False)
+            bar.locator = _few_ticks()
+            bar.update_ticks()
     _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
     _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
     final = (s["path_kl"], s["path_kl_se"], s["reward_gain"], s["reward_gain_se"])
