@@ -88,7 +88,7 @@ class Reward(TerminalObjective):
     def check(self, particles: Particles) -> None:
         """Try the reward on a few samples: five calls, one of them with its gradient, and that one alone once `probed`.
 
-        A reward that is random, or flat at all of the samples, is told by a warning.
+        A reward that is random, or flat at all of the samples, is told by a warning, once.
 
         Raises:
             InvalidInputError: another shape than (n,), another dtype, NaN or infinity, no gradient, one that is 0 at
@@ -113,9 +113,10 @@ class Reward(TerminalObjective):
         for what, tensor in (("values", reward), ("a gradient", gradient)):
             _check_finite(what, tensor)
         check_own_gradient("reward", of_first)
-        if not self.probed:
+        new = not self.probed
+        if new:
             self._check_separate(particles, reward)
-        check_slope("reward", gradient, reward)
+        check_slope("reward", gradient, reward, warn=new)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
