@@ -116,6 +116,7 @@ def draw(config: Config, problem: Problem, stored: Stored) -> Evaluation:
             starts=config.starts,
             repeats=REPEATS,
             progress=lambda done: bar.update(advance=done),
+            skip=bar.skip,
             stored=stored,
         )
 

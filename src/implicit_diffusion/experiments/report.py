@@ -258,5 +258,5 @@ def _configuration(outcome: Outcome) -> str:
 
 
 def _short(value: float, scale: float) -> str:
-    """A number with as many decimals as three digits of the gain need, at most two."""
-    return f"{value:.{min(2, decimals(abs(scale), 2))}f}".replace("-", "−")
+    """A number with as many decimals as two digits of the gain need."""
+    return f"{value:.{decimals(abs(scale), 2)}f}".replace("-", "−")

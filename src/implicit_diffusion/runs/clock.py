@@ -121,13 +121,17 @@ def read(path: Path) -> dict[str, float]:
 
 
 def in_words(spent: dict[str, float]) -> str:
-    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest."""
-    whole = sum(spent.values())
-    shown = {name: s for name, s in spent.items() if s >= 0.5 and name != REST}
-    rest = whole - sum(map(round, shown.values()))
-    words = [f"{s:.0f} {name}" for name, s in sorted(shown.items(), key=lambda item: -item[1])]
-    words += [f"{rest:.0f} {REST}"] if round(rest) else []
-    return f"{whole:.0f} s{': ' if words else ''}{', '.join(words)}"
+    """`41 s: 12 loading, 10 training, …`, the longest first and the rest last; whole seconds that add up to the sum.
+
+    All are rounded down, but for as many as the sum needs, of those that this takes most from.
+    """
+    whole = round(sum(spent.values()))
+    counted = {name: int(s) for name, s in spent.items()}
+    lost = sorted(spent, key=lambda name: counted[name] - spent[name])
+    for name in lost[: whole - sum(counted.values())]:
+        counted[name] += 1
+    order = sorted(filter(counted.get, counted), key=lambda name: (name == REST, -spent[name]))
+    return f"{whole} s{': ' if order else ''}{', '.join(f'{counted[name]} {name}' for name in order)}"
 
 
 def _count() -> None:
