@@ -96,11 +96,11 @@ def _cache() -> Path | None:
 
 def _key(chain: Chain, network: DiffusersDenoiser, *others: object) -> str:
     """The key of an evaluation; `others` are told apart by their repr."""
-    told = [_software(), repr(others), str(chain.device), str(chain.dtype), str(chain.event_shape)]
-    told += [str(network.precision), str(network.compiled is not None)]
+    parts = [_software(), repr(others), str(chain.device), str(chain.dtype), str(chain.event_shape)]
+    parts += [str(network.precision), str(network.compiled is not None)]
     config: Any = network.model.config
-    told += [json.dumps(chain.table.to_dict()), json.dumps(dict(config), default=str, sort_keys=True)]
-    digest = hashlib.sha256("\n".join(told).encode())
+    parts += [json.dumps(chain.table.to_dict()), json.dumps(dict(config), default=str, sort_keys=True)]
+    digest = hashlib.sha256("\n".join(parts).encode())
     for name, weight in network.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -192,7 +192,7 @@ def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:
         return
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            was, is_now = (_in_short(told.get(name, "not there")) for told in (before, now))
+            was, is_now = (_in_short(side.get(name, "not there")) for side in (before, now))
             yield f"{name} was {was} and is {is_now}"
 
 

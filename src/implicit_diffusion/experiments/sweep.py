@@ -175,8 +175,8 @@ def _check_folder(out: Path, config: Config) -> None:
         raise InvalidInputError(f"--out {out} holds something else than a sweep of this release; choose another --out")
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
-        told = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
-        raise InvalidInputError(f"--out {out} holds a sweep of other options: {told}; choose another --out")
+        what = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
+        raise InvalidInputError(f"--out {out} holds a sweep of other options: {what}; choose another --out")
 
 
 def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes: tuple[Change, ...]) -> None:
