@@ -69,7 +69,7 @@ NO_TABLE = {
     ),
     "an empty cell": ("1,2\n3,\n5,6\n", r"column 2 holds no number in 1 of 3 rows, in line 2 empty"),
     "a word in the first of the rows": ("1,x\n1,2\n", r"column 2 holds no number in 1 of 2 rows, in line 1 'x'"),
-    "decimal commas": ("a;b\n1,5;2\n", r"column 1 \(a\) holds no number in 1 of 1 rows, in line 2 '1,5'"),
+    "decimal commas": ("a;b\n1,5;2\n", r"column 1 \(a\) holds no number in 1 of 1 rows, in line 2 '1,5'.*: write points"),
     "digits in groups": ("a,b\n1_000,2\n", "'1_000'"),
     "an integer that would be rounded": ("a,b\n1,9007199254740993\n", "column 2 .*'9007199254740993'"),
     "more digits than are read": ("a,b\n1," + "9" * 5000 + "\n", r"column 2 \(b\) holds no number"),

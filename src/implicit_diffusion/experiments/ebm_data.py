@@ -15,6 +15,7 @@ from implicit_diffusion.experiments.array_files import read_table
 from implicit_diffusion.experiments.lattice import LEVELS, Lattice, find_lattice
 from implicit_diffusion.experiments.planar import LAWS, Law, law
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import Shown
 
 TRAIN, HELD_OUT, FILLED = 0, 1, 6  # streams of noise beside those of training
 SIZES = 20_000, 10_000  # of laws
@@ -26,8 +27,8 @@ MOST_COPIED = 2**23  # numbers, that copies may add up to
 GREY = Lattice(torch.ones(()), torch.zeros(()))  # of the digits
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, repr=False)
+class Data(Shown):
     """Data in their own units, in single precision, or in double where single would round them.
 
     Args:

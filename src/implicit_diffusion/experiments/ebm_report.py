@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from implicit_diffusion.experiments import ranges
 from implicit_diffusion.experiments.array_files import place_of
 from implicit_diffusion.experiments.ebm_config import Config
 from implicit_diffusion.experiments.ebm_data import Data
@@ -18,7 +19,6 @@ from implicit_diffusion.experiments.ebm_samples import distances, most_different
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.outcome import Picture
 from implicit_diffusion.experiments.page import duration, figure, table, tile, write_page
-from implicit_diffusion.experiments.ranges import option
 from implicit_diffusion.experiments.written import number
 from implicit_diffusion.runs import RunDirectory
 
@@ -182,7 +182,7 @@ def _columns(model: EnergyModel, data: Data) -> str:
     if len(data.event_shape) == 3:
         return ""
     shown = sides(model, data)
-    found, chance = distances(shown.data, shown.draws)
+    apart, by_chance = distances(shown.data, shown.draws)
     chosen = most_different(shown)
     rows = []
     for i in chosen:
@@ -192,8 +192,8 @@ def _columns(model: EnergyModel, data: Data) -> str:
                 _plain(data.names[i]),
                 *(number(part.mean().item(), part.std().item() / math.sqrt(len(part))) for part in (x, y)),
                 *(number(part.std().item()) for part in (x, y)),
-                f"{found[i]:.3f}",
-                f"{chance[i]:.3f}",
+                f"{apart[i]:.3f}",
+                f"{by_chance[i]:.3f}",
             ]
         )
     head = ("column", "mean of data", "of model", "deviation", "of model", "distance", "by chance")
@@ -240,15 +240,9 @@ implicit-diffusion sample --model {quoted} --num 1000 --out draws.npy"""
 
 def command(config: dict[str, Any]) -> str:
     """The command line with this configuration; the run directory, and what is as it is by default, are left out."""
-    words = ["implicit-diffusion ebm"]
-    for field in fields(Config):
-        value = config.get(field.name)
-        if field.name == "out" or value is None or value == field.default:
-            continue
-        flag = option(field.name, value)
-        join = "=" if str(value).startswith("-") else " "  # or the value is taken for an option
-        words.append(flag if isinstance(value, bool) else f"{flag}{join}{shlex.quote(str(value))}")
-    return " \\\n  ".join(words)
+    given = {field.name: config.get(field.name) for field in fields(Config) if field.name != "out"}
+    defaults = {field.name: field.default for field in fields(Config)}
+    return ranges.command("ebm", {k: v for k, v in given.items() if v is not None and v != defaults[k]})
 
 
 def _configuration(config: dict[str, Any]) -> str:
