@@ -64,8 +64,7 @@ def read_table(name: str, otherwise: str = "") -> Table:
     file, key = place_of(name)
     path = Path(file)
     if not os.path.isfile(path):  # no folder, pipe or device, whose reading might never end
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise InvalidInputError(f"--data {name}: {what}; give {otherwise}{FORMATS}")
+        raise InvalidInputError(f"--data {name}: no such file; give {otherwise}{FORMATS}")
     suffix = path.suffix.lower()
     if suffix in PICKLES or (suffix not in KEYED and _is_torch_archive(path)):
         raise InvalidInputError(

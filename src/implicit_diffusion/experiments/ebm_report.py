@@ -14,7 +14,7 @@ from typing import Any
 from implicit_diffusion.experiments import ranges
 from implicit_diffusion.experiments.array_files import place_of
 from implicit_diffusion.experiments.ebm_config import Config
-from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.ebm_data import Data, plain
 from implicit_diffusion.experiments.ebm_samples import distances, most_different, sides
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.outcome import Picture
@@ -129,7 +129,7 @@ def _warnings(s: dict[str, Any]) -> list[str]:
 
 def _concerns(s: dict[str, Any]) -> str:
     warnings = _warnings(s)
-    cards = [f'<div class="concern warning"><p>{escape(line)}.</p></div>' for line in warnings]
+    cards = [f'<div class="concern warning"><p>{escape(line[0].upper() + line[1:])}.</p></div>' for line in warnings]
     if not warnings:
         checked = "log Z at half the annealing, effective particles, acceptance, data learned by heart, discrete values"
         cards.append(f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
@@ -189,7 +189,7 @@ def _columns(model: EnergyModel, data: Data) -> str:
         x, y = shown.data[:, i], shown.draws[:, i]
         rows.append(
             [
-                _plain(data.names[i]),
+                plain(data.names[i]),
                 *(number(part.mean().item(), part.std().item() / math.sqrt(len(part))) for part in (x, y)),
                 *(number(part.std().item()) for part in (x, y)),
                 f"{apart[i]:.3f}",
@@ -256,8 +256,3 @@ def _name(data: str) -> str:
     """The law, or the file without its folders."""
     file, key = place_of(data)
     return Path(file).name + (f":{key}" if key else "")
-
-
-def _plain(name: str) -> str:
-    """A column's name without matplotlib's formula."""
-    return name.replace("$x_{", "x").replace("}$", "") if name.startswith("$x_{") else name
