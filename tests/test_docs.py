@@ -29,9 +29,8 @@ def run_examples(page):
 
 
 def pages():
-    for page in WRITTEN:
-        name = page.relative_to(ROOT).as_posix()
-        yield pytest.param(page, id=name, marks=pytest.mark.slow if name in SLOW else ())
+    names = {page: page.relative_to(ROOT).as_posix() for page in WRITTEN}
+    return [pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for page, name in names.items()]
 
 
 @pytest.mark.parametrize("page", pages())

@@ -133,4 +133,5 @@ def test_without_a_path_kl_there_is_no_j():
     assert numbers["j_before"] is numbers["j_after"] is numbers["j_bound"] is numbers["captured"] is None
     ruined = Evaluation(held.reward, held.path_kl + math.inf, held.log_ratio + math.nan, held.samples)
     numbers = judge(held, ruined, ruined, BETA).summary
-    assert numbers["j_bound"] is numbers["path_kl"] is numbers["captured"] is None
+    assert numbers["j_possible"] is numbers["path_kl"] is numbers["captured"] is None
+    assert numbers["j_bound"] == bound(held, BETA).j and numbers["j_bound_from"] == "pretrained"

@@ -63,7 +63,7 @@ def test_a_float16_network_under_guidance_has_the_gradient_of_a_float32_one(plac
         g = torch.Generator().manual_seed(0)
         for p in trained:
             p.data += 0.05 * torch.randn(p.shape, generator=g)
-        objective = 1e-6 * (Reward(made.reward) + PathKL())
+        objective = 1e-6 * (made.reward + PathKL())
         Adjoint()(made.chain, objective, Noise(0), 4)
         found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).double())
     ours, theirs = found

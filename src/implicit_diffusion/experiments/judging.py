@@ -91,9 +91,7 @@ def judge(
             numbers["worse"] = numbers["worse"].split(" Try ")[0]
     share: tuple[float | None, float | None] = (None, None)
     most, error, unknown = None, None, None
-    if numbers["worse"] and found is not None:
-        unknown = "J rose: nothing was captured."
-    elif found is not None and beta:
+    if found is not None and beta and after.log_ratio.isfinite().all():
         (most, error), known = possible(before, after, beta), captured(before, after, beta)
         if not most > 2 * error:
             unknown = f"What could be gained, {number(most, error)} of J, may be nothing: judge more --starts."
@@ -101,6 +99,8 @@ def judge(
             unknown = f"The captured share has a standard error of {percent(known[1])}: judge more --starts."
         else:
             share = known
+    if numbers["worse"] and found is not None:
+        unknown, share = "J rose: nothing was captured.", (None, None)
     numbers["captured_unknown"] = unknown
     numbers["j_bound"] = found and found.j
     numbers["j_bound_se"] = found and found.j_se
