@@ -121,13 +121,17 @@ def read(path: Path) -> dict[str, float]:
 
 
 def in_words(spent: dict[str, float]) -> str:
-    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest."""
+    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest.
+
+    All are rounded such that they add up: those with the largest fractions up.
+    """
     whole = sum(spent.values())
-    shown = {name: s for name, s in spent.items() if s >= 0.5 and name != REST}
-    rest = whole - sum(map(round, shown.values()))
-    words = [f"{s:.0f} {name}" for name, s in sorted(shown.items(), key=lambda item: -item[1])]
-    words += [f"{rest:.0f} {REST}"] if round(rest) else []
-    return f"{whole:.0f} s{': ' if words else ''}{', '.join(words)}"
+    parts = sorted(((s, name) for name, s in spent.items() if s >= 0.5 and name != REST), reverse=True)
+    parts.append((max(0.0, whole - sum(s for s, _ in parts)), REST))
+    up = sorted(parts, key=lambda part: int(part[0]) - part[0])[: round(whole) - sum(int(s) for s, _ in parts)]
+    rounded = [(int(part[0]) + (part in up), part[1]) for part in parts]
+    words = ", ".join(f"{s} {name}" for s, name in rounded if s)
+    return f"{whole:.0f} s: {words}" if words else f"{whole:.0f} s"
 
 
 def _count() -> None:
