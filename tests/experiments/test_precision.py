@@ -15,7 +15,7 @@ from implicit_diffusion.experiments.precision import check_precision
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.objectives import PathKL
 
 
 @pytest.fixture(scope="module")

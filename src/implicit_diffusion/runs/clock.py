@@ -121,17 +121,17 @@ def read(path: Path) -> dict[str, float]:
 
 
 def in_words(spent: dict[str, float]) -> str:
-    """`41 s: 12 loading, 10 training, …`, the longest first and the rest last; whole seconds that add up to the sum.
+    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest.
 
-    All are rounded down, but for as many as the sum needs, of those that this takes most from.
+    All are rounded such that they add up: those with the largest fractions up.
     """
-    whole = round(sum(spent.values()))
-    counted = {name: int(s) for name, s in spent.items()}
-    lost = sorted(spent, key=lambda name: counted[name] - spent[name])
-    for name in lost[: whole - sum(counted.values())]:
-        counted[name] += 1
-    order = sorted(filter(counted.get, counted), key=lambda name: (name == REST, -spent[name]))
-    return f"{whole} s{': ' if order else ''}{', '.join(f'{counted[name]} {name}' for name in order)}"
+    whole = sum(spent.values())
+    parts = sorted(((s, name) for name, s in spent.items() if s >= 0.5 and name != REST), reverse=True)
+    parts.append((max(0.0, whole - sum(s for s, _ in parts)), REST))
+    up = sorted(parts, key=lambda part: int(part[0]) - part[0])[: round(whole) - sum(int(s) for s, _ in parts)]
+    rounded = [(int(part[0]) + (part in up), part[1]) for part in parts]
+    words = ", ".join(f"{s} {name}" for s, name in rounded if s)
+    return f"{whole:.0f} s: {words}" if words else f"{whole:.0f} s"
 
 
 def _count() -> None:
