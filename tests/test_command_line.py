@@ -55,6 +55,12 @@ def test_help_lists_what_the_command_takes_and_nothing_else(command, monkeypatch
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=name)
+def test_help_names_no_option_that_the_command_lacks_and_no_folder_of_another(command, option):
+    assert set(re.findall(r"--[a-z][a-z-]+", option.text)) <= {o.name for o in options_of(COMMANDS[command])}
+    assert set(re.findall(r"runs/([a-z]+)-<", option.text)) <= {command}
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS, ids=name)
 def test_every_option_is_described_in_sentences(command, option):
     assert option.text.endswith(".") and option.text[0] in '"ABCDEFGHIJKLMNOPQRSTUVWXYZ'
     assert not option.text.startswith("Of ") and len(option.text.split()) > 2
@@ -98,15 +104,16 @@ def wrong(option):
 @pytest.mark.parametrize(("command", "option"), NAMED, ids=name)
 def test_a_mistake_in_any_option_is_one_line_that_names_it(command, option):
     takes = f"{option.name} takes {option.takes}, got "
+    start = [command, *(word for o in options_of(COMMANDS[command]) if o.positional for word in good(o))]
     for word in wrong(option):
         words = [word, *good(option)[1:]]
-        assert refused([command, option.name, *words]) == takes + repr(word)
-        assert refused([command, f"{option.name}={word}"]) == takes + repr(word)
+        assert refused([*start, option.name, *words]) == takes + repr(word)
+        assert refused([*start, f"{option.name}={word}"]) == takes + repr(word)
     if option.type is bool:
         assert refused([command, f"{option.name}=yes"]) == takes + "'yes'"
-    elif not option.many:
-        assert refused([command, option.name]) == takes + "nothing"
-        assert refused([command, option.name, "--help-me"]) == takes + "nothing"
+    else:
+        assert refused([*start, option.name]) == takes + "nothing"
+        assert refused([*start, option.name, "--help-me"]) == takes + "nothing"
     if not option.many:
         assert "no place for 'more'" in refused([command, option.name, *good(option), *["more"] * 2])
     twice = [option.name, *good(option)] * 2
@@ -143,6 +150,7 @@ def test_what_an_option_takes_is_read(command, option):
         (["resume"], "resume needs PATH"),
         (["score", "--out", "x.npy"], "score needs --model and --data"),
         (["resume", "a", "b"], "no place for 'b' after PATH"),
+        (["resume", "--accept-changes", "model", "run"], "got 'run'; PATH comes before --accept-changes$"),
         (["finetune", "--num_steps", "x"], "--num-steps takes an integer, got 'x'"),
         (["finetune", "--lr", "-1e-3x"], "--lr takes a number, got '-1e-3x'"),
         (["sweep", "--target-kl-mode", "stop"], "--target-kl-mode is for one run"),
@@ -173,7 +181,17 @@ def test_the_last_of_two_counts_and_that_is_said(capsys):
 
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"implicit-diffusion {__version__}, torch {torch.__version__}\n"
+    assert cli.main(["--version", "--plan"]) == 0
+    assert capsys.readouterr().out == f"implicit-diffusion {__version__}, torch {torch.__version__}\n" * 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_seed_below_zero_is_refused_by_name(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if any(option.field == "seed" for option in options_of(COMMANDS[command])):
+        needed = [w for o in options_of(COMMANDS[command]) if o.default is dataclasses.MISSING for w in must(o)]
+        assert cli.main([command, *needed, "--seed", "-1"]) == 2
+        assert capsys.readouterr().err == "error: --seed must be an integer ≥ 0, got -1\n"
 
 
 @dataclass(frozen=True)
@@ -190,14 +208,16 @@ class Inner:
 class Outer:
     """Outer."""
 
-    inner: Inner = field(default_factory=Inner, metadata={"without": {"b": "b is not for outer"}})
+    inner: Inner = field(
+        default_factory=Inner, metadata={"without": {"b": "b is not for outer"}, "texts": {"a": "Mine."}}
+    )
     """What is within."""
     c: bool = True
     """A switch."""
 
 
 def test_nested_options_are_those_of_the_whole_less_what_it_does_not_take():
-    assert [o.field for o in options_of(Outer)] == ["a", "c"]
+    assert [(o.field, o.text) for o in options_of(Outer)] == [("a", "Mine."), ("c", "A switch.")]
     assert make(Outer, a=3, c=False) == Outer(Inner(a=3), c=False)
     commands = {"outer": Outer, "inner": Inner}
     assert read(["outer", "--a", "5", "--no-c"], commands, prog="x", description="") == Outer(Inner(a=5), c=False)
@@ -207,6 +227,8 @@ def test_nested_options_are_those_of_the_whole_less_what_it_does_not_take():
 
 def test_long_lines_break_between_words():
     assert fitted("usage: x [-h] {one,two,three}\n", 20) == "usage: x [-h] {one,\n  two, three}\n"
+    assert fitted("words that go on\n", 10) == "words that\ngo on\n"
+    assert fitted("  words that go on\n", 10) == "  words\n  that go\n  on\n"
     assert fitted("│ " + "x" * 30 + "\n", 20) == "│ " + "x" * 30 + "\n"
 
 

@@ -1,8 +1,10 @@
 """`print` of every public object: a line or a few, without an address and without the numbers of a tensor."""
 
+import ast
 import importlib
 import re
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +16,26 @@ from implicit_diffusion.denoisers.checkpoints import find_checkpoint
 from implicit_diffusion.experiments.conditioning import Conditioning
 from implicit_diffusion.experiments.data import Images
 from implicit_diffusion.experiments.digits import Digits
+from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
+from implicit_diffusion.experiments.lattice import find_lattice
 from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.experiments.planar import law
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
+from implicit_diffusion.runs.adapt import AdaptStep
 from implicit_diffusion.runs.fit import HeldOut, fit
+from implicit_diffusion.runs.watch import Runaway, Watch
 from implicit_diffusion.samplers import Kernel
 from implicit_diffusion.samplers.simulate import simulate
 from tests.oracles import table
 
 PACKAGES = ("", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers")
+SOURCE = Path(idf.__file__).parent
+HELD = r"\b(Tensor|ndarray|Callable|Say|nn\.Module|Float)\b"  # annotations of fields
 NOISE = idf.Noise(0)
 DATA = NOISE.normal((40, 2), 1)
 LONG = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))  # its own repr has a line for each
@@ -116,6 +126,17 @@ def weighted():
     return on_particles(idf.Single, weighted=True)
 
 
+def watched():
+    fit(on_chain(idf.Queue), 4, callbacks=[watch := Runaway(1.0)])
+    return watch
+
+
+def energy_model():
+    kind, lattice = Architecture("mlp", (2,), 8), find_lattice(torch.arange(40.0).reshape(20, 2))
+    moves = Moves("hmc", 0.06)
+    return EnergyModel(kind, kind.build(NOISE), DATA[0], DATA[0].exp(), moves, DATA, 1.837, 0.013, lattice)
+
+
 EXAMPLES = {
     "HMC": lambda: idf.HMC(0.1),
     "MALA": lambda: idf.MALA(0.1),
@@ -178,6 +199,13 @@ EXAMPLES = {
     "Rise": lambda: Rise(HeldOut(reward, NOISE)),
     "StopAtKL": lambda: StopAtKL(0.5, held_out=HeldOut(reward, NOISE)),
     "AdaptKL": lambda: AdaptKL(0.5),
+    "Watch": lambda: Watch(DATA),
+    "Runaway": watched,
+    "AdaptStep": AdaptStep,
+    "Law": lambda: law("moons"),
+    "Lattice": lambda: find_lattice(torch.arange(40.0).reshape(20, 2)),
+    "EnergyModel": energy_model,
+    "Data": lambda: Data(DATA, DATA, DATA[0], DATA[0], law("moons")),
     "Plan": lambda: make_plan(evaluation()),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
@@ -209,6 +237,26 @@ def test_it_prints_in_short(name):
         assert repr(example).startswith(type(example).__name__ + "(")
 
 
+def test_no_dataclass_prints_its_tensors_or_functions():
+    """Such fields need `Shown`: a generated repr would print all numbers, or an address."""
+    generated = []
+    for file in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and "Shown" not in map(ast.unparse, node.bases):
+                made = [ast.unparse(decorator) for decorator in node.decorator_list]
+                fields = [ast.unparse(part.annotation) for part in node.body if isinstance(part, ast.AnnAssign)]
+                if any(text.startswith("dataclass") for text in made) and not node.name.startswith("_"):
+                    generated += [f"{file.name}: {node.name}"] * bool(re.search(HELD, " ".join(fields)))
+    assert not generated
+
+
+def test_what_a_callback_remembers_is_no_news():
+    """Fields that a dataclass keeps out of its repr are kept out of ours; of a reward, that it was tried."""
+    assert repr(Rise(HeldOut(reward, NOISE))).endswith("starts=128), patience=3)")
+    tried = weighted().objective
+    assert tried.probed and repr(tried) == "Reward(function=reward, name='reward')"
+
+
 SAID = {
     "ULA": "ULA(step_size=power_law(0.5, 0.333))",
     "HMC": "leapfrogs=5",
@@ -227,6 +275,8 @@ SAID = {
     "Fit": "Fit(Queue, updates=2, seconds=",
     "RunDirectory": "RunDirectory(path=runs/sharp)",
     "Noise": "Noise(seed=0, prefix=(1,))",
+    "Watch": "Watch(data=(40, 2) float32, every=20, patience=2, bad=0",
+    "EnergyModel": "40 particles, log_z=1.84 ± 0.01, of dequantised data)",
 }
 
 

@@ -123,7 +123,7 @@ def _run(arguments: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError as error:  # neither JSON nor a report could hold it
             raise InvalidInputError(f"{argument!a} is not UTF-8; give the file or folder another name") from error
-    if list(arguments) == ["--version"]:
+    if list(arguments[:1]) == ["--version"]:
         print(f"implicit-diffusion {__version__}, torch {torch.__version__}")
         return
     chosen: Any = read(arguments, commands(), prog="implicit-diffusion", description=DESCRIPTION)

@@ -66,7 +66,8 @@ def fitted(text: str, width: int) -> str:
     for line in text.splitlines():
         if len(line) > width and line[0] not in "│╭╰|+":
             words = line.replace(",", ", ") if "usage:" in line else line
-            line = textwrap.fill(words, width, subsequent_indent="  ", break_on_hyphens=False)
+            indent = "  " if words is not line or line.startswith(" ") else ""
+            line = textwrap.fill(words, width, subsequent_indent=indent, break_on_hyphens=False)
         lines.append(line + "\n")
     return "".join(lines)
 
@@ -154,7 +155,8 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
                 notes.append(_twice(option, " ".join([name, *values])))
         refusal = option.refusal(values)
         if refusal:
-            raise InvalidInputError(refusal)
+            before = f"; {waiting[0].name} comes before {option.name}" if waiting and option.many else ""
+            raise InvalidInputError(refusal + before)
         given[option.field] = option
     missing = [option.name for option in options if option.default is MISSING and option.field not in given]
     if missing:

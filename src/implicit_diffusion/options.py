@@ -2,7 +2,8 @@
 
 The type of a field says what its option takes; None among its values says that the option may be left out, and is not
 offered. A field of another dataclass stands for the options of that one, except those for which its metadata has a
-reason under `without`. With `positional` in its metadata, a field is a word without a name.
+reason under `without`; `texts` has the help of those that mean something else there. With `positional` in its metadata,
+a field is a word without a name.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Option(NamedTuple):
         """What stands for its value in the help."""
         one = self._one
         shown = METAVARS.get(one) or "{" + ",".join(map(str, typing.get_args(one))) + "}"
-        return f"[{shown} ...]" if self.many else " ".join([shown] * self._count)
+        return f"{shown} ..." if self.many else " ".join([shown] * self._count)
 
     @property
     def takes(self) -> str:
@@ -66,7 +67,7 @@ class Option(NamedTuple):
 
     @property
     def many(self) -> bool:
-        """Whether any number of words may follow it."""
+        """Whether any number of words may follow it, one at least."""
         return typing.get_args(self.type)[1:] == (...,)
 
     @property
@@ -90,7 +91,7 @@ class Option(NamedTuple):
 
     def refusal(self, words: Sequence[str]) -> str | None:
         """Why it does not take these words; None where it does."""
-        if not self.many and len(words) != self._count:
+        if len(words) < 1 if self.many else len(words) != self._count:
             got = "nothing" if not words else " and ".join(map(quoted, words))
             return f"{self.name} takes {self.takes}, got {got}"
         for word in words:
@@ -127,7 +128,9 @@ def options_of(config: type) -> tuple[Option, ...]:
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
-            found += [option for option in options_of(kind) if option.field not in field.metadata["without"]]
+            without, own = (field.metadata.get(name, {}) for name in ("without", "texts"))
+            taken = [option for option in options_of(kind) if option.field not in without]
+            found += [option._replace(text=own.get(option.field, option.text)) for option in taken]
             continue
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             (kind,) = (one for one in typing.get_args(kind) if one is not type(None))

@@ -72,10 +72,12 @@ def check_own_gradient(what: str, gradient: Float[Tensor, "n *event"], of: str =
         raise InvalidInputError(f"{what} mixes {of}: the value of the first depends on others; {ALONE}")
 
 
-def check_slope(what: str, gradient: Float[Tensor, "n *event"], values: Float[Tensor, "..."]) -> None:
+def check_slope(
+    what: str, gradient: Float[Tensor, "n *event"], values: Float[Tensor, "..."], *, warn: bool = True
+) -> None:
     """Refuse a function that varies over samples without a slope at any: nothing could follow it.
 
-    One that is flat at all of them may have a slope elsewhere, which is said as a warning.
+    One that is flat at all of them may have a slope elsewhere, which is said as a warning where `warn` asks for it.
 
     Raises:
         InvalidInputError: all derivatives are 0, though the values differ.
@@ -87,8 +89,9 @@ def check_slope(what: str, gradient: Float[Tensor, "n *event"], values: Float[Te
             f"{what} has no slope: its gradient is 0 at all {len(gradient)} samples tried, though their values differ. "
             "It rounds, compares or counts; leave that out, or train a potential by Single, which needs no slope"
         )
-    warnings.warn(
-        f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training follows it "
-        "only where it has one",
-        stacklevel=2,
-    )
+    if warn:
+        warnings.warn(
+            f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training follows it "
+            "only where it has one",
+            stacklevel=2,
+        )

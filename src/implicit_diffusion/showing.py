@@ -40,11 +40,11 @@ class ShownModule(Shown, nn.Module):
 def attributes(value: Any) -> Iterator[str]:
     """The fields of a dataclass or named tuple, the public attributes of others; without those that are None or False.
 
-    What is not there yet, in an object that could not be made, is left out.
+    Fields with `repr=False` are left out, and what is not there yet, in an object that could not be made.
     """
     names = vars(value) if hasattr(value, "__dict__") else value._fields
     if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value) if field.repr]
     held = ((name, getattr(value, name, None)) for name in names if not name.startswith("_"))
     return (f"{name}={brief(item)}" for name, item in held if item is not None and item is not False)
 
@@ -132,5 +132,5 @@ def with_error(mean: float, error: float) -> str:
 
 
 def _few(words: Iterable[str]) -> str:
-    found = list(words)
-    return ", ".join(found[:MOST]) + f", … {len(found)} in all" * (len(found) > MOST)
+    listed = list(words)
+    return ", ".join(listed[:MOST]) + f", … {len(listed)} in all" * (len(listed) > MOST)

@@ -58,6 +58,9 @@ def test_a_table_of_a_spreadsheet(tmp_path):
 def test_names_of_columns_reach_the_data_and_its_messages(tmp_path):
     name = table(tmp_path / "x.csv", "height,width\n" + rows(numbers(20, 2)))
     assert load(name, Noise(0)).names == ("height", "width")
+    still = table(tmp_path / "y.csv", "height,width\n" + "".join(f"{i / 7},2.5\n" for i in range(20)))
+    with pytest.raises(InvalidInputError, match="columns width are constant"):
+        load(still, Noise(0))
     assert load("moons", Noise(0)).names == ("$x_{1}$", "$x_{2}$")
 
 
@@ -69,7 +72,10 @@ NO_TABLE = {
     ),
     "an empty cell": ("1,2\n3,\n5,6\n", r"column 2 holds no number in 1 of 3 rows, in line 2 empty"),
     "a word in the first of the rows": ("1,x\n1,2\n", r"column 2 holds no number in 1 of 2 rows, in line 1 'x'"),
-    "decimal commas": ("a;b\n1,5;2\n", r"column 1 \(a\) holds no number in 1 of 1 rows, in line 2 '1,5'"),
+    "decimal commas": (
+        "a;b\n1,5;2\n",
+        r"column 1 \(a\) holds no number in 1 of 1 rows, in line 2 '1,5'.*: write points",
+    ),
     "digits in groups": ("a,b\n1_000,2\n", "'1_000'"),
     "an integer that would be rounded": ("a,b\n1,9007199254740993\n", "column 2 .*'9007199254740993'"),
     "more digits than are read": ("a,b\n1," + "9" * 5000 + "\n", r"column 2 \(b\) holds no number"),

@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tests import tiny
 
+import implicit_diffusion as idf
 from implicit_diffusion.cli import main
 from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline, scheduler_for
 from implicit_diffusion.denoisers.scheduler import read_table
@@ -66,6 +68,15 @@ def test_time_and_metrics_are_told_once_and_whole(finished):
         if "held_out_objective" in m:
             formula = 2.5 * m["held_out_path_kl"] - m["held_out_reward"]
             assert m["held_out_objective"] == pytest.approx(formula, rel=1e-6)
+
+
+def test_a_finished_run_is_reopened_as_the_page_on_python_says(finished, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "python.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"<!-- skip: next -->\n\n```python\n([^`]*runs/sharp[^`]*)```", page)
+    names = {"idf": idf}
+    exec(recipe.replace("runs/sharp", str(finished)), names)
+    assert names["images"].shape == (16, 1, 8, 8) and names["images"].isfinite().all()
+    assert capsys.readouterr().out.startswith("2.5 0.")
 
 
 LOAD = """

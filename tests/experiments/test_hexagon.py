@@ -46,6 +46,7 @@ def test_the_rewards_are_what_the_paper_says():
     assert smooth_reward(x).tolist() == pytest.approx(smooth)
 
 
+@pytest.mark.slow
 def test_every_arm_runs_and_reports(tmp_path, capsys):
     out = tmp_path / "run"
     config = hexagon.Config(steps=40, particles=64, seeds=2, grid=(0.1, 1.0), out=out)

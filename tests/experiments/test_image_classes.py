@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.experiments import digits, image_classes, pretrain
 from implicit_diffusion.experiments.data import as_floats, load_images
 from implicit_diffusion.experiments.pretrain_config import Config
-from implicit_diffusion.experiments.pretrain_samples import sample_images
+from implicit_diffusion.experiments.pretrain_samples import TITLE, WIDTH, plot_samples, sample_images
 
 SIDES = {"left": np.s_[:, :4], "right": np.s_[:, 4:], "t*p": np.s_[:4]}  # what is white in the images of a class
 NAMES = tuple(SIDES)
@@ -175,3 +176,12 @@ def test_an_interrupted_run_with_classes_goes_on_bit_for_bit(tmp_path, monkeypat
     ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "whole"))
     assert ours.keys() == theirs.keys() and "class_embedding.weight" in ours
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("names", [("a", "b"), tuple("abcdefghij")])
+def test_a_picture_is_as_high_as_its_rows(names, tmp_path):
+    """Images of two by three in frames of one: rows of 12 x 5 by 4 pixels each."""
+    count = image_classes.COLUMNS * len(names)
+    plot_samples({"real": torch.zeros(count, 1, 2, 3)}, tmp_path / "x.png", names)
+    height, width = imread(tmp_path / "x.png").shape[:2]
+    assert height / 130 == pytest.approx(WIDTH * 4 * len(names) / 60 + TITLE, abs=0.02) and width == 130 * WIDTH

@@ -146,7 +146,7 @@ def test_a_run_on_discrete_data_says_so(counts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
     summary = ebm.run(dataclasses.replace(TINY, data=counts, steps=4, out=tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "note      columns 0, 1 hold multiples of 1: a density may pile up" in said and "--dequantise" in said
+    assert "note      columns x1, x2 hold multiples of 1: a density may pile up" in said and "--dequantise" in said
     assert any("--dequantise" in line for line in summary["advice"])
     assert load_energy_model(tmp_path / "run" / "model").lattice is None
 

@@ -81,6 +81,12 @@ def test_a_good_run(good, tmp_path):
     assert not re.search(r"url\(|@import|https?://", text)
 
 
+def test_a_small_gain_is_seen_in_the_headline(good, tmp_path):
+    small = good.summary | {"reward_before": -0.39208, "reward_after": -0.38860}
+    page = write_report(replace(good, summary=small), [], RunDirectory.create(tmp_path / "run")).read_text()
+    assert "−0.3921 →</span> −0.3886" in page
+
+
 def test_a_model_that_is_not_digits_in_a_nested_loop(tmp_path):
     """No quality, three channels, no staleness; with three updates nothing was held out on the way."""
     outcome = colour_outcome()

@@ -69,7 +69,9 @@ STUDIES = {
 }
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "hexagon")) for name in STUDIES]
+)
 def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, capsys):
     module, function, call, runs = STUDIES[name]
     monkeypatch.setattr(tilt, "ANNEALING", 5)

@@ -139,6 +139,7 @@ def test_mutations_of_the_data_charges_are_seen(flip, monkeypatch):
     assert worst > 4 or abs(error) > 4 * standard
 
 
+@pytest.mark.slow
 def test_the_factor_is_seen_with_eight_particles(monkeypatch):
     for module in (base, kl):
         monkeypatch.setattr(module, "centred", without_factor)

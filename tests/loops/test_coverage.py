@@ -38,7 +38,9 @@ def spread(found):
     return values.mean().item(), errors.mean().item(), values.std().item()
 
 
-@pytest.mark.parametrize(("a", "b", "told"), [(0.3, 0.1, "trained"), (3.0, 1.0, "pretrained")])
+@pytest.mark.parametrize(
+    ("a", "b", "told"), [(0.3, 0.1, "trained"), pytest.param(3.0, 1.0, "pretrained", marks=pytest.mark.slow)]
+)
 def test_errors_of_share_gain_and_bound_cover(a, b, told):
     """200 replicates know the deviation to 5 %. At a = 0.3 the missed part is most of the error of the share."""
     pairs = [(controlled(*parts, 0.0, 0.0), controlled(*parts, a, b)) for parts in zip(*draws(MANY, 60, 8))]

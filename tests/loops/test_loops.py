@@ -292,7 +292,9 @@ def test_accumulation_averages(kind):
             torch.testing.assert_close(g, sum(singles) / 3, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["nested", "queue", "queue, stride 4"])
+@pytest.mark.parametrize(
+    "kind", ["queue", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nested", "queue, stride 4"))]
+)
 def test_converges_to_the_riccati_optimum(kind):
     """The exact J of the trained gains, against the optimum over all controls: within 2 % of what there is to gain."""
     loop, reward = build(kind, lr=0.05, batch=64)

@@ -42,7 +42,7 @@ def expected(spacing=0.1):
     return line(spacing).mean(Quartic(tuple(path(STEPS)[-1].tolist())), wave)
 
 
-@pytest.mark.parametrize("order", ["paper", "x-first"])
+@pytest.mark.parametrize("order", ["paper", pytest.param("x-first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_weighted_averages_are_exact_though_theta_moves(name, order):
     """At coarse h and far from equilibrium; E Ẑ = Z even with resampling. Without weights the mean is visibly off."""

@@ -132,4 +132,6 @@ def test_parts_in_words_add_up_to_all(seconds):
 def test_how_it_is_told():
     spent = {"the rest": 0.4, "training": 10.4, "loading": 12.4, "saving": 0.4, "judging": 0.5}
     assert clock.in_words(spent) == "24 s: 12 loading, 10 training, 1 judging, 1 the rest"
+    spent = {"training": 2.9, "judging": 1.7, "drawing": 1.6}  # each rounded by itself adds up to 7 of 6 seconds
+    assert clock.in_words(spent) == "6 s: 3 training, 2 judging, 1 drawing"
     assert clock.in_words({"training": 4.4}) == "4 s: 4 training" and clock.in_words({}) == "0 s"

@@ -59,6 +59,19 @@ def test_what_was_made_before_says_nothing_of_how_long_the_rest_takes(clock, cap
     assert lines(capsys) == ["run  85/100 (85 %)  15 s, 45 s left", "run  90/100 (90 %)  30 s, 30 s left"]
 
 
+def test_what_turns_out_to_be_made_already_says_nothing_either(clock, capsys):
+    with progress(100, "run") as bar:
+        bar.skip(60)
+        for _ in range(10):
+            clock[0] += 3
+            bar.update()
+    assert lines(capsys) == [
+        "run  60/100 (60 %)  0 s",
+        "run  65/100 (65 %)  15 s, 105 s left",
+        "run  70/100 (70 %)  30 s, 90 s left",
+    ]
+
+
 def test_no_more_than_all_is_done(clock, capsys):
     with progress(4, "run", 1) as bar:
         bar.update(advance=9)
@@ -86,7 +99,8 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     with progress(3, "fine-tuning") as bar:
-        for k in range(3):
+        bar.skip(1)
+        for k in range(1, 3):
             bar.update({"reward": k})
     out, err = capsys.readouterr()
     assert out == ""

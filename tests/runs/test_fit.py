@@ -64,6 +64,7 @@ def test_stop_at_kl():
     assert target.average >= 0.05
 
 
+@pytest.mark.slow
 def test_adapt_kl_sits_at_the_target():
     """The exact path KL of the final gains, against a target well below that of the untouched β."""
     loop, reward = build(lr=0.02, batch=64)

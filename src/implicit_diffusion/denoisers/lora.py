@@ -53,13 +53,13 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
         or not all(isinstance(end, str) for end in targets)
     ):
         raise InvalidInputError(f"--lora-targets must be a list of ends of layers' names, got {shown(targets)}")
-    found = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    layers = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
     if targets is None:
-        attends = any(name.endswith(ATTENTION[0]) for name in found)
+        attends = any(name.endswith(ATTENTION[0]) for name in layers)
         targets = ATTENTION if attends else RESIDUAL
-    missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in found)]
+    missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in layers)]
     if missing or not targets:
-        ends = sorted({_end(name) for name in found})
+        ends = sorted({_end(name) for name in layers})
         raise InvalidInputError(
             f"--lora-targets: no layer of the network is called {', '.join(missing) or 'nothing'}; among those that "
             f"can be adapted are {', '.join(ends[:12])}"
@@ -163,8 +163,8 @@ def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
         return None
     import peft
 
-    found: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
-    return {name: weight.detach().cpu().contiguous() for name, weight in found.items()}
+    weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
 
 
 def merged(denoiser: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.reading import one_line
+from implicit_diffusion.showing import Shown
 
 FORMATS = "FILE.npy, FILE.npz, FILE.csv, or FILE.safetensors"
 KEYED = (".npz", ".safetensors")  # hold arrays by name: FILE.npz:NAME is one of them
@@ -29,10 +31,11 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
 HEADER = 2**16  # bytes, of an array in an archive; numpy reads no header of more than 10000
 SHOWN = 10  # names, rows, or columns in a message
 EXACT = 2**53  # integers up to here are doubles
+COMMA = re.compile(r"[+-]?\d*,\d+")  # a number with a decimal comma
 
 
-@dataclass(frozen=True)
-class Table:
+@dataclass(frozen=True, repr=False)
+class Table(Shown):
     """An array of numbers, and the names of its columns where the file has some."""
 
     array: np.ndarray
@@ -255,4 +258,7 @@ def _listed(bad: dict[int, list[Any]], columns: tuple[str, ...] | None, count: i
         what = repr(one_line(cell)) if cell else "empty"
         parts.append(f"column {column + 1}{called} holds no number in {times} of {count} rows, in line {line} {what}")
     more = f"; and {len(bad) - SHOWN} more columns" if len(bad) > SHOWN else ""
-    return "; ".join(parts) + more + ". Leave such a column out, remove or impute such rows, or write them as numbers"
+    change = "Leave such a column out, remove or impute such rows, or write them as numbers"
+    if all(COMMA.fullmatch(cell) for _, cell, _ in bad.values()):
+        change = "These look like decimal commas: write points"
+    return f"{'; '.join(parts)}{more}. {change}"

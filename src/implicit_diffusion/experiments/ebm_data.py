@@ -15,6 +15,7 @@ from implicit_diffusion.experiments.array_files import read_table
 from implicit_diffusion.experiments.lattice import LEVELS, Lattice, find_lattice
 from implicit_diffusion.experiments.planar import LAWS, Law, law
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import Shown
 
 TRAIN, HELD_OUT, FILLED = 0, 1, 6  # streams of noise beside those of training
 SIZES = 20_000, 10_000  # of laws
@@ -26,8 +27,8 @@ MOST_COPIED = 2**23  # numbers, that copies may add up to
 GREY = Lattice(torch.ones(()), torch.zeros(()))  # of the digits
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, repr=False)
+class Data(Shown):
     """Data in their own units, in single precision, or in double where single would round them.
 
     Args:
@@ -107,7 +108,7 @@ def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
         table = read_table(name, f"one of {', '.join(LAWS)}, digits, ")
         columns = table.columns
         x = to_tensor(name, table.array)
-        train, held_out = split(x, noise)
+        train, held_out = split(x, noise, columns)
         lattice = find_lattice(x)
         if dequantise and lattice is None:
             raise InvalidInputError(
@@ -134,13 +135,18 @@ def discrete(data: Data) -> str | None:
         where = f"all pixels are multiples of {spacing.item():.4g}"
     else:
         of = [i for i, s in enumerate(spacing.tolist()) if s]
-        shown = ", ".join(data.names[i] if data.columns else str(i) for i in of[:SHOWN])
+        shown = ", ".join(plain(data.names[i]) for i in of[:SHOWN])
         steps = sorted({f"{spacing[i]:.4g}" for i in of}, key=float)
         where = f"columns {shown}{', …' if len(of) > SHOWN else ''} hold multiples of {', '.join(steps[:SHOWN])}"
     return (
         f"{where}: a density may pile up on such values without limit, so its likelihood means little. --dequantise "
         "fills the gaps with noise, and bounds the probability of the values"
     )
+
+
+def plain(name: str) -> str:
+    """A column's name without the formula of `Data.names`: x1, where nobody said."""
+    return name.replace("$x_{", "x").replace("}$", "") if name.startswith("$x_{") else name
 
 
 def moments(x: Float[Tensor, "m *event"]) -> tuple[Float[Tensor, "*event"], Float[Tensor, "*event"]]:
@@ -182,8 +188,8 @@ def to_tensor(name: str, array: np.ndarray) -> Float[Tensor, "m *event"]:
     return x
 
 
-def split(x: Float[Tensor, "m *event"], noise: Noise) -> tuple[Tensor, Tensor]:
-    """A fifth held out, at random. Errors as in `load`."""
+def split(x: Float[Tensor, "m *event"], noise: Noise, columns: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """A fifth held out, at random. Errors as in `load`, with the names of columns where there are some."""
     if len(x) < 10:
         raise InvalidInputError(f"--data needs at least 10 rows, of which a fifth is held out, got {len(x)}")
     order = torch.randperm(len(x), generator=noise.generator(TRAIN))
@@ -192,8 +198,9 @@ def split(x: Float[Tensor, "m *event"], noise: Noise) -> tuple[Tensor, Tensor]:
     if x.ndim == 2:
         constant = _constant(train).nonzero().flatten().tolist()
         if constant:
+            which = ", ".join(columns[i] for i in constant) if columns else constant
             raise InvalidInputError(
-                f"--data: columns {constant} are constant, and a density of them is none; leave these columns out"
+                f"--data: columns {which} are constant, and a density of them is none; leave these columns out"
             )
     elif _constant(train.flatten()):
         raise InvalidInputError("--data: all pixels are the same")

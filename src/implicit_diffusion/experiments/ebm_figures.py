@@ -46,13 +46,13 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
         The pictures in the order of the report: the density on the plane; images beside images; marginals and pairs of
         columns, or of principal components where columns are many; log-likelihoods; how training went.
     """
-    found: list[Picture] = []
+    pictures: list[Picture] = []
 
     def keep(name: str, figure: Figure | None, title: str, caption: str, plain: Any = ()) -> None:
         path = directory.figure(name)
         if figure is not None:
             finish(figure, path, plain)
-        found.append(Picture(name, path, title, caption))
+        pictures.append(Picture(name, path, title, caption))
 
     images, d = len(data.event_shape) == 3, math.prod(data.event_shape)
     shown = sides(model, data)
@@ -84,7 +84,7 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
     curves = draw_curves(directory.read_metrics(), summary, data, len(model.particles))
     if curves is not None:
         keep("training", curves, "How training went", CURVES, curves.axes)
-    return found
+    return pictures
 
 
 IMAGES = "Left images that training did not see, right the particles: draws of the model. They should look alike."

@@ -28,6 +28,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, clock, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.showing import with_error
 
 FOLLOWERS = {"vectors": 1600, "images": 400}  # particles of the annealing
 MOST_SEEN = 5000  # training data whose likelihood is taken
@@ -137,28 +138,28 @@ def what_to_change(trained: Trained, summary: dict[str, Any], *, chosen: bool) -
         del metrics["acceptance"]
     if loop.weighted:
         metrics |= {"ess": summary["ess"]}
-    found = advice(loop, metrics, words=WORDS)
+    sentences = advice(loop, metrics, words=WORDS)
     if summary.get("gain_over_gaussian", 0.0) < -2 * summary.get("gain_over_gaussian_se", 0.0):
-        found.insert(
+        sentences.insert(
             0,
             f"held-out data are less likely than under a Gaussian of the same mean and covariance, by "
-            f"{-summary['gain_over_gaussian']:.2g} ± {summary['gain_over_gaussian_se']:.1g} nats each: the training "
+            f"{with_error(-summary['gain_over_gaussian'], summary['gain_over_gaussian_se'])} nats each: the training "
             "failed, or was too short. Take more --steps, or a smaller --lr",
         )
     if summary.get("overfit", 0.0) > max(3 * summary.get("overfit_se", 0.0), OVERFIT):
-        found.append(
-            f"data of the training are more likely than held-out ones, by {summary['overfit']:.2g} ± "
-            f"{summary['overfit_se']:.1g} nats each: they are learned by heart in part. Take fewer --steps, a smaller "
-            "--width, or add --weight-decay"
+        sentences.append(
+            "data of the training are more likely than held-out ones, by "
+            f"{with_error(summary['overfit'], summary['overfit_se'])} nats each: they are learned by heart in part. "
+            "Take fewer --steps, a smaller --width, or add --weight-decay"
         )
     estimate, half = summary["log_z_estimate"], summary["log_z_half"]
     error = math.hypot(summary["log_z_estimate_se"], summary["log_z_half_se"])
     if "log_z" not in summary and half < estimate - 2 * error:
-        found.append(
+        sentences.append(
             f"log Z rises from {half:.4g} to {estimate:.4g} ± {error:.2g} when the annealing takes twice the steps: it "
             "is still too low, and the likelihoods too high. Take more --judge-steps"
         )
-    return found
+    return sentences
 
 
 def show(summary: dict[str, Any], directory: RunDirectory) -> None:

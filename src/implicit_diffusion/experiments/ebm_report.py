@@ -11,14 +11,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from implicit_diffusion.experiments import ranges
 from implicit_diffusion.experiments.array_files import place_of
 from implicit_diffusion.experiments.ebm_config import Config
-from implicit_diffusion.experiments.ebm_data import Data
+from implicit_diffusion.experiments.ebm_data import Data, plain
 from implicit_diffusion.experiments.ebm_samples import distances, most_different, sides
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.outcome import Picture
 from implicit_diffusion.experiments.page import duration, figure, table, tile, write_page
-from implicit_diffusion.experiments.ranges import option
 from implicit_diffusion.experiments.written import number
 from implicit_diffusion.runs import RunDirectory
 
@@ -129,7 +129,7 @@ def _warnings(s: dict[str, Any]) -> list[str]:
 
 def _concerns(s: dict[str, Any]) -> str:
     warnings = _warnings(s)
-    cards = [f'<div class="concern warning"><p>{escape(line)}.</p></div>' for line in warnings]
+    cards = [f'<div class="concern warning"><p>{escape(line[0].upper() + line[1:])}.</p></div>' for line in warnings]
     if not warnings:
         checked = "log Z at half the annealing, effective particles, acceptance, data learned by heart, discrete values"
         cards.append(f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
@@ -182,18 +182,18 @@ def _columns(model: EnergyModel, data: Data) -> str:
     if len(data.event_shape) == 3:
         return ""
     shown = sides(model, data)
-    found, chance = distances(shown.data, shown.draws)
+    apart, by_chance = distances(shown.data, shown.draws)
     chosen = most_different(shown)
     rows = []
     for i in chosen:
         x, y = shown.data[:, i], shown.draws[:, i]
         rows.append(
             [
-                _plain(data.names[i]),
+                plain(data.names[i]),
                 *(number(part.mean().item(), part.std().item() / math.sqrt(len(part))) for part in (x, y)),
                 *(number(part.std().item()) for part in (x, y)),
-                f"{found[i]:.3f}",
-                f"{chance[i]:.3f}",
+                f"{apart[i]:.3f}",
+                f"{by_chance[i]:.3f}",
             ]
         )
     head = ("column", "mean of data", "of model", "deviation", "of model", "distance", "by chance")
@@ -240,15 +240,9 @@ implicit-diffusion sample --model {quoted} --num 1000 --out draws.npy"""
 
 def command(config: dict[str, Any]) -> str:
     """The command line with this configuration; the run directory, and what is as it is by default, are left out."""
-    words = ["implicit-diffusion ebm"]
-    for field in fields(Config):
-        value = config.get(field.name)
-        if field.name == "out" or value is None or value == field.default:
-            continue
-        flag = option(field.name, value)
-        join = "=" if str(value).startswith("-") else " "  # or the value is taken for an option
-        words.append(flag if isinstance(value, bool) else f"{flag}{join}{shlex.quote(str(value))}")
-    return " \\\n  ".join(words)
+    given = {field.name: config.get(field.name) for field in fields(Config) if field.name != "out"}
+    defaults = {field.name: field.default for field in fields(Config)}
+    return ranges.command("ebm", {k: v for k, v in given.items() if v is not None and v != defaults[k]})
 
 
 def _configuration(config: dict[str, Any]) -> str:
@@ -262,8 +256,3 @@ def _name(data: str) -> str:
     """The law, or the file without its folders."""
     file, key = place_of(data)
     return Path(file).name + (f":{key}" if key else "")
-
-
-def _plain(name: str) -> str:
-    """A column's name without matplotlib's formula."""
-    return name.replace("$x_{", "x").replace("}$", "") if name.startswith("$x_{") else name

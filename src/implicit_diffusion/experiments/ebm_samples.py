@@ -15,6 +15,7 @@ from implicit_diffusion.experiments.drawing import sheet
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import Shown
 
 DATA, MODEL, TRAIN = "0.55", "#2a9d5c", "#7a5195"  # colours
 PAIRED = 8  # columns, of which all pairs are shown
@@ -25,8 +26,8 @@ MOST = 2000  # data or draws that are looked at
 SHUFFLES, QUANTILE = 200, 0.95
 
 
-@dataclass(frozen=True)
-class Sides:
+@dataclass(frozen=True, repr=False)
+class Sides(Shown):
     """Data and draws of the model, side by side in the data's units.
 
     Args:
@@ -71,8 +72,8 @@ def distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Float[T
 
 def most_different(shown: Sides) -> list[int]:
     """The columns whose distance exceeds that of chance the most, in that order, at most `SHOWN`."""
-    found, chance = distances(shown.data, shown.draws)
-    return (found - chance).argsort(descending=True)[:SHOWN].tolist()
+    apart, by_chance = distances(shown.data, shown.draws)
+    return (apart - by_chance).argsort(descending=True)[:SHOWN].tolist()
 
 
 def principal(shown: Sides, scale: Float[Tensor, " d"]) -> Sides:

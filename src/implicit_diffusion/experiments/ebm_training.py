@@ -21,10 +21,11 @@ from implicit_diffusion.runs.adapt import AdaptStep
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit, fit
 from implicit_diffusion.runs.watch import Watch
+from implicit_diffusion.showing import Shown
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, repr=False)
+class Trained(Shown):
     """A training that has ended, with the exact figures on its way where these are known."""
 
     settings: Settings
@@ -34,8 +35,8 @@ class Trained:
     curve: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Gap:
+@dataclass(frozen=True, repr=False)
+class Gap(Shown):
     """Callback: by how many nats the mean energy of the data is above that of the particles, for metrics.jsonl.
 
     The network's share of it is the slope of the likelihood along the network's own scale, which ends at zero.
@@ -78,12 +79,12 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
         def look(state: Fit) -> None:
             if state.updates % every == 0 or state.updates == settings.updates:
                 with part("held-out checks"):
-                    found = quadrature.figures(state.model)
+                    figures = quadrature.figures(state.model)
                 work = {"updates": state.updates, "seconds": state.seconds} | loop.cost()
                 if loop.weighted:
-                    found["log_z_particles"] = float(loop.particles.log_z or 0.0)
-                curve.append(work | found)
-                state.metrics |= {f"exact_{name}": value for name, value in found.items()}
+                    figures["log_z_particles"] = float(loop.particles.log_z or 0.0)
+                curve.append(work | figures)
+                state.metrics |= {f"exact_{name}": value for name, value in figures.items()}
 
         callbacks.append(look)
     if directory is not None and not directory.model.exists():  # a resumed run has a later one

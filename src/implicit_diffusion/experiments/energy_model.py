@@ -2,15 +2,15 @@
 
     log p(x) = −V((x − shift)/scale) − log Z − Σ log scale
 
-A folder holds `model.safetensors` (the network, shift, scale, particles, and where the data were
-dequantised their lattice) and `model.json` (how to build the network,
-log Z and its standard error). Nothing in it is executed.
+A folder holds `model.safetensors` (the network, shift, scale, particles, and where the data were dequantised their
+lattice) and `model.json` (how to build the network, log Z and its standard error). Nothing in it is executed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,7 @@ from implicit_diffusion.runs.files import replacing, writing
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulate import simulate
-from implicit_diffusion.showing import Shown
+from implicit_diffusion.showing import Shown, brief, with_error
 
 FORMAT = "implicit-diffusion energy model"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -98,6 +98,15 @@ class EnergyModel(Shown):
     log_z: float | None = None
     log_z_se: float | None = None
     lattice: Lattice | None = None
+
+    def _words(self) -> Iterator[str]:
+        yield brief(self.potential)
+        yield repr(self.moves)
+        yield f"{len(self.particles)} particles"
+        if self.log_z is not None:
+            yield f"log_z={with_error(self.log_z, self.log_z_se or 0.0)}"
+        if self.lattice is not None:
+            yield "of dequantised data"
 
     def standardise(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
         """The model's coordinates of data."""

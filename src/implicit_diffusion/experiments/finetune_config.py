@@ -99,7 +99,7 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1)
+        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0)
         positive(self, "lr", "max_grad_norm", "target_kl")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":

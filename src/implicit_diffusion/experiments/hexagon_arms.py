@@ -25,6 +25,7 @@ from implicit_diffusion.objectives import ForwardKL, Objective, Reward
 from implicit_diffusion.potentials import GaussianMixture, Guided
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.showing import Shown
 
 INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 6
 WATCHED = 128  # particles whose mixing is looked at
@@ -90,8 +91,8 @@ class Config:
         )
 
 
-@dataclass
-class Trace:
+@dataclass(repr=False)
+class Trace(Shown):
     """One run of one arm.
 
     Args:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.showing import Shown
 
 # Formats that announce themselves in their first bytes. Left out: those that run another program, as EPS does, stubs
 # without a decoder, and formats without a mark, for which Pillow takes files of any kind.
@@ -30,8 +31,8 @@ Stream = BufferedReader | BytesIO
 DEEP = ("I", "F")  # modes of Pillow with more than eight bits
 
 
-@dataclass(frozen=True)
-class Picture:
+@dataclass(frozen=True, repr=False)
+class Picture(Shown):
     """An image that can be decoded.
 
     Args:

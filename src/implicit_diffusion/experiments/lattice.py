@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.showing import Shown
 
 LEVELS = 2**16  # a lattice of more is taken for a continuum: single precision has 2^24 numbers itself
 FEW = 256  # levels that are noticed though hardly a value occurs twice
@@ -24,8 +25,8 @@ ROUNDED = 1e-9  # of the spacing, by which a value in double precision may lie b
 OFF = 0.01  # of the spacing, that a value may lie off the lattice: more than single precision rounds
 
 
-@dataclass(frozen=True)
-class Lattice:
+@dataclass(frozen=True, repr=False)
+class Lattice(Shown):
     """Values offset + spacing·{0, 1, 2, …}, in every coordinate for itself.
 
     Args:
@@ -78,11 +79,11 @@ def find_lattice(x: Float[Tensor, "m *event"]) -> Lattice | None:
     A column counts as discrete if it has at most 256 levels, or if at least half of its values occurred before.
     """
     columns = x.unbind(1) if x.ndim == 2 else [x.flatten()]
-    found = [_spacing(column) for column in columns]
-    if not any(found):
+    spacings = [_spacing(column) for column in columns]
+    if not any(spacings):
         return None
     lowest = torch.stack([column.amin() for column in columns]).double()
-    spacing = torch.tensor(found, dtype=torch.float64)
+    spacing = torch.tensor(spacings, dtype=torch.float64)
     if x.ndim > 2:
         spacing, lowest = spacing.view(1, 1, 1), lowest.view(1, 1, 1)
     return Lattice(spacing, lowest)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import GaussianMixture
+from implicit_diffusion.showing import Shown
 
 CENTRES = 256  # on curves; their spacing is a small part of the noise
 HALF, CELL = 8.0, 1 / 16  # the grid covers [−8, 8]²; midpoints of smooth laws converge exponentially
 
 
-@dataclass(frozen=True)
-class Law:
+@dataclass(frozen=True, repr=False)
+class Law(Shown):
     """A law on the plane.
 
     Args:

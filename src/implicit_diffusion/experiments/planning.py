@@ -43,7 +43,7 @@ def planned(
     config: Config,
     problem: Problem,
     directory: RunDirectory,
-    found: dict[str, Any],
+    fingerprints: dict[str, Any],
     pretrained: Evaluation | None = None,
 ) -> tuple[Plan, Evaluation]:
     """The plan of a run that has begun to train or is about to, and what it is made of.
@@ -54,11 +54,11 @@ def planned(
         config: of the run.
         problem: of that config.
         directory: of the run.
-        found: fingerprints, by `inputs`, before anything was loaded.
+        fingerprints: of what the run is given, by `inputs`, before anything was loaded.
         pretrained: what the plan is made of, where it has been drawn and shown before.
     """
     known = read_rewards(directory) if directory.has_state else None
-    samples = pretrained or known or pretrained_samples(config, problem, directory, found)
+    samples = pretrained or known or pretrained_samples(config, problem, directory, fingerprints)
     options: dict[str, Any] = {"betas": ()} if config.penalty == "drift" else {"asked": config.kl_weight}
     try:
         plan = make_plan(samples, **options, conditional=problem.chain.condition is not None)
@@ -70,7 +70,7 @@ def planned(
         return plan, samples
     plot(plan, samples, directory.figure("plan"))
     if samples is pretrained:
-        storage(config, problem, directory, found).write(samples)
+        storage(config, problem, directory, fingerprints).write(samples)
     else:
         show(plan)
     if config.plan:
@@ -80,16 +80,18 @@ def planned(
 
 
 @part("planning")
-def pretrained_samples(config: Config, problem: Problem, directory: RunDirectory, found: dict[str, Any]) -> Evaluation:
+def pretrained_samples(
+    config: Config, problem: Problem, directory: RunDirectory, fingerprints: dict[str, Any]
+) -> Evaluation:
     """Trajectories of the pretrained chain, several from each start: those of the folder, and what lacks of them.
 
     Args:
         config: of the run.
         problem: of that config.
         directory: of the run. Its plan.json stands for a plan that is whole, and goes where something is drawn.
-        found: fingerprints, by `inputs`, before anything was loaded.
+        fingerprints: of what the run is given, by `inputs`, before anything was loaded.
     """
-    stored, there = storage(config, problem, directory, found), None
+    stored, there = storage(config, problem, directory, fingerprints), None
     total = REPEATS * config.starts
     try:
         there = stored.read()
@@ -116,6 +118,7 @@ def draw(config: Config, problem: Problem, stored: Stored) -> Evaluation:
             starts=config.starts,
             repeats=REPEATS,
             progress=lambda done: bar.update(advance=done),
+            skip=bar.skip,
             stored=stored,
         )
 
@@ -138,10 +141,10 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
     return Evaluation(reward, none, none, none[..., None][..., :0])
 
 
-def storage(config: Config, problem: Problem, directory: RunDirectory, found: dict[str, Any]) -> Stored:
+def storage(config: Config, problem: Problem, directory: RunDirectory, fingerprints: dict[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
     draws = Draws(Noise(config.seed), PLAN, 2, device=problem.chain.device)
-    return Stored(directory.path / PLANNED, rests_on(config, problem, found), config.starts, draws, SHOWN)
+    return Stored(directory.path / PLANNED, rests_on(config, problem, fingerprints), config.starts, draws, SHOWN)
 
 
 def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) -> None:
@@ -159,7 +162,7 @@ def _show_files(problem: Problem, samples: Evaluation, directory: RunDirectory) 
         print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
 
 
-def rests_on(config: Config, problem: Problem, found: dict[str, Any]) -> dict[str, str]:
+def rests_on(config: Config, problem: Problem, fingerprints: dict[str, Any]) -> dict[str, str]:
     """All that decides the bits of pretrained trajectories and their rewards, by name.
 
     What is trained, and how, has no part in it: neither β nor adapters, which are off in the pretrained network.
@@ -182,15 +185,15 @@ def rests_on(config: Config, problem: Problem, found: dict[str, Any]) -> dict[st
         "dtype": problem.chain.dtype,
         "code": f"sha256 {code_digest()}",
     }
-    named = {f"--{name}": getattr(config, name) for name in ("model", "reference") if name not in found}
-    asked = {name: str(value) for name, value in (named | options).items() if value is not None}
-    return asked | _files(with_imports(config, found)) | surroundings(problem.chain.device)
+    named = {f"--{name}": getattr(config, name) for name in ("model", "reference") if name not in fingerprints}
+    set_options = {name: str(value) for name, value in (named | options).items() if value is not None}
+    return set_options | _files(with_imports(config, fingerprints)) | surroundings(problem.chain.device)
 
 
-def _files(found: dict[str, Any]) -> dict[str, str]:
+def _files(fingerprints: dict[str, Any]) -> dict[str, str]:
     """The digests of files, by names that do not say where they lie."""
     digests: dict[str, str] = {}
-    for name, entry in found.items():
+    for name, entry in fingerprints.items():
         if name == "prompts":  # read by now
             continue
         files = dict(entry["files"])

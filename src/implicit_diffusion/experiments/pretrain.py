@@ -134,7 +134,7 @@ def _finish(
         summary["classifier_accuracy"] = digits.accuracy(digits.load_classifier())
         summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
     card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
-    with writing(directory.model):
+    with part("saving"), writing(directory.model):
         save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
     plot(data, drawn, directory)
     directory.write_summary(summary)  # the last file: with it, the run is finished
@@ -213,17 +213,16 @@ def train(
         torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(config.seed)
-            unet, scheduler = build(config, data.event_shape, len(data.classes))
-            unet.to(device).train()
-            training = begin(config, unet, scheduler)
-            images = (
-                [] if os.path.isabs(config.data) else digests(data)
-            )  # of a folder, `runs.provenance` has every file
-            if directory is not None and directory.has_state:
-                training.restore(directory, images)
-            elif directory is not None:
-                training.save(directory, images)
+            with part("loading"):
+                torch.manual_seed(config.seed)
+                unet, scheduler = build(config, data.event_shape, len(data.classes))
+                unet.to(device).train()
+                training = begin(config, unet, scheduler)
+                images = [] if os.path.isabs(config.data) else digests(data)  # of a folder, provenance has every file
+                if directory is not None and directory.has_state:
+                    training.restore(directory, images)
+                elif directory is not None:
+                    training.save(directory, images)
             _train(config, data, images, training, directory)
             training.average.copy_to(unet.parameters())
             return unet.eval(), scheduler

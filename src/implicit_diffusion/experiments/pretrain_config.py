@@ -53,7 +53,7 @@ class Config:
     chains: tuple[int, ...] = (10, 50)
     """Numbers of sampling steps at which the model is judged, or its samples drawn."""
     samples: int = 2000
-    """Number of digits to judge at each of --chains; of other images, 96 are always drawn."""
+    """Number of digits to judge at each of --chains; of other images, a page is drawn."""
     device: str | None = None
     """Device to compute on: "cpu", "cuda", …; by default the CPU for digits.
     For other images it is an accelerator, where there is one."""
@@ -61,10 +61,11 @@ class Config:
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0)
+        words = " ".join(map(str, self.channels or ()))
         if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
-            raise InvalidInputError(f"--channels must be positive multiples of 8, got {self.channels}")
+            raise InvalidInputError(f"--channels must be positive multiples of 8, got {words or 'none'}")
         if self.classes and self.channels is not None and max(self.channels) == 8:
-            words = " ".join(map(str, self.channels))  # each of the eight groups is one channel, less its own mean
+            # each of the eight groups is one channel, less its own mean
             raise InvalidInputError(
                 f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
                 "take 16 or more for one level at least"

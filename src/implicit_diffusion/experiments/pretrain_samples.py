@@ -22,6 +22,8 @@ from implicit_diffusion.samplers.chain import Chain
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
+WIDTH, TITLE = 5.2, 0.5  # inches, of a group of images and above it
+
 
 @part("sampling")
 def sampled(
@@ -70,9 +72,11 @@ def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] =
     """
     from implicit_diffusion.experiments.drawing import finish, sheet, tile
 
-    figure = sheet(5.2 * len(groups), 4.0)
-    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        tile(axis, images if classes else images[:96], low=-1, high=1, columns=12)
+    columns, shown = image_classes.COLUMNS, {name: x if classes else x[:96] for name, x in groups.items()}
+    tall = max(-(-len(x) // columns) * (x.shape[-2] + 2) / (columns * (x.shape[-1] + 2)) for x in shown.values())
+    figure = sheet(WIDTH * len(groups), WIDTH * tall + TITLE)
+    for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], shown.items(), strict=True):
+        tile(axis, images, low=-1, high=1, columns=columns)
         if classes:
             image_classes.name_rows(axis, classes, images.shape[-2])
         axis.set_title(name)

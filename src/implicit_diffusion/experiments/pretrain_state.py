@@ -21,13 +21,14 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.checkpoint import check_finite, load_state, save_state
 from implicit_diffusion.runs.fingerprints import fingerprint
 from implicit_diffusion.runs.metrics import restore_metrics
+from implicit_diffusion.showing import Shown
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
 
-@dataclass
-class Pretraining:
+@dataclass(repr=False)
+class Pretraining(Shown):
     """What `begin` makes and every step moves on.
 
     Args:

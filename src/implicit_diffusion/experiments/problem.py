@@ -104,7 +104,7 @@ def _build(config: Config, device: torch.device) -> Problem:
     if not chain.trained_rows:
         raise InvalidInputError(
             f"no row of {table.name} has noise, so a path KL leaves nothing to train; take a --scheduler with noise "
-            "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or --penalty drift"
+            "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or finetune with --penalty drift"
         )
     note = compiled(chain, config.compile)
     reward = Reward(given.of_states(loaded, pretrained.decoder))

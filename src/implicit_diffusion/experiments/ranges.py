@@ -6,6 +6,8 @@ Options that are None have a default elsewhere, and pass.
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from implicit_diffusion.errors import LARGEST, InvalidInputError
@@ -49,3 +51,12 @@ def not_negative(config: Any, *names: str) -> None:
 def option(name: str, value: object = None) -> str:
     """A field as it is typed on the command line; `--no-` where a flag is False."""
     return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
+def command(name: str, settings: Mapping[str, object]) -> str:
+    """The command line with these settings, to be pasted as it is."""
+    words = [f"implicit-diffusion {name}"]
+    for key, value in settings.items():
+        flag, join = option(key, value), "=" if str(value).startswith("-") else " "  # or it is taken for an option
+        words.append(flag if isinstance(value, bool) else f"{flag}{join}{shlex.quote(str(value))}")
+    return " \\\n  ".join(words)

@@ -47,6 +47,7 @@ def evaluate_pretrained(
     starts: int,
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
+    skip: Callable[[int], None] = lambda done: None,
     stored: Stored | None = None,
 ) -> Evaluation:
     """`evaluate(chain.pretrained(), …)`, from disk where it was made before.
@@ -59,12 +60,15 @@ def evaluate_pretrained(
         starts: independent x_0.
         repeats: trajectories from each x_0.
         progress: called with the number of trajectories just done.
+        skip: called with the number of those that are there already.
         stored: the same in the run's own folder, which holds it afterwards, and from which it is gone on with.
     """
 
     def make() -> Evaluation:
-        by = evaluate if stored is None else stored.evaluate
-        return by(chain.pretrained(), reward, noise, starts=starts, repeats=repeats, progress=progress)
+        sizes: dict[str, Any] = {"starts": starts, "repeats": repeats, "progress": progress}
+        if stored is None:
+            return evaluate(chain.pretrained(), reward, noise, **sizes)
+        return stored.evaluate(chain.pretrained(), reward, noise, skip=skip, **sizes)
 
     folder = _cache() if chain.condition is None else None
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
@@ -74,7 +78,7 @@ def evaluate_pretrained(
     folder = folder / _key(chain, chain.reference, name, noise, starts, repeats, stored is not None, shown)
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged
         found = Evaluation(**{column: value.to(chain.device) for column, value in load_state(folder).items()})
-        progress(starts * repeats)
+        skip(starts * repeats)
         if stored is not None:
             stored.write(found)
         return found

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from implicit_diffusion.experiments import page
+from implicit_diffusion.experiments import page, ranges
 from implicit_diffusion.experiments.concerns import concerns
 from implicit_diffusion.experiments.judging import falls, opening, updates
 from implicit_diffusion.experiments.outcome import Outcome, Picture, outside
@@ -235,14 +235,8 @@ def _own_prompts(directory: RunDirectory) -> dict[str, str]:
 
 def command(config: dict[str, Any]) -> str:
     """The command line with this configuration, to be pasted as it is; settings that are None or off are left out."""
-    words = ["implicit-diffusion finetune"]
-    for key, value in config.items():
-        if key in NOT_IN_COMMAND or value is None or value is False or isinstance(value, dict | list):
-            continue
-        flag = "--" + key.replace("_", "-")
-        join = "=" if str(value).startswith("-") else " "  # or the value is taken for an option
-        words.append(flag if value is True else f"{flag}{join}{shlex.quote(str(value))}")
-    return " \\\n  ".join(words)
+    off = {k for k, v in config.items() if v is None or v is False or isinstance(v, dict | list)}
+    return ranges.command("finetune", {k: v for k, v in config.items() if k not in off.union(NOT_IN_COMMAND)})
 
 
 def _configuration(outcome: Outcome) -> str:
@@ -258,5 +252,5 @@ def _configuration(outcome: Outcome) -> str:
 
 
 def _short(value: float, scale: float) -> str:
-    """A number with as many decimals as three digits of the gain need, at most two."""
-    return f"{value:.{min(2, decimals(abs(scale), 2))}f}".replace("-", "−")
+    """A number with as many decimals as two digits of the gain need."""
+    return f"{value:.{decimals(abs(scale), 2)}f}".replace("-", "−")

@@ -70,7 +70,8 @@ def made(name: str, found: Callable[..., Any], arguments: Arguments | None) -> C
             return functools.partial(found, **named)
         bare = "" if positional or named or inspect.isclass(found) else "; name it without parentheses, or"
         raise InvalidInputError(
-            f"--reward {name}: {error}{bare or ';'} give its arguments, {called}{_plainly(signature)}"
+            f"--reward {name}: {_misfit(signature, positional, named) or error}{bare or ';'} give its arguments, "
+            f"{called}{_plainly(signature)}"
         ) from error
     reward = found(*positional, **named)
     if not callable(reward):
@@ -101,6 +102,15 @@ def _binds(signature: inspect.Signature, samples: int, named: dict[str, Any]) ->
     except TypeError:
         return False
     return bool(named)
+
+
+def _misfit(signature: inspect.Signature, positional: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """Which of the arguments has no place, whatever else lacks; empty where all have."""
+    try:
+        signature.bind_partial(*positional, **named)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def _plainly(signature: inspect.Signature) -> str:

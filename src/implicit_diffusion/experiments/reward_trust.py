@@ -157,17 +157,25 @@ def loaded_with(code: Code) -> list[Path]:
     """The files of a reward that is loaded: its own, and those of modules beside it, which it has imported."""
     if not spelled(code.name).place.endswith(".py"):
         return list(code.files)
-    folder, found = code.files[0].parent, set(code.files)
+    folder, files = code.files[0].parent, set(code.files)
+    beside: dict[str, bool] = {}  # by folder: of thousands of modules, few lie near a reward
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or name.partition(".")[0] == __name__.partition(".")[0]:
             continue
         with suppress(OSError, ValueError):
-            path = Path(file).resolve()
-            installed = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sys.base_prefix)
-            if path.is_relative_to(folder) and not installed and path.is_file():
-                found.add(path)
-    return sorted(found)
+            place = os.path.dirname(file)
+            if place not in beside:
+                beside[place] = _lies_in(Path(place).resolve(), folder)
+            if beside[place] and _lies_in(path := Path(file).resolve(), folder) and path.is_file():
+                files.add(path)
+    return sorted(files)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is in the folder, and not of an installed package or of Python itself."""
+    installed = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sys.base_prefix)
+    return path.is_relative_to(folder) and not installed
 
 
 def _known(place: str) -> set[str]:

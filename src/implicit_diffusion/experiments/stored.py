@@ -100,8 +100,12 @@ class Stored:
         starts: int,
         repeats: int,
         progress: Callable[[int], None] = lambda done: None,
+        skip: Callable[[int], None] = lambda done: None,
     ) -> Evaluation:
-        """`loops.evaluate`, gone on with where it was interrupted; its samples are those that are kept."""
+        """`loops.evaluate`, gone on with where it was interrupted; its samples are those that are kept.
+
+        `skip` is called with the number of trajectories that are there, `progress` with that of those just done.
+        """
         state: dict[str, Any] | None = None
         with suppress(InvalidInputError):  # whoever wants to say why has asked `read`
             state = self.read()
@@ -111,7 +115,7 @@ class Stored:
             parts, written = [evaluation(state, chain.device)], state["parts"]
             after = state["draws"] or after
             self.draws.load_state_dict(after)
-            progress(parts[0].reward.numel())
+            skip(parts[0].reward.numel())
             if self.is_whole(state):
                 return parts[0]
         count, due = written, time.monotonic() + EVERY
@@ -188,7 +192,7 @@ def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:
         return
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            was, is_now = (_in_short(rests.get(name, "not there")) for rests in (before, now))
+            was, is_now = (_in_short(side.get(name, "not there")) for side in (before, now))
             yield f"{name} was {was} and is {is_now}"
 
 

@@ -60,6 +60,14 @@ NOT_TAKEN = {
     name: f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights"
     for name in (*OF_ONE_RUN, "target_kl_mode")
 } | {"penalty": "a sweep compares path KLs: it has no --penalty"}
+TEXTS = {  # of options that mean something else than in `finetune`
+    "out": "Folder for the sweep, with one subfolder per run: new, empty, or that of a sweep with the same options, "
+    "which goes on. By default runs/sweep-<time>.",
+    "scheduler": "The sampler that is trained, on the checkpoint's noise schedule. By default the one that forgets its "
+    "start: ddpm for diffusion models, flow-memoryless for flow models. A sweep needs one with noise, which euler and "
+    "flow-euler do not have.",
+    "eta": "Amount of noise in --scheduler ddim, by default 1; a sweep needs some.",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,9 @@ class Config:
     kl_weights: tuple[float, ...] = ()
     """KL weights β to train with, in reward per nat.
     By default the plan chooses them, for gains of ¼ to 2 standard deviations of the pretrained reward."""
-    each: finetune_config.Config = field(default_factory=finetune_config.Config, metadata={"without": NOT_TAKEN})
+    each: finetune_config.Config = field(
+        default_factory=finetune_config.Config, metadata={"without": NOT_TAKEN, "texts": TEXTS}
+    )
     """Options of every run; --out is the sweep's folder, one subfolder per run."""
     accept_changes: tuple[Change, ...] = ()
     """What may have changed since the sweep began, as for `resume`; every other change is refused by name."""
@@ -165,8 +175,8 @@ def _check_folder(out: Path, config: Config) -> None:
         raise InvalidInputError(f"--out {out} holds something else than a sweep of this release; choose another --out")
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
-        changes = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
-        raise InvalidInputError(f"--out {out} holds a sweep of other options: {changes}; choose another --out")
+        what = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in different)
+        raise InvalidInputError(f"--out {out} holds a sweep of other options: {what}; choose another --out")
 
 
 def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes: tuple[Change, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate, check_slope
 from implicit_diffusion.scores import scores_of, takes_condition
+from implicit_diffusion.showing import brief
 
 TRIED = 8  # particles that a black box is tried on, beside all for its form
 
@@ -42,6 +43,9 @@ class Reward(TerminalObjective):
             make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
             raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
+
+    def _words(self) -> Iterable[str]:
+        return (f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional)
 
     def of(self, particles: Particles) -> Shaped[Tensor, " n"]:
         """R at the particles: R(x), or R(x, condition) where it takes two arguments.
@@ -88,7 +92,7 @@ class Reward(TerminalObjective):
     def check(self, particles: Particles) -> None:
         """Try the reward on a few samples: five calls, one of them with its gradient, and that one alone once `probed`.
 
-        A reward that is random, or flat at all of the samples, is told by a warning.
+        A reward that is random, or flat at all of the samples, is told by a warning, once.
 
         Raises:
             InvalidInputError: another shape than (n,), another dtype, NaN or infinity, no gradient, one that is 0 at
@@ -113,9 +117,10 @@ class Reward(TerminalObjective):
         for what, tensor in (("values", reward), ("a gradient", gradient)):
             _check_finite(what, tensor)
         check_own_gradient("reward", of_first)
-        if not self.probed:
+        new = not self.probed
+        if new:
             self._check_separate(particles, reward)
-        check_slope("reward", gradient, reward)
+        check_slope("reward", gradient, reward, warn=new)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence

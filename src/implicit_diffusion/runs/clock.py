@@ -123,15 +123,15 @@ def read(path: Path) -> dict[str, float]:
 def in_words(spent: dict[str, float]) -> str:
     """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest.
 
-    The whole seconds of the parts add up to those of all: each is rounded down, but up where that loses most.
+    All are rounded such that they add up: those with the largest fractions up.
     """
     whole = sum(spent.values())
-    shown = {name: s for name, s in sorted(spent.items(), key=lambda item: -item[1]) if s >= 0.5 and name != REST}
-    shown[REST] = whole - sum(shown.values())
-    down = {name: int(s) for name, s in shown.items()}
-    up = sorted(shown, key=lambda name: down[name] - shown[name])[: round(whole) - sum(down.values())]
-    words = [f"{s + (name in up)} {name}" for name, s in down.items() if s + (name in up)]
-    return f"{whole:.0f} s{': ' if words else ''}{', '.join(words)}"
+    parts = sorted(((s, name) for name, s in spent.items() if s >= 0.5 and name != REST), reverse=True)
+    parts.append((max(0.0, whole - sum(s for s, _ in parts)), REST))
+    up = sorted(parts, key=lambda part: int(part[0]) - part[0])[: round(whole) - sum(int(s) for s, _ in parts)]
+    rounded = [(int(part[0]) + (part in up), part[1]) for part in parts]
+    words = ", ".join(f"{s} {name}" for s, name in rounded if s)
+    return f"{whole:.0f} s: {words}" if words else f"{whole:.0f} s"
 
 
 def _count() -> None:

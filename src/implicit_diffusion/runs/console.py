@@ -111,6 +111,11 @@ class Progress(Shown):
             self._show()
             self._shown, self._shown_at = self.done, time.monotonic()
 
+    def skip(self, steps: int) -> None:
+        """Count steps that were made before, which say nothing of how long the others take."""
+        self._first += steps
+        self.update(advance=steps)
+
     def close(self) -> None:
         """Show where it ended."""
         if self._shown < self.done:
@@ -149,6 +154,10 @@ class _Bar(Progress):
         )
         self._task = self._rich.add_task(description, total=total, completed=self.done, metrics="")
         self._rich.start()
+
+    def skip(self, steps: int) -> None:
+        super().skip(steps)
+        self._rich.reset(self._task, completed=self.done)
 
     def close(self) -> None:
         super().close()

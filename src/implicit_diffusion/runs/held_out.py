@@ -19,14 +19,6 @@ from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.showing import Shown
 
 
-def plus_minus(value: float, error: float) -> str:
-    """A number and its standard error, as far as that leaves digits standing."""
-    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
-        return f"{value:.4g}"
-    places = max(0, -math.floor(math.log10(error)))
-    return f"{value:.{places}f} ± {error:.{places}f}"
-
-
 @dataclass(repr=False)
 class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.

@@ -16,11 +16,11 @@ from implicit_diffusion.loops.bound import bound, most_kl
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.console import Say, say_on_stderr
-from implicit_diffusion.runs.held_out import HeldOut, plus_minus
+from implicit_diffusion.runs.held_out import HeldOut
 from implicit_diffusion.runs.kept import Kept
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.runs.watch import RISE, most_sound
-from implicit_diffusion.showing import Shown
+from implicit_diffusion.showing import Shown, with_error
 
 ERRORS, CLEAR = 4.0, 2.0  # standard errors by which J must have risen while there is more to come, and otherwise
 FAR = 10.0  # times the path KL beyond which no sampler is as good as the pretrained one
@@ -114,7 +114,7 @@ class Rise(Shown):
             reward, kl = (mean_and_error(values)[0] for values in (look.reward, look.path_kl))
             self._kept.keep(fit, reward=reward, path_kl=kl if now else 0.0, fall=fall, fall_se=fall_se)
         self._count = self._count + regular if above else 0
-        sentence = f"J on held-out noise is {plus_minus(rise, error)} above the {was:.4g} of the pretrained model"
+        sentence = f"J on held-out noise is {with_error(rise, error)} above the {was:.4g} of the pretrained model"
         reason = self._reason(fit, look, before, last, rise) if above else None
         if reason is not None:
             self._excess = rise + self._possible(fit)
@@ -136,7 +136,7 @@ class Rise(Shown):
             seen = self._kept.numbers
             ends = (
                 f"The model is that of update {seen['updates']}, the best one that was seen below the pretrained "
-                f"model's J, by {plus_minus(seen['fall'], seen['fall_se'])}. "
+                f"model's J, by {with_error(seen['fall'], seen['fall_se'])}. "
             )
         return f"{ends}Try {self.rate(smaller_rate(self._excess, self._possible(fit)))}"
 

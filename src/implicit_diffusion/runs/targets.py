@@ -9,10 +9,10 @@ from typing import Any
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.objectives import PathKL
-from implicit_diffusion.runs.held_out import HeldOut, plus_minus
+from implicit_diffusion.runs.held_out import HeldOut
 from implicit_diffusion.runs.kept import Kept
 from implicit_diffusion.runs.state import Fit
-from implicit_diffusion.showing import Shown
+from implicit_diffusion.showing import Shown, with_error
 
 
 def _kl_weight(fit: Fit, name: str) -> float:
@@ -84,7 +84,7 @@ class StopAtKL(Shown):
         kl, error = mean_and_error(held_out.look(fit).path_kl)
         if not kl < self.target:
             self._reached = math.inf if math.isnan(kl) else kl
-            return f"the path KL on held-out noise, {plus_minus(kl, error)} nats, reached the target {self.target:g}"
+            return f"the path KL on held-out noise, {with_error(kl, error)} nats, reached the target {self.target:g}"
         self._keep(fit, kl, error)
         reach = fit.updates * math.sqrt(self.target / max(kl, 1e-30))
         self._due = fit.updates + max(1, int(min(fit.updates, (reach - fit.updates) / 2)))
@@ -119,7 +119,7 @@ class StopAtKL(Shown):
                 high = share, math.sqrt(kl) if kl < math.inf else math.inf
         fit.kept = {"updates": seen["updates"], "share": share, "path_kl": kl, "path_kl_se": error}
         between = f"between those of updates {seen['updates']} and {fit.updates}"
-        return f"The model is put {between}, where the path KL is {plus_minus(kl, error)} nats"
+        return f"The model is put {between}, where the path KL is {with_error(kl, error)} nats"
 
     def state_dict(self) -> dict[str, Any]:
         """The average so far, and when to look again."""

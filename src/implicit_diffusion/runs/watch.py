@@ -20,6 +20,7 @@ from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 RISE = 1e4  # deviations of the pretrained reward
 STUCK = 0.01  # acceptance below which nothing moves
@@ -34,8 +35,8 @@ def most_sound(chain: Chain) -> float:
     return 1000.0 + 10 * chain.num_steps * torch.Size(chain.event_shape).numel()
 
 
-@dataclass
-class Runaway:
+@dataclass(repr=False)
+class Runaway(Shown):
     """Callback: stop a run over a chain when its path KL, or the rest of J, runs away though it is finite.
 
     A path KL may not be beyond `most_sound`. What J holds beside it may not rise above where it began by 10⁴ deviations
@@ -101,8 +102,8 @@ class Runaway:
         return bool(new)
 
 
-@dataclass
-class Watch:
+@dataclass(repr=False)
+class Watch(Shown):
     """Callback: stop a run over particles when it diverges, and say when its step size no longer fits.
 
     See `loops.divergence` for what divergence is. Particles that began far away, and come nearer from one look to the
@@ -126,8 +127,8 @@ class Watch:
     every: int = 20
     patience: int = 2
     save: Callable[[Fit], None] | None = None
-    words: Mapping[str, str] = field(default_factory=lambda: WORDS)
-    say: Say = say_on_stderr
+    words: Mapping[str, str] = field(default_factory=lambda: WORDS, repr=False)
+    say: Say = field(default=say_on_stderr, repr=False)
     bad: int = field(default=0, init=False)
     nats: float | None = field(default=None, init=False)  # from the law of V, at the last look
     at: int = field(default=0, init=False)  # update of the last look
