@@ -178,6 +178,7 @@ def test_an_interrupted_run_with_classes_goes_on_bit_for_bit(tmp_path, monkeypat
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("names", [("a", "b"), tuple("abcdefghij")])
 def test_a_picture_is_as_high_as_its_rows(names, tmp_path):
     """Images of two by three in frames of one: rows of 12 x 5 by 4 pixels each."""
