@@ -131,7 +131,7 @@ def test_variants_run(options, tmp_path):
 
 @pytest.mark.parametrize(("num_steps", "stride"), [(4, 1), (10, 1), (11, 2)])
 def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
-    options = ["--num-steps", str(num_steps), "--updates", "1", "--starts", "4", "--out", str(tmp_path / "run")]
+    options = ["--plan", "--num-steps", str(num_steps), "--starts", "4", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, *options]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stride"] == stride
 

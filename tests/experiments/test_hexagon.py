@@ -65,6 +65,7 @@ def test_every_arm_runs_and_reports(tmp_path, capsys):
     assert "best possible 0.2983" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_forward_kl_leaves_the_unrolled_arm_out(tmp_path, capsys):
     config = hexagon.Config(steps=10, particles=16, seeds=1, forward_kl=1.0, grid=(0.1,), out=tmp_path / "run")
     summary = hexagon.run(config)

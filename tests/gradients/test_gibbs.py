@@ -148,7 +148,7 @@ def test_the_factor_is_seen_with_eight_particles(monkeypatch):
         assert abs(error) > 4 * standard or worst > 4
 
 
-@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mmd"])
 def test_grid_points_as_weighted_particles_give_the_gradient_itself(name, dim):
     """With the grid's points as particles and −V as log-weights nothing is random: Γ(1 − Σw²) is ∇ℓ to six digits.
