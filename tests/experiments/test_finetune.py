@@ -120,8 +120,11 @@ def test_the_exported_pipeline_is_our_sampler(finished, kind, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [["--loop", "nested"], ["--scheduler", "ddim"], ["--stride", "2", "--ema", "0.9", "--accumulate", "2"]],
-    ids=["nested", "ddim", "stride, average, accumulation"],
+    [
+        pytest.param(["--loop", "nested"], id="nested", marks=pytest.mark.slow),
+        pytest.param(["--scheduler", "ddim"], id="ddim", marks=pytest.mark.slow),
+        pytest.param(["--stride", "2", "--ema", "0.9", "--accumulate", "2"], id="stride, average, accumulation"),
+    ],
 )
 def test_variants_run(options, tmp_path):
     assert main(["finetune", *TINY, "--updates", "2", *options, "--out", str(tmp_path / "run")]) == 0

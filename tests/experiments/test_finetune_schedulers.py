@@ -152,7 +152,7 @@ def test_kinds_of_the_other_family(model, kind, message, flow_model, tmp_path, c
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["euler-ancestral", "dpm-solver"])
+@pytest.mark.parametrize("kind", ["euler-ancestral", pytest.param("dpm-solver", marks=pytest.mark.slow)])
 def test_clipping_of_the_checkpoint_is_accounted_for(kind, tmp_path, capsys):
     """The clipped sampler draws the chain's own noise: with a range that never bites nothing changes."""
     model = folder(tmp_path / "model", DDPMScheduler(clip_sample=True, clip_sample_range=1e6))

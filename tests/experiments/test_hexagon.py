@@ -73,6 +73,7 @@ def test_a_forward_kl_leaves_the_unrolled_arm_out(tmp_path, capsys):
     assert "left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gradient_of_exactly_zero_costs_no_run(tmp_path):
     """θ saturates, and groups of particles are empty: diagnostics that are 0/0 are left out, the run is kept."""
     config = hexagon.Config(steps=10, particles=2, seeds=1, grid=(1e4,), out=tmp_path / "run")

@@ -111,7 +111,7 @@ def test_figures_of_a_gaussian_are_closed_forms():
     assert log_q.exp().sum().item() * CELL**2 == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["moons", "eight-gaussians"])
+@pytest.mark.parametrize("name", [pytest.param("moons", marks=pytest.mark.slow), "eight-gaussians"])
 def test_halving_the_cell_changes_nothing(name):
     target, model = law(name), bent()
     potential = model.potential.double()

@@ -80,7 +80,7 @@ def test_against_finite_differences_of_quadrature(name, dim, weighted):
 
 
 @pytest.mark.parametrize("name", ["reward", "reverse_kl"])
-@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_particles_are_unbiased(name, dim):
     """The factor n/(n − 1): without it eight particles would be off by 12.5 %."""
     worst, error, standard = judge(batches(dim, name, False, n=8, count=1200), exact(dim, name))

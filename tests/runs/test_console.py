@@ -175,7 +175,14 @@ def test_other_faults_of_printing_are_not_hidden(monkeypatch):
         print("a line")
 
 
-@pytest.mark.parametrize("words", ["--help | true", "finetune --help | head -n 1", "hexagon --seeds 0 2>&1 | true"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "finetune --help | head -n 1",
+        pytest.param("--help | true", marks=pytest.mark.slow),
+        pytest.param("hexagon --seeds 0 2>&1 | true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_closed_pipe_after_the_command_line(words):
     """In a shell, as people type it; the first command's status is that of a pipe that was read."""
     command, pipe = words.split("|")
