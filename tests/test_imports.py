@@ -34,7 +34,7 @@ print(failed)
 """
 
 
-@pytest.mark.parametrize("order", range(2))
+@pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_threads_may_import_whatever_they_want_at_once(order):
     """Each thread takes the lock of a submodule first, and then needs the packages around it."""
     found = subprocess.run([sys.executable, "-c", IN_THREADS, str(order)], capture_output=True, text=True, timeout=300)

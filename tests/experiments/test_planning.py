@@ -139,7 +139,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("difference", OTHERS)
+@pytest.mark.parametrize(
+    "difference", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("--")) for name in OTHERS]
+)
 def test_what_a_plan_rests_on_is_compared_by_name(difference, place, capsys):
     """One line that names it, and the plan that a folder of its own would have had."""
     with (place / "my.py").open("a") as file:
@@ -266,6 +268,7 @@ def test_an_interrupted_judgement_goes_on(place, parts, capsys):
     same_run("run", "whole")
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_sweep_goes_on(place, parts, capsys):
     call = words("sweep", "--kl-weights", "0.5", command="sweep")
     assert main([*call[:-4], "--out", "whole", *call[-2:]]) == 0
