@@ -46,9 +46,8 @@ def log_z_by_annealing(
     if moves.sampler != "hmc":  # which cannot explode
         moves = Moves("hmc", DEFAULTS[kind]["step_size"])
     with progress(steps, description) as bar:
-        tick = lambda done: bar.update(advance=done)  # noqa: E731
         path, kernel = model.potential.tempered, moves.kernel()
-        followers = annealed(path, kernel, FOLLOWERS[kind], noise, steps=steps, progress=tick)
+        followers = annealed(path, kernel, FOLLOWERS[kind], noise, steps=steps, progress=bar.advance)
     return followers.log_z(model.potential)
 
 

@@ -246,8 +246,7 @@ def _judge(
     draws = Draws(noise, 0, device=chain.device)
     parts = stored.judgements(directory, network.state_dict().values(), config.starts, draws)
     with progress(3 * 8 * config.starts, "judging") as bar:
-        sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8, "skip": bar.skip}
-        sizes["progress"] = lambda done: bar.update(advance=done)
+        sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8, "skip": bar.skip, "progress": bar.advance}
         before = evaluate_pretrained(chain, reward, noise, name=config.reward, stored=parts[0], **sizes)
         after, exported = (
             part.evaluate(judged, reward, noise, **sizes) for part, judged in zip(parts[1:], (chain, everywhere))

@@ -117,7 +117,7 @@ def draw(config: Config, problem: Problem, stored: Stored) -> Evaluation:
             name=config.reward,
             starts=config.starts,
             repeats=REPEATS,
-            progress=lambda done: bar.update(advance=done),
+            progress=bar.advance,
             skip=bar.skip,
             stored=stored,
         )

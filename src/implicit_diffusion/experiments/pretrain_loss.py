@@ -48,8 +48,7 @@ def judged_losses(unet: UNet2DModel, scheduler: DDPMScheduler, data: Images) -> 
     some = None if data.train_labels is None else data.train_labels[:few]
     parts = {"loss_train": (data.train[:few], some), "loss_held_out": (data.held_out, data.held_out_labels)}
     with progress(REPEATS * sum(len(x) for x, _ in parts.values()), "judging") as bar:
-        tick = lambda done: bar.update(advance=done)  # noqa: E731
-        return {name: denoising_loss(unet, scheduler, x, labels=c, tick=tick) for name, (x, c) in parts.items()}
+        return {name: denoising_loss(unet, scheduler, x, labels=c, tick=bar.advance) for name, (x, c) in parts.items()}
 
 
 @torch.no_grad()

@@ -111,10 +111,14 @@ class Progress(Shown):
             self._show()
             self._shown, self._shown_at = self.done, time.monotonic()
 
+    def advance(self, steps: int) -> None:
+        """Count steps that have just been made, without numbers to show."""
+        self.update(advance=steps)
+
     def skip(self, steps: int) -> None:
         """Count steps that were made before, which say nothing of how long the others take."""
         self._first += steps
-        self.update(advance=steps)
+        self.advance(steps)
 
     def close(self) -> None:
         """Show where it ended."""
