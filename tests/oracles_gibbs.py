@@ -169,7 +169,7 @@ def advance(kernel, potential, x, steps: int, seed: int, momentum=None):
     generator = torch.Generator().manual_seed(seed)
     for k in range(steps):
         draws = tuple(d[0] for d in kernel.draws(generator, 1, x))
-        here, h = energy_of(potential, x), x.new_tensor(kernel.step(k))
+        here, h = energy_of(potential, x), x.new_tensor(kernel.step_size_at(k))
         move = kernel.move(x, momentum, here, lambda y: energy_of(potential, y), draws, h)
         x, momentum = move.x, move.momentum
     return move

@@ -23,7 +23,7 @@ from implicit_diffusion.loops.bound import captured, gain, memory_of_start, poss
 from implicit_diffusion.loops.evaluation import mean_and_error
 from implicit_diffusion.loops.memory import check_memory
 from implicit_diffusion.potentials.energy import check_potential
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests import tiny
 
 CALLS, SEED, SECONDS = 1200, 0, 20
@@ -446,8 +446,8 @@ PUBLIC = {
     "warm_up": Call(
         idf.warm_up, {"kernel": lambda: idf.MALA(0.1)} | TUNED | {"steps": lambda: 20, "target": lambda: 0.5}
     ),
-    "Followers": Call(
-        idf.Followers,
+    "Replicas": Call(
+        idf.Replicas,
         {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"groups": lambda: 4, "log_z": lambda: 0.0},
         lambda made: (made.step(V()), made.log_z(V())),
     ),

@@ -30,7 +30,7 @@ from implicit_diffusion.runs.adapt import AdaptStep
 from implicit_diffusion.runs.fit import HeldOut, fit
 from implicit_diffusion.runs.watch import Runaway, Watch
 from implicit_diffusion.samplers import Kernel
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests.oracles import table
 
 PACKAGES = ("", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers")
@@ -176,7 +176,7 @@ EXAMPLES = {
     "Evaluation": evaluation,
     "Bound": lambda: idf.bound(evaluation(), 0.5),
     "Particles": lambda: weighted().particles,
-    "Followers": lambda: idf.annealed(idf.Tilted(idf.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2),
+    "Replicas": lambda: idf.annealed(idf.Tilted(idf.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2),
     "Noise": lambda: NOISE.stream(1),
     "Update": lambda: on_chain(idf.Queue).update,
     "Queue": lambda: on_chain(idf.Queue),
@@ -188,7 +188,7 @@ EXAMPLES = {
     "RunDirectory": lambda: RunDirectory("runs/sharp"),
     "Stop": Stop,
     # What public functions return and public objects hold:
-    "Walkers": lambda: weighted().walkers,
+    "WeightedState": lambda: weighted().weighted_state,
     "Slot": lambda: on_chain(idf.Queue).slots[0],
     "Memory": lambda: idf.predict_memory(on_chain(idf.Queue)),
     "Compiled": lambda: Compiled(reward),

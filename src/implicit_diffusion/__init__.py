@@ -54,7 +54,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.potentials import GaussianMixture, Guided, Tilted, conv, mlp
     from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law, warm_up
     from implicit_diffusion.samplers.chain import Chain
-    from implicit_diffusion.samplers.followers import Followers, annealed
+    from implicit_diffusion.samplers.replicas import Replicas, annealed
 else:
 
     def __getattr__(name: str) -> object:
@@ -82,7 +82,7 @@ __all__ = [
     "DriftPenalty",
     "Embedded",
     "Evaluation",
-    "Followers",
+    "Replicas",
     "ForwardKL",
     "FullBackprop",
     "Functional",

@@ -32,7 +32,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(ebm, "LOOKS", 2)
-    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory):
     """One run, which several tests look at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ebm, "LOOKS", 2)
-        patch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+        patch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
         out = tmp_path_factory.mktemp("ebm") / "deep" / "run"
         return ebm.run(dataclasses.replace(TINY, out=out)), out
 

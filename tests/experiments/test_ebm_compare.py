@@ -19,7 +19,7 @@ COMPARE = dataclasses.replace(TINY, compare=True, seeds=2, lr=None, refresh=None
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from implicit_diffusion.runs.fit import Fit
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ NAMES = ("length, in <mm>", "width", "weight")
 def run(tmp_path_factory):
     """A run on a table of three columns, one of which has a name that is HTML, in a folder with a space."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+        patch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
         folder = tmp_path_factory.mktemp("a folder")
         x = np.random.default_rng(0).standard_normal((120, 3)) * [1, 5, 0.1] + [0, 100, 3]
         head = ",".join(f'"{name}"' for name in NAMES)
@@ -92,7 +92,7 @@ def test_numbers_are_those_of_the_summary_with_their_errors(run):
 def test_its_command_trains_the_same_model(run, tmp_path, monkeypatch):
     """As it stands in the page, with quotes and line ends."""
     _, out = run
-    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
     shown = text(out).split("Run it again")[1].split("Configuration")[0].strip()
     words = shlex.split(shown.replace("\\\n", ""))  # as a shell reads it
     assert words[:2] == ["implicit-diffusion", "ebm"] and "--no-weighted" in words and "--out" not in words
@@ -278,7 +278,7 @@ def test_the_gap_of_energies_is_that_of_the_weights(as_users_run):
         def forward(self, x):
             return x[:, 0]
 
-    loop = SimpleNamespace(model=Model(), walkers=SimpleNamespace(x=x), particles=Particles(x, log_weights))
+    loop = SimpleNamespace(model=Model(), weighted_state=SimpleNamespace(x=x), particles=Particles(x, log_weights))
     fit = SimpleNamespace(updates=20, loop=loop, metrics={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("implicit_diffusion.experiments.ebm_training.ParticleLoop", SimpleNamespace)

@@ -30,7 +30,7 @@ def main(names):
             a, b = eager.step(), compiled.step()
         if compiled.compiled.reason is not None:
             sys.exit(f"{name} was not compiled: {compiled.compiled.reason}")
-        torch.testing.assert_close(compiled.walkers.x, eager.walkers.x, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(compiled.weighted_state.x, eager.weighted_state.x, rtol=1e-8, atol=1e-8)
         for p, q in zip(compiled.model.parameters(), eager.model.parameters()):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8)
         for key, value in a.items():

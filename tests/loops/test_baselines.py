@@ -13,7 +13,7 @@ import torch
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.compiled import Compiled
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, DriftPenalty, ForwardKL, Functional, PathKL, ReverseKL, Reward, Sinkhorn
 from implicit_diffusion.particles import Particles
@@ -50,7 +50,7 @@ def test_unrolled_gradient_by_hand(name, steps):
     x, r = X, 1 - h * s
     for xi in noise:
         x = r * x + h * s * THETA + math.sqrt(2 * h) * xi
-    torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
     x = x.requires_grad_()
     total = sum(c * term.value(Particles(x)) for c, term in SMOOTH[name].terms)
     slopes = torch.autograd.grad(total, x)[0].sum(0)
@@ -63,7 +63,7 @@ def test_unrolled_underdamped_by_hand():
     h, s, friction = 0.3, 1.5, 0.7
     loop = location_loop(Unrolled, Underdamped(h, friction), SMOOTH["reward"], unrolled_steps=3)
     theta = THETA.clone().requires_grad_()
-    x, p, kept = X, loop.walkers.momentum, math.exp(-friction * h)
+    x, p, kept = X, loop.weighted_state.momentum, math.exp(-friction * h)
     for k in range(3):
         p = p - h * s * (x - theta)
         x = x + h / 2 * p
@@ -71,10 +71,10 @@ def test_unrolled_underdamped_by_hand():
         x = x + h / 2 * p
     (gradient,) = torch.autograd.grad(-x.sin().sum(1).mean(), theta)
     loop.step()
-    torch.testing.assert_close(loop.walkers.x, x.detach(), rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(loop.walkers.momentum, p.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(loop.weighted_state.x, x.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(loop.weighted_state.momentum, p.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(loop.model.theta.data, THETA - 0.1 * gradient, rtol=1e-10, atol=1e-12)
-    assert not loop.walkers.x.requires_grad and not loop.walkers.momentum.requires_grad
+    assert not loop.weighted_state.x.requires_grad and not loop.weighted_state.momentum.requires_grad
 
 
 @pytest.mark.parametrize("begin", ["initial", "last"])
@@ -89,7 +89,7 @@ def test_nested_by_hand(begin):
             x = x - h * s * (x - theta) + math.sqrt(2 * h) * loop._draws(k)[0]
         theta = theta - 0.1 * estimate(Location(theta, s), SMOOTH["reward"], x)
         metrics = loop.step()
-        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(loop.model.theta.data, theta, rtol=1e-11, atol=1e-13)
     assert metrics["gradient_evaluations"] == 3 * (inner + 1) and metrics["updates"] == 3
 
@@ -121,7 +121,7 @@ def test_a_reward_that_leaves_torch_falls_back_with_a_reason():
     plain.step()
     for a, b in ((loop.step(), plain.step()),):
         assert all(a[k] == b[k] for k in a)
-    assert torch.equal(loop.walkers.x, plain.walkers.x)
+    assert torch.equal(loop.weighted_state.x, plain.weighted_state.x)
 
 
 def test_errors_of_the_function_itself_are_not_swallowed(monkeypatch):

@@ -69,7 +69,7 @@ def test_signal_to_noise_against_its_closed_form():
     loop = location(t)
     before = loop.state_dict()
     signal_to_noise(loop)
-    assert loop.iteration == 0 and torch.equal(before["walkers"]["x"], loop.walkers.x) and loop.model.theta.grad is None
+    assert loop.iteration == 0 and torch.equal(before["weighted_state"]["x"], loop.weighted_state.x) and loop.model.theta.grad is None
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.3, 2.0])
@@ -94,8 +94,8 @@ def test_signal_below_the_noise_is_told_apart(truth):
 def test_statistics():
     loop = location(1.0)
     found = statistics(loop)
-    assert found["mean_norm"] == pytest.approx(loop.walkers.x.abs().mean().item())
-    assert found["mean_energy"] == pytest.approx((loop.walkers.x.square() / 2).mean().item())
+    assert found["mean_norm"] == pytest.approx(loop.weighted_state.x.abs().mean().item())
+    assert found["mean_energy"] == pytest.approx((loop.weighted_state.x.square() / 2).mean().item())
 
 
 def lags(loop, steps):
@@ -141,7 +141,7 @@ def test_lag_is_for_information_and_changes_nothing():
     with_lag, without = build("ula with lag"), build("ula")
     for _ in range(10):
         with_lag.step(), without.step()
-    torch.testing.assert_close(with_lag.walkers.x, without.walkers.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(with_lag.weighted_state.x, without.weighted_state.x, rtol=1e-12, atol=1e-12)
 
 
 def test_advice():

@@ -165,7 +165,7 @@ def test_looking_changes_nothing_and_says_nothing_where_it_knows_nothing():
     for _ in range(12):
         alone.step()
     assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), alone.model.parameters()))
-    assert torch.equal(watched.walkers.x, alone.walkers.x) and watched.evaluations == alone.evaluations
+    assert torch.equal(watched.weighted_state.x, alone.weighted_state.x) and watched.gradient_evaluations == alone.gradient_evaluations
     assert distance(watched) == distance(watched)
     assert distance(still(Harmonic(), 100 + normal(15, 1))) == -math.inf
     assert distance(still(Harmonic(), torch.ones(40, 2, dtype=F64))) == -math.inf

@@ -15,7 +15,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, ReverseKL, Reward
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests.oracles import table
 
 N = 3

@@ -81,10 +81,10 @@ def test_the_step_size_comes_to_the_acceptance_that_it_aims_at(name):
     loop = loop_at(kernel, torch.zeros(1, 1, dtype=F64))
     adapt = AdaptStep(target, rate=0.1)
     sizes = [adapt.move(loop, loop.step()) for _ in range(160)]
-    assert sizes[0] == kernel.step(0)
+    assert sizes[0] == kernel.step_size_at(0)
     found = torch.tensor(sizes[80:]).log().mean().item()
     assert abs(found - math.log(h)) < 0.03
-    assert kernel.step(0) == KERNELS[name][0].step(0)  # the kernel itself, which may be shared, is as it was
+    assert kernel.step_size_at(0) == KERNELS[name][0].step_size_at(0)  # the kernel itself, which may be shared, is as it was
 
 
 def test_it_adapts_anew_when_theta_moves():
@@ -141,7 +141,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, tmp_path):
     fit(first, 9, callbacks=[AdaptStep(), Watch(every=3)], directory=directory)
     fit(second, 20, callbacks=[AdaptStep(), Watch(every=3)], directory=directory)
     assert second.step_scale == whole.step_scale != 1 and second.step_size == whole.step_size
-    assert torch.equal(second.walkers.x, whole.walkers.x)
+    assert torch.equal(second.weighted_state.x, whole.weighted_state.x)
     assert all(torch.equal(a, b) for a, b in zip(second.parameters, whole.parameters))
     earlier = {k: v for k, v in build(name).state_dict().items() if k != "step_scale"}
     second.load_state_dict(earlier)  # of a version without

@@ -173,9 +173,9 @@ def test_step_sizes_are_positive_and_finite(kernel, h):
     with pytest.raises(InvalidInputError, match="step_size must be positive and finite"):
         kernel(h)
     falling = kernel(lambda k: 0.3 if k < 3 else h)
-    assert falling.step(2) == 0.3
+    assert falling.step_size_at(2) == 0.3
     with pytest.raises(InvalidInputError, match=r"step_size .* for iteration 3"):
-        falling.step(3)
+        falling.step_size_at(3)
 
 
 def test_other_arguments():
@@ -193,7 +193,7 @@ def test_power_laws_are_those_of_the_paper():
     h, eta = power_law(0.5, 1 / 3), power_law(0.5, 2 / 3)
     assert h(0) == 0.5 and h(7) == pytest.approx(0.25) and eta(7) == pytest.approx(0.125)
     kernel = ULA(h)
-    assert kernel.step(26) == pytest.approx(0.5 / 3)
+    assert kernel.step_size_at(26) == pytest.approx(0.5 / 3)
 
 
 def test_evaluations_are_counted():

@@ -20,12 +20,12 @@ import torch
 from implicit_diffusion.experiments.ebm_data import Data
 from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
 from implicit_diffusion.loops import NestedParticles, Single, Update
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs.fit import Fit
-from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.samplers.replicas import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
@@ -93,7 +93,7 @@ def make_loop(settings: Settings, data: Data) -> ParticleLoop:
 
 def pulls_per_update(arm: str, moves: Moves) -> int:
     """Pulls through V at all particles that one update of an arm costs."""
-    kernel = moves.kernel().evaluations
+    kernel = moves.kernel().evaluations_per_step
     return {"weighted": kernel + 1, "hmc": kernel, "implicit": 1, "cd": INNER + 1, "pcd": INNER + 1}[arm]
 
 
@@ -113,9 +113,8 @@ class Refresh:
         assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
         began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
         path, kernel = loop.model.tempered, moved(self.settings, loop).kernel()
-        followers = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
-        loop.refresh(followers.particles(loop.model))
-        loop.evaluations += followers.evaluations
+        replicas = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
+        loop.refresh(replicas.particles(loop.model), gradient_evaluations=replicas.gradient_evaluations)
         fit.seconds += time.monotonic() - began
 
 

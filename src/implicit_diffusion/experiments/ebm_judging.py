@@ -27,10 +27,10 @@ from implicit_diffusion.objectives import MMD
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, clock, progress
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.samplers.replicas import annealed
 from implicit_diffusion.showing import with_error
 
-FOLLOWERS = {"vectors": 1600, "images": 400}  # particles of the annealing
+REPLICAS = {"vectors": 1600, "images": 400}  # particles of the annealing
 MOST_SEEN = 5000  # training data whose likelihood is taken
 LARGEST_COVARIANCE = 2048  # coordinates
 LEAST = 0.01  # deviations, that a Gaussian has at least
@@ -47,8 +47,8 @@ def log_z_by_annealing(
         moves = Moves("hmc", DEFAULTS[kind]["step_size"])
     with progress(steps, description) as bar:
         path, kernel = model.potential.tempered, moves.kernel()
-        followers = annealed(path, kernel, FOLLOWERS[kind], noise, steps=steps, progress=bar.advance)
-    return followers.log_z(model.potential)
+        replicas = annealed(path, kernel, REPLICAS[kind], noise, steps=steps, progress=bar.advance)
+    return replicas.log_z(model.potential)
 
 
 @part("judging")

@@ -15,7 +15,7 @@ from implicit_diffusion.experiments.energy_model import EnergyModel
 from implicit_diffusion.experiments.planar import Quadrature
 from implicit_diffusion.experiments.ranges import WORDS
 from implicit_diffusion.frozen import eval_mode
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.adapt import AdaptStep
 from implicit_diffusion.runs.clock import part
@@ -52,7 +52,7 @@ class Gap(Shown):
         loop = fit.loop
         assert isinstance(loop, ParticleLoop)
         with eval_mode(loop.model):
-            data, energy = loop.model(self.data).double(), loop.model(loop.walkers.x).double()
+            data, energy = loop.model(self.data).double(), loop.model(loop.weighted_state.x).double()
         held = loop.particles
         mean = (held.weights * energy).sum()
         variance = (held.weights * (energy - mean).square()).sum() / held.ess + data.var() / len(data)

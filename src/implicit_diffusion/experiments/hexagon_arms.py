@@ -19,12 +19,12 @@ from implicit_diffusion.experiments.hexagon_problem import Exact, hard_reward, m
 from implicit_diffusion.experiments.ranges import WORDS, at_least, not_negative, positive
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Objective, Reward
 from implicit_diffusion.potentials import GaussianMixture, Guided
 from implicit_diffusion.samplers import ULA
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from implicit_diffusion.showing import Shown
 
 INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 6
@@ -207,7 +207,7 @@ class Arms:
 
         def steps() -> Iterator[tuple[dict[str, Any], Tensor]]:
             for metrics in loop.run(updates):
-                yield metrics, loop.walkers.x
+                yield metrics, loop.weighted_state.x
 
         trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
@@ -229,12 +229,12 @@ class Arms:
         return trace
 
     def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:
-        steps, per = self.config.steps, self.kernel.evaluations
+        steps, per = self.config.steps, self.kernel.evaluations_per_step
         x = self.start(noise, exact=False)
 
         def moves() -> Iterator[tuple[dict[str, Any], Tensor]]:
-            for k, move in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
-                yield {"reward": hard_reward(move.x).mean(), "gradient_evaluations": k * per}, move.x
+            for k, (state, _) in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
+                yield {"reward": hard_reward(state.x).mean(), "gradient_evaluations": k * per}, state.x
 
         return _record(Trace(name, seed, potential), moves(), steps, lambda: logits_of(potential).detach())
 

@@ -40,7 +40,7 @@ from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.runs.provenance import is_recorded
-from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.samplers.replicas import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
 START, TRAIN, CHOOSE = range(3)  # streams of noise
@@ -242,8 +242,8 @@ def train(
 
 def at_model(model: EnergyModel, n: int, noise: Noise) -> Particles:
     """Particles that annealing brings to π_0, with their weights; log Z is told relative to π_0's."""
-    followers = annealed(model.potential.tempered, model.moves.kernel(), n, noise.stream(START), steps=ANNEALING)
-    held = followers.particles(model.potential)
+    replicas = annealed(model.potential.tempered, model.moves.kernel(), n, noise.stream(START), steps=ANNEALING)
+    held = replicas.particles(model.potential)
     return Particles(held.x, held.log_weights)
 
 

@@ -4,9 +4,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.samplers.hmc import HMC
-    from implicit_diffusion.samplers.kernel import Kernel, Move, power_law
+    from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step, power_law
     from implicit_diffusion.samplers.langevin import MALA, ULA
+    from implicit_diffusion.samplers.metropolis import MetropolisKernel
+    from implicit_diffusion.samplers.replicas import Replicas, annealed
     from implicit_diffusion.samplers.resampling import systematic
+    from implicit_diffusion.samplers.simulation import simulate
     from implicit_diffusion.samplers.underdamped import Underdamped
     from implicit_diffusion.samplers.warmup import warm_up
 else:
@@ -20,4 +23,20 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["HMC", "MALA", "ULA", "Kernel", "Move", "Underdamped", "power_law", "systematic", "warm_up"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "ULA",
+    "Info",
+    "Kernel",
+    "MetropolisKernel",
+    "Replicas",
+    "State",
+    "Step",
+    "Underdamped",
+    "annealed",
+    "power_law",
+    "simulate",
+    "systematic",
+    "warm_up",
+]

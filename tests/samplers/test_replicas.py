@@ -1,4 +1,4 @@
-"""Followers: E Ẑ = Z along any path of θ, an honest standard error, weighted averages; and that a mutation shows."""
+"""Replicas: E Ẑ = Z along any path of θ, an honest standard error, weighted averages; and that a mutation shows."""
 
 import copy
 import math
@@ -11,9 +11,9 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, followers
-from implicit_diffusion.samplers.followers import Followers, annealed
-from implicit_diffusion.samplers.walkers import log_mean_exp
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, replicas
+from implicit_diffusion.samplers.replicas import Replicas, annealed
+from implicit_diffusion.samplers.weighted_state import log_mean_exp
 from tests.loops.gibbs_loops import path, wave
 from tests.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
 
@@ -28,19 +28,19 @@ FAST, MILD = (12, 13), (16, 5)  # paths: θ moves so fast that groups are resamp
 
 
 def followed(kernel, way=FAST, groups=40, size=150, seed=0):
-    """Followers along a path of θ, fixed in advance, from exact draws with the exact log Z_0."""
+    """Replicas along a path of θ, fixed in advance, from exact draws with the exact log Z_0."""
     steps, made = way
     potentials = [Quartic(tuple(theta.tolist())) for theta in path(steps)[:made]]
     generator = torch.Generator().manual_seed(seed)
     x, log_z = potentials[0].draw(groups * size, generator), line().law(potentials[0])[1]
-    found = Followers(kernel, potentials[0], x, Noise(seed), groups=groups, log_z=log_z)
+    found = Replicas(kernel, potentials[0], x, Noise(seed), groups=groups, log_z=log_z)
     for potential in potentials:
         found.step(potential)
     return found, potentials[-1]
 
 
 def parts(whole, groups):
-    """The same followers as many of `groups` groups: replicates, since groups share nothing."""
+    """The same replicas as many of `groups` groups: replicates, since groups share nothing."""
     for i in range(0, len(whole.groups), groups):
         part = copy.copy(whole)
         part.groups = whole.groups[i : i + groups]
@@ -65,17 +65,17 @@ def test_the_mean_of_z_is_unbiased_while_theta_moves(name):
     z, error = z_of_log_z(found, potential)
     assert abs(z) < four_deviations(39) and error < 0.05
     assert sum(w.log_z != 0 for w in found.groups) > (5 if name == "hmc" else 35)
-    assert found.steps == 13 and found.evaluations == 13 * KERNELS[name].evaluations
+    assert found.steps == 13 and found.gradient_evaluations == 13 * KERNELS[name].evaluations_per_step
 
 
 @pytest.mark.parametrize("name", ["ula", "mala"])
 def test_a_resampling_that_forgets_log_z_is_seen(name, monkeypatch):
-    def forgetful(walkers, here, uniform):
-        taken, there = followers_resample(walkers, here, uniform)
-        return taken._replace(log_z=walkers.log_z), there
+    def forgetful(weighted_state, here, uniform):
+        taken, there = replicas_resample(weighted_state, here, uniform)
+        return taken._replace(log_z=weighted_state.log_z), there
 
-    followers_resample = followers.resample
-    monkeypatch.setattr(followers, "resample", forgetful)
+    replicas_resample = replicas.resample
+    monkeypatch.setattr(replicas, "resample", forgetful)
     assert abs(z_of_log_z(*followed(KERNELS[name]))[0]) > 8
 
 
@@ -163,7 +163,7 @@ def test_annealing_finds_log_z_and_averages_on_the_plane(kernel):
     functions = (lambda x: x[:, 0], lambda x: x.square().sum(1))
     truth = torch.tensor([fine.mean(potential, f) for f in functions], dtype=F64)
     assert (z_scores(means, truth).abs() < four_deviations(7)).all()
-    assert found.steps == 25 and found.evaluations == 25 * kernel.evaluations
+    assert found.steps == 25 and found.gradient_evaluations == 25 * kernel.evaluations_per_step
 
 
 def test_annealing_along_mixtures_replays_and_leaves_the_model_as_it_was():
@@ -185,10 +185,10 @@ def test_annealing_along_mixtures_replays_and_leaves_the_model_as_it_was():
 def test_what_is_refused():
     x = torch.zeros(16, 1, dtype=F64)
     with pytest.raises(InvalidInputError, match="Underdamped has no increment of weights; take ULA, MALA or HMC"):
-        Followers(Underdamped(0.1), Harmonic(), x, Noise(0))
+        Replicas(Underdamped(0.1), Harmonic(), x, Noise(0))
     for n, groups in ((16, 1), (16, 3), (16, 16), (16, 0)):
         with pytest.raises(InvalidInputError, match=rf"{n} particles do not make {groups} groups of equal size ≥ 2"):
-            Followers(ULA(0.1), Harmonic(), x, Noise(0), groups=groups)
+            Replicas(ULA(0.1), Harmonic(), x, Noise(0), groups=groups)
     with pytest.raises(InvalidInputError, match=r"path\(0\) must have sample\(n, noise\) and log_z"):
         annealed(lambda t: Harmonic(), ULA(0.1), 16, Noise(0), steps=2)
     potential = tilted()
@@ -207,14 +207,14 @@ def test_potentials_that_are_none_and_weights_that_turn_nan():
     x = torch.linspace(-2, 0, 16, dtype=F64)[:, None]
     gauss = GaussianMixture(torch.zeros(1, 1, dtype=F64))
     for call in (
-        lambda: Followers(ULA(0.1), Flawed(), -x, Noise(0)),
+        lambda: Replicas(ULA(0.1), Flawed(), -x, Noise(0)),
         lambda: annealed(lambda t: Flawed() if t == 1 else gauss, ULA(0.1), 64, Noise(0), steps=2),
     ):
         with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):
             call()
-    found = Followers(ULA(0.5), Flawed(), x, Noise(0))
+    found = Replicas(ULA(0.5), Flawed(), x, Noise(0))
     for _ in range(5):
         found.step(Flawed())
     for ask in (found.log_z, found.particles):
-        with pytest.raises(NonFiniteError, match="weights of followers are NaN after 5 steps, or infinite"):
+        with pytest.raises(NonFiniteError, match="weights of replicas are NaN after 5 steps, or infinite"):
             ask(Flawed())
