@@ -21,7 +21,7 @@ from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop
-from implicit_diffusion.loops.single_compiled import Inputs, Iteration, OneCall
+from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -96,15 +96,11 @@ class Single(ParticleLoop):
                 "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
             )
         self.order, self.iterations = order, iterations
-        iterate = self._paper_order if order == "paper" else self._x_first
-        self._iterate: Callable[[WeightedState, Inputs], Iteration] = iterate
-        self._one_call: OneCall | None = None  # iterations with their updates
-        self.compiled: Compiled | None = None
-        if iterations > 1 or (compiled and self.update.plain):
-            self._one_call = OneCall(iterate, self.update, self.parameters, compiled=compiled)
-            self.compiled = self._one_call.compiled
-        elif compiled:
-            self._iterate = self.compiled = Compiled(iterate)
+        self._iterate = self._paper_order if order == "paper" else self._x_first
+        self._updates_inside = iterations > 1 or (compiled and self.update.plain)
+        function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
+        self.compiled = Compiled(function) if compiled else None
+        self._function = self.compiled or function
 
     def _words(self) -> Iterable[str]:
         yield from super()._words()
@@ -116,22 +112,24 @@ class Single(ParticleLoop):
             yield f"{self.iterations} iterations per step"
 
     def step(self) -> dict[str, Any]:
-        inputs = [self._inputs(k) for k in range(self.iteration, self.iteration + self.iterations)]
-        self.iteration += self.iterations
-        self.gradient_evaluations += self.iterations * self._evaluations_per_iteration
+        first, count = self.iteration, self.iterations
+        inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
+        self.iteration += count
+        self.gradient_evaluations += count * self._evaluations_per_iteration
         with self.evaluating():
-            if self._one_call is not None:
-                done = self._one_call(self.weighted_state, inputs)
+            if self._updates_inside:  # the first call creates the optimizer's state, before anything is compiled
+                function = self._in_one_call if self.update.updates == 0 else self._function
+                done = function(self.weighted_state, inputs)
             else:
                 self.update.begin()
-                done = self._iterate(self.weighted_state, inputs[0])
+                done = self._function(self.weighted_state, *inputs[0])
                 self._hand_over(done.gradients)
 
         def diagnose() -> str | None:
             return self._diagnose(done.state, done.values)
 
-        if self._one_call is not None:
-            moved = self.update.account(done.alarm, diagnose, done.norm, self.iterations, done.overflow)
+        if self._updates_inside:
+            moved = self.update.account(done.alarm, diagnose, done.norm, count, done.overflow)
         else:
             moved = self.update.step([done.alarm], diagnose, done.norm)
         self.weighted_state = done.state
@@ -146,22 +144,26 @@ class Single(ParticleLoop):
         shared = not self.keeps_weights and one_pull(self.objective.stationary)
         return self.kernel.evaluations_per_step + (not shared) + (self.order == "x-first")
 
-    def _inputs(self, k: int) -> Inputs:
-        return Inputs(self._draws(k), self._points(k), self._h(k))
+    def _in_one_call(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
+        return in_one_call(self._iterate, self.update, self.parameters, state, inputs)
 
-    def _paper_order(self, state: WeightedState, inputs: Inputs) -> Iteration:
+    def _paper_order(
+        self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
+    ) -> Iteration:
         """Γ and the move, both at (p_k, θ_k)."""
-        state, fused, info = self._gradient(state, inputs.points)
-        moved, of_move = self._move(state, fused.here, inputs.draws, inputs.h)
+        state, fused, info = self._gradient(state, points)
+        moved, of_move = self._move(state, fused.here, draws, h)
         return _iteration(moved, fused, info, of_move)
 
-    def _x_first(self, state: WeightedState, inputs: Inputs) -> Iteration:
+    def _x_first(
+        self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
+    ) -> Iteration:
         """The move, then Γ at the new particles."""
         here = energy_of(self.model, state.x)
         if self.keeps_weights:
             state = reweighted(self.kernel, state, here)
-        state, of_move = self._move(state, here, inputs.draws, inputs.h)
-        state, fused, info = self._gradient(state, inputs.points)
+        state, of_move = self._move(state, here, draws, h)
+        state, fused, info = self._gradient(state, points)
         return _iteration(settled(state, fused.here.value), fused, info, of_move)
 
     def _gradient(

@@ -13,27 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.samplers.weighted_state import WeightedState
 from implicit_diffusion.showing import of_tuple
 
 
-class Inputs(NamedTuple):
-    """What an iteration needs from outside of what may be compiled.
-
-    Args:
-        draws: the random numbers of the kernel, and one U(0, 1) for resampling.
-        points: for every term of the objective the points besides the particles that it charges.
-        h: the step size, a 0-d tensor.
-    """
-
-    draws: tuple[Tensor, ...]
-    points: list[Tensor | None]
-    h: Tensor
-
-    def __repr__(self) -> str:
-        return of_tuple(self)
+# What an iteration needs from outside of what may be compiled: the random numbers of the kernel and one U(0, 1) for
+# resampling; for every term of the objective the points besides the particles that it charges; the step size.
+Inputs = tuple[tuple[Tensor, ...], list[Tensor | None], Tensor]
 
 
 class Iteration(NamedTuple):
@@ -62,40 +49,30 @@ class Iteration(NamedTuple):
         return of_tuple(self)
 
 
-class OneCall:
-    """Iterations and their updates of θ as one function, compiled or not.
+def in_one_call(
+    iterate: Callable[..., Iteration],
+    update: Update,
+    parameters: Sequence[Tensor],
+    state: WeightedState,
+    inputs: list[Inputs],
+) -> Iteration:
+    """As many iterations as there are inputs, each with its update of θ: what is compiled.
 
     Args:
-        iterate: one iteration, which leaves θ alone.
-        update: the optimizer's step, `update.plain`.
+        iterate: one iteration from (state, *inputs), which leaves θ alone.
+        update: the optimizer's step and nothing else, `update.plain`.
         parameters: θ, in the order of the gradients.
-        compiled: whether to compile, from the second call on: the first one creates the optimizer's state.
+        state: the particles.
+        inputs: those of every iteration.
+
+    Returns:
+        the last iteration, with the alarm and the overflow of all of them.
     """
-
-    def __init__(
-        self,
-        iterate: Callable[[WeightedState, Inputs], Iteration],
-        update: Update,
-        parameters: Sequence[Tensor],
-        *,
-        compiled: bool,
-    ) -> None:
-        self.iterate, self.update, self.parameters = iterate, update, parameters
-        self.compiled = Compiled(self._iterations) if compiled else None
-
-    def __call__(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
-        """The last of as many iterations as there are inputs, with the alarm and the overflow of all of them."""
-        if self.compiled is None or self.update.updates == 0:
-            return self._iterations(state, inputs)
-        done: Iteration = self.compiled(state, inputs)
-        return done
-
-    def _iterations(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
-        alarm = overflow = torch.zeros_like(state.log_z)
-        for each in inputs:
-            done = self.iterate(state, each)
-            state = done.state
-            alarm = alarm + done.alarm + done.norm
-            overflow = overflow + self.update.masked(self.parameters, done.gradients, alarm.isfinite())
-            alarm = alarm + overflow
-        return done._replace(alarm=alarm, overflow=overflow)
+    alarm = overflow = torch.zeros_like(state.log_z)
+    for each in inputs:
+        done = iterate(state, *each)
+        state = done.state
+        alarm = alarm + done.alarm + done.norm
+        overflow = overflow + update.masked(parameters, done.gradients, alarm.isfinite())
+        alarm = alarm + overflow
+    return done._replace(alarm=alarm, overflow=overflow)
