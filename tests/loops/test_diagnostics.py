@@ -11,8 +11,8 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import HMC, MALA, ULA
-from tests.loops.gibbs_loops import F64, build, follower, path
-from tests.oracles_gibbs import Location
+from tests.helpers.gibbs_loops import F64, build, follower, path
+from tests.helpers.oracles_gibbs import Location
 
 
 def autoregressive(phi, time, chains, seed=0, means=None):
@@ -69,7 +69,8 @@ def test_signal_to_noise_against_its_closed_form():
     loop = location(t)
     before = loop.state_dict()
     signal_to_noise(loop)
-    assert loop.iteration == 0 and torch.equal(before["weighted_state"]["x"], loop.weighted_state.x) and loop.model.theta.grad is None
+    assert loop.iteration == 0 and loop.model.theta.grad is None
+    assert torch.equal(before["weighted_state"]["x"], loop.weighted_state.x)
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.3, 2.0])

@@ -13,11 +13,11 @@ from implicit_diffusion.loops.divergence import distance, diverged, limit
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
+from implicit_diffusion.runs.callbacks.watch import Watch
 from implicit_diffusion.runs.fit import fit
-from implicit_diffusion.runs.watch import Watch
 from implicit_diffusion.samplers import HMC, ULA
-from tests.loops.gibbs_loops import BUILDS, F64, build
-from tests.oracles_gibbs import Harmonic
+from tests.helpers.gibbs_loops import BUILDS, F64, build
+from tests.helpers.oracles_gibbs import Harmonic
 
 
 class Away(nn.Module):
@@ -165,7 +165,8 @@ def test_looking_changes_nothing_and_says_nothing_where_it_knows_nothing():
     for _ in range(12):
         alone.step()
     assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), alone.model.parameters()))
-    assert torch.equal(watched.weighted_state.x, alone.weighted_state.x) and watched.gradient_evaluations == alone.gradient_evaluations
+    assert torch.equal(watched.weighted_state.x, alone.weighted_state.x)
+    assert watched.gradient_evaluations == alone.gradient_evaluations
     assert distance(watched) == distance(watched)
     assert distance(still(Harmonic(), 100 + normal(15, 1))) == -math.inf
     assert distance(still(Harmonic(), torch.ones(40, 2, dtype=F64))) == -math.inf

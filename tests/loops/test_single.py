@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import NonFiniteError
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Functional, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.energy import Energy
-from implicit_diffusion.runs import load_state, save_state
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.weighted_state import WeightedState, log_mean_exp, resample
-from tests.loops.gibbs_loops import BUILDS, F64, build, follower, path, wave
-from tests.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
+from tests.helpers.gibbs_loops import BUILDS, F64, build, follower, path, wave
+from tests.helpers.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
 STEPS = 12
@@ -175,7 +175,6 @@ def test_state_continues_bit_for_bit_through_a_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["weighted mala", "weighted ula", "nested, persistent", "underdamped", "unrolled"])
 def test_blocks_of_noise_do_not_change_with_where_a_run_resumes(name, monkeypatch):
-    from implicit_diffusion.samplers import draws
 
     monkeypatch.setattr(particle, "BLOCK", 5 * 64 * 2)  # five iterations to a block
     whole, second = build(name), build(name)

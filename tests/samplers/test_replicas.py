@@ -14,8 +14,8 @@ from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, replicas
 from implicit_diffusion.samplers.replicas import Replicas, annealed
 from implicit_diffusion.samplers.weighted_state import log_mean_exp
-from tests.loops.gibbs_loops import path, wave
-from tests.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
+from tests.helpers.gibbs_loops import path, wave
+from tests.helpers.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
 
 F64 = torch.float64
 KERNELS = {

@@ -93,9 +93,6 @@ def replacing_particles(
     log_weights = x.new_zeros(n) if particles.log_weights is None else particles.log_weights.to(x)
     if log_weights.shape != (n,) or not (log_weights < math.inf).all() or not log_weights.isfinite().any():
         raise InvalidInputError(
-            f"refresh needs log-weights of shape ({n},) that are finite, or −∞ for some, got "
-            f"{tuple(log_weights.shape)}"
+            f"refresh needs log-weights of shape ({n},) that are finite, or −∞ for some, got {tuple(log_weights.shape)}"
         )
     return innermost(x.clone()), log_weights
-
-

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
-from implicit_diffusion.loops.compiled import Compiled
+from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop

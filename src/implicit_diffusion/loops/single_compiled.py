@@ -2,7 +2,7 @@
 
 In one call nothing waits for the device between an iteration and its update of θ, and the compiler sees both. So an
 update must be the optimizer's step and nothing else. It cannot raise: once something is not finite, `Update.masked`
-leaves θ as it is in all the iterations that follow, and the alarm, which the loop reads at the end of the call, says so.
+leaves θ as it is in all the iterations that follow, and the alarm, which the loop reads after the call, says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.samplers.weighted_state import WeightedState
 from implicit_diffusion.showing import of_tuple
-
 
 # What an iteration needs from outside of what may be compiled: the random numbers of the kernel and one U(0, 1) for
 # resampling; for every term of the objective the points besides the particles that it charges; the step size.

@@ -35,7 +35,7 @@ def alpha(
 
 
 def langevin_step(step: Step) -> Float[Tensor, "n *event"]:
-    """x − h∇V(x) + √(2h) ξ. Drift and noise are added first: far from zero x − h∇V would round to x."""
+    """X − h∇V(x) + √(2h) ξ. Drift and noise are added first: far from zero x − h∇V would round to x."""
     return step.x + ((2 * step.h).sqrt() * step.draws[0] - step.h * step.here.grad)
 
 
