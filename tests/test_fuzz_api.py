@@ -143,7 +143,7 @@ def queue():
 
 def kernel(kind, **more):
     def use(made):
-        return [move.x for move in simulate(made, V(), X, NOISE, 2)]
+        return [state.x for state, _ in simulate(made, V(), X, NOISE, 2)]
 
     return Call(kind, {"step_size": lambda: 0.1} | more, use)
 

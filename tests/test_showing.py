@@ -31,7 +31,7 @@ from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.watch import Runaway, Watch
 from implicit_diffusion.runs.fit import fit
-from implicit_diffusion.samplers import Kernel
+from implicit_diffusion.samplers import Kernel, State
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles import table
 
@@ -82,10 +82,8 @@ class Effort(RunningCost):
 
 
 class Stays(Kernel):
-    def move(self, x, momentum, here, energy, draws, h):
+    def move(self, step):
         raise NotImplementedError
-
-    owe = repay = move
 
 
 def mixture():
@@ -145,7 +143,9 @@ EXAMPLES = {
     "ULA": lambda: idf.ULA(idf.power_law(0.5, 1 / 3)),
     "Underdamped": lambda: idf.Underdamped(0.1),
     "Kernel": lambda: Stays(0.1),
-    "Move": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1)),
+    "State": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1))[0],
+    "Info": lambda: next(simulate(idf.MALA(0.1), mixture(), DATA, NOISE, 1))[1],
+    "Step": lambda: idf.ULA(0.1).prepare(mixture(), State(DATA), NOISE.generator()),
     "MMD": lambda: idf.MMD(DATA),
     "Sinkhorn": lambda: idf.Sinkhorn(DATA, 0.5),
     "ForwardKL": lambda: idf.ForwardKL(DATA, 8),

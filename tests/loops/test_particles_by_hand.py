@@ -143,11 +143,11 @@ def test_the_lag_by_hand(lr, alike):
 
 
 class Kept(MALA):
-    """Remembers its last move."""
+    """Remembers what its last step said of itself."""
 
-    def move(self, *args):
-        self.last = super().move(*args)
-        return self.last
+    def move(self, step):
+        state, self.last = super().move(step)
+        return state, self.last
 
 
 @pytest.mark.parametrize("kind", ["single", "x-first", "nested"])

@@ -108,9 +108,9 @@ def test_the_drift_survives_far_from_zero(kernel):
         def forward(self, x):
             return (x - self.centre).square().sum(1) / 2
 
-    *_, last = simulate(kernel, Far(), torch.full((2000, 2), 1e5 + 1), Noise(0), 300)
+    *_, (last, info) = simulate(kernel, Far(), torch.full((2000, 2), 1e5 + 1), Noise(0), 300)
     moved = (last.x.to(F64) - 1e5).flatten()
-    decay, kept = 0.999**300, float((last.acceptance if last.acceptance is not None else torch.ones(1)).mean())
+    decay, kept = 0.999**300, float((info.acceptance if info.acceptance is not None else torch.ones(1)).mean())
     error = (1 - decay**2) ** 0.5 / len(moved) ** 0.5
     assert abs(moved.mean() - decay) < 4 * error + 0.01 * (1 - kept) < 0.25 * (1 - decay)
     assert moved.var() == pytest.approx(1 - decay**2, rel=4 * (2 / len(moved)) ** 0.5 + 0.01)
@@ -183,7 +183,7 @@ def test_half_precision_particles_outside_of_loops(dtype):
     replicas = Replicas(ULA(0.1), potential, x, Noise(0), groups=4)
     replicas.step(potential)
     held = replicas.particles(potential)
-    *_, last = simulate(HMC(0.3), potential, x, Noise(0), 2)
+    *_, (last, _) = simulate(HMC(0.3), potential, x, Noise(0), 2)
     assert moved.dtype == held.x.dtype == last.x.dtype == F32
     mixture = GaussianMixture(torch.zeros(1, 2, dtype=dtype))
     assert annealed(lambda t: mixture, ULA(0.1), 16, Noise(0), steps=2).particles(mixture).x.dtype == F32

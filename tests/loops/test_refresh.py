@@ -46,10 +46,10 @@ def test_weights_and_log_z_belong_to_the_present_theta(name):
     assert loop.log_z0 == pytest.approx(log_z0)
     if name == "ula":
         there, here = energy_of(loop.model, w.x), w.previous
-        expected = w.log_weights + w.debt - there.value
+        expected = w.log_weights + w.forward_part - there.value
         expected -= (there.grad * (here - w.x)).sum(1) / 2 + h / 4 * there.grad.square().sum(1)
     else:
-        expected = w.log_weights + w.debt - before.detach()
+        expected = w.log_weights + w.forward_part - before.detach()
     torch.testing.assert_close(held.log_weights, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(held.x, w.x)
     assert held.log_z.item() == pytest.approx(log_z0 + w.log_z.item() + expected.exp().mean().log().item(), rel=1e-12)

@@ -15,7 +15,7 @@ from implicit_diffusion.objectives import ForwardKL, Functional, ReverseKL, Rewa
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.energy import Energy
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, draws
 from implicit_diffusion.samplers.weighted_state import WeightedState, log_mean_exp, resample
 from tests.helpers.gibbs_loops import BUILDS, F64, build, follower, path, wave
 from tests.helpers.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
@@ -107,7 +107,7 @@ def test_gamma_of_the_loop_is_that_of_the_estimator():
         loop.step()
     theta = torch.cat([p.detach().flatten().clone() for p in loop.parameters])
     w = loop.weighted_state
-    logs = w.log_weights + w.debt - loop.kernel.repay(w.previous, w.x, energy_of(loop.model, w.x), w.h)
+    logs = w.log_weights + w.forward_part - loop.kernel.backward_part(w.previous, w.x, energy_of(loop.model, w.x), w.h)
     seed_points = loop._points(5)
     loop._points = lambda k: seed_points
     fixed = 1.0 * loop.objective
@@ -175,8 +175,7 @@ def test_state_continues_bit_for_bit_through_a_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["weighted mala", "weighted ula", "nested, persistent", "underdamped", "unrolled"])
 def test_blocks_of_noise_do_not_change_with_where_a_run_resumes(name, monkeypatch):
-
-    monkeypatch.setattr(particle, "BLOCK", 5 * 64 * 2)  # five iterations to a block
+    monkeypatch.setattr(draws, "BLOCK", 5 * 64 * 2)  # five iterations to a block
     whole, second = build(name), build(name)
     for _ in range(7):
         whole.step()

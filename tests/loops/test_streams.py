@@ -105,9 +105,9 @@ class Recorded(ULA):
         super().__init__(h)
         self.seen = []
 
-    def move(self, x, momentum, here, energy, draws, h):
-        self.seen.append(draws[0].clone())
-        return super().move(x, momentum, here, energy, draws, h)
+    def move(self, step):
+        self.seen.append(step.draws[0].clone())
+        return super().move(step)
 
 
 @pytest.mark.parametrize("kind", [Single, NestedParticles, Unrolled, "simulate"])

@@ -20,9 +20,9 @@ def recorded(kernel):
     """The kernel, and a list of (x, momentum, ξ, h) of every step that it makes."""
     seen, move = [], kernel.move
 
-    def watching(x, momentum, here, energy, draws, h):
-        seen.append((x.clone(), momentum, draws[0].clone(), h.item()))
-        return move(x, momentum, here, energy, draws, h)
+    def watching(step):
+        seen.append((step.x.clone(), step.momentum, step.draws[0].clone(), step.h.item()))
+        return move(step)
 
     kernel.move = watching
     return kernel, seen
@@ -31,18 +31,18 @@ def recorded(kernel):
 def test_simulating_overdamped():
     kernel, seen = recorded(ULA(power_law(0.3, 0.5)))
     x = X
-    for k, move in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
+    for k, (state, _) in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
         h = 0.3 * (k + 1) ** -0.5
         x = x - h * x + math.sqrt(2 * h) * seen[k][2]
         assert seen[k][3] == pytest.approx(h, rel=1e-12)
-        torch.testing.assert_close(move.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(state.x, x, rtol=1e-12, atol=1e-13)
     assert len(seen) == 5
 
 
 def test_simulating_underdamped_keeps_the_momentum():
     kernel, seen = recorded(Underdamped(power_law(0.4, 0.3), friction=0.7))
     x, p = X, None
-    for k, move in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
+    for k, (state, _) in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
         h = 0.4 * (k + 1) ** -0.3
         p = seen[0][1] if p is None else p
         kept = math.exp(-0.7 * h)
@@ -50,7 +50,7 @@ def test_simulating_underdamped_keeps_the_momentum():
         x = x + h / 2 * p
         p = kept * p + math.sqrt(1 - kept**2) * seen[k][2]
         x = x + h / 2 * p
-        torch.testing.assert_close(move.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(state.x, x, rtol=1e-12, atol=1e-13)
     assert torch.cat([seen[0][1], *(xi for _, _, xi, _ in seen)]).unique().numel() == 6 * X.numel()
 
 

@@ -84,14 +84,15 @@ MUTATIONS = [(k, m) for k in (ULA, MALA) for m in ("signs", "a step late")] + [(
 
 @pytest.mark.parametrize(("kernel", "mutation"), MUTATIONS)
 def test_a_wrong_increment_is_seen(kernel, mutation, monkeypatch):
-    owe, repay = kernel.owe, kernel.repay
+    forward, backward = kernel.forward_part, kernel.backward_part
     if mutation == "signs":
-        monkeypatch.setattr(kernel, "owe", lambda *a: -owe(*a))
-        monkeypatch.setattr(kernel, "repay", lambda *a: -repay(*a))
+        monkeypatch.setattr(kernel, "forward_part", lambda *a: -forward(*a))
+        monkeypatch.setattr(kernel, "backward_part", lambda *a: -backward(*a))
     elif mutation == "α without its last term":
-        monkeypatch.setattr(kernel, "owe", lambda self, x, here, move, h: owe(self, x, here, move, 0 * h))
+        shortened = lambda self, step, after: forward(self, step._replace(h=0 * step.h), after)  # noqa: E731
+        monkeypatch.setattr(kernel, "forward_part", shortened)
     else:  # V at the particles before the move
-        monkeypatch.setattr(kernel, "owe", lambda self, x, here, move, h: here.value)
+        monkeypatch.setattr(kernel, "forward_part", lambda self, step, after: step.here.value)
     assert abs(z_of_log_z(*followed(kernel(0.2), MILD, size=400))[0]) > 8
 
 
@@ -184,10 +185,12 @@ def test_annealing_along_mixtures_replays_and_leaves_the_model_as_it_was():
 
 def test_what_is_refused():
     x = torch.zeros(16, 1, dtype=F64)
-    with pytest.raises(InvalidInputError, match="Underdamped has no increment of weights; take ULA, MALA or HMC"):
+    with pytest.raises(InvalidInputError, match="Underdamped has no increment of weights; use ULA, MALA or HMC"):
         Replicas(Underdamped(0.1), Harmonic(), x, Noise(0))
-    for n, groups in ((16, 1), (16, 3), (16, 16), (16, 0)):
-        with pytest.raises(InvalidInputError, match=rf"{n} particles do not make {groups} groups of equal size ≥ 2"):
+    for groups in (1, 3, 16, 0):
+        with pytest.raises(
+            InvalidInputError, match=rf"16 particles do not split into {groups} groups of equal size ≥ 2"
+        ):
             Replicas(ULA(0.1), Harmonic(), x, Noise(0), groups=groups)
     with pytest.raises(InvalidInputError, match=r"path\(0\) must have sample\(n, noise\) and log_z"):
         annealed(lambda t: Harmonic(), ULA(0.1), 16, Noise(0), steps=2)
@@ -216,5 +219,5 @@ def test_potentials_that_are_none_and_weights_that_turn_nan():
     for _ in range(5):
         found.step(Flawed())
     for ask in (found.log_z, found.particles):
-        with pytest.raises(NonFiniteError, match="weights of replicas are NaN after 5 steps, or infinite"):
+        with pytest.raises(NonFiniteError, match="weights of replicas are NaN or infinite after 5 steps"):
             ask(Flawed())

@@ -19,7 +19,7 @@ def test_reaches_the_target(kernel, target, start):
     x = potential.draw(500, torch.Generator().manual_seed(0))
     tuned, x = warm_up(kernel(start), potential, x, Noise(0), target=target)
     target = target or {MALA: 0.574, HMC: 0.8}[kernel]
-    measured = [advance(tuned, potential, x, 1, seed=k).acceptance.mean() for k in range(20)]
+    measured = [advance(tuned, potential, x, 1, seed=k)[1].acceptance.mean() for k in range(20)]
     assert abs(torch.stack(measured).mean().item() - target) < 0.02
     assert isinstance(tuned, kernel) and tuned.step_size != start
 
@@ -44,7 +44,7 @@ def test_the_search_may_begin_in_other_units(kernel, ratio):
     right = warm_up(kernel(1.0), unit, x, Noise(0))[0].step_size
     tuned, moved = warm_up(kernel(1.0), Wide(scale), scale * x, Noise(0))
     assert tuned.step_size / ratio == pytest.approx(right, rel=0.05)
-    accepted = [advance(tuned, Wide(scale), moved, 1, seed=k).acceptance.mean() for k in range(10)]
+    accepted = [advance(tuned, Wide(scale), moved, 1, seed=k)[1].acceptance.mean() for k in range(10)]
     assert abs(torch.stack(accepted).mean().item() - kernel.target_acceptance) < 0.02
 
 
