@@ -212,8 +212,6 @@ BAD = {
     "DriftPenalty is paid along a denoising chain": lambda: single(objective=SMOOTH["reward"] + DriftPenalty()),
     "inner_steps must be": lambda: single(kind=NestedParticles, inner_steps=0),
     "unrolled_steps must be": lambda: single(kind=Unrolled, unrolled_steps=0),
-    "NestedParticles carries no weights": lambda: single(kind=NestedParticles, inner_steps=2, weighted=True),
-    "Unrolled carries no weights": lambda: single(kind=Unrolled, unrolled_steps=2, lag=True),
     "MALA accepts or rejects": lambda: single(kind=Unrolled, unrolled_steps=2, kernel=MALA(0.1)),
     "HMC accepts or rejects": lambda: single(kind=Unrolled, unrolled_steps=2, kernel=HMC(0.1)),
     "ForwardKL has no derivative in the particles": lambda: single(
@@ -229,6 +227,23 @@ BAD = {
 def test_bad_input_is_refused_by_name(message):
     with pytest.raises(InvalidInputError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize("kind", [ParticleLoop, Single, NestedParticles, Unrolled, ULA, MALA, HMC, Underdamped])
+def test_constructors_are_written_out(kind):
+    """Every argument by name and type, described in the docstring: `help` teaches."""
+    parameters = inspect.signature(kind).parameters
+    assert not {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    for name, parameter in parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert re.search(rf"^ +{name}: ", inspect.getdoc(kind), re.MULTILINE), name
+
+
+@pytest.mark.parametrize("option", ["weighted", "lag"])
+@pytest.mark.parametrize(("kind", "steps"), [(NestedParticles, "inner_steps"), (Unrolled, "unrolled_steps")])
+def test_loops_without_weights_have_no_argument_for_them(kind, steps, option):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        single(kind=kind, **{steps: 2, option: True})
 
 
 def test_what_the_run_time_type_checks_of_the_tests_would_catch_first():

@@ -11,7 +11,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, ForwardKL, ReverseKL, Reward, Sinkhorn
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import GaussianMixture
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, warm_up
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, resolution, warm_up
 from implicit_diffusion.samplers.replicas import Replicas, annealed
 from implicit_diffusion.samplers.resolution import CHECKED, check_resolved
 from implicit_diffusion.samplers.simulation import simulate
@@ -137,9 +137,7 @@ def test_steps_below_the_spacing_are_refused_and_later_a_word(name):
 
 
 def test_a_run_that_drifts_away_is_told_now_and_then(monkeypatch):
-    from implicit_diffusion.samplers import kernel
-
-    monkeypatch.setattr(kernel, "CHECKED", 4)
+    monkeypatch.setattr(resolution, "CHECKED", 4)
     loop = single(Level(), ULA(lambda k: 0.1 if k < 3 else 1e-20), Reward(lambda x: x[:, 0]))
     for _ in range(4):
         loop.step()

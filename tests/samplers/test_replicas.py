@@ -127,8 +127,8 @@ def test_weighted_averages_are_exact_while_theta_moves(name):
 def test_groups_count_by_their_own_z():
     """Weights of all particles, and log Z, by hand from the groups'."""
     found, potential = followed(ULA(0.09), groups=6, size=40)
-    closed = found._closed(potential)
-    z = torch.stack([(w.log_z + w.log_weights).exp() for w in closed])  # (groups, size)
+    groups = found._under(potential)
+    z = torch.stack([(w.log_z + w.log_weights).exp() for w in groups])  # (groups, size)
     held = found.particles(potential)
     assert isinstance(held, Particles) and len(held) == 240
     torch.testing.assert_close(held.weights, (z / z.sum()).flatten(), rtol=1e-10, atol=1e-14)

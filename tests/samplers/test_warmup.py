@@ -50,9 +50,7 @@ def test_the_search_may_begin_in_other_units(kernel, ratio):
 
 def test_a_target_that_is_not_met_is_said():
     flat, x = Odd(lambda x: 0 * x.sum(1)), torch.zeros(40, 2, dtype=F64)
-    with pytest.warns(
-        UserWarning, match=r"did not reach its target: 100% of the proposals .* not 57%; take more steps"
-    ):
+    with pytest.warns(UserWarning, match=r"did not reach its target: 100% of the proposals .* not 57%; use more steps"):
         tuned, _ = warm_up(MALA(1.0), flat, x, Noise(0))
     assert tuned.step_size > 2.0**100
 

@@ -16,9 +16,7 @@ from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.samplers.draws import innermost
 
 
-def initial_particles(
-    potential: nn.Module, particles: Float[Tensor, "n *event"] | int, noise: Noise
-) -> Float[Tensor, "n *event"]:
+def initial_particles(potential: nn.Module, particles: Tensor | int, noise: Noise) -> Float[Tensor, "n *event"]:
     """X_0 as a loop keeps it: a copy in single precision at least, short vectors with the particles innermost.
 
     Args:

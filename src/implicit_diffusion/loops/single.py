@@ -168,7 +168,7 @@ class Single(ParticleLoop):
 
     def _gradient(
         self, state: WeightedState, points: list[Tensor | None]
-    ) -> tuple[WeightedState, Fused, dict[str, Tensor]]:
+    ) -> tuple[WeightedState, Fused, dict[str, Any]]:
         """V, ∇V and Γ from one pass, the weights under the present θ on the way, and what these say."""
         terms = self.objective.stationary
         if not self.keeps_weights:
@@ -189,7 +189,7 @@ class Single(ParticleLoop):
         return under, fused, {"ess": particles.ess} | log_z
 
 
-def _iteration(state: WeightedState, fused: Fused, info: dict[str, Tensor], of_move: Info) -> Iteration:
+def _iteration(state: WeightedState, fused: Fused, info: dict[str, Any], of_move: Info) -> Iteration:
     """One iteration's results, with the norm of Γ and one number that is finite if the particles, and V at them, are.
 
     Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
