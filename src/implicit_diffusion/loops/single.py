@@ -116,24 +116,27 @@ class Single(ParticleLoop):
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
         self.iteration += count
         self.gradient_evaluations += count * self._evaluations_per_iteration
-        with self.evaluating():
-            if self._updates_inside:  # the first call creates the optimizer's state, before anything is compiled
-                function = self._in_one_call if self.update.updates == 0 else self._function
-                done = function(self.weighted_state, inputs)
-            else:
-                self.update.begin()
-                done = self._function(self.weighted_state, *inputs[0])
-                self._hand_over(done.gradients)
-
-        def diagnose() -> str | None:
-            return self._diagnose(done.state, done.values)
-
-        if self._updates_inside:
-            moved = self.update.account(done.alarm, diagnose, done.norm, count, done.overflow)
-        else:
-            moved = self.update.step([done.alarm], diagnose, done.norm)
+        done, moved = self._iterations_in_one_call(inputs) if self._updates_inside else self._one_iteration(*inputs)
         self.weighted_state = done.state
         return self._metrics(done.values) | done.info | moved
+
+    def _one_iteration(self, inputs: Inputs) -> tuple[Iteration, dict[str, Any]]:
+        """An iteration, then its update of θ."""
+        self.update.begin()
+        with self.evaluating():
+            done = self._function(self.weighted_state, *inputs)
+        self._hand_over(done.gradients)
+        return done, self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values), done.norm)
+
+    def _iterations_in_one_call(self, inputs: list[Inputs]) -> tuple[Iteration, dict[str, Any]]:
+        """Iterations with their updates of θ. The first call creates the optimizer's state, and is not compiled."""
+        function = self._in_one_call if self.update.updates == 0 else self._function
+        with self.evaluating():
+            done = function(self.weighted_state, inputs)
+        moved = self.update.account(
+            done.alarm, lambda: self._diagnose(done.state, done.values), done.norm, len(inputs), done.overflow
+        )
+        return done, moved
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"order": self.order}

@@ -65,7 +65,7 @@ def in_one_call(
         inputs: those of every iteration.
 
     Returns:
-        the last iteration, with the alarm and the overflow of all of them.
+        the last iteration without its gradients, with the alarm and the overflow of all of them.
     """
     alarm = overflow = torch.zeros_like(state.log_z)
     for each in inputs:
@@ -74,4 +74,4 @@ def in_one_call(
         alarm = alarm + done.alarm + done.norm
         overflow = overflow + update.masked(parameters, done.gradients, alarm.isfinite())
         alarm = alarm + overflow
-    return done._replace(alarm=alarm, overflow=overflow)
+    return Iteration(state, (), done.values, done.info, done.norm, alarm, overflow)
