@@ -62,10 +62,12 @@ def test_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
 
 
 SOURCE = ROOT / "src" / "implicit_diffusion"
-SHOWN = [file for file in sorted(SOURCE.rglob("*.py")) if re.search(r"^ +>>> ", file.read_text("utf-8"), re.MULTILINE)]
+WITH_EXAMPLES = [
+    file for file in sorted(SOURCE.rglob("*.py")) if re.search(r"^ +>>> ", file.read_text("utf-8"), re.MULTILINE)
+]
 
 
-@pytest.mark.parametrize("file", SHOWN, ids=lambda file: file.relative_to(SOURCE).as_posix())
+@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=lambda file: file.relative_to(SOURCE).as_posix())
 def test_examples_in_docstrings_print_what_they_say(file):
     """A ">>>" line to run, what it prints below it; each docstring by itself, with all that it imports."""
     module = importlib.import_module(".".join(file.relative_to(SOURCE.parent).with_suffix("").parts))

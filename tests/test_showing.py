@@ -143,6 +143,7 @@ EXAMPLES = {
     "ULA": lambda: idf.ULA(idf.power_law(0.5, 1 / 3)),
     "Underdamped": lambda: idf.Underdamped(0.1),
     "Kernel": lambda: Stays(0.1),
+    "MetropolisKernel": lambda: idf.HMC(0.1),
     "State": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1))[0],
     "Info": lambda: next(simulate(idf.MALA(0.1), mixture(), DATA, NOISE, 1))[1],
     "Step": lambda: idf.ULA(0.1).prepare(mixture(), State(DATA), NOISE.generator()),

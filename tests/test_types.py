@@ -56,7 +56,7 @@ BAD = {
         lambda: queue(objective=reward),
     ],
     "objective must be of type Objective, got the class PathKL": [lambda: queue(objective=idf.PathKL)],
-    r"noise must be of type Noise, got int; take Noise\(0\)": [
+    r"noise must be of type Noise, got int; (use|take) Noise\(0\)": [
         lambda: single(noise=0),
         lambda: queue(noise=0),
         lambda: idf.Chain(net(), TABLE, (2,)).sample(0, 2),
@@ -65,7 +65,7 @@ BAD = {
         lambda: idf.Replicas(idf.ULA(0.1), Banana(), X, 0, groups=2),
         lambda: next(simulate(idf.ULA(0.1), Banana(), X, 0, 3)),
     ],
-    r"kernel must be of type Kernel, got the class ULA; take ULA\(0\.1\)": [lambda: single(kernel=idf.ULA)],
+    r"kernel must be of type Kernel, got the class ULA; use ULA\(0\.1\)": [lambda: single(kernel=idf.ULA)],
     "chain must be of type Chain, got Banana": [lambda: queue(chain=Banana())],
     "the potential must be of type Module, got function": [lambda: single(potential=lambda x: x.square().sum(1))],
     "the denoiser must be of type Module, got function": [

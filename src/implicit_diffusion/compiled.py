@@ -1,7 +1,7 @@
 """`torch.compile` by a fixed rule: all of a function or nothing.
 
-A function that differentiates inside (∇V) compiles where torch can trace autograd. Whatever stands in the way, no C++
-compiler, a reward that leaves torch, is said in one line, and the function runs as it is.
+A function that differentiates inside (∇V) compiles where torch can trace autograd. Where something prevents compilation
+(no C++ compiler, a reward that leaves torch), a warning says so in one line, and the function runs as it is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from implicit_diffusion.showing import Shown
 
 
 class Compiled(Shown):
-    """A function that is compiled in full at its first call, or not at all. A copy of it is compiled at its own.
+    """A function that is compiled in full at its first call, or not at all. A copy of it is compiled at its own first.
 
     Args:
-        function: or module.
+        function: what to compile, a function or a module.
         differentiates: whether it calls autograd inside.
-        dynamic: as in `torch.compile`; None for inputs whose batch changes, such as a filling queue's.
+        dynamic: as in `torch.compile`; None for inputs whose batch size changes, such as a filling queue's.
 
     Attributes:
         reason: why it runs uncompiled, in one line; None where it does not.

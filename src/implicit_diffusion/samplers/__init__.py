@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.samplers.hmc import HMC
     from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step, power_law
-    from implicit_diffusion.samplers.langevin import MALA, ULA
+    from implicit_diffusion.samplers.langevin import MALA, ULA, alpha
     from implicit_diffusion.samplers.metropolis import MetropolisKernel
     from implicit_diffusion.samplers.replicas import Replicas, annealed
     from implicit_diffusion.samplers.resampling import systematic
@@ -34,6 +34,7 @@ __all__ = [
     "State",
     "Step",
     "Underdamped",
+    "alpha",
     "annealed",
     "power_law",
     "simulate",
