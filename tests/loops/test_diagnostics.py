@@ -11,7 +11,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import HMC, MALA, ULA
-from tests.helpers.gibbs_loops import F64, build, follower, path
+from tests.helpers.gibbs_loops import F64, along_path, build, path
 from tests.helpers.oracles_gibbs import Location
 
 
@@ -110,8 +110,8 @@ def lag_of(loop, steps):
 def test_no_lag_where_theta_is_still_or_particles_mix_fast():
     still = path(1)[:1].repeat(200, 1)
     for kernel in (MALA(0.4), ULA(0.05)):
-        assert lag_of(follower(kernel, still, 1000, 0, lag=True), 60) < 0.15
-    moving = lags(follower(HMC(0.5, 6), path(150), 1000, 0, lag=True), 150)
+        assert lag_of(along_path(kernel, still, 1000, 0, lag=True), 60) < 0.15
+    moving = lags(along_path(HMC(0.5, 6), path(150), 1000, 0, lag=True), 150)
     assert 0 < max(moving) < 0.15  # weights were given up on the way, and did not speak of a lag
 
 

@@ -15,7 +15,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Tilted, energy_of, mlp
 from implicit_diffusion.samplers import HMC, MALA, ULA
 from implicit_diffusion.samplers.replicas import annealed
-from tests.helpers.gibbs_loops import F64, build, follower, path, wave
+from tests.helpers.gibbs_loops import F64, along_path, build, path, wave
 from tests.helpers.oracles_gibbs import Location, Quartic, estimate, line, z_scores
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
@@ -147,7 +147,7 @@ def test_a_reward_that_writes_into_its_argument_moves_no_particle():
 
     ends = []
     for reward in (careless, careful):
-        loop = follower(ULA(0.2), path(4), 64, 0, objective=Reward(reward))
+        loop = along_path(ULA(0.2), path(4), 64, 0, objective=Reward(reward))
         for _ in range(3):
             loop.step()
         ends.append(loop.weighted_state.x)
@@ -160,7 +160,7 @@ def test_averages_stay_exact_through_a_refreshment(name):
     """Weighted particles along a fast path, replaced half-way by weighted draws from another law."""
     thetas, rows, middle = path(8), [], 4
     for seed in range(16):
-        loop = follower(KERNELS[name], thetas, 500, seed, weighted=True)
+        loop = along_path(KERNELS[name], thetas, 500, seed, weighted=True)
         for k in range(9):
             if k == middle:
                 here, proposal = loop.model, Quartic((0.2, 0.0))

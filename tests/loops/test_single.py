@@ -17,7 +17,7 @@ from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, draws
 from implicit_diffusion.samplers.weighted_state import WeightedState, log_mean_exp, resample
-from tests.helpers.gibbs_loops import BUILDS, F64, build, follower, path, wave
+from tests.helpers.gibbs_loops import BUILDS, F64, along_path, build, path, wave
 from tests.helpers.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
@@ -29,7 +29,7 @@ def replicates(kernel, count=40, n=1000, **settings):
     thetas, rows, resampled = path(STEPS), [], False
     start = line().law(Quartic(tuple(thetas[0].tolist())))[1]
     for seed in range(count):
-        loop = follower(kernel, thetas, n, seed, **settings)
+        loop = along_path(kernel, thetas, n, seed, **settings)
         for _ in range(STEPS + 1):
             metrics = loop.step()
             resampled |= loop.weighted_state.log_z != 0

@@ -15,7 +15,7 @@ from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.watch import Watch
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers import HMC, MALA
-from tests.helpers.gibbs_loops import F64, Follow, build, follower, path
+from tests.helpers.gibbs_loops import F64, Follow, along_path, build, path
 from tests.helpers.oracles_gibbs import Quartic, line, z_scores
 from tests.loops.test_single import STEPS, expected
 
@@ -117,7 +117,7 @@ def test_weighted_averages_stay_exact_while_the_step_size_adapts(name):
     start = line().law(Quartic(tuple(thetas[0].tolist())))[1]
     for seed in range(20):
         loop, adapt = (
-            follower({"mala": MALA(0.02), "hmc": HMC(1.6, 2)}[name], thetas, 1000, seed, weighted=True),
+            along_path({"mala": MALA(0.02), "hmc": HMC(1.6, 2)}[name], thetas, 1000, seed, weighted=True),
             AdaptStep(),
         )
         for _ in range(STEPS + 1):
