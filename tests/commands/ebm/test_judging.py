@@ -67,7 +67,7 @@ def test_advice_is_in_options_and_not_on_untouched_defaults(trained):
     )
     assert untouched == [] and "larger --step-size" in given[0] and "warm_up" not in given[0]
     few = ebm_judging.what_to_change(trained, estimates(45.0, 0.6) | {"ess": 2.0}, chosen=False)
-    assert "Take a smaller --lr or more --particles" in few[0]
+    assert "Use a smaller --lr or more --particles" in few[0]
     assert WORDS.keys() == ebm_judging.WORDS.keys()
 
 
