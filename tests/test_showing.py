@@ -251,10 +251,9 @@ def test_no_dataclass_prints_its_tensors_or_functions():
 
 
 def test_what_a_callback_remembers_is_no_news():
-    """Fields that a dataclass keeps out of its repr are kept out of ours; of a reward, that it was tried."""
+    """Fields that a dataclass keeps out of its repr are kept out of ours; of a reward, that it was checked."""
     assert repr(Rise(HeldOut(reward, NOISE))).endswith("starts=128), patience=3)")
-    tried = weighted().objective
-    assert tried.probed and repr(tried) == "Reward(function=reward, name='reward')"
+    assert repr(weighted().objective.as_checked()) == "Reward(function=reward, name='reward')"
 
 
 SAID = {

@@ -107,7 +107,7 @@ class Unrolled(ParticleLoop):
             if not isinstance(term, TerminalObjective):
                 raise InvalidInputError(f"{type(term).__name__} has no derivative in the particles; use Single")
             if weight != 0:
-                term.check(self.particles)
+                term.check_slope(self.particles)
         self.unrolled_steps = self.inner_steps = unrolled_steps
 
     def _words(self) -> Iterable[str]:

@@ -231,7 +231,19 @@ class TerminalObjective(GibbsObjective):
             variation, value = self.first_variation(particles)
             return Charges(centred(-variation, particles), value=value)
 
-    def check(self, particles: Particles) -> None:
+    def check_value(self, particles: Particles) -> None:
+        """Try the objective on a few samples, without a gradient: all that a black box has to offer.
+
+        Raises:
+            InvalidInputError: no 0-d tensor, NaN or infinity.
+        """
+        with torch.no_grad(), self.evaluating():
+            value = self.value(Particles(particles.x.detach().clone(), condition=particles.condition))
+        self._check_scalar(value)
+        if not value.isfinite():
+            raise InvalidInputError(f"{self.name} is {value.item()} on samples of the initial model; it must be finite")
+
+    def check_slope(self, particles: Particles) -> None:
         """Try to differentiate the objective in the positions of a few samples.
 
         Raises:
@@ -240,9 +252,7 @@ class TerminalObjective(GibbsObjective):
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
             value = self.value(Particles(x, condition=particles.condition))
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInputError(f"{self.name} must be a 0-d tensor, got {given}")
+        self._check_scalar(value)
         gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
         if gradient is None:
             raise InvalidInputError(
@@ -251,6 +261,11 @@ class TerminalObjective(GibbsObjective):
                 "derivative"
             )
         check_slope(self.name, gradient, value.detach())
+
+    def _check_scalar(self, value: object) -> None:
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInputError(f"{self.name} must be a 0-d tensor, got {given}")
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         found = self.charges(particles, energy, None).particles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,18 +32,24 @@ class Reward(TerminalObjective):
             depends on its own sample alone. One that takes two arguments, R(x, condition), is also given what the
             samples were sampled under: tensors by name, as the denoiser gets them.
         name: under which metrics report it.
+        checked: whether `probe` has accepted it already, so that checks need not call it so often, nor warn again.
 
     Raises:
         InvalidInputError: no function, one that takes neither one argument nor two, or no name.
     """
 
-    probed = False  # whether `check`, or `probe`, has passed it
-
-    def __init__(self, function: Callable[..., Any], name: str = "reward") -> None:
+    def __init__(self, function: Callable[..., Any], name: str = "reward", *, checked: bool = False) -> None:
         if isinstance(function, type) or not callable(function):
             make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
             raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
+        self.checked = checked
+
+    def as_checked(self) -> Reward:
+        """The same reward for callers that have checked it."""
+        other = copy.copy(self)
+        other.checked = True
+        return other
 
     def _words(self) -> Iterable[str]:
         return (f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional)
@@ -71,12 +78,15 @@ class Reward(TerminalObjective):
             InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
-        reward = self.of(particles)
-        reward = reward if reward.is_floating_point() else reward.to(particles.x.dtype)
+        reward = self._numbers(particles)
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).sum())
             raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
         return reward
+
+    def _numbers(self, particles: Particles) -> Float[Tensor, " n"]:
+        reward = self.of(particles)
+        return reward if reward.is_floating_point() else reward.to(particles.x.dtype)
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
@@ -89,14 +99,30 @@ class Reward(TerminalObjective):
         """The reward itself, E_p R."""
         return self.name, -value
 
-    def check(self, particles: Particles) -> None:
-        """Try the reward on a few samples: five calls, one of them with its gradient, and that one alone once `probed`.
+    def check_value(self, particles: Particles) -> None:
+        """Call the reward on a few of the samples, without a gradient: five times, or once where it is `checked`.
 
-        A reward that is random, or flat at all of the samples, is told by a warning, once.
+        A reward that gives the same samples other values at a second call causes a warning.
 
         Raises:
-            InvalidInputError: another shape than (n,), another dtype, NaN or infinity, no gradient, one that is 0 at
-                all samples though their rewards differ, or samples that influence each other's rewards.
+            InvalidInputError: not one number per sample, NaN or infinity, or samples that influence each other's
+                rewards.
+        """
+        few = _chosen(particles, slice(TRIED))
+        with torch.no_grad(), self.evaluating():
+            values = self._numbers(_chosen(few, slice(None)))
+            _check_finite("values", values)
+            if not self.checked:
+                check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+
+    def check_slope(self, particles: Particles) -> None:
+        """Call the reward on samples once, with its gradient.
+
+        One that is flat at all of the samples causes a warning, unless the reward is `checked`.
+
+        Raises:
+            InvalidInputError: another dtype than the samples', no gradient, NaN or infinity in it, one that is 0 at all
+                samples though their rewards differ, or a reward whose gradient depends on other samples.
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
@@ -113,14 +139,9 @@ class Reward(TerminalObjective):
             if gradient is None:
                 raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
             of_first = torch.autograd.grad(reward[0], x)[0]
-        reward = reward.detach()
-        for what, tensor in (("values", reward), ("a gradient", gradient)):
-            _check_finite(what, tensor)
+        _check_finite("a gradient", gradient)
         check_own_gradient("reward", of_first)
-        new = not self.probed
-        if new:
-            self._check_separate(particles, reward)
-        check_slope("reward", gradient, reward, warn=new)
+        check_slope("reward", gradient, reward.detach(), warn=not self.checked)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
@@ -143,20 +164,16 @@ class Reward(TerminalObjective):
     def probe(self, particles: Particles) -> None:
         """Try on a few samples whether each reward depends on its own sample alone: five calls, without a gradient.
 
-        One that gives the same samples other values at a second call is told by a warning.
+        A reward that gives the same samples other values at a second call causes a warning.
 
         Raises:
             InvalidInputError: samples that influence each other's rewards; not one number per sample.
             NonFiniteError: NaN or infinity.
         """
-        few = _chosen(particles, torch.arange(min(TRIED, len(particles.x)), device=particles.x.device))
+        few = _chosen(particles, slice(TRIED))
         with self.evaluating():
-            self._check_separate(few, self.judge(_chosen(few, torch.arange(len(few.x), device=few.x.device))))
-
-    def _check_separate(self, particles: Particles, values: Tensor) -> None:
-        with self.evaluating():
-            check_separate("reward", lambda index: self.judge(_chosen(particles, index)), values)
-        self.probed = True
+            values = self.judge(_chosen(few, slice(None)))
+            check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
 
 
 def as_reward(reward: Callable[..., Any] | Reward) -> Reward:
@@ -164,11 +181,11 @@ def as_reward(reward: Callable[..., Any] | Reward) -> Reward:
     return reward if isinstance(reward, Reward) else Reward(reward)
 
 
-def _chosen(particles: Particles, index: Tensor) -> Particles:
-    """Copies of the samples with these numbers, and of their conditions; a black box may write into them."""
+def _chosen(particles: Particles, index: Tensor | slice) -> Particles:
+    """Copies of some of the samples, and of their conditions; a black box may write into them."""
     given = particles.condition
-    condition = None if given is None else {name: value[index] for name, value in given.items()}
-    return Particles(particles.x.detach()[index], condition=condition)
+    condition = None if given is None else {name: value[index].clone() for name, value in given.items()}
+    return Particles(particles.x.detach()[index].clone(), condition=condition)
 
 
 def _check_dtype(reward: Tensor, x: Tensor) -> None:
