@@ -21,9 +21,10 @@ from implicit_diffusion.experiments.energy_model import Architecture, EnergyMode
 from implicit_diffusion.experiments.lattice import find_lattice
 from implicit_diffusion.experiments.plan import make_plan
 from implicit_diffusion.experiments.planar import law
-from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.gradients import Gibbs
+from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.loops.compiled import Compiled
-from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
+from implicit_diffusion.objectives import Density, FirstVariation, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
 from implicit_diffusion.runs.adapt import AdaptStep
@@ -68,8 +69,8 @@ class White(TerminalObjective):
 class Charged(GibbsObjective):
     name = "charged"
 
-    def charges(self, particles, energy, points):
-        return Charges(particles.x[:, 0] - particles.x[:, 0].mean())
+    def first_variation(self, particles, density):
+        return FirstVariation(particles.x[:, 0])
 
 
 class Effort(RunningCost):
@@ -156,7 +157,13 @@ EXAMPLES = {
     "TerminalObjective": White,
     "GibbsObjective": Charged,
     "RunningCost": Effort,
-    "Charges": lambda: Charged().charges(idf.Particles(DATA), DATA[:, 0], None),
+    "Sum": lambda: idf.Reward(reward) + 0.5 * idf.PathKL(),
+    "Term": White,
+    "Density": lambda: Density(DATA[:, 0]),
+    "FirstVariation": lambda: FirstVariation(DATA[:, 0]),
+    "Gibbs": Gibbs,
+    "AdjointSolver": Gibbs,
+    "AdjointMeasure": lambda: Gibbs()(FirstVariation(DATA[:, 0]), idf.Particles(DATA)),
     "Adjoint": idf.Adjoint,
     "FullBackprop": idf.FullBackprop,
     "Fused": lambda: fused_pass(v := mixture(), list(v.parameters()), [(1.0, Charged())], DATA, [None]),
@@ -233,7 +240,7 @@ def test_it_prints_in_short(name):
         assert len(lines) <= (7 if isinstance(example, idf.loops.base.Loop) else 1)
         assert all(len(line) <= 250 for line in lines)
         assert not re.search(r"0x[0-9a-f]{4}|tensor\(|<(?!lambda>)", text)
-    if name not in ("Objective",):  # a sum of terms is the formula
+    if name not in ("Objective", "Sum"):  # a sum of terms is the formula
         assert repr(example).startswith(type(example).__name__ + "(")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
-from implicit_diffusion.gradients.gibbs import dense, fused_pass
+from implicit_diffusion.gradients.fused import dense, fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
 from implicit_diffusion.particles import Particles

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
-from implicit_diffusion.objectives.base import TerminalObjective, check_name
+from implicit_diffusion.frozen import modules_in
+from implicit_diffusion.objectives.base import TerminalObjective, changed, check_name
+from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate, check_slope
 from implicit_diffusion.scores import scores_of, takes_condition
@@ -47,9 +48,10 @@ class Reward(TerminalObjective):
 
     def as_checked(self) -> Reward:
         """The same reward for callers that have checked it."""
-        other = copy.copy(self)
-        other.checked = True
-        return other
+        return changed(self, checked=True)
+
+    def networks(self) -> Iterable[nn.Module]:
+        return modules_in(self.function)
 
     def _words(self) -> Iterable[str]:
         return (f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional)
@@ -91,9 +93,11 @@ class Reward(TerminalObjective):
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
 
-    def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        reward = self.of(particles)
-        return -reward, -particles.mean(reward)
+    def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
+        """F′ = −R; it needs no ∇R."""
+        with torch.no_grad():
+            reward = self.of(particles)
+            return FirstVariation(-reward, value=-particles.mean(reward))
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
         """The reward itself, E_p R."""
