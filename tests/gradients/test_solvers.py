@@ -1,4 +1,4 @@
-"""A second solver for ν beside the closed form, as a dense linear solve on the particles, which no objective knows of."""
+"""A second solver for ν beside the closed form: a dense linear solve on the particles, which no objective knows."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ class Dense(AdjointSolver):
         return diagonal if self.interaction is None else diagonal + self.interaction
 
     def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:
-        n, ones = len(particles), torch.ones(len(particles), 1, dtype=F64)
-        system = torch.cat(
-            [torch.cat([self.hessian(particles), ones], 1), torch.cat([ones.mT, ones.new_zeros(1, 1)], 1)]
-        )
+        n, zero = len(particles), torch.zeros(1, dtype=F64)
+        system = torch.ones(n + 1, n + 1, dtype=F64)
+        system[:n, :n], system[n, n] = self.hessian(particles), 0
         assert variation.function is not None
-        return AdjointMeasure(torch.linalg.solve(system, torch.cat([-variation.function, ones.new_zeros(1)]))[:n])
+        return AdjointMeasure(torch.linalg.solve(system, torch.cat([-variation.function, zero]))[:n])
 
 
 def drawn(n=9):
@@ -62,7 +61,7 @@ def test_without_interaction_it_is_the_closed_form(name, weighted):
 
 
 def test_with_interaction_it_solves_another_equation():
-    potential, x, logs = drawn()
+    _, x, logs = drawn()
     particles, gram = Particles(x, logs), torch.exp(-(x[:, None] - x).square().sum(2) / 2)
     solver, term = Dense(gram), CASES[2]["functional"].objective
     variation = term.first_variation(particles)

@@ -1,4 +1,4 @@
-"""Where a reverse KL takes log Z_U − log Z_V from: known numbers, the growth since the start, where that is U, or the particles."""
+"""Where a reverse KL knows log Z_U − log Z_V from: numbers, the growth since the start (where that is U), particles."""
 
 import math
 
