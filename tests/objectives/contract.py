@@ -31,7 +31,7 @@ from implicit_diffusion.objectives import (
 )
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers import ULA
-from tests.oracles_gibbs import Banana, estimate
+from tests.helpers.oracles_gibbs import Banana, estimate
 
 F64 = torch.float64
 N = 8

@@ -22,6 +22,8 @@ from implicit_diffusion.objectives import (
     gaussian_kernel,
 )
 from implicit_diffusion.particles import Particles
+from tests.helpers.oracles import affine_chain
+from tests.helpers.oracles_gibbs import Banana, sinkhorn_divergence
 from tests.objectives.contract import (
     F64,
     OTHER,
@@ -32,8 +34,6 @@ from tests.objectives.contract import (
     Training,
     X,
 )
-from tests.oracles import affine_chain
-from tests.oracles_gibbs import Banana, sinkhorn_divergence
 
 DATA = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.5
 EPSILON, BANDWIDTH = 1.5, 1.3

@@ -23,14 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.objectives import by_autograd
 from implicit_diffusion.objectives.variation import Density, FirstVariation, Support
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.transition import Transition
+from implicit_diffusion.tables.table import ChainTable
+from implicit_diffusion.tables.transition import Transition
 
 AnyTerm = TypeVar("AnyTerm", bound="Term")
 

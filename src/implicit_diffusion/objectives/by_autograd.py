@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion import probing
+from implicit_diffusion import function_checks
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.particles import Particles
 
@@ -56,10 +56,10 @@ def check_slope(name: str, value: object, x: Float[Tensor, "n *event"]) -> None:
     if gradient is None:
         raise InvalidInputError(
             f"{name} is not differentiable in the samples: its value does not depend on them through torch operations; "
-            f"{probing.BY_TORCH}, and without comparisons, or train a potential by Single, which needs no such "
+            f"{function_checks.BY_TORCH}, and without comparisons, or train a potential by Single, which needs no such "
             "derivative"
         )
-    probing.check_slope(name, gradient, value.detach())
+    function_checks.check_slope(name, gradient, value.detach())
 
 
 def _form(value: object) -> str:
