@@ -55,7 +55,8 @@ class ForwardKL(GibbsObjective):
 
     def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
         points, log_z, value = density.points, particles.log_z, None
-        assert points is not None
+        if points is None:
+            raise InvalidInputError(f"{self.name} needs the data that its draw returned: Density(energy, points)")
         if log_z is not None and density.energy_at_points is not None:
             value = density.energy_at_points.to(log_z).mean() + log_z
         m = len(points)
