@@ -186,7 +186,7 @@ FAULTS |= {
         "let the samples come by position",
         lambda images: plain(images),
     ),
-    "a class": (Plain, "take an instance of it, Plain(...)", Plain()),
+    "a class": (Plain, "use an instance of it, Plain(...)", Plain()),
 }
 
 
@@ -237,7 +237,7 @@ def test_a_second_argument_that_nothing_can_fill_says_which():
 
 
 def test_a_class_in_place_of_a_reward_is_told_from_its_instance():
-    with pytest.raises(InvalidInputError, match=r"got the class Identity; take an instance of it, Identity\(\.\.\.\)"):
+    with pytest.raises(InvalidInputError, match=r"got the class Identity; use an instance of it, Identity\(\.\.\.\)"):
         Reward(nn.Identity)
 
 

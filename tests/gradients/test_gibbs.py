@@ -129,7 +129,7 @@ def test_mutations_of_sinkhorn_are_seen(monkeypatch):
 
 @pytest.mark.parametrize("flip", [-1.0, 0.5, 1.02])
 def test_mutations_of_the_measure_on_data_are_seen(flip, monkeypatch):
-    """Its total is what the particles bear the opposite of."""
+    """The particles carry its total."""
     right = ForwardKL.first_variation
 
     def mutant(self, particles, density):
@@ -218,9 +218,9 @@ def test_one_pull_for_maximum_likelihood_equals_the_general_path(event):
         general = fused_pass(potential, parameters, terms, x, points, lambda here: Particles(x))
         for a, b in zip((*one.here, *one.gradients, one.charges), (*general.here, *general.gradients, general.charges)):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    cancelling = [(1.0, ForwardKL(y)), (-1.0, ForwardKL(2 * y, name="other"))]  # the particles bear no charge
-    found = fused_pass(potential, parameters, cancelling, x, [y, 2 * y])
-    torch.testing.assert_close(found.here.grad, energy_of(potential, x).grad)
+    cancelling = [(1.0, ForwardKL(y)), (-1.0, ForwardKL(2 * y, name="other"))]  # the particles carry no charge
+    fused = fused_pass(potential, parameters, cancelling, x, [y, 2 * y])
+    torch.testing.assert_close(fused.here.grad, energy_of(potential, x).grad)
 
 
 def test_a_measure_on_points_that_nobody_drew_is_refused():

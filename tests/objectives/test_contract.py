@@ -1,4 +1,4 @@
-"""Every objective under the suite of `contract`, each with F in plain arithmetic."""
+"""Every objective under the suites that objectives inherit, each with F in plain arithmetic."""
 
 from dataclasses import replace
 
@@ -24,16 +24,8 @@ from implicit_diffusion.objectives import (
 from implicit_diffusion.particles import Particles
 from tests.helpers.oracles import affine_chain
 from tests.helpers.oracles_gibbs import Banana, sinkhorn_divergence
-from tests.objectives.contract import (
-    F64,
-    OTHER,
-    N,
-    StationaryContract,
-    TermContract,
-    TerminalContract,
-    Training,
-    X,
-)
+from tests.objectives.contract import F64, OTHER, TermContract, Training
+from tests.objectives.stationary_contract import StationaryContract, TerminalContract, X
 
 DATA = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.5
 EPSILON, BANDWIDTH = 1.5, 1.3

@@ -35,7 +35,7 @@ class AdjointMeasure(Shown):
 
     Args:
         on_particles: charges of the particles, with shape (n,).
-        on_points: charges of the points that the term's `draw` returned, with shape (m,); None where they bear none.
+        on_points: charges of the points that the term's `draw` returned, with shape (m,); None where they carry none.
     """
 
     on_particles: Float[Tensor, " n"]
@@ -70,5 +70,5 @@ class AdjointSolver(ABC):
                 )
 
     def same_charges(self, terms: Terms) -> bool:
-        """Whether particles of uniform weights all bear the same charge, whatever the particles are."""
+        """Whether particles of uniform weights all carry the same charge, wherever they are."""
         return False

@@ -4,7 +4,7 @@ The sampler needs ∇_x V at the particles. Γ = ∇_θ Σ_j c_j V_θ(y_j), with
 (`implicit_diffusion.gradients.adjoint_measure`) held fixed, needs ∇_θ of V at the particles and at the outside points
 that an objective charges. One forward serves both: any module, any parameter tree, no gradients per sample.
 
-Where all particles bear the same charge c (maximum likelihood with uniform weights) one pull serves both as well, since
+Where all particles carry the same charge c (maximum likelihood with uniform weights), one pull serves both as well:
 ∇_{x_i} Σ_j c V(x_j) = c ∇V(x_i).
 """
 

@@ -32,6 +32,7 @@ from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.table import ChainTable
 from implicit_diffusion.tables.transition import Transition
 
+FUNCTIONS = "a reward function becomes one by Reward(f)"
 AnyTerm = TypeVar("AnyTerm", bound="Term")
 
 
@@ -59,7 +60,7 @@ class Objective(ABC):
         return [(c, term) for c, term in self.terms if isinstance(term, RunningCost) and c != 0]
 
     def __add__(self, other: Objective) -> Objective:
-        check_type("what is added to an objective", other, Objective, "a reward function becomes one by Reward(f)")
+        check_type("what is added to an objective", other, Objective, FUNCTIONS)
         return Sum(self.terms + other.terms)
 
     def __radd__(self, other: Literal[0]) -> Objective:
@@ -69,7 +70,7 @@ class Objective(ABC):
         return -1.0 * self
 
     def __sub__(self, other: Objective) -> Objective:
-        check_type("what is taken from an objective", other, Objective, "a reward function becomes one by Reward(f)")
+        check_type("what is subtracted from an objective", other, Objective, FUNCTIONS)
         return self + -other
 
     def __mul__(self, factor: SupportsFloat) -> Objective:
@@ -171,7 +172,7 @@ class Term(Shown, Objective):
 class GibbsObjective(Term):
     """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}, known by its first variation.
 
-    `support` says where the measure F′·p lies, before anything is evaluated: on the "particles" alone, where F′ is a
+    `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
     function of them; on outside "points" alone, which `draw` returns; or on "both".
     """
 
@@ -214,7 +215,7 @@ class TerminalObjective(GibbsObjective):
         """F(p), differentiable in the particles' positions."""
 
     def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
-        """F′(p) at the particles and F(p); by autograd through the weights, unless a term knows better."""
+        """F′(p) at the particles and F(p); by autograd through the weights, unless a term overrides it."""
         function, value = by_autograd.first_variation(self.name, self.value, particles)
         return FirstVariation(function, value=value)
 

@@ -1,4 +1,4 @@
-"""What autograd says of a functional of particles, of which only the value F(p) is given.
+"""First variation and gradient of a functional of particles by autograd, from its value F(p) alone.
 
 Write f(x, A) for F(Σ_i w_i δ_{x_i}) with w = softmax(A). Moving mass changes the weights alone, and
 ∂f/∂A_i = w_i (F′_i − E_p F′): so F′_i = (∂f/∂A_i)/w_i, up to a constant.

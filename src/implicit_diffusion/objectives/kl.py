@@ -37,7 +37,8 @@ class ForwardKL(GibbsObjective):
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: no data, data that are NaN or infinite, or a batch below one.
+        InvalidInputError: no data, data that are NaN or infinite, or a batch below one; in `first_variation`, a
+            density without points.
     """
 
     support = "points"
@@ -63,7 +64,7 @@ class ForwardKL(GibbsObjective):
         return FirstVariation(on_points=points.new_full((m,), -1 / m), total_on_points=-1.0, value=value)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
+        """Raise `InvalidInputError` for data of another event shape, dtype or device than the particles."""
         check_fits("ForwardKL", self.data, particles.x)
 
 
@@ -117,7 +118,7 @@ class ReverseKL(GibbsObjective):
             return FirstVariation(-excess, value=(log_ratio - mean).to(energy.dtype))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: a potential U of wrong shape or dtype, or NaN or infinite on the particles."""
+        """Raise `InvalidInputError` for a potential U of the wrong shape or dtype, or not finite on the particles."""
         x = particles.x
         first = next(self.potential.parameters(), x) if isinstance(self.potential, nn.Module) else x
         if (at_least_single(first.dtype), first.device) != (x.dtype, x.device):

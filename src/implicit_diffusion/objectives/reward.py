@@ -19,29 +19,29 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from implicit_diffusion.showing import brief
 
-TRIED = 8  # particles that a black box is tried on, beside all for its form
+TRIED = 8  # samples on which a reward is tried for mixing; its form is checked on all of them
 
 
 class Reward(TerminalObjective):
     """Maximise the expectation of a function of the samples: F(p) = −E_p R.
 
-    On chains the adjoint needs ∇R. Under a stationary law R may be a black box: F′ = −R is all that counts.
+    On chains the adjoint needs ∇R. Under a stationary law R may be a black box, since F′ = −R is all that matters.
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
             in another form that `scores.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
-            depends on its own sample alone. One that takes two arguments, R(x, condition), is also given what the
-            samples were sampled under: tensors by name, as the denoiser gets them.
+            depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
+            samples were sampled under: tensors by name, as the denoiser receives them.
         name: under which metrics report it.
         checked: whether `probe` has accepted it already, so that checks need not call it so often, nor warn again.
 
     Raises:
-        InvalidInputError: no function, one that takes neither one argument nor two, or no name.
+        InvalidInputError: something other than a function of one argument or two, or an empty name.
     """
 
     def __init__(self, function: Callable[..., Any], name: str = "reward", *, checked: bool = False) -> None:
         if isinstance(function, type) or not callable(function):
-            make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
+            make = f"; use an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
             raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
         self.checked = checked
@@ -57,10 +57,10 @@ class Reward(TerminalObjective):
         return (f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional)
 
     def of(self, particles: Particles) -> Shaped[Tensor, " n"]:
-        """R at the particles: R(x), or R(x, condition) where it takes two arguments.
+        """R at the particles: R(x), or R(x, condition) for a function of two arguments.
 
         Raises:
-            InvalidInputError: it takes two, but the particles were sampled under nothing; what it returns is not one
+            InvalidInputError: a function of two arguments, but particles without a condition; something other than one
                 number per sample.
         """
         if not self.conditional:
@@ -68,13 +68,13 @@ class Reward(TerminalObjective):
         if particles.condition is None:
             raise InvalidInputError(
                 "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
-                "these samples come without a condition; take a reward of the samples alone, or a model (in Python, a "
+                "these samples come without a condition; use a reward of the samples alone, or a model (in Python, a "
                 "chain) that is sampled under one"
             )
         return scores_of(self.function(particles.x, particles.condition), particles.x)
 
     def judge(self, particles: Particles) -> Float[Tensor, " n"]:
-        """R at samples that are to be judged, as floating-point numbers; it need not be differentiable.
+        """R at samples, as floating-point numbers; it need not be differentiable.
 
         Raises:
             InvalidInputError: not one number per sample.
@@ -148,8 +148,11 @@ class Reward(TerminalObjective):
         check_slope("reward", gradient, reward.detach(), warn=not self.checked)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
-        each other's rewards.
+        """Try the reward on the initial particles; one that is the same at all of them causes a warning.
+
+        Raises:
+            InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence each
+                other's rewards.
         """
         with torch.no_grad(), self.evaluating():
             x = particles.x.clone()  # a black box may write into what it is given
@@ -181,12 +184,12 @@ class Reward(TerminalObjective):
 
 
 def as_reward(reward: Callable[..., Any] | Reward) -> Reward:
-    """A `Reward` as it is, and that of a function."""
+    """A `Reward` as it is; a function as a `Reward`."""
     return reward if isinstance(reward, Reward) else Reward(reward)
 
 
 def _chosen(particles: Particles, index: Tensor | slice) -> Particles:
-    """Copies of some of the samples, and of their conditions; a black box may write into them."""
+    """Copies of some samples and of their conditions, since a black box may write into them."""
     given = particles.condition
     condition = None if given is None else {name: value[index].clone() for name, value in given.items()}
     return Particles(particles.x.detach()[index].clone(), condition=condition)

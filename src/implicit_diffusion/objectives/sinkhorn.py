@@ -8,7 +8,7 @@ cancel between the terms. Hence, for the debiased divergence with its self-terms
     F′(p)[x_i] = ε (log u_pq − log u_pp)_i
 
 Its gradient in positions is that of the costs under fixed plans (the envelope theorem). Plans are solved to rounding
-(`transport`) in each call, from the same beginning: what an objective says depends on its arguments alone.
+(`transport`) in each call, from the same initial guess, so that results depend on the arguments alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import squared_distances, widest
 
-SILENT, TOLERATED = 1e-7, 1e-3  # mass that lies elsewhere than a marginal says, of one
+SILENT, TOLERATED = 1e-7, 1e-3  # misplaced mass of a marginal, of one: above them a warning, or an error
 
 
 class Sinkhorn(TerminalObjective):

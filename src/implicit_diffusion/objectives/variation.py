@@ -4,7 +4,7 @@ F′(p) is the function with d/dε F((1−ε)p + εq) = ∫F′(p) d(q − p) at
 needs of it is the signed measure μ = F′(p)·p, since F′ itself may be unknown where μ is not: for KL(p_ref‖p),
 F′ = −p_ref/p asks for two densities, and μ = −p_ref for draws from p_ref alone.
 
-An objective says what μ is. The gradient of θ ↦ F(π_θ) needs another measure, the solution ν of (∇²_p G) ν = −F′ on
+An objective returns μ. The gradient of θ ↦ F(π_θ) needs another measure, the solution ν of (∇²_p G) ν = −F′ on
 measures of mass zero, which depends on the inner problem G as well: `implicit_diffusion.gradients` solves for it.
 """
 
