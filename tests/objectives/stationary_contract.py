@@ -66,8 +66,10 @@ class StationaryContract(TermContract):
         for settings in ({}, {"weighted": True}):
             self.loop(term, **settings).step()
 
-    def loop(self, objective: Objective, seed: int = 0, **settings: bool) -> Single:
-        potential = Banana()
+    def loop(
+        self, objective: Objective, theta: tuple[float, ...] = (0.3, -0.4, 0.4), seed: int = 0, **settings: bool
+    ) -> Single:
+        potential = Banana(theta)
         x = potential.draw(40, torch.Generator().manual_seed(seed))
         sgd = torch.optim.SGD(potential.parameters(), lr=0.1)
         return Single(potential, ULA(0.1), objective, sgd, particles=x, noise=Noise(seed), **settings)
@@ -189,7 +191,7 @@ class StationaryContract(TermContract):
         alone, one, other = self.loop(0.7 * self.make(), **settings), self.loop(shared, **settings), None
         for _ in range(4):
             expected, metrics = alone.step(), one.step()
-            other = other or self.loop(shared, seed=3, weighted=True)  # it starts when the first one has moved
+            other = other or self.loop(shared, (0.9, 0.1, -0.2), seed=3, weighted=True)  # later, and elsewhere
             other.step()
             assert metrics.keys() == expected.keys()
             assert all(torch.equal(torch.as_tensor(metrics[name]), torch.as_tensor(expected[name])) for name in metrics)
