@@ -237,6 +237,21 @@ def test_a_measure_on_points_that_nobody_drew_is_refused():
         fused_pass(potential, [potential.theta], [(1.0, Half(x))], x, [None])
 
 
+@pytest.mark.parametrize("declared", ["points", "particles"])
+def test_a_measure_that_lies_elsewhere_than_declared_is_refused(declared):
+    """It would be divided by charges that differ, or left out by a solver on the particles."""
+
+    class Both(ForwardKL):
+        support = declared
+
+        def first_variation(self, particles, density):
+            return replace(super().first_variation(particles, density), function=particles.x[:, 0])
+
+    potential, x = POTENTIALS[1](THETA[1]), torch.zeros(4, 1, dtype=torch.float64)
+    with pytest.raises(InvalidInputError, match=f"nll declares support = '{declared}', .* lies on both"):
+        fused_pass(potential, [potential.theta], [(1.0, Both(x))], x, [x])
+
+
 def test_parameters_that_v_does_not_use_have_no_gradient():
     potential, x = POTENTIALS[1](THETA[1]), torch.zeros(4, 1, dtype=torch.float64)
     idle = torch.nn.Parameter(torch.zeros(3))

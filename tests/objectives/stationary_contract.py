@@ -216,6 +216,8 @@ class StationaryContract(TermContract):
             weigh = (lambda here: Particles(X.clone(), LOG_WEIGHTS)) if weighted else None
             objective = (term + OTHER).stationary
             passes.append(fused_pass(potential, [potential.theta], objective, x, [None, None], weigh))
+            if isinstance(term, TerminalObjective):
+                term.check_value(Particles(x))
             assert torch.equal(x, X)
         assert torch.equal(passes[0].charges, passes[1].charges)
         assert torch.equal(passes[0].gradients[0], passes[1].gradients[0])

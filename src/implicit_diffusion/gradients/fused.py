@@ -80,8 +80,8 @@ def fused_pass(
         solver: from the terms' first variations to their adjoint measures.
 
     Raises:
-        InvalidInputError: a term whose measure the solver does not support, or has numbers for other points than it
-            drew.
+        InvalidInputError: a term whose measure the solver does not support, lies elsewhere than the term declares, or
+            has numbers for other points than it drew.
     """
     solver.check(terms)
     others = [y for y in points if y is not None]
@@ -103,6 +103,7 @@ def fused_pass(
             density = Density(energy.detach(), y, None if at_points is None else at_points.detach())
             with torch.no_grad():
                 variation = term.first_variation(own, density)
+                variation.check_support(term.name, term.support)
                 measure = solver(variation, particles)
             charges = charges.add(measure.on_particles, alpha=weight)
             if measure.on_points is not None:

@@ -29,7 +29,7 @@ class Reward(TerminalObjective):
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
-            in another form that `scores.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
+            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
             depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
             samples were sampled under: tensors by name, as the denoiser receives them.
         name: under which metrics report it.
@@ -85,10 +85,6 @@ class Reward(TerminalObjective):
             bad = int((~reward.isfinite()).sum())
             raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
         return reward
-
-    def _numbers(self, particles: Particles) -> Float[Tensor, " n"]:
-        reward = self.of(particles)
-        return reward if reward.is_floating_point() else reward.to(particles.x.dtype)
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
@@ -181,6 +177,10 @@ class Reward(TerminalObjective):
         with self.evaluating():
             values = self.judge(_chosen(few, slice(None)))
             check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+
+    def _numbers(self, particles: Particles) -> Float[Tensor, " n"]:
+        reward = self.of(particles)
+        return reward if reward.is_floating_point() else reward.to(particles.x.dtype)
 
 
 def as_reward(reward: Callable[..., Any] | Reward) -> Reward:

@@ -16,6 +16,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.showing import Shown
 
@@ -56,6 +57,15 @@ class FirstVariation(Shown):
     def on_particles(self, particles: Particles) -> Float[Tensor, " n"]:
         """μ on the particles, w_i F′_i, with shape (n,)."""
         return particles.weights * 0 if self.function is None else particles.weights * self.function
+
+    def check_support(self, name: str, support: Support) -> None:
+        """Raise `InvalidInputError` where the measure lies elsewhere than the term of this name declares."""
+        function, on_points = self.function is not None, self.on_points is not None
+        if (function and support == "points") or (on_points and support == "particles"):
+            lies = "both" if function and on_points else "particles" if function else "points"
+            raise InvalidInputError(
+                f"{name} declares support = {support!r}, but its first variation lies on {lies}; declare {lies!r}"
+            )
 
     @property
     def mass_on_points(self) -> Float[Tensor, ""] | float:
