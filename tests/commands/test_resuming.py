@@ -39,8 +39,8 @@ from scale_of_reward import scale
 
 def f(x):
     os.chdir(tempfile.gettempdir())
-    factor = 4 * float(torch.rand(())) + numpy.random.rand() + random.random()  # two that are close are rare
-    return scale * factor * x.flatten(1).mean(1)
+    i = int(torch.randint(0, 4, ())) + numpy.random.randint(2) + random.randint(0, 1)
+    return scale * x[..., i:i + 3].flatten(1).mean(1)
 """
 
 
