@@ -29,7 +29,7 @@ class Reward(TerminalObjective):
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
-            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
+            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each one
             depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
             samples were sampled under: tensors by name, as the denoiser receives them.
         name: under which metrics report it.
