@@ -29,8 +29,8 @@ class Reward(TerminalObjective):
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
-            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each one
-            depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
+            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each
+            reward depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
             samples were sampled under: tensors by name, as the denoiser receives them.
         name: under which metrics report it.
         checked: whether `probe` has accepted it already, so that checks need not call it so often, nor warn again.
