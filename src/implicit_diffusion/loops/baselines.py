@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
-from implicit_diffusion.gradients.gibbs import dense, fused_pass
+from implicit_diffusion.gradients.fused import dense, fused_pass
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -161,7 +161,7 @@ class Unrolled(ParticleLoop):
             if not isinstance(term, TerminalObjective):
                 raise InvalidInputError(f"{type(term).__name__} has no derivative in the particles; use Single")
             if weight != 0:
-                term.check(self.particles)
+                term.check_slope(self.particles)
         self.unrolled_steps = self.inner_steps = unrolled_steps
 
     def _words(self) -> Iterable[str]:

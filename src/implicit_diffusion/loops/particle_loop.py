@@ -91,6 +91,7 @@ class ParticleLoop(Loop):
             for _, term in objective.stationary:
                 with trying(term.name, "the initial particles"):  # it may write into what it is given
                     term.check_stationary(Particles(x.clone()), value)
+            self.objective = objective.starting_at(Particles(x.clone()), value)
         if (warning := coarse(value, precision(potential, x))) and self.values_matter:
             warnings.warn(warning, stacklevel=3)
         self.weighted_state = exact_draws(kernel.start(x, noise.generator(START, 1, device=x.device)), value)

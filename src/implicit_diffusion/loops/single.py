@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
-from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
+from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call
 from implicit_diffusion.loops.update import Update
@@ -185,7 +185,7 @@ class Single(ParticleLoop):
 
         fused = fused_pass(self.model, self.parameters, terms, state.x, points, weigh)
         if not self.weighted:
-            under, lag = lag_of(under, fused, same_charges=all(term.constant_charges for _, term in terms))
+            under, lag = lag_of(under, fused, same_charges=GIBBS.same_charges(terms))
             return under, fused, {"lag": lag}
         particles = fused.particles
         log_z = {"log_z_growth": particles.log_z_growth} if particles.log_z is None else {"log_z": particles.log_z}
