@@ -31,17 +31,17 @@ from implicit_diffusion.showing import Shown
 class Gibbs(Shown, AdjointSolver):
     """ν = −(μ − (∫dμ) p), the solution for laws π_θ ∝ e^{−V_θ}.
 
-        >>> import torch
-        >>> from implicit_diffusion import GaussianMixture, Noise, Reward
-        >>> from implicit_diffusion.gradients import Gibbs
-        >>> from implicit_diffusion.particles import Particles
-        >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
-        >>> particles = Particles(potential.sample(1000, Noise(0)))
-        >>> variation = Reward(lambda x: x[:, 0]).first_variation(particles)
-        >>> charges = Gibbs()(variation, particles).on_particles
-        >>> (gradient,) = torch.autograd.grad(charges @ potential(particles.x), [potential.logits])
-        >>> bool(gradient[1] < 0)  # descent raises the weight of the right mode
-        True
+    >>> import torch
+    >>> from implicit_diffusion import GaussianMixture, Noise, Reward
+    >>> from implicit_diffusion.gradients import Gibbs
+    >>> from implicit_diffusion.particles import Particles
+    >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
+    >>> particles = Particles(potential.sample(1000, Noise(0)))
+    >>> variation = Reward(lambda x: x[:, 0]).first_variation(particles)
+    >>> charges = Gibbs()(variation, particles).on_particles
+    >>> (gradient,) = torch.autograd.grad(charges @ potential(particles.x), [potential.logits])
+    >>> bool(gradient[1] < 0)  # descent raises the weight of the right mode
+    True
     """
 
     def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:

@@ -21,7 +21,7 @@ from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, energy_of, evaluate
+from implicit_diffusion.potentials.energy import Energy, energy_of, value_of
 from implicit_diffusion.samplers.draws import innermost
 from implicit_diffusion.samplers.kernel import Kernel, Step
 
@@ -205,6 +205,6 @@ class Unrolled(ParticleLoop):
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""
         x = x if x.requires_grad else x.detach().requires_grad_()
-        value = evaluate(self.model, x)
+        value = value_of(self.model, x)
         (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         return Energy(value, grad)

@@ -36,7 +36,7 @@ from implicit_diffusion.errors import check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import CHECK, ParticleLoop
 from implicit_diffusion.objectives import ForwardKL
-from implicit_diffusion.potentials.energy import evaluate
+from implicit_diffusion.potentials.energy import value_of
 
 SCALES = tuple(2.0**k for k in range(-3, 7))  # of the particles' deviations
 EACH = 64  # points of each scale
@@ -89,8 +89,8 @@ def distance(loop: ParticleLoop) -> float:
     log_q = torch.logsumexp(-squares[:, None] / (2 * scales**2) - x.shape[1] * scales.log(), 1) - math.log(len(SCALES))
     y = (mean + radii.flatten(0, 1) * deviation).view(-1, *particles.x.shape[1:]).to(particles.x)
     with eval_mode(loop.model):
-        at_particles = particles.mean(evaluate(loop.model, particles.x)).double()
-        there = evaluate(loop.model, y).double().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
+        at_particles = particles.mean(value_of(loop.model, particles.x)).double()
+        there = value_of(loop.model, y).double().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
     log_z = torch.logsumexp(-there - log_q, 0) - math.log(len(y))  # each less ½ Σ log 2πσ_j²
     return (at_particles + log_z - x.shape[1] / 2).item()
 
@@ -148,7 +148,7 @@ def _against(loop: ParticleLoop, data: Tensor, words: Mapping[str, str]) -> str 
             f"the sampler is unstable. Use a smaller {words['rate']} or {words['step']}, or add {words['decay']}"
         )
     with eval_mode(loop.model):
-        at_data, at_particles = evaluate(loop.model, data), evaluate(loop.model, x)
+        at_data, at_particles = value_of(loop.model, data), value_of(loop.model, x)
     gap = at_data.mean() - loop.particles.mean(at_particles)
     usual = math.sqrt(math.prod(x.shape[1:]) / 2)  # deviation of −log p under p, of a Gaussian of that dimension
     spread = min(max(at_data.std().item(), usual), 10 * usual)  # of a sound model; that of a run-away one would hide it

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.frozen import eval_mode
-from implicit_diffusion.potentials.energy import evaluate
+from implicit_diffusion.potentials.energy import value_of
 
 ALONE = 1.001  # effective particles: one carries all the weight
 
@@ -41,7 +41,7 @@ def what_failed(
         )
     for name, x in places:
         with eval_mode(potential), torch.no_grad():
-            unbounded = int((~evaluate(potential, x).isfinite()).sum())
+            unbounded = int((~value_of(potential, x).isfinite()).sum())
         if unbounded:
             return (
                 f"V is NaN or infinite at {unbounded} of {len(x)} {name}; use a smaller step size, or check that the "

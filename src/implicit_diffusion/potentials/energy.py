@@ -46,7 +46,7 @@ def precision(potential: object, x: Float[Tensor, "n *event"]) -> torch.dtype:
     return first.dtype if fits else x.dtype
 
 
-def evaluate(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+def value_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
     """V at x, called in its own `precision` and returned in that of x."""
     return potential(x.to(precision(potential, x))).to(x.dtype)
 
@@ -55,7 +55,7 @@ def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"
     """V and ∇V at x: one forward and one pull. V(x)_i depends on x_i alone, so ∇ Σ_i V_i holds all the ∇V_i."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = evaluate(potential, x)
+        value = value_of(potential, x)
         (grad,) = torch.autograd.grad(value.sum(), x)
     return Energy(value.detach(), grad)
 
@@ -109,15 +109,15 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             f"operations; {BY_TORCH}"
         )
     with torch.no_grad():
-        everywhere = evaluate(potential, x)
+        everywhere = value_of(potential, x)
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
     check_own_gradient("potential", grad, of="particles")
     with torch.no_grad():
         few = x[:TRIED].detach()
-        values = evaluate(potential, few.clone())
-        check_separate("potential", lambda index: evaluate(potential, few[index]), values, of="particles")
+        values = value_of(potential, few.clone())
+        check_separate("potential", lambda index: value_of(potential, few[index]), values, of="particles")
 
 
 def coarse(values: Float[Tensor, " n"], dtype: torch.dtype) -> str | None:
