@@ -47,12 +47,14 @@ class Gibbs(Shown, AdjointSolver):
     def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:
         """ν on the particles and on the outside points; see the module's text for the factor on the particles."""
         function, on_points = variation.function, variation.on_points
-        charges = particles.x.new_zeros(len(particles))
+        if on_points is None:
+            if function is None:
+                return AdjointMeasure(particles.x.new_zeros(len(particles)))
+            return AdjointMeasure(-unbiased_centred(function, particles).to(particles.x.dtype))
+        charges = variation.mass_on_points * particles.weights
         if function is not None:
             charges = charges - unbiased_centred(function, particles).to(charges.dtype)
-        if on_points is not None:
-            charges = charges + variation.mass_on_points * particles.weights
-        return AdjointMeasure(charges, None if on_points is None else -on_points)
+        return AdjointMeasure(charges, -on_points)
 
     def same_charges(self, terms: Terms) -> bool:
         """True where all measures lie on points outside, whose total is spread evenly over uniform particles."""

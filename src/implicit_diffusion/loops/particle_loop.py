@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxtyping import Float
@@ -140,12 +140,10 @@ class ParticleLoop(Loop):
         in_objective = any(isinstance(term, ReverseKL) for _, term in self.objective.stationary)
         return self.keeps_weights or in_objective or self.kernel.target_acceptance is not None
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
         refuse_inference_mode()
-        with eval_mode(self.model), self.objective.evaluating():
-            yield
+        return eval_mode(self.model, *(network for _, term in self.objective.terms for network in term.networks()))
 
     def refresh(self, particles: Particles, *, gradient_evaluations: int = 0) -> None:
         """Go on from other particles that stand for the present π_θ: draws, weighted or not, e.g. from `annealed`.
