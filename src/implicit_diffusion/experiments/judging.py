@@ -19,13 +19,12 @@ from implicit_diffusion.experiments.written import beside, markdown, model_name,
 from implicit_diffusion.loops import Evaluation
 from implicit_diffusion.loops.bound import Bound, bound, captured, possible, sharpest
 from implicit_diffusion.loops.evaluation import mean_and_error
-from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.rise import smaller_rate
-from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.showing import Shown
 
 

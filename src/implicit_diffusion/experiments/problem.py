@@ -27,7 +27,7 @@ from implicit_diffusion.experiments.precision import check_precision, compiled
 from implicit_diffusion.experiments.reward_names import blamed, load_reward
 from implicit_diffusion.experiments.reward_trust import short
 from implicit_diffusion.loops import Evaluation, Nested, Queue, Update
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward
 from implicit_diffusion.particles import Particles

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint import Adjoint, pull_back, terminal_adjoint
     from implicit_diffusion.gradients.backprop import FullBackprop
+    from implicit_diffusion.gradients.estimator import Estimator, RowEstimator
     from implicit_diffusion.gradients.gibbs import Fused, fused_pass
+    from implicit_diffusion.gradients.truncated import TruncatedBackprop
 else:
 
     def __getattr__(name: str) -> object:
@@ -17,4 +19,14 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Adjoint", "FullBackprop", "Fused", "fused_pass", "pull_back", "terminal_adjoint"]
+__all__ = [
+    "Adjoint",
+    "Estimator",
+    "FullBackprop",
+    "Fused",
+    "RowEstimator",
+    "TruncatedBackprop",
+    "fused_pass",
+    "pull_back",
+    "terminal_adjoint",
+]

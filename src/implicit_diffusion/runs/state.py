@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops.base import Loop
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.runs.checkpoint import check_finite, load_state, save_state
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.generators import Draws
