@@ -11,8 +11,8 @@ from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests import tiny
-from tests.oracles import table
+from tests.helpers import tiny
+from tests.helpers.oracles import table
 
 N, BATCH = 4, 3
 SMALL = 1e-6  # of the reward and of β: cotangents of 10⁻⁹ and less, which float16 does not hold
@@ -133,7 +133,9 @@ def test_an_overflow_stops_before_the_update_with_advice():
     chain = Chain(denoiser, table(N), (1, 8, 8))
     sgd = torch.optim.SGD(denoiser.parameters(), lr=1.0)
     loop = Nested(chain, Reward(lambda x: x.flatten(1).mean(1)), sgd, batch=BATCH, noise=Noise(0))
-    with pytest.raises(NonFiniteError, match=r"before the update; the network computes in float16.*torch.bfloat16, or None for float32"):
+    with pytest.raises(
+        NonFiniteError, match=r"before the update; the network computes in float16.*torch.bfloat16, or None for float32"
+    ):
         loop.step()
     assert all(torch.equal(p, b) for p, b in zip(denoiser.parameters(), before))
     sgd.zero_grad()

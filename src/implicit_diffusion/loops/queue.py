@@ -197,7 +197,7 @@ class Queue(ChainLoop):
 
     @torch.no_grad()
     def _advance(self, call: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """All slots on their way forward move over their next row; returns their states, and the values of one that ends."""
+        """All slots on their way forward move over a row; returns their states, and the values of the one that ends."""
         moving = [(slot, rows[call]) for slot in self.slots if call < len(rows := slot.timetable.forward(slot.stage))]
         arrived: dict[str, Tensor] = {}
         if not moving:

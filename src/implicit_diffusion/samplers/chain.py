@@ -30,7 +30,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
@@ -39,7 +38,8 @@ from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.samplers.chain_checks import check_condition, check_event_shape, check_pretrained_rows
 from implicit_diffusion.samplers.rows import RowCache, RowCoefficients
 from implicit_diffusion.showing import Shown, brief, of_kind
-from implicit_diffusion.transition import Transition
+from implicit_diffusion.tables.table import ChainTable
+from implicit_diffusion.tables.transition import Transition
 
 TRIAL = 2**31  # trajectory on which chains and objectives are tried; no run injects so many
 Denoiser = Callable[..., Tensor]

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.tables.table import ChainTable
 
 
 def check_event_shape(event_shape: Iterable[int]) -> tuple[int, ...]:

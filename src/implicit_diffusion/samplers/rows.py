@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from implicit_diffusion.denoisers.table import ChainTable
+from implicit_diffusion.tables.table import ChainTable
 
 
 @dataclass(frozen=True)
