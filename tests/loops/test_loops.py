@@ -104,7 +104,7 @@ def test_with_learning_every_contribution_is_a_replay_under_the_recorded_history
                 if when >= len(at_iteration):
                     break
                 replay(chain, at_iteration[when])
-                lam, _ = pull_back(chain, objective, states[row], [row], lam)
+                lam, *_ = pull_back(chain, objective, states[row], [row], lam)
                 if update_of[when] is not None:
                     for slot, p in zip(expected[update_of[when]], chain.denoiser.parameters()):
                         slot += 0 if p.grad is None else p.grad
@@ -150,7 +150,7 @@ def test_fill_drain_and_staleness():
     assert [i for i, m in enumerate(begun) if "objective" not in m] == list(range(2 * N - 2))
     steady = begun[-1]
     assert steady["staleness_max"] == 2 * N - 2 and steady["staleness_mean"] == pytest.approx(1.5 * (N - 1))
-    assert [slot.row for slot in endless.slots if slot.adjoint is None] == list(range(N - 1, 0, -1))
+    assert [slot.row for slot in endless.slots if not slot.carry] == list(range(N - 1, 0, -1))
     assert len(list(endless.drain())) == 2 * N - 2 and not endless.slots
 
 
@@ -222,7 +222,7 @@ def test_a_state_comes_to_the_device_of_the_chain():
         first.step()
     second.chain.device = torch.device("meta")
     second.load_state_dict(first.state_dict())
-    held = [x for slot in second.slots for x in (*slot.states, slot.adjoint) if x is not None]
+    held = [x for slot in second.slots for x in (*slot.states.values(), *slot.carry.values())]
     held += second.values.values()
     assert held and all(x.device.type == "meta" for x in held)
 
@@ -321,7 +321,7 @@ def test_metrics_are_those_of_the_trajectories():
 def test_network_evaluations_are_counted():
     loop, _ = build("nested", batch=5)
     loop.step()
-    assert loop.chain.evaluations == 5 * (N + 2 * N - 1)  # forward; back with u_0 on every row and u_θ on all but one
+    assert loop.cost()["network_evaluations"] == 5 * (N + 2 * N - 1)  # forward; back with u_0 on every row and u_θ on all but one
 
 
 @pytest.mark.parametrize("kind", LOOPS)
