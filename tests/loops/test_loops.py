@@ -321,7 +321,8 @@ def test_metrics_are_those_of_the_trajectories():
 def test_network_evaluations_are_counted():
     loop, _ = build("nested", batch=5)
     loop.step()
-    assert loop.cost()["network_evaluations"] == 5 * (N + 2 * N - 1)  # forward; back with u_0 on every row and u_θ on all but one
+    # forward; back with u_0 on every row and u_θ on all but one
+    assert loop.cost()["network_evaluations"] == 5 * (N + 2 * N - 1)
 
 
 @pytest.mark.parametrize("kind", LOOPS)

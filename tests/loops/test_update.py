@@ -144,9 +144,9 @@ class Half(nn.Module):
 
 
 FAILING = {
-    r"Adam\(lr=0.001, eps=1e-08\).*eps is 0 in torch.float16: take eps=1e-4": lambda p: torch.optim.Adam(p),
-    r"Adam\(lr=0.001, eps=0\).*take a positive eps": lambda p: torch.optim.Adam(p, eps=0.0),
-    r"SGD\(lr=inf\).*take a smaller learning rate": lambda p: torch.optim.SGD(p, lr=float("inf")),
+    r"Adam\(lr=0.001, eps=1e-08\).*eps is 0 in torch.float16: use eps=1e-4": lambda p: torch.optim.Adam(p),
+    r"Adam\(lr=0.001, eps=0\).*use a positive eps": lambda p: torch.optim.Adam(p, eps=0.0),
+    r"SGD\(lr=inf\).*use a smaller learning rate": lambda p: torch.optim.SGD(p, lr=float("inf")),
 }
 
 

@@ -33,7 +33,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
 
 LOST = (
-    "no longer depends on the samples: its result comes without a gradient, as after .detach(), .numpy() or "
+    "does not depend on the samples any more: its result comes without a gradient, as after .detach(), .numpy() or "
     "torch.no_grad(); θ was left as it was"
 )
 

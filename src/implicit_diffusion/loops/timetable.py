@@ -11,7 +11,7 @@ It turns round at x_N, in the middle of stage F − 1, and is pulled back over i
 and leaves after stage F − 2 + ⌈K/S⌉. From this follow the step of the queue, its drain, its memory and the age of its
 contributions. Of the states it keeps the present one and those of the rows that are still to be pulled back.
 
-Printed, a timetable is a grid of trajectories and iterations, one of them injected in each: `→k` is row k forward, `←k`
+`grid` prints it as a table of trajectories and iterations, one of them injected in each: `→k` is row k forward, `←k`
 the same row pulled back, `(k)` a row pulled back that keeps the pretrained network, so that it brings no gradient.
 """
 
@@ -110,9 +110,6 @@ class Timetable(Shown):
             "  ".join([name.ljust(label), *(cell.ljust(width) for cell, width in zip(line, widths))]).rstrip()
             for name, line in lines
         )
-
-    def __str__(self) -> str:
-        return self.grid()
 
     def _cell(self, stage: int) -> str:
         if not 0 <= stage < self.length:

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.table import ChainTable
 
 
-@dataclass(frozen=True)
-class RowCoefficients:
+@dataclass(frozen=True, repr=False)
+class RowCoefficients(Shown):
     """What the rows of some slots are.
 
     Args:
@@ -37,8 +38,8 @@ class RowCoefficients:
     order: Int[Tensor, " order"]
 
 
-@dataclass
-class RowCache:
+@dataclass(repr=False)
+class RowCache(Shown):
     """The coefficients of every combination of rows that has been asked for: an index by a list would be copied to the
     device at every call.
 
