@@ -112,8 +112,8 @@ class Loop(Shown, ABC):
                 this one could not continue; nothing has been changed then.
         """
         check_type("state", state, Mapping, "use the state_dict() of a loop like this one")
-        own = self._like()
-        if missing := self.state_dict().keys() - state.keys():
+        own = self._like()  # what a state does not say is assumed to agree
+        if missing := self.state_dict().keys() - own.keys() - state.keys():
             raise InvalidInputError(f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}")
         other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
         before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], moving(self.model)))
