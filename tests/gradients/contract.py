@@ -194,7 +194,7 @@ class RowEstimatorContract(EstimatorContract):
 
         estimator = self.make()
         for index in range(loop.injected):
-            table, states = loop._own(index), {0: chain.initial(loop.noise, BATCH, index)[None]}
+            table, states = loop._timetable_of(index), {0: chain.initial(loop.noise, BATCH, index)[None]}
             for stage in range(min(table.length, len(thetas) - index)):  # one trajectory is injected per iteration
                 put_back(index + stage)
                 with torch.no_grad():
@@ -238,7 +238,7 @@ class RowEstimatorContract(EstimatorContract):
         for _ in loop.run(3 * N):
             pass
         assert 0 < loop.fullest <= predict_memory(loop).states
-        if {slot.rows for slot in map(loop._own, range(loop.injected))} == {loop.timetable.rows}:
+        if {slot.rows for slot in map(loop._timetable_of, range(loop.injected))} == {loop.timetable.rows}:
             assert loop.fullest == predict_memory(loop).states
 
     def test_several_slots_in_one_call_are_each_by_itself(self):

@@ -30,9 +30,10 @@ class TestFullBackprop(EstimatorContract):
 
     def test_a_queue_refuses_it_by_name_and_leaves_the_update_free(self):
         chain, objective = self.problem()
-        optimizer = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
+        update = Update(torch.optim.SGD(chain.denoiser.parameters(), lr=0.1))
         with pytest.raises(InvalidInputError, match=r"FullBackprop differentiates a whole .* queue .*Adjoint.*Nested"):
-            Queue(chain, objective, optimizer, batch=BATCH, noise=Noise(0), estimator=FullBackprop())
+            Queue(chain, objective, update, batch=BATCH, noise=Noise(0), estimator=FullBackprop())
+        Nested(chain, objective, update, batch=BATCH, noise=Noise(0), estimator=FullBackprop()).step()
 
 
 class TestTruncated(RowEstimatorContract):

@@ -80,7 +80,8 @@ class Pulled(NamedTuple):
     costs: dict[str, Float[Tensor, " slots"]]
     evaluations: int
 
-    __repr__ = of_tuple
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 class Estimate(NamedTuple):
@@ -94,7 +95,8 @@ class Estimate(NamedTuple):
     values: dict[str, Float[Tensor, ""]]
     evaluations: int
 
-    __repr__ = of_tuple
+    def __repr__(self) -> str:
+        return of_tuple(self)
 
 
 class Estimator(Shown, ABC):
@@ -171,6 +173,8 @@ class RowEstimator(Estimator):
     def turn(self, objective: Objective, end: Particles) -> tuple[Carry, dict[str, Float[Tensor, ""]]]:
         """What a batch of trajectories carries as it turns round, and the terminal terms' values by name, unweighted.
 
+        Called where gradients are not recorded; what needs them says `torch.enable_grad()`.
+
         Args:
             objective: F.
             end: x_N, with shape (batch, *event), and what it was sampled under.
@@ -182,6 +186,9 @@ class RowEstimator(Estimator):
     @abstractmethod
     def pull(self, chain: Chain, objective: Objective, at: RowStates, carry: Carry) -> Pulled:
         """One call with gradient: add the part of Γ that these rows contribute to `.grad`.
+
+        It records gradients by `torch.enable_grad()` itself, and calls `.backward()` on one scalar per call of the
+        network, so that distributed wrappers see it.
 
         Args:
             chain: the sampler.
@@ -203,7 +210,7 @@ class RowEstimator(Estimator):
                     if row in rows:
                         states[row] = transition.x
                     x = state[0]
-            carry, values = self.turn(objective, chain.endpoint(x, noise, index))
+                carry, values = self.turn(objective, chain.endpoint(x, noise, index))
             carry = {name: part[None] for name, part in carry.items()}
             costs: dict[str, Tensor] = {}
             for row in reversed(rows):

@@ -14,7 +14,7 @@ from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.timetable import Timetable
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import Objective
+from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 
 FLOAT16 = "; the network computes in float16, which ends at 65504: use precision = torch.bfloat16, or None for float32"
@@ -65,11 +65,12 @@ class ChainLoop(Loop):
             end = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
         self.estimator.check(chain, objective, end)
         for _, term in objective.stationary:
-            if term not in [terminal for _, terminal in objective.terminal]:
+            if not isinstance(term, TerminalObjective):
                 raise InvalidInputError(
                     f"{type(term).__name__} needs the density of the samples, which a denoising chain does not have; "
                     "on a chain use PathKL to stay near the pretrained model, MMD or Sinkhorn to approach data"
                 )
+        self._timetables: dict[range, Timetable] = {}
         self.injected = 0  # trajectories begun
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
 
@@ -79,7 +80,10 @@ class ChainLoop(Loop):
         return self._timetable(self.estimator.rows(self.chain))
 
     def _timetable(self, rows: range) -> Timetable:
-        return Timetable(self.chain.num_steps, self.stride, rows, self.chain.pretrained_rows)
+        """That of a trajectory which is pulled back over these rows; made once."""
+        if rows not in self._timetables:
+            self._timetables[rows] = Timetable(self.chain.num_steps, self.stride, rows, self.chain.pretrained_rows)
+        return self._timetables[rows]
 
     def _words(self) -> Iterable[str]:
         return f"batch={self.batch}", *super()._words()

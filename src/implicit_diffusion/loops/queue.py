@@ -116,7 +116,8 @@ class Queue(ChainLoop):
         self.update.begin()
         if inject:
             x = self.chain.initial(self.noise, self.batch, self.injected)
-            self.slots.append(Slot(self.injected, self.update.updates, self._own(self.injected), states={0: x}))
+            timetable = self._timetable_of(self.injected)
+            self.slots.append(Slot(self.injected, self.update.updates, timetable, states={0: x}))
             self.injected += 1
         watched: list[Tensor] = []
         info: dict[str, Any] = {}
@@ -158,7 +159,7 @@ class Queue(ChainLoop):
         while (left := updates - self.update.updates) > 0:
             wanted = left * self.update.accumulate - self.update.pending
             present = [(slot.timetable, slot.stage) for slot in self.slots]
-            yield self.step(inject=injects(wanted, present, self._own(self.injected)))
+            yield self.step(inject=injects(wanted, present, self._timetable_of(self.injected)))
 
     def drain(self) -> Iterator[dict[str, Any]]:
         """Step without injecting until nothing is in flight."""
@@ -182,7 +183,7 @@ class Queue(ChainLoop):
             Slot(
                 slot["index"],
                 slot["born"],
-                self._own(slot["index"]),
+                self._timetable_of(slot["index"]),
                 slot["stage"],
                 {row: x.to(device) for row, x in slot["states"].items()},
                 {name: part.to(device) for name, part in slot["carry"].items()},
@@ -191,14 +192,14 @@ class Queue(ChainLoop):
         ]
         self.values = {name: value.to(device) for name, value in state["values"].items()}
 
-    def _own(self, index: int) -> Timetable:
+    def _timetable_of(self, index: int) -> Timetable:
         """The timetable of trajectory `index`."""
         return self._timetable(self.estimator.rows_of(self.chain, self.noise, index))
 
     @torch.no_grad()
     def _advance(self, call: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         """All slots on their way forward move over a row; returns their states, and the values of the one that ends."""
-        moving = [(slot, rows[call]) for slot in self.slots if call < len(rows := slot.timetable.forward(slot.stage))]
+        moving = [(slot, own[call]) for slot in self.slots if call < len(own := slot.timetable.forward(slot.stage))]
         arrived: dict[str, Tensor] = {}
         if not moving:
             return [], arrived
@@ -224,7 +225,7 @@ class Queue(ChainLoop):
 
         `call` counts the calls of this iteration, of which there are `stride`.
         """
-        turned = [(slot, rows[call]) for slot in self.slots if call < len(rows := slot.timetable.backward(slot.stage))]
+        turned = [(slot, own[call]) for slot in self.slots if call < len(own := slot.timetable.backward(slot.stage))]
         if not turned:
             return [], [], {}
         slots, rows = [slot for slot, _ in turned], [row for _, row in turned]

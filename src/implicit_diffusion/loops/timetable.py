@@ -47,29 +47,37 @@ class Timetable(Shown):
         if self.silent:
             yield f"silent={brief(sorted(self.silent))}"
 
-    @property
+    @cached_property
     def flight(self) -> int:
         """F, the stages on the way forward; the trajectory turns round in the last of them."""
         return -(-self.num_steps // self.stride)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Stages until the trajectory leaves."""
         return self.flight - 1 + -(-len(self.rows) // self.stride)
 
-    @property
+    @cached_property
     def back(self) -> range:
         """The stages on the way back: the ages of its contributions, in iterations."""
         return range(self.flight - 1, self.length)
 
     def forward(self, stage: int) -> range:
         """The rows advanced in a stage, in order."""
-        return range(self.num_steps)[stage * self.stride : (stage + 1) * self.stride]
+        return self._moves[stage][0] if stage < self.length else range(0)
 
     def backward(self, stage: int) -> range:
         """The rows pulled back in a stage, in order."""
-        first = (stage - self.flight + 1) * self.stride
-        return self.rows[::-1][first : first + self.stride] if first >= 0 else range(0)
+        return self._moves[stage][1] if stage < self.length else range(0)
+
+    @cached_property
+    def _moves(self) -> list[tuple[range, range]]:
+        rows, back, moves = range(self.num_steps), self.rows[::-1], []
+        for stage in range(self.length):
+            first, turned = stage * self.stride, (stage - self.flight + 1) * self.stride
+            pulled = back[turned : turned + self.stride] if turned >= 0 else range(0)
+            moves.append((rows[first : first + self.stride], pulled))
+        return moves
 
     @cached_property
     def moving(self) -> frozenset[int]:
@@ -83,7 +91,7 @@ class Timetable(Shown):
         present = (stage + 1) * self.stride
         return 1 + len(range(max(0, self.rows.start), present))
 
-    @property
+    @cached_property
     def states_in_flight(self) -> int:
         """States that a full queue holds in the middle of an iteration: one trajectory in every stage."""
         return sum(self.states(stage) for stage in range(self.length))
@@ -97,10 +105,9 @@ class Timetable(Shown):
         count = self.length + 1 if iterations is None else iterations
         cells = [[self._cell(i - born) for i in range(count)] for born in range(count)]
         pulled = [
-            sorted({row for born in range(i + 1) for row in self.backward(i - born)}, reverse=True)
-            for i in range(count)
+            sorted({row for stage in range(i + 1) for row in self.backward(stage)}, reverse=True) for i in range(count)
         ]
-        updates = ["✓" if any(i - born in self.moving for born in range(i + 1)) else "–" for i in range(count)]
+        updates = ["✓" if any(stage in self.moving for stage in range(i + 1)) else "–" for i in range(count)]
         lines = [("iteration", [str(i) for i in range(count)])]
         lines += [(f"trajectory {born}", line) for born, line in enumerate(cells)]
         lines += [("rows pulled", [" ".join(map(str, rows)) for rows in pulled]), ("update", updates)]
