@@ -12,29 +12,21 @@ from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from tests.helpers.chain_loops import Recorder
 from tests.helpers.oracles import affine_chain
 
 N, DIM, BATCH, BETA = 6, 2, 4, 0.5
 OTHERS = (Adjoint, FullBackprop, lambda: TruncatedBackprop(2))
 
 
-class Recorder(torch.optim.SGD):
-    """Plain SGD that records θ before, and Γ of, every update."""
-
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, lr=lr)
-        self.history, self.gradients = [], []
-
-    def step(self, closure=None):
-        parameters = self.param_groups[0]["params"]
-        self.history.append([p.detach().clone() for p in parameters])
-        self.gradients.append(gamma(parameters))
-        super().step()
-
-
 def gamma(parameters):
     """Γ as one vector, zeros where there is no gradient."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def gammas(loop):
+    """Γ of every update that a `Recorder` has made, as vectors."""
+    return [torch.cat([g.flatten() for g in gradients]) for gradients in loop.update.optimizer.gradients]
 
 
 class EstimatorContract:
@@ -171,7 +163,7 @@ class RowEstimatorContract(EstimatorContract):
         loop = self.loop(Queue, Recorder, lr=0.0, stride=stride)
         assert len(list(loop.run(11))) == 11
         assert not loop.slots  # the run drained: no trajectory was wasted
-        total, nested = sum(loop.update.optimizer.gradients), self.nested_gradients(loop, loop.injected)
+        total, nested = sum(gammas(loop)), self.nested_gradients(loop, loop.injected)
         torch.testing.assert_close(total, sum(nested), rtol=1e-11, atol=1e-11)
 
     @pytest.mark.parametrize("stride", [1, 2, 4, N])
@@ -185,7 +177,7 @@ class RowEstimatorContract(EstimatorContract):
             before = loop.update.updates
             loop.step()
             update_of.append(before if loop.update.updates > before else None)
-        expected = [torch.zeros_like(g) for g in loop.update.optimizer.gradients]
+        expected = [torch.zeros_like(g) for g in gammas(loop)]
 
         def put_back(iteration):
             for p, value in zip(parameters, thetas[iteration]):
@@ -209,14 +201,14 @@ class RowEstimatorContract(EstimatorContract):
                     carry = estimator.pull(chain, loop.objective, at, carry).carry
                 if update_of[index + stage] is not None:
                     expected[update_of[index + stage]] += gamma(parameters)
-        for ours, theirs in zip(loop.update.optimizer.gradients, expected, strict=True):
+        for ours, theirs in zip(gammas(loop), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
     def test_a_queue_of_stride_n_is_the_nested_loop(self):
         nested, queue = self.loop(Nested, Recorder), self.loop(Queue, Recorder, stride=N)
         for _ in zip(nested.run(5), queue.run(5), strict=True):
             pass
-        for ours, theirs in zip(nested.update.optimizer.gradients, queue.update.optimizer.gradients, strict=True):
+        for ours, theirs in zip(gammas(nested), gammas(queue), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
         assert nested.cost() == queue.cost()
 

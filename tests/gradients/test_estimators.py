@@ -9,7 +9,8 @@ from implicit_diffusion.gradients.estimator import Estimate
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from tests.gradients.contract import BATCH, BETA, EstimatorContract, N, Recorder, RowEstimatorContract, gamma
+from tests.gradients.contract import BATCH, BETA, EstimatorContract, N, RowEstimatorContract, gamma, gammas
+from tests.helpers.chain_loops import Recorder
 from tests.helpers.oracles import affine_chain, exact_terms
 from tests.helpers.score_function import ScoreFunction, WithBaseline
 
@@ -161,8 +162,8 @@ def score_gradients():
         pass
     r, kl, _ = exact_terms(chain, quadratic)
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(-r + BETA * kl, parameters)])
-    draws = torch.stack(nested.update.optimizer.gradients)
-    return draws, sum(queue.update.optimizer.gradients) / queue.injected, exact
+    draws = torch.stack(gammas(nested))
+    return draws, sum(gammas(queue)) / queue.injected, exact
 
 
 def z_scores(draws, mean, exact):
