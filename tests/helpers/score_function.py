@@ -24,8 +24,9 @@ class ScoreFunction(RowEstimator):
     def turn(self, objective, end):
         values, total = {}, end.x.new_zeros(len(end.x))
         for weight, term in objective.terminal:
-            variation, values[term.name] = term.first_variation(end)
-            total = total + weight * variation
+            variation = term.first_variation(end)
+            values[term.name] = variation.value
+            total = total + weight * variation.function
         return {"return": total, "after": end.x}, values
 
     def pull(self, chain, objective, at, carry):

@@ -38,11 +38,14 @@ LOST = (
 )
 
 
-def check_terminal(objective: Objective, end: Particles) -> None:
-    """Raise `InvalidInputError` where a terminal term has no gradient in the positions of the samples `end`."""
-    for _, term in objective.terminal:
-        with trying(term.name, f"samples of shape {tuple(end.x.shape)}"):
-            term.check(end)
+def check_slopes(objective: Objective, end: Particles) -> None:
+    """Raise `InvalidInputError` where a terminal term has no gradient in the positions of the samples `end`, unless its
+    weight is zero.
+    """
+    for weight, term in objective.terminal:
+        if weight != 0:
+            with trying(term.name, f"samples of shape {tuple(end.x.shape)}"):
+                term.check_slope(end)
 
 
 def terminal_adjoint(
@@ -122,7 +125,7 @@ class Adjoint(RowEstimator):
 
     def check(self, chain: Chain, objective: Objective, end: Particles) -> None:
         """Raise `InvalidInputError` where a terminal term has no gradient in the samples."""
-        check_terminal(objective, end)
+        check_slopes(objective, end)
 
     def turn(self, objective: Objective, end: Particles) -> tuple[Carry, dict[str, Float[Tensor, ""]]]:
         """λ_N; see `terminal_adjoint`."""

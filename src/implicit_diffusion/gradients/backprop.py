@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients.adjoint import LOST, check_terminal
+from implicit_diffusion.gradients.adjoint import LOST, check_slopes
 from implicit_diffusion.gradients.estimator import Estimate, Estimator
 from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
 from implicit_diffusion.gradients.loss_scaling import computes_in_float16
@@ -31,7 +31,7 @@ class FullBackprop(Estimator):
         float16.
         """
         self._check_precision(chain)
-        check_terminal(objective, end)
+        check_slopes(objective, end)
 
     def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
         """Add the gradient of trajectory `index` to the parameters' `.grad`; tells the same values as `Adjoint`.

@@ -63,6 +63,9 @@ class ChainLoop(Loop):
             cost.check(chain.table, chain.trained_rows)
         with trying("denoiser", f"states of shape {(2, *chain.event_shape)}"):
             end = chain.endpoint(chain.sample(noise, 2, TRIAL), noise, TRIAL)
+        for _, terminal in objective.terminal:
+            with trying(terminal.name, f"samples of shape {(2, *chain.event_shape)}"):
+                terminal.check_value(end)
         self.estimator.check(chain, objective, end)
         for _, term in objective.stationary:
             if not isinstance(term, TerminalObjective):
