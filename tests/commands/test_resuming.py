@@ -24,7 +24,7 @@ from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
-from implicit_diffusion.runs import provenance
+from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers import tiny
 
@@ -149,8 +149,8 @@ def test_the_model_of_an_adapter_counts_as_well(half, nothing_runs):
 
 
 def test_changes_are_accepted_by_name_and_noted(half, monkeypatch, capsys):
-    now = provenance._versions()
-    monkeypatch.setattr(provenance, "_versions", lambda: now | {"torch": "99.1"})
+    now = surroundings.versions()
+    monkeypatch.setattr(surroundings, "versions", lambda: now | {"torch": "99.1"})
     model(half.parent / "model", shift=0.1)
     assert cli.main(["resume", str(half), "--accept-changes", "model"]) == 2
     assert "torch was" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def stranger(half, monkeypatch, tmp_path):
 def test_a_reward_that_was_never_named_is_not_run(stranger, nothing_runs, capsys):
     assert cli.main(["resume", str(stranger)]) == 2
     error = capsys.readouterr().err
-    assert "my.py:f, which is code, and you have not named it on this machine before. Look at it" in error
+    assert "my.py:f, which is code, and you have not named it on this machine before. Read it" in error
     assert "--trust-reward" in error and not (stranger.parent / "executed").exists()
 
 
@@ -220,7 +220,7 @@ def test_where_nothing_can_be_noted_the_user_is_asked(off, stranger, monkeypatch
     reward_trust.remember(reward_trust.code_of(name))
     reward_trust.check_trust(name, stranger)
     monkeypatch.setattr(reward_trust, "_named", set())
-    with pytest.raises(InvalidInputError, match="IMPLICIT_DIFFUSION_CACHE=off" if off else "before. Look at it"):
+    with pytest.raises(InvalidInputError, match="IMPLICIT_DIFFUSION_CACHE=off" if off else "before. Read it"):
         reward_trust.check_trust(name, stranger)
     assert not (stranger.parent / "state" / "implicit-diffusion").exists()
 
@@ -372,7 +372,7 @@ def test_an_energy_based_run_rests_on_its_data(tmp_path, monkeypatch):
     (run,) = tmp_path.glob("runs/ebm-data-*")
     assert json.loads((run / "config.json").read_text())["data"] == str(tmp_path / "data.npy")
     np.save("data.npy", rng.normal(size=(60, 2)))
-    with pytest.raises(InvalidInputError, match=r"data: .*data.npy was sha256 .*--accept-changes data"):
+    with pytest.raises(InvalidInputError, match=r"data: .*data.npy was sha256 .*accept_changes=..data"):
         resuming.resume(run)
     assert RunDirectory(run).read_config() is not None
 

@@ -23,7 +23,7 @@ def find_device(name: str = "auto") -> torch.device:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
             reason = str(error).splitlines()[0]
-            raise InvalidInputError(f"--device {name}: {reason}; take auto, cpu, or one that is here") from error
+            raise InvalidInputError(f"`device` {name}: {reason}; use auto, cpu, or one that is here") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
@@ -45,6 +45,6 @@ def naming_memory() -> Iterator[None]:
             raise
         reason = text.splitlines()[0] if text else "nothing is left"
         raise MemoryLimitError(
-            f"memory is used up ({reason}); take less at a time, such as a smaller --batch, --particles, --starts or "
-            "--num, or free some"
+            f"memory is used up ({reason}); use less at a time, such as a smaller `batch` or fewer `particles`, or "
+            "free some"
         ) from error

@@ -22,7 +22,6 @@ from torch import Tensor
 from implicit_diffusion.commands.hexagon.problem import LOGITS, Exact, mixture
 from implicit_diffusion.commands.shared.inputs import inputs, record_inputs
 from implicit_diffusion.commands.shared.ranges import at_least, positive
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
@@ -30,6 +29,7 @@ from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.study import Study
 from implicit_diffusion.samplers import ULA
 
 START, DATA, TRAIN = range(3)  # streams of noise
@@ -79,7 +79,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config = replace(config, step_size=h, out=directory.path)
     with directory.held():
         if not begun:
-            directory.start(config)
+            directory.start("recovery", config)
         if not (begun and is_recorded(directory)):
             record_inputs(directory, config, inputs(config))
         with directory.resumable():

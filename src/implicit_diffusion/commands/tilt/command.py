@@ -28,7 +28,6 @@ from implicit_diffusion.commands.rewards.trust import is_own
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.commands.shared.ranges import at_least, positive
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.commands.tilt.exact import AT_EDGE, Exact, half_plane
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.global_generators import Draws
@@ -40,6 +39,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.study import Study
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -128,7 +128,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
         exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
     if not begun:
-        directory.start(config)
+        directory.start("tilt", config)
     if not (begun and is_recorded(directory)):
         record_inputs(directory, config, rests_on)
     with directory.resumable():

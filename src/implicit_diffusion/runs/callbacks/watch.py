@@ -71,7 +71,7 @@ class Runaway(Shown):
     def unsound(self, fit: Fit) -> str | None:
         """What has run away, if anything, by the last numbers that there were."""
         self._see(fit)
-        chain, advice = fit.chain, "take a smaller --lr, or a smaller --max-grad-norm"
+        chain, advice = fit.chain, "use a smaller `lr`, or a smaller `max_grad_norm`"
         most = most_sound(chain)
         kl = float(self.seen.get("path_kl", 0.0))
         if kl > most:
