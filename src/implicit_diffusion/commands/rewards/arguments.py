@@ -92,13 +92,13 @@ def _literal(name: str, node: ast.expr, before: str) -> Any:
         text = text if len(text) <= 60 else f"{text[:60]}…"
         quotes = f'; put words in quotes, {before}"{text}"' if isinstance(node, ast.Name) else ""
         raise InvalidInputError(
-            f"`reward` {name}: the argument {before}{text} is not a literal (a number, a string, True, False, None, or a "
-            f"tuple, list or dict of them), and nothing else is evaluated{quotes}"
+            f"`reward` {name}: the argument {before}{text} is not a literal (a number, a string, True, False, None, or "
+            f"a tuple, list or dict of them), and nothing else is evaluated{quotes}"
         ) from error
 
 
 def _binds(signature: inspect.Signature, samples: int, named: dict[str, Any]) -> bool:
-    """Whether a function can be called with so many positional arguments (samples, or samples and condition) and these."""
+    """Whether a function can be called with the samples, with a condition too if `samples` is 2, and with these."""
     try:
         signature.bind(*range(samples), **named)
     except TypeError:

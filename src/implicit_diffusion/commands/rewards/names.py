@@ -175,14 +175,13 @@ def _import_from(folder: Path) -> None:
         sys.path[:] = [*rest, place, *(beside for beside in earlier if beside != place)]
         _folders.add(place)
     importlib.invalidate_caches()  # a folder's listing is out of date where files were made a moment ago
-    for name in {file.stem for file in folder.glob("*.py")} | {
-        file.parent.name for file in folder.glob("*/__init__.py")
-    }:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        home = Path(file).parent if isinstance(file, str) else folder
-        if str(home.parent if Path(file or "").stem == "__init__" else home) in _folders - {place}:
-            for other in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
-                del sys.modules[other]
+    packages = {file.parent.name for file in folder.glob("*/__init__.py")}
+    for name in packages | {file.stem for file in folder.glob("*.py")}:
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or folder / name)
+        home = file.parents[1] if file.stem == "__init__" else file.parent
+        if str(home) in _folders - {place}:
+            for taken in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+                del sys.modules[taken]
 
 
 def _import(name: str) -> ModuleType:
