@@ -118,8 +118,7 @@ def test_the_search_lets_the_rest_pass(source):
 @pytest.mark.parametrize("file", [file for file in FILES if room_of(file) not in ("commands", "cli")], ids=name_of)
 def test_the_library_names_arguments_not_flags(file):
     """`commands.command_line.flags` makes flags of them, where a command line is what was given."""
-    texts = [
-        (n.lineno, n.value) for n in ast.walk(parse(file)) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    ]
+    constants = [node for node in ast.walk(parse(file)) if isinstance(node, ast.Constant)]
+    texts = [(node.lineno, node.value) for node in constants if isinstance(node.value, str)]
     flags = [(line, flag) for line, text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)]
     assert [(line, flag) for line, flag in flags if flag not in OTHERS_FLAGS] == []

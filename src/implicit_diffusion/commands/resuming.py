@@ -109,7 +109,7 @@ def resume(
                 if isinstance(error, ImplicitDiffusionError):
                     raise
                 raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
-            return command.run(config, directory)  # type: ignore[no-any-return]  # a summary
+            return command.run(config, directory)
 
 
 def report(path: str | PathLike[str]) -> dict[str, Any]:
