@@ -54,7 +54,7 @@ def test_a_path_kl_that_blows_up_stops_and_is_not_saved(every, tmp_path):
     loop, reward = build(lr=1e-6)
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(
-        DivergenceError, match=r"after update \d+: the path KL is .*e\+1\d nats: beyond .* --lr.*of update"
+        DivergenceError, match=r"after update \d+: the path KL is .*e\+1\d nats: beyond .* `lr`.*of update"
     ):
         fit(
             loop,
