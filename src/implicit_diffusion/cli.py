@@ -12,7 +12,7 @@ from implicit_diffusion.commands.command_line.flags import with_flags
 from implicit_diffusion.commands.command_line.parsing import read
 from implicit_diffusion.commands.registry import COMMANDS, CONFIGURATIONS
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
-from implicit_diffusion.runs.console import unheard
+from implicit_diffusion.runs.console import never_failing_output
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.signals import exit_status, interruptible
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the name of the program; by default those that the program was called with.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    with unheard(), interruptible():
+    with never_failing_output(), interruptible():
         try:
             with naming_memory():
                 _run(words)

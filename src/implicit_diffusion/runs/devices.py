@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""The device that a run computes on, and what to say when its memory is used up."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is an accelerator where there is one, else the CPU.
+    """The device called `name`; "auto" is an accelerator if there is one, else the CPU.
 
     Raises:
-        InvalidInputError: no such device here.
+        InvalidInputError: there is no such device.
     """
     if name != "auto":
         try:
@@ -30,10 +30,10 @@ def find_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def naming_memory() -> Iterator[None]:
-    """Turn what Python, NumPy, and torch on any device raise where memory is used up into one error of ours.
+    """Turn the errors of Python, NumPy and torch when memory is used up into one error of ours.
 
     Raises:
-        MemoryLimitError: in their place.
+        MemoryLimitError: in place of those.
     """
     try:
         yield

@@ -84,7 +84,7 @@ def test_without_a_path_kl_the_rest_of_j_is_watched():
     optimizer = torch.optim.Adam(chain.denoiser.parameters(), lr=1e-6)
     loop = Queue(chain, Reward(reward) + 0.1 * DriftPenalty(), Update(optimizer), batch=16, noise=Noise(0))
     watch = Runaway(1.0)
-    with pytest.raises(DivergenceError, match=r"J without its path KL rose from .* it runs away; use a smaller `lr`"):
+    with pytest.raises(DivergenceError, match=r"J without its path KL rose from .* it diverges; use a smaller `lr`"):
         fit(loop, 60, callbacks=[watch, lambda f: pushed(f, 1e6) if f.updates == 21 else None])
 
 
