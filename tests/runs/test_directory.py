@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory
 
 
@@ -41,7 +43,7 @@ def test_create_makes_the_folder_and_accepts_an_empty_one(tmp_path):
 
 def test_create_refuses_a_folder_with_contents_and_leaves_it_alone(tmp_path):
     (tmp_path / "old.txt").write_text("mine")
-    with pytest.raises(InvalidInputError, match=r"not empty; choose another --out") as error:
+    with pytest.raises(InvalidInputError, match=r"not empty; choose another `path`") as error:
         RunDirectory.create(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
@@ -57,7 +59,7 @@ def test_create_refuses_a_file(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused(out, tmp_path):
     (tmp_path / "file").touch()
     path = out.format(file=tmp_path / "file", folder=tmp_path)
-    with pytest.raises(InvalidInputError, match=r"--out: .* cannot be made"):
+    with pytest.raises(InvalidInputError, match=r"`(path|folder)` .* cannot be made"):
         RunDirectory.create(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -71,6 +73,33 @@ def test_config_of_a_dataclass(run):
         "name": "β",
         "target": None,
     }
+
+
+def test_config_says_which_command_and_version_began_the_run(run):
+    assert run.read_config() is None and run.read_origin() is None
+    run.write_config(Config(), "finetune")
+    assert read(run.path / "config.json") | {"out": "x"} == {"command": "finetune", "version": __version__} | {
+        "out": "x",
+        "inner": {"lr": 5e-5},
+        "rows": [0, 9],
+        "name": "β",
+        "target": None,
+    }
+    assert run.read_origin() == ("finetune", __version__)
+    assert run.read_config().keys() == {"out", "inner", "rows", "name", "target"}
+    run.write_config({"lr": 1.0})
+    assert run.read_origin() is None and run.read_config() == {"lr": 1.0}
+
+
+def test_what_a_command_left_when_it_ended_early_is_its_own(run):
+    run.start("finetune", {"lr": 1.0})
+    run.start("finetune", {"lr": 2.0})
+    with pytest.raises(InvalidInputError, match="not empty"):
+        run.start("sweep", {"lr": 3.0})
+    assert run.read_config() == {"lr": 2.0}
+    save_state(run.checkpoint, {})
+    with pytest.raises(InvalidInputError, match=r"was interrupted: go on with `implicit-diffusion resume"):
+        run.start("finetune", {"lr": 2.0})
 
 
 def test_metrics_are_one_line_per_call_and_on_disk_at_once(run):

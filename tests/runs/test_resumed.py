@@ -41,14 +41,14 @@ def test_a_run_that_has_stopped_does_not_train_on(tmp_path):
     for name, others in {"stopped": [], "both": [interrupt_at(7)]}.items():
         directory = RunDirectory.create(tmp_path / name)
         first = build()
-        whole = fit(build(), 60, callbacks=[StopAtKL(0.02, memory=0.5)])
+        whole = fit(build(), 60, callbacks=[StopAtKL(0.02, decay=0.5)])
         assert "reached the target" in whole.stopped and whole.updates < 60
         others = [interrupt_at(whole.updates)] * len(others)
-        began = fit(first, 60, callbacks=[*others, StopAtKL(0.02, memory=0.5)], directory=directory)
+        began = fit(first, 60, callbacks=[*others, StopAtKL(0.02, decay=0.5)], directory=directory)
         assert began.stopped == ("interrupted" if others else whole.stopped)
         for _ in range(2):
             resumed = build()
-            found = fit(resumed, 60, callbacks=[StopAtKL(0.02, memory=0.5)], directory=directory)
+            found = fit(resumed, 60, callbacks=[StopAtKL(0.02, decay=0.5)], directory=directory)
             assert (found.updates, found.stopped) == (whole.updates, whole.stopped)
             assert torch.equal(weights(resumed), weights(whole.loop))
             assert found.metrics["updates"] == whole.updates and "path_kl" in found.metrics
@@ -74,8 +74,11 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("library", DRAWS)
-def test_a_reward_that_draws_at_random_is_resumed_bit_for_bit(library, tmp_path):
-    """Normal numbers come in pairs, of which one is kept: five draws per call leave a half one behind."""
+def test_a_reward_that_draws_at_random_is_resumed_bit_for_bit(library, tmp_path, as_users_run):
+    """Normal numbers come in pairs, of which one is kept: five draws per call leave a half one behind.
+
+    The type checks of the tests draw from Python's own generator, to choose the item of a list that they look at.
+    """
 
     def reward(x):
         return x.flatten(1).sum(1) * (1 + 0.1 * sum(DRAWS[library]() for _ in range(5)))

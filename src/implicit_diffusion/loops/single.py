@@ -90,14 +90,14 @@ class Single(ParticleLoop):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
         check_type("compiled", compiled, bool, "use True or False")
         iterations = check_integer("iterations", iterations, 0, 10**6)
-        if iterations < 1 or (iterations > 1 and not self.update.plain):
+        if iterations < 1 or (iterations > 1 and not self.update.optimizer_only):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
                 "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
             )
         self.order, self.iterations = order, iterations
         self._iterate = self._paper_order if order == "paper" else self._x_first
-        self._updates_inside = iterations > 1 or (compiled and self.update.plain)
+        self._updates_inside = iterations > 1 or (compiled and self.update.optimizer_only)
         function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function

@@ -59,7 +59,7 @@ def in_one_call(
 
     Args:
         iterate: one iteration from (state, *inputs), which leaves θ alone.
-        update: the optimizer's step and nothing else, `update.plain`.
+        update: the optimizer's step and nothing else, `update.optimizer_only`.
         parameters: θ, in the order of the gradients.
         state: the particles.
         inputs: those of every iteration.

@@ -8,7 +8,6 @@ starts. Before and after are judged on the same held-out noise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,8 +25,8 @@ from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
-from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.models.pretrained import adapter_usage, save_adapter, save_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
@@ -69,7 +68,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not begun:
-        directory.check_start(Config, planning.FILES)
+        directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
     noise, rests_on = Noise(config.seed), inputs(config)
     problem = build(config)
@@ -86,7 +85,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         rests_on |= {"prompts": directory.path / PROMPTS}
     trained = directory.has_state
     if not trained:
-        begin(directory, config, rests_on, problem.chain.device)
+        begin(directory, "finetune", config, rests_on, problem.chain.device)
     elif not is_recorded(directory):
         record_inputs(directory, config, rests_on, device=problem.chain.device)
     with directory.resumable():
@@ -98,7 +97,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     resolved_kind: Any = problem.kind
     config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
     if not trained:
-        begin(directory, config, rests_on, problem.chain.device)
+        begin(directory, "finetune", config, rests_on, problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
         state = train(config, problem, loop, plan, samples, noise, directory)
@@ -135,7 +134,7 @@ def finish(
     config: Config, problem: Problem, state: Fit, plan: Plan, noise: Noise, directory: RunDirectory, memory: Memory
 ) -> None:
     """Judge, export, and write the summary, after which only the report is left to be made."""
-    loop, evaluations = state.loop, problem.chain.evaluations  # of the training: the judges sample from the same chain
+    loop = state.loop
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise, directory)
@@ -150,7 +149,7 @@ def finish(
         "kl_weight": beta,
         "kl_weight_at_start": config.kl_weight,
         "seconds": state.seconds,
-        "network_evaluations": evaluations,
+        "network_evaluations": loop.cost()["network_evaluations"],
         "updates": state.updates,
         "stopped": state.stopped,
         "kept": state.kept,
@@ -170,7 +169,7 @@ def finish(
         "plan": plan.summary()["rows"],
         **judging.digits_quality(before, after, exported),
     }
-    resolved = json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
+    resolved = directory.read_config() or {}
     card = judging.model_card(resolved, summary, problem.chain)
     with writing(directory.model):
         _export(config, problem, state, directory, card)
