@@ -9,7 +9,7 @@ from torch import nn
 from implicit_diffusion.errors import DivergenceError, InvalidInputError
 from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.loops.diagnostics import advice
-from implicit_diffusion.loops.divergence import distance, diverged, limit
+from implicit_diffusion.loops.diagnostics.divergence import distance, diverged, limit
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp

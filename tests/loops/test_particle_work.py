@@ -5,7 +5,7 @@ import torch
 
 from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.loops.diagnostics import advice, signal_to_noise, statistics
-from implicit_diffusion.loops.divergence import distance, diverged
+from implicit_diffusion.loops.diagnostics.divergence import distance, diverged
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture

@@ -73,7 +73,7 @@ def test_spectral_norms_stay_at_one():
     loop = Single(potential, ULA(0.1), ForwardKL(data), adam, particles=data, noise=Noise(0))
     for _ in range(200):
         loop.step()
-    assert not loop.update.plain
+    assert not loop.update.optimizer_only
     for layer in layers:
         assert torch.linalg.matrix_norm(layer.weight.detach(), 2) == pytest.approx(1, abs=0.02)
         assert not layer.training or layer.parametrizations.weight[0].training  # modes are as they were

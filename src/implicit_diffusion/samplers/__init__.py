@@ -8,10 +8,10 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.samplers.langevin import MALA, ULA, alpha
     from implicit_diffusion.samplers.metropolis import MetropolisKernel
     from implicit_diffusion.samplers.replicas import Replicas, annealed
-    from implicit_diffusion.samplers.resampling import systematic
     from implicit_diffusion.samplers.simulation import simulate
     from implicit_diffusion.samplers.underdamped import Underdamped
     from implicit_diffusion.samplers.warmup import warm_up
+    from implicit_diffusion.samplers.weighted_state import systematic
 else:
 
     def __getattr__(name: str) -> object:

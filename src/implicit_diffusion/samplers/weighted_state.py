@@ -14,14 +14,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Kernel, State
-from implicit_diffusion.samplers.resampling import systematic
 from implicit_diffusion.showing import of_tuple
 
 
@@ -85,6 +84,20 @@ def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
 def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
     """Whether the effective sample size is below n/2."""
     return Particles(log_weights, log_weights).ess < len(log_weights) / 2
+
+
+@torch.no_grad()
+def systematic(log_weights: Float[Tensor, " n"], uniform: Float[Tensor, ""]) -> Int[Tensor, " n"]:
+    """Systematic resampling: n indices, index i about n w_i times, from a single U(0, 1) draw.
+
+    The points (j + 1 − u)/n, j = 0..n−1, fall into the cells of the weights' cumulative sum (Kitagawa, 1996); every
+    particle is chosen ⌊n w_i⌋ or ⌈n w_i⌉ times. Being in (0, 1], with cells closed to the right, they never fall on a
+    particle without weight.
+    """
+    n = len(log_weights)
+    edges = torch.softmax(log_weights, 0).cumsum(0)
+    points = (torch.arange(n, device=edges.device, dtype=edges.dtype) + (1 - uniform)) / n
+    return torch.searchsorted(edges / edges[-1], points).clamp(max=n - 1)
 
 
 def resample(state: WeightedState, here: Energy, uniform: Float[Tensor, ""]) -> tuple[WeightedState, Energy]:

@@ -24,7 +24,7 @@ from implicit_diffusion.commands.ebm.data import load
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.loops import NestedParticles, Single
-from implicit_diffusion.loops.divergence import diverged
+from implicit_diffusion.loops.diagnostics.divergence import diverged
 from implicit_diffusion.models.energy_model import Architecture, Moves, load_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL

@@ -26,7 +26,7 @@ from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.samplers.replicas import annealed
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.weighted_state import systematic
 
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
 INNER = 5  # Langevin steps per update of cd and pcd

@@ -41,7 +41,7 @@ from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.study import Study
 from implicit_diffusion.samplers.replicas import annealed
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.weighted_state import systematic
 
 START, TRAIN, CHOOSE = range(3)  # streams of noise
 Arm = Literal["unweighted", "weighted"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import DivergenceError, check_type
 from implicit_diffusion.loops.diagnostics import acceptance_advice
-from implicit_diffusion.loops.divergence import DATA, WORDS, distance, diverged
+from implicit_diffusion.loops.diagnostics.divergence import DATA, WORDS, distance, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.console import Say, say_on_stderr

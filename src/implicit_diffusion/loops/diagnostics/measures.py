@@ -22,8 +22,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.fused import fused_pass
-from implicit_diffusion.loops.divergence import WORDS as WORDS
-from implicit_diffusion.loops.divergence import diverged
+from implicit_diffusion.loops.diagnostics.divergence import WORDS, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.potentials.energy import coarse, energy_of, precision
 
