@@ -25,8 +25,7 @@ from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Mo
 from implicit_diffusion.models.lattice import find_lattice
 from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
-from implicit_diffusion.runs import Progress, RunDirectory, Stop
-from implicit_diffusion.runs.callbacks import AdaptKL, Rise, StopAtKL
+from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.watch import Runaway, Watch

@@ -16,6 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+__all__ = [  # the public ones; the checks are for the package itself
+    "DivergenceError",
+    "ImplicitDiffusionError",
+    "InvalidInputError",
+    "MemoryLimitError",
+    "NonAffineError",
+    "NonFiniteError",
+    "RewardError",
+    "StorageError",
+]
+
 
 class ImplicitDiffusionError(Exception):
     """Root of all errors that this package raises on purpose."""

@@ -17,4 +17,11 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Adjoint", "FullBackprop", "Fused", "fused_pass", "pull_back", "terminal_adjoint"]
+__all__ = [
+    "Adjoint",
+    "FullBackprop",
+    "Fused",
+    "fused_pass",
+    "pull_back",
+    "terminal_adjoint",
+]
