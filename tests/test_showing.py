@@ -1,10 +1,10 @@
 """`print` of every public object: a line or a few, without an address and without the numbers of a tensor."""
 
 import ast
-import importlib
 import re
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,7 +34,6 @@ from implicit_diffusion.samplers import Kernel
 from implicit_diffusion.samplers.simulate import simulate
 from tests.helpers.oracles import table
 
-PACKAGES = ("", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers")
 SOURCE = Path(idf.__file__).parent
 HELD = r"\b(Tensor|ndarray|Callable|Say|nn\.Module|Float)\b"  # annotations of fields
 NOISE = idf.Noise(0)
@@ -215,9 +214,9 @@ EXAMPLES = {
 
 
 def public_classes():
-    modules = [importlib.import_module(f"implicit_diffusion{package}") for package in PACKAGES]
-    found = {name: getattr(module, name) for module in modules for name in module.__all__}
-    return {name: kind for name, kind in found.items() if isinstance(kind, type) and not issubclass(kind, Exception)}
+    namespaces = [value for name in idf.__all__ if isinstance(value := getattr(idf, name), ModuleType)]
+    public = {name: getattr(module, name) for module in (idf, *namespaces) for name in module.__all__}
+    return {name: kind for name, kind in public.items() if isinstance(kind, type) and not issubclass(kind, Exception)}
 
 
 def test_every_public_class_has_an_example():

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.loops.base import Loop
     from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
     from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
     from implicit_diffusion.loops.divergence import distance
@@ -24,7 +23,6 @@ else:
 
 
 __all__ = [
-    "Loop",
     "Nested",
     "NestedParticles",
     "Queue",
