@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up; rooms on one floor do not know each other.
 FLOORS = [
     {"errors", "lazily", "showing"},
-    {"rounding"},
+    {"extras", "rounding"},
     {"compiled", "files", "frozen", "function_checks", "noise", "particles", "reward_values"},
     {"global_generators", "tables"},
     {"denoisers", "potentials"},

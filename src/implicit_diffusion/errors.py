@@ -21,6 +21,7 @@ __all__ = [  # the public ones; the checks are for the package itself
     "ImplicitDiffusionError",
     "InvalidInputError",
     "MemoryLimitError",
+    "MissingExtraError",
     "NonAffineError",
     "NonFiniteError",
     "RewardError",
@@ -50,6 +51,10 @@ class DivergenceError(ImplicitDiffusionError, ArithmeticError):
 
 class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""
+
+
+class MissingExtraError(ImplicitDiffusionError, ImportError):
+    """A library that this part of the package uses is not installed; the message is the command that installs it."""
 
 
 class StorageError(ImplicitDiffusionError, OSError):

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_diffusion.denoisers.adapter import inner
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.extras import require
 from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import ShownModule, brief
@@ -42,6 +43,7 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
     Raises:
         InvalidInputError: a rank below one; targets that match no layer that can be adapted.
     """
+    require("peft")
     import peft
 
     check_type("network", network, nn.Module, "take the model of a denoiser")
@@ -161,6 +163,7 @@ def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
     network: Any = getattr(inner(denoiser), "model", denoiser)
     if not _layers(network):
         return None
+    require("peft")
     import peft
 
     weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
@@ -172,6 +175,7 @@ def merged(denoiser: nn.Module) -> nn.Module:
     check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
     plain: Any = copied(inner(denoiser))
     if _layers(plain):
+        require("diffusers")
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
         for layer in _layers(plain):

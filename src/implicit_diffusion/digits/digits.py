@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.showing import of_tuple
 
 from ..errors import InvalidInputError
@@ -54,6 +55,7 @@ class Digits(NamedTuple):
 @cache
 def load_digits() -> Digits:
     """The real digits, split once and for all, stratified by class: 1437 to train on, 360 held out."""
+    require("sklearn")
     from sklearn.datasets import load_digits as load_real
     from sklearn.model_selection import train_test_split
 
@@ -155,6 +157,7 @@ def fit_judge() -> Callable[[Tensor], Tensor]:
     Returns:
         A function from digits (n, 1, 8, 8) to class probabilities (n, 10), float64, without gradient.
     """
+    require("sklearn")
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.svm import SVC
 

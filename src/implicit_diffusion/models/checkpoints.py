@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError, shown
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.families import FAMILIES, PIXELS, Family, family_of
 from implicit_diffusion.models.pipeline_files import (
@@ -188,6 +189,7 @@ def _listing(folder: Path) -> str:
 
 def _from_hub(hub_id: str) -> Checkpoint:
     """From the local cache where it is complete, else from the hub."""
+    require("huggingface_hub")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 

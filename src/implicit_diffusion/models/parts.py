@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import Checkpoint
 
@@ -56,8 +57,8 @@ def load_model(
         InvalidInputError: its class is none, its config or weights are damaged, do not belong together or are not
             finite, or it cannot be evaluated.
     """
+    require("diffusers", "transformers")  # outside of what catches the errors of these libraries
     place = folder / part
-
     about = (checkpoint, folder, source)
     try:
         model_class = _model_class(checkpoint, part)
@@ -92,6 +93,7 @@ def refused(
 
 def _model_class(checkpoint: Checkpoint, part: str) -> Any:
     """Its class, if it is one of the models of the libraries."""
+    require("diffusers", "transformers")
     import diffusers
     import transformers
 
@@ -213,6 +215,7 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
     Raises:
         InvalidInputError: a class that diffusers does not have, or a config that it cannot be built from.
     """
+    require("diffusers")
     import diffusers
 
     found = getattr(diffusers, checkpoint.scheduler_class, None)
@@ -236,6 +239,7 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars of two libraries, for what is over in seconds."""
+    require("diffusers", "transformers")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

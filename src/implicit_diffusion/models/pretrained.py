@@ -26,6 +26,7 @@ from implicit_diffusion.denoisers.adapter import DiffusersDenoiser as DiffusersD
 from implicit_diffusion.denoisers.adapter import inner
 from implicit_diffusion.denoisers.lora import adapter_of
 from implicit_diffusion.errors import InvalidInputError, check_path, check_type
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.checkpoints import INDEX, Checkpoint, find_checkpoint
 from implicit_diffusion.models.decoders import Decoder, check_latents
@@ -221,6 +222,7 @@ def adapter_usage(family: Family) -> str:
 
 def _pipeline_class(family: Family) -> Any:
     """The class in diffusers; None where the parts alone decide."""
+    require("diffusers")
     import diffusers
 
     return getattr(diffusers, family.pipelines[0]) if family.pipelines else None
@@ -239,6 +241,7 @@ def _save_beside(folder: Path, denoiser: Any, scheduler: Any, checkpoint: Checkp
 
 def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
     """The diffusers pipeline of this network and scheduler. Raises as `save_pipeline`."""
+    require("diffusers")
     import diffusers
 
     if not isinstance(denoiser, DiffusersDenoiser):

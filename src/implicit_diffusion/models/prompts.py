@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.families import WIDTHS
@@ -75,6 +76,7 @@ def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
     Raises:
         InvalidInputError: a part that cannot be loaded.
     """
+    require("diffusers")
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, checkpoint.family.pipelines[0])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.showing import Shown
 
 REFRESH = 0.1  # seconds between two looks at the metrics on a terminal: reading a tensor waits for its device
@@ -142,6 +143,7 @@ class _Bar(Progress):
     """The same on a terminal, with rich."""
 
     def __init__(self, total: int, description: str, done: int, console: Any) -> None:
+        require("rich")
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -183,14 +185,22 @@ def progress(total: int, description: str, done: int = 0) -> Iterator[Progress]:
         description: what is going on, in a word or two.
         done: steps that were made before, which say nothing of how long the others take.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    shown = _Bar(total, description, done, console) if console.is_terminal else Progress(total, description, done)
+    console = _terminal()
+    shown = Progress(total, description, done) if console is None else _Bar(total, description, done, console)
     try:
         yield shown
     finally:
         shown.close()
+
+
+def _terminal() -> Any:
+    """The console of rich, where standard error is a terminal and rich is installed; None where plain lines must do."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return None
+    console = Console(stderr=True)
+    return console if console.is_terminal else None
 
 
 def _read(metrics: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
+from implicit_diffusion.extras import require
 from implicit_diffusion.tables.flow import is_flow, memoryless_flow
 from implicit_diffusion.tables.refusals import check_scheduler
 from implicit_diffusion.tables.scheduler import read_table
@@ -98,6 +99,7 @@ def scheduler_for(
     Raises:
         InvalidInputError: unknown kind or spacing; a kind of the other family; clipping that the kind does not have.
     """
+    require("diffusers")
     import diffusers
 
     check_scheduler(scheduler)

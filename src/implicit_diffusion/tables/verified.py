@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from implicit_diffusion.extras import require
+
 STEPS = (1, 10)  # numbers of steps for every combination
 MORE_STEPS = (13, 50)  # one that does not divide the training steps, and a longer chain, for some combinations
 
@@ -71,6 +73,7 @@ class Case:
 
     def make(self) -> Any:
         """The diffusers scheduler; never clipping."""
+        require("diffusers")
         import diffusers
 
         clip = {"clip_sample": False} if self.scheduler in ("DDPMScheduler", "DDIMScheduler") else {}

@@ -22,6 +22,7 @@ from implicit_diffusion.commands.ebm.data import Data, load
 from implicit_diffusion.commands.ebm.judging import JUDGE, log_z_by_annealing
 from implicit_diffusion.commands.ebm.training import train
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.directory import dated, plain
@@ -201,6 +202,7 @@ def _plus_minus(spread: float | None) -> str:
 
 def show(summary: dict[str, Any], directory: RunDirectory) -> None:
     """Print the arms as a table."""
+    require("rich")
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

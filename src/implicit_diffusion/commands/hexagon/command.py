@@ -26,6 +26,7 @@ from implicit_diffusion.commands.hexagon.arms import ARMS, TRAINED, Arms, Config
 from implicit_diffusion.commands.hexagon.problem import LOGITS, Exact, mixture
 from implicit_diffusion.commands.shared.inputs import inputs, record_inputs
 from implicit_diffusion.commands.shared.studies import Study
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
@@ -137,6 +138,7 @@ def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
 
 def show(summary: dict[str, Any], directory: RunDirectory) -> None:
     """Print the arms as a table."""
+    require("rich")
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -37,6 +37,7 @@ from implicit_diffusion.commands.pretrain.state import Pretraining, begin, diges
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.digits import digits
 from implicit_diffusion.errors import NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
 from implicit_diffusion.runs import RunDirectory, clock, graceful, progress
@@ -164,6 +165,7 @@ def build(
 
     It never clips, since a clipped chain is not affine in the network.
     """
+    require("diffusers")
     from diffusers import UNet2DModel
 
     channels, height, width = event_shape

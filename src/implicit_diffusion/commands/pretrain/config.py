@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 from implicit_diffusion.tables.scheduler import read_table
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Config:
 
 def noise_schedule(config: Config) -> DDPMScheduler:
     """The scheduler that the model is trained for."""
+    require("diffusers")
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(

@@ -17,6 +17,7 @@ from torch import Tensor
 from implicit_diffusion.commands.pretrain import config as pretrain_config
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.files.states import check_finite, load_state, save_state
 from implicit_diffusion.runs import RunDirectory
@@ -150,6 +151,7 @@ class Pretraining(Shown):
 
 def begin(config: pretrain_config.Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
     """Before the first step."""
+    require("diffusers")
     from diffusers.training_utils import EMAModel
 
     average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import replacing
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 def sheet(width: float | int, height: float | int) -> Figure:
     """An empty figure of that size in inches."""
+    require("matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
