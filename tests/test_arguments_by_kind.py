@@ -118,7 +118,7 @@ BAD = {
     "the kind of terms must be a class such as PathKL, got PathKL": lambda: idf.PathKL().weight(idf.PathKL()),
     r"terms must be pairs \(weight, term\), got list of tuple of 1, 2": lambda: idf.Objective([(1, 2)]),
     "prediction must be one of score, .*got None": lambda: idf.GaussianDenoiser.ornstein_uhlenbeck(X[0], 1.0, None),
-    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.default_kind("ddpm"),
+    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.default_sampler("ddpm"),
     "chain must be of type Chain, got None": lambda: idf.Adjoint()(None, idf.PathKL(), NOISE, 2),
     "evaluation must be of type Evaluation, got float": lambda: idf.bound(0.5, 1.0),
     "loop must be of type ChainLoop, got Single": lambda: idf.predict_memory(single()),

@@ -360,7 +360,7 @@ PUBLIC = {
         lambda option: idf.read_table(idf.scheduler_for(ddpm(), "ddim"), 3, eta=option), {"option": lambda: 1.0}
     ),
     "memoryless_flow": Call(idf.memoryless_flow, {"scheduler": flow, "num_steps": lambda: 3, "mu": lambda: None}),
-    "default_kind": Call(idf.default_kind, {"scheduler": ddpm}),
+    "default_sampler": Call(idf.default_sampler, {"scheduler": ddpm}),
     "scheduler_for": Call(
         idf.scheduler_for,
         SCHEDULED | {"clip": lambda: False, "spacing": lambda: "trailing"},

@@ -67,7 +67,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.samplers.hmc import HMC
     from implicit_diffusion.samplers.langevin import MALA, ULA
     from implicit_diffusion.tables.flow import memoryless_flow
-    from implicit_diffusion.tables.named import default_kind, scheduler_for, table_for
+    from implicit_diffusion.tables.named import default_sampler, scheduler_for, table_for
     from implicit_diffusion.tables.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
     from implicit_diffusion.tables.scheduler import read_table
     from implicit_diffusion.tables.table import ChainTable
@@ -134,7 +134,7 @@ __all__ = [
     "captured",
     "checkpoint_activations",
     "conv",
-    "default_kind",
+    "default_sampler",
     "denoisers",
     "embed_prompts",
     "errors",
