@@ -155,7 +155,7 @@ def test_scheduler_for_keeps_the_noise_schedule_and_switches_clipping(original, 
 
 
 def test_unknown_schedulers_and_spacings():
-    with pytest.raises(InvalidInputError, match="sampler must be one of ddpm, ddim, euler.*got 'heun'"):
+    with pytest.raises(InvalidInputError, match=r"sampler must be one of ddpm, ddim, euler.*got 'heun'"):
         scheduler_for(DDPMScheduler(), "heun")
     with pytest.raises(InvalidInputError, match="spacing must be one of trailing, leading, linspace"):
         scheduler_for(DDPMScheduler(), spacing="even")
