@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion import Guided
 from implicit_diffusion.errors import InvalidInputError, trying
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials import Guided
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from tests.helpers.oracles_gibbs import Banana
 

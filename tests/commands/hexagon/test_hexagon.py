@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from implicit_diffusion import ULA, InvalidInputError, Noise, Reward, Single
+from implicit_diffusion import ULA, Noise, Reward, Single
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon.arms import ARMS, NARROWEST, best_rate
 from implicit_diffusion.commands.hexagon.problem import LOGITS, Exact, hard_reward, mixture, smooth_reward
 from implicit_diffusion.commands.recovery import command as recovery
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import fit
 
