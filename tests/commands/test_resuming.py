@@ -22,8 +22,9 @@ from implicit_diffusion.commands.pretrain import config as pretrain_config
 from implicit_diffusion.commands.recovery import command as recovery
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.tilt import command as tilt
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import provenance
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers import tiny

@@ -220,6 +220,6 @@ def test_peft_adds_the_adapter_where_diffusers_does_not(kind, tmp_path):
 
 def test_without_an_adapter_there_is_none_to_save(tmp_path):
     pretrained = load_pretrained(tiny.class_conditional(tmp_path / "model"))
-    with pytest.raises(InvalidInputError, match="has no adapter inside; add_lora puts them in"):
+    with pytest.raises(InvalidInputError, match="has no adapter; call add_lora on its network"):
         save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
     assert not (tmp_path / "lora").exists()

@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.tables.named import scheduler_for
 from implicit_diffusion.tables.scheduler import read_table
 from tests.helpers import tiny
@@ -218,6 +219,6 @@ def test_a_gaussian_denoiser_is_no_pipeline(tmp_path):
     import inspect
 
     with pytest.raises(
-        InvalidInputError, match="only a DiffusersDenoiser is a diffusers pipeline, got GaussianDenoiser"
+        InvalidInputError, match="only a DiffusersDenoiser can be saved as a diffusers pipeline, got GaussianDenoiser"
     ):
         inspect.unwrap(save_pipeline)(tmp_path, denoiser, DDPMScheduler(), "")

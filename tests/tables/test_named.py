@@ -15,9 +15,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.tables.flow import memoryless_flow
 from implicit_diffusion.tables.named import NAMED_SAMPLERS, default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.scheduler import read_table

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.extras import require
 from implicit_diffusion.frozen import copied
@@ -160,7 +160,7 @@ def checkpoint_activations(network: Any) -> None:
 
 def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
     """The weights of the adapter inside, under peft's names; None where there is none."""
-    network: Any = getattr(inner(denoiser), "model", denoiser)
+    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
     if not _layers(network):
         return None
     require("peft")
@@ -173,7 +173,7 @@ def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
 def merged(denoiser: nn.Module) -> nn.Module:
     """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights: a plain network again."""
     check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
-    plain: Any = copied(inner(denoiser))
+    plain: Any = copied(unwrapped(denoiser))
     if _layers(plain):
         require("diffusers")
         from diffusers.utils.peft_utils import recurse_remove_peft_layers

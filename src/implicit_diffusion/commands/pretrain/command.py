@@ -35,11 +35,12 @@ from implicit_diffusion.commands.pretrain.loss import image_losses, judged_losse
 from implicit_diffusion.commands.pretrain.samples import plot, sampled
 from implicit_diffusion.commands.pretrain.state import Pretraining, begin, digests
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.digits import digits
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.runs import RunDirectory, clock, graceful, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
