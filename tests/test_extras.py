@@ -11,6 +11,7 @@ import pytest
 
 import implicit_diffusion as idf
 from implicit_diffusion.extras import EXTRA_OF, EXTRAS, require
+from tests.helpers.lower_bounds import lower_bounds
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "implicit_diffusion"
@@ -56,6 +57,17 @@ def test_all_is_all_and_developers_have_it():
     extras = PROJECT["optional-dependencies"]
     assert extras["all"] == [f"implicit-diffusion[{','.join([*list(EXTRAS)[:2], 'ot', 'cli'])}]"]
     assert all("implicit-diffusion[all]" in extras[name] for name in ("dev", "docs"))
+
+
+def test_the_oldest_versions_are_older_than_those_tested():
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    for line in lower_bounds():
+        name, oldest = line.split("==")  # every requirement has a lower bound, and nothing else
+        assert version(oldest) <= version(pins[name]), line
+
+
+def version(text):
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("post")[0]))
 
 
 def test_nothing_imports_the_transport_library():
