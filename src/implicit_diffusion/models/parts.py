@@ -9,6 +9,7 @@ is loaded and checked against its files: no weight is missing, none is left over
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -224,7 +225,7 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
     import diffusers
 
     scheduler_class: Any = getattr(diffusers, checkpoint.scheduler_class, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
         raise InvalidInputError(
             f"model: {source!r} asks for the scheduler {checkpoint.scheduler_class!r}, which diffusers "
             f"{diffusers.__version__} does not have; set DDPMScheduler or DDIMScheduler in its model_index.json."
