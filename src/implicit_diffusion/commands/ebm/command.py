@@ -66,7 +66,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
         raise InvalidInputError(f"--long-chains is for images, got events {data.event_shape}; leave it out")
     resolved = config.resolved(data)
     if not begun:
-        directory.start(resolved)
+        directory.start("ebm", resolved)
     clock.keep(directory.path)
     if not (begun and is_recorded(directory)):
         record_inputs(directory, resolved, rests_on)

@@ -8,11 +8,9 @@ Every training is a line of metrics.jsonl as soon as it has ended, so a comparis
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -25,8 +23,9 @@ from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFin
 from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import dated, plain
-from implicit_diffusion.runs.provenance import record, verified
+from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import check_version, record, verified
+from implicit_diffusion.runs.records import as_json
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SEED = 1000  # beyond those of the runs
@@ -54,7 +53,8 @@ def _compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
             f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
         )
     resolved = replace(config.resolved(data), out=out)
-    check_folder(out, resolved)
+    check_version(directory, advice="choose another --out")
+    check_folder(directory, resolved)
     with verified(directory, advice="choose another --out"):
         return _run(config, resolved, data, directory)
 
@@ -66,7 +66,7 @@ def _run(config: Config, resolved: Config, data: Data, directory: RunDirectory) 
         if settings.updates < 1:
             raise InvalidInputError(f"--steps {config.steps} are too few: their cost is that of no update of {arm}")
         make_loop(settings, data)
-    directory.write_config(resolved)
+    directory.write_config(resolved, "ebm")
     record(directory, resolved, {})
     trainings = Trainings(resolved, directory)
     summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}, "advice": []}
@@ -95,12 +95,15 @@ def _run(config: Config, resolved: Config, data: Data, directory: RunDirectory) 
     return summary
 
 
-def check_folder(out: Path, resolved: Config) -> None:
-    """Raise `InvalidInputError` unless `out` is new, empty, or holds a comparison of the same options but for seeds."""
+def check_folder(directory: RunDirectory, resolved: Config) -> None:
+    """Raise `InvalidInputError` unless the folder is new, empty, or holds a comparison of the same options.
+
+    The number of seeds may differ.
+    """
+    out, saved, asked = directory.path, directory.read_config() or {}, as_json(resolved)
     if not (out / "config.json").is_file():
-        RunDirectory.check(out)
+        directory.check(out)
         return
-    saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), plain(resolved)
     named = set(saved) | set(asked)
     different = [name for name in sorted(named - {"out", "seeds"}) if saved.get(name) != asked.get(name)]
     if different:
@@ -136,7 +139,7 @@ class Trainings:
     def find(self, arm: str, lr: float, seed: int, *, judged: bool = True) -> dict[str, Any] | None:
         """Its `curve` of exact figures and its `seconds`; None where it diverged."""
         if (arm, lr, seed) not in self.made:
-            made = plain({"arm": arm, "lr": lr, "seed": seed} | attempt(self.config, arm, lr, seed, judged=judged))
+            made = as_json({"arm": arm, "lr": lr, "seed": seed} | attempt(self.config, arm, lr, seed, judged=judged))
             self.directory.append_metrics(made)
             self.made[arm, lr, seed] = made
         found = self.made[arm, lr, seed]
@@ -156,7 +159,7 @@ def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = Tr
             assert config.judge_steps is not None
             noise = Noise(seed).stream(JUDGE)
             last["log_z_estimate"], last["log_z_estimate_se"] = log_z_by_annealing(run.model, noise, config.judge_steps)
-        return plain(
+        return as_json(
             {"updates": run.fit.updates, "seconds": run.fit.seconds, "curve": run.curve, "diverged": None}
         )  # which holds no infinity
     except (DivergenceError, NonFiniteError) as error:

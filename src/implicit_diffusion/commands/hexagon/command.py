@@ -25,11 +25,11 @@ import torch
 from implicit_diffusion.commands.hexagon.arms import ARMS, TRAINED, Arms, Config, Trace, logits_of
 from implicit_diffusion.commands.hexagon.problem import LOGITS, Exact, mixture
 from implicit_diffusion.commands.shared.inputs import inputs, record_inputs
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.extras import require
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.study import Study
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config = replace(config.resolved(), out=directory.path)
     with directory.held():
         if not begun:
-            directory.start(config)
+            directory.start("hexagon", config)
         if not (begun and is_recorded(directory)):
             record_inputs(directory, config, inputs(config))
         with directory.resumable():

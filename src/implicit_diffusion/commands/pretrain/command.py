@@ -78,12 +78,12 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config, directory = absolute(replace(config, out=out)), RunDirectory(out.absolute())
     with directory.held(), clock.run():
         if not begun:
-            directory.check_start(Config)
+            directory.check_start("pretrain")
         clock.keep(directory.path)
         rests_on, data = inputs(config), _load(config)
         config = replace(config, size=data.event_shape[1:], channels=config.channels or _widths(data.event_shape))
         if not begun:
-            directory.start(config)
+            directory.start("pretrain", config)
         if not (begun and is_recorded(directory)):
             record_inputs(directory, config, rests_on, device=_device(config))
         with directory.resumable():

@@ -28,7 +28,6 @@ from implicit_diffusion.commands.rewards.trust import is_own
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.commands.shared.ranges import at_least, positive
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.commands.tilt.exact import AT_EDGE, Exact, half_plane
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.global_generators import Draws
@@ -40,6 +39,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.study import Study
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.resampling import systematic
 
@@ -51,18 +51,18 @@ ANNEALING = 200  # steps
 
 @dataclass(frozen=True)
 class Config:
-    """Train a trained energy-based model of the plane for a reward, with a KL leash to what it was."""
+    """Fine-tune an energy-based model of data in the plane for a reward, with a penalty on the KL divergence."""
 
     model: Path
-    """The model/ folder of an `implicit-diffusion ebm` run."""
+    """The model/ folder of a run of `implicit-diffusion ebm`."""
     reward: str = "half-plane"
-    """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own FILE.py:function.
-    It takes points (n, 2) to (n,) and needs no gradient.
-    A class takes literal arguments, as in "FILE.py:Class(weight=2)"."""
+    """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own "FILE.py:function".
+    It is called with points of shape (n, 2), and returns shape (n,); it needs no gradient.
+    A class may be given literal arguments, as in "FILE.py:Class(weight=2)"."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
-    """KL weights w, in reward per nat; one gives a result, several a study."""
+    """KL weights w to train with, in units of reward per nat."""
     arms: tuple[Arm, ...] = ARMS
-    """Ways of training to compare; the models that are kept are those of the first."""
+    """Ways of training to compare; the models of the first one are saved."""
     steps: int = 2000
     """Number of updates of the parameters θ."""
     particles: int = 512
@@ -70,9 +70,9 @@ class Config:
     lr: float = 5e-3
     """Learning rate of Adam at the start; it decays to zero along a cosine."""
     seeds: int = 5
-    """Number of runs of every arm and weight; the models that are kept are those of the first."""
+    """Number of runs for each of --arms and --kl-weights; the models of the first run are saved."""
     seed: int = 0
-    """Seed of the first run; the same seed gives the same models, bit for bit."""
+    """Seed of the first run; the other runs use the numbers after it."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/tilt-<time>."""
 
@@ -128,7 +128,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]
         exact = Exact(model, reward)
     optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
     if not begun:
-        directory.start(config)
+        directory.start("tilt", config)
     if not (begun and is_recorded(directory)):
         record_inputs(directory, config, rests_on)
     with directory.resumable():

@@ -11,11 +11,11 @@ from implicit_diffusion.commands.hexagon import arms as hexagon_arms
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon import figures as hexagon_figures
 from implicit_diffusion.commands.recovery import command as recovery
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.study import Study
 from tests.helpers.energy_models import bent
 
 
