@@ -121,7 +121,7 @@ BAD = {
     "prediction must be one of score, .*got None": lambda: idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(
         X[0], 1.0, None
     ),
-    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.default_kind("ddpm"),
+    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.tables.default_sampler("ddpm"),
     "chain must be of type Chain, got None": lambda: idf.gradients.Adjoint()(None, idf.PathKL(), NOISE, 2),
     "evaluation must be of type Evaluation, got float": lambda: idf.evaluation.bound(0.5, 1.0),
     "loop must be of type ChainLoop, got Single": lambda: idf.loops.predict_memory(single()),
