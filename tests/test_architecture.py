@@ -73,7 +73,6 @@ LONG = {  # to be cut
     "evaluation/bounds.py",
     "loops/particle.py",
     "loops/update.py",
-    "models/pretrained.py",
     "samplers/chain.py",
 }
 MOST_FILES = 15  # of Python in a folder, `__init__` among them

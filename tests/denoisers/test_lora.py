@@ -12,8 +12,9 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
+from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.checkpoints import DIGITS
-from implicit_diffusion.models.pretrained import adapter_usage, load_pretrained, save_adapter
+from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain

@@ -9,7 +9,6 @@ is loaded and checked against its files: no weight is missing, none is left over
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -225,7 +224,8 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
     import diffusers
 
     scheduler_class: Any = getattr(diffusers, checkpoint.scheduler_class, None)
-    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+    known = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    if not known:
         raise InvalidInputError(
             f"model: {source!r} asks for the scheduler {checkpoint.scheduler_class!r}, which diffusers "
             f"{diffusers.__version__} does not have; set DDPMScheduler or DDIMScheduler in its model_index.json."
