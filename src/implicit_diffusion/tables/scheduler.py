@@ -142,7 +142,7 @@ class _Probe:
             raise InvalidInputError(
                 f"{self._where(k)}: the step is not finite. Usual causes: DDIM with eta > 1 (the square root of a "
                 "negative variance); prediction_type='epsilon' at zero terminal SNR (rescale_betas_zero_snr=True), "
-                "where x_0 cannot be told from the noise; shift_terminal with a single step."
+                "where x_0 cannot be distinguished from the noise; shift_terminal with a single step."
             )
 
         s, xi = self._fit_noise(k, y[0])
