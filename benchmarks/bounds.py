@@ -21,9 +21,9 @@ from rows import load
 from torch import Tensor
 
 from implicit_diffusion import Noise, evaluate
-from implicit_diffusion.loops import Evaluation
-from implicit_diffusion.loops.bound import bound
-from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.evaluation import Evaluation
+from implicit_diffusion.evaluation.bounds import bound
+from implicit_diffusion.evaluation.chains import mean_and_error
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion import Chain, Objective, PathKL, Reward, read_table
-from implicit_diffusion.denoisers.pretrained import DiffusersDenoiser, load_pretrained, scheduler_for
-from implicit_diffusion.experiments.digits import EVENT_SHAPE
-from implicit_diffusion.experiments.rewards import brightness
+from implicit_diffusion.commands.rewards.shipped import brightness
+from implicit_diffusion.digits.digits import EVENT_SHAPE
+from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained
+from implicit_diffusion.tables.named import scheduler_for
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
-ASSET = ROOT / "src" / "implicit_diffusion" / "assets" / "digits"
+ASSET = ROOT / "src" / "implicit_diffusion" / "digits" / "assets" / "digits"
 BETA = 2.6  # KL weight of the demo
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,7 +42,7 @@ def digits_chain(num_steps: int) -> Chain:
 
 def random_weights(event_shape: tuple[int, int, int], channels: tuple[int, ...] | None = None) -> tuple[Any, Any]:
     """The network that `pretrain` would train for such images, untrained, and its scheduler."""
-    from implicit_diffusion.experiments.pretrain import Config, build
+    from implicit_diffusion.commands.pretrain.command import Config, build
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -31,10 +31,10 @@ from common import milliseconds
 from torch import Tensor, nn
 
 from implicit_diffusion import HMC, ULA, ForwardKL, Noise, Single, Tilted
+from implicit_diffusion.commands.ebm.data import Data, load
+from implicit_diffusion.commands.shared.planar import Quadrature
 from implicit_diffusion.errors import NonFiniteError
-from implicit_diffusion.experiments.ebm_data import Data, load
-from implicit_diffusion.experiments.energy_model import Architecture
-from implicit_diffusion.experiments.planar import Quadrature
+from implicit_diffusion.models.energy_model import Architecture
 
 H = 0.01  # of Langevin, both sides
 DIVERGED = 1e3  # nats, from about one at the start

@@ -22,7 +22,7 @@ from common import FIGURES, hardware, save
 from torch import Tensor
 
 from implicit_diffusion import Chain, Nested, Noise, PathKL, Queue, Reward
-from implicit_diffusion.experiments.drawing import finish, sheet
+from implicit_diffusion.commands.shared.drawing import finish, sheet
 from implicit_diffusion.loops.base import Loop
 
 sys.path.append(str(Path(__file__).parents[1]))  # the closed forms live with the tests
@@ -59,7 +59,7 @@ def mean_and_error(values: Tensor) -> list[float]:
 
 def stationary_excess(kind: type[Loop], rate: float, config: Config) -> Tensor:
     """E J(θ) − J* of each replica, averaged over the updates after the burn-in, with shape (replicas,)."""
-    from tests.oracles import AffineDenoiser, QuadraticReward, affine_chain, exact_terms, riccati
+    from tests.helpers.oracles import AffineDenoiser, QuadraticReward, affine_chain, exact_terms, riccati
 
     single, one = affine_chain(STEPS, DIM, pretrained_rows=(STEPS - 1,))
     best, *optimum = riccati(single, one, BETA)

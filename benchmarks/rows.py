@@ -24,9 +24,9 @@ from common import hardware, save
 from torch import Tensor
 
 from implicit_diffusion import Chain, Noise, PathKL, Reward, read_table
-from implicit_diffusion.denoisers.pretrained import load_pretrained
-from implicit_diffusion.experiments.reward_names import load_reward
+from implicit_diffusion.commands.rewards.names import load_reward
 from implicit_diffusion.gradients.adjoint import pull_back, terminal_adjoint
+from implicit_diffusion.models.pretrained import load_pretrained
 
 COLUMNS = ("loss", "undertrained", "gain", "noise")
 

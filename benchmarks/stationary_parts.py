@@ -18,8 +18,8 @@ import tyro
 from common import interleaved, ratio
 from stationary import H, ours, start
 
-from implicit_diffusion.experiments.hexagon_problem import hard_reward, mixture
-from implicit_diffusion.loops.compiled import SETTINGS
+from implicit_diffusion.commands.hexagon.problem import hard_reward, mixture
+from implicit_diffusion.compiled import SETTINGS
 from implicit_diffusion.samplers.kernel import innermost
 
 RUNGS = ("forward, two pulls, draw", "+ reward and centring", "+ Langevin step")

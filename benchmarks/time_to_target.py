@@ -26,8 +26,8 @@ import torch
 from common import DEVICE, DIGITS, FIGURES, Problem, hardware, save, synchronize
 
 from implicit_diffusion import Chain, Nested, Noise, Queue, Update, evaluate
-from implicit_diffusion.experiments.drawing import finish, sheet
-from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.commands.shared.drawing import finish, sheet
+from implicit_diffusion.evaluation.chains import mean_and_error
 
 LOOPS = {"queue": Queue, "nested": Nested}
 COLOURS = {"queue": "#1f6f8b", "nested": "#c8553d"}

@@ -11,7 +11,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Guided, Tilted, conv, mlp
 from implicit_diffusion.samplers.followers import annealed
 from implicit_diffusion.samplers.simulate import simulate
-from tests.oracles_gibbs import Banana
+from tests.helpers.oracles_gibbs import Banana
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
 

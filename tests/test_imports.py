@@ -56,8 +56,6 @@ def test_packages_keep_their_promises(package):
 
 
 def test_packages_lead_to_what_lies_in_them():
-    program = (
-        "import implicit_diffusion as idf; print(idf.loops.bound.bound is idf.bound, idf.errors.InvalidInputError)"
-    )
+    program = "import implicit_diffusion as idf; print(idf.evaluation.bounds.bound is idf.bound, idf.errors.InvalidInputError)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stdout.split(" ", 1)[0] == "True", found.stderr

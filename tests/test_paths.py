@@ -6,22 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from implicit_diffusion.denoisers.checkpoints import DIGITS, find_checkpoint
+from implicit_diffusion.commands.finetune import config as finetune_config
+from implicit_diffusion.commands.resuming import report, resume
+from implicit_diffusion.commands.shared.conditioning import read_prompts
+from implicit_diffusion.commands.shared.inputs import absolute
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
-from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_reverse_sde
-from implicit_diffusion.denoisers.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.errors import InvalidInputError, check_path
-from implicit_diffusion.experiments import finetune_config
-from implicit_diffusion.experiments.conditioning import read_prompts
-from implicit_diffusion.experiments.energy_model import load_energy_model
-from implicit_diffusion.experiments.inputs import absolute
-from implicit_diffusion.experiments.resuming import report, resume
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.loops import Nested
+from implicit_diffusion.models.checkpoints import DIGITS, find_checkpoint
+from implicit_diffusion.models.energy_model import load_energy_model
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
-from implicit_diffusion.runs import RunDirectory, load_state, save_state
+from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.tables.ornstein_uhlenbeck import ou_reverse_sde
 
 
 class Place:

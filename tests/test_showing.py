@@ -12,26 +12,28 @@ from torch import nn
 
 import implicit_diffusion as idf
 from implicit_diffusion import showing
-from implicit_diffusion.denoisers.checkpoints import find_checkpoint
-from implicit_diffusion.experiments.conditioning import Conditioning
-from implicit_diffusion.experiments.data import Images
-from implicit_diffusion.experiments.digits import Digits
-from implicit_diffusion.experiments.ebm_data import Data
-from implicit_diffusion.experiments.energy_model import Architecture, EnergyModel, Moves
-from implicit_diffusion.experiments.lattice import find_lattice
-from implicit_diffusion.experiments.plan import make_plan
-from implicit_diffusion.experiments.planar import law
+from implicit_diffusion.commands.ebm.data import Data
+from implicit_diffusion.commands.finetune.plan import make_plan
+from implicit_diffusion.commands.pretrain.data import Images
+from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.planar import law
+from implicit_diffusion.compiled import Compiled
+from implicit_diffusion.digits.digits import Digits
 from implicit_diffusion.gradients.gibbs import fused_pass
-from implicit_diffusion.loops.compiled import Compiled
+from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
+from implicit_diffusion.models.lattice import find_lattice
 from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
-from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
-from implicit_diffusion.runs.adapt import AdaptStep
-from implicit_diffusion.runs.fit import HeldOut, fit
-from implicit_diffusion.runs.watch import Runaway, Watch
+from implicit_diffusion.runs import Progress, RunDirectory, Stop
+from implicit_diffusion.runs.callbacks import AdaptKL, Rise, StopAtKL
+from implicit_diffusion.runs.callbacks.adapt import AdaptStep
+from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.watch import Runaway, Watch
+from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers import Kernel
 from implicit_diffusion.samplers.simulate import simulate
-from tests.oracles import table
+from tests.helpers.oracles import table
 
 PACKAGES = ("", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers")
 SOURCE = Path(idf.__file__).parent

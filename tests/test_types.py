@@ -6,10 +6,10 @@ import torch
 
 import implicit_diffusion as idf
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.simulate import simulate
-from tests.oracles_gibbs import Banana
+from tests.helpers.oracles_gibbs import Banana
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
 

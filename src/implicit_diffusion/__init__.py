@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
-    from implicit_diffusion.denoisers.flow import memoryless_flow
     from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
-    from implicit_diffusion.denoisers.kinds import default_kind, scheduler_for, table_for
     from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
-    from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
-    from implicit_diffusion.denoisers.pretrained import (
-        DiffusersDenoiser,
-        Pretrained,
-        load_pretrained,
-        save_pipeline,
-    )
-    from implicit_diffusion.denoisers.scheduler import read_table
-    from implicit_diffusion.denoisers.table import ChainTable
-    from implicit_diffusion.denoisers.text import embed_prompts
     from implicit_diffusion.errors import (
         DivergenceError,
         ImplicitDiffusionError,
@@ -32,11 +20,14 @@ if TYPE_CHECKING:  # read by `lazily`
         NonAffineError,
         NonFiniteError,
     )
+    from implicit_diffusion.evaluation import Evaluation, evaluate
+    from implicit_diffusion.evaluation.bounds import Bound, bound
     from implicit_diffusion.gradients import Adjoint, FullBackprop
-    from implicit_diffusion.loops import Evaluation, Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
-    from implicit_diffusion.loops.bound import Bound, bound
+    from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update
     from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
     from implicit_diffusion.loops.memory import predict_memory
+    from implicit_diffusion.models.pretrained import DiffusersDenoiser, Pretrained, load_pretrained, save_pipeline
+    from implicit_diffusion.models.prompts import embed_prompts
     from implicit_diffusion.noise import Noise
     from implicit_diffusion.objectives import (
         MMD,
@@ -55,6 +46,11 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law, warm_up
     from implicit_diffusion.samplers.chain import Chain
     from implicit_diffusion.samplers.followers import Followers, annealed
+    from implicit_diffusion.tables.flow import memoryless_flow
+    from implicit_diffusion.tables.named import default_kind, scheduler_for, table_for
+    from implicit_diffusion.tables.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
+    from implicit_diffusion.tables.scheduler import read_table
+    from implicit_diffusion.tables.table import ChainTable
 else:
 
     def __getattr__(name: str) -> object:

@@ -75,17 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def commands() -> dict[str, type]:
     """The configuration of every command."""
-    from implicit_diffusion.experiments import (
-        ebm,
-        finetune_config,
-        hexagon,
-        pretrain_config,
-        recovery,
-        sample,
-        score,
-        sweep,
-        tilt,
-    )
+    from implicit_diffusion.commands.ebm import config as ebm_config
+    from implicit_diffusion.commands.finetune import config as finetune_config
+    from implicit_diffusion.commands.hexagon import arms as hexagon_config
+    from implicit_diffusion.commands.pretrain import config as pretrain_config
+    from implicit_diffusion.commands.recovery import command as recovery
+    from implicit_diffusion.commands.sample import command as sample
+    from implicit_diffusion.commands.score import command as score
+    from implicit_diffusion.commands.sweep import command as sweep
+    from implicit_diffusion.commands.tilt import command as tilt
 
     return {
         "finetune": finetune_config.Config,
@@ -94,29 +92,29 @@ def commands() -> dict[str, type]:
         "sweep": sweep.Config,
         "sample": sample.Config,
         "pretrain": pretrain_config.Config,
-        "ebm": ebm.Config,
+        "ebm": ebm_config.Config,
         "score": score.Config,
         "tilt": tilt.Config,
-        "hexagon": hexagon.Config,
+        "hexagon": hexagon_config.Config,
         "recovery": recovery.Config,
     }
 
 
 def _run(arguments: Sequence[str]) -> None:
-    from implicit_diffusion.experiments import (
-        ebm,
-        finetune,
-        finetune_config,
-        hexagon,
-        pretrain,
-        pretrain_config,
-        recovery,
-        resuming,
-        sample,
-        score,
-        sweep,
-        tilt,
-    )
+    from implicit_diffusion.commands import resuming
+    from implicit_diffusion.commands.ebm import command as ebm
+    from implicit_diffusion.commands.ebm import config as ebm_config
+    from implicit_diffusion.commands.finetune import command as finetune
+    from implicit_diffusion.commands.finetune import config as finetune_config
+    from implicit_diffusion.commands.hexagon import arms as hexagon_config
+    from implicit_diffusion.commands.hexagon import command as hexagon
+    from implicit_diffusion.commands.pretrain import command as pretrain
+    from implicit_diffusion.commands.pretrain import config as pretrain_config
+    from implicit_diffusion.commands.recovery import command as recovery
+    from implicit_diffusion.commands.sample import command as sample
+    from implicit_diffusion.commands.score import command as score
+    from implicit_diffusion.commands.sweep import command as sweep
+    from implicit_diffusion.commands.tilt import command as tilt
 
     for argument in arguments:
         try:
@@ -140,13 +138,13 @@ def _run(arguments: Sequence[str]) -> None:
             sample.run(chosen)
         case pretrain_config.Config():
             pretrain.run(chosen)
-        case ebm.Config():
+        case ebm_config.Config():
             ebm.run(chosen)
         case score.Config():
             score.run(chosen)
         case tilt.Config():
             tilt.run(chosen)
-        case hexagon.Config():
+        case hexagon_config.Config():
             hexagon.run(chosen)
         case recovery.Config():
             recovery.run(chosen)

@@ -5,9 +5,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
-from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_marginal
-from implicit_diffusion.denoisers.scheduler import read_table
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.tables.ornstein_uhlenbeck import ou_marginal
+from implicit_diffusion.tables.scheduler import read_table
 
 F64 = torch.float64
 MEAN = torch.tensor([[0.5, -1.0], [2.0, 0.0]], dtype=F64)

@@ -4,21 +4,21 @@ import copy
 
 import pytest
 import torch
-from tests import tiny
-from tests.oracles import table
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.denoisers.checkpoints import DIGITS
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
 from implicit_diffusion.denoisers.lora import WithoutAdapter, adapter_of, add_lora, checkpoint_activations, merged
-from implicit_diffusion.denoisers.pretrained import adapter_usage, load_pretrained, save_adapter
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
+from implicit_diffusion.models.checkpoints import DIGITS
+from implicit_diffusion.models.pretrained import adapter_usage, load_pretrained, save_adapter
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from tests.helpers import tiny
+from tests.helpers.oracles import table
 
 F64 = torch.float64
 

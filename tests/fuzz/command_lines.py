@@ -131,8 +131,7 @@ def prepare(root: Path) -> None:
     from PIL import Image
 
     from implicit_diffusion.cli import main
-    from tests import tiny
-    from tests.experiments import toy_model
+    from tests.helpers import tiny, toy_model
 
     draws = np.random.default_rng(0)
     toy_model.folder(root / "tiny", tiny.scheduler())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicit_diffusion.objectives import MMD, ForwardKL, Functional, Objective, ReverseKL, Reward, Sinkhorn
 from implicit_diffusion.objectives.mmd import gaussian_kernel
-from tests.oracles_gibbs import (
+from tests.helpers.oracles_gibbs import (
     Banana,
     Grid,
     Quartic,

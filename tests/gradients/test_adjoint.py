@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
 from implicit_diffusion.gradients import Adjoint, FullBackprop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests.oracles import affine_chain, exact_terms, table
+from implicit_diffusion.tables.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
+from tests.helpers.oracles import affine_chain, exact_terms, table
 
 
 class SmallUNet(nn.Module):

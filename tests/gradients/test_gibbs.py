@@ -19,7 +19,7 @@ from implicit_diffusion.objectives import ForwardKL, base, kl
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import energy_of
 from tests.gradients.gibbs_cases import CASES, GRIDS, POTENTIALS, THETA, THETA_0, exact_gradient
-from tests.oracles_gibbs import estimate, z_scores
+from tests.helpers.oracles_gibbs import estimate, z_scores
 
 NAMES = list(CASES[1])
 SIZES = {"mmd": (600, 80), "sinkhorn": (128, 150)}  # particles, batches; many of both elsewhere

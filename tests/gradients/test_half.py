@@ -11,8 +11,8 @@ from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests import tiny
-from tests.oracles import table
+from tests.helpers import tiny
+from tests.helpers.oracles import table
 
 N, BATCH = 4, 3
 SMALL = 1e-6  # of the reward and of β: cotangents of 10⁻⁹ and less, which float16 does not hold

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
-from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_reverse_sde
+from implicit_diffusion.evaluation.chains import evaluate, mean_and_error
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Nested, Queue
-from implicit_diffusion.loops.evaluation import evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.tables.ornstein_uhlenbeck import ou_reverse_sde
 
 TARGET, START = 2.0, -0.5
 

@@ -11,8 +11,8 @@ from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.samplers import ULA
+from tests.helpers.oracles_gibbs import Banana
 from tests.loops.gibbs_loops import build, wave
-from tests.oracles_gibbs import Banana
 
 
 def plain(compiled=False):

@@ -8,7 +8,7 @@ from implicit_diffusion.loops import NestedParticles, Single, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, ReverseKL, Reward
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
-from tests.oracles_gibbs import Banana, Quartic
+from tests.helpers.oracles_gibbs import Banana, Quartic
 
 F64 = torch.float64
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
-from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, DriftPenalty, ForwardKL, Functional, PathKL, ReverseKL, Reward, Sinkhorn
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
+from tests.helpers.oracles_gibbs import Harmonic, Location, estimate
 from tests.loops.gibbs_loops import F64, build
-from tests.oracles_gibbs import Harmonic, Location, estimate
 
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
 THETA = torch.tensor([0.4, -0.2], dtype=F64)

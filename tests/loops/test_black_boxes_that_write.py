@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from implicit_diffusion.loops import evaluate
+from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.noise import Noise
+from tests.helpers.oracles import affine_chain
 from tests.loops import gibbs_loops
-from tests.oracles import affine_chain
 
 
 def rude(x):

@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from implicit_diffusion.commands.finetune.plan import make_plan
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.experiments.plan import make_plan
+from implicit_diffusion.evaluation import evaluate
+from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.gradients import Adjoint, FullBackprop
-from implicit_diffusion.loops import Nested, Queue, Update, evaluate
-from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests.oracles import table
+from tests.helpers.oracles import table
 
 N, DIM, CLASSES, BATCH = 5, 3, 4, 3
 F64 = torch.float64

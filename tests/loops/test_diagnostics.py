@@ -11,8 +11,8 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import HMC, MALA, ULA
+from tests.helpers.oracles_gibbs import Location
 from tests.loops.gibbs_loops import F64, build, follower, path
-from tests.oracles_gibbs import Location
 
 
 def autoregressive(phi, time, chains, seed=0, means=None):

@@ -13,11 +13,11 @@ from implicit_diffusion.loops.divergence import distance, diverged, limit
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
+from implicit_diffusion.runs.callbacks.watch import Watch
 from implicit_diffusion.runs.fit import fit
-from implicit_diffusion.runs.watch import Watch
 from implicit_diffusion.samplers import HMC, ULA
+from tests.helpers.oracles_gibbs import Harmonic
 from tests.loops.gibbs_loops import BUILDS, F64, build
-from tests.oracles_gibbs import Harmonic
 
 
 class Away(nn.Module):

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.gradients import FullBackprop
-from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, evaluate
+from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import signal_to_noise
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, ForwardKL, Functional, ReverseKL, Reward
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.samplers import ULA
-from tests.oracles import affine_chain
-from tests.oracles_gibbs import Harmonic
+from tests.helpers.oracles import affine_chain
+from tests.helpers.oracles_gibbs import Harmonic
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion.experiments.judging import effect_of_clipping
+from implicit_diffusion.commands.finetune.judging import effect_of_clipping
+from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.gradients import FullBackprop
-from implicit_diffusion.loops import Nested, Queue, evaluate
+from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from tests.helpers.oracles import affine_chain
 from tests.loops.test_eval_mode import untouched
-from tests.oracles import affine_chain
 
 N = 3
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.evaluation import evaluate
+from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.gradients import Adjoint, FullBackprop, pull_back, terminal_adjoint
-from implicit_diffusion.loops import Nested, Queue, Update, evaluate
-from implicit_diffusion.loops.evaluation import mean_and_error
+from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from tests.oracles import QuadraticReward, affine_chain, exact_terms, riccati
+from tests.helpers.oracles import QuadraticReward, affine_chain, exact_terms, riccati
 
 BETA, N = 0.5, 6
 LOOPS = {
@@ -255,7 +256,7 @@ def test_state_continues_bit_for_bit(kind, accumulate):
 
 CONTINUE = """
 import sys
-from implicit_diffusion.runs.checkpoint import load_state, save_state
+from implicit_diffusion.files.states import load_state, save_state
 from tests.loops.test_loops import build, weights
 loop, _ = build(sys.argv[1], max_grad_norm=1.0, ema_decay=0.9)
 loop.load_state_dict(load_state(sys.argv[2]))
@@ -267,7 +268,7 @@ save_state(sys.argv[3], {"theta": weights(loop)})
 
 @pytest.mark.parametrize("kind", [pytest.param("nested", marks=pytest.mark.slow), "queue"])
 def test_state_continues_in_a_fresh_process(kind, tmp_path):
-    from implicit_diffusion.runs.checkpoint import load_state, save_state
+    from implicit_diffusion.files.states import load_state, save_state
 
     whole, _ = build(kind, max_grad_norm=1.0, ema_decay=0.9)
     for i in range(17):

@@ -17,8 +17,8 @@ from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests import tiny
-from tests.oracles import affine_chain, table
+from tests.helpers import tiny
+from tests.helpers.oracles import affine_chain, table
 
 N, DIM, HIDDEN, BATCH = 7, 3, 5, 4
 

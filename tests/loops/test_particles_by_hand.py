@@ -11,7 +11,7 @@ from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers import HMC, MALA, ULA, power_law
 from implicit_diffusion.samplers.walkers import Walkers, resample
-from tests.oracles_gibbs import Location, estimate
+from tests.helpers.oracles_gibbs import Location, estimate
 
 F64 = torch.float64
 S = 1.5

@@ -9,13 +9,15 @@ from torch import nn
 
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.frozen import eval_mode, modules_in
-from implicit_diffusion.loops import Queue, evaluate
+from implicit_diffusion.loops import Queue
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.runs.fit import HeldOut, fit
-from tests.loops.test_evaluation import one_row
-from tests.oracles import affine_chain
+from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.fit import fit
+from tests.evaluation.test_chains import one_row
+from tests.helpers.oracles import affine_chain
 
 
 def total(x):

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, ForwardKL, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Tilted, energy_of, mlp
-from implicit_diffusion.runs import load_state, save_state
 from implicit_diffusion.samplers import HMC, MALA, ULA
 from implicit_diffusion.samplers.followers import annealed
+from tests.helpers.oracles_gibbs import Location, Quartic, estimate, line, z_scores
 from tests.loops.gibbs_loops import F64, build, follower, path, wave
-from tests.oracles_gibbs import Location, Quartic, estimate, line, z_scores
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
 DATA = torch.randn(60, 2, generator=torch.Generator().manual_seed(1), dtype=F64) + 1

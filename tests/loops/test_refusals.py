@@ -8,8 +8,8 @@ from implicit_diffusion.loops import Queue, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, Functional, Reward
 from implicit_diffusion.samplers import ULA
-from tests.oracles import affine_chain
-from tests.oracles_gibbs import Banana
+from tests.helpers.oracles import affine_chain
+from tests.helpers.oracles_gibbs import Banana
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import NonFiniteError
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Functional, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.energy import Energy
-from implicit_diffusion.runs import load_state, save_state
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.walkers import Walkers, log_mean_exp, resample
+from tests.helpers.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
 from tests.loops.gibbs_loops import BUILDS, F64, build, follower, path, wave
-from tests.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
 STEPS = 12

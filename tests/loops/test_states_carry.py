@@ -8,8 +8,8 @@ import torch
 from implicit_diffusion.loops import Nested, Queue, Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from tests.helpers.oracles import affine_chain
 from tests.loops import gibbs_loops
-from tests.oracles import affine_chain
 
 
 def chain_loop(kind, beta):

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from implicit_diffusion.commands.shared.planar import LAWS, law
 from implicit_diffusion.denoisers.conditions import Drawn
-from implicit_diffusion.experiments.energy_model import Moves
-from implicit_diffusion.experiments.planar import LAWS, law
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
+from implicit_diffusion.models.energy_model import Moves
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
@@ -16,8 +16,8 @@ from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.followers import Followers, annealed
 from implicit_diffusion.samplers.simulate import simulate
 from implicit_diffusion.samplers.warmup import warm_up
-from tests.experiments import energy_models
-from tests.oracles import affine_chain
+from tests.helpers import energy_models
+from tests.helpers.oracles import affine_chain
 
 F64 = torch.float64
 KERNELS = {"ula": ULA, "mala": MALA, "hmc": HMC, "underdamped": Underdamped}

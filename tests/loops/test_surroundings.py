@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients import Adjoint, FullBackprop
-from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update, evaluate
+from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, ReverseKL, Reward
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.samplers.simulate import simulate
-from tests.oracles import table
+from tests.helpers.oracles import table
 
 N = 3
 START = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))

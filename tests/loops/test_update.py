@@ -14,8 +14,8 @@ from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.chain import Chain
+from tests.helpers.oracles import affine_chain, table
 from tests.loops import gibbs_loops, test_loops
-from tests.oracles import affine_chain, table
 
 F64 = torch.float64
 CHAINS = {"queue": test_loops.build, "nested": test_loops.build}

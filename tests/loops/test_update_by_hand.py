@@ -12,7 +12,7 @@ from implicit_diffusion.loops import NestedParticles, Single, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.samplers import ULA
-from tests.oracles_gibbs import Location
+from tests.helpers.oracles_gibbs import Location
 
 F64 = torch.float64
 LR, DECAY, CALLS = 0.3, 0.9, 12

@@ -9,17 +9,17 @@ from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
+from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.gradients import half
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.runs import RunDirectory, console, state
 from implicit_diffusion.runs import fit as driver
-from implicit_diffusion.runs.generators import Draws
 from implicit_diffusion.samplers.chain import Chain
-from tests import tiny
-from tests.oracles import table
-from tests.waits import DEVICE, Waits
+from tests.helpers import tiny
+from tests.helpers.oracles import table
+from tests.helpers.waits import DEVICE, Waits
 
 N = 3
 

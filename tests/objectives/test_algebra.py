@@ -7,7 +7,7 @@ from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, PathKL, ReverseKL, Reward
 from implicit_diffusion.samplers import ULA
-from tests.oracles_gibbs import Location
+from tests.helpers.oracles_gibbs import Location
 
 F64 = torch.float64
 ONE, TWO, THREE = (Reward(lambda x, k=k: (k * x).sin().sum(1), name=f"r{k}") for k in (1, 2, 3))

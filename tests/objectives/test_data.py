@@ -10,7 +10,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, ForwardKL, ReverseKL, Reward, Sinkhorn, gaussian_kernel
 from implicit_diffusion.potentials import Tilted, mlp
 from implicit_diffusion.samplers import ULA
-from tests.oracles_gibbs import Banana
+from tests.helpers.oracles_gibbs import Banana
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3

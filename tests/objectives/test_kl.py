@@ -11,8 +11,8 @@ from implicit_diffusion.loops import Nested
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, PathKL, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
-from tests.oracles import affine_chain
-from tests.oracles_gibbs import Quartic, line
+from tests.helpers.oracles import affine_chain
+from tests.helpers.oracles_gibbs import Quartic, line
 
 F64 = torch.float64
 DATA = torch.linspace(-1, 2, 7, dtype=F64)[:, None]

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.loops.evaluation import evaluate, mean_and_error
+from implicit_diffusion.evaluation.chains import evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL, Reward
+from implicit_diffusion.tables.table import ChainTable
 from tests.gradients.test_adjoint import perturb
-from tests.oracles import affine_chain, exact_terms
+from tests.helpers.oracles import affine_chain, exact_terms
 
 
 def test_path_kl_is_the_exact_gaussian_kl_in_expectation():

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.gradients import Adjoint, FullBackprop
-from implicit_diffusion.loops import Nested, Queue, evaluate
+from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
-from tests.oracles import affine_chain
+from tests.helpers.oracles import affine_chain
 
 F64 = torch.float64
 N = 4

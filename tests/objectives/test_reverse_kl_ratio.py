@@ -7,7 +7,7 @@ import torch
 
 from implicit_diffusion.objectives import ReverseKL
 from implicit_diffusion.particles import Particles
-from tests.oracles_gibbs import Location
+from tests.helpers.oracles_gibbs import Location
 
 F64 = torch.float64
 X = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=F64)

@@ -15,8 +15,8 @@ from implicit_diffusion.objectives import Functional, PathKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers import ULA
-from tests.oracles import affine_chain
-from tests.oracles_gibbs import Banana
+from tests.helpers.oracles import affine_chain
+from tests.helpers.oracles_gibbs import Banana
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 

@@ -7,7 +7,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import terminal_adjoint
 from implicit_diffusion.objectives import MMD, Functional, Reward, Sinkhorn, gaussian_kernel
 from implicit_diffusion.particles import Particles
-from tests.oracles_gibbs import sinkhorn_divergence
+from tests.helpers.oracles_gibbs import sinkhorn_divergence
 
 F64 = torch.float64
 DATA = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.5

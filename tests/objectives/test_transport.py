@@ -6,7 +6,7 @@ import torch
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives import Sinkhorn, transport
 from implicit_diffusion.particles import Particles
-from tests.oracles_gibbs import distances
+from tests.helpers.oracles_gibbs import distances
 
 F64 = torch.float64
 

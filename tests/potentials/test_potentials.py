@@ -9,7 +9,7 @@ from torch import nn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import GaussianMixture, Guided, check_potential, energy_of
-from tests.oracles_gibbs import Banana, Grid, Harmonic, Quartic, line, plane
+from tests.helpers.oracles_gibbs import Banana, Grid, Harmonic, Quartic, line, plane
 
 MEANS = torch.tensor([[-2.0, 0.5], [1.0, 1.5], [0.0, -2.0]], dtype=torch.float64)
 LOGITS = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64)

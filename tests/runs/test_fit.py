@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.files.states import load_state
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.runs import RunDirectory, load_state
-from implicit_diffusion.runs.fit import AdaptKL, HeldOut, StopAtKL, fit
-from tests.oracles import affine_chain, exact_terms, riccati
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
+from implicit_diffusion.runs.fit import fit
+from tests.helpers.oracles import affine_chain, exact_terms, riccati
 
 BETA = 0.3
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.runs import RunDirectory, provenance, save_state
-from implicit_diffusion.runs.fingerprints import MODEL_FILES, fingerprint
+from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
+from implicit_diffusion.files.states import save_state
+from implicit_diffusion.runs import RunDirectory, provenance
 from implicit_diffusion.runs.provenance import record, verified, verify
 
 CONFIG = {"lr": 1e-3, "model": "model", "chains": (1, 2)}

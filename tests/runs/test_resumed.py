@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_diffusion.files.states import load_state, save_state
+from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.runs import RunDirectory, load_state, save_state
-from implicit_diffusion.runs.fit import StopAtKL, fit
-from implicit_diffusion.runs.generators import Draws
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.callbacks.targets import StopAtKL
+from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.runs.metrics import restore_metrics
-from tests.oracles import affine_chain
+from tests.helpers.oracles import affine_chain
 
 
 def build(reward=None, seed=0):

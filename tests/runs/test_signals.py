@@ -10,7 +10,7 @@ import pytest
 import implicit_diffusion
 from implicit_diffusion.__main__ import main as program
 from implicit_diffusion.cli import main
-from implicit_diffusion.experiments import hexagon
+from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.runs import graceful
 from implicit_diffusion.runs.signals import SIGNALS, exit_status, interruptible
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.tables.table import ChainTable
 
 TABLE = ChainTable(
     a=torch.ones(3),

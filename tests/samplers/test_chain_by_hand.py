@@ -7,7 +7,7 @@ import torch
 
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
-from tests.oracles import AffineDenoiser, affine_chain, table
+from tests.helpers.oracles import AffineDenoiser, affine_chain, table
 
 F64 = torch.float64
 N = 6

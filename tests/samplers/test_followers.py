@@ -14,8 +14,8 @@ from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, followers
 from implicit_diffusion.samplers.followers import Followers, annealed
 from implicit_diffusion.samplers.walkers import log_mean_exp
+from tests.helpers.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
 from tests.loops.gibbs_loops import path, wave
-from tests.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
 
 F64 = torch.float64
 KERNELS = {

@@ -13,7 +13,7 @@ import torch
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, power_law
-from tests.oracles_gibbs import Harmonic, Quartic, advance, line
+from tests.helpers.oracles_gibbs import Harmonic, Quartic, advance, line
 
 EVENTS = [(1,), (2,), (5,), (2, 3)]
 F64 = torch.float64

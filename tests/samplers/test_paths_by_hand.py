@@ -10,7 +10,7 @@ from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import MALA, ULA, Underdamped, power_law
 from implicit_diffusion.samplers.followers import Followers, annealed
 from implicit_diffusion.samplers.simulate import simulate
-from tests.oracles_gibbs import Harmonic, Location
+from tests.helpers.oracles_gibbs import Harmonic, Location
 
 F64 = torch.float64
 X = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=F64)

@@ -9,7 +9,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import MALA, warm_up
 from implicit_diffusion.samplers.resampling import systematic
-from tests.oracles_gibbs import Harmonic
+from tests.helpers.oracles_gibbs import Harmonic
 
 F64 = torch.float64
 

@@ -7,7 +7,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers import HMC, MALA, ULA, power_law, warm_up
 from implicit_diffusion.samplers.resampling import systematic
-from tests.oracles_gibbs import Banana, Harmonic, Quartic, advance
+from tests.helpers.oracles_gibbs import Banana, Harmonic, Quartic, advance
 
 F64 = torch.float64
 

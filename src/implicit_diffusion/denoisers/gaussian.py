@@ -24,8 +24,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.flow import is_flow
-from implicit_diffusion.denoisers.ornstein_uhlenbeck import ou_marginal
 from implicit_diffusion.errors import (
     InvalidInputError,
     check_call,
@@ -35,6 +33,8 @@ from implicit_diffusion.errors import (
     shown,
 )
 from implicit_diffusion.showing import ShownModule, of_tensor
+from implicit_diffusion.tables.flow import is_flow
+from implicit_diffusion.tables.ornstein_uhlenbeck import ou_marginal
 
 Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
 PREDICTIONS = ("score", "epsilon", "sample", "v_prediction", "flow_prediction")

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
-    from implicit_diffusion.loops.evaluation import Evaluation, evaluate
     from implicit_diffusion.loops.nested import Nested
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single
@@ -20,4 +19,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Evaluation", "Nested", "NestedParticles", "Queue", "Single", "Unrolled", "Update", "evaluate"]
+__all__ = ["Nested", "NestedParticles", "Queue", "Single", "Unrolled", "Update"]

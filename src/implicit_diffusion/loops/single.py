@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
-from implicit_diffusion.loops.compiled import Compiled
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of

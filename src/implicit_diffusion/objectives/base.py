@@ -25,14 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
+from implicit_diffusion.function_checks import BY_TORCH, check_slope
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.probing import BY_TORCH, check_slope
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.transition import Transition
+from implicit_diffusion.tables.table import ChainTable
+from implicit_diffusion.tables.transition import Transition
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives.base import RunningCost
-from implicit_diffusion.transition import Transition
+from implicit_diffusion.tables.table import ChainTable
+from implicit_diffusion.tables.transition import Transition
 
 
 def squared_norm(x: Float[Tensor, "slots batch *event"]) -> Float[Tensor, "slots batch"]:

@@ -11,10 +11,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
+from implicit_diffusion.function_checks import BY_TORCH, check_own_gradient, check_separate, check_slope
 from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate, check_slope
-from implicit_diffusion.scores import scores_of, takes_condition
+from implicit_diffusion.reward_values import scores_of, takes_condition
 from implicit_diffusion.showing import brief
 
 TRIED = 8  # particles that a black box is tried on, beside all for its form

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_call, trying
 from implicit_diffusion.frozen import refuse_inference_mode
+from implicit_diffusion.function_checks import BY_TORCH, check_own_gradient, check_separate
 from implicit_diffusion.particles import states
-from implicit_diffusion.probing import BY_TORCH, check_own_gradient, check_separate
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import of_tuple
 

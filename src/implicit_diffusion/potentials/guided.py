@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import check_call, check_number
-from implicit_diffusion.scores import scores_of
+from implicit_diffusion.reward_values import scores_of
 from implicit_diffusion.showing import ShownModule, brief
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from implicit_diffusion.runs.files import replacing
-from implicit_diffusion.runs.lock import LOCK
+from implicit_diffusion.files.atomic import replacing
+from implicit_diffusion.files.lock import LOCK
 
 FILE = "seconds.json"
 REST = "the rest"

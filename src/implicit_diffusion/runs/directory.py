@@ -44,11 +44,11 @@ from implicit_diffusion.errors import (
     StorageError,
     check_path,
 )
+from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.files.lock import LOCK, hold, make
+from implicit_diffusion.files.states import FILE
 from implicit_diffusion.runs import clock
-from implicit_diffusion.runs.checkpoint import FILE
 from implicit_diffusion.runs.devices import naming_memory
-from implicit_diffusion.runs.files import UNFINISHED, check_place, replacing, writing
-from implicit_diffusion.runs.lock import LOCK, hold, make
 from implicit_diffusion.showing import Shown
 
 BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update

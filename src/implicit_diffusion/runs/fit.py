@@ -31,13 +31,10 @@ from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
-from implicit_diffusion.runs.held_out import HeldOut as HeldOut
 from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
 from implicit_diffusion.runs.state import begin, checkpoint, restore, settle, settles, unsound, verdict
-from implicit_diffusion.runs.targets import AdaptKL as AdaptKL
-from implicit_diffusion.runs.targets import StopAtKL as StopAtKL
 
 SHOWN = ("reward", "path_kl", "objective", "grad_norm", "phase")
 READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device

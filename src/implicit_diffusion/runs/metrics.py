@@ -7,8 +7,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.runs.directory import RunDirectory
-from implicit_diffusion.runs.files import replacing
 
 
 def restore_metrics(directory: RunDirectory, updates: int, lines: int | None) -> list[dict[str, Any]]:

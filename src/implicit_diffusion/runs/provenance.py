@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.atomic import replacing, writing
+from implicit_diffusion.files.fingerprints import Input, again, fingerprint, is_fingerprint, relative, short
 from implicit_diffusion.runs.directory import RunDirectory, plain
-from implicit_diffusion.runs.files import replacing, writing
-from implicit_diffusion.runs.fingerprints import Input, again, fingerprint, is_fingerprint, relative, short
 
 FILE = "provenance.json"
 PACKAGES = ("implicit-diffusion", "diffusers", "numpy", "safetensors")

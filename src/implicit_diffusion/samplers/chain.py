@@ -28,14 +28,14 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.table import ChainTable
 from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, shown, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import Shown, brief, of_kind
-from implicit_diffusion.transition import Transition
+from implicit_diffusion.tables.table import ChainTable
+from implicit_diffusion.tables.transition import Transition
 
 Denoiser = Callable[..., Tensor]
 Condition = Callable[[Noise, int, int], Mapping[str, Tensor]]

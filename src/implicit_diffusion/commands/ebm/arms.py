@@ -1,0 +1,139 @@
+"""How an energy-based model is trained, in every arm.
+
+    weighted    the single loop with weighted particles: exact up to O(1/n) though θ moves
+    hmc         the same kernel and loop without weights
+    implicit    the single loop as in the paper: one Langevin step, one step on θ, both from one backward pass
+    cd          contrastive divergence: k Langevin steps from data, then one step on θ
+    pcd         persistent contrastive divergence: k Langevin steps from where the particles are, then one step on θ
+
+Arms are compared at equal numbers of pulls through V at all particles.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from implicit_diffusion.commands.ebm.data import Data
+from implicit_diffusion.loops import NestedParticles, Single, Update
+from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import ForwardKL
+from implicit_diffusion.potentials import Tilted
+from implicit_diffusion.runs.fit import Fit
+from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.samplers.resampling import systematic
+
+ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
+INNER = 5  # Langevin steps per update of cd and pcd
+LANGEVIN = Moves("ula", 0.01)  # of implicit, cd and pcd
+REFRESHING, GROUPS = 50, 8  # steps of annealing, and its replicates
+NETWORK, TRAIN, START, ANNEAL = range(2, 6)  # streams of noise beside the data's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training.
+
+    Args:
+        moves: the sampler.
+        arm: one of `ARMS`; "weighted" and "hmc" take `moves`, the others Langevin steps of their own.
+        particles: n, as many as data per update.
+        updates: of θ.
+        lr: of Adam at the start; cosine decay to zero.
+        seed: of all noise.
+        weight_decay: of AdamW.
+        refresh: updates after which weighted particles are drawn anew by annealing; 0 for never.
+        adapt: whether the step size of `moves` is adapted while θ moves.
+    """
+
+    architecture: Architecture
+    moves: Moves
+    arm: str
+    particles: int
+    updates: int
+    lr: float
+    seed: int
+    weight_decay: float = 0.0
+    refresh: int = 0
+    adapt: bool = False
+
+    @property
+    def description(self) -> str:
+        """In a word or two: the arms that take `moves` go by their sampler."""
+        weighted = "weighted " if self.arm == "weighted" else ""
+        return f"{weighted}{self.moves.sampler}" if self.arm in ("weighted", "hmc") else self.arm
+
+
+def make_loop(settings: Settings, data: Data) -> ParticleLoop:
+    """The loop of an arm, before its first step.
+
+    Raises:
+        InvalidInputError: a kernel without increments where weights are asked for, and whatever else does not fit.
+    """
+    noise = Noise(settings.seed)
+    potential = settings.architecture.build(noise.stream(NETWORK))
+    adam = torch.optim.AdamW(
+        potential.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+    )
+    update = Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.updates))
+    shared: tuple[Any, ...] = (ForwardKL(data.standardised()[0], batch=settings.particles), update)
+    options: dict[str, Any] = {"particles": settings.particles, "noise": noise.stream(TRAIN)}
+    if settings.arm in ("weighted", "hmc"):
+        return Single(potential, settings.moves.kernel(), *shared, weighted=settings.arm == "weighted", **options)
+    if settings.arm == "implicit":
+        return Single(potential, LANGEVIN.kernel(), *shared, **options)
+    options |= {"inner_steps": INNER, "begin": {"cd": "data", "pcd": "last"}[settings.arm]}
+    return NestedParticles(potential, LANGEVIN.kernel(), *shared, **options)
+
+
+def pulls_per_update(arm: str, moves: Moves) -> int:
+    """Pulls through V at all particles that one update of an arm costs."""
+    kernel = moves.kernel().evaluations
+    return {"weighted": kernel + 1, "hmc": kernel, "implicit": 1, "cd": INNER + 1, "pcd": INNER + 1}[arm]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Callback: every so often, draw the particles anew by annealing from the Gaussian to the present potential.
+
+    That ends what they have accumulated: the errors of their weights, of log Z, and of the masses of modes.
+    """
+
+    settings: Settings
+
+    def __call__(self, fit: Fit) -> None:
+        every, loop = self.settings.refresh, fit.loop
+        if not every or fit.updates % every or fit.updates >= self.settings.updates:
+            return
+        assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
+        began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
+        path, kernel = loop.model.tempered, moved(self.settings, loop).kernel()
+        followers = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
+        loop.refresh(followers.particles(loop.model))
+        loop.evaluations += followers.evaluations
+        fit.seconds += time.monotonic() - began
+
+
+def moved(settings: Settings, loop: ParticleLoop) -> Moves:
+    """The sampler with the step size that it has come to."""
+    moves = settings.moves if settings.arm in ("weighted", "hmc") else LANGEVIN
+    return replace(moves, step_size=moves.step_size * loop.step_scale)
+
+
+def to_model(settings: Settings, loop: ParticleLoop, data: Data) -> EnergyModel:
+    """The model as it stands; weighted particles are resampled to equal weights."""
+    potential = loop.model
+    assert isinstance(potential, Tilted)
+    held = loop.particles
+    x = held.x
+    if held.log_weights is not None:
+        uniform = torch.rand((), generator=Noise(settings.seed).generator(START))
+        x = x[systematic(held.log_weights, uniform)]
+    moves = moved(settings, loop)
+    lattice = data.lattice if data.dequantised else None
+    return EnergyModel(settings.architecture, potential, data.shift, data.scale, moves, x.detach(), lattice=lattice)

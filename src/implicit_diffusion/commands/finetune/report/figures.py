@@ -1,0 +1,81 @@
+"""The pictures of a fine-tuning run, in one house style.
+
+A picture is five inches wide, so that its ten-point type is about ten pixels high on a phone. Colours are those of
+Okabe and Ito, which the colour-blind tell apart: grey is before, blue is after, vermilion is the bound, green is real
+data. Error bars are two standard errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from implicit_diffusion.commands.finetune.result import Outcome, Picture
+from implicit_diffusion.commands.shared.drawing import save, sheet
+from implicit_diffusion.runs import RunDirectory
+
+WIDTH = 5.0  # inches
+BEFORE, AFTER, BOUND, REAL, EXPORTED = "#7d838c", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+INK, FAINT = "#22272e", "#d9dde2"
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa1ab",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": "#e9ecef",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": "#5b626c",
+    "ytick.color": "#5b626c",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+}
+
+Drawing = Callable[[Outcome], tuple[Any, str, str] | None]
+
+
+def draw(outcome: Outcome, directory: RunDirectory) -> list[Picture]:
+    """Draw what the outcome has data for into figures/.
+
+    Returns:
+        The pictures in the order of the report: samples, frontier, training, hacking, cost, staleness. Samples that
+        are no images (C, H, W) are not shown, nor a frontier without a finite path KL, nor the staleness of a nested
+        loop.
+    """
+    import matplotlib
+
+    from implicit_diffusion.commands.finetune.report.frontier import frontier
+    from implicit_diffusion.commands.finetune.report.samples import hacking, samples
+    from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
+
+    pictures = []
+    for drawing in (samples, frontier, training, hacking, cost, staleness):
+        with matplotlib.rc_context(STYLE):
+            drawn = drawing(outcome)
+            if drawn is None:
+                continue
+            figure, title, caption = drawn
+            path = directory.figure(drawing.__name__)
+            save(figure, path)
+            pictures.append(Picture(drawing.__name__, path, title, caption))
+    return pictures
+
+
+def canvas(height: float) -> Any:
+    """An empty figure of the house's width."""
+    return sheet(WIDTH, height)

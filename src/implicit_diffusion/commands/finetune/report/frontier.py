@@ -1,0 +1,143 @@
+r"""Reward against path KL: what can be had, what was had.
+
+For every β no control of the chain gets below J*_β = min(−E R + β·KL), so every point (KL, E R) obeys
+
+    E R ≤ min_β (−J*_β + β·KL)
+
+and the region above is out of reach. The law that attains J*_β touches its line there: the frontier has slope
+dR/dKL = β. We draw it through the planned points with those slopes, as a cubic in √KL, in which it starts straight.
+
+Plan, training and judgement each have noise of their own, on which the pretrained model earns more or less; so what is
+shown is the gain over the pretrained model on the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, FAINT, INK, canvas
+from implicit_diffusion.commands.finetune.result import Outcome
+from implicit_diffusion.commands.shared.drawing import legend_above
+from implicit_diffusion.commands.shared.formatting import number, percent
+from implicit_diffusion.evaluation.bounds import Bound
+
+NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
+
+
+def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
+    """The planned frontier with its errors, the training trajectory on held-out noise, and what is missing."""
+    s, best = outcome.summary, outcome.bound
+    if best is None or s["path_kl"] is None:
+        return None
+    path = outcome.column("updates", "held_out_path_kl", "held_out_reward")
+    reach = 1.45 * max(best.path_kl, s["path_kl"], *(kl for _, kl, *_ in path), 1e-6)
+    plan = outcome.plan.reward
+    bounds = [b for b in outcome.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
+    path = [(n, kl, reward - s["held_out_reward_before"]) for n, kl, reward in path]
+    figure = canvas(5.1)
+    axes = figure.subplots()
+
+    kl = np.linspace(0, reach, 400)
+    trusted = [(b, plan) for b in bounds if b.trusted] + [(best, s["reward_before"])]
+    ceiling = np.min([-(b.j - 2 * b.j_se) - reward + b.beta * kl for b, reward in trusted], axis=0)
+    optimum = best.reward - s["reward_before"]
+    knots = [replace(b, reward=b.reward - plan) for b in bounds]
+    knots += [replace(best, reward=optimum)] if best.path_kl > 0 else []
+    curve = tangent_curve(0.0, sorted(knots, key=_path_kl), kl) if knots else np.full_like(kl, np.nan)
+    low = min(0.0, s["reward_gain"], *(gain for *_, gain in path))
+    high = max(optimum, s["reward_gain"], float(np.nanmax(curve, initial=optimum)))
+    limits = low - 0.12 * (high - low), high + 0.22 * (high - low)
+    axes.fill_between(kl, ceiling, limits[1], color=FAINT, alpha=0.65, lw=0)
+    axes.annotate("out of reach", (0.04, 0.93), xycoords="axes fraction", color="#5b626c", fontstyle="italic")
+
+    axes.plot(kl, curve, color=BOUND, label="best possible, by KL weight")
+    errors = {b.beta: error for b, error in zip(outcome.plan.bounds, outcome.plan.gain_se)}
+    for certain in (True, False):
+        shown = [b for b in bounds if (b.trusted) is certain and b.path_kl < reach]
+        colour = {"color": BOUND, "markerfacecolor": BOUND if certain else "white"}
+        rows = [(b.path_kl, b.path_kl_se, b.reward - plan, errors[b.beta]) for b in shown]
+        _points(axes, rows, fmt="o", ms=4.5, **colour)
+        for b in shown:
+            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": BOUND}
+            axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, b.reward - plan), **place)
+    line = -best.j - s["reward_before"] + best.beta * kl
+    axes.plot(kl, line, color=INK, lw=1, ls=(0, (5, 3)), label=f"best J at KL weight {best.beta:.3g}")
+
+    if path:
+        updates, xs, ys = np.array(path).T
+        axes.plot([0, *xs], [0, *ys], color="#9aa1ab", lw=0.9, zorder=2)
+        dots = axes.scatter(xs, ys, c=updates, cmap="viridis_r", s=26, zorder=4, label="training, held-out noise")
+        if len(path) > 1:
+            bar = figure.colorbar(dots, ax=axes, location="bottom", shrink=0.55, aspect=32, pad=0.02)
+            bar.set_label("update", fontsize=9)
+            bar.outline.set_visible(False)
+            bar.locator = _few_ticks()
+            bar.update_ticks()
+    _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
+    _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
+    final = (s["path_kl"], s["path_kl_se"], s["reward_gain"], s["reward_gain_se"])
+    _points(axes, [final], fmt="D", color=AFTER, ms=8, label="fine-tuned")
+    axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained", xlim=(-0.02 * reach, reach))
+    axes.set_ylim(*limits)
+    legend_above(axes, columns=2)
+    pair = ("trained", "pretrained")
+    teller, other = reversed(pair) if s.get("j_bound_from") == "pretrained" else pair
+    caption = (
+        "Up is more reward than the pretrained model earns on the same noise, right is farther from it; bars are ± 2 "
+        "standard errors. No sampler of this chain enters the grey region; means over few draws, such as the dots of "
+        "the training, may stray into it. The frontier comes from pretrained samples alone, but for the star, the "
+        f"optimum of this run's KL weight, which {teller} samples of the final noise tell more sharply than {other} "
+        "ones. The run ends "
+        f"{number(s['j_after'] - best.j, digits=2)} of reward below the dashed line"
+    )
+    share = s["captured"]
+    caption += "." if share is None else f", {percent(share)} of the way from the pretrained model."
+    return figure, "Reward against path KL", caption
+
+
+def tangent_curve(pretrained: float, bounds: Sequence[Bound], kl: np.ndarray) -> np.ndarray:
+    """The frontier at `kl`: piecewise cubic in s = √(2 KL), with dR/ds = β·s at every bound; NaN beyond the last.
+
+    Args:
+        pretrained: reward at KL 0.
+        bounds: by increasing KL > 0.
+        kl: where to draw it, in nats.
+    """
+    s = np.sqrt(2 * kl)
+    knots = np.array([0.0, *(np.sqrt(2 * b.path_kl) for b in bounds)])
+    values = np.array([pretrained, *(b.reward for b in bounds)])
+    slopes = np.array([0.0, *(b.beta * knot for b, knot in zip(bounds, knots[1:]))])
+    slopes[0] = 2 * (values[1] - values[0]) / knots[1] - slopes[1]  # a parabola in the first piece
+    piece = np.clip(np.searchsorted(knots, s, side="right") - 1, 0, len(bounds) - 1)
+    width = knots[piece + 1] - knots[piece]
+    t = (s - knots[piece]) / width
+    left, right = values[piece], values[piece + 1]
+    curve = (
+        left * (1 + 2 * t) * (1 - t) ** 2
+        + right * t**2 * (3 - 2 * t)
+        + width * (slopes[piece] * t * (1 - t) ** 2 - slopes[piece + 1] * t**2 * (1 - t))
+    )
+    return np.where(s <= knots[-1], curve, np.nan)
+
+
+def _path_kl(b: Bound) -> float:
+    return b.path_kl
+
+
+def _points(axes: Any, rows: list[tuple[float, float, float, float]], **style: Any) -> None:
+    """Markers at (x, y) with bars of two standard errors; rows are (x, its error, y, its error)."""
+    if not rows:
+        return
+    x, x_se, y, y_se = np.array(rows).T
+    edge = {"markeredgecolor": "white"} if "markerfacecolor" not in style else {}
+    axes.errorbar(x, y, xerr=2 * x_se, yerr=2 * y_se, elinewidth=1.3, capsize=0, zorder=5, **edge, **style)
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4, integer=True)

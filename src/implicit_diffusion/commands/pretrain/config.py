@@ -1,0 +1,97 @@
+"""What pretraining can be asked for: all of its options, with their defaults, on one screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from implicit_diffusion.commands.shared.ranges import at_least, positive
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.tables.scheduler import read_table
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pretrain a diffusion model on images.
+
+    The defaults are the published setting for the digits: on one kind of processor, the same weights bit for bit.
+    """
+
+    data: str = "digits"
+    """The images: "digits", a folder of images, or a hub id of the datasets library.
+    Examples are ylecun/mnist and uoft-cs/cifar10."""
+    out: Path | None = None
+    """Folder for the run, new or empty. By default runs/pretrain-<data>."""
+    size: tuple[int, int] | None = None
+    """Height and width to scale the images to; by default their own, rounded to what the U-Net can halve."""
+    classes: bool = False
+    """Condition the model on classes: the subfolders of a folder, or the labels of the digits."""
+    steps: int = 3000
+    """Number of optimizer steps."""
+    batch: int = 64
+    """Number of images per optimizer step."""
+    lr: float = 2e-3
+    """Learning rate after a linear warm-up over 200 steps; then it decays to zero along a cosine."""
+    ema_decay: float = 0.999
+    """Decay rate of the moving average of the weights, below 1; the average is what is kept."""
+    dropout: float = 0.1
+    """Dropout rate in the residual blocks of the U-Net."""
+    channels: tuple[int, ...] | None = None
+    """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    """What the network predicts."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """Noise schedule of the diffusion."""
+    train_timesteps: int = 1000
+    """Number T of timesteps of the noise schedule."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    chains: tuple[int, ...] = (10, 50)
+    """Numbers of sampling steps at which the model is judged, or its samples drawn."""
+    samples: int = 2000
+    """Number of digits to judge at each of --chains; of other images, a page is drawn."""
+    device: str | None = None
+    """Device to compute on: "cpu", "cuda", …; by default the CPU for digits.
+    For other images it is an accelerator, where there is one."""
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` where a number is out of range."""
+        at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0)
+        words = " ".join(map(str, self.channels or ()))
+        if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
+            raise InvalidInputError(f"--channels must be positive multiples of 8, got {words or 'none'}")
+        if self.classes and self.channels is not None and max(self.channels) == 8:
+            # each of the eight groups is one channel, less its own mean
+            raise InvalidInputError(
+                f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
+                "take 16 or more for one level at least"
+            )
+        positive(self, "lr")
+        for name in ("ema_decay", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidInputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        if not self.chains or min(self.chains) < 1:
+            raise InvalidInputError(f"--chains must be integers ≥ 1, got {' '.join(map(str, self.chains)) or 'none'}")
+        for num_steps in self.chains:
+            try:
+                read_table(noise_schedule(self), num_steps)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"--chains {num_steps}: {error}") from error
+
+
+def noise_schedule(config: Config) -> DDPMScheduler:
+    """The scheduler that the model is trained for."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=config.train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type="fixed_small",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )

@@ -1,0 +1,172 @@
+"""A pretraining so far: the network, its average, the optimizer, and all the randomness that is still to come.
+
+Images, times and noise come from a generator of the training's own. Dropout draws from the global one of its device,
+which is part of the state as well, while the training holds it in a fork.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.commands.pretrain import config as pretrain_config
+from implicit_diffusion.commands.pretrain.data import Images
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.files.fingerprints import fingerprint
+from implicit_diffusion.files.states import check_finite, load_state, save_state
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.metrics import restore_metrics
+from implicit_diffusion.showing import Shown
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+
+@dataclass(repr=False)
+class Pretraining(Shown):
+    """What `begin` makes and every step moves on.
+
+    Args:
+        unet: in training mode, on its device.
+        scheduler: the noise schedule.
+        average: of the weights.
+        optimizer, schedule: of the weights, and of its learning rate.
+        generator: of images, times and noise.
+        step: optimizer steps so far.
+        seconds: that they took.
+        losses: since the last line of the metrics.
+        lines: of the metrics so far.
+    """
+
+    unet: UNet2DModel
+    scheduler: DDPMScheduler
+    average: Any
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
+    lines: int = 0
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of optimizer, schedule and average, down the gradient of `loss`.
+
+        Raises:
+            NonFiniteError: the loss or its gradient is NaN or infinite; the weights are not touched.
+        """
+        if not loss.isfinite():
+            raise NonFiniteError(f"the loss is {loss.item()}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        if not norm.isfinite():
+            raise NonFiniteError(f"the norm of the gradient is {norm.item()}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.step(self.unet.parameters())
+        self.losses.append(loss.detach())
+        self.step += 1
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet2DModel]:
+        """The network with its averaged weights for the block."""
+        self.average.store(self.unet.parameters())
+        self.average.copy_to(self.unet.parameters())
+        try:
+            yield self.unet
+        finally:
+            self.average.restore(self.unet.parameters())
+
+    def save(self, directory: RunDirectory, images: list[str]) -> None:
+        """Write checkpoint/.
+
+        Args:
+            directory: of the run.
+            images: digests of what is trained on and held out.
+
+        Raises:
+            NonFiniteError: NaN or infinity in weights, moments or average; the checkpoint before is kept.
+        """
+        state: dict[str, Any] = {
+            "unet": self.unet.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        check_finite(state)
+        state |= {
+            "schedule": self.schedule.state_dict(),
+            "generators": [generator.get_state() for generator in self._generators()],
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": list(self.losses),
+            "lines": self.lines,
+            "images": images,
+        }
+        save_state(directory.checkpoint, {"pretraining": state})
+
+    def restore(self, directory: RunDirectory, images: list[str]) -> None:
+        """Go on from checkpoint/, and take back the lines of metrics.jsonl that came after it; missing ones are said.
+
+        Raises:
+            InvalidInputError: no such checkpoint, one of another network, or one of other images.
+        """
+        state = load_state(directory.checkpoint)
+        try:
+            state = state["pretraining"]
+            if state["images"] != images:
+                raise InvalidInputError(
+                    f"the images are not those that {directory.path} began with; bring these back, or begin a new run"
+                )
+            self.unet.load_state_dict(state["unet"])
+            self.average.load_state_dict(state["average"])
+            self.average.to(device=self.unet.device)
+            self.schedule.load_state_dict(state["schedule"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for generator, saved in zip(self._generators(), state["generators"], strict=True):
+                generator.set_state(saved)
+            self.step, self.seconds, self.lines = state["step"], state["seconds"], state["lines"]
+            self.losses = [loss.to(self.unet.device) for loss in state["losses"]]
+        except InvalidInputError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InvalidInputError(f"{directory.checkpoint} does not fit this run: {what}") from error
+        restore_metrics(directory, self.step, self.lines)
+
+    def _generators(self) -> list[torch.Generator]:
+        """Its own, and the global ones of the CPU and of the device."""
+        device, on_device = self.unet.device, []
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            on_device = [torch.cuda.default_generators[index]]
+        return [self.generator, torch.default_generator, *on_device]
+
+
+def begin(config: pretrain_config.Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
+    """Before the first step."""
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(200, max(1, config.steps // 10))
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps - warmup)),
+        ],
+        [warmup],
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    return Pretraining(unet, scheduler, average, optimizer, schedule, generator)
+
+
+def digests(data: Images) -> list[str]:
+    """Of all pixels to train on, and of all that are held out."""
+    return [fingerprint(part)["tensor"] for part in (data.train, data.held_out)]

@@ -1,0 +1,52 @@
+"""Draw from a trained energy-based model: a picture, or an array of draws in the units of its data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.atomic import replacing
+from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
+from implicit_diffusion.noise import Noise
+
+
+def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> Path:
+    """Write `num` draws to `out`: FILE.npy takes them as they are, any other name a picture of images or of a plane.
+
+    Draws of a model of dequantised data are rounded down to values that such data have.
+
+    Raises:
+        InvalidInputError: no such model, or draws that have no picture.
+    """
+    model = load_energy_model(folder)
+    event = model.architecture.event_shape
+    if out.suffix != ".npy" and len(event) != 3 and event != (2,):
+        raise InvalidInputError(f"--out {out}: events of shape {event} have no picture; name a file FILE.npy")
+    x = model.sample(num, Noise(seed), **({} if steps is None else {"steps": steps}))
+    if model.lattice is not None:
+        x = model.lattice.quantise(x)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npy":
+        with replacing(out) as file, file.open("wb") as stream:
+            np.save(stream, x.numpy(), allow_pickle=False)
+    else:
+        _draw(model, x, out)
+    print(out)
+    return out
+
+
+def _draw(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
+    from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
+
+    figure = sheet(4.2, 4.2)
+    axis = figure.subplots()
+    if len(model.architecture.event_shape) == 3:
+        tile(axis, x, x.amin().item(), x.amax().item(), columns=math.ceil(len(x) ** 0.5))
+    else:
+        axis.scatter(x[:, 0], x[:, 1], s=3, lw=0, color="#2a9d5c")
+        axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    finish(figure, out)

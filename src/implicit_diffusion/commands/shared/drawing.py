@@ -1,0 +1,67 @@
+"""What all pictures share: figures that know no window and no global state, plain axes, images side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from implicit_diffusion.files.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def sheet(width: float | int, height: float | int) -> Figure:
+    """An empty figure of that size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
+    """Write the figure as PNG; `plain` axes get a faint grid and no frame, titles stand at the left of their axes."""
+    for axis in figure.axes:
+        if axis.get_title():
+            _title_left(axis)
+    for axis in plain:
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path, dpi=130)
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write the figure in one step, in the format that its name ends in."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."), **options)
+
+
+def legend_above(axis: Any, columns: int) -> None:
+    """A legend of `columns` columns between title and axes, where it can hide nothing; the title moves up for it."""
+    style = {"borderaxespad": 0.0, "borderpad": 0.3, "columnspacing": 1.0, "handlelength": 1.5, "labelspacing": 0.3}
+    legend = axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, **style)
+    labels = legend.get_texts()
+    _title_left(axis, pad=6 + 1.55 * labels[0].get_fontsize() * -(-len(labels) // columns))
+
+
+def _title_left(axis: Any, **options: Any) -> None:
+    """Let the title begin where the axes do, as all titles of a page."""
+    title = axis.get_title() or axis.get_title("left")
+    if title:
+        size = axis.title.get_fontsize()
+        axis.set_title("", loc="center")
+        axis.set_title(title, loc="left", fontsize=size, **options)
+
+
+def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8) -> None:
+    """Show images in rows with a grey line around each, grey, RGB, or the mean of other channels; `low` is black."""
+    shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
+    shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)
+    framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
+    picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    axis.imshow(picture.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)  # (rows H, columns W, RGB)
+    axis.set_axis_off()

@@ -1,0 +1,114 @@
+"""What a run reads: where it lies, whatever the working directory becomes, and what it holds.
+
+Paths are made absolute when a run begins, so that it is resumed from anywhere, and a reward that changes directory does
+not move it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from implicit_diffusion.commands.rewards import trust as reward_trust
+from implicit_diffusion.commands.shared.array_files import place_of
+from implicit_diffusion.commands.shared.planar import LAWS
+from implicit_diffusion.errors import check_path
+from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
+from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.provenance import forget, record
+
+NAMES = {
+    "model": {"digits"},
+    "reference": {"digits"},
+    "data": {"digits", *LAWS},
+}  # that are no paths, whatever is there
+C = TypeVar("C")
+
+
+def absolute(config: C) -> C:
+    """A config whose paths are absolute: each `Path`, and the files and folders that a name stands for."""
+    changed: dict[str, Any] = {}
+    for field in fields(config):  # type: ignore[arg-type]  # a dataclass
+        value = getattr(config, field.name)
+        if isinstance(value, os.PathLike) or ("Path" in str(field.type) and value is not None):
+            changed[field.name] = check_path(f"--{field.name}", value).absolute()
+        elif _is_place(field.name, value):
+            changed[field.name] = str(Path(value).absolute())
+        elif field.name == "reward":
+            changed[field.name] = reward_trust.absolute(value)
+    return replace(config, **changed)  # type: ignore[type-var]
+
+
+def inputs(config: Any) -> dict[str, Any]:
+    """Fingerprints of model, reference, data and reward, as `record` and `verify` take them; shipped ones have none.
+
+    Raises:
+        InvalidInputError: there is no such model or reward, or a file that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for name in ("model", "reference"):
+        value = getattr(config, name, None)
+        if isinstance(value, Path) and value.is_dir():
+            found[name] = fingerprint(value, MODEL_FILES)
+        elif isinstance(value, str) and value not in NAMES[name]:
+            found[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
+    data, reward = getattr(config, "data", None), getattr(config, "reward", "")
+    if _is_place("data", data):
+        found["data"] = fingerprint(Path(place_of(str(data))[0]))
+    if reward_trust.is_own(reward):
+        found["reward"] = fingerprint(reward_trust.code_of(reward).files)
+    return found
+
+
+def record_inputs(
+    directory: RunDirectory,
+    options: Any,
+    found: dict[str, Any],
+    *,
+    config: Any = None,
+    device: torch.device | None = None,
+    accepted: Collection[str] = (),
+) -> None:
+    """`record` for a run whose reward is loaded by now: what it has imported from beside it counts too.
+
+    Args:
+        directory: of the run.
+        options: of the run, with the name of its reward where it has one.
+        found: by `inputs`, before anything was loaded, and further ones.
+        config: as it goes into config.json; by default the options.
+        device: that the run computes on; None for the CPU.
+        accepted: changes that were accepted before.
+    """
+    asked = options if config is None else config
+    record(directory, asked, with_imports(options, found), device=device, accepted=accepted)
+
+
+def begin(directory: RunDirectory, config: Any, found: dict[str, Any], device: torch.device) -> None:
+    """Write config.json, and `record_inputs`; an end in between leaves no provenance that would contradict it."""
+    accepted = forget(directory)
+    directory.write_config(config)
+    record_inputs(directory, config, found, device=device, accepted=accepted)
+
+
+def with_imports(options: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprints, and those of what a reward that is loaded by now has imported from beside it."""
+    if not reward_trust.is_own(getattr(options, "reward", "")):
+        return found
+    code = reward_trust.code_of(options.reward)
+    beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
+    return found | ({"reward imports": fingerprint(beside)} if beside else {})
+
+
+def _is_place(name: str, value: object) -> bool:
+    """Whether a value names a file or a folder: a pipe or a device is neither, and hashing it might never end."""
+    named = name in NAMES and isinstance(value, str) and value not in {"", *NAMES[name]}
+    if not named:
+        return False
+    file, _ = place_of(str(value))
+    return os.path.isfile(file) or os.path.isdir(file)

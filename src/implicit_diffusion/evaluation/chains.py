@@ -1,0 +1,179 @@
+"""What a chain is worth: reward and path KL on noise that training never sees.
+
+Along a trajectory of u_θ, with Δ_k = b_k (u_θ − u_0)(m_k x_k, t_k), the log-likelihood ratio to the pretrained path is
+
+    log dP_θ/dP_0 = Σ_k ‖Δ_k‖²/(2 s_k²) + ⟨Δ_k, ξ_k⟩/s_k
+
+The first sum has the path KL as its mean, the second has mean zero. So J = β·KL − E R has two estimates. With the first
+sum alone it is, to the digit, what the path KL and the reward beside it make of it, and chains that share their noise
+share the noise of their rewards: J before less J after is sharp. With the second sum as a control variate it does not
+vary at all under the best u_θ given x_0: its own level, and how far it is from the bound J*, are the sharper the better
+the training (`implicit_diffusion.evaluation.bounds`). What is shown as J is the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import check_call, check_integer, check_number, check_tensor, check_type, trying
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives.path import squared_norm
+from implicit_diffusion.objectives.reward import Reward, as_reward
+from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown, estimate, of_tensor
+
+NUMBERS = 2**18  # in the states of one network call
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
+    """Trajectories from `starts` initial noises, `repeats` from each.
+
+    Args:
+        reward: R(x_N).
+        path_kl: Σ_k ‖Δ_k‖²/(2 s_k²) along each trajectory, in nats; infinite where a trained row has no noise.
+        log_ratio: log dP_θ/dP_0 of each trajectory, in nats; NaN where a trained row has no noise.
+        samples: x_N; of an evaluation that was kept on disk, those of its first starts and repeats alone.
+    """
+
+    reward: Float[Tensor, "starts repeats"]
+    path_kl: Float[Tensor, "starts repeats"]
+    log_ratio: Float[Tensor, "starts repeats"]
+    samples: Float[Tensor, "shown_starts shown_repeats *event"]
+
+    def _words(self) -> Iterable[str]:
+        starts, repeats = self.reward.shape
+        yield f"{starts} starts × {repeats}"
+        yield f"reward={estimate(self.reward)}"
+        yield f"path_kl={estimate(self.path_kl)} nats"
+        yield f"samples={of_tensor(self.samples[0, 0])}"
+
+    def objective(self, beta: float, *, control_variate: bool = False) -> Float[Tensor, "starts repeats"]:
+        """β·path_kl − R of every trajectory, whose mean is J = β·KL(path) − E R.
+
+        Args:
+            beta: weight of the path KL, in reward per nat.
+            control_variate: take the log-ratio for the path KL. The mean is the same; near an optimum it is
+                better known, its difference from that of another chain on the same noise less well.
+        """
+        kl = self.log_ratio if control_variate else self.path_kl
+        return check_number("beta", beta) * kl - self.reward
+
+
+def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, float]:
+    """Mean and its standard error; trajectories from one start are not independent, so starts are the unit."""
+    check_tensor("values", values, "starts ...")
+    per_start = values.reshape(len(values), -1).mean(1).double()
+    error = per_start.std() / len(per_start) ** 0.5 if len(per_start) > 1 else torch.tensor(float("nan"))
+    return per_start.mean().item(), error.item()
+
+
+def evaluate(
+    chain: Chain,
+    reward: Callable[..., Any] | Reward,
+    noise: Noise,
+    *,
+    starts: int,
+    repeats: int = 1,
+    chunk: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Sample a chain and score its samples.
+
+    Two chains evaluated under the same noise share x_0, its condition and every ξ_k, so that their differences are
+    sharp. A start is an x_0 with its condition: all its repeats have the same prompt.
+
+    Args:
+        chain: the sampler; a chain whose denoiser is its own reference has log-ratio zero and pays one network call
+            per step.
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`. Whether each reward
+            depends on its own sample alone is tried on a few samples first, unless it is a `Reward` that was.
+        noise: of the evaluation; take `Noise(seed).stream(1)` to keep it apart from training.
+        starts: independent x_0.
+        repeats: trajectories from each x_0; the conditional bound needs several.
+        chunk: trajectories in one network call, rounded down to whole starts; by default 256 small ones, and fewer
+            the larger they are. Numbers depend on it through the noise.
+        progress: called with the number of trajectories just done.
+
+    Raises:
+        InvalidInputError: starts, repeats or chunk below one; rewards that are not one number per sample, or
+            depend on other samples than their own.
+        NonFiniteError: rewards that are NaN or infinite.
+    """
+    check_call("progress", progress, "done")
+    parts: list[Evaluation] = []
+    for part in evaluate_in_parts(chain, reward, noise, starts=starts, repeats=repeats, chunk=chunk):
+        parts.append(part)
+        progress(part.reward.numel())
+    return joined(parts)
+
+
+def evaluate_in_parts(
+    chain: Chain,
+    reward: Callable[..., Any] | Reward,
+    noise: Noise,
+    *,
+    starts: int,
+    repeats: int = 1,
+    chunk: int | None = None,
+    first: int = 0,
+) -> Iterator[Evaluation]:
+    """What `evaluate` joins, one network batch after the other; between two of them, networks are as they were.
+
+    A part depends on its number alone, so that whoever has kept some goes on with the others and gets the same.
+
+    Args and errors as in `evaluate`; `first` is the number of the part to begin with.
+    """
+    check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
+    starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
+    chunk = None if chunk is None else check_integer("chunk", chunk)
+    if chunk is None:
+        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
+    size, score = max(1, chunk // repeats), as_reward(reward)
+    return (
+        _part(chain, score, noise, index, min(size, starts - index * size), repeats, first=index == first)
+        for index in range(first, -(-starts // size))
+    )
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of which these are the parts, in their order."""
+    columns = zip(*((part.reward, part.path_kl, part.log_ratio, part.samples) for part in parts), strict=True)
+    return Evaluation(*map(torch.cat, columns))
+
+
+@torch.no_grad()
+def _part(
+    chain: Chain, score: Reward, noise: Noise, index: int, starts: int, repeats: int, *, first: bool
+) -> Evaluation:
+    """Trajectory `index` of the noise, from so many starts; errors of the first one say what the reward was given."""
+    compare = chain.denoiser is not chain.reference
+    singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
+    with chain.evaluating(), score.evaluating():
+        x = chain.initial(noise, starts, index).repeat_interleave(repeats, 0)
+        kl = log_ratio = x.new_zeros(len(x))
+        for row, (transition, xi, state) in enumerate(
+            chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
+        ):
+            x = state[0]
+            if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
+                shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
+                step = squared_norm(shift)[0] / 2
+                kl = kl + step
+                log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
+        if singular:
+            kl, log_ratio = kl + math.inf, log_ratio + math.nan
+        end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
+        with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
+            if not score.probed and index == 0:  # whoever goes on has done so: it may draw from the global generators
+                score.probe(end)
+            judged = score.judge(end)
+        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))

@@ -1,1 +1,0 @@
-"""Experiments: one file each, with a frozen `Config` whose defaults are the published setting, and a `run`."""

@@ -1,0 +1,1 @@
+"""Files on disk: atomic writing, guarded reading, states without pickles, fingerprints, locks."""

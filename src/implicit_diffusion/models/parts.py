@@ -1,0 +1,250 @@
+"""Load one part of a pipeline that came from anywhere: a network, a decoder, a text encoder, a scheduler.
+
+    config, headers of the weights  →  the model without memory (`meta` device)  →  its weights, checked
+
+A config is a few lines and can ask for any amount of memory, or for more layers than there is time to build. So the
+model is first built without memory, and given up at the first tensor more than the weights could fill. Then it is
+loaded, and must be what its files say: every weight there, none left over, all of them finite.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.reading import one_line, read_json
+from implicit_diffusion.models.checkpoints import Checkpoint
+
+SLACK = 2**20  # numbers that a model may hold beside its weights, such as tables of positions
+LARGEST = 10**6  # whole number in a scheduler's config: it has a thousand timesteps
+FLOATS = ("F64", "F32", "F16", "BF16")
+ATTENTIONS = (None, "eager", "sdpa")  # of transformers; another name may stand for code on the hub
+
+
+class _TooLargeError(ValueError):
+    """More than the weights could fill."""
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    folder: Path,
+    part: str,
+    what: str,
+    source: str,
+    trial: Callable[[Any], object] = lambda model: None,
+) -> Any:
+    """A model of diffusers or transformers with all its weights, in single precision or better, on the CPU.
+
+    Args:
+        checkpoint: that it is a part of.
+        folder: where `checkpoint` is laid out.
+        part: its name.
+        what: it is called in messages.
+        source: the model's name, for messages.
+        trial: one evaluation of the model without memory, or other checks of it, before its weights are read.
+
+    Raises:
+        InvalidInputError: its class is none, its config or weights are damaged, do not belong together or are not
+            finite, or it cannot be evaluated.
+    """
+    place = folder / part
+
+    about = (checkpoint, folder, source)
+    try:
+        model_class = _model_class(checkpoint, part)
+        described = read_json(place / "config.json")
+        _refuse_code(described)
+        headers = read_headers(place)
+        wanted = _build(model_class, place, headers)
+        _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
+    except Exception as error:  # whatever the libraries raise, by kind of damage
+        raise refused(what, "loaded", error, *about) from error
+    try:
+        with torch.no_grad():
+            trial(wanted.eval())
+    except InvalidInputError:
+        raise
+    except Exception as error:
+        if "meta" not in str(error).lower():  # else an operation that needs numbers
+            raise refused(what, "evaluated", error, *about) from error
+    try:
+        return _load(model_class, place)
+    except Exception as error:
+        raise refused(what, "loaded", error, *about) from error
+
+
+def refused(
+    what: str, how: str, error: Exception, checkpoint: Checkpoint, folder: Path, source: str
+) -> InvalidInputError:
+    """The error for a part that cannot be used, in a library's own words, with the path that the user knows."""
+    words = str(error).replace(str(folder), str(checkpoint.folder)) or type(error).__name__
+    return InvalidInputError(f"model: the {what} of {source!r} cannot be {how}: {one_line(words)}")
+
+
+def _model_class(checkpoint: Checkpoint, part: str) -> Any:
+    """Its class, if it is one of the models of the libraries."""
+    import diffusers
+    import transformers
+
+    library, name = checkpoint.parts[part]
+    if library == "stable_diffusion":
+        from diffusers.pipelines import stable_diffusion as home
+    else:
+        home = {"diffusers": diffusers, "transformers": transformers}[library]
+    found = getattr(home, name, None)
+    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin | transformers.PreTrainedModel):
+        return found
+    raise ValueError(f"{library} has no model class {name!r}")
+
+
+def _refuse_code(described: Any) -> None:
+    """Raise where a config of transformers names code elsewhere, which it would fetch and run."""
+    if not isinstance(described, dict):
+        return
+    for key, value in described.items():
+        if key.endswith("attn_implementation") and value not in ATTENTIONS:
+            raise ValueError(f"its config asks for {key} = {value!r}; code from elsewhere is never run")
+        _refuse_code(value)
+
+
+def read_headers(place: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of a model's weights, name → (dtype, shape), without reading them.
+
+    The safetensors library checks that a header's lengths are those of the file.
+
+    Raises:
+        ValueError: an index and its files do not agree.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    owners: dict[str, str] = {}
+    for path in sorted(place.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                found[name], owners[name] = (tensor.get_dtype(), tuple(tensor.get_shape())), path.name
+    for index in place.glob("*.index.json"):
+        said = read_json(index)["weight_map"]
+        if said != owners:
+            wrong = sorted(name for name in said.keys() | owners.keys() if said.get(name) != owners.get(name))
+            raise ValueError(f"{len(wrong)} tensors, such as {wrong[0]!r}, are not in the files that its index says")
+    return found
+
+
+def _build(model_class: Any, place: Path, headers: dict[str, tuple[str, tuple[int, ...]]]) -> nn.Module:
+    """The model without memory."""
+    numbers = 2 * sum(math.prod(shape) for _, shape in headers.values()) + SLACK
+    with bounded(numbers, tensors=4 * len(headers) + 100), torch.device("meta"):
+        if hasattr(model_class, "config_class"):
+            built = model_class(model_class.config_class.from_pretrained(str(place), local_files_only=True))
+        else:
+            built = model_class.from_config(model_class.load_config(str(place), local_files_only=True))
+    assert isinstance(built, nn.Module)
+    return built
+
+
+@contextmanager
+def bounded(numbers: int, tensors: int) -> Iterator[None]:
+    """Modules that this thread builds inside may register so many numbers and tensors; raises at the first too many."""
+    thread, seen = threading.get_ident(), [0.0, 0.0]
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | nn.Module | None) -> None:
+        if tensor is None or threading.get_ident() != thread:
+            return
+        seen[0] += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+        seen[1] += 1 if isinstance(tensor, torch.Tensor) else 0.1  # a layer has few modules without a weight
+        if seen[0] > numbers or seen[1] > tensors:
+            raise _TooLargeError("its config asks for a model much larger than its weights")
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+        hooks.register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(wanted: nn.Module, headers: dict[str, tuple[str, tuple[int, ...]]], *, strict: bool) -> None:
+    """Raise where a weight has another shape than the config says, or is no floating-point number."""
+    for name, tensor in wanted.named_parameters():
+        kind, shape = headers.get(name, ("F32", tuple(tensor.shape)))
+        if kind not in FLOATS:
+            raise ValueError(f"its weight {name!r} is of type {kind}; only {', '.join(FLOATS)} are known")
+        if strict and shape != tuple(tensor.shape):
+            raise ValueError(f"its weight {name!r} has shape {shape}, its config asks for {tuple(tensor.shape)}")
+
+
+def _load(model_class: Any, place: Path) -> Any:
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    if not hasattr(model_class, "config_class"):
+        options["low_cpu_mem_usage"] = False
+    with quiet():
+        model, info = model_class.from_pretrained(str(place), **options)
+    if missing := sorted(info["missing_keys"]):
+        # The libraries would only warn, and leave these weights random.
+        raise ValueError(f"the weights lack {len(missing)} tensors that its config asks for, such as {missing[0]!r}")
+    if wrong := sorted(map(str, info.get("mismatched_keys", ()))):
+        raise ValueError(f"{len(wrong)} weights have another shape than its config asks for, such as {wrong[0]}")
+    if more := sorted(info["unexpected_keys"]):
+        raise ValueError(f"the weights hold {len(more)} tensors that its config does not ask for, such as {more[0]!r}")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"its weight {name!r} holds NaN or infinity")
+    return model.float().eval() if any(p.dtype.itemsize < 4 for p in model.parameters()) else model.eval()
+
+
+def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
+    """The checkpoint's own scheduler.
+
+    Raises:
+        InvalidInputError: a class that diffusers does not have, or a config that it cannot be built from.
+    """
+    import diffusers
+
+    found = getattr(diffusers, checkpoint.scheduler_class, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        raise InvalidInputError(
+            f"model: {source!r} asks for the scheduler {checkpoint.scheduler_class!r}, which diffusers "
+            f"{diffusers.__version__} does not have; set DDPMScheduler or DDIMScheduler in its model_index.json."
+        )
+    scheduler_class: Any = found
+    with checkpoint.laid_out() as folder:
+        place = folder / "scheduler"
+        try:
+            for name, value in read_json(place / "scheduler_config.json").items():
+                if isinstance(value, int | float) and abs(value) > LARGEST and float(value).is_integer():
+                    raise ValueError(f"its {name} is {value:.4g}, and no scheduler needs more than {LARGEST}")
+            return scheduler_class.from_pretrained(str(place), local_files_only=True)
+        except Exception as error:  # as above
+            raise refused("scheduler", "loaded", error, checkpoint, folder, source) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of two libraries, for what is over in seconds."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    both = (diffusers_logging, transformers_logging)
+    shown = [library for library in both if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""Looks at a run on noise that training never sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from implicit_diffusion.evaluation import Evaluation, evaluate
+from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.loops.on_chain import TRIAL
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.objectives.reward import TRIED, as_reward
+from implicit_diffusion.runs.clock import part
+from implicit_diffusion.runs.state import Fit
+from implicit_diffusion.showing import Shown
+
+
+@dataclass(repr=False)
+class HeldOut(Shown):
+    """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
+
+    Other callbacks may look at other updates as well (`look`); at one update all of them see the same look.
+
+    Args:
+        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`.
+        noise: of the evaluation, the same at every call.
+        every: updates between two evaluations.
+        starts: trajectories of each.
+    """
+
+    reward: Callable[..., Any] | Reward
+    noise: Noise
+    every: int = 25
+    starts: int = 128
+    _last: tuple[tuple[Any, ...], Evaluation] | None = field(default=None, init=False, repr=False, compare=False)
+    _before: Evaluation | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __call__(self, fit: Fit) -> None:
+        if fit.updates % self.every == 0:
+            self.look(fit)
+
+    def look(self, fit: Fit) -> Evaluation:
+        """The chain after the present update, without its samples; its numbers are in `fit.metrics` then."""
+        which = fit.loop, fit.updates, fit.kept  # where another model was put back, it is another look
+        if self._last is not None and self._last[0] == which:
+            return self._last[1]
+        result = self.evaluate(fit)
+        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
+        for name, values in (
+            ("reward", result.reward),
+            ("path_kl", result.path_kl),
+            ("objective", result.objective(beta)),
+        ):
+            mean, error = mean_and_error(values)
+            seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread
+            fit.metrics |= {key: value for key, value in seen.items() if math.isfinite(value)}
+        self._last = which, result
+        return result
+
+    def evaluate(self, fit: Fit) -> Evaluation:
+        """The chain as it is now, without its samples, and without a trace in the metrics."""
+        chain = fit.chain
+        before, score = chain.evaluations, self._score(fit)
+        with part("held-out checks"):
+            result = evaluate(chain, score, self.noise, starts=self.starts)
+        chain.evaluations = before  # what is reported as cost is the training's own
+        return replace(result, samples=result.reward[..., None][..., :0])
+
+    def pretrained(self, fit: Fit) -> Evaluation:
+        """The pretrained chain on the same noise, so that differences of the two are sharp; made once."""
+        if self._before is None:
+            score = self._score(fit)
+            # the draws of the run go on as if this were not made
+            with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
+                found = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
+            self._before = replace(found, samples=found.reward[..., None][..., :0])
+        return self._before
+
+    def _score(self, fit: Fit) -> Reward:
+        """The reward, tried once, on draws of its own: a resumed run does it again."""
+        score, chain = as_reward(self.reward), fit.chain
+        if not score.probed:
+            with Draws(self.noise, TRIAL, device=chain.device):
+                score.probe(chain.endpoint(chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
+            self.reward = score
+        return score

@@ -1,0 +1,161 @@
+"""A path KL to aim at: a run that stops there, or a weight β that moves until the path KL sits there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.kept import Kept
+from implicit_diffusion.runs.state import Fit
+from implicit_diffusion.showing import Shown, with_error
+
+
+def _kl_weight(fit: Fit, name: str) -> float:
+    """β of the path KL, which a callback aims at."""
+    weight = fit.loop.objective.weight(PathKL)
+    if weight == 0:
+        raise InvalidInputError(
+            f"{name} needs a path KL to aim at, but the objective is {fit.loop.objective!r}; add beta * PathKL()"
+        )
+    return weight
+
+
+ATTEMPTS = 12  # places that are tried on a line
+
+
+@dataclass(repr=False)
+class StopAtKL(Shown):
+    """Callback: stop when the path KL reaches a target.
+
+    With `held_out` it is the path KL on held-out noise, looked at in time. That of small steps grows with the square of
+    the way at most: one of K after n updates reaches the target κ after n·√(κ/K), not before. Looks come after 1, 2, 4,
+    … updates, and from there on half-way to that, at last after every update; after the last update of the run; and at
+    once where the training's own path KL, in proportion to the held-out one at the last look, has reached the target.
+    The last look below the target is kept. From there the model is put as far on the line to where it was found above
+    as the target asks for: however large the last steps were, the path KL is κ, within twice its standard error or a
+    fiftieth.
+
+    Without `held_out`, it is the training's own path KL, averaged over the last updates: it lags behind, stops late,
+    and the model is what it is then.
+
+    Args:
+        target: path KL in nats.
+        memory: share of the average that each new update leaves standing.
+        held_out: looks on held-out noise, whether or not they are a callback of the run as well.
+
+    Raises:
+        InvalidInputError: when called, an objective that gives the path KL no weight.
+    """
+
+    target: float
+    memory: float = 0.9
+    average: float | None = None
+    held_out: HeldOut | None = None
+    _due: int = field(default=1, init=False, repr=False)  # update of the next look
+    _scale: float = field(default=1.0, init=False, repr=False)  # of the held-out path KL over the training's
+    _kept: Kept = field(default_factory=lambda: Kept("below"), init=False, repr=False)
+    _reached: float = field(default=math.inf, init=False, repr=False)  # path KL at which it was stopped
+
+    def __call__(self, fit: Fit) -> str | None:
+        _kl_weight(fit, "StopAtKL")
+        now = float(fit.metrics["path_kl"]) if "path_kl" in fit.metrics else None
+        if self.held_out is not None:
+            return self._in_time(fit, self.held_out, now)
+        if now is None:
+            return None
+        self.average = now if self.average is None else self.memory * self.average + (1 - self.memory) * now
+        reached = self.average >= self.target
+        return f"path KL {self.average:.3g} nats reached the target {self.target:g}" if reached else None
+
+    def begin(self, fit: Fit) -> None:
+        """Keep where the run begins, to have something below the target."""
+        if self.held_out is not None and self._kept.numbers is None:
+            self._keep(fit, *mean_and_error(self.held_out.evaluate(fit).path_kl))
+
+    def _in_time(self, fit: Fit, held_out: HeldOut, now: float | None) -> str | None:
+        last = fit.updates == fit.total
+        if not last and fit.updates < self._due and not (now is not None and self._scale * now >= self.target):
+            return None
+        kl, error = mean_and_error(held_out.look(fit).path_kl)
+        if not kl < self.target:
+            self._reached = math.inf if math.isnan(kl) else kl
+            return f"the path KL on held-out noise, {with_error(kl, error)} nats, reached the target {self.target:g}"
+        self._keep(fit, kl, error)
+        reach = fit.updates * math.sqrt(self.target / max(kl, 1e-30))
+        self._due = fit.updates + max(1, int(min(fit.updates, (reach - fit.updates) / 2)))
+        self._scale = kl / now if now else self._scale
+        return None
+
+    def _keep(self, fit: Fit, kl: float, error: float) -> None:
+        if kl < self.target:
+            self._kept.keep(fit, path_kl=kl, path_kl_se=error)
+
+    def settle(self, fit: Fit) -> str:
+        """Put the model to the target, between the last look below it and that above.
+
+        The root of the path KL is nearly linear on the line between the two, so that the place is sought by secants;
+        where these do not halve what is left, by halves.
+        """
+        if self.held_out is None or self._kept.numbers is None:
+            return ""
+        place, root, seen = self._kept.line(fit), math.sqrt(self.target), self._kept.numbers
+        low, high = (0.0, math.sqrt(seen["path_kl"])), (1.0, math.sqrt(self._reached))
+        for attempt in range(ATTEMPTS):
+            slope = (high[1] - low[1]) / (high[0] - low[0])
+            halves = attempt % 3 == 2 or not math.isfinite(slope)
+            share = (low[0] + high[0]) / 2 if halves else low[0] + (root - low[1]) / slope
+            place(share)
+            kl, error = mean_and_error(self.held_out.evaluate(fit).path_kl)
+            if abs(kl - self.target) <= max(2 * error if math.isfinite(error) else 0.0, self.target / 50):
+                break
+            if kl < self.target:
+                low = share, math.sqrt(kl)
+            else:
+                high = share, math.sqrt(kl) if kl < math.inf else math.inf
+        fit.kept = {"updates": seen["updates"], "share": share, "path_kl": kl, "path_kl_se": error}
+        between = f"between those of updates {seen['updates']} and {fit.updates}"
+        return f"The model is put {between}, where the path KL is {with_error(kl, error)} nats"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average so far, and when to look again."""
+        return {"average": self.average, "due": self._due, "scale": self._scale, "kept": self._kept.numbers} | {
+            "reached": self._reached
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.average = state["average"]
+        self._due, self._scale = state.get("due", self._due), state.get("scale", self._scale)
+        self._kept.numbers, self._reached = state.get("kept"), state.get("reached", math.inf)
+
+
+@dataclass
+class AdaptKL:
+    """Callback: move the weight β of the path KL until the KL sits at a target, β ← β exp(rate · (KL/target − 1)).
+
+    The excess is clipped to ±1, so that β at most doubles in 1/(1.4 rate) updates; the rate has to be slow beside
+    the queue's staleness.
+
+    Args:
+        target: path KL in nats.
+        rate: per update.
+
+    Raises:
+        InvalidInputError: when called, an objective that gives the path KL no weight.
+    """
+
+    target: float
+    rate: float = 0.02
+
+    def __call__(self, fit: Fit) -> None:
+        beta = _kl_weight(fit, "AdaptKL")
+        if "path_kl" not in fit.metrics:
+            return
+        excess = max(-1.0, min(1.0, float(fit.metrics["path_kl"]) / self.target - 1))
+        fit.loop.objective = fit.loop.objective.with_weight(PathKL, beta * math.exp(self.rate * excess))
+        fit.metrics["kl_weight"] = beta

@@ -1,0 +1,137 @@
+"""Wherever J, a path KL and a reward stand together, J = β·KL − reward holds for the numbers as they are printed."""
+
+import inspect
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from implicit_diffusion.commands.finetune import judging, plan
+from implicit_diffusion.commands.finetune.judging import judge
+from implicit_diffusion.commands.finetune.report.report import write_report
+from implicit_diffusion.commands.sweep import command as sweep
+from implicit_diffusion.runs import RunDirectory
+from tests.helpers.toy_result import BETA, digits_outcome, evaluation
+
+NUMBER = r"([+−-]?\d+(?:\.\d+)?)"
+
+
+class Printed:
+    """A number as it was printed: its value, and by how much the digits that are not there may change it."""
+
+    def __init__(self, text, value=None, off=None):
+        self.value = float(text.replace("−", "-").replace(",", "")) if value is None else value
+        self.off = 0.5 * 10.0 ** -len(text.partition(".")[2]) if off is None else off
+
+    def __add__(self, other):
+        return Printed("", self.value + other.value, self.off + other.off)
+
+    def __sub__(self, other):
+        return Printed("", self.value - other.value, self.off + other.off)
+
+    def __neg__(self):
+        return Printed("", -self.value, self.off)
+
+    def __mul__(self, other):
+        off = abs(self.value) * other.off + abs(other.value) * self.off + self.off * other.off
+        return Printed("", self.value * other.value, off)
+
+
+def agree(one, other):
+    """Whether two numbers may be the same, and are told well enough to say so."""
+    return abs(one.value - other.value) <= one.off + other.off + 1e-9 and one.off + other.off < 0.2
+
+
+def weight(beta):
+    """A KL weight, which is printed to four significant digits without the zeros at its end."""
+    return Printed("", beta.value, 5e-5 * beta.value)
+
+
+def numbers(pattern, text):
+    found = re.search(pattern.replace("#", NUMBER), text)
+    assert found, f"{pattern!r} is not in {text}"
+    return [Printed(group) for group in found.groups()]
+
+
+def noisy(judged):
+    """The toy's drift shifts rewards and path KLs by the same everywhere, without an error."""
+    w, v = torch.randn(2, *judged.reward.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return replace(judged, reward=judged.reward + 0.4 * w, path_kl=judged.path_kl * (0.1 * v).exp())
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    """A run that was judged, trained well but not to the end, with a KL weight of many digits."""
+    made, beta = digits_outcome(), BETA * 1.0372915
+    made = replace(made, after=noisy(made.after))
+    found = judge(made.before, made.after, made.after, beta)
+    return replace(made, summary=made.summary | found.summary | {"kl_weight": beta}, bound=found.bound)
+
+
+def test_the_headline(outcome, tmp_path, capsys):
+    judging.print_headline(outcome.summary, RunDirectory(tmp_path), tmp_path / "report.html")
+    text = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    before, after, gain = numbers(r"reward +# → # \(#", text)
+    (kl,) = numbers("path KL +# ±", text)
+    j0, j, beta, fell = numbers("J +# → #, # × path KL − reward: fell by #", text)
+    least, could = numbers("bound +#: J could fall by #", text)
+    (share,) = numbers("captured #", text)
+    assert agree(j0, -before) and agree(j, weight(beta) * kl - after) and agree(gain, after - before)
+    assert agree(fell, j0 - j) and agree(could, j0 - least)
+    assert abs(share.value / 100 - fell.value / could.value) < share.off / 100 + 2 * fell.off / could.value
+
+
+def test_the_report(outcome, tmp_path):
+    text = write_report(outcome, [], RunDirectory.create(tmp_path)).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    (kl,) = numbers("path KL of # nats", text)
+    (after,) = numbers("<td>[^<]*</td><td># ± [^<]*</td><td>[^<]*</td></tr>", text.partition("mean reward</th>")[2])
+    beta, fell, j0, j, least, could = numbers(
+        r"\(# × path KL − reward, lower is better\)\. It fell by # ± [\d.]+, from # to #; .* below #, a fall of # ±",
+        text,
+    )
+    assert agree(j, weight(beta) * kl - after) and agree(fell, j0 - j) and agree(could, j0 - least)
+
+
+def test_the_model_card(outcome):
+    config = outcome.config | {"penalty": "path-kl"}
+    chain = SimpleNamespace(pretrained_rows=(), num_steps=10, table=SimpleNamespace(name="DDPM"))
+    summary = outcome.summary | {"pipeline": "DDPM", "pipeline_is_the_chain": True}
+    text = inspect.unwrap(judging.model_card)(config, summary, chain)
+    before, after = numbers(r"reward, training chain \| # \| #", text)
+    (kl,) = numbers(r"path KL \(nats\) \| 0 \| #", text)
+    beta, j0, j = numbers(r"J = # × path KL − reward \| # \| #", text)
+    assert agree(j, weight(beta) * kl - after) and agree(j0, -before)
+
+
+def test_the_tables_of_a_plan_and_of_a_sweep(outcome, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    plan.show(outcome.plan)
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) == len(outcome.plan.bounds)
+    for row in rows:
+        beta, gain, _, kl, gain_of_j = (numbers("#", cell)[0] for cell in row)
+        assert agree(gain_of_j, gain - weight(beta) * kl)
+    same = {"worse": None, "kl_weight": outcome.beta}
+    sweep.show({"reward": "brightness", "rows": [outcome.summary | same]})
+    text = capsys.readouterr().out
+    (row,) = (line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│"))
+    beta, reward, kl, j, least, share = (numbers("#", cell)[0] for cell in row)
+    (before,) = numbers("pretrained reward #", text)
+    assert agree(j, weight(beta) * kl - reward)
+    fell, could = -before - j, -before - least
+    assert abs(share.value / 100 - fell.value / could.value) < share.off / 100 + 2 * fell.off / could.value
+
+
+def test_where_the_bound_is_told_by_the_pretrained_chain(tmp_path, capsys):
+    """A chain far beyond the optimum: its J rose, and the bound and what could be gained are those of the other."""
+    before, after = evaluation(repeats=8), noisy(evaluation(8.0, repeats=8))
+    summary = judge(before, after, after, BETA).summary
+    summary |= {"kl_weight": BETA, "seconds": 1.0, "updates": 1, "network_evaluations": 1}
+    judging.print_headline(summary, RunDirectory(tmp_path), tmp_path / "report.html")
+    text = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    (after,), (kl,) = numbers("reward +[^ ]+ → #", text), numbers(r"path KL +#", text)
+    j0, j, beta, rose = numbers(r"J +# → #, # × path KL − reward: rose by #", text)
+    least, could = numbers("bound +#, from the pretrained chain: J could fall by #", text)
+    assert agree(j, weight(beta) * kl - after) and agree(rose, j - j0) and agree(could, j0 - least)

@@ -1,0 +1,90 @@
+"""Model cards with names from elsewhere in them: words, and neither HTML nor Markdown."""
+
+import dataclasses
+import html
+import inspect
+import re
+from types import SimpleNamespace
+
+import pytest
+from markdown_it import MarkdownIt
+
+from implicit_diffusion.commands.finetune import config as finetune_config
+from implicit_diffusion.commands.finetune import judging
+from implicit_diffusion.commands.pretrain import digits_card, images_card
+from implicit_diffusion.commands.shared.formatting import markdown
+
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "x\n\n<iframe src='http://a'></iframe>\n",
+    "[click](javascript:alert(1))",
+    "![x](http://a/b.png)",
+    "a`b<b>c`d",
+    "```\n<script>\n```",
+    "**bold** _em_ ~~gone~~",
+    "a|b",
+    "---\nlicense: mit\n---",
+    "# Title",
+    "&lt;script&gt; &amp; <!-- ",
+    "</code></pre><script>",
+    "\u202eevil\x1b[31m\udc80",
+    "C:\\new\\_x",
+]
+FORBIDDEN = ("<script", "<img", "<iframe", "<b>", "<!--", 'javascript:alert(1)"', "<a ", "<em>", "<s>")
+
+
+def rendered(card):
+    """HTML, by a reader that lets HTML through."""
+    card.encode()
+    body = card.split("\n---\n", 1)[1] if card.startswith("---\n") else card
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)
+
+
+@pytest.mark.parametrize("words", ATTACKS)
+def test_escaped_words_are_shown_as_they_are(words):
+    shown = rendered(f"It is {markdown(words)} here.")
+    plain = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(words.split()))
+    assert html.unescape(re.fullmatch(r"<p>It is (.*) here\.</p>\n", shown)[1]) == plain
+    assert "<" not in re.fullmatch(r"<p>(.*)</p>\n", shown)[1]
+
+
+def images(words):
+    config = {"data": words, "channels": (8, 8), "prediction_type": words, "beta_schedule": words}
+    config |= {"steps": 3, "batch": 2, "lr": 1e-3, "seed": 0}
+    summary = {"config": config, "images": {"train": 5, "held_out": 2, "event_shape": (3, 8, 16)}, "parameters": 9}
+    return images_card.model_card(summary | {"loss_train": 0.1, "loss_held_out": 0.2, "seconds": 1.0})
+
+
+def exported(words):
+    config = dataclasses.asdict(finetune_config.Config(model=f"a/{words}", reward=words))
+    config |= {"scheduler": "ddpm", "num_steps": 4, "penalty": "path-kl"}
+    numbers = ("kl_weight", "reward_before", "reward_after", "reward_exported", "path_kl", "captured", "updates")
+    summary = dict.fromkeys((*numbers, "j_before", "j_after"), 1.0) | {
+        "pipeline_is_the_chain": False,
+        "pipeline": words,
+    }
+    chain = SimpleNamespace(pretrained_rows=(), num_steps=4, table=SimpleNamespace(name=words))
+    return inspect.unwrap(judging.model_card)(config, summary, chain)
+
+
+@pytest.mark.parametrize("words", ATTACKS)
+@pytest.mark.parametrize("card", [images, exported])
+def test_cards_have_the_elements_of_an_innocent_one(card, words):
+    """The same tags in the same order, whatever the names are."""
+    tags = [re.findall(r"<[^>]*>", rendered(card(name))) for name in ("innocent", words)]
+    assert tags[0] == tags[1]
+    assert not any(bad in card(words).lower() for bad in FORBIDDEN)
+
+
+def test_the_digits_card_escapes_its_settings():
+    quality = dict.fromkeys(
+        ("classifier_confidence", "judge_confidence", "judge_agreement", "nearest_distance", "memorised", "mmd"), 0.5
+    )
+    quality |= {"class_histogram": [0.1] * 10, "held_out": dict(quality)}
+    quality |= {"mmd_reference": {"mean": 0.1, "quantile_95": 0.2}}
+    config = {"channels": (8,), "steps": 1, "batch": 1, "samples": 1}
+    config |= {"prediction_type": "<script>", "beta_schedule": "<img src=x>"}
+    summary = {"config": config, "quality": {"10": quality}, "parameters": 1, "seconds": 1.0}
+    summary |= dict.fromkeys(("classifier_accuracy", "judge_accuracy", "loss_train", "loss_held_out"), 0.5)
+    assert "<script" not in digits_card.model_card(summary) and "<img" not in digits_card.model_card(summary)
