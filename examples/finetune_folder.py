@@ -16,7 +16,7 @@ import implicit_diffusion as idf
 parser = argparse.ArgumentParser(description="Fine-tune a diffusion model for symmetric images.")
 parser.add_argument("--model", default="digits", help="A diffusers folder, a hub id, or digits.")
 parser.add_argument("--steps", type=int, default=10, help="Steps of the sampler, in training and afterwards.")
-parser.add_argument("--updates", type=int, default=25, help="Updates of the network.")
+parser.add_argument("--updates", type=int, default=30, help="Updates of the network.")
 parser.add_argument("--starts", type=int, default=64, help="Starts for the plan and the evaluation, 4 samples each.")
 parser.add_argument("--out", type=Path, default=Path("symmetric"), help="Folder for the fine-tuned pipeline.")
 options = parser.parse_args()
@@ -38,7 +38,7 @@ plan = idf.make_plan(before)  # what each KL weight can buy, before any training
 kl_weight = plan.rows()[1]["kl_weight"]  # for a gain of half a standard deviation
 print(f"reward {before.reward.mean():.2f}, standard deviation {plan.reward_std:.2f}; KL weight {kl_weight:.2f}")
 
-adam = torch.optim.Adam(pretrained.denoiser.parameters(), lr=2e-4)
+adam = torch.optim.Adam(pretrained.denoiser.parameters(), lr=5e-5)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, options.updates)
 update = idf.Update(adam, schedule=schedule, max_grad_norm=plan.reward_std)
 loop = idf.Queue(chain, idf.Reward(symmetry) + kl_weight * idf.PathKL(), update, batch=16, noise=noise)
