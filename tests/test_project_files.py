@@ -28,7 +28,7 @@ def test_the_version_is_in_one_place():
 def test_the_changelog_has_the_version_below_what_is_unreleased():
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] == "Unreleased"
-    assert headings[1].split()[0] == idf.__version__.partition(".dev")[0]
+    assert ".dev" in idf.__version__ or headings[1].split()[0] == idf.__version__
 
 
 def test_hosted_ci_runs_the_targets_of_the_makefile():
