@@ -199,6 +199,13 @@ def test_a_report_of_another_version_is_drawn_by_that_version(home, tmp_path):
     of_version(run, "0.0.9")
     with pytest.raises(InvalidInputError, match=r"whole was begun by implicit-diffusion 0.0.9; .*with that version"):
         resuming.report(run)
+    (run / "report.html").unlink()  # interrupted before it was written
+    with pytest.raises(InvalidInputError, match=r"was begun by implicit-diffusion 0.0.9"):
+        resuming.resume(run)
+    resuming.resume(run, ["versions"])
+    (run / "report.html").unlink()
+    resuming.report(run)
+    assert (run / "report.html").exists() and RunDirectory(run).read_origin() == ("finetune", __version__)
 
 
 def test_options_of_another_version_are_named(half, nothing_runs):
@@ -360,6 +367,11 @@ def test_a_sweep_that_goes_on_rests_on_what_it_began_with(half, monkeypatch, cap
     assert "accepted  model: " in capsys.readouterr().out
     assert cli.main(call) == 130
     assert len(json.loads((half.parent / "sweep" / "provenance.json").read_text())["accepted"]) == 1
+    of_version(half.parent / "sweep", "0.0.9")
+    assert cli.main(call) == 2
+    assert f"sweep was begun by implicit-diffusion 0.0.9; this is {__version__}" in capsys.readouterr().err
+    assert cli.main([*call, "--accept-changes", "versions"]) == 130
+    assert cli.main(call) == 130
 
 
 def test_a_reward_with_a_state_of_its_own_is_said(half, capsys):

@@ -118,7 +118,7 @@ def test_a_run_that_raises_is_not_kept(tmp_path):
     assert again.once("a", 0.1, make=lambda: pytest.fail("made twice"), lines=lambda found: [found])["x"] == 0.1 + 0.2
     assert again.once("a", 0.2, make=lambda: 7) == 7 and directory.read_metrics() == [{"x": 0.1 + 0.2}]
     save_state(directory.checkpoint, {"loop": 1})
-    with pytest.raises(InvalidInputError, match="checkpoint holds no study"):
+    with pytest.raises(InvalidInputError, match="checkpoint does not hold a study"):
         Study(directory)
 
 
