@@ -239,8 +239,13 @@ PUBLIC = {
         lambda **given: idf.gradients.FullBackprop()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
-    "Queue": on_chain(idf.Queue, stride=lambda: 1),
+    "Queue": on_chain(idf.Queue, stride=lambda: 1, estimator=lambda: None),
     "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "TruncatedBackprop": Call(
+        idf.gradients.TruncatedBackprop,
+        {"depth": lambda: 2, "random": lambda: True},
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
     "Single": on_particles(
         idf.Single,
         order=lambda: "paper",
@@ -510,7 +515,7 @@ PARTS = {  # for those who write such a class, or look inside a loop
         "Sum",
         "Term",
     ),
-    *("NAMED_SAMPLERS", "Transition", "alpha", "energy_of", "fused_pass"),
+    *("NAMED_SAMPLERS", "Timetable", "Transition", "alpha", "energy_of", "fused_pass"),
     *("ou_marginal", "pull_back", "systematic", "terminal_adjoint", "statistics", "eval_mode", "frozen_copy"),
 }
 OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation

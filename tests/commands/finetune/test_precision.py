@@ -8,7 +8,7 @@ import torch
 from implicit_diffusion.commands.finetune import problem
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.precision import check_precision
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.denoisers.lora import WithoutAdapter
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
@@ -144,7 +144,7 @@ def test_every_network_of_convolutions_is_channels_last_and_transformers_are_not
         (False, {"model": str(tiny.dit(tmp_path / "dit"))}),
     ):
         chain = problem.build(Config(**options, **given)).chain
-        for network in (inner(chain.denoiser), inner(chain.reference)):
+        for network in (unwrapped(chain.denoiser), unwrapped(chain.reference)):
             weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
             wide = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]
             assert wide and all(w.is_contiguous(memory_format=torch.channels_last) == convolutional for w in wide), (

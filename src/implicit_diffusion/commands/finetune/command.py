@@ -25,8 +25,8 @@ from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
-from implicit_diffusion.loops.on_chain import ChainLoop
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.noise import Noise
@@ -135,7 +135,7 @@ def finish(
     config: Config, problem: Problem, state: Fit, plan: Plan, noise: Noise, directory: RunDirectory, memory: Memory
 ) -> None:
     """Judge, export, and write the summary, after which only the report is left to be made."""
-    loop, evaluations = state.loop, problem.chain.evaluations  # of the training: the judges sample from the same chain
+    loop = state.loop
     drift = config.penalty == "drift"
     beta = loop.objective.weight(DriftPenalty if drift else PathKL)
     before, after, exported = _judge(config, problem, state, noise, directory)
@@ -150,7 +150,7 @@ def finish(
         "kl_weight": beta,
         "kl_weight_at_start": config.kl_weight,
         "seconds": state.seconds,
-        "network_evaluations": evaluations,
+        "network_evaluations": loop.cost()["network_evaluations"],
         "updates": state.updates,
         "stopped": state.stopped,
         "kept": state.kept,

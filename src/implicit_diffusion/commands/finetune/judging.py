@@ -18,13 +18,12 @@ from implicit_diffusion.digits import digits
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import Bound, bound, captured, possible, sharpest
 from implicit_diffusion.evaluation.chains import mean_and_error
-from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.rise import smaller_rate
-from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
 

@@ -25,7 +25,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.loops import Nested, Queue, Update
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.noise import Noise
