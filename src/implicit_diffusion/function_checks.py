@@ -27,6 +27,10 @@ BY_TORCH = "write it by torch operations throughout, without .detach(), .numpy()
 ROUNDINGS = 16  # and of their size, in units of the last place
 
 
+class FunctionWarning(UserWarning):
+    """A function of samples can be used, but is random, or flat where it was tried."""
+
+
 @torch.no_grad()
 def check_separate(
     what: str,
@@ -52,6 +56,7 @@ def check_separate(
         warnings.warn(
             f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch "
             "dropout and random augmentations off in it, or its noise is in every gradient, and runs may not repeat",
+            FunctionWarning,
             stacklevel=2,
         )
         return
@@ -93,5 +98,6 @@ def check_slope(
         warnings.warn(
             f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training follows it "
             "only where it has one",
+            FunctionWarning,
             stacklevel=2,
         )

@@ -14,7 +14,7 @@ from typing import Any
 from implicit_diffusion.commands.ebm.config import Config
 from implicit_diffusion.commands.ebm.data import Data, plain
 from implicit_diffusion.commands.ebm.samples import distances, most_different, sides
-from implicit_diffusion.commands.finetune.result import Picture
+from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.commands.shared import ranges
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.commands.shared.formatting import number

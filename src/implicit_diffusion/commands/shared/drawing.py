@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -65,3 +66,11 @@ def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: fl
     picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     axis.imshow(picture.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)  # (rows H, columns W, RGB)
     axis.set_axis_off()
+
+
+def smooth(values: np.ndarray, radius: int) -> np.ndarray:
+    """Mean over a window of 2·radius + 1, cut off at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

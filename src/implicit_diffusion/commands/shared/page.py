@@ -11,13 +11,22 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
-from implicit_diffusion.commands.finetune.result import Picture
 from implicit_diffusion.commands.shared.formatting import DASH
 from implicit_diffusion.files.atomic import replacing
 
 CSS = Path(__file__).with_name("report.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+class Picture(NamedTuple):
+    """A figure on disk: its name, its file, a title that serves as alternative text, and its caption."""
+
+    name: str
+    path: Path
+    title: str
+    caption: str
 
 
 def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
