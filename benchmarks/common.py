@@ -18,7 +18,7 @@ from torch import Tensor
 
 from implicit_diffusion import Chain, Objective, PathKL, Reward, read_table
 from implicit_diffusion.commands.rewards.shipped import brightness
-from implicit_diffusion.digits.digits import EVENT_SHAPE
+from implicit_diffusion.digits import EVENT_SHAPE
 from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained
 from implicit_diffusion.tables.named import scheduler_for
 

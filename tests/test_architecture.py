@@ -40,7 +40,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"accelerate", "datasets", "diffusers", "matplotlib", "ot", "peft", "rich", "sklearn", "transformers", "tyro"}
 
 # torch initialises weights, and drops out, from the global generator: these files may seed it, inside fork_rng only.
-SEEDED = {"commands/pretrain/command.py", "digits/digits.py"}
+SEEDED = {"commands/pretrain/command.py", "digits/classifiers.py"}
 
 # Rewards of the user's own may draw from the global generators: this file keeps their states, and the caller's.
 KEEPS_GENERATORS = {"global_generators.py"}

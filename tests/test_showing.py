@@ -18,7 +18,7 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.planar import law
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.digits.digits import Digits
+from implicit_diffusion.digits import Digits
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves

@@ -11,7 +11,7 @@ import torch
 
 from implicit_diffusion.commands.finetune.plan import make_plan
 from implicit_diffusion.commands.finetune.result import Outcome
-from implicit_diffusion.digits.digits import load_digits
+from implicit_diffusion.digits import load_digits
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import possible, sharpest
 from implicit_diffusion.evaluation.chains import mean_and_error

@@ -18,7 +18,7 @@ from implicit_diffusion.commands.pretrain import loss as pretrain_loss
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import begin
-from implicit_diffusion.digits import digits
+from implicit_diffusion import digits
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.models.pretrained import load_pretrained
@@ -309,11 +309,11 @@ def test_the_shipped_model_samples_digits(num_steps):
 
     pipeline = DDPMPipeline.from_pretrained(SHIPPED, local_files_only=True)
     samples = sample_images(pipeline.unet, pipeline.scheduler, num_steps, n=200, seed=5)
-    result = digits.quality(samples)
-    assert result["classifier_confidence"] > 0.9 and result["judge_agreement"] > 0.85
-    assert result["mmd"] < 0.01
-    assert result["memorised"] < 0.2
-    assert min(result["class_histogram"]) > 0.03
+    result = digits.judge_samples(samples)
+    assert result.classifier_confidence > 0.9 and result.judge_agreement > 0.85
+    assert result.mmd < 0.01
+    assert result.memorised < 0.2
+    assert min(result.class_histogram) > 0.03
 
 
 @pytest.mark.parametrize("steps_made", [1, pytest.param(2, marks=pytest.mark.slow)])

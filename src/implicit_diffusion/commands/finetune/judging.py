@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.formatting import beside, markdown, model_name, number, percent
 from implicit_diffusion.commands.shared.usage import usage
-from implicit_diffusion.digits import digits
+from implicit_diffusion.digits import EVENT_SHAPE, judge_samples
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import Bound, bound, captured, possible, sharpest
 from implicit_diffusion.evaluation.chains import mean_and_error
@@ -159,10 +159,10 @@ def _with_error(name: str, values: Tensor | None) -> dict[str, float | None]:
 
 def digits_quality(before: Evaluation, after: Evaluation, exported: Evaluation) -> dict[str, Any]:
     """Whether samples still look like digits, where they have the digits' shape (1, 8, 8)."""
-    if tuple(before.samples.shape[2:]) != digits.EVENT_SHAPE:
+    if tuple(before.samples.shape[2:]) != EVENT_SHAPE:
         return {f"quality_{when}": None for when in ("before", "after", "exported")}
     looks = {
-        when: digits.quality(evaluation.samples[:, 0])
+        when: asdict(judge_samples(evaluation.samples[:, 0]))
         for when, evaluation in (("before", before), ("after", after), ("exported", exported))
     }
     summary: dict[str, Any] = {f"quality_{when}": quality for when, quality in looks.items()}
