@@ -28,6 +28,7 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type
 from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
+from implicit_diffusion.evaluation.soft_values import control_variate, from_half, influence, jackknife, log_weights_of
 from implicit_diffusion.showing import Shown, with_error
 
 

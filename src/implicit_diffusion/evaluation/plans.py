@@ -104,7 +104,9 @@ class Plan(Shown):
 
     def to_json(self) -> dict[str, Any]:
         """The statistics of the reward and the table, as plain numbers."""
-        statistics = {name: getattr(self, name) for name in ("reward", "reward_se", "reward_std", "memory", "memory_se")}
+        statistics = {
+            name: getattr(self, name) for name in ("reward", "reward_se", "reward_std", "memory", "memory_se")
+        }
         return statistics | {"rows": [asdict(row) for row in self.rows()]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +116,9 @@ class Plan(Shown):
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Plan:
         """The plan whose `state_dict` this is."""
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in state.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in state.items()
+        }
         return Plan(**fields | {"bounds": tuple(Bound(**b) for b in state["bounds"])})
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.shared.drawing import smooth
-from implicit_diffusion.commands.shared.drawing import sheet
+from implicit_diffusion.commands.shared.drawing import sheet, smooth
 from implicit_diffusion.loops.diagnostics import ACCEPTED, EFFECTIVE, LAG
 
 if TYPE_CHECKING:

@@ -99,7 +99,7 @@ def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
         return Data(train, held_out, *moments(train), target)
     columns, copies = None, 1
     if name == "digits":
-        from implicit_diffusion.digits.digits import load_digits
+        from implicit_diffusion.digits import load_digits
 
         digits = load_digits()
         train, held_out = (((x + 1) * 8).round() for x in (digits.train, digits.held_out))

@@ -137,7 +137,7 @@ def confidence(model: EnergyModel, z: Tensor) -> float:
 @torch.no_grad()
 def classifier_confidence(levels: Float[Tensor, "n 1 8 8"]) -> float:
     """The same for dequantised grey levels."""
-    from implicit_diffusion.digits.digits import load_classifier
+    from implicit_diffusion.digits import load_classifier
 
     pixels = ((levels - 0.5) / 8 - 1).clamp(-1, 1)
     return load_classifier()(pixels).softmax(1).amax(1).mean().item()

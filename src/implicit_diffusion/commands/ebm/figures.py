@@ -20,8 +20,8 @@ from implicit_diffusion.commands.ebm.samples import (
     short,
     sides,
 )
-from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
+from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.commands.shared.planar import Quadrature
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.runs import RunDirectory

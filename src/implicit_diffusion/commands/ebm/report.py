@@ -14,11 +14,10 @@ from typing import Any
 from implicit_diffusion.commands.ebm.config import Config
 from implicit_diffusion.commands.ebm.data import Data, plain
 from implicit_diffusion.commands.ebm.samples import distances, most_different, sides
-from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.commands.shared import ranges
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.commands.shared.formatting import number
-from implicit_diffusion.commands.shared.page import duration, figure, table, tile, write_page
+from implicit_diffusion.commands.shared.page import Picture, duration, figure, table, tile, write_page
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.runs import RunDirectory
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from implicit_diffusion import digits
 from implicit_diffusion.commands.pretrain import digits_card, image_classes, images_card
 from implicit_diffusion.commands.pretrain.config import Config, noise_schedule
 from implicit_diffusion.commands.pretrain.data import Images, load_images, widths_for
@@ -35,7 +36,6 @@ from implicit_diffusion.commands.pretrain.loss import image_losses, judged_losse
 from implicit_diffusion.commands.pretrain.samples import plot, sampled
 from implicit_diffusion.commands.pretrain.state import Pretraining, begin, digests
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
-from implicit_diffusion.digits import digits
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
@@ -130,7 +130,7 @@ def _finish(
         "seconds": max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     }
     if config.data == "digits":
-        summary["quality"] = {str(n): digits.quality(x) for n, x in drawn.items()}
+        summary["quality"] = {str(n): asdict(digits.judge_samples(x)) for n, x in drawn.items()}
         summary["classifier_accuracy"] = digits.accuracy(digits.load_classifier())
         summary["judge_accuracy"] = digits.accuracy(digits.fit_judge())
     card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from implicit_diffusion import digits
 from implicit_diffusion.commands.pretrain import image_classes
 from implicit_diffusion.commands.pretrain.image_classes import listed
 from implicit_diffusion.commands.pretrain.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
-from implicit_diffusion.digits import digits
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.models.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.showing import Shown

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import digits
 from implicit_diffusion.commands.pretrain import image_classes
 from implicit_diffusion.commands.pretrain.data import Images, as_floats
-from implicit_diffusion.digits import digits
 from implicit_diffusion.models.pretrained import DiffusersDenoiser
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress

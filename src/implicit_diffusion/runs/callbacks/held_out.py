@@ -76,9 +76,22 @@ class HeldOut(Shown):
             score = self._score(fit)
             # the draws of the run go on as if this were not made
             with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
-                found = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
-            self._before = replace(found, samples=found.reward[..., None][..., :0])
-        return self._before
+                evaluation = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
+            self._before = replace(evaluation, samples=evaluation.reward[..., None][..., :0])
+        device = fit.chain.device
+        return Evaluation(*(value.to(device) for value in vars(self._before).values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The evaluation of the pretrained chain, so that a resumed run need not draw it again."""
+        before = self._before
+        columns = ("reward", "path_kl", "log_ratio")
+        return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        columns = state["pretrained"]
+        if columns is not None:
+            self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])
 
     def _score(self, fit: Fit) -> Reward:
         """The reward, tried once, on draws of its own: a resumed run does it again."""
