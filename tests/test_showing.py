@@ -13,12 +13,12 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion import showing
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.finetune.plan import make_plan
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.planar import law
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
+from implicit_diffusion.evaluation import make_plan
 from implicit_diffusion.gradients.gibbs import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.evaluation.bounds import bound, captured, gain, memory_of_start, possible, sharpest
+from implicit_diffusion.evaluation import bound, captured, gain, memory_of_start, possible, sharpest
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from tests.helpers.oracles import affine_chain, exact_terms, riccati, tilted_bound

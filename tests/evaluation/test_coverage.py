@@ -9,7 +9,7 @@ c·E x_0 = 0.
 import pytest
 import torch
 
-from implicit_diffusion.evaluation.bounds import bound, captured, memory_of_start, possible, sharpest
+from implicit_diffusion.evaluation import bound, captured, memory_of_start, possible, sharpest
 from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
 
 F64 = torch.float64

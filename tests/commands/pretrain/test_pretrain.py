@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from implicit_diffusion import digits
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
 from implicit_diffusion.commands.pretrain import loss as pretrain_loss
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import begin
-from implicit_diffusion import digits
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.models.pretrained import load_pretrained

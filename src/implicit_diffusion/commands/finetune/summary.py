@@ -86,8 +86,8 @@ class TrainingSummary:
     network_evaluations: int
     updates: int
     stopped: str | None
-    kept: dict[str, float] | None
-    staleness_max: float | None
+    kept: dict[str, float | int] | None
+    staleness_max: int | None
     predicted_memory_bytes: int
 
 
