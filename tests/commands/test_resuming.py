@@ -16,7 +16,7 @@ from implicit_diffusion import cli
 from implicit_diffusion.commands import resuming
 from implicit_diffusion.commands.ebm import config as ebm_config
 from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import problem
+from implicit_diffusion.commands.finetune import setup, training
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.pretrain import config as pretrain_config
 from implicit_diffusion.commands.recovery import command as recovery
@@ -51,7 +51,7 @@ def model(folder, shift=0.0):
     return save_pipeline(folder, DiffusersDenoiser(unet), DDPMScheduler(clip_sample=False), "a test")
 
 
-CALLBACKS = finetune._callbacks
+CALLBACKS = training.callbacks
 
 
 def stop_at_two(fit):
@@ -69,7 +69,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         for out in ("whole", "half", "adapters"):
             first = [] if out == "whole" else [stop_at_two]
-            patched.setattr(finetune, "_callbacks", lambda *arguments, first=first: [*first, *CALLBACKS(*arguments)])
+            patched.setattr(training, "callbacks", lambda *arguments, first=first: [*first, *CALLBACKS(*arguments)])
             lora = ["--lora-rank", "2"] if out == "adapters" else []
             patched.chdir(home)
             call = ["finetune", *TINY, *lora, "--model", "model", "--reward", "my.py:f", "--out", out]
@@ -94,7 +94,7 @@ def half(home, tmp_path, monkeypatch):
 @pytest.fixture
 def nothing_runs(monkeypatch):
     """Neither a model is loaded nor a reward executed."""
-    monkeypatch.setattr(problem, "_build", lambda *arguments: pytest.fail("it was built"))
+    monkeypatch.setattr(setup, "_build", lambda *arguments: pytest.fail("it was built"))
 
 
 def test_a_run_goes_on_from_another_directory_bit_for_bit(home, tmp_path, monkeypatch):

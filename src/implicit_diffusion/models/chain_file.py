@@ -36,8 +36,8 @@ class TrainedChain:
     """
 
     table: ChainTable
-    eta: float | None = None
-    guidance: float | None = None
+    eta: float | int | None = None
+    guidance: float | int | None = None
     null_class: int | None = None
 
 

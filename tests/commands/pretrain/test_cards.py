@@ -1,6 +1,5 @@
 """Model cards with names from elsewhere in them: words, and neither HTML nor Markdown."""
 
-import dataclasses
 import html
 import inspect
 import re
@@ -9,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 from markdown_it import MarkdownIt
 
-from implicit_diffusion.commands.finetune import config as finetune_config
-from implicit_diffusion.commands.finetune import judging
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.pretrain import digits_card, images_card
 from implicit_diffusion.commands.shared.formatting import markdown
+from tests.helpers.toy_result import changed, digits_result
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -57,15 +57,10 @@ def images(words):
 
 
 def exported(words):
-    config = dataclasses.asdict(finetune_config.Config(model=f"a/{words}", reward=words))
-    config |= {"scheduler": "ddpm", "num_steps": 4, "penalty": "path-kl"}
-    numbers = ("kl_weight", "reward_before", "reward_after", "reward_exported", "path_kl", "captured", "updates")
-    summary = dict.fromkeys((*numbers, "j_before", "j_after"), 1.0) | {
-        "pipeline_is_the_chain": False,
-        "pipeline": words,
-    }
+    config = Config(model=f"a/{words}", reward=words, scheduler="ddpm", num_steps=4)
+    result = changed(digits_result(), pipeline_is_the_chain=False, pipeline=words)
     chain = SimpleNamespace(pretrained_rows=(), num_steps=4, table=SimpleNamespace(name=words))
-    return inspect.unwrap(judging.model_card)(config, summary, chain)
+    return inspect.unwrap(model_card)(config, result.summary, chain)
 
 
 @pytest.mark.parametrize("words", ATTACKS)

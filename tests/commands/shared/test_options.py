@@ -10,9 +10,9 @@ from implicit_diffusion.commands.finetune import config as finetune_config
 from implicit_diffusion.commands.hexagon import arms as hexagon_arms
 from implicit_diffusion.commands.pretrain import config as pretrain_config
 from implicit_diffusion.commands.recovery import command as recovery
-from implicit_diffusion.commands.sample import command as sample
+from implicit_diffusion.commands.sample import config as sample
 from implicit_diffusion.commands.score import command as score
-from implicit_diffusion.commands.sweep import command as sweep
+from implicit_diffusion.commands.sweep import config as sweep
 from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.errors import InvalidInputError
 
