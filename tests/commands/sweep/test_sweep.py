@@ -13,6 +13,7 @@ from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import planning
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.sweep import command as sweep
+from implicit_diffusion.commands.sweep import folders
 from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary
 from implicit_diffusion.evaluation import Estimate
 from tests.helpers import tiny
@@ -157,7 +158,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_pat
     out = tmp_path / "sweep"
     (out / "beta-2" / "figures").mkdir(parents=True)
     (out / "beta-2" / "config.json").write_text("{}")
-    settings = sweep._settings(
+    settings = folders.settings(
         sweep.Config(each=finetune.Config(model=model[1], num_steps=3, batch=2, updates=2, starts=8, lr=1e-3))
     )
     (out / "config.json").write_text(json.dumps(settings))
