@@ -105,7 +105,7 @@ def evaluate(
         chain: the sampler. A chain whose denoiser is its own reference has log-ratio zero and costs one network call
             per step.
         reward: R, (n, *event) → (n,); for conditions and other forms see `Reward`. A few samples are used first to
-            check that each reward depends on its own sample alone, unless that `Reward` has been checked before.
+            check that each reward depends on its own sample alone, unless it is a `Reward` that is `checked`.
         noise: of the evaluation; use `Noise(seed).stream(1)` to keep it apart from training.
         starts: number of independent x_0.
         repeats: number of trajectories from each x_0; the conditional bound needs several.
@@ -182,7 +182,7 @@ def _part(
             kl, log_ratio = kl + math.inf, log_ratio + math.nan
         end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
-            if not score.probed and index == 0:  # later parts were tried with the first; a try may draw random numbers
+            if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers
                 score.probe(end)
             judged = score.judge(end)
         return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))

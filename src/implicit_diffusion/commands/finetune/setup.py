@@ -104,7 +104,7 @@ def build(spec: SetupSpec) -> Setup:
 
     Raises:
         InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
-            `conditioning`, `load_reward`, `Reward.check`.
+            `conditioning`, `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
     with Draws(spec.noise, PLAN, 0, device=device):
@@ -131,7 +131,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     chain = _chain(spec, table, pretrained, original, conditions)
     note = compiled(chain) if spec.network.compile else None
     reward = Reward(conditions.of_states(loaded, pretrained.decoder))
-    _try_reward(reward, spec.reward, chain, spec.noise)
+    reward = _checked(reward, spec.reward, chain, spec.noise)
     clipping = None
     if spec.chain.no_clip and pretrained.scheduler.config.get("clip_sample", False):
         noisy, eta = bool(table.s.any()), spec.chain.eta
@@ -166,20 +166,23 @@ def _chain(
     return chain
 
 
-def _try_reward(reward: Reward, name: str, chain: Chain, noise: Noise) -> None:
-    """Check the reward on two pretrained samples; print what is unusual about it."""
+def _checked(reward: Reward, name: str, chain: Chain, noise: Noise) -> Reward:
+    """The reward, checked on two pretrained samples; what is unusual about it is printed."""
     source = Noise(0)
     trial = chain.endpoint(chain.sample(source, 2, TRIAL), source, TRIAL)
     with blamed(name, "; a reward maps samples (n, …) to (n,), by torch operations that leave the samples alone"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            reward.check(trial)
+            reward.check_value(trial)
+            reward.check_slope(trial)
         for each in caught:
             if issubclass(each.category, FunctionWarning):
                 print(f"reward    {short(name)} {str(each.message).removeprefix('reward ')}")
             else:
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        reward = reward.as_checked()
         _say_if_unsteady(reward, name, trial, noise)
+    return reward
 
 
 @torch.no_grad()
