@@ -77,7 +77,7 @@ def commands() -> dict[str, type]:
     """The configuration of every command."""
     from implicit_diffusion.commands.ebm import config as ebm_config
     from implicit_diffusion.commands.finetune import config as finetune_config
-    from implicit_diffusion.commands.hexagon import arms as hexagon_config
+    from implicit_diffusion.commands.hexagon import config as hexagon_config
     from implicit_diffusion.commands.pretrain import config as pretrain_config
     from implicit_diffusion.commands.recovery import command as recovery
     from implicit_diffusion.commands.sample import command as sample
@@ -106,8 +106,8 @@ def _run(arguments: Sequence[str]) -> None:
     from implicit_diffusion.commands.ebm import config as ebm_config
     from implicit_diffusion.commands.finetune import command as finetune
     from implicit_diffusion.commands.finetune import config as finetune_config
-    from implicit_diffusion.commands.hexagon import arms as hexagon_config
     from implicit_diffusion.commands.hexagon import command as hexagon
+    from implicit_diffusion.commands.hexagon import config as hexagon_config
     from implicit_diffusion.commands.pretrain import command as pretrain
     from implicit_diffusion.commands.pretrain import config as pretrain_config
     from implicit_diffusion.commands.recovery import command as recovery

@@ -15,7 +15,8 @@ from implicit_diffusion.commands.finetune.report.frontier import frontier, tange
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.run_warnings import concerns
 from implicit_diffusion.commands.finetune.report.samples import samples
-from implicit_diffusion.commands.finetune.report.training import cost, smooth, staleness, training
+from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
+from implicit_diffusion.commands.shared.drawing import smooth
 from implicit_diffusion.commands.shared.formatting import number, percent
 from implicit_diffusion.evaluation.bounds import Bound, bound
 from implicit_diffusion.runs import RunDirectory

@@ -19,9 +19,8 @@ from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.samples import hacking
 from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
-from implicit_diffusion.commands.finetune.result import Picture
 from implicit_diffusion.commands.shared.formatting import model_name
-from implicit_diffusion.commands.shared.page import figures, table
+from implicit_diffusion.commands.shared.page import Picture, figures, table
 from implicit_diffusion.options import options_of
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers import tiny, toy_model

@@ -7,16 +7,26 @@ import pytest
 
 from implicit_diffusion.commands.ebm import config as ebm_config
 from implicit_diffusion.commands.finetune import config as finetune_config
-from implicit_diffusion.commands.hexagon import arms as hexagon_arms
+from implicit_diffusion.commands.hexagon import config as hexagon_config
 from implicit_diffusion.commands.pretrain import config as pretrain_config
-from implicit_diffusion.commands.recovery import command as recovery
+from implicit_diffusion.commands.recovery import config as recovery_config
 from implicit_diffusion.commands.sample import command as sample
-from implicit_diffusion.commands.score import command as score
+from implicit_diffusion.commands.score import config as score_config
 from implicit_diffusion.commands.sweep import command as sweep
-from implicit_diffusion.commands.tilt import command as tilt
+from implicit_diffusion.commands.tilt import config as tilt_config
 from implicit_diffusion.errors import InvalidInputError
 
-MODULES = [finetune_config, pretrain_config, sample, sweep, ebm_config, tilt, hexagon_arms, score, recovery]
+MODULES = [
+    finetune_config,
+    pretrain_config,
+    sample,
+    sweep,
+    ebm_config,
+    tilt_config,
+    hexagon_config,
+    score_config,
+    recovery_config,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,15 +83,6 @@ class Outcome(Shown):
         """Rows (name, *others) of the updates that report all of them."""
         wanted = (name, *others)
         return [tuple(float(m[n]) for n in wanted) for m in self.metrics if all(m.get(n) is not None for n in wanted)]
-
-
-class Picture(NamedTuple):
-    """A figure on disk: its name, its file, a title that serves as alternative text, and its caption."""
-
-    name: str
-    path: Path
-    title: str
-    caption: str
 
 
 def outside(images: Tensor, margin: float = 0.1) -> float:

@@ -1,4 +1,4 @@
-"""What a study has found, run by run, so that it can go on after an interruption.
+"""The finished runs of a study, kept one by one, so that it can go on after an interruption.
 
 The runs of a study follow from its config and their own seeds. One that is made again after an interruption is the one
 that would have been made, bit for bit, so what is finished is all that has to be kept.
@@ -22,7 +22,7 @@ class Study:
     """The finished runs of a study.
 
     Args:
-        directory: of the study, held; checkpoint/ has what is found, and metrics.jsonl is written from it.
+        directory: of the study, held; its checkpoint/ keeps the results, and metrics.jsonl is written from them.
 
     Raises:
         InvalidInputError: a checkpoint that is damaged, or of something else.
@@ -33,9 +33,9 @@ class Study:
         state = load_state(directory.checkpoint) if directory.has_state else {"study": {}}
         if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
             raise InvalidInputError(f"{directory.checkpoint} holds no study")
-        self.found: dict[str, Any] = state["study"]
+        self.results: dict[str, Any] = state["study"]
         with replacing(directory.path / "metrics.jsonl") as file:
-            file.write_text("", encoding="utf-8")  # every run writes its lines, also one that was found before
+            file.write_text("", encoding="utf-8")  # every run writes its lines, also one that was made before
         self._save()
 
     def once(
@@ -49,16 +49,16 @@ class Study:
         Args:
             key: of the run within the study.
             make: the run; what it returns is a state as in `save_state`, and files that it writes are complete then.
-            lines: of metrics.jsonl, from that.
+            lines: the run's lines of metrics.jsonl, from its result.
         """
         name = json.dumps(key)
-        if name not in self.found:
-            self.found[name] = make()
+        if name not in self.results:
+            self.results[name] = make()
             self._save()
-        found: V = self.found[name]
+        result: V = self.results[name]
         if lines is not None:
-            self.directory.append_metrics(*lines(found))
-        return found
+            self.directory.append_metrics(*lines(result))
+        return result
 
     def _save(self) -> None:
-        save_state(self.directory.checkpoint, {"study": self.found})
+        save_state(self.directory.checkpoint, {"study": self.results})

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from implicit_diffusion.commands.finetune.result import Outcome, Picture
+from implicit_diffusion.commands.finetune.result import Outcome
 from implicit_diffusion.commands.shared.drawing import save, sheet
+from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.runs import RunDirectory
 
 WIDTH = 5.0  # inches

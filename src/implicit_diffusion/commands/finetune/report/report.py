@@ -12,11 +12,11 @@ from typing import Any
 from implicit_diffusion.commands.finetune.judging import falls, opening, updates
 from implicit_diffusion.commands.finetune.planning import PROMPTS
 from implicit_diffusion.commands.finetune.report.run_warnings import concerns
-from implicit_diffusion.commands.finetune.result import Outcome, Picture, outside
+from implicit_diffusion.commands.finetune.result import Outcome, outside
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared import page, ranges
 from implicit_diffusion.commands.shared.formatting import beside, decimals, distinct, model_name, number, percent
-from implicit_diffusion.commands.shared.page import duration, table, tile, write_page
+from implicit_diffusion.commands.shared.page import Picture, duration, table, tile, write_page
 from implicit_diffusion.commands.shared.usage import usage
 from implicit_diffusion.runs import RunDirectory, clock
 

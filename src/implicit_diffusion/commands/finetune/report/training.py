@@ -8,7 +8,7 @@ import numpy as np
 
 from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, INK, canvas
 from implicit_diffusion.commands.finetune.result import Outcome
-from implicit_diffusion.commands.shared.drawing import legend_above
+from implicit_diffusion.commands.shared.drawing import legend_above, smooth
 
 LIGHT = "#9cc5e0"  # training noise
 
@@ -117,14 +117,6 @@ def staleness(outcome: Outcome) -> tuple[Any, str, str] | None:
         "update per pass instead of one per trajectory."
     )
     return figure, "Age of the queue's gradients", caption
-
-
-def smooth(values: np.ndarray, radius: int) -> np.ndarray:
-    """Mean over a window of 2·radius + 1, cut off at the ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
 
 
 def _law(best: Any, name: str) -> tuple[float, float] | None:
