@@ -178,7 +178,7 @@ DAMAGE = {
 def test_damaged_and_foreign_folders_are_refused_by_name(what, tmp_path):
     gaussian().save(tmp_path / "model")
     DAMAGE[what](tmp_path / "model")
-    with pytest.raises(InvalidInputError, match=f"--model {tmp_path / 'model'}"):
+    with pytest.raises(InvalidInputError, match=f"{tmp_path / 'model'} "):
         load_energy_model(tmp_path / "model")
 
 
@@ -194,7 +194,7 @@ def test_what_has_no_density():
         model.log_density(torch.zeros(3, 2))
     with pytest.raises(InvalidInputError, match=r"data have event shape \(3,\), the model \(2,\); they must agree"):
         gaussian().log_density(torch.zeros(3, 3))
-    with pytest.raises(InvalidInputError, match=r"--potential mlp needs vectors, got events \(1, 4, 4\); take conv"):
+    with pytest.raises(InvalidInputError, match=r"potential: mlp needs vectors, got events \(1, 4, 4\); use conv"):
         Architecture("mlp", (1, 4, 4), 8).build(Noise(0))
 
 

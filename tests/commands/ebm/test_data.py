@@ -275,7 +275,7 @@ def test_bad_options_are_named_and_leave_no_folder(message, tmp_path):
 
 def test_images_want_conv(tmp_path):
     np.save(tmp_path / "x.npy", normal(20, 1, 4, 4))
-    with pytest.raises(InvalidInputError, match="--potential mlp needs vectors"):
+    with pytest.raises(InvalidInputError, match="potential: mlp needs vectors"):
         ebm.run(ebm.Config(data=str(tmp_path / "x.npy"), potential="mlp", out=tmp_path / "run"))
 
 

@@ -93,7 +93,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool) -> dict[str, An
         chain_steps=10 * settings.updates if config.long_chains else 0,
         seed=config.seed,
     )
-    with opened(resolved, directory, resumed=resumed, fingerprints=fingerprints):
+    with opened("ebm", resolved, directory, resumed=resumed, fingerprints=fingerprints):
         clock.keep(directory.path)
         return finish(judging, data, train(settings, data, loop, directory, LOOKS), directory)
 

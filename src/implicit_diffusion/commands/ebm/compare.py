@@ -8,7 +8,6 @@ Every training is a line of metrics.jsonl as soon as it has ended, so a comparis
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -26,8 +25,8 @@ from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import plain
-from implicit_diffusion.runs.provenance import record, verified
+from implicit_diffusion.runs.provenance import check_version, record, verified
+from implicit_diffusion.runs.records import as_json
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SEED = 1000  # beyond those of the runs
@@ -51,7 +50,8 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
                 f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
             )
         resolved = config.resolved(data)
-        check_folder(directory.path, resolved)
+        check_version(directory, advice="choose another --out")
+        check_folder(directory, resolved)
         with verified(directory, advice="choose another --out"):
             weighted = config.settings(data)
             for arm in ARMS:
@@ -61,7 +61,7 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
                         f"--steps {config.steps} are too few: their cost is that of no update of {arm}"
                     )
                 make_loop(settings, data)
-            directory.write_config(resolved)
+            directory.write_config(resolved, "ebm")
             record(directory, resolved, {})
             assert resolved.seeds is not None and resolved.judge_steps is not None
             trainings = Trainings(config.data, weighted, resolved.judge_steps, directory)
@@ -99,12 +99,15 @@ def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
     return written
 
 
-def check_folder(out: Path, resolved: Config) -> None:
-    """Raise `InvalidInputError` unless `out` is new, empty, or holds the same comparison (seeds may differ)."""
+def check_folder(directory: RunDirectory, resolved: Config) -> None:
+    """Raise `InvalidInputError` unless the folder is new, empty, or holds a comparison of the same options.
+
+    The number of seeds may differ.
+    """
+    out, saved, asked = directory.path, directory.read_config() or {}, as_json(resolved)
     if not (out / "config.json").is_file():
-        RunDirectory.check(out)
+        directory.check(out)
         return
-    saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), plain(resolved)
     named = set(saved) | set(asked)
     different = [name for name in sorted(named - {"out", "seeds"}) if saved.get(name) != asked.get(name)]
     if different:
@@ -170,7 +173,7 @@ def attempt(name: str, settings: Settings, judge_steps: int | None) -> ComparedT
         training = ComparedTraining(
             arm, settings.lr, settings.seed, run.fit.updates, None, seconds=run.fit.seconds, curve=curve
         )
-        plain(to_json(training))  # which refuses NaN and infinity
+        as_json(to_json(training))  # which refuses NaN and infinity
         return training
     except (DivergenceError, NonFiniteError) as error:
         print(f"{arm}, lr {settings.lr:g}, seed {settings.seed}: {error}", flush=True)

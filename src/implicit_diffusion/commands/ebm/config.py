@@ -59,61 +59,60 @@ IMAGES = Defaults(
 
 @dataclass(frozen=True)
 class Config:
-    """Train an energy-based model by maximum likelihood in a single loop."""
+    """Train an energy-based model by maximum likelihood, in a single loop of sampling and optimisation."""
 
     data: str = "moons"
     """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.
     A file may be FILE.npy, FILE.npz, FILE.npz:NAME for one of several arrays, FILE.csv, or FILE.safetensors.
     Its array has shape (m, d) or (m, channels, height, width)."""
     dequantise: bool = False
-    """Fill the gaps between the values of integers, grey levels, or rounded measurements with uniform noise.
-    Likelihoods are then lower bounds of the probabilities of the values; without, they may grow without limit."""
+    """Add uniform noise to integers, grey levels or rounded measurements, to fill the gaps between their values.
+    Likelihoods are then lower bounds of the probabilities of these values; without the noise they can grow forever."""
     potential: Literal["mlp", "conv"] | None = None
-    """The network beside the Gaussian; by default mlp for vectors, conv for images."""
+    """Kind of network that is added to a Gaussian energy; by default mlp for vectors, conv for images."""
     sampler: Literal["ula", "mala", "underdamped", "hmc"] = "hmc"
-    """The kernel that moves the particles, once per update."""
+    """Markov kernel that moves the particles, once per update."""
     weighted: bool = True
-    """Weight the particles to account for the motion of the parameters θ, for correct masses of modes and log Z.
-    The underdamped sampler has no weights."""
+    """Weight the particles to correct for the changes of the parameters θ, so that modes get the right masses.
+    The weights estimate log Z too. The sampler underdamped does not support them."""
     steps: int | None = None
     """Number of updates of the parameters θ; 1000 for vectors, 1200 for images by default."""
     particles: int | None = None
-    """Number of particles, and of data per update; 1000 for vectors, 256 for images by default.
-    Weighted, it must be a multiple of 8."""
+    """Number of particles, and of data points per update; 1000 for vectors, 256 for images by default.
+    With weights it must be a multiple of 8."""
     step_size: float | None = None
-    """Step size h of the sampler in standardised coordinates; by default 0.06 for vectors, 0.2 for images.
-    For ula and mala, the default is the square of that."""
+    """Step size h of the sampler, for data scaled to unit variance; by default 0.06 for vectors, 0.2 for images.
+    For ula and mala the default is the square of that."""
     adapt_step: bool = False
-    """Adapt the step size while training, to the share of accepted proposals that suits mala (0.574) or hmc (0.8)."""
+    """Adapt the step size during training to the best share of accepted proposals: 0.574 for mala, 0.8 for hmc."""
     leapfrogs: int | None = None
     """Number of leapfrog steps of hmc; 4 by default.
-    Together with the step size they should carry a particle through its mode."""
+    Choose it with --step-size, such that all steps together move a particle across a mode."""
     refresh: int | None = None
-    """Number of updates after which weighted particles are drawn anew; 0 means never.
-    The default is 250 for vectors, 100 for images.
-    That removes the errors that their weights have accumulated."""
+    """Number of updates after which weighted particles are drawn afresh, without the errors of their weights so far.
+    The default is 250 for vectors, 100 for images; 0 means never."""
     lr: float | None = None
-    """Learning rate of Adam at the start, which decays to zero along a cosine.
+    """Learning rate of Adam at the start; it decays to zero along a cosine.
     The default is 3e-3 for vectors, 1e-3 for images."""
     weight_decay: float | None = None
-    """Weight decay of AdamW; it keeps the network from outgrowing the Gaussian.
+    """Weight decay of AdamW; it keeps the network from outgrowing the Gaussian far away from the data.
     The default is 0 for vectors, 0.01 for images."""
     width: int | None = None
-    """Width of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
+    """Width of the network; by default 64 units for mlp, which has three hidden layers, and 16 channels for conv."""
     judge_steps: int | None = None
-    """Number of annealing steps that estimate the final log Z; 200 for vectors, 1500 for images by default.
-    An annealing of half as many checks it; for images, this is most of the time after training."""
+    """Number of annealing steps to estimate the final log Z; 200 for vectors, 1500 for images by default.
+    A second estimate with half as many steps checks the first. For images this takes long."""
     long_chains: bool = False
-    """For images: also move the particles for ten times the steps of the training, to see whether they drift off."""
+    """Also move the particles of images ten times as long as training did, to see whether they drift away."""
     compare: bool = False
-    """Compare all ways of training at equal cost instead; only for data of the plane with a known law."""
+    """Compare all ways of training at equal cost instead; only for data in the plane whose distribution is known."""
     seeds: int | None = None
-    """Number of seeds of the comparison; 5 by default."""
+    """Number of runs of each way of training in a comparison; 5 by default."""
     seed: int = 0
     """Seed of all random numbers: the same seed gives the same model, bit for bit."""
     out: Path | None = None
-    """Folder for the run, new or empty, by default runs/ebm-<data>-<time>.
-    An interrupted comparison goes on in the folder that it began in."""
+    """Folder for the run, new or empty; by default runs/ebm-<data>-<time>.
+    The folder of an interrupted comparison may be given again, to go on with it."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""

@@ -8,7 +8,6 @@ starts. Before and after are judged on the same held-out noise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -69,7 +68,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not begun:
-        directory.check_start(Config, planning.FILES)
+        directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
     noise, rests_on = Noise(config.seed), inputs(config)
     problem = build(config)
@@ -86,7 +85,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
         rests_on |= {"prompts": directory.path / PROMPTS}
     trained = directory.has_state
     if not trained:
-        begin(directory, config, rests_on, problem.chain.device)
+        begin(directory, "finetune", config, rests_on, problem.chain.device)
     elif not is_recorded(directory):
         record_inputs(directory, config, rests_on, device=problem.chain.device)
     with directory.resumable():
@@ -98,7 +97,7 @@ def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evalu
     resolved_kind: Any = problem.kind
     config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
     if not trained:
-        begin(directory, config, rests_on, problem.chain.device)
+        begin(directory, "finetune", config, rests_on, problem.chain.device)
     print(f"memory predicted: {memory}")
     with directory.resumable():
         state = train(config, problem, loop, plan, samples, noise, directory)
@@ -170,7 +169,7 @@ def finish(
         "plan": plan.summary()["rows"],
         **judging.digits_quality(before, after, exported),
     }
-    resolved = json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
+    resolved = directory.read_config() or {}
     card = judging.model_card(resolved, summary, problem.chain)
     with writing(directory.model):
         _export(config, problem, state, directory, card)

@@ -31,7 +31,7 @@ from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.runs.provenance import surroundings
+from implicit_diffusion.runs.surroundings import describe
 
 PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
@@ -188,7 +188,7 @@ def rests_on(config: Config, problem: Problem, fingerprints: dict[str, Any]) -> 
     }
     named = {f"--{name}": getattr(config, name) for name in ("model", "reference") if name not in fingerprints}
     set_options = {name: str(value) for name, value in (named | options).items() if value is not None}
-    return set_options | _files(with_imports(config, fingerprints)) | surroundings(problem.chain.device)
+    return set_options | _files(with_imports(config, fingerprints)) | describe(problem.chain.device)
 
 
 def _files(fingerprints: dict[str, Any]) -> dict[str, str]:

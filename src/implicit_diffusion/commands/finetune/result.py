@@ -111,9 +111,8 @@ def read_outcome(directory: RunDirectory) -> Outcome:
     if not (path / "summary.json").is_file():
         raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` goes on with it")
     kept = load_state(path / JUDGED)
-    config, summary = (
-        json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "summary")
-    )
+    config = directory.read_config() or {}
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     plan = kept["plan"] | {"bounds": tuple(Bound(**bound) for bound in kept["plan"]["bounds"])}
     before, after = (
         Evaluation(**kept[side], samples=kept[side]["reward"][..., None][..., :0]) for side in ("before", "after")

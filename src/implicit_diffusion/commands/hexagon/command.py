@@ -26,10 +26,10 @@ from implicit_diffusion.commands.hexagon.summary import Summary, add_exact, show
 from implicit_diffusion.commands.hexagon.trace import Trace
 from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature
 from implicit_diffusion.commands.shared.opening import in_folder, opened
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.study import Study
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("hexagon"))
-    with directory.held(), opened(config, directory, resumed=resumed):
+    with directory.held(), opened("hexagon", config, directory, resumed=resumed):
         return _study(config, directory)
 
 

@@ -45,27 +45,27 @@ class Config:
     """Reproduce section 5.1 of the paper: optimise the weights of six Gaussians through Langevin sampling."""
 
     steps: int = 5000
-    """Number K of iterations of the single loop; the other arms get as many gradient evaluations."""
+    """Number K of iterations of the single loop; the other methods get as many gradient evaluations."""
     particles: int = 1000
     """Number of particles."""
     seeds: int = 10
-    """Number of runs of every arm."""
+    """Number of runs of each method."""
     seed: int = 0
-    """Seed of the first run; the others count on from it."""
+    """Seed of the first run; the other runs use the numbers after it."""
     sigma: float = 1.0
     """Standard deviation of the Gaussians, whose centres lie at radius 4."""
     step_size: float | None = None
-    """Step size h of the Langevin steps; 0.2 σ² by default."""
+    """Step size h of Langevin dynamics; 0.2 σ² by default, with σ from --sigma."""
     lr: float = 0.1
-    """Step size η of plain gradient steps on the parameters θ."""
+    """Step size η of gradient descent on the parameters θ."""
     forward_kl: float = 0.0
-    """Weight of KL(π_θ0‖π_θ), a penalty beside the reward."""
+    """Weight of a penalty on KL(π_θ0‖π_θ), the divergence between the initial and the present model."""
     guidance: float = 10.0
-    """Strength λ of the guidance arm, which samples V − λ R_smooth without training."""
+    """Strength λ of guidance, the method that samples from V − λ R_smooth without training."""
     grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-    """Step sizes η to try for the nested and unrolled arms."""
+    """Step sizes η to try for the methods "nested" and "unrolled"."""
     compile: bool | None = None
-    """Compile the single loop's inner update; by default from 20,000 iterations (steps × seeds), where it pays."""
+    """Compile the update of the single loop; by default if --steps times --seeds is 20,000 or more."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/hexagon-<time>."""
 

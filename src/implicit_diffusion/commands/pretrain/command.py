@@ -57,12 +57,12 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config, directory = in_folder(config, directory, Path(f"runs/pretrain-{Path(config.data).name}"))
     with directory.held(), clock.run():
         if not resumed:
-            directory.check_start(Config)
+            directory.check_start("pretrain")
         clock.keep(directory.path)
         fingerprints, data = inputs(config), load(config)
         config = replace(config, size=data.event_shape[1:], channels=widths_of(config, data))
         training = training_of(config, data)
-        with opened(config, directory, resumed=resumed, fingerprints=fingerprints, device=training.device):
+        with opened("pretrain", config, directory, resumed=resumed, fingerprints=fingerprints, device=training.device):
             return _finish(config, data, *train(training, data, directory), directory)
 
 

@@ -16,7 +16,7 @@ from implicit_diffusion.tables.scheduler import read_table
 class Config:
     """Pretrain a diffusion model on images.
 
-    The defaults are the published setting for the digits: on one kind of processor, the same weights bit for bit.
+    The defaults are those of the digits model that is shipped; on the same processor they give it again bit for bit.
     """
 
     data: str = "digits"
@@ -25,9 +25,9 @@ class Config:
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/pretrain-<data>."""
     size: tuple[int, int] | None = None
-    """Height and width to scale the images to; by default their own, rounded to what the U-Net can halve."""
+    """Height and width to scale the images to; by default their own, rounded so that the U-Net can halve them."""
     classes: bool = False
-    """Condition the model on classes: the subfolders of a folder, or the labels of the digits."""
+    """Condition the model on classes: the subfolders of a folder of images, or the labels of the digits."""
     steps: int = 3000
     """Number of optimizer steps."""
     batch: int = 64
@@ -35,26 +35,26 @@ class Config:
     lr: float = 2e-3
     """Learning rate after a linear warm-up over 200 steps; it then decays to zero along a cosine."""
     ema_decay: float = 0.999
-    """Decay rate of the moving average of the weights, below 1; the average is what is kept."""
+    """Decay rate, below 1, of the moving average of the weights; the average is what is saved."""
     dropout: float = 0.1
     """Dropout rate in the residual blocks of the U-Net."""
     channels: tuple[int, ...] | None = None
-    """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
+    """Number of channels at each level of the U-Net, multiples of 8; by default they follow the size of the images."""
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    """What the network predicts."""
+    """What the network predicts: the velocity, the noise, or the clean image."""
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """Noise schedule of the diffusion."""
+    """Shape of the noise schedule, by its name in diffusers."""
     train_timesteps: int = 1000
-    """Number T of timesteps of the noise schedule."""
+    """Number T of time steps of the noise schedule."""
     seed: int = 0
     """Seed of all random numbers."""
     chains: tuple[int, ...] = (10, 50)
-    """Numbers of sampling steps at which the model is judged, or its samples drawn."""
+    """Numbers of sampling steps with which the model is evaluated after training."""
     samples: int = 2000
-    """Number of digits to judge at each of --chains; of other images, a page is drawn."""
+    """Number of digits to evaluate for each of --chains; of other images, one page of samples is drawn."""
     device: str | None = None
-    """Device to compute on: "cpu", "cuda", …; by default the CPU for digits.
-    For other images it is an accelerator, where there is one."""
+    """Device to compute on, such as "cpu" or "cuda".
+    By default it is the CPU for digits, and an accelerator for other images if there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

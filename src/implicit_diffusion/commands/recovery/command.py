@@ -21,10 +21,10 @@ from torch import Tensor
 from implicit_diffusion.commands.recovery.config import TAIL, Config
 from implicit_diffusion.commands.recovery.training import Training, exact_kls, models, train
 from implicit_diffusion.commands.shared.opening import in_folder, opened
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.study import Study
 
 ARMS = ("unweighted", "weighted", "unweighted-decreasing", "weighted-decreasing")
 
@@ -66,7 +66,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("recovery"))
-    with directory.held(), opened(config, directory, resumed=resumed):
+    with directory.held(), opened("recovery", config, directory, resumed=resumed):
         return _study(config, directory)
 
 

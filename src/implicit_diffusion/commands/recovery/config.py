@@ -14,22 +14,22 @@ STEP_SIZES = {"hexagon": 0.2, "two-modes": 0.05}  # by default
 
 @dataclass(frozen=True)
 class Config:
-    """Learn the weights of a mixture from data, by maximum likelihood in a single loop."""
+    """Learn the weights of a mixture of Gaussians from data, by maximum likelihood in a single loop."""
 
     problem: Literal["hexagon", "two-modes"] = "hexagon"
-    """The data: "hexagon" has six modes that particles can cross between. "two-modes" has two that they cannot."""
+    """Distribution of the data: particles can cross between the six modes of "hexagon", but not between "two-modes"."""
     steps: int = 5000
-    """Number of iterations."""
+    """Number of iterations, each with one step of the sampler and one update."""
     particles: int = 1000
-    """Number of particles, and of data per iteration, which are drawn afresh from 100,000."""
+    """Number of particles, and of data points in each iteration, which are drawn from 100,000 of them."""
     seeds: int = 5
-    """Number of runs of every arm."""
+    """Number of runs of each method."""
     seed: int = 0
-    """Seed of the first run; the others count on from it."""
+    """Seed of the first run; the other runs use the numbers after it."""
     step_size: float | None = None
-    """Step size h of the Langevin steps; 0.2 on the hexagon, 0.05 for two modes by default."""
+    """Step size h of Langevin dynamics; by default 0.2 for "hexagon", 0.05 for "two-modes"."""
     lr: float = 0.1
-    """Step size η of plain gradient steps; the "decreasing" arms divide it by 1 + k/100."""
+    """Step size η of gradient descent; two of the methods divide it by 1 + k/100 at iteration k."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/recovery-<time>."""
 

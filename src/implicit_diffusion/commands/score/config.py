@@ -14,14 +14,14 @@ class Config:
     """Compute log-likelihoods of data under a trained energy-based model."""
 
     model: Path
-    """The model/ folder of an `implicit-diffusion ebm` run."""
+    """The model/ folder of a run of `implicit-diffusion ebm`."""
     data: str
-    """FILE.npy, FILE.npz, FILE.csv or FILE.safetensors with the model's event shape, in the units of its training data.
-    For a model of dequantised data, the file holds discrete values, and `score` dequantises them itself."""
+    """FILE.npy, FILE.npz, FILE.csv or FILE.safetensors, with data of the same shape and units as those of training.
+    If the model was trained on dequantised data, give discrete values; the noise is added here."""
     out: Path | None = None
-    """Write one log-likelihood per datum, in nats, to this new .npy file."""
+    """New .npy file to write the log-likelihood of each data point to, in nats."""
     seed: int = 0
-    """Seed of the noise that dequantises; other models draw none."""
+    """Seed of the noise that is added to discrete values; for other data there is none."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where the seed is out of range, or `out` is not a new .npy file."""

@@ -89,10 +89,10 @@ def record_inputs(
     record(directory, asked, with_imports(options, found), device=device, accepted=accepted)
 
 
-def begin(directory: RunDirectory, config: Any, found: dict[str, Any], device: torch.device) -> None:
+def begin(directory: RunDirectory, command: str, config: Any, found: dict[str, Any], device: torch.device) -> None:
     """Write config.json, and `record_inputs`; an end in between leaves no provenance that would contradict it."""
     accepted = forget(directory)
-    directory.write_config(config)
+    directory.write_config(config, command)
     record_inputs(directory, config, found, device=device, accepted=accepted)
 
 

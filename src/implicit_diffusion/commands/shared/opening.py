@@ -35,6 +35,7 @@ def in_folder(config: C, directory: RunDirectory | None, otherwise: Path) -> tup
 
 @contextmanager
 def opened(
+    command: str,
     config: Any,
     directory: RunDirectory,
     *,
@@ -45,6 +46,7 @@ def opened(
     """Write config.json and provenance.json where they are not there yet; whatever stops the block says how to resume.
 
     Args:
+        command: that begins the run.
         config: resolved, as it goes into config.json.
         directory: of the run, held.
         resumed: whether the run goes on; a new one needs an empty folder.
@@ -55,7 +57,7 @@ def opened(
         InvalidInputError: a new run in a folder with something in it.
     """
     if not resumed:
-        directory.start(config)
+        directory.start(command, config)
     if not (resumed and is_recorded(directory)):
         record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
     with directory.resumable():

@@ -40,8 +40,9 @@ from implicit_diffusion.files.atomic import UNFINISHED, writing
 from implicit_diffusion.files.lock import LOCK
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.runs.directory import dated, plain
-from implicit_diffusion.runs.provenance import FILE, Change, verified
+from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import FILE, Change, check_version, verified
+from implicit_diffusion.runs.records import as_json
 
 CURVE = 12  # KL weights of the drawn frontier
 REWARDS = ("reward_before", "reward_after", "reward_gain", "reward_exported")
@@ -65,26 +66,26 @@ NOT_TAKEN = {
 TEXTS = {  # of options that mean something else than in `finetune`
     "out": "Folder for the sweep, with one subfolder per run: new, empty, or that of a sweep with the same options, "
     "which goes on. By default runs/sweep-<time>.",
-    "scheduler": "The sampler that is trained, on the checkpoint's noise schedule. By default the one that forgets its "
-    "start: ddpm for diffusion models, flow-memoryless for flow models. A sweep needs one with noise, which euler and "
-    "flow-euler do not have.",
+    "scheduler": "The sampler that is trained, on the noise schedule of the model. By default its samples do not "
+    "depend on its initial noise: ddpm for diffusion, flow-memoryless for flow models. A sweep needs a sampler that "
+    "adds noise, which euler and flow-euler do not.",
     "eta": "Amount of noise in --scheduler ddim, by default 1; a sweep needs some.",
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune once for every KL weight, and draw reward against KL beside the best possible."""
+    """Fine-tune once for every KL weight, and plot reward against KL divergence beside the best possible curve."""
 
     kl_weights: tuple[float, ...] = ()
-    """KL weights β to train with, in reward per nat.
-    By default the plan chooses them, for gains of ¼ to 2 standard deviations of the pretrained reward."""
+    """KL weights β to train with, in units of reward per nat.
+    By default they are chosen for gains of ¼ to 2 standard deviations of the pretrained reward."""
     each: finetune_config.Config = field(
         default_factory=finetune_config.Config, metadata={"without": NOT_TAKEN, "texts": TEXTS}
     )
-    """Options of every run; --out is the sweep's folder, one subfolder per run."""
+    """Options of every run; --out is the folder of the sweep."""
     accept_changes: tuple[Change, ...] = ()
-    """What may have changed since the sweep began, as for `resume`; every other change is refused by name."""
+    """Changes to accept since the sweep began, as for `resume`; any other change is refused by name."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""
@@ -118,7 +119,8 @@ def run(config: Config) -> dict[str, Any]:
     assert config.each.out is not None
     directory = RunDirectory(config.each.out)
     with directory.held(), clock.run():
-        _check_folder(directory.path, config)
+        check_version(directory, config.accept_changes)
+        _check_folder(directory, config)
         clock.keep(directory.path)
         rests_on = inputs(config.each)
         with verified(directory, config.accept_changes, rests_on):
@@ -130,7 +132,7 @@ def _run(config: Config, directory: RunDirectory, rests_on: dict[str, Any]) -> d
     out = directory.path
     problem = build(config.each)
     conditional = problem.chain.condition is not None
-    directory.write_config(_settings(config))
+    directory.write_config(_settings(config), "sweep")
     record_inputs(directory, config.each, rests_on, config=_settings(config))
     try:
         samples = pretrained_samples(config.each, problem, directory, rests_on)
@@ -164,16 +166,16 @@ def _settings(config: Config) -> dict[str, Any]:
     settings = asdict(config.each)
     for name in (*OF_ONE_RUN, "out", "device"):
         del settings[name]
-    return plain(settings)
+    return as_json(settings)
 
 
-def _check_folder(out: Path, config: Config) -> None:
-    """Raise unless `out` is new, empty, or holds a sweep of the same options."""
+def _check_folder(directory: RunDirectory, config: Config) -> None:
+    """Raise unless the folder is new, empty, or holds a sweep of the same options."""
+    out, saved, asked = directory.path, directory.read_config(), _settings(config)
     if not (out / "config.json").is_file():
-        RunDirectory.check(out)
+        directory.check(out)
         return
-    saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), _settings(config)
-    if saved.keys() != asked.keys():
+    if saved is None or saved.keys() != asked.keys():
         raise InvalidInputError(f"--out {out} holds something else than a sweep of this release; choose another --out")
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:

@@ -23,7 +23,6 @@ from implicit_diffusion.commands.rewards.trust import is_own
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
-from implicit_diffusion.commands.shared.studies import Study
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.commands.tilt.config import Config
 from implicit_diffusion.commands.tilt.exact import ExactTilt, Tradeoff, TrainedTradeoff, half_plane
@@ -35,6 +34,7 @@ from implicit_diffusion.models.energy_model import EnergyModel, load_energy_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.study import Study
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             reward = read_reward(config.reward)
             exact = ExactTilt(model, reward)
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
-        with opened(config, directory, resumed=resumed, fingerprints=fingerprints):
+        with opened("tilt", config, directory, resumed=resumed, fingerprints=fingerprints):
             rows = _study(config, model, reward, exact, optima, Study(directory))
             summary = Summary(exact.reward_initial, rows)
             plot(summary, exact, directory.figure("tilt"))

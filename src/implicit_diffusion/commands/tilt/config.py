@@ -16,18 +16,18 @@ ARMS: tuple[Arm, ...] = ("unweighted", "weighted")  # the first is the one to us
 
 @dataclass(frozen=True)
 class Config:
-    """Train a trained energy-based model of the plane for a reward, with a KL leash to what it was."""
+    """Fine-tune an energy-based model of data in the plane for a reward, with a penalty on the KL divergence."""
 
     model: Path
-    """The model/ folder of an `implicit-diffusion ebm` run."""
+    """The model/ folder of a run of `implicit-diffusion ebm`."""
     reward: str = "half-plane"
-    """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own FILE.py:function.
-    It maps points (n, 2) to (n,) and needs no gradient.
-    A class can have literal arguments, as in "FILE.py:Class(weight=2)"."""
+    """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own "FILE.py:function".
+    It is called with points of shape (n, 2), and returns shape (n,); it needs no gradient.
+    A class may be given literal arguments, as in "FILE.py:Class(weight=2)"."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
-    """KL weights w, in reward per nat; one gives a result, several a study."""
+    """KL weights w to train with, in units of reward per nat."""
     arms: tuple[Arm, ...] = ARMS
-    """Ways of training to compare; the models that are kept are those of the first."""
+    """Ways of training to compare; the models of the first one are saved."""
     steps: int = 2000
     """Number of updates of the parameters θ."""
     particles: int = 512
@@ -35,9 +35,9 @@ class Config:
     lr: float = 5e-3
     """Learning rate of Adam at the start; it decays to zero along a cosine."""
     seeds: int = 5
-    """Number of runs of every arm and weight; the models that are kept are those of the first."""
+    """Number of runs for each of --arms and --kl-weights; the models of the first run are saved."""
     seed: int = 0
-    """Seed of the first run; the same seed gives the same models, bit for bit."""
+    """Seed of the first run; the other runs use the numbers after it."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/tilt-<time>."""
 

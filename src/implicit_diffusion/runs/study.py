@@ -1,7 +1,7 @@
-"""The finished runs of a study, kept one by one, so that it can go on after an interruption.
+"""Results of a study, run by run, so that it can go on after an interruption.
 
-The runs of a study follow from its config and their own seeds. One that is made again after an interruption is the one
-that would have been made, bit for bit, so what is finished is all that has to be kept.
+The runs of a study depend on its config and their own seeds only. A run that is repeated after an interruption gives
+the same bits, so that only the results of finished runs have to be kept.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class Study:
     """The finished runs of a study.
 
     Args:
-        directory: of the study, held; its checkpoint/ keeps the results, and metrics.jsonl is written from them.
+        directory: of the study, held; checkpoint/ has the results, and metrics.jsonl is written from them.
 
     Raises:
-        InvalidInputError: a checkpoint that is damaged, or of something else.
+        InvalidInputError: a checkpoint that is damaged, or that is not of a study.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
         state = load_state(directory.checkpoint) if directory.has_state else {"study": {}}
         if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
-            raise InvalidInputError(f"{directory.checkpoint} holds no study")
+            raise InvalidInputError(f"{directory.checkpoint} does not hold a study")
         self.results: dict[str, Any] = state["study"]
         with replacing(directory.path / "metrics.jsonl") as file:
-            file.write_text("", encoding="utf-8")  # every run writes its lines, also one that was made before
+            file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before
         self._save()
 
     def once(
@@ -44,12 +44,12 @@ class Study:
         make: Callable[[], V],
         lines: Callable[[V], Iterable[Mapping[str, Any]]] | None = None,
     ) -> V:
-        """What `make` returns, or returned before the interruption.
+        """The result of a run: what `make` returns, or returned before the interruption.
 
         Args:
             key: of the run within the study.
-            make: the run; what it returns is a state as in `save_state`, and files that it writes are complete then.
-            lines: the run's lines of metrics.jsonl, from its result.
+            make: makes the run; returns a state as `save_state` takes it, when all files that it writes are complete.
+            lines: lines of metrics.jsonl, made from the result.
         """
         name = json.dumps(key)
         if name not in self.results:
