@@ -69,7 +69,7 @@ def test_every_form_of_a_path_is_the_same_place(form, home):
     assert RunDirectory(place).path == there
     trained(place)
     assert len(RunDirectory(there).read_metrics()) == 1
-    with pytest.raises(InvalidInputError, match=f"--out {there} exists and is not empty"):
+    with pytest.raises(InvalidInputError, match=f"`path` {there} exists and is not empty"):
         RunDirectory.check(place)
     config = finetune_config.Config()
     object.__setattr__(config, "out", place)  # as it is where nobody checks annotations
@@ -77,7 +77,7 @@ def test_every_form_of_a_path_is_the_same_place(form, home):
     for job in (resume, report):
         with pytest.raises(InvalidInputError, match=str(there)):
             job(place)
-    with pytest.raises(InvalidInputError, match=f"--model {there} holds no"):
+    with pytest.raises(InvalidInputError, match=f"{there} holds no"):
         load_energy_model(place)
     (home / "prompts.txt").write_text("a red square\n")
     (there / "config.json").unlink(missing_ok=True)
@@ -102,8 +102,8 @@ def test_a_pipeline_is_saved_where_a_string_says(home):
 
 @pytest.mark.parametrize("bad", [None, 3, b"there", "", ["there"], torch.zeros(2)])
 def test_what_is_no_path_is_refused(bad):
-    with pytest.raises(InvalidInputError, match=r"--out must be a path, a string or a pathlib.Path, got"):
-        check_path("--out", bad)
+    with pytest.raises(InvalidInputError, match=r"path must be a path, a string or a pathlib.Path, got"):
+        check_path("path", bad)
 
 
 def test_an_empty_string_is_no_folder():

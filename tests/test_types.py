@@ -93,8 +93,8 @@ BAD = {
         lambda: idf.Reward(reward) * idf.Reward(reward)
     ],
     "divisor of an objective must be of type SupportsFloat, got str": [lambda: idf.Reward(reward) / "2"],
-    "--device gpu: .*; take auto, cpu": [lambda: find_device("gpu")],
-    "--device cpu:1.5: .*; take auto, cpu": [lambda: find_device("cpu:1.5")],
+    "`device` gpu: .*; use auto, cpu": [lambda: find_device("gpu")],
+    "`device` cpu:1.5: .*; use auto, cpu": [lambda: find_device("cpu:1.5")],
 }
 
 
@@ -106,7 +106,7 @@ def test_arguments_of_the_wrong_type(message, call):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is there")
 def test_a_device_that_is_not_there():
-    with pytest.raises(InvalidInputError, match="--device cuda: "):
+    with pytest.raises(InvalidInputError, match="`device` cuda: "):
         find_device("cuda")
     assert find_device("cpu") == torch.device("cpu")
 

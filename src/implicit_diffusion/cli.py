@@ -1,21 +1,19 @@
-"""The command line: one subcommand per experiment, its options the fields of a frozen Config."""
+"""The command line: reads the command and its options, runs it, and turns errors into one line and a status."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from implicit_diffusion import __version__
-from implicit_diffusion.command_line import read
+from implicit_diffusion.commands.command_line.flags import with_flags
+from implicit_diffusion.commands.command_line.parsing import read
+from implicit_diffusion.commands.registry import COMMANDS, CONFIGURATIONS
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
-from implicit_diffusion.runs.console import unheard
+from implicit_diffusion.runs.console import never_failing_output
 from implicit_diffusion.runs.devices import naming_memory
-from implicit_diffusion.runs.provenance import Change
 from implicit_diffusion.runs.signals import exit_status, interruptible
 
 DESCRIPTION = """Optimise samplers through the distributions that they produce.
@@ -29,43 +27,28 @@ Start here:
   implicit-diffusion hexagon                       the paper's first experiment
   implicit-diffusion recovery --problem two-modes  why particles have weights
   implicit-diffusion COMMAND --help                all options of a command
-  implicit-diffusion --version                     the version, and torch's"""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
-
-    run: Path = field(metadata={"positional": True})
-    """The folder of the run."""
-    accept_changes: tuple[Change, ...] = ()
-    """What may have changed since the run began; every other change is refused by name."""
-    trust_reward: bool = False
-    """Run the code of the reward that the folder names, though it lies there, has changed, or is not known here."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Draw the figures of a finished run again, and write its report, from what is in its folder."""
-
-    run: Path = field(metadata={"positional": True})
-    """The folder of the run."""
+  implicit-diffusion --version                     the versions of this program and of torch"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, dispatch, and turn our own errors into one line and exit status 2.
+    """Run a command line; returns the exit status.
 
-    What the system refuses is such a line as well; an interrupted command ends with 128 and the number of its signal.
+    An error that is raised on purpose, or by the operating system, is one line on stderr and status 2. A command that
+    a signal interrupts ends with status 128 plus the number of the signal.
+
+    Args:
+        arguments: words after the name of the program; by default those that the program was called with.
     """
-    with unheard(), interruptible():
+    words = sys.argv[1:] if arguments is None else arguments
+    with never_failing_output(), interruptible():
         try:
             with naming_memory():
-                _run(sys.argv[1:] if arguments is None else arguments)
+                _run(words)
         except ImplicitDiffusionError as error:
-            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"error: {_with_flags(_one_line(error), words)}", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"error: the system refuses: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"error: the operating system refuses: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
@@ -73,78 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def commands() -> dict[str, type]:
-    """The configuration of every command."""
-    from implicit_diffusion.commands.ebm import config as ebm_config
-    from implicit_diffusion.commands.finetune import config as finetune_config
-    from implicit_diffusion.commands.hexagon import arms as hexagon_config
-    from implicit_diffusion.commands.pretrain import config as pretrain_config
-    from implicit_diffusion.commands.recovery import command as recovery
-    from implicit_diffusion.commands.sample import command as sample
-    from implicit_diffusion.commands.score import command as score
-    from implicit_diffusion.commands.sweep import command as sweep
-    from implicit_diffusion.commands.tilt import command as tilt
-
-    return {
-        "finetune": finetune_config.Config,
-        "resume": Resume,
-        "report": Report,
-        "sweep": sweep.Config,
-        "sample": sample.Config,
-        "pretrain": pretrain_config.Config,
-        "ebm": ebm_config.Config,
-        "score": score.Config,
-        "tilt": tilt.Config,
-        "hexagon": hexagon_config.Config,
-        "recovery": recovery.Config,
-    }
-
-
-def _run(arguments: Sequence[str]) -> None:
-    from implicit_diffusion.commands import resuming
-    from implicit_diffusion.commands.ebm import command as ebm
-    from implicit_diffusion.commands.ebm import config as ebm_config
-    from implicit_diffusion.commands.finetune import command as finetune
-    from implicit_diffusion.commands.finetune import config as finetune_config
-    from implicit_diffusion.commands.hexagon import arms as hexagon_config
-    from implicit_diffusion.commands.hexagon import command as hexagon
-    from implicit_diffusion.commands.pretrain import command as pretrain
-    from implicit_diffusion.commands.pretrain import config as pretrain_config
-    from implicit_diffusion.commands.recovery import command as recovery
-    from implicit_diffusion.commands.sample import command as sample
-    from implicit_diffusion.commands.score import command as score
-    from implicit_diffusion.commands.sweep import command as sweep
-    from implicit_diffusion.commands.tilt import command as tilt
-
-    for argument in arguments:
+def _run(words: Sequence[str]) -> None:
+    for word in words:
         try:
-            argument.encode()
+            word.encode()
         except UnicodeEncodeError as error:  # neither JSON nor a report could hold it
-            raise InvalidInputError(f"{argument!a} is not UTF-8; give the file or folder another name") from error
-    if list(arguments[:1]) == ["--version"]:
+            raise InvalidInputError(f"{word!a} is not UTF-8; give the file or folder another name") from error
+    if list(words[:1]) == ["--version"]:
         print(f"implicit-diffusion {__version__}, torch {torch.__version__}")
         return
-    chosen: Any = read(arguments, commands(), prog="implicit-diffusion", description=DESCRIPTION)
-    match chosen:
-        case finetune_config.Config():
-            finetune.run(chosen)
-        case Resume():
-            resuming.resume(chosen.run, chosen.accept_changes, trust_reward=chosen.trust_reward)
-        case Report():
-            resuming.report(chosen.run)
-        case sweep.Config():
-            sweep.run(chosen)
-        case sample.Config():
-            sample.run(chosen)
-        case pretrain_config.Config():
-            pretrain.run(chosen)
-        case ebm_config.Config():
-            ebm.run(chosen)
-        case score.Config():
-            score.run(chosen)
-        case tilt.Config():
-            tilt.run(chosen)
-        case hexagon_config.Config():
-            hexagon.run(chosen)
-        case recovery.Config():
-            recovery.run(chosen)
+    config = read(words, CONFIGURATIONS, prog="implicit-diffusion", description=DESCRIPTION)
+    COMMANDS[words[0]].run(config)
+
+
+def _with_flags(message: str, words: Sequence[str]) -> str:
+    """A message in the words of the command, where one was given."""
+    return with_flags(message, COMMANDS[words[0]].config) if words and words[0] in COMMANDS else message
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).splitlines())

@@ -12,19 +12,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from implicit_diffusion import cli
+from implicit_diffusion import __version__, cli
 from implicit_diffusion.commands import resuming
-from implicit_diffusion.commands.ebm import config as ebm_config
 from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import setup, training
-from implicit_diffusion.commands.hexagon import command as hexagon
-from implicit_diffusion.commands.pretrain import config as pretrain_config
-from implicit_diffusion.commands.recovery import command as recovery
+from implicit_diffusion.commands.registry import COMMANDS
 from implicit_diffusion.commands.rewards import trust as reward_trust
-from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
-from implicit_diffusion.runs import provenance
+from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers import tiny
 
@@ -149,8 +145,8 @@ def test_the_model_of_an_adapter_counts_as_well(half, nothing_runs):
 
 
 def test_changes_are_accepted_by_name_and_noted(half, monkeypatch, capsys):
-    now = provenance._versions()
-    monkeypatch.setattr(provenance, "_versions", lambda: now | {"torch": "99.1"})
+    now = surroundings.versions()
+    monkeypatch.setattr(surroundings, "versions", lambda: now | {"torch": "99.1"})
     model(half.parent / "model", shift=0.1)
     assert cli.main(["resume", str(half), "--accept-changes", "model"]) == 2
     assert "torch was" in capsys.readouterr().err
@@ -168,6 +164,75 @@ def test_a_hand_that_writes_nonsense_into_the_config(half, nothing_runs, as_user
         resuming.resume(half, ["config"])
 
 
+def of_version(run, version):
+    """As if another version of this library had begun the run, and recorded that."""
+    for file in ("config.json", "provenance.json"):
+        edit(run / file, f'"{__version__}"', f'"{version}"')
+
+
+def test_a_run_of_another_version_is_refused_by_name_or_resumed_where_that_is_asked_for(home, half, capsys):
+    """Then it goes on, bit for bit where the versions agree in what they compute, and is a run of this version."""
+    of_version(half, "0.0.9")
+    refusal = f"half was begun by implicit-diffusion 0.0.9; this is {__version__}"
+    with pytest.raises(InvalidInputError, match=f"{refusal}: .*`accept_changes=..versions"):
+        resuming.resume(half)
+    assert cli.main(["resume", str(half)]) == 2
+    said = capsys.readouterr().err
+    assert refusal in said and "add --accept-changes versions" in said
+    assert not (half.parent / "executed").exists()
+    with pytest.MonkeyPatch.context() as patched:  # interrupted at once
+        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt, *CALLBACKS(*arguments)])
+        assert cli.main(["resume", str(half), "--accept-changes", "versions"]) == 130
+    assert "accepted  implicit-diffusion was 0.0.9 and is " in capsys.readouterr().out
+    assert RunDirectory(half).read_origin() == ("finetune", __version__)
+    assert cli.main(["resume", str(half)]) == 0
+    assert (half / "model" / WEIGHTS).read_bytes() == (home / "whole" / "model" / WEIGHTS).read_bytes()
+
+
+def interrupt(fit):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_report_of_another_version_is_drawn_by_that_version(home, tmp_path):
+    run = shutil.copytree(home / "whole", tmp_path / "whole")
+    of_version(run, "0.0.9")
+    with pytest.raises(InvalidInputError, match=r"whole was begun by implicit-diffusion 0.0.9; .*with that version"):
+        resuming.report(run)
+
+
+def test_options_of_another_version_are_named(half, nothing_runs):
+    """Though the version is accepted: what they would mean here is not known."""
+    of_version(half, "0.0.9")
+    edit(half / "config.json", '"ema": null', '"momentum": 0.9')
+    with pytest.raises(InvalidInputError, match=f"config.json has momentum and lacks ema: .*version {__version__}"):
+        resuming.resume(half, ["versions", "config"])
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [
+        ({}, "does not say which command and which version began this run"),
+        ({"command": "finetune", "version": 3}, "does not say which command"),
+        ({"command": "nothing", "version": __version__}, "names the command 'nothing', whose runs .* finetune, "),
+        ({"command": "sample", "version": __version__}, "names the command 'sample', whose runs"),
+        ({"command": "sweep", "version": __version__}, "is a sweep: the `sweep` command that began it goes on"),
+    ],
+)
+def test_what_no_command_can_go_on_with_is_refused(origin, message, tmp_path):
+    run = RunDirectory.create(tmp_path / "run")
+    run.write_config(origin | {"lr": 0.1})
+    run.write_summary({})
+    for call in (resuming.resume, resuming.report):
+        with pytest.raises(InvalidInputError, match=message):
+            call(run.path)
+
+
+def test_config_json_says_command_and_version_before_the_options(half):
+    config = json.loads((half / "config.json").read_text())
+    assert list(config.items())[:2] == [("command", "finetune"), ("version", __version__)]
+    assert RunDirectory(half).read_config() == {name: config[name] for name in list(config)[2:]}
+
+
 @pytest.fixture
 def stranger(half, monkeypatch, tmp_path):
     """The same run before another user, with a home of their own where something can be noted."""
@@ -180,7 +245,7 @@ def stranger(half, monkeypatch, tmp_path):
 def test_a_reward_that_was_never_named_is_not_run(stranger, nothing_runs, capsys):
     assert cli.main(["resume", str(stranger)]) == 2
     error = capsys.readouterr().err
-    assert "my.py:f, which is code, and you have not named it on this machine before. Look at it" in error
+    assert "my.py:f, which is code, and you have not named it on this machine before. Read it" in error
     assert "--trust-reward" in error and not (stranger.parent / "executed").exists()
 
 
@@ -220,7 +285,7 @@ def test_where_nothing_can_be_noted_the_user_is_asked(off, stranger, monkeypatch
     reward_trust.remember(reward_trust.code_of(name))
     reward_trust.check_trust(name, stranger)
     monkeypatch.setattr(reward_trust, "_named", set())
-    with pytest.raises(InvalidInputError, match="IMPLICIT_DIFFUSION_CACHE=off" if off else "before. Look at it"):
+    with pytest.raises(InvalidInputError, match="IMPLICIT_DIFFUSION_CACHE=off" if off else "before. Read it"):
         reward_trust.check_trust(name, stranger)
     assert not (stranger.parent / "state" / "implicit-diffusion").exists()
 
@@ -372,41 +437,46 @@ def test_an_energy_based_run_rests_on_its_data(tmp_path, monkeypatch):
     (run,) = tmp_path.glob("runs/ebm-data-*")
     assert json.loads((run / "config.json").read_text())["data"] == str(tmp_path / "data.npy")
     np.save("data.npy", rng.normal(size=(60, 2)))
-    with pytest.raises(InvalidInputError, match=r"data: .*data.npy was sha256 .*--accept-changes data"):
+    with pytest.raises(InvalidInputError, match=r"data: .*data.npy was sha256 .*accept_changes=..data"):
         resuming.resume(run)
     assert RunDirectory(run).read_config() is not None
 
 
 CONFIGS = {
-    "finetune": finetune.Config(),
-    "ebm": ebm_config.Config(),
-    "compare": ebm_config.Config(compare=True),
-    "pretrain": pretrain_config.Config(),
-    "tilt": tilt.Config(model=Path("energy")),
-    "own": tilt.Config(model=Path("energy"), reward="mine.py:f"),
-    "recovery": recovery.Config(),
-    "hexagon": hexagon.Config(),
+    "finetune": ("finetune", {}),
+    "ebm": ("ebm", {}),
+    "compare": ("ebm", {"compare": True}),
+    "pretrain": ("pretrain", {}),
+    "tilt": ("tilt", {"model": Path("energy")}),
+    "own": ("tilt", {"model": Path("energy"), "reward": "mine.py:f"}),
+    "recovery": ("recovery", {}),
+    "hexagon": ("hexagon", {}),
 }
+
+
+def begun(path, name="finetune"):
+    """A folder with the config.json of a run."""
+    run, (command, options) = RunDirectory.create(path), CONFIGS[name]
+    run.write_config(COMMANDS[command].config(**options), command)
+    return run
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("has", [("figures",), ("model", "figures", "report.html"), ()], ids=len)
 def test_a_finished_run_names_only_results_that_are_there(name, has, tmp_path, capsys):
-    run = RunDirectory.create(tmp_path / "a run")
-    run.write_config(CONFIGS[name])
+    run = begun(tmp_path / "a run", name)
     run.write_summary({})
     for part in (*has, "report.html") if name == "finetune" or "report.html" in has else has:
         (run.path / part).touch()
-    if not (run.path / resuming._experiment(run)[0].last).exists():
+    if not (run.path / COMMANDS[CONFIGS[name][0]].last_file).exists():
         pytest.skip("the report is still to be written")
     assert cli.main(["resume", str(run.path)]) == 2
     said = capsys.readouterr().err
     results = re.findall(rf"{re.escape(str(run.path))}/([\w.]+)", said)
     there = [part for part in ("model", "report.html", "figures", "summary.json") if (run.path / part).exists()]
     assert results == there
-    assert (f"`implicit-diffusion report '{run.path}'` draws it again" in said) is (
-        name != "compare" and (name != "own" or "report.html" in has)
-    )
+    again = f"`implicit-diffusion report '{run.path}'` draws it again" in said
+    assert again is (name not in ("compare", "own"))
 
 
 def test_a_part_of_a_run_and_one_that_never_began_are_not_gone_on_with(tmp_path, capsys):
@@ -414,7 +484,7 @@ def test_a_part_of_a_run_and_one_that_never_began_are_not_gone_on_with(tmp_path,
     for command in ("resume", "report"):
         assert cli.main([command, str(run.path)]) == 2
         assert "nothing had begun" in capsys.readouterr().err
-    run.write_config(finetune.Config())
+    begun(tmp_path / "again").path.joinpath("config.json").rename(run.path / "config.json")
     run.model.mkdir()
     for command in ("resume", "report"):
         assert cli.main([command, str(run.model)]) == 2

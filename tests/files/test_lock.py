@@ -58,7 +58,8 @@ def test_every_command_that_writes_is_refused_before_it_does(command, holder, tm
     run, options = tmp_path / "run", COMMANDS[command]
     words = [str(run)] if options is None else [*options, "--out", str(run)]
     assert main([*command.split(), *words]) == 2
-    assert f"--out {run} is in use by another run" in capsys.readouterr().err
+    name = "PATH" if options is None else "--out"
+    assert f"{name} {run} is in use by another run" in capsys.readouterr().err
     assert (run / "config.json").read_text() == "theirs"
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
 

@@ -101,9 +101,9 @@ def values(kind: object, name: str, draws: random.Random, files: list[str]) -> l
 
 def configurations() -> dict[str, type]:
     """The configuration of every command."""
-    from implicit_diffusion import cli
+    from implicit_diffusion.commands.registry import CONFIGURATIONS
 
-    return cli.commands()
+    return dict(CONFIGURATIONS)
 
 
 def bases() -> dict[str, list[str]]:

@@ -108,7 +108,7 @@ def test_contrastive_divergence_at_too_large_a_rate_is_said_while_training_and_b
     loop, said, last = contrastive(lr, steps), [], {}
     with pytest.raises(DivergenceError, match=rf"update \d+: .*{what}.* smaller learning rate"):
         fit(loop, 200, callbacks=[lambda f: last.update(f.metrics), Watch(say=said.append)])
-    assert loop.update.updates < 100 and "The run stops if the next look says so too" in said[0]
+    assert loop.update.updates < 100 and "The run stops if this is still so at the next check" in said[0]
     (line,) = advice(loop, last)
     assert what in line and "smaller learning rate" in line
 
@@ -174,5 +174,5 @@ def test_looking_changes_nothing_and_says_nothing_where_it_knows_nothing():
 def test_watch_needs_particles():
     from tests.runs.test_fit import build as over_a_chain
 
-    with pytest.raises(InvalidInputError, match="over chains take Runaway"):
+    with pytest.raises(InvalidInputError, match="over chains use Runaway"):
         fit(over_a_chain()[0], 2, callbacks=[Watch(every=1)])

@@ -41,7 +41,7 @@ def test_create_makes_the_folder_and_accepts_an_empty_one(tmp_path):
 
 def test_create_refuses_a_folder_with_contents_and_leaves_it_alone(tmp_path):
     (tmp_path / "old.txt").write_text("mine")
-    with pytest.raises(InvalidInputError, match=r"not empty; choose another --out") as error:
+    with pytest.raises(InvalidInputError, match=r"not empty; choose another `path`") as error:
         RunDirectory.create(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
@@ -57,7 +57,7 @@ def test_create_refuses_a_file(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused(out, tmp_path):
     (tmp_path / "file").touch()
     path = out.format(file=tmp_path / "file", folder=tmp_path)
-    with pytest.raises(InvalidInputError, match=r"--out: .* cannot be made"):
+    with pytest.raises(InvalidInputError, match=r"`(path|folder)` .* cannot be made"):
         RunDirectory.create(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -60,7 +60,7 @@ def test_early_stopping():
 
 def test_stop_at_kl():
     loop, _ = build()
-    target = StopAtKL(0.05, memory=0.5)
+    target = StopAtKL(0.05, decay=0.5)
     result = fit(loop, 500, callbacks=[target])
     assert "reached the target" in result.stopped
     assert result.updates < 500

@@ -8,7 +8,7 @@ import torch
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.files.states import save_state
-from implicit_diffusion.runs import RunDirectory, provenance
+from implicit_diffusion.runs import RunDirectory, provenance, surroundings
 from implicit_diffusion.runs.provenance import record, verified, verify
 
 CONFIG = {"lr": 1e-3, "model": "model", "chains": (1, 2)}
@@ -58,7 +58,7 @@ def test_a_difference_is_named_and_refused_and_may_be_accepted_once(kind, run, c
     change(run)
     with pytest.raises(InvalidInputError, match=message) as refused:
         verify(run)
-    assert f"`--accept-changes {kind}`" in str(refused.value)
+    assert f"`accept_changes=[{kind!r}]`" in str(refused.value)
     with pytest.raises(InvalidInputError, match=message):
         verify(run, ["versions"])
     verify(run, [kind])
@@ -86,9 +86,9 @@ def test_many_files_are_counted(run):
 
 
 def test_versions_are_named(run, monkeypatch):
-    now = provenance._versions()
+    now = surroundings.versions()
     assert {"torch", "diffusers", "numpy", "safetensors", "python", "implicit-diffusion"} == now.keys()
-    monkeypatch.setattr(provenance, "_versions", lambda: now | {"torch": "99.1"})
+    monkeypatch.setattr(surroundings, "versions", lambda: now | {"torch": "99.1"})
     with pytest.raises(InvalidInputError, match=f"torch was {now['torch']} and is 99.1".replace("+", r"\+")):
         verify(run)
     verify(run, ["versions"])
@@ -130,7 +130,7 @@ def test_a_run_of_an_earlier_release_has_no_record(run):
     (run.path / "provenance.json").unlink()
     verify(run)  # nothing has been trained yet: it begins anew
     save_state(run.checkpoint, {})
-    with pytest.raises(InvalidInputError, match=r"an earlier release began it.*--accept-changes provenance"):
+    with pytest.raises(InvalidInputError, match=r"an earlier release began it.*accept_changes=\[.provenance"):
         verify(run)
     verify(run, ["provenance"])
 

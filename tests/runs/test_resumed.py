@@ -41,14 +41,14 @@ def test_a_run_that_has_stopped_does_not_train_on(tmp_path):
     for name, others in {"stopped": [], "both": [interrupt_at(7)]}.items():
         directory = RunDirectory.create(tmp_path / name)
         first = build()
-        whole = fit(build(), 60, callbacks=[StopAtKL(0.02, memory=0.5)])
+        whole = fit(build(), 60, callbacks=[StopAtKL(0.02, decay=0.5)])
         assert "reached the target" in whole.stopped and whole.updates < 60
         others = [interrupt_at(whole.updates)] * len(others)
-        began = fit(first, 60, callbacks=[*others, StopAtKL(0.02, memory=0.5)], directory=directory)
+        began = fit(first, 60, callbacks=[*others, StopAtKL(0.02, decay=0.5)], directory=directory)
         assert began.stopped == ("interrupted" if others else whole.stopped)
         for _ in range(2):
             resumed = build()
-            found = fit(resumed, 60, callbacks=[StopAtKL(0.02, memory=0.5)], directory=directory)
+            found = fit(resumed, 60, callbacks=[StopAtKL(0.02, decay=0.5)], directory=directory)
             assert (found.updates, found.stopped) == (whole.updates, whole.stopped)
             assert torch.equal(weights(resumed), weights(whole.loop))
             assert found.metrics["updates"] == whole.updates and "path_kl" in found.metrics

@@ -162,7 +162,7 @@ def test_diffusion_kinds_refuse_flow_models(kind):
 
 @pytest.mark.parametrize("kind", ["euler", "euler-ancestral", "dpm-solver"])
 def test_clipping_does_not_disappear_unasked(kind):
-    with pytest.raises(InvalidInputError, match=r"sampled with clip_sample=True, which .* does not have.*--no-clip"):
+    with pytest.raises(InvalidInputError, match=r"sampled with clip_sample=True, which .* does not have.*`clip=False`"):
         scheduler_for(DDPMScheduler(clip_sample=True), kind)
     table_for(scheduler_for(DDPMScheduler(clip_sample=True), kind, clip=False), kind, 3)
     if kind != "dpm-solver":

@@ -1,31 +1,55 @@
-"""Go on with an interrupted run, or write its report again, whichever experiment it belongs to."""
+"""Go on with an interrupted run, or write its report again, whichever command it belongs to."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from implicit_diffusion import __version__
+from implicit_diffusion.commands.registry import COMMANDS, Command
 from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.provenance import device_of, verified
+from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
 
 RESULTS = ("model", "report.html", "figures", "summary.json")  # of a run, as far as it has them
 PARTS = ("model", "figures", "checkpoint", "judged", "plan")  # folders in that of a run
 
 
-class Experiment(NamedTuple):
-    """What can be done with a run directory: go on with it, and make again what is derived."""
+@dataclass(frozen=True)
+class Resume:
+    """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
 
-    config: Any
-    run: Callable[..., dict[str, Any]]
-    report: Callable[[RunDirectory], dict[str, Any]]
-    last: str  # of the files that a run writes
+    run: Path = field(metadata={"positional": True})
+    """The folder of the run."""
+    accept_changes: tuple[Change, ...] = ()
+    """Changes to accept since the run began; any other change is refused by name."""
+    trust_reward: bool = False
+    """Run the code of the reward that the folder names, even if it lies there, has changed, or is not known here."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the figures of a finished run again, and write its report, from what is in its folder."""
+
+    run: Path = field(metadata={"positional": True})
+    """The folder of the run."""
+
+
+def run_resume(config: Resume) -> dict[str, Any]:
+    """The command `resume`."""
+    return resume(config.run, config.accept_changes, trust_reward=config.trust_reward)
+
+
+def run_report(config: Report) -> dict[str, Any]:
+    """The command `report`."""
+    return report(config.run)
 
 
 def resume(
@@ -35,12 +59,13 @@ def resume(
 
     Args:
         path: the run directory.
-        accept_changes: of what the run rests on, by names of `runs.provenance.Change`; others are refused.
+        accept_changes: changes of what the run rests on, by names of `runs.provenance.Change`; others are refused.
         trust_reward: run the code of the reward that the directory names, though this user has not named it, and
             whether or not it has changed.
 
     Raises:
-        InvalidInputError: no interrupted run there; what it rests on has changed; a reward that is not to be trusted.
+        InvalidInputError: there is no interrupted run; another version began it; what it rests on has changed; its
+            reward is not to be trusted.
     """
     path = check_path("the folder of a run", path).absolute()
     directory = _open(path)
@@ -49,27 +74,32 @@ def resume(
         if not finished and not (path / "config.json").exists():
             if (path / "plan.json").exists():
                 raise InvalidInputError(
-                    f"{path} is no interrupted run: it holds a plan; `finetune --out {shlex.quote(str(path))}` trains"
+                    f"{path} is not an interrupted run: it holds a plan; "
+                    f"`finetune --out {shlex.quote(str(path))}` trains"
                 )
-            raise InvalidInputError(f"{path} is no interrupted run: nothing had begun; give the first command again")
-        experiment, values = _experiment(directory)
+            raise InvalidInputError(
+                f"{path} is not an interrupted run: nothing had begun; give the first command again"
+            )
+        command, values = _command(directory)
         if values.get("plan") and (path / "plan.json").exists():
             raise InvalidInputError(
-                f"{path} is no interrupted run: it holds a whole plan; `finetune --out {path}`, with the other "
+                f"{path} is not an interrupted run: it holds a whole plan; `finetune --out {path}`, with the other "
                 "options of the plan, trains"
             )
-        if finished and (path / experiment.last).exists():
-            raise InvalidInputError(f"{path} is no interrupted run: it is finished; {_results(path, values)}")
+        assert command.last_file is not None
+        if finished and (path / command.last_file).exists():
+            raise InvalidInputError(
+                f"{path} is not an interrupted run: it is finished; {_results(path, command, values)}"
+            )
+        check_version(directory, accept_changes)
         if finished:
-            return experiment.report(directory)
-        fields = {field.name: str(field.type) for field in dataclasses.fields(experiment.config)}
-        paths = {name: Path(values[name]) for name in fields if "Path" in fields[name] and values[name] is not None}
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        config = experiment.config(**values | paths | {"out": path})
-        reward = str(values.get("reward", ""))
+            return command.report(directory)
+        config = _config(command, values, path)
         if not trust_reward:
-            check_trust(reward, path)
+            check_trust(str(values.get("reward", "")), path)
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
+            if directory.read_origin() != (command.name, __version__):
+                directory.write_config(values, command.name)  # a run of this version from now on
             device = device_of(directory)
             if device is not None and "device" in values:
                 config = dataclasses.replace(config, device=device)
@@ -79,31 +109,36 @@ def resume(
                 if isinstance(error, ImplicitDiffusionError):
                     raise
                 raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
-            return experiment.run(config, directory)
+            return command.run(config, directory)
 
 
 def report(path: str | PathLike[str]) -> dict[str, Any]:
     """Draw the figures of a finished run, and write its report, from what is on disk; returns the summary.
 
     Raises:
-        InvalidInputError: no finished run there, or one whose figures are not made from what is on disk.
+        InvalidInputError: there is no finished run; another version made it; its figures are not made from what is on
+            disk.
     """
     path = check_path("the folder of a run", path)
     directory = _open(path)
     with directory.held():
         if not (path / "summary.json").exists():
             if not (path / "config.json").exists():
-                raise InvalidInputError(f"{path} is no finished run: nothing had begun; give the first command again")
+                raise InvalidInputError(
+                    f"{path} is not a finished run: nothing had begun; give the first command again"
+                )
             raise InvalidInputError(
                 f"{path} is not finished: it has no summary.json; {directory.resume_command} goes on with it"
             )
-        return _experiment(directory)[0].report(directory)
+        command, _ = _command(directory)
+        check_version(directory, advice="draw its report with that version")
+        return command.report(directory)
 
 
-def _results(path: Path, values: Mapping[str, Any]) -> str:
+def _results(path: Path, command: Command, values: Mapping[str, Any]) -> str:
     """Where the results of a finished run are, by what is there, and whether `report` would draw them again."""
     there = " and ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
-    own = values.get("reward", "half-plane") != "half-plane" and not (path / "report.html").exists()
+    own = command.name == "tilt" and values.get("reward") != "half-plane"
     compared = values.get("compare")  # neither a tilt for a reward of the user's own nor a comparison is drawn again
     again = "" if own or compared else f"; `implicit-diffusion report {shlex.quote(str(path))}` draws it again"
     return f"its results are in {there}{again}"
@@ -112,37 +147,51 @@ def _results(path: Path, values: Mapping[str, Any]) -> str:
 def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
-    if any(path.glob("beta-*")):
+    directory = RunDirectory(path)
+    origin = directory.read_origin()
+    if any(path.glob("beta-*")) or (origin is not None and origin.command == "sweep"):
         raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it goes on with it")
     if not (path / "config.json").exists() and path.name in PARTS and (path.parent / "config.json").exists():
         raise InvalidInputError(f"{path} is a part of a run; name the run itself, {path.parent}")
-    return RunDirectory(path)
+    return directory
 
 
-def _experiment(directory: RunDirectory) -> tuple[Experiment, dict[str, Any]]:
-    """The experiment that a run belongs to, by the options in its config.json, and these."""
-    from implicit_diffusion.commands.ebm import command as ebm
-    from implicit_diffusion.commands.ebm import config as ebm_config
-    from implicit_diffusion.commands.finetune import command as finetune
-    from implicit_diffusion.commands.finetune import config as finetune_config
-    from implicit_diffusion.commands.hexagon import arms as hexagon_config
-    from implicit_diffusion.commands.hexagon import command as hexagon
-    from implicit_diffusion.commands.pretrain import command as pretrain
-    from implicit_diffusion.commands.pretrain import config as pretrain_config
-    from implicit_diffusion.commands.recovery import command as recovery
-    from implicit_diffusion.commands.tilt import command as tilt
+def _command(directory: RunDirectory) -> tuple[Command, dict[str, Any]]:
+    """The command that began a run, and its options, by config.json."""
+    values, origin = directory.read_config(), directory.read_origin()
+    if values is None or origin is None:
+        raise InvalidInputError(
+            f"{directory.path}/config.json does not say which command and which version began this run, so that it "
+            "can be neither resumed nor drawn again; give its command again, with another --out"
+        )
+    command = COMMANDS.get(origin.command)
+    if command is None or not command.resumable:
+        known = ", ".join(name for name, entry in COMMANDS.items() if entry.resumable)
+        raise InvalidInputError(
+            f"{directory.path}/config.json names the command {origin.command!r}, whose runs can be neither resumed nor "
+            f"drawn again; those of {known} can"
+        )
+    return command, values
 
-    values = directory.read_config()
-    for experiment in (
-        Experiment(finetune_config.Config, finetune.run, finetune.report, "report.html"),
-        Experiment(ebm_config.Config, ebm.run, ebm.report, "report.html"),
-        Experiment(pretrain_config.Config, pretrain.run, pretrain.report, "summary.json"),
-        Experiment(tilt.Config, tilt.run, tilt.report, "summary.json"),
-        Experiment(recovery.Config, recovery.run, recovery.report, "summary.json"),
-        Experiment(hexagon_config.Config, hexagon.run, hexagon.report, "summary.json"),
-    ):
-        if values is not None and values.keys() == {field.name for field in dataclasses.fields(experiment.config)}:
-            return experiment, values
-    raise InvalidInputError(
-        f"{directory.path}/config.json belongs to no experiment of this release that can be resumed or drawn again"
-    )
+
+def _config(command: Command, values: Mapping[str, Any], path: Path) -> Any:
+    """The options as the command takes them, with the folder of the run wherever that lies now.
+
+    Raises:
+        InvalidInputError: options that the command does not have, or lacks.
+    """
+    types = {field.name: str(field.type) for field in dataclasses.fields(command.config)}
+    if values.keys() != types.keys():
+        unknown, missing = sorted(values.keys() - types.keys()), sorted(types.keys() - values.keys())
+        wrong = [f"{word} {', '.join(names)}" for word, names in (("has", unknown), ("lacks", missing)) if names]
+        raise InvalidInputError(
+            f"{path}/config.json {' and '.join(wrong)}: these are not the options of `{command.name}` in version "
+            f"{__version__}, which cannot go on with this run"
+        )
+    changed: dict[str, Any] = {"out": path}
+    for name, value in values.items():
+        if "Path" in types[name] and value is not None and name != "out":
+            changed[name] = Path(value)
+        elif isinstance(value, list):
+            changed[name] = tuple(value)
+    return command.config(**dict(values) | changed)

@@ -46,13 +46,13 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
 
     check_type("network", network, nn.Module, "take the model of a denoiser")
     check_type("noise", noise, Noise, "take Noise(0), say")
-    rank = check_integer("--lora-rank", rank)
+    rank = check_integer("rank", rank)
     if targets is not None and (
         not isinstance(targets, Sequence)
         or isinstance(targets, str)
         or not all(isinstance(end, str) for end in targets)
     ):
-        raise InvalidInputError(f"--lora-targets must be a list of ends of layers' names, got {shown(targets)}")
+        raise InvalidInputError(f"targets must be a list of ends of layers' names, got {shown(targets)}")
     layers = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
     if targets is None:
         attends = any(name.endswith(ATTENTION[0]) for name in layers)
@@ -61,7 +61,7 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
     if missing or not targets:
         ends = sorted({_end(name) for name in layers})
         raise InvalidInputError(
-            f"--lora-targets: no layer of the network is called {', '.join(missing) or 'nothing'}; among those that "
+            f"targets: no layer of the network is called {', '.join(missing) or 'nothing'}; among those that "
             f"can be adapted are {', '.join(ends[:12])}"
         )
     network.requires_grad_(False)
@@ -134,7 +134,7 @@ def checkpoint_activations(network: Any) -> None:
     check_type("network", network, nn.Module, "take the model of a denoiser")
     if not hasattr(network, "enable_gradient_checkpointing"):
         raise InvalidInputError(
-            f"--gradient-checkpointing: {type(network).__name__} is no model of diffusers, and cannot"
+            f"network: {type(network).__name__} is not a model of diffusers, and has no gradient checkpointing"
         )
 
     def recomputed(block: nn.Module, *arguments: Any) -> Any:
@@ -153,7 +153,7 @@ def checkpoint_activations(network: Any) -> None:
     try:
         network.enable_gradient_checkpointing(recomputed)
     except ValueError as error:
-        raise InvalidInputError(f"--gradient-checkpointing: {error}") from error
+        raise InvalidInputError(f"network: it has no gradient checkpointing: {error}") from error
 
 
 def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:

@@ -1,8 +1,8 @@
 """The handwritten digits of scikit-learn, as images in [-1, 1] with a fixed split.
 
 The data are the 1797 images (8 by 8, grey values 0 to 16) of the test part of E. Alpaydin and C. Kaynak, *Optical
-Recognition of Handwritten Digits*, UCI Machine Learning Repository (1998), as shipped with scikit-learn. They are scaled
-to [-1, 1]. A fixed stratified split keeps 360 of them away from everything that is trained in this package.
+Recognition of Handwritten Digits*, UCI Machine Learning Repository (1998), as shipped with scikit-learn. They are
+scaled to [-1, 1]. A fixed stratified split keeps 360 of them away from everything that is trained in this package.
 """
 
 from __future__ import annotations

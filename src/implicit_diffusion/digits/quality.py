@@ -1,8 +1,8 @@
 r"""How much a set of samples looks like the real digits.
 
 The distance between samples and digits is the squared maximum mean discrepancy with the kernel
-k(x, y) = exp(-|x - y|^2 / 2 l^2), l the median distance between real digits (Gretton et al., *A Kernel Two-Sample Test*,
-JMLR 2012, eq. 3, the U-statistic):
+k(x, y) = exp(-|x - y|^2 / 2 l^2), l the median distance between real digits (Gretton et al., *A Kernel Two-Sample
+Test*, JMLR 2012, eq. 3, the U-statistic):
 
     MMD^2(X, Y) = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 

@@ -22,7 +22,7 @@ def check_place(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=there):  # permissions alone do not tell
             pass
     except OSError as error:
-        raise InvalidInputError(f"--out: {folder} cannot be made ({error}); name a folder elsewhere") from error
+        raise InvalidInputError(f"`folder` {folder} cannot be made ({error}); name a folder elsewhere") from error
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise InvalidInputError(f"--out {str(path)!a} is not UTF-8; name another folder") from error
+        raise InvalidInputError(f"`folder` {str(path)!a} is not UTF-8; name another folder") from error
     made = make(path)
     lock = FileLock(path / LOCK, blocking=False, is_singleton=True)
     with writing(path / LOCK):
@@ -39,7 +39,7 @@ def hold(folder: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout as error:
             raise InvalidInputError(
-                f"--out {folder} is in use by another run; wait until that has ended, or choose another --out"
+                f"`folder` {folder} is in use by another run; wait until that has ended, or choose another folder"
             ) from error
     try:
         yield
@@ -62,9 +62,9 @@ def make(folder: Path) -> list[Path]:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise InvalidInputError(f"--out {folder} is a file; name a new folder") from error
+        raise InvalidInputError(f"`folder` {folder} is a file; name a new folder") from error
     except OSError as error:  # a name that the file system does not take
-        raise InvalidInputError(f"--out: {folder} cannot be made ({error}); name a folder elsewhere") from error
+        raise InvalidInputError(f"`folder` {folder} cannot be made ({error}); name a folder elsewhere") from error
     return missing
 
 

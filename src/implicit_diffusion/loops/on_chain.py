@@ -16,7 +16,7 @@ from implicit_diffusion.objectives import GibbsObjective, Objective, TerminalObj
 from implicit_diffusion.samplers.chain import Chain
 
 TRIAL = 2**31  # trajectory on which a loop tries chain and objective; no run injects so many
-HALF = "; the network computes in float16, which ends at 65504: take bfloat16 (--precision bf16) or float32"
+HALF = "; the network computes in float16, which ends at 65504: use `precision=torch.bfloat16`, or float32"
 
 
 class ChainLoop(Loop):

@@ -53,9 +53,9 @@ class Architecture:
         if self.kind == "conv":
             return Tilted(conv(self.event_shape, noise, width=self.width), self.event_shape)
         if self.kind != "mlp":
-            raise InvalidInputError(f"--potential must be mlp or conv, got {self.kind!r}")
+            raise InvalidInputError(f"potential must be mlp or conv, got {self.kind!r}")
         if len(self.event_shape) != 1:
-            raise InvalidInputError(f"--potential mlp needs vectors, got events {self.event_shape}; take conv")
+            raise InvalidInputError(f"potential: mlp needs vectors, got events {self.event_shape}; use conv")
         return Tilted(mlp(self.event_shape[0], noise, width=self.width, depth=self.depth), self.event_shape)
 
 
@@ -205,10 +205,10 @@ def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
         InvalidInputError: no such folder, or files that are damaged or no energy-based model. Weights that an earlier
             release wrote have no checksums, and are taken as they are.
     """
-    folder = check_path("--model", folder)
+    folder = check_path("folder", folder)
     if not is_energy_model(folder):
         raise InvalidInputError(
-            f"--model {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
+            f"{folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
         said = read_json(folder / DESCRIPTION)
@@ -241,6 +241,6 @@ def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
         if wrong or not (scale > 0).all():
             raise ValueError(f"{', '.join(wrong) or 'scale'} must be finite{'' if wrong else ' and positive'}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
-        raise InvalidInputError(f"--model {folder} is damaged, or no energy-based model: {one_line(cause)}") from cause
+        raise InvalidInputError(f"{folder} is damaged, or not an energy-based model: {one_line(cause)}") from cause
     potential.eval().requires_grad_(False)
     return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error, lattice)

@@ -1,8 +1,9 @@
-"""Where the time of a run goes: seconds by named parts, which add up to all of it.
+"""Where the time of a run goes: seconds by named parts, which add up to the whole.
 
-One part runs at any moment: a part that begins within another takes over until it ends, and what belongs to none is the
-rest. The seconds are kept in the run's folder, so that those of an interrupted run and of its resumption add up. Runs
-may stand within a run, as in a sweep: what is spent in the inner ones counts, part by part, in the outer one too.
+At any moment one part is running: a part that begins within another takes over until it ends, and time outside of all
+parts is the rest. The seconds are kept in the folder of the run, so that those of an interrupted run and of its
+resumption add up. A run may contain others, as in a sweep: time spent in the inner ones counts, part by part, in the
+outer one too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from implicit_diffusion.files.lock import LOCK
 
 FILE = "seconds.json"
 REST = "the rest"
-SAVE_EVERY = 5.0  # seconds: a run that is killed loses at most as much of what its parts took, and its last part
+SAVE_EVERY = 5.0  # seconds: a run that is killed loses at most that, and its last part
 
 
 class Clock:
@@ -30,13 +31,13 @@ class Clock:
         self._saved = time.monotonic()
 
     def keep(self, path: Path) -> None:
-        """Keep the seconds in this folder from now on, and add to those that it holds."""
+        """Keep the seconds in this folder from now on, and add them to those that it holds."""
         self.path = path
         for name, spent in read(path).items():
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def save(self) -> None:
-        """Write them, unless the folder holds nothing yet: a run that is refused leaves nothing."""
+        """Write the seconds, unless the folder holds nothing yet: a run that is refused leaves nothing."""
         self._saved = time.monotonic()
         if self.path is not None and any(file.name not in (LOCK, FILE) for file in self.path.glob("*")):
             with replacing(self.path / FILE) as file:
@@ -47,21 +48,21 @@ class Clock:
         return time.monotonic() - self._saved > SAVE_EVERY
 
 
-_clocks: list[Clock] = []  # of the runs that are going on, the outermost first
-_parts: list[str] = []  # that have begun, the one that runs last
-_last = 0.0  # when its seconds were counted last
+_clocks: list[Clock] = []  # of the runs in progress, the outermost first
+_parts: list[str] = []  # that have begun; the last one is running
+_last = 0.0  # when the seconds of the running part were counted last
 _begun: float | None = None  # when a command began that has not reached its run yet
 
 
 def begin() -> None:
-    """Say that a command begins, whose run will count the time from here on, its imports, say, as loading."""
+    """Say that a command begins: its run will count the time from here on, such as that of imports, as loading."""
     global _begun
     _begun = time.monotonic()
 
 
 @contextmanager
 def run() -> Iterator[Clock]:
-    """A clock for the block; `Clock.keep` says where its seconds go when it ends, however it ends."""
+    """A clock for the block. When that ends, in whatever way, the seconds are written where `Clock.keep` said."""
     global _begun
     clock = Clock()
     _count()
@@ -79,7 +80,7 @@ def run() -> Iterator[Clock]:
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Count the seconds of the block as those of a part, but for the parts within it; also a decorator."""
+    """Count the seconds of the block as those of a part, except the parts within it; also a decorator."""
     _count()
     _parts.append(name)
     try:
@@ -93,19 +94,19 @@ def part(name: str) -> Iterator[None]:
 
 
 def keep(path: Path) -> None:
-    """`Clock.keep` of the run that is going on, if any; called once the folder is known to be the run's own."""
+    """`Clock.keep` of the run in progress, if any; called once the folder is known to be the run's own."""
     if _clocks:
         _clocks[-1].keep(path)
 
 
 def seconds(path: Path) -> dict[str, float]:
-    """Seconds by parts of the run in a folder, up to now where it is going on; {} where they were not counted."""
+    """Seconds by parts of the run in a folder, up to now if it is in progress; {} where they were not counted."""
     _count()
     return next((dict(clock.seconds) for clock in _clocks if clock.path == path), None) or read(path)
 
 
 def shares(path: Path) -> list[tuple[str, float, float]]:
-    """Parts with their seconds and shares, the longest first, and their sum; nothing where they were not counted."""
+    """Parts with their seconds and shares, the longest first, then their sum; empty where they were not counted."""
     spent = seconds(path)
     whole = sum(spent.values())
     rows = [(name, s, s / whole) for name, s in sorted(spent.items(), key=lambda item: -item[1])] if whole else []
@@ -115,15 +116,15 @@ def shares(path: Path) -> list[tuple[str, float, float]]:
 def read(path: Path) -> dict[str, float]:
     """What a clock has kept in a folder."""
     with suppress(OSError, ValueError, AttributeError):
-        found = json.loads((path / FILE).read_text(encoding="utf-8"))
-        return {str(name): float(spent) for name, spent in found.items() if isinstance(spent, int | float)}
+        kept = json.loads((path / FILE).read_text(encoding="utf-8"))
+        return {str(name): float(spent) for name, spent in kept.items() if isinstance(spent, int | float)}
     return {}
 
 
 def in_words(spent: dict[str, float]) -> str:
-    """`41 s: 12 loading, 10 training, …`, the longest first; parts of less than half a second are in the rest.
+    """Such as `41 s: 12 loading, 10 training, …`, the longest first; parts below half a second belong to the rest.
 
-    All are rounded such that they add up: those with the largest fractions up.
+    Seconds are rounded so that they add up: those with the largest fractions are rounded up.
     """
     whole = sum(spent.values())
     parts = sorted(((s, name) for name, s in spent.items() if s >= 0.5 and name != REST), reverse=True)
@@ -135,7 +136,7 @@ def in_words(spent: dict[str, float]) -> str:
 
 
 def _count() -> None:
-    """Give what has passed to the part that ran."""
+    """Count the time since the last call for the part that was running."""
     global _last
     now = time.monotonic()
     if _parts:

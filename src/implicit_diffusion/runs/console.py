@@ -1,7 +1,7 @@
-"""What a run shows: how far it is, by a progress bar on a terminal and a plain line now and then elsewhere, on stderr.
+"""What a run prints of its progress, on stderr: a progress bar on a terminal, elsewhere a plain line now and then.
 
-Nothing that is shown may end a run: where nobody reads any more (`| head`, a closed terminal, a full disk behind `>`),
-it goes on in silence.
+Printing never ends a run: where nobody reads any more (`| head`, a closed terminal, a full disk behind `>`), it goes on
+in silence.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 from implicit_diffusion.showing import Shown
 
-REFRESH = 0.1  # seconds between two looks at the metrics on a terminal: reading a tensor waits for its device
-QUIET = 15.0  # seconds after which a plain line is due, though less than a tenth of the way was made
+REFRESH = 0.1  # seconds between two readings of the metrics on a terminal: each waits for the device
+QUIET = 15.0  # seconds after which a plain line is due, even if less than a tenth of the steps were made
 
 Say = Callable[[str], None]
 
 
 def say_on_stderr(text: str) -> None:
-    """Print a line where progress is shown as well."""
+    """Print a line to stderr, where progress is printed too."""
     print(text, file=sys.stderr, flush=True)
 
 
-class _Unheard:
-    """A text stream that goes silent where it cannot be written to; all else is the stream's own."""
+class _Silenceable:
+    """A text stream that goes silent once it cannot be written to; everything else is the stream's own."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -37,24 +37,24 @@ class _Unheard:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop."""
+        """Write the text, or drop it."""
         with self._silencing():
             self._stream.write(text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write them one by one."""
+        """Write the lines one by one."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or drop what was not flushed."""
+        """Flush, or drop what could not be flushed."""
         with self._silencing():
             self._stream.flush()
 
     @contextmanager
     def _silencing(self) -> Iterator[None]:
-        """Where the block fails, send all that is buffered or comes nowhere: at its end, Python flushes once more."""
+        """If the block fails, discard what is buffered and all that follows: Python flushes once more at its end."""
         try:
             yield
         except (OSError, ValueError):
@@ -67,8 +67,8 @@ class _Unheard:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """Let nothing that is printed in the block raise, neither for want of a reader nor for want of a letter."""
+def never_failing_output() -> Iterator[None]:
+    """Within the block, printing never raises: neither where nobody reads, nor where a letter cannot be encoded."""
     before = sys.stdout, sys.stderr
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -78,7 +78,7 @@ def unheard() -> Iterator[None]:
             stream = io.StringIO()
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # a terminal without β shows \u03b2
-        setattr(sys, name, _Unheard(stream))
+        setattr(sys, name, _Silenceable(stream))
     try:
         yield
     finally:
@@ -89,7 +89,13 @@ def unheard() -> Iterator[None]:
 
 
 class Progress(Shown):
-    """Steps made out of `total`, and the metrics of the last one."""
+    """The number of steps made out of `total`, and the metrics of the last one.
+
+    Args:
+        total: number of steps, ≥ 1.
+        description: what is going on, in a word or two.
+        done: steps that were made before.
+    """
 
     def __init__(self, total: int, description: str, done: int = 0) -> None:
         self.total, self.description = total, description
@@ -101,8 +107,8 @@ class Progress(Shown):
         """Count `advance` steps.
 
         Args:
-            metrics: the few numbers to show (floats or 0-d tensors), by name; words are shown as they are; None keeps
-                the last ones.
+            metrics: the few numbers to print (floats or 0-d tensors), by name; words are printed as they are; None
+                keeps the last ones.
             advance: steps made since the last call.
         """
         self.done = min(self.total, self.done + advance)
@@ -112,16 +118,16 @@ class Progress(Shown):
             self._shown, self._shown_at = self.done, time.monotonic()
 
     def advance(self, steps: int) -> None:
-        """Count steps that have just been made, without numbers to show."""
+        """Count steps that have just been made, without metrics."""
         self.update(advance=steps)
 
     def skip(self, steps: int) -> None:
-        """Count steps that were made before, which say nothing of how long the others take."""
+        """Count steps that were made before: they are left out of the estimate of the time that is left."""
         self._first += steps
         self.advance(steps)
 
     def close(self) -> None:
-        """Show where it ended."""
+        """Print where it ended, if that has not been printed."""
         if self._shown < self.done:
             self._show()
 
@@ -139,7 +145,7 @@ class Progress(Shown):
 
 
 class _Bar(Progress):
-    """The same on a terminal, with rich."""
+    """The same as a progress bar on a terminal, by rich."""
 
     def __init__(self, total: int, description: str, done: int, console: Any) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -176,12 +182,12 @@ class _Bar(Progress):
 
 @contextmanager
 def progress(total: int, description: str, done: int = 0) -> Iterator[Progress]:
-    """Show how far a block is, which calls `update` on what it gets; no more than all is ever done.
+    """Show the progress of a block, which calls `update` on the object that it gets.
 
     Args:
-        total: the number of steps, ≥ 1.
+        total: number of steps, ≥ 1; the count never passes it.
         description: what is going on, in a word or two.
-        done: steps that were made before, which say nothing of how long the others take.
+        done: steps that were made before; they are left out of the estimate of the time that is left.
     """
     from rich.console import Console
 

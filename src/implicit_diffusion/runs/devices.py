@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""The device that a run computes on, and what to say when its memory is used up."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is an accelerator where there is one, else the CPU.
+    """The device called `name`; "auto" is an accelerator if there is one, else the CPU.
 
     Raises:
-        InvalidInputError: no such device here.
+        InvalidInputError: there is no such device.
     """
     if name != "auto":
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
             reason = str(error).splitlines()[0]
-            raise InvalidInputError(f"--device {name}: {reason}; take auto, cpu, or one that is here") from error
+            raise InvalidInputError(f"`device` {name}: {reason}; use auto, cpu, or one that is here") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
 
 @contextmanager
 def naming_memory() -> Iterator[None]:
-    """Turn what Python, NumPy, and torch on any device raise where memory is used up into one error of ours.
+    """Turn the errors of Python, NumPy and torch when memory is used up into one error of ours.
 
     Raises:
-        MemoryLimitError: in their place.
+        MemoryLimitError: in place of those.
     """
     try:
         yield
@@ -45,6 +45,6 @@ def naming_memory() -> Iterator[None]:
             raise
         reason = text.splitlines()[0] if text else "nothing is left"
         raise MemoryLimitError(
-            f"memory is used up ({reason}); take less at a time, such as a smaller --batch, --particles, --starts or "
-            "--num, or free some"
+            f"memory is used up ({reason}); use less at a time, such as a smaller `batch` or fewer `particles`, or "
+            "free some"
         ) from error

@@ -1,7 +1,7 @@
 """The folder of one run: what was asked, what happened, what came out.
 
-    plan.json       what could be had, known before the run, and plan/, the rewards that it is made of
-    config.json     the resolved configuration
+    plan.json       what each KL weight can buy, known before the run, and plan/, the rewards that it is made of
+    config.json     the command, the version of this library, and all options with their values
     metrics.jsonl   one line per update
     summary.json    the headline numbers
     figures/        pictures
@@ -12,46 +12,39 @@
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
 
-Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json is the mark
-that a run is judged; what comes after it is derived from what is on disk, and can be made again.
-
-JSON is strict: NaN and infinity, which JSON does not have, are refused instead of written.
+Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json says that a
+run is judged; what comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from implicit_diffusion.errors import (
-    InvalidInputError,
-    MemoryLimitError,
-    NonFiniteError,
-    RewardError,
-    StorageError,
-    check_path,
-)
+from implicit_diffusion import __version__
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.states import FILE
-from implicit_diffusion.runs import clock
+from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
 
 BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
+
+
+class Origin(NamedTuple):
+    """What began a run: its command, and the version of this library."""
+
+    command: str
+    version: str
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -62,7 +55,7 @@ class RunDirectory(Shown):
         path: a string or a path; kept as a `Path`.
 
     Raises:
-        InvalidInputError: neither.
+        InvalidInputError: `path` is neither.
     """
 
     path: Path
@@ -74,7 +67,7 @@ class RunDirectory(Shown):
     def create(cls, path: str | PathLike[str], may_hold: Collection[str] = ()) -> RunDirectory:
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
-        directory = cls(check_path("--out", path))
+        directory = cls(path)
         make(directory.path)
         return directory
 
@@ -84,69 +77,95 @@ class RunDirectory(Shown):
 
         Args:
             path: of the folder.
-            may_hold: files, relative to the folder, that may be there and will be overwritten; half-written ones of
-                these names, and of those that a run begins with, may be there in any case.
+            may_hold: files, relative to the folder, that may be there and will be overwritten. Unfinished ones of these
+                names, and of those that a run begins with, may be there in any case.
 
         Raises:
-            InvalidInputError: `path` is a file, below a file, a folder with something in it, or where nothing can be
-                written.
+            InvalidInputError: `path` is a file, lies below a file, is a folder with something in it, or lies where
+                nothing can be written.
         """
-        path = check_path("--out", path)
+        path = check_path("path", path)
         left_over = {LOCK, clock.FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():
-                raise InvalidInputError(f"--out {path} is a file; name a new folder")
+                raise InvalidInputError(f"`path` {path} is a file; name a new folder")
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
             if not files <= {*may_hold, *left_over}:
-                held = "exists and is not empty"
+                holds = "exists and is not empty"
                 judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
                 if files.issuperset(BEGUN) and not (judged and reported):
-                    held = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
-                raise InvalidInputError(f"--out {path} {held}; choose another --out, or move it away")
+                    holds = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
+                raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
-            raise InvalidInputError(f"--out: {path} cannot be made ({error}); name a folder elsewhere") from error
+            raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error
         check_place(path)
 
     @contextmanager
     def held(self) -> Iterator[RunDirectory]:
-        """Hold the folder for the block, which makes it; `runs.lock.hold` says how, and what it raises."""
+        """Hold the folder for the block, which makes it; `files.lock.hold` says how, and what it raises."""
         with hold(self.path):
             yield self
 
-    def check_start(self, kind: Any, may_hold: Collection[str] = ()) -> None:
-        """Refuse a folder that holds more than the little that an early end of a run of this kind leaves.
+    def check_start(self, command: str, may_hold: Collection[str] = ()) -> None:
+        """Refuse a folder that holds more than the little that a run of this command leaves when it ends early.
 
         Args:
-            kind: the dataclass of the run's config, or such a config.
+            command: that is about to begin a run here.
             may_hold: as in `check`.
 
         Raises:
-            InvalidInputError: as `check`.
+            InvalidInputError: as in `check`.
         """
-        ours = (self.read_config() or {}).keys() == {field.name for field in dataclasses.fields(kind)}
+        origin = self.read_origin()
+        ours = origin is not None and origin.command == command
         self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
-    def start(self, config: Any, may_hold: Collection[str] = ()) -> None:
+    def start(self, command: str, config: Any, may_hold: Collection[str] = ()) -> None:
         """Write config.json into a new folder, or into what is left of the very same run, which begins anew.
 
         Args:
+            command: that begins the run.
             config: a dataclass, as in `write_config`.
             may_hold: as in `check`.
 
         Raises:
-            InvalidInputError: as `check`; a folder with the rest of another run, or with a run that can be resumed.
+            InvalidInputError: as in `check`; a folder with the rest of another run, or with a run that can be resumed.
         """
-        if (self.path / "summary.json").exists() or self.has_state or self.read_config() != plain(config):
-            self.check_start(config, may_hold)
+        if (self.path / "summary.json").exists() or self.has_state or self.read_config() != records.as_json(config):
+            self.check_start(command, may_hold)
         with writing(self.path):
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
-        self.write_config(config)
+        self.write_config(config, command)
+
+    def write_config(self, config: Any, command: str | None = None) -> None:
+        """Write config.json: the command that begins the run, the version of this library, and the options.
+
+        Args:
+            config: the options, a dataclass or a mapping.
+            command: its name; None where no command began the run, which then cannot be resumed by its folder alone.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+            InvalidInputError: a value has no JSON form.
+        """
+        origin = {} if command is None else Origin(command, __version__)._asdict()
+        records.write(self.path / "config.json", origin | records.as_json(config))
 
     def read_config(self) -> dict[str, Any] | None:
-        """What `write_config` wrote; None where there is nothing, or nothing that can be read."""
+        """The options in config.json; None where there is no file, or none that can be read."""
+        values = self._read_config()
+        return None if values is None else {key: values[key] for key in values if key not in Origin._fields}
+
+    def read_origin(self) -> Origin | None:
+        """What began the run, by config.json; None where it does not say."""
+        values = self._read_config() or {}
+        origin = [values.get(name) for name in Origin._fields]
+        return Origin(*map(str, origin)) if all(isinstance(part, str) for part in origin) else None
+
+    def _read_config(self) -> dict[str, Any] | None:
         with suppress(OSError, ValueError, RecursionError):
-            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else None
+            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return values if isinstance(values, dict) else None
         return None
 
     @property
@@ -156,7 +175,7 @@ class RunDirectory(Shown):
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, in the quotes that a message has around it."""
+        """The command that goes on with the run, in backquotes."""
         return f"`implicit-diffusion resume {shlex.quote(str(self.path))}`"
 
     @property
@@ -171,12 +190,12 @@ class RunDirectory(Shown):
 
     @property
     def kept(self) -> Path:
-        """Where models of earlier updates are kept (`runs.kept`); not made here."""
+        """Where models of earlier updates are kept (`runs.callbacks.kept`); not made here."""
         return self.path / "kept"
 
     @property
     def unconfirmed(self) -> Path:
-        """Where a state waits that may turn out to be unsound; not made here."""
+        """Where a state waits until it is known to be sound; not made here."""
         return self.checkpoint / "next"
 
     def confirm(self) -> None:
@@ -186,9 +205,9 @@ class RunDirectory(Shown):
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Tell whom something keeps from finishing the block how to go on, as soon as there is a config to begin from.
+        """Add how to go on to whatever ends the block early, as soon as there is a config to begin from.
 
-        What is told so is an interruption, a file that cannot be written, memory that is used up, a reward that raises.
+        That is an interruption, a file that cannot be written, memory that is used up, or a reward that raises.
         """
         command = self.resume_command
         try:
@@ -210,31 +229,22 @@ class RunDirectory(Shown):
             folder.mkdir(exist_ok=True)
         return folder / f"{name}.png"
 
-    def write_config(self, config: Any) -> None:
-        """Write config.json from a dataclass or a mapping.
-
-        Raises:
-            NonFiniteError: a value is NaN or infinite.
-            InvalidInputError: a value has no JSON form.
-        """
-        self._write("config.json", config)
-
     def write_summary(self, summary: Any) -> None:
         """Write summary.json; values and errors as in `write_config`."""
-        self._write("summary.json", summary)
+        records.write(self.path / "summary.json", summary)
 
     def write_plan(self, plan: Any) -> None:
         """Write plan.json; values and errors as in `write_config`."""
-        self._write("plan.json", plan)
+        records.write(self.path / "plan.json", plan)
 
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
         """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
 
-        What is still on a device is read in one go.
+        Values that are still on a device are read in one go.
         """
         lines: list[str] = []
         try:
-            lines += map(_line, _read_back(metrics))
+            lines += map(records.as_line, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
             if lines:
                 path = self.path / "metrics.jsonl"
@@ -242,70 +252,18 @@ class RunDirectory(Shown):
                     file.writelines(lines)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last one that was cut short when the process was killed."""
+        """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
     def forget_metrics(self, updates: int) -> None:
-        """Drop the lines of later updates than `updates`, which a run restored there will make again."""
+        """Drop the lines of updates after `updates`, which a run that is restored there makes again."""
         kept = [line for line in self.read_metrics() if line["updates"] <= updates]
         with replacing(self.path / "metrics.jsonl") as file:
-            file.write_text("".join(map(_line, kept)), encoding="utf-8")
-
-    def _write(self, name: str, value: Any) -> None:
-        text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-        with replacing(self.path / name) as file:
-            file.write_text(text + "\n", encoding="utf-8")
+            file.write_text("".join(map(records.as_line, kept)), encoding="utf-8")
 
 
 def dated(name: str) -> Path:
-    """Where a run goes that nobody named: runs/`name`-<UTC time>."""
+    """The folder of a run that nobody named: runs/`name`-<UTC time>."""
     return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-
-
-def _read_back(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows, with numbers for what is on a device, in one copy: each would wait for the device."""
-    waiting = [value for row in rows for value in row.values() if _is_away(value)]
-    numbers = iter(torch.stack(waiting).tolist() if waiting else ())
-    for row in rows:
-        yield {name: next(numbers) if _is_away(value) else value for name, value in row.items()}
-
-
-def _is_away(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point() and value.device.type != "cpu"
-
-
-def _line(metrics: Mapping[str, Any]) -> str:
-    return json.dumps(plain(metrics), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def plain(value: Any, key: str = "") -> Any:
-    """`value` in the terms of JSON: dataclasses and mappings to dicts, tensors and arrays to numbers, paths to strings.
-
-    Args:
-        value: anything made of the above, sequences, strings, numbers, booleans and None.
-        key: its name in error messages.
-
-    Raises:
-        NonFiniteError: NaN or infinity inside; the message names its key.
-        InvalidInputError: something else inside.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif isinstance(value, Tensor | np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(name): plain(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise NonFiniteError(f"{key or 'value'} is {value}, which is not written to a file")
-    if isinstance(value, str | Path):
-        text = str(value)
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a letter: how Python reads what is not UTF-8
-            raise InvalidInputError(f"{key or 'value'} is {text!a}, which is not UTF-8")
-        return text
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    raise InvalidInputError(f"{key or 'value'} is a {type(value).__name__}, which JSON cannot hold")

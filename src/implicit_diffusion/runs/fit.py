@@ -1,21 +1,23 @@
 """The driver of a loop: metrics to disk, checkpoints, callbacks, a clean stop.
 
-A loop's `step()` knows nothing of files or terminals; `fit` does. Callbacks are functions of the `Fit` so far and stop
+A loop's `step()` knows nothing of files or terminals; `fit` does. Callbacks are functions of the `Fit` so far, and stop
 the run by returning a reason:
 
     def early(fit):                     # stop when the held-out objective has not improved for a while
         return "no progress" if ... else None
 
-They may look at everything, sample from `fit.loop.chain`, and replace `fit.loop.objective`. What a callback remembers
-from one call to the next is part of the run: it is saved and restored where the callback has `state_dict()` and
-`load_state_dict(state)`. So is the reason that stopped a run: as long as the callback that gave it is among those of
-the resumed run, that does not train on. One that has `unsound(fit)` is asked before a checkpoint is written: a reason
-that it returns keeps the previous one in its place. One with `begin(fit)` is called before the first step. Where one
-with `settle(fit)` has stopped the run, that may put another model in place of the last one (`runs.kept`), after the
-last checkpoint: what it returns is added to its reason.
+They may read everything, sample from `fit.chain`, and replace `fit.loop.objective`. Further methods of a callback:
 
-What a reward draws from the global generators of torch, NumPy or Python follows from the loop's noise, and goes on with
-the run; the caller's own generators are as they were when `fit` returns.
+    state_dict(), load_state_dict(state)   what it remembers from call to call is saved and restored with the run
+    begin(fit)                             called before the first step
+    unsound(fit)                           asked before a checkpoint is written; with a reason, the previous one is kept
+    settle(fit)                            if it stopped the run: may replace the last model (`runs.callbacks.kept`),
+                                           after the last checkpoint; what it returns is added to its reason
+
+The reason that stopped a run is saved too: a resumed run that has the same callback does not train on.
+
+What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and goes on
+with the run; when `fit` returns, the caller's own generators are as they were.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.signals import graceful
 from implicit_diffusion.runs.state import Callback as Callback
 from implicit_diffusion.runs.state import Fit as Fit
-from implicit_diffusion.runs.state import begin, checkpoint, restore, settle, settles, unsound, verdict
+from implicit_diffusion.runs.state import begin, checkpoint, restore, settle, settling, unsound, verdict
 
-SHOWN = ("reward", "path_kl", "objective", "grad_norm", "phase")
-READ_EVERY = 1.0  # seconds between two looks at the metrics, which wait for the device
+IN_PROGRESS = ("reward", "path_kl", "objective", "grad_norm", "phase")
+READ_EVERY = 1.0  # seconds between two readings of the metrics, each of which waits for the device
 
 
 def fit(
@@ -54,21 +56,21 @@ def fit(
     Args:
         loop: fresh or restored; with a directory that holds a checkpoint, it is restored from there, unless it is
             further already.
-        updates: ≥ 1.
+        updates: number of updates in all, ≥ 1.
         callbacks: called in order after every update; the first that returns a reason stops the run.
-        directory: of the run, or its path; gets metrics.jsonl, a few lines at a time, and the checkpoint, a last one
-            when the run ends, and is held meanwhile; None leaves no trace.
+        directory: of the run, or its path. It is held meanwhile, and gets metrics.jsonl, a few lines at a time, and
+            checkpoints, the last one when the run ends; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
         description: shown with the progress.
 
     Raises:
         InvalidInputError: updates below one; a directory that another run holds.
         NonFiniteError: NaN or infinity, before θ was touched or in what would be saved.
-        DivergenceError: from a callback, or a run that ends in a state which one calls unsound.
+        DivergenceError: raised by a callback, or for a run that ends in a state that a callback calls unsound.
         RewardError: a reward of the user's own raised.
         StorageError: metrics or a checkpoint could not be written.
 
-    After all of these the last good state is in directory.checkpoint.
+    After each of these errors, the last good state is in directory.checkpoint.
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
@@ -102,8 +104,8 @@ def _drive(
             directory.append_metrics(*waiting)
             state.lines += len(waiting)
 
-    saved_at: int = state.updates  # of the last checkpoint
-    waits: int | None = None  # that of one of which the next update will tell whether it is sound
+    saved_at: int = state.updates  # update of the last checkpoint
+    waits: int | None = None  # update of a checkpoint that waits: the next update says whether it is sound
     last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description, state.updates) as bar, part("saving"):
         try:
@@ -140,11 +142,11 @@ def _drive(
             if stop.requested:  # in the last step, or while it was saved
                 state.stopped = "interrupted"
             write()
-            found = unsound(state, callbacks)
-            ends = settles(state, callbacks)  # in a state that its callback has judged already
-            if found is not None and not ends and state.stopped != "interrupted":
-                raise DivergenceError(f"after update {state.updates}: {found}")
-            if (found is None or ends) and directory is not None:
+            reason = unsound(state, callbacks)
+            ends = settling(state, callbacks)  # in a state that its callback has judged already
+            if reason is not None and not ends and state.stopped != "interrupted":
+                raise DivergenceError(f"after update {state.updates}: {reason}")
+            if (reason is None or ends) and directory is not None:
                 checkpoint(state, directory, callbacks)
             settle(state, callbacks)
         except (NonFiniteError, DivergenceError) as error:
@@ -154,12 +156,12 @@ def _drive(
             raise RewardError(f"after update {state.updates}: {error}") from error
         finally:
             write()
-    if stop.requested:  # whenever: while its model was put back, say
+    if stop.requested:  # also while its model was put back
         state.stopped = "interrupted"
 
 
 def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: metrics[name] for name in SHOWN if name in metrics}
+    return {name: metrics[name] for name in IN_PROGRESS if name in metrics}
 
 
 def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:

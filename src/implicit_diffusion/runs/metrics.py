@@ -1,4 +1,4 @@
-"""metrics.jsonl brought back to where a checkpoint was taken: what is wrong is said, and mended where it can be."""
+"""Bringing metrics.jsonl back to the state of a checkpoint: damage is reported, and repaired where possible."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from implicit_diffusion.runs.directory import RunDirectory
 
 
 def restore_metrics(directory: RunDirectory, updates: int, lines: int | None) -> list[dict[str, Any]]:
-    """Drop what came after `updates`, which the run makes again; leave one line for every update, in order.
+    """Drop the lines after `updates`, which the run makes again; leave one line for every update, in order.
 
     Args:
         directory: of the run.
-        updates: made when the checkpoint was taken.
-        lines: that were written by then; None where the checkpoint does not say.
+        updates: number of updates made when the checkpoint was taken.
+        lines: number of lines that were written by then; None where the checkpoint does not say.
 
     Returns:
-        What the lines hold. Lines that are missing, doubled, out of order or not readable are said on the screen.
+        The contents of the lines. If any are missing, doubled, out of order or not readable, that is printed.
     """
     path = directory.path / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -57,7 +57,7 @@ def _read(line: str) -> dict[str, Any] | None:
 
 
 def _spans(numbers: list[int]) -> str:
-    """`updates 3, 5 to 8`."""
+    """Numbers in words, such as `updates 3, 5 to 8`."""
     firsts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
     lasts = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
     spans = [str(a) if a == b else f"{a} to {b}" for a, b in zip(firsts, lasts)]

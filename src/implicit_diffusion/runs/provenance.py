@@ -1,32 +1,31 @@
 """What a run rests on, written down when it begins and compared when it goes on.
 
-    provenance.json   the configuration; sha256 of every input; versions; threads; device; changes accepted since
+    provenance.json   the options; sha256 of every input; versions; threads; device; changes accepted since
 
 A run that goes on with another model, reward, file of data or version of torch is neither the old run nor a new one,
-and nothing in its results would say so. `verify` names what was and what is, and refuses unless that change is
-accepted. Bit for bit needs the number of threads too: it decides how sums are rounded, and is set back to what it was.
+and nothing in its results would say so. `verify` names what was and what is, and refuses a change unless it is
+accepted. For the same bits the number of threads counts too: it decides how sums are rounded, and is set back to what
+it was.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
+from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.files.atomic import replacing, writing
-from implicit_diffusion.files.fingerprints import Input, again, fingerprint, is_fingerprint, relative, short
-from implicit_diffusion.runs.directory import RunDirectory, plain
+from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.files.fingerprints import Input, again, fingerprint, is_fingerprint, relative
+from implicit_diffusion.runs import differences, records, surroundings
+from implicit_diffusion.runs.differences import Difference
+from implicit_diffusion.runs.directory import RunDirectory
 
 FILE = "provenance.json"
-PACKAGES = ("implicit-diffusion", "diffusers", "numpy", "safetensors")
-SHOWN = 3  # differences that are named of one kind
 
 Change = Literal["config", "model", "reference", "reward", "prompts", "data", "versions", "device", "provenance"]
 """What may be accepted as changed."""
@@ -44,7 +43,7 @@ def record(
 
     Args:
         directory: of the run.
-        config: all that was asked, as it goes into config.json.
+        config: all options, as they go into config.json.
         inputs: by a name of `Change`, which words may follow. Files inside the run directory may move with it.
         device: that the run computes on; None for the CPU.
         accepted: changes that were accepted before, as `forget` returned them; those of a file that is there stay too.
@@ -54,14 +53,15 @@ def record(
     """
     accepted = [*accepted, *_accepted(directory)]
     prints = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
-    _write(
-        directory,
+    device = device or torch.device("cpu")
+    records.write(
+        directory.path / FILE,
         {
-            "config": plain(config),
+            "config": config,
             "inputs": prints,
-            "versions": _versions(),
+            "versions": surroundings.versions(),
             "threads": torch.get_num_threads(),
-            "device": {"name": str(device or "cpu"), "kind": _kind(device or torch.device("cpu"))},
+            "device": {"name": str(device), "kind": surroundings.kind(device)},
             "accepted": accepted,
         },
     )
@@ -79,26 +79,40 @@ def forget(directory: RunDirectory) -> list[str]:
     return accepted
 
 
-def surroundings(device: torch.device) -> dict[str, str]:
-    """What decides rounding beside the numbers themselves: device, threads and versions, each in words."""
-    return {"device": f"{device.type}, {_kind(device)}", "threads": str(torch.get_num_threads()), **_versions()}
-
-
 def is_recorded(directory: RunDirectory) -> bool:
     """Whether provenance.json is there."""
     return (directory.path / FILE).is_file()
 
 
+def check_version(directory: RunDirectory, accept_changes: Collection[str] = (), advice: str | None = None) -> None:
+    """Refuse a run that another version of this library began, whose options may have meant something else.
+
+    Args:
+        directory: of the run.
+        accept_changes: names of `Change`; with "versions" among them, any version will do.
+        advice: what to do with that version, in place of accepting this one.
+
+    Raises:
+        InvalidInputError: a run of another version; the message names both.
+    """
+    origin = directory.read_origin()
+    if origin is not None and origin.version != __version__ and "versions" not in accept_changes:
+        other = advice or "go on bit for bit with that version, or add `accept_changes=['versions']`"
+        raise InvalidInputError(
+            f"{directory.path} was begun by {surroundings.OURS} {origin.version}; this is {__version__}: {other}"
+        )
+
+
 @contextmanager
 def verified(
     directory: RunDirectory,
-    accept: Collection[str] = (),
+    accept_changes: Collection[str] = (),
     inputs: Mapping[str, Input] | None = None,
     advice: str | None = None,
 ) -> Iterator[None]:
     """`verify`, and inside the block as many threads as the run began with."""
     here = torch.get_num_threads()
-    threads = verify(directory, accept, inputs, advice)
+    threads = verify(directory, accept_changes, inputs, advice)
     if threads != here:
         print(f"threads   {threads}, as when the run began; {here} are usual here, and would round otherwise")
     torch.set_num_threads(threads)
@@ -110,15 +124,15 @@ def verified(
 
 def verify(
     directory: RunDirectory,
-    accept: Collection[str] = (),
+    accept_changes: Collection[str] = (),
     inputs: Mapping[str, Input] | None = None,
     advice: str | None = None,
 ) -> int:
-    """Compare what a run rests on with what is there now; nothing is read but files, and nothing executed.
+    """Compare what a run rests on with what is there now; nothing is read but files, and nothing is executed.
 
     Args:
         directory: of the run.
-        accept: names of `Change`; such differences are said and written down, and the run goes on.
+        accept_changes: names of `Change`; such differences are printed and recorded, and the run goes on.
         inputs: what the run would read now; what is not among them is looked at where it was.
         advice: what to do about a difference, in place of accepting it.
 
@@ -132,23 +146,19 @@ def verify(
         missing = f"it has no {FILE}, which says what that was: an earlier release began it"
         trained = (directory.path / "metrics.jsonl", *directory.path.glob("beta-*/checkpoint/*"))
         if directory.has_state or any(path.exists() for path in trained):
-            _refuse_or_say(directory, [Difference("provenance", missing)], accept, advice)
+            _refuse_or_accept(directory, [Difference("provenance", missing)], accept_changes, advice)
         return torch.get_num_threads()
     saved = _read(directory)
     now = {name: _now(name, entry, directory, inputs or {}) for name, entry in saved["inputs"].items()}
-    differences = [*_config(directory, saved), *_inputs(directory, saved["inputs"], now), *_surroundings(saved)]
-    _refuse_or_say(directory, differences, accept, advice)
-    if differences:
-        _write(directory, _renewed(directory, saved, now, differences))
+    changed = [
+        *differences.of_config(directory, saved["config"]),
+        *differences.of_inputs(directory.path, saved["inputs"], now),
+        *differences.of_surroundings(saved["versions"], saved["device"]),
+    ]
+    _refuse_or_accept(directory, changed, accept_changes, advice)
+    if changed:
+        records.write(directory.path / FILE, _renewed(directory, saved, now, changed))
     return int(saved["threads"])
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One difference: its name in `Change`, and a line that says what was and what is."""
-
-    name: str
-    line: str
 
 
 def device_of(directory: RunDirectory) -> str | None:
@@ -163,19 +173,6 @@ def _accepted(directory: RunDirectory) -> list[str]:
     return []
 
 
-def _config(directory: RunDirectory, saved: dict[str, Any]) -> Iterator[Difference]:
-    try:
-        now = json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{directory.path / 'config.json'} cannot be read: {error}") from error
-    before = saved["config"]
-    if not isinstance(now, dict):
-        raise InvalidInputError(f"{directory.path / 'config.json'} holds no configuration")
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            yield Difference("config", f"config.json: {key} was {before.get(key)!r} and is {now.get(key)!r}")
-
-
 def _now(name: str, entry: dict[str, Any], directory: RunDirectory, given: Mapping[str, Input]) -> dict[str, Any]:
     """The fingerprint of an input that had the fingerprint `entry`."""
     if name in given:
@@ -183,89 +180,35 @@ def _now(name: str, entry: dict[str, Any], directory: RunDirectory, given: Mappi
     return entry if "tensor" in entry else again(entry, directory.path)
 
 
-def _inputs(directory: RunDirectory, before: dict[str, Any], after: dict[str, Any]) -> Iterator[Difference]:
-    for name, was in before.items():
-        now, kind = after[name], name.partition(" ")[0]
-        if was.get("tensor") != now.get("tensor"):
-            yield Difference(kind, f"{name} was {short(was.get('tensor'))} and is {short(now.get('tensor'))}")
-        old, new = was.get("files", {}), now.get("files", {})
-        different = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
-        for file in different[:SHOWN]:
-            path = directory.path / now.get("folder", "") / file
-            yield Difference(kind, f"{name}: {path} was {short(old.get(file))} and is {short(new.get(file))}")
-        if len(different) > SHOWN:
-            yield Difference(kind, f"{name}: {len(different) - SHOWN} more files differ")
-
-
-def _surroundings(saved: dict[str, Any]) -> Iterator[Difference]:
-    now = _versions()
-    for package in sorted(saved["versions"].keys() | now.keys()):
-        was, is_now = saved["versions"].get(package), now.get(package)
-        if was != is_now:
-            yield Difference("versions", f"{package} was {was} and is {is_now}")
-    was, is_now = saved["device"]["kind"], _kind_of_name(saved["device"]["name"])
-    if was != is_now:
-        yield Difference("device", f"device {saved['device']['name']} was {was} and is {is_now or 'not here'}")
-
-
-def _refuse_or_say(
-    directory: RunDirectory, differences: list[Difference], accept: Collection[str], advice: str | None
+def _refuse_or_accept(
+    directory: RunDirectory, changed: list[Difference], accept_changes: Collection[str], advice: str | None
 ) -> None:
-    refused = [found for found in differences if found.name not in accept]
+    refused = [difference for difference in changed if difference.change not in accept_changes]
     if refused:
-        names = " ".join(name for name in get_args(Change) if name in {found.name for found in refused})
+        names = [name for name in get_args(Change) if name in {difference.change for difference in refused}]
         raise InvalidInputError(
-            f"{directory.path} does not rest on what it began with: {'; '.join(found.line for found in refused)}. Put "
-            f"that back for the run to go on bit for bit, or {advice or f'add `--accept-changes {names}`'}"
+            f"{directory.path} does not rest on what it began with: {'; '.join(d.line for d in refused)}. Put that "
+            f"back for the run to go on bit for bit, or {advice or f'add `accept_changes={names}`'}"
         )
-    for found in differences:
-        print(f"accepted  {found.line}")
+    for difference in changed:
+        print(f"accepted  {difference.line}")
 
 
 def _renewed(
-    directory: RunDirectory, saved: dict[str, Any], inputs: dict[str, Any], differences: list[Difference]
+    directory: RunDirectory, saved: dict[str, Any], inputs: dict[str, Any], changed: list[Difference]
 ) -> dict[str, Any]:
     """What the run rests on from now on, and what was accepted."""
-    names = {found.name for found in differences}
-    now = dict(saved) | {"accepted": [*saved["accepted"], *(found.line for found in differences)]}
+    names = {difference.change for difference in changed}
+    now = dict(saved) | {"accepted": [*saved["accepted"], *(difference.line for difference in changed)]}
     if "config" in names:
-        now["config"] = json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
+        now["config"] = directory.read_config()
     now["inputs"] = inputs
-    now["versions"] = _versions()
+    now["versions"] = surroundings.versions()
     if "device" in names:
-        kind = _kind_of_name(saved["device"]["name"])
-        name = saved["device"]["name"] if kind else _usual()
-        now["device"] = {"name": name, "kind": kind or _kind_of_name(name)}
+        kind = surroundings.kind_of(saved["device"]["name"])
+        name = saved["device"]["name"] if kind else surroundings.usual_device()
+        now["device"] = {"name": name, "kind": kind or surroundings.kind_of(name)}
     return now
-
-
-def _versions() -> dict[str, str]:
-    installed = {"torch": str(torch.__version__)}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):  # sources that are on the path, but not installed
-            installed[name] = importlib.metadata.version(name)
-    python = ".".join(platform.python_version_tuple()[:2])  # a patch release of Python changes no number
-    return installed | {"python": python}
-
-
-def _kind(device: torch.device) -> str:
-    """What computes there: the instructions of the CPU, or the name of the accelerator, which decide rounding."""
-    if device.type == "cpu":
-        return f"cpu with {torch.backends.cpu.get_cpu_capability()}"
-    module = torch.get_device_module(device)
-    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
-
-
-def _kind_of_name(name: str) -> str | None:
-    try:
-        return _kind(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError, TypeError):
-        return None
-
-
-def _usual() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return str(accelerator or "cpu")
 
 
 def _read(directory: RunDirectory) -> dict[str, Any]:
@@ -280,8 +223,3 @@ def _read(directory: RunDirectory) -> dict[str, Any]:
         return dict(saved)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInputError(f"{path} is damaged: {error}") from error
-
-
-def _write(directory: RunDirectory, value: dict[str, Any]) -> None:
-    with replacing(directory.path / FILE) as file:
-        file.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Stopping: SIGINT, SIGTERM and SIGHUP alike, at the end of a step inside a loop, at once elsewhere.
+"""Stopping on SIGINT, SIGTERM or SIGHUP: at the end of a step inside a loop, at once elsewhere.
 
 A signal that was ignored when the program began, as SIGHUP is under nohup and SIGINT in the background of a script,
 stays ignored.
@@ -19,7 +19,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @dataclass
 class Stop:
-    """Whether somebody asked the run to stop."""
+    """Whether a signal has asked the run to stop."""
 
     requested: bool = False
 
@@ -36,8 +36,8 @@ _last = _Last()  # the signal that stopped the program, for its exit status
 def graceful() -> Iterator[Stop]:
     """Turn the first signal inside the block into `stop.requested`, the second into KeyboardInterrupt.
 
-    The loop looks at `stop.requested` between two steps, writes its checkpoint and leaves. The previous handlers are
-    back after the block. Off the main thread, where Python allows no handlers, nothing happens.
+    A loop reads `stop.requested` between two steps, writes its checkpoint and ends. After the block, the previous
+    handlers are in place again. Outside of the main thread, where Python allows no handlers, this does nothing.
     """
     stop = Stop()
 
@@ -53,7 +53,7 @@ def graceful() -> Iterator[Stop]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn every signal inside the block into KeyboardInterrupt, unless `graceful` takes it; as SIGINT alone is."""
+    """Turn every signal inside the block into KeyboardInterrupt, as Python does with SIGINT; `graceful` precedes it."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         _last.number = number
@@ -65,7 +65,7 @@ def interruptible() -> Iterator[None]:
 
 
 def exit_status() -> int:
-    """Of a program that a signal stopped: 130, 143 or 129, by the last one that came."""
+    """Exit status of a program that a signal stopped: 130, 143 or 129, by the last signal that came."""
     return 128 + _last.number
 
 

@@ -1,4 +1,4 @@
-"""A run so far, and its state on disk: all that the next update depends on, and what has been said about it.
+"""A run so far, and its state on disk: all that the next update depends on, and why the run stopped.
 
 loop         θ, optimizer, noise keys, what is in flight
 callbacks    what each remembers
@@ -34,14 +34,13 @@ class Fit(Shown):
     Args:
         loop: the loop being driven.
         metrics: of the latest update; callbacks may add to them before they are written.
-        seconds: spent in the loop's steps, callbacks and files left out.
-        stopped: why the run ended before its updates were made, if it did.
-        verdict: what the callbacks said to that, with the name of the one that stopped the run; it is kept with the
-            run, unlike an interrupt.
-        lines: of metrics.jsonl so far.
+        seconds: spent in the steps of the loop, without callbacks and files.
+        stopped: why the run ended before all of its updates were made, if it did.
+        verdict: name of the callback that stopped the run, and its reason; unlike an interrupt, saved with the run.
+        lines: number of lines of metrics.jsonl so far.
         directory: of the run, if it has one.
-        total: updates that the run is to make in all; 0 where nobody said.
-        kept: where a callback put back an earlier model, what was seen of it, with `updates`.
+        total: number of updates that the run is to make in all; 0 where that is not known.
+        kept: where a callback put back an earlier model, its numbers, with `updates`.
         advice: what to change, from the callback that stopped the run; it is also in `stopped`.
         draws: the global generators that rewards of the user's own may draw from.
     """
@@ -70,22 +69,22 @@ class Fit(Shown):
 
     @property
     def updates(self) -> int:
-        """Updates of θ so far."""
+        """Number of updates of θ so far."""
         return self.loop.update.updates
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model where there is an average, the present one elsewhere."""
+        """The moving average of the model if there is one, else the model itself."""
         ema = self.loop.update.ema
         return self.loop.model if ema is None else ema.module
 
     @property
     def chain(self) -> Chain:
-        """The denoising chain of that model; only loops over chains have one."""
+        """The denoising chain of `model`; only loops over chains have one."""
         if not isinstance(self.loop, ChainLoop):
             raise InvalidInputError(f"a {type(self.loop).__name__} samples from a potential: it has no denoising chain")
-        same = self.model is self.loop.model
-        return self.loop.chain if same else self.loop.chain.replace(denoiser=self.model)
+        averaged = self.model is not self.loop.model
+        return self.loop.chain if not averaged else self.loop.chain.replace(denoiser=self.model)
 
 
 Callback = Callable[[Fit], str | None]
@@ -98,11 +97,11 @@ def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *
         state: of the run.
         directory: of the run.
         callbacks: those of the run.
-        known: whether the state replaces the one before at once. The numbers of an update are those before its step:
-            only the next update tells whether that step was sound, and then `directory.confirm()` replaces it.
+        known: whether the state replaces the previous one at once. The metrics of an update are taken before its step:
+            only the next update says whether that step was sound, and then `directory.confirm()` replaces it.
 
     Raises:
-        NonFiniteError: NaN or infinity in anything that is saved; the checkpoint before is kept.
+        NonFiniteError: NaN or infinity in anything that would be saved; the previous checkpoint is kept.
     """
     if not all(p.isfinite().all() for p in state.loop.update.parameters):
         raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
@@ -127,19 +126,19 @@ def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *
 
 
 def unsound(state: Fit, callbacks: list[Callback]) -> str | None:
-    """The first reason that a callback gives against keeping the state."""
+    """The first reason of a callback not to keep the state; None where there is none."""
     asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "unsound")]
     return next(filter(None, (callback.unsound(state) for callback in asked)), None)
 
 
 def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
-    """Go on from the checkpoint, unless the loop is further; what an earlier version did not save begins anew."""
+    """Go on from the checkpoint, unless the loop is further already; a callback that was not saved begins anew."""
     saved = load_state(directory.checkpoint)
     behind = saved["loop"]["iteration"] < state.loop.iteration
     state.seconds = saved["seconds"]
     if not behind:
         state.loop.load_state_dict(saved["loop"])
-        _remind(callbacks, saved.get("callbacks", []))
+        _restore_callbacks(callbacks, saved.get("callbacks", []))
         if "generators" in saved:
             state.draws.load_state_dict(saved["generators"])
         if saved.get("verdict") and saved["verdict"][0] in map(_name, callbacks):
@@ -150,9 +149,9 @@ def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> N
     state.metrics = saved.get("metrics") or next(reversed(rows), {})
 
 
-def _remind(callbacks: list[Callback], remembered: list[list[Any]]) -> None:
-    """Give every callback its state: the first one left of its class; one that was not there before begins anew."""
-    left = list(remembered)
+def _restore_callbacks(callbacks: list[Callback], saved: list[list[Any]]) -> None:
+    """Give every callback its state, the first unused one of its class; one without a state begins anew."""
+    left = list(saved)
     for callback in _stateful(callbacks):
         names = [name for name, _ in left]
         if type(callback).__name__ in names:
@@ -160,7 +159,7 @@ def _remind(callbacks: list[Callback], remembered: list[list[Any]]) -> None:
 
 
 def verdict(state: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
-    """The first callback that stops the run, by name, and its reason."""
+    """Name and reason of the first callback that stops the run; None where none does."""
     for callback in callbacks:
         if reason := callback(state):
             return _name(callback), reason
@@ -168,14 +167,14 @@ def verdict(state: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
 
 
 def begin(state: Fit, callbacks: list[Callback]) -> None:
-    """Let callbacks that ask for it see the run before its first step."""
+    """Call `begin` of the callbacks that have one, before the first step."""
     asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "begin")]
     with state.draws:
         for callback in asked:
             callback.begin(state)
 
 
-def settles(state: Fit, callbacks: list[Callback]) -> Callable[[Fit], str] | None:
+def settling(state: Fit, callbacks: list[Callback]) -> Callable[[Fit], str] | None:
     """The `settle` of the callback that has stopped the run, if it has one."""
     asked: list[Any] = [c for c in callbacks if state.verdict and hasattr(c, "settle") and _name(c) == state.verdict[0]]
     return asked[0].settle if asked else None
@@ -183,15 +182,15 @@ def settles(state: Fit, callbacks: list[Callback]) -> Callable[[Fit], str] | Non
 
 def settle(state: Fit, callbacks: list[Callback]) -> None:
     """Let the callback that has stopped the run put back what it kept, and add to its reason."""
-    found = settles(state, callbacks)
-    if found is not None and state.verdict is not None and state.stopped != "interrupted":
+    put_back = settling(state, callbacks)
+    if put_back is not None and state.verdict is not None and state.stopped != "interrupted":
         with state.draws:
-            added = found(state)
+            added = put_back(state)
         state.stopped = f"{state.verdict[1]}. {added}" if added else state.verdict[1]
 
 
 def _name(callback: Callback) -> str:
-    """Of a function, or of a callback's class."""
+    """The name of a function, or of the class of a callback."""
     return getattr(callback, "__qualname__", type(callback).__name__)
 
 

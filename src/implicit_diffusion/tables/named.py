@@ -146,7 +146,7 @@ def _clipping(scheduler: Any, name: str, known: Any, clip: bool | None) -> dict[
         if asked and option not in known:
             raise InvalidInputError(
                 f"scheduler: the checkpoint is sampled with {option}=True, which {name} does not have; say that it may "
-                "go (clip=False, `--no-clip` on the command line), or take ddpm or ddim."
+                "go (`clip=False`), or use ddpm or ddim."
             )
     if clip is None:
         return {option: config.get(option, False) for option in ("clip_sample", "thresholding")}

@@ -65,12 +65,12 @@ def refuse_what_is_no_table(scheduler: Any, mu: float | None) -> None:
     if config.get("thresholding"):
         raise NonAffineError(
             "thresholding=True rescales each sample by a quantile of itself, which no table can express; "
-            "build the scheduler with thresholding=False (`--no-clip` on the command line)."
+            "build the scheduler with `thresholding=False`."
         )
     if config.get("clip_sample"):
         raise NonAffineError(
             "clip_sample=True clamps the predicted x_0, which no table can express; build the scheduler with "
-            "clip_sample=False (`--no-clip` on the command line). It may change the pretrained samples: "
+            "`clip_sample=False`. It may change the pretrained samples: "
             "look at them."
         )
     variance = config.get("variance_type")

@@ -11,17 +11,18 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from implicit_diffusion.cli import commands, main
-from implicit_diffusion.command_line import read
+from implicit_diffusion.cli import main
+from implicit_diffusion.commands.command_line.options import options_of
+from implicit_diffusion.commands.command_line.parsing import read
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.report.figures import STYLE
 from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.samples import hacking
 from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
+from implicit_diffusion.commands.registry import CONFIGURATIONS
 from implicit_diffusion.commands.shared.formatting import model_name
 from implicit_diffusion.commands.shared.page import Picture, figures, table
-from implicit_diffusion.options import options_of
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers import tiny, toy_model
 from tests.helpers.toy_result import colour_result, digits_result
@@ -48,13 +49,13 @@ def test_the_command_is_read_as_the_same_configuration(option):
     config = replace(Config(), **{option.field: other})
     words = pasted(command(config))
     assert words[:2] == ["implicit-diffusion", "finetune"]
-    chosen = read(words[1:], commands(), prog="", description="")
+    chosen = read(words[1:], CONFIGURATIONS, prog="", description="")
     assert replace(chosen, out=None, plan=False) == replace(config, out=None, plan=False)
 
 
 @pytest.mark.parametrize("value", ["-x.py:f", "--lr", "", " ", "a\nb", "$HOME", "ß"])
 def test_any_name_survives_the_command(value):
-    chosen = read(pasted(command(Config(reward=value)))[1:], commands(), prog="", description="")
+    chosen = read(pasted(command(Config(reward=value)))[1:], CONFIGURATIONS, prog="", description="")
     assert chosen.reward == value
 
 

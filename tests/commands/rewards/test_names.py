@@ -155,14 +155,14 @@ UNFIT = {
     "missing a required argument: 'weight'; give its arguments, Needs(weight, scale=2.0)": "Needs",
     "too many positional arguments": "Network(1, 2)",
     "multiple values for argument 'weight'": "Weighted(1, weight=2)",
-    "the argument weight=abs(-2) is no literal": "Weighted(weight=abs(-2))",
-    "the argument open('x').read() is no literal": "Weighted(open('x').read())",
+    "the argument weight=abs(-2) is not a literal": "Weighted(weight=abs(-2))",
+    "the argument open('x').read() is not a literal": "Weighted(open('x').read())",
     'put words in quotes, name="big"': "Weighted(name=big)",
-    "** takes no arguments here": "Weighted(**{'weight': 2})",
-    "the argument *[1] is no literal": "Weighted(*[1])",
+    "** cannot be used here": "Weighted(**{'weight': 2})",
+    "the argument *[1] is not a literal": "Weighted(*[1])",
     "the arguments end without a )": "Weighted(weight=2",
-    "are no arguments: ": "Weighted(weight=)",
-    "are no arguments; write them as (1, weight=2)": "Weighted(1)(2)",
+    "cannot be read as arguments: ": "Weighted(weight=)",
+    "cannot be read as arguments; write them as (1, weight=2)": "Weighted(1)(2)",
     "Nothing(...) must make a function of images, got Nothing; give the class a __call__(self, images)": "Nothing",
     "number(...) must make a function of images, got int; return a function of images": "number(3)",
     "got an unexpected keyword argument 'wieght'; give its arguments, reward(x, weight=1.0)": "reward(wieght=2)",
@@ -179,7 +179,7 @@ UNFIT = {
 def test_arguments_that_do_not_fit_are_named(message, mine):
     with pytest.raises(InvalidInputError) as refusal:
         load_reward(f"{mine}:{UNFIT[message]}")
-    assert message in str(refusal.value) and "--reward" in str(refusal.value)
+    assert message in str(refusal.value) and "`reward`" in str(refusal.value)
 
 
 def test_nothing_in_the_arguments_is_executed(mine, tmp_path):
@@ -191,7 +191,7 @@ def test_nothing_in_the_arguments_is_executed(mine, tmp_path):
         "(f'{1 + 1}')",
         "([i for i in 'a'])",
     ):
-        with pytest.raises(InvalidInputError, match=r"no literal"):
+        with pytest.raises(InvalidInputError, match=r"not a literal"):
             load_reward(f"{mine}:Weighted{arguments}")
     assert not (tmp_path / "ran").exists()
 
@@ -277,3 +277,23 @@ def test_of_decoded_images_and_prompts_as_well():
         check(Reward(given.of_states(relative, torch.sin)), Particles(x, condition=condition))
     with pytest.raises(InvalidInputError, match=r"its arguments are \(prompts, images\); exchange them"):
         given.of_states(lambda prompts, images: images.sum(1), None)
+
+
+def test_every_reward_imports_what_lies_beside_it(tmp_path):
+    """Though a helper of the same name was imported before, beside another reward, which keeps its own."""
+    loaded = {}
+    for weight, folder in ((2.0, tmp_path / "two"), (5.0, tmp_path / "five"), (2.0, tmp_path / "two")):
+        folder.mkdir(exist_ok=True)
+        (folder / "scale_beside.py").write_text(f"scale = {weight}\n")
+        (folder / "package_beside").mkdir(exist_ok=True)
+        (folder / "package_beside" / "__init__.py").write_text("from .inner import shift\n")
+        (folder / "package_beside" / "inner.py").write_text(f"shift = {weight}\n")
+        (folder / "my.py").write_text(
+            "import package_beside, scale_beside\n"
+            "def f(x): return scale_beside.scale * x.flatten(1).mean(1) + package_beside.shift\n"
+        )
+        reward = load_reward(f"{folder}/my.py:f")
+        beside = [file.name for file in reward_trust.loaded_with(reward_trust.code_of(f"{folder}/my.py:f"))]
+        assert beside == ["my.py", "__init__.py", "inner.py", "scale_beside.py"]  # what a run rests on
+        loaded[weight] = reward
+        assert [loaded[w](torch.ones(1, 1)).item() for w in loaded] == [2 * w for w in loaded]

@@ -168,7 +168,7 @@ def test_refusals():
         AdaptStep(1.5)
     with pytest.raises(InvalidInputError, match=r"rate must lie in \[0, 1\].*got -1"):
         AdaptStep(rate=-1)
-    with pytest.raises(InvalidInputError, match=r"Single with ULA reports no acceptance.*take MALA or HMC"):
+    with pytest.raises(InvalidInputError, match=r"Single with ULA reports no acceptance.*use MALA or HMC"):
         fit(build("ula"), 1, callbacks=[AdaptStep()])
     with pytest.raises(InvalidInputError, match="NestedParticles with ULA reports no acceptance"):
         fit(build("nested"), 1, callbacks=[AdaptStep()])

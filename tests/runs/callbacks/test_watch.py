@@ -54,7 +54,7 @@ def test_a_path_kl_that_blows_up_stops_and_is_not_saved(every, tmp_path):
     loop, reward = build(lr=1e-6)
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(
-        DivergenceError, match=r"after update \d+: the path KL is .*e\+1\d nats: beyond .* --lr.*of update"
+        DivergenceError, match=r"after update \d+: the path KL is .*e\+1\d nats: beyond .* `lr`.*of update"
     ):
         fit(
             loop,
@@ -84,7 +84,7 @@ def test_without_a_path_kl_the_rest_of_j_is_watched():
     optimizer = torch.optim.Adam(chain.denoiser.parameters(), lr=1e-6)
     loop = Queue(chain, Reward(reward) + 0.1 * DriftPenalty(), Update(optimizer), batch=16, noise=Noise(0))
     watch = Runaway(1.0)
-    with pytest.raises(DivergenceError, match=r"J without its path KL rose from .* it runs away; take a smaller --lr"):
+    with pytest.raises(DivergenceError, match=r"J without its path KL rose from .* it diverges; use a smaller `lr`"):
         fit(loop, 60, callbacks=[watch, lambda f: pushed(f, 1e6) if f.updates == 21 else None])
 
 

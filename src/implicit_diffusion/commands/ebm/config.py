@@ -2,102 +2,117 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from implicit_diffusion.commands.ebm.arms import Settings
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.shared.planar import LAWS
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, option, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.energy_model import Architecture, Moves
+from implicit_diffusion.potentials.plane import LAWS
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "vectors": {
-        "potential": "mlp",
-        "steps": 1000,
-        "particles": 1000,
-        "step_size": 0.06,
-        "leapfrogs": 4,
-        "refresh": 250,
-        "lr": 3e-3,
-        "weight_decay": 0.0,
-        "width": 64,
-        "judge_steps": 200,
-    },
-    "images": {
-        "potential": "conv",
-        "steps": 1200,
-        "particles": 256,
-        "step_size": 0.2,
-        "leapfrogs": 4,
-        "refresh": 100,
-        "lr": 1e-3,
-        "weight_decay": 0.01,
-        "width": 16,
-        "judge_steps": 1500,  # their weights are heavier: few steps find log Z too low
-    },
-}
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options whose defaults depend on the data."""
+
+    potential: Literal["mlp", "conv"]
+    steps: int
+    particles: int
+    step_size: float
+    leapfrogs: int
+    refresh: int
+    lr: float
+    weight_decay: float
+    width: int
+    judge_steps: int
+    seeds: int = 5
+
+
+VECTORS = Defaults(
+    potential="mlp",
+    steps=1000,
+    particles=1000,
+    step_size=0.06,
+    leapfrogs=4,
+    refresh=250,
+    lr=3e-3,
+    weight_decay=0.0,
+    width=64,
+    judge_steps=200,
+)
+IMAGES = Defaults(
+    potential="conv",
+    steps=1200,
+    particles=256,
+    step_size=0.2,
+    leapfrogs=4,
+    refresh=100,
+    lr=1e-3,
+    weight_decay=0.01,
+    width=16,
+    judge_steps=1500,  # their weights are heavier: few steps give a log Z that is too low
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train an energy-based model by maximum likelihood in a single loop."""
+    """Train an energy-based model by maximum likelihood, in a single loop of sampling and optimisation."""
 
     data: str = "moons"
     """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.
     A file may be FILE.npy, FILE.npz, FILE.npz:NAME for one of several arrays, FILE.csv, or FILE.safetensors.
     Its array has shape (m, d) or (m, channels, height, width)."""
     dequantise: bool = False
-    """Fill the gaps between the values of integers, grey levels, or rounded measurements with uniform noise.
-    Likelihoods are then lower bounds of the probabilities of the values; without, they may grow without limit."""
+    """Add uniform noise to integers, grey levels or rounded measurements, to fill the gaps between their values.
+    Likelihoods are then lower bounds of the probabilities of these values; without the noise they can grow forever."""
     potential: Literal["mlp", "conv"] | None = None
-    """The network beside the Gaussian; by default mlp for vectors, conv for images."""
+    """Kind of network that is added to a Gaussian energy; by default mlp for vectors, conv for images."""
     sampler: Literal["ula", "mala", "underdamped", "hmc"] = "hmc"
-    """The kernel that moves the particles, once per update."""
+    """Markov kernel that moves the particles, once per update."""
     weighted: bool = True
-    """Weigh the particles for the motion of the parameters θ, for the right masses of modes, and log Z.
-    Underdamped has no weights."""
+    """Weight the particles to correct for the changes of the parameters θ, so that modes get the right masses.
+    The weights estimate log Z too. The sampler underdamped does not support them."""
     steps: int | None = None
     """Number of updates of the parameters θ; 1000 for vectors, 1200 for images by default."""
     particles: int | None = None
-    """Number of particles, and of data per update; 1000 for vectors, 256 for images by default.
-    Weighted, it must be a multiple of 8."""
+    """Number of particles, and of data points per update; 1000 for vectors, 256 for images by default.
+    With weights it must be a multiple of 8."""
     step_size: float | None = None
-    """Step size h of the sampler in standardised coordinates; by default 0.06 for vectors, 0.2 for images.
-    Ula and mala take the square of that default."""
+    """Step size h of the sampler, for data scaled to unit variance; by default 0.06 for vectors, 0.2 for images.
+    For ula and mala the default is the square of that."""
     adapt_step: bool = False
-    """Move the step size while training, for the share of accepted proposals that suits mala (0.574) or hmc (0.8)."""
+    """Adapt the step size during training to the best share of accepted proposals: 0.574 for mala, 0.8 for hmc."""
     leapfrogs: int | None = None
     """Number of leapfrog steps of hmc; 4 by default.
-    Together with the step size they should carry a particle through its mode."""
+    Choose it with --step-size, such that all steps together move a particle across a mode."""
     refresh: int | None = None
-    """Number of updates after which weighted particles are drawn anew; 0 means never.
-    The default is 250 for vectors, 100 for images.
-    That ends the errors that their weights have accumulated."""
+    """Number of updates after which weighted particles are drawn afresh, without the errors of their weights so far.
+    The default is 250 for vectors, 100 for images; 0 means never."""
     lr: float | None = None
-    """Learning rate of Adam at the start, which decays to zero along a cosine.
+    """Learning rate of Adam at the start; it decays to zero along a cosine.
     The default is 3e-3 for vectors, 1e-3 for images."""
     weight_decay: float | None = None
-    """Weight decay of AdamW; it holds a network down that out-grows the Gaussian.
+    """Weight decay of AdamW; it keeps the network from outgrowing the Gaussian far away from the data.
     The default is 0 for vectors, 0.01 for images."""
     width: int | None = None
-    """Width of the network; 64 for mlp (three hidden layers), 16 channels for conv by default."""
+    """Width of the network; by default 64 units for mlp, which has three hidden layers, and 16 channels for conv."""
     judge_steps: int | None = None
-    """Number of annealing steps that estimate the final log Z; 200 for vectors, 1500 for images by default.
-    Half as many again check it; for images they are most of the time after training."""
+    """Number of annealing steps to estimate the final log Z; 200 for vectors, 1500 for images by default.
+    A second estimate with half as many steps checks the first. For images this takes long."""
     long_chains: bool = False
-    """For images: also move particles ten times as long as training did, to see whether they drift off."""
+    """Also move the particles of images ten times as long as training did, to see whether they drift away."""
     compare: bool = False
-    """Compare all ways of training at equal cost instead; for data of the plane with a known law only."""
+    """Compare all ways of training at equal cost instead; only for data in the plane whose distribution is known."""
     seeds: int | None = None
-    """Number of seeds of the comparison; 5 by default."""
+    """Number of runs of each way of training in a comparison; 5 by default."""
     seed: int = 0
     """Seed of all random numbers: the same seed gives the same model, bit for bit."""
     out: Path | None = None
-    """Folder for the run, new or empty, by default runs/ebm-<data>-<time>.
-    An interrupted comparison goes on in its own."""
+    """Folder for the run, new or empty; by default runs/ebm-<data>-<time>.
+    The folder of an interrupted comparison may be given again, to go on with it."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""
@@ -111,35 +126,36 @@ class Config:
                 raise InvalidInputError(f"{option(name, getattr(self, name))} has no effect: {why}; leave it out")
         if self.sampler == "underdamped" and (self.weighted or self.compare):
             other = "" if self.compare else ", or add --no-weighted"
-            raise InvalidInputError(f"--sampler underdamped knows no weights; take ula, mala or hmc{other}")
+            raise InvalidInputError(f"--sampler underdamped knows no weights; use ula, mala or hmc{other}")
 
     def resolved(self, data: Data) -> Config:
         """With the defaults for these data in place of None, where the option has an effect."""
-        idle = self._idle()
-        return replace(self, **{name: value for name, value in self._values(data).items() if name not in idle})
+        idle, values = self._idle(), asdict(self._values(data))
+        return replace(self, **{name: value for name, value in values.items() if name not in idle})
 
     def settings(self, data: Data) -> Settings:
         """What to train on these data."""
         values = self._values(data)
         return Settings(
-            Architecture(values["potential"], data.event_shape, values["width"]),
-            Moves(self.sampler, values["step_size"], values["leapfrogs"]),
-            "weighted" if self.weighted else "hmc",
-            values["particles"],
-            values["steps"],
-            values["lr"],
-            self.seed,
-            weight_decay=values["weight_decay"],
-            refresh=values["refresh"] if self.weighted else 0,
+            architecture=Architecture(values.potential, data.event_shape, values.width),
+            moves=Moves(self.sampler, values.step_size, values.leapfrogs),
+            arm="weighted" if self.weighted else "hmc",
+            particles=values.particles,
+            updates=values.steps,
+            lr=values.lr,
+            seed=self.seed,
+            weight_decay=values.weight_decay,
+            refresh=values.refresh if self.weighted else 0,
             adapt=self.adapt_step,
         )
 
-    def _values(self, data: Data) -> dict[str, Any]:
+    def _values(self, data: Data) -> Defaults:
         """All options that have defaults, with these in place of None."""
-        defaults = DEFAULTS["images" if len(data.event_shape) == 3 else "vectors"] | {"seeds": 5}
+        defaults = IMAGES if len(data.event_shape) == 3 else VECTORS
         if self.sampler in ("ula", "mala"):
-            defaults |= {"step_size": defaults["step_size"] ** 2}
-        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()}
+            defaults = replace(defaults, step_size=defaults.step_size**2)
+        given = {field.name: getattr(self, field.name) for field in fields(Defaults)}
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     def _idle(self) -> dict[str, str]:
         """Options without an effect beside the others, and why."""
@@ -159,13 +175,16 @@ class Config:
             "adapt_step": "--compare holds the step size fixed",
             "refresh": "--compare never draws particles anew",
             "weighted": "--compare runs arms with weights and without",
-            "long_chains": "--compare takes laws of the plane",
+            "long_chains": "--compare is for laws of the plane",
         }
 
 
 def markdown() -> str:
-    """`DEFAULTS` as the table of the documentation."""
+    """The defaults as the table of the documentation."""
     lines = ["| option | vectors | images |", "|---|---|---|"]
-    for name, value in DEFAULTS["vectors"].items():
-        lines.append(f"| `{option(name)}` | {value} | {DEFAULTS['images'][name]} |")
+    lines += [
+        f"| `{option(name)}` | {value} | {getattr(IMAGES, name)} |"
+        for name, value in asdict(VECTORS).items()
+        if name != "seeds"
+    ]
     return "\n".join(lines)

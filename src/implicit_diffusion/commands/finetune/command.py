@@ -68,7 +68,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not resumed:
-        directory.check_start(Config, planning.FILES)
+        directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
@@ -82,7 +82,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         fingerprints |= {"prompts": _keep_prompts(setup, directory, resumed)}
     trained = directory.has_state
     if not trained:
-        begin(directory, config, fingerprints, device)
+        begin(directory, "finetune", config, fingerprints, device)
     elif not is_recorded(directory):
         record_inputs(directory, config, fingerprints, device=device)
     with directory.resumable():
@@ -93,7 +93,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     scale(loop, beta, config.max_grad_norm * plan.reward_std)
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
     if not trained:
-        begin(directory, config, fingerprints, device)
+        begin(directory, "finetune", config, fingerprints, device)
     print(f"memory predicted: {predicted}")
     with directory.resumable():
         held_out = held_out_checks(spec, setup)

@@ -12,90 +12,90 @@ from implicit_diffusion.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune a diffusion model for a reward, with a KL leash to the pretrained model.
+    """Fine-tune a diffusion model for a reward, with a penalty on the KL divergence from the pretrained model.
 
-    It minimises −E[reward] + β · KL(path). See first what each --kl-weight β can buy, with --plan.
+    It minimises −E[reward] + β · KL(path). Begin with --plan, which shows what each --kl-weight β can buy.
     """
 
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: str = "brightness"
     """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
-    A class or factory takes literal arguments, as in "FILE.py:Class(weight=2)".
-    It is called with the images (n, C, H, W), decoded where the model's are latents.
-    If it takes two arguments, the second is the list of prompts, or the class labels (n,).
-    It returns one number per image: (n,), (n, 1), or these in a pair (scores, info) or a dict."""
+    A class, or a function that makes the reward, may be given literal arguments, as in "FILE.py:Class(weight=2)".
+    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
+    If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
+    It returns one number per image: shape (n,) or (n, 1), or a pair (scores, info) or a dict that holds these."""
     prompts: Path | None = None
-    """Text file with one prompt per line, for text-conditional models."""
+    """Text file with one prompt per line; for models that are conditioned on text."""
     guidance: float | None = None
-    """Scale of classifier-free guidance in the trained chain; by default that of the model's pipeline."""
+    """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
     null_class: int | None = None
-    """The label that stands for no class in the guidance of a class-conditional U-Net."""
+    """Class label that means "no class"; the guidance of a class-conditional U-Net needs it."""
     kl_weight: float | None = None
-    """Weight β of the KL, in reward per nat.
-    By default the plan chooses it, for a gain of one standard deviation of the pretrained reward.
-    With --penalty drift, which has no plan, it must be given."""
+    """Weight β of the KL divergence, in units of reward per nat.
+    By default it is chosen so that the reward can rise by about one standard deviation of the pretrained reward.
+    With --penalty drift it must be given."""
     target_kl: float | None = None
-    """Path KL to aim at, in nats; see --target-kl-mode."""
+    """Path KL to aim at, in nats; --target-kl-mode says how."""
     target_kl_mode: Literal["adapt", "stop"] | None = None
-    """Whether to adapt β until the path KL sits at --target-kl (the default), or to stop there."""
+    """Whether to adapt β until the path KL stays at --target-kl (the default), or to stop training there."""
     reference: str | None = None
-    """The model that the KL is taken to, by default --model itself.
-    Name the original model here when you go on training from RUN/model."""
+    """The model that the KL divergence is measured from; by default it is --model itself.
+    Name the original model here if --model has been fine-tuned before."""
     plan: bool = False
-    """Do not train; only say what each --kl-weight can buy, from pretrained samples, and show some of these."""
+    """Do not train; sample the pretrained model, and report what reward each --kl-weight can buy."""
     out: Path | None = None
-    """Folder for the run: new, empty, or with a plan alone. By default runs/finetune-<time>."""
+    """Folder for the run: new, empty, or with nothing but a plan in it. By default runs/finetune-<time>."""
     loop: Literal["queue", "nested"] = "queue"
-    """The algorithm: sample and train in one pipelined loop, or sample every batch first, then differentiate it."""
+    """The algorithm: "queue" samples and trains in one pipelined loop; "nested" samples each batch to the end first."""
     scheduler: (
         Literal["ddpm", "ddim", "euler", "euler-ancestral", "dpm-solver", "flow-euler", "flow-memoryless"] | None
     ) = None
-    """The sampler that is trained, on the checkpoint's noise schedule.
-    By default the one that forgets its start: ddpm for diffusion models, flow-memoryless for flow models.
-    euler and flow-euler have no noise and need --penalty drift."""
+    """The sampler that is trained, on the noise schedule of the model.
+    By default its samples do not depend on its initial noise: ddpm for diffusion, flow-memoryless for flow models.
+    The samplers euler and flow-euler add no noise, and need --penalty drift."""
     eta: float | None = None
     """Amount of noise in --scheduler ddim, by default 1; 0 is deterministic and needs --penalty drift."""
     penalty: Literal["path-kl", "drift"] = "path-kl"
-    """What --kl-weight weighs: the path KL, or the squared distance of the drifts.
-    With the path KL, steps without noise keep the pretrained network."""
+    """What --kl-weight weighs: the path KL, or the squared distance between the drifts of the two models.
+    With the path KL, steps that add no noise keep the pretrained network."""
     num_steps: int = 10
-    """Number N of steps of the sampler."""
+    """Number N of sampling steps."""
     batch: int = 16
-    """Number of trajectories that start in each iteration."""
+    """Number of samples per gradient: so many trajectories start in each iteration."""
     stride: int | None = None
-    """Number of steps that each trajectory in the queue moves per iteration; more needs less memory and is less stale.
-    By default N/10, so that ten batches are in flight in each direction."""
+    """Number of sampling steps that each trajectory in the queue makes per iteration.
+    More steps need less memory, and gradients are less out of date. By default N/10."""
     updates: int = 250
     """Number of optimizer steps."""
     lr: float = 5e-5
     """Learning rate of Adam at the start; it decays to zero along a cosine."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradient, in standard deviations of the pretrained reward; larger ones are clipped."""
+    """Largest norm of a gradient, in standard deviations of the pretrained reward; a larger gradient is scaled down."""
     accumulate: int = 1
-    """Number of gradients that are averaged for one update."""
+    """Number of gradients that are averaged for each update."""
     ema: float | None = None
-    """Decay rate of a moving average of the weights, below 1; the average is then what is judged and exported."""
+    """Decay rate, below 1, of a moving average of the weights; with it, the average is judged and exported."""
     lora_rank: int | None = None
-    """Rank of low-rank adapters to train in place of all weights; the frozen reference then costs no memory."""
+    """Rank of low-rank adapters (LoRA) to train in place of all weights; this saves memory."""
     lora_targets: str | None = None
     """Layers that get adapters, by the ends of their names, such as "to_q,to_v".
-    By default these are the projections of attention, or the convolutions of a network without attention."""
+    By default the projections of attention layers, or the convolutions of a network without attention."""
     gradient_checkpointing: bool = False
-    """Save memory: keep fewer activations of the network, and compute them again for the gradient."""
+    """Save memory: store fewer activations of the network, and compute them again for the gradient."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Precision of the network alone, by autocast; states, adjoints, path KL and weights stay in float32.
-    fp16 is for devices without bfloat16: its gradients are scaled into float16's range, call by call."""
+    """Precision that the network computes in; samples, adjoints, path KL and weights stay in float32.
+    Use fp16 on devices without bfloat16 only; its gradients are scaled so that they do not underflow."""
     compile: bool = False
-    """Compile the network with torch.compile; where that fails, it says why and runs uncompiled."""
+    """Compile the network with torch.compile; if that fails, the reason is printed and training runs uncompiled."""
     no_clip: bool = False
-    """Switch off the scheduler's clip_sample, through which no gradient can pass; the report says what that changes."""
+    """Switch off clip_sample of the model's scheduler, which blocks gradients; the report says what that changes."""
     seed: int = 0
     """Seed of all random numbers."""
     starts: int = 256
-    """Number of initial noises: 16 trajectories start from each for the plan, 8 for judging before and after."""
+    """Number of initial noises for evaluation: 16 samples of each make the plan, 8 judge the model before and after."""
     device: str = "auto"
-    """Device to compute on: "cpu", "cuda", …; "auto" takes an accelerator where there is one."""
+    """Device to compute on, such as "cpu" or "cuda"; "auto" uses an accelerator if there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

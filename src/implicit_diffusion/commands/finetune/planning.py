@@ -32,7 +32,7 @@ from implicit_diffusion.files.states import load_state
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.runs.provenance import surroundings
+from implicit_diffusion.runs.surroundings import describe
 
 PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
@@ -193,7 +193,7 @@ def rests_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any]) -> dict
         "code": f"sha256 {code_digest()}",
     }
     given = {name: str(value) for name, value in options.items() if value is not None}
-    return given | _files(with_imports(spec, dict(fingerprints))) | surroundings(setup.chain.device)
+    return given | _files(with_imports(spec, dict(fingerprints))) | describe(setup.chain.device)
 
 
 def _files(fingerprints: Mapping[str, Any]) -> dict[str, str]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from implicit_diffusion.commands.pretrain.network import noise_schedule
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.tables.scheduler import read_table
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
 
 
 @dataclass(frozen=True)
 class Config:
     """Pretrain a diffusion model on images.
 
-    The defaults are the published setting for the digits: on one kind of processor, the same weights bit for bit.
+    The defaults are those of the digits model that is shipped; on the same processor they give it again bit for bit.
     """
 
     data: str = "digits"
@@ -27,36 +25,36 @@ class Config:
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/pretrain-<data>."""
     size: tuple[int, int] | None = None
-    """Height and width to scale the images to; by default their own, rounded to what the U-Net can halve."""
+    """Height and width to scale the images to; by default their own, rounded so that the U-Net can halve them."""
     classes: bool = False
-    """Condition the model on classes: the subfolders of a folder, or the labels of the digits."""
+    """Condition the model on classes: the subfolders of a folder of images, or the labels of the digits."""
     steps: int = 3000
     """Number of optimizer steps."""
     batch: int = 64
     """Number of images per optimizer step."""
     lr: float = 2e-3
-    """Learning rate after a linear warm-up over 200 steps; then it decays to zero along a cosine."""
+    """Learning rate after a linear warm-up over 200 steps; it then decays to zero along a cosine."""
     ema_decay: float = 0.999
-    """Decay rate of the moving average of the weights, below 1; the average is what is kept."""
+    """Decay rate, below 1, of the moving average of the weights; the average is what is saved."""
     dropout: float = 0.1
     """Dropout rate in the residual blocks of the U-Net."""
     channels: tuple[int, ...] | None = None
-    """Widths of the U-Net's levels, multiples of 8; by default they follow the size of the images."""
+    """Number of channels at each level of the U-Net, multiples of 8; by default they follow the size of the images."""
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    """What the network predicts."""
+    """What the network predicts: the velocity, the noise, or the clean image."""
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """Noise schedule of the diffusion."""
+    """Shape of the noise schedule, by its name in diffusers."""
     train_timesteps: int = 1000
-    """Number T of timesteps of the noise schedule."""
+    """Number T of time steps of the noise schedule."""
     seed: int = 0
     """Seed of all random numbers."""
     chains: tuple[int, ...] = (10, 50)
-    """Numbers of sampling steps at which the model is judged, or its samples drawn."""
+    """Numbers of sampling steps with which the model is evaluated after training."""
     samples: int = 2000
-    """Number of digits to judge at each of --chains; of other images, a page is drawn."""
+    """Number of digits to evaluate for each of --chains; of other images, one page of samples is drawn."""
     device: str | None = None
-    """Device to compute on: "cpu", "cuda", …; by default the CPU for digits.
-    For other images it is an accelerator, where there is one."""
+    """Device to compute on, such as "cpu" or "cuda".
+    By default it is the CPU for digits, and an accelerator for other images if there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
@@ -68,7 +66,7 @@ class Config:
             # each of the eight groups is one channel, less its own mean
             raise InvalidInputError(
                 f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
-                "take 16 or more for one level at least"
+                "give 16 or more to one level at least"
             )
         positive(self, "lr")
         for name in ("ema_decay", "dropout"):
@@ -76,22 +74,9 @@ class Config:
                 raise InvalidInputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
         if not self.chains or min(self.chains) < 1:
             raise InvalidInputError(f"--chains must be integers ≥ 1, got {' '.join(map(str, self.chains)) or 'none'}")
+        schedule = noise_schedule(self.train_timesteps, self.beta_schedule, self.prediction_type)
         for num_steps in self.chains:
             try:
-                read_table(noise_schedule(self), num_steps)
+                read_table(schedule, num_steps)
             except InvalidInputError as error:
                 raise InvalidInputError(f"--chains {num_steps}: {error}") from error
-
-
-def noise_schedule(config: Config) -> DDPMScheduler:
-    """The scheduler that the model is trained for."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        num_train_timesteps=config.train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        variance_type="fixed_small",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )

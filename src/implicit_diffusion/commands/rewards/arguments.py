@@ -24,60 +24,62 @@ def read_arguments(name: str, call: str) -> Arguments:
     """Positional and keyword arguments of a call "(...)", as literals.
 
     Raises:
-        InvalidInputError: no call, or an argument that is no literal; the message names it.
+        InvalidInputError: this is not a call, or an argument is not a literal; the message names it.
     """
     try:
         node = ast.parse(f"f{call}", mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise InvalidInputError(f"--reward {name}: {call} are no arguments: {getattr(error, 'msg', error)}") from error
+        raise InvalidInputError(
+            f"`reward` {name}: {call} cannot be read as arguments: {getattr(error, 'msg', error)}"
+        ) from error
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise InvalidInputError(f"--reward {name}: {call} are no arguments; write them as (1, weight=2)")
+        raise InvalidInputError(f"`reward` {name}: {call} cannot be read as arguments; write them as (1, weight=2)")
     positional = tuple(_literal(name, value, "") for value in node.args)
     named: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None:
-            raise InvalidInputError(f"--reward {name}: ** takes no arguments here; write each as name=value")
+            raise InvalidInputError(f"`reward` {name}: ** cannot be used here; write each as name=value")
         named[keyword.arg] = _literal(name, keyword.value, f"{keyword.arg}=")
     return positional, named
 
 
-def made(name: str, found: Callable[..., Any], arguments: Arguments | None) -> Callable[..., Tensor]:
-    """The reward that a class, a factory or a reward itself becomes with its arguments.
+def made(name: str, target: Callable[..., Any], arguments: Arguments | None) -> Callable[..., Tensor]:
+    """The reward that a class, a factory or a function becomes with its arguments.
 
-    A class is called with them, without parentheses with none. So is a factory, a function that can be called with them
-    alone. A function that needs the samples as well is a reward, whose other arguments these are.
+    A class is called with them, or with none where the name has no parentheses. So is a factory: a function that can be
+    called with them alone. A function that needs the samples as well is a reward, and these are its other arguments.
 
     Args:
         name: of the reward, for messages.
-        found: the class or function.
+        target: the class or function.
         arguments: from `read_arguments`; None where the name has no parentheses.
 
     Raises:
-        InvalidInputError: arguments that do not fit; what was made is no function.
+        InvalidInputError: arguments that do not fit, or a result that is not a function.
     """
-    if arguments is None and not inspect.isclass(found):
-        return found
+    if arguments is None and not inspect.isclass(target):
+        return target
     positional, named = arguments or ((), {})
     called = spelled(name).function
     try:
-        signature = inspect.signature(found)
+        signature = inspect.signature(target)
     except (TypeError, ValueError):  # built-in functions need not have one
         signature = inspect.Signature([inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)])
     try:
         signature.bind(*positional, **named)
     except TypeError as error:
-        if not inspect.isclass(found) and not positional and any(_binds(signature, n, named) for n in (1, 2)):
-            return functools.partial(found, **named)
-        bare = "" if positional or named or inspect.isclass(found) else "; name it without parentheses, or"
+        if not inspect.isclass(target) and not positional and any(_binds(signature, n, named) for n in (1, 2)):
+            return functools.partial(target, **named)
+        bare = "" if positional or named or inspect.isclass(target) else "; name it without parentheses, or"
         raise InvalidInputError(
-            f"--reward {name}: {_misfit(signature, positional, named) or error}{bare or ';'} give its arguments, "
+            f"`reward` {name}: {_misfit(signature, positional, named) or error}{bare or ';'} give its arguments, "
             f"{called}{_plainly(signature)}"
         ) from error
-    reward = found(*positional, **named)
+    reward = target(*positional, **named)
     if not callable(reward):
         raise InvalidInputError(
-            f"--reward {name}: {called}(...) must make a function of images, got {type(reward).__name__}; "
-            + ("give the class a __call__(self, images)" if inspect.isclass(found) else "return a function of images")
+            f"`reward` {name}: {called}(...) must make a function of images, got {type(reward).__name__}; "
+            + ("give the class a __call__(self, images)" if inspect.isclass(target) else "return a function of images")
         )
     return reward
 
@@ -90,13 +92,13 @@ def _literal(name: str, node: ast.expr, before: str) -> Any:
         text = text if len(text) <= 60 else f"{text[:60]}…"
         quotes = f'; put words in quotes, {before}"{text}"' if isinstance(node, ast.Name) else ""
         raise InvalidInputError(
-            f"--reward {name}: the argument {before}{text} is no literal (a number, a string, True, False, None, or a "
-            f"tuple, list or dict of them), and nothing else is evaluated{quotes}"
+            f"`reward` {name}: the argument {before}{text} is not a literal (a number, a string, True, False, None, or "
+            f"a tuple, list or dict of them), and nothing else is evaluated{quotes}"
         ) from error
 
 
 def _binds(signature: inspect.Signature, samples: int, named: dict[str, Any]) -> bool:
-    """Whether a function can be called with the samples, and a condition, and these."""
+    """Whether a function can be called with the samples, with a condition too if `samples` is 2, and with these."""
     try:
         signature.bind(*range(samples), **named)
     except TypeError:
@@ -105,7 +107,7 @@ def _binds(signature: inspect.Signature, samples: int, named: dict[str, Any]) ->
 
 
 def _misfit(signature: inspect.Signature, positional: tuple[Any, ...], named: dict[str, Any]) -> str:
-    """Which of the arguments has no place, whatever else lacks; empty where all have."""
+    """Which of the arguments has no place, even if others are missing; empty where all have one."""
     try:
         signature.bind_partial(*positional, **named)
     except TypeError as error:
@@ -114,6 +116,6 @@ def _misfit(signature: inspect.Signature, positional: tuple[Any, ...], named: di
 
 
 def _plainly(signature: inspect.Signature) -> str:
-    """Names and defaults, without types."""
+    """A signature with names and defaults, without types."""
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=signature.empty))

@@ -1,4 +1,4 @@
-"""Rewards by name: shipped ones, or a function of the user's own module or file."""
+"""Rewards by name: shipped ones, or functions in a module or file of the user's own."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
     """The reward called `name`.
 
     It may be a shipped one, such as "brightness" or "digit-3", or the user's own, as "module:function" or
-    "file.py:function". In place of a function that can be an instance, a class, or a class or factory with literal
-    arguments, "file.py:Class(weight=2)" (`reward_arguments`).
+    "file.py:function". In place of the function there may be an instance, a class, or a class or factory with literal
+    arguments: "file.py:Class(weight=2)" (see `rewards.arguments`).
 
-    A file or module that the user names is imported, and so executed, and noted as one that this user has named
-    (`reward_trust`). A file finds what lies beside it, also later, when it is called; it takes no other module's name,
-    and installed modules come before those beside it. A network found there, or held by an instance, is put in eval
-    mode.
+    A file or module that the user names is imported, and so executed, and recorded as one that this user has named (see
+    `rewards.trust`). A file can import what lies beside it, also later, when the reward is called; installed modules
+    come before those beside it, and these before those beside rewards that were loaded earlier. The module of the file
+    gets a name that no other module has. A network found there, or held by an instance, is put in eval mode.
 
     Args:
         name: of the reward.
         device: that networks are moved to; None leaves them where they are.
 
     Raises:
-        InvalidInputError: nothing of that name, and the message says what was looked for; arguments that do not fit; or
-            what the file raises.
+        InvalidInputError: there is no such reward, and the message says what was looked for; arguments that do not fit;
+            whatever the file raises.
     """
     place, function, call = spelled(name)
     shipped = re.fullmatch(r"brightness|darkness|redness|digit-(\d)", function)
     if shipped and not place:
         if call:
-            raise InvalidInputError(f"--reward {name}: {function} takes no arguments; name it without parentheses")
+            raise InvalidInputError(f"`reward` {name}: {function} takes no arguments; name it without parentheses")
         return digit_log_probability(int(shipped[1])) if shipped[1] else getattr(rewards, function)
     if not place:
         raise InvalidInputError(
-            f"--reward {name!r} is neither {SHIPPED}, nor of the form FILE.py:function or FILE.py:Class(weight=2)"
+            f"`reward` {name!r} is neither {SHIPPED}, nor of the form FILE.py:function or FILE.py:Class(weight=2)"
         )
     if "(" in function:
-        raise InvalidInputError(f"--reward {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
+        raise InvalidInputError(f"`reward` {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
     arguments = read_arguments(name, call) if call else None
     paths = list(sys.path)
     try:
@@ -76,32 +76,32 @@ def _function(name: str, arguments: Arguments | None, device: torch.device | Non
         code = code_of(name)
         remember(code)
         module = _execute(code, Path(place).absolute()) if place.endswith(".py") else _import(place)
-    found = getattr(module, function, None)
-    if not callable(found):
+    target = getattr(module, function, None)
+    if not callable(target):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InvalidInputError(
-            f"--reward: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
+            f"`reward`: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
         )
     with blamed(name):
-        reward = made(name, found, arguments)
+        reward = made(name, target, arguments)
     for network in modules_in(reward):
         network.eval()
         if device is not None:
             network.to(device)
     with blamed(name):
         takes_condition(reward)
-    return _answering(reward, name)
+    return _with_named_errors(reward, name)
 
 
-def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """The same function, whose errors say where they come from, whenever in a run they come.
+def _with_named_errors(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """The same function; its errors say where they come from, whenever in a run they come.
 
     Raises:
-        RewardError: from the result, for whatever else than an error of ours is raised, a call of sys.exit included.
+        RewardError: when called, for everything that the function raises except errors of ours; also for sys.exit.
     """
 
     @functools.wraps(function)
-    def answering(*arguments: Any) -> Any:
+    def calling(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except ImplicitDiffusionError:
@@ -111,12 +111,12 @@ def _answering(function: Callable[..., Tensor], name: str) -> Callable[..., Tens
 
     forward = function.forward if isinstance(function, nn.Module) else function
     with suppress(TypeError, ValueError):  # built-in functions need not have one
-        answering.__dict__["__signature__"] = inspect.signature(forward)
-    return answering
+        calling.__dict__["__signature__"] = inspect.signature(forward)
+    return calling
 
 
 def _located(error: BaseException, name: str) -> str:
-    """A line that says what a reward of the user's own raised, and where."""
+    """What a reward of the user's own raised, and where, in one line."""
     place = spelled(name).place
     file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or name)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file.absolute()]
@@ -124,7 +124,7 @@ def _located(error: BaseException, name: str) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
     what = error.msg if isinstance(error, SyntaxError) else reason_of(error)
-    return f"--reward {where}: {type(error).__name__}: {what}"
+    return f"`reward` {where}: {type(error).__name__}: {what}"
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def blamed(name: str, must: str = "") -> Iterator[None]:
         must: what it must do, for the end of the message.
 
     Raises:
-        InvalidInputError: for every error but our own.
+        InvalidInputError: in place of every error except our own.
     """
     try:
         yield
@@ -149,17 +149,39 @@ def blamed(name: str, must: str = "") -> Iterator[None]:
 
 
 def _execute(code: Code, path: Path) -> ModuleType:
-    """The module of a file, made of the very bytes that were read."""
+    """The module of a file, made from the very bytes that were read."""
     name = f"reward {path.stem} {code.digest[:12]}"  # which no other module has
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that its dataclasses find it
-    beside = str(path.parent)
-    if beside not in sys.path:
-        sys.path.append(beside)  # for good: functions import when they are called; last: nothing is shadowed
+    _import_from(path.parent)
     exec(compile(code.content, str(path), "exec", dont_inherit=True), module.__dict__)
     return module
+
+
+_folders: set[str] = set()  # beside the files of rewards, on sys.path for good: functions import when they are called
+
+
+def _import_from(folder: Path) -> None:
+    """Let imports find what lies in a folder: after all that is installed, before what lies beside earlier rewards.
+
+    A module beside an earlier reward may have the name of one in this folder. It stays that reward's own, and this
+    folder's is imported in its place.
+    """
+    place, earlier = str(folder), [beside for beside in sys.path if beside in _folders]
+    if place not in sys.path or place in earlier:
+        rest = [beside for beside in sys.path if beside not in _folders]
+        sys.path[:] = [*rest, place, *(beside for beside in earlier if beside != place)]
+        _folders.add(place)
+    importlib.invalidate_caches()  # a folder's listing is out of date where files were made a moment ago
+    packages = {file.parent.name for file in folder.glob("*/__init__.py")}
+    for name in packages | {file.stem for file in folder.glob("*.py")}:
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or folder / name)
+        home = file.parents[1] if file.stem == "__init__" else file.parent
+        if str(home) in _folders - {place}:
+            for taken in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+                del sys.modules[taken]
 
 
 def _import(name: str) -> ModuleType:
@@ -169,5 +191,5 @@ def _import(name: str) -> ModuleType:
         if error.name != name.partition(".")[0] and error.name != name:
             raise
         raise InvalidInputError(
-            f"--reward: no module {name!r} ({error}); run from its folder, or name it as FILE.py:function"
+            f"`reward`: no module {name!r} ({error}); run from its folder, or name it as FILE.py:function"
         ) from error

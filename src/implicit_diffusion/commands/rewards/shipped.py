@@ -50,7 +50,7 @@ def redness(x: Float[Tensor, "batch *event"]) -> Float[Tensor, " batch"]:
     """
     if x.ndim != 4 or x.shape[1] != 3:
         raise InvalidInputError(
-            f"reward redness needs colour images (n, 3, height, width), got {tuple(x.shape)}; take brightness for grey "
+            f"reward redness needs colour images (n, 3, height, width), got {tuple(x.shape)}; use brightness for grey "
             "images"
         )
     red, green, blue = x.flatten(2).mean(2).unbind(1)

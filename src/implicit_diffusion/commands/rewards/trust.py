@@ -1,12 +1,13 @@
-"""Whether the code of a reward may run without being asked about.
+"""Whether the code of a reward may run without asking the user.
 
-A reward is code. Who names it on the command line, or in Python, means it. A run directory names one as well, in its
-config.json, and that may come from anywhere: it runs only if this user has named the same code before, by place and
-sha256, and if it does not lie in the run directory. What was named is noted below
+A reward is code. A user who names it on the command line, or in Python, wants it to run. A run directory names one as
+well, in its config.json, and may come from anywhere: that one runs only if this user has named the same code before, by
+place and sha256, and if it does not lie in the run directory. What was named is recorded below
 
     $XDG_STATE_HOME/implicit-diffusion/rewards/<sha256 of the place>/<sha256 of the code>
 
-by default ~/.local/state; with IMPLICIT_DIFFUSION_CACHE=off, or where nothing can be written, only for the process.
+with ~/.local/state for $XDG_STATE_HOME by default. With IMPLICIT_DIFFUSION_CACHE=off, or where nothing can be written,
+it is remembered by the process alone.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _named: set[tuple[str, str]] = set()  # place and sha256, in this process
 
 @dataclass(frozen=True)
 class Code:
-    """What runs when a reward is loaded, before anything of it has run.
+    """The code that runs when a reward is loaded, read before any of it runs.
 
     Args:
-        name: of the reward, as it was given.
-        place: where it is, with its function and the arguments of that.
-        files: with links resolved; for a module those of its packages too, and none where it is built in.
-        content: of the last file.
-        digest: sha256 of all of them.
+        name: the reward's, as it was given.
+        place: where it is, with its function and the arguments of that function.
+        files: with links resolved; for a module also those of its packages; none where it is built in.
+        content: the bytes of the last file.
+        digest: the sha256 of all files.
     """
 
     name: str
@@ -90,16 +91,16 @@ def short(name: str) -> str:
 def code_of(name: str) -> Code:
     """Find and read the code of "FILE.py:function" or "module:function", without running any of it.
 
-    Its place has the arguments too: who has named `loader("mine")` has not named `loader("yours")`.
+    Its place includes the arguments: a user who has named `loader("mine")` has not named `loader("yours")`.
 
     Raises:
-        InvalidInputError: there is none.
+        InvalidInputError: there is no such file or module.
         OSError: it cannot be read.
     """
     place, function, call = spelled(name)
     if place.endswith(".py"):
         if not Path(place).is_file():
-            raise InvalidInputError(f"--reward: there is no file {place}")
+            raise InvalidInputError(f"`reward`: there is no file {place}")
         files: tuple[Path, ...] = (Path(place).resolve(),)
         where = str(files[0])
     else:
@@ -111,7 +112,7 @@ def code_of(name: str) -> Code:
 
 
 def remember(code: Code) -> None:
-    """Note that this user has named this code."""
+    """Record that this user has named this code."""
     _named.add((code.place, code.digest))
     folder = _folder()
     if folder is not None:
@@ -129,14 +130,14 @@ def check_trust(name: str, directory: Path) -> None:
         directory: of the run.
 
     Raises:
-        InvalidInputError: code inside the directory, code that has changed, or that was never named; and no code.
+        InvalidInputError: code inside the directory, code that has changed or was never named, or no such code.
     """
     if not is_own(name):
         return
     try:
         code = code_of(name)
     except OSError as error:
-        raise InvalidInputError(f"--reward {name} cannot be read: {error}") from error
+        raise InvalidInputError(f"`reward` {name} cannot be read: {error}") from error
     inside = [file for file in code.files if file.is_relative_to(directory.resolve())]
     known = _known(code.place)
     if inside:
@@ -146,15 +147,16 @@ def check_trust(name: str, directory: Path) -> None:
     elif known:
         why = f"it has changed since you named it (its sha256 is {code.digest[:12]}… now)"
     else:
-        kept = "" if _folder() else " (nothing is noted under IMPLICIT_DIFFUSION_CACHE=off)"
+        kept = "" if _folder() else " (with IMPLICIT_DIFFUSION_CACHE=off, nothing is recorded)"
         why = f"you have not named it on this machine before{kept}"
     raise InvalidInputError(
-        f"{directory} names the reward {name}, which is code, and {why}. Look at it; if it may run, add --trust-reward"
+        f"{directory} names the reward {name}, which is code, and {why}. Read it; if it may run, add "
+        "`trust_reward=True`"
     )
 
 
 def loaded_with(code: Code) -> list[Path]:
-    """The files of a reward that is loaded: its own, and those of modules beside it, which it has imported."""
+    """The files of a reward that is loaded: its own, and those of the modules beside it that were imported."""
     if not spelled(code.name).place.endswith(".py"):
         return list(code.files)
     folder, files = code.files[0].parent, set(code.files)
@@ -209,7 +211,7 @@ def _sources(module: str) -> tuple[Path, ...]:
         spec = _find(".".join(parts[: i + 1]), path)
         if spec is None:
             raise InvalidInputError(
-                f"--reward: no module {module!r}; run from its folder, or name it as FILE.py:function"
+                f"`reward`: no module {module!r}; run from its folder, or name it as FILE.py:function"
             )
         files += [Path(spec.origin).resolve()] if spec.origin and spec.has_location else []
         path = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)

@@ -26,16 +26,16 @@ class Config:
     """File to write: a .png, .jpg or .webp picture, or a .npy array from an energy-based model.
     An existing file is never overwritten."""
     prompts: Path | None = None
-    """Text file with one prompt per line, for text-conditional models; the images use them in turn."""
+    """Text file with one prompt per line, for models that are conditioned on text; images use the prompts in turn."""
     num_steps: int | None = None
-    """Number of steps of the sampler.
-    By default the chain that the model was fine-tuned for is run, with its own number.
-    Any other number runs the folder's own pipeline, whose default is 50."""
+    """Number of sampling steps; by default the number that the model was fine-tuned for.
+    With any other number, and for a model that was never fine-tuned, the pipeline of the model draws the images.
+    Its default is 50 steps."""
     seed: int = 0
     """Seed of all random numbers."""
     device: str = "auto"
-    """Device to compute on: "cpu", "cuda", …; "auto" uses an accelerator where there is one.
-    Energy-based models are sampled on the CPU."""
+    """Device to compute on, such as "cpu" or "cuda"; "auto" uses an accelerator if there is one.
+    Samples of energy-based models are drawn on the CPU."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or `out` cannot be written."""

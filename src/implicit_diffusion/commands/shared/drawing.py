@@ -1,4 +1,4 @@
-"""What all pictures share: figures that know no window and no global state, plain axes, images side by side."""
+"""What all pictures share: figures without a window or global state, quiet axes, colours, images side by side."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from implicit_diffusion.files.atomic import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WEIGHTED, UNWEIGHTED = "#2a9d5c", "#1f6f8b"  # colours of weighted and of plain particles
+
 
 def sheet(width: float | int, height: float | int) -> Figure:
     """An empty figure of that size in inches."""
@@ -24,19 +26,19 @@ def sheet(width: float | int, height: float | int) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
-    """Write the figure as PNG; `plain` axes get a faint grid and no frame, titles stand at the left of their axes."""
+def finish(figure: Figure, path: Path, gridded: Iterable[Any] = ()) -> None:
+    """Write the figure as PNG; `gridded` axes get a faint grid and no frame, and titles begin where their axes do."""
     for axis in figure.axes:
         if axis.get_title():
             _title_left(axis)
-    for axis in plain:
+    for axis in gridded:
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, path, dpi=130)
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Write the figure in one step, in the format that its name ends in."""
+    """Write the figure in one step, in the format that the suffix of `path` names."""
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix("."), **options)
 

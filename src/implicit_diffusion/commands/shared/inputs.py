@@ -16,10 +16,10 @@ import torch
 
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.shared.array_files import place_of
-from implicit_diffusion.commands.shared.planar import LAWS
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import forget, record
 
@@ -89,10 +89,10 @@ def record_inputs(
     record(directory, asked, with_imports(options, found), device=device, accepted=accepted)
 
 
-def begin(directory: RunDirectory, config: Any, found: dict[str, Any], device: torch.device) -> None:
+def begin(directory: RunDirectory, command: str, config: Any, found: dict[str, Any], device: torch.device) -> None:
     """Write config.json, and `record_inputs`; an end in between leaves no provenance that would contradict it."""
     accepted = forget(directory)
-    directory.write_config(config)
+    directory.write_config(config, command)
     record_inputs(directory, config, found, device=device, accepted=accepted)
 
 

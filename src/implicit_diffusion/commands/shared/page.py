@@ -111,8 +111,8 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | N
         mark = ' class="chosen"' if index == chosen else ""
         tds = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll"><table class="{cls}">{inner}</table></div>'
+    content = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="{cls}">{content}</table></div>'
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,7 @@ from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
-from implicit_diffusion.runs.provenance import Change, verified
+from implicit_diffusion.runs.provenance import Change, check_version, verified
 
 CURVE = 12  # KL weights of the drawn frontier
 
@@ -60,7 +60,8 @@ def run(config: Config) -> dict[str, Any]:
     assert config.each.out is not None
     directory = RunDirectory(config.each.out)
     with directory.held(), clock.run():
-        check_folder(directory.path, config)
+        check_version(directory, config.accept_changes)
+        check_folder(directory, config)
         clock.keep(directory.path)
         fingerprints = inputs(config.each)
         with verified(directory, config.accept_changes, fingerprints):
@@ -72,7 +73,7 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
     out = directory.path
     setup = build(setup_spec(config.each))
     conditional = setup.chain.condition is not None
-    directory.write_config(settings(config))
+    directory.write_config(settings(config), "sweep")
     record_inputs(directory, config.each, fingerprints, config=settings(config))
     try:
         samples = pretrained_samples(setup, config.each.starts, directory, fingerprints)

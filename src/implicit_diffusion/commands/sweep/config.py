@@ -16,26 +16,26 @@ NOT_IN_SWEEP = {
 TEXTS = {  # of options that mean something else than in `finetune`
     "out": "Folder for the sweep, with one subfolder per run: new, empty, or that of a sweep with the same options, "
     "which is continued. By default runs/sweep-<time>.",
-    "scheduler": "The sampler that is trained, on the checkpoint's noise schedule. By default the one that forgets its "
-    "start: ddpm for diffusion models, flow-memoryless for flow models. A sweep needs one with noise, which euler and "
-    "flow-euler do not have.",
+    "scheduler": "The sampler that is trained, on the noise schedule of the model. By default its samples do not "
+    "depend on its initial noise: ddpm for diffusion, flow-memoryless for flow models. A sweep needs a sampler that "
+    "adds noise, which euler and flow-euler do not.",
     "eta": "Amount of noise in --scheduler ddim, by default 1; a sweep needs some.",
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune once for every KL weight, and draw reward against KL beside the best possible."""
+    """Fine-tune once for every KL weight, and plot reward against KL divergence beside the best possible curve."""
 
     kl_weights: tuple[float, ...] = ()
-    """KL weights β to train with, in reward per nat.
-    By default the plan chooses them, for gains of ¼ to 2 standard deviations of the pretrained reward."""
+    """KL weights β to train with, in units of reward per nat.
+    By default they are chosen for gains of ¼ to 2 standard deviations of the pretrained reward."""
     each: finetune_config.Config = field(
         default_factory=finetune_config.Config, metadata={"without": NOT_IN_SWEEP, "texts": TEXTS}
     )
-    """Options of every run; --out is the sweep's folder, one subfolder per run."""
+    """Options of every run; --out is the folder of the sweep."""
     accept_changes: tuple[Change, ...] = ()
-    """What may have changed since the sweep began, as for `resume`; every other change is refused by name."""
+    """Changes to accept since the sweep began, as for `resume`; any other change is refused by name."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option belongs to a single run."""

@@ -13,8 +13,8 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED
 from implicit_diffusion.files.lock import LOCK
 from implicit_diffusion.runs import RunDirectory, clock
-from implicit_diffusion.runs.directory import plain
 from implicit_diffusion.runs.provenance import FILE
+from implicit_diffusion.runs.records import as_json
 
 LEFT_BY_AN_EARLY_END = {
     LOCK,
@@ -34,21 +34,21 @@ def settings(config: Config) -> dict[str, Any]:
     agreed = asdict(config.each)
     for name in (*OF_ONE_RUN, "out", "device"):
         del agreed[name]
-    values: dict[str, Any] = plain(agreed)
+    values: dict[str, Any] = as_json(agreed)
     return values
 
 
-def check_folder(out: Path, config: Config) -> None:
+def check_folder(directory: RunDirectory, config: Config) -> None:
     """Refuse a folder that is neither new nor empty, and does not hold a sweep of the same options.
 
     Raises:
         InvalidInputError: it holds something else.
     """
+    out, saved, asked = directory.path, directory.read_config(), settings(config)
     if not (out / "config.json").is_file():
-        RunDirectory.check(out)
+        directory.check(out)
         return
-    saved, asked = json.loads((out / "config.json").read_text(encoding="utf-8")), settings(config)
-    if saved.keys() != asked.keys():
+    if saved is None or saved.keys() != asked.keys():
         raise InvalidInputError(f"--out {out} holds something else than a sweep of this release; choose another --out")
     different = sorted(key for key in saved if saved[key] != asked[key])
     if different:

@@ -1,18 +1,18 @@
-"""A step size that follows θ: moved while training, towards the acceptance at which a kernel works best.
+"""A step size that follows θ: adapted during training, towards the acceptance at which a kernel works best.
 
-A step size that was tuned to V_θ₀ no longer fits when training has narrowed the modes. After every update
+A step size that was tuned to V_θ₀ no longer fits once training has narrowed the modes. After every update
 
     log h  ←  log h + γ_k (acceptance − target),        γ_k = max(k^{−2/3}, rate)
 
 the stochastic approximation of Robbins and Monro (1951) as in Andrieu and Thoms, *A tutorial on adaptive MCMC* (2008),
-algorithm 4. Its gain ends at `rate` instead of at zero since θ moves, and with it the root that is looked for.
+algorithm 4. Its gain ends at `rate` instead of zero, since θ moves, and the root of the acceptance with it.
 
-**What stays exact.** A step is made with an h that was fixed before it, and MALA and HMC leave π_θ invariant whatever h
-is. So along any sequence of h fixed in advance the weights of particles are exact: their increments
-V_{θ_k}(x) − V_{θ_{k+1}}(x) do not depend on h at all. This h is fed back from the particles, as θ itself is, and the
-error is of the same kind: one h serves all n particles, on which each has an influence of γ_k/n, and estimates are
-consistent with a bias of O(1/n). For one θ and `rate=0` adaptation dies out, which is what convergence of adaptive
-chains asks for (Roberts and Rosenthal, *Coupling and ergodicity of adaptive MCMC*, 2007).
+**What stays exact.** Each step is made with an h that was fixed before it, and MALA and HMC leave π_θ invariant for
+every h. So for any sequence of h that is fixed in advance, the weights of particles are exact: their increments
+V_{θ_k}(x) − V_{θ_{k+1}}(x) do not depend on h at all. Here h is fed back from the particles, as θ is, and the error is
+of the same kind: one h serves all n particles, each particle changes it by O(γ_k/n), and estimates are consistent with
+a bias of O(1/n). For constant θ and `rate=0`, adaptation dies out, which convergence of adaptive chains requires
+(Roberts and Rosenthal, *Coupling and ergodicity of adaptive MCMC*, 2007).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.runs.state import Fit
 
 DECAY = 2 / 3  # of the gain: Σ γ_k = ∞, Σ γ_k² < ∞
-FURTHEST = math.log(1e6)  # of a step size from the kernel's own: where V is flat everything is accepted
+FURTHEST = math.log(1e6)  # log-ratio to the kernel's own step size: where V is flat, everything is accepted
 
 
 @dataclass
 class AdaptStep:
     """Callback: keep the acceptance of MALA or HMC at a target while θ moves; the step size goes into the metrics.
 
-    It scales the kernel's step size, which may be a schedule, by `loop.step_scale`, a part of the loop's state. Without
-    `fit`, call `adapt.move(loop, metrics)` after every `loop.step()`.
+    The step size of the kernel, which may be a schedule, is multiplied by `loop.step_scale`, part of the loop's state.
+    Without `fit`, call `adapt.move(loop, metrics)` after every `loop.step()`.
 
     Args:
         target: acceptance to aim at; by default the kernel's own, 0.574 for MALA (Roberts and Rosenthal, 1998) and 0.8
             for HMC.
-        rate: the gain in the long run: log h follows a root that moves in about 2/rate updates. 0 lets it die out.
+        rate: the gain in the long run: log h follows a moving root in about 2/rate updates. With 0, it dies out.
 
     Raises:
         InvalidInputError: a target outside (0, 1), or a rate outside [0, 1]; when called, a kernel that never rejects.
@@ -66,7 +66,7 @@ class AdaptStep:
         if kernel is None or kernel.target_acceptance is None or target is None or "acceptance" not in metrics:
             raise InvalidInputError(
                 f"AdaptStep: a {type(loop).__name__}{f' with {type(kernel).__name__}' if kernel else ''} reports no "
-                "acceptance to aim at; take MALA or HMC"
+                "acceptance to aim at; use MALA or HMC"
             )
         assert isinstance(loop, ParticleLoop)
         used = loop.step_size
@@ -77,9 +77,9 @@ class AdaptStep:
         return used
 
     def state_dict(self) -> dict[str, int]:
-        """How often it has moved; the step size is with the loop."""
+        """The number of updates so far; the step size belongs to the state of the loop."""
         return {"moves": self.moves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from such a state."""
         self.moves = state["moves"]

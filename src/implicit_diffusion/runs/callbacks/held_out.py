@@ -1,4 +1,4 @@
-"""Looks at a run on noise that training never sees."""
+"""Evaluation of a run on noise that training never sees."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from implicit_diffusion.showing import Shown
 class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
-    Other callbacks may look at other updates as well (`look`); at one update all of them see the same look.
+    Other callbacks may evaluate at other updates too (`look`); at one update all of them share one evaluation.
 
     Args:
         reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`.
         noise: of the evaluation, the same at every call.
-        every: updates between two evaluations.
-        starts: trajectories of each.
+        every: number of updates between two evaluations.
+        starts: number of trajectories of each.
     """
 
     reward: Callable[..., Any] | Reward
@@ -44,8 +44,8 @@ class HeldOut(Shown):
             self.look(fit)
 
     def look(self, fit: Fit) -> Evaluation:
-        """The chain after the present update, without its samples; its numbers are in `fit.metrics` then."""
-        which = fit.loop, fit.updates, fit.kept  # where another model was put back, it is another look
+        """The evaluation after the present update, without samples; its numbers are in `fit.metrics` then."""
+        which = fit.loop, fit.updates, fit.kept  # once another model is put back, it is another evaluation
         if self._last is not None and self._last[0] == which:
             return self._last[1]
         result = self.evaluate(fit)
@@ -56,13 +56,13 @@ class HeldOut(Shown):
             ("objective", result.objective(beta)),
         ):
             mean, error = mean_and_error(values)
-            seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no spread
+            seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no standard error
             fit.metrics |= {key: value for key, value in seen.items() if math.isfinite(value)}
         self._last = which, result
         return result
 
     def evaluate(self, fit: Fit) -> Evaluation:
-        """The chain as it is now, without its samples, and without a trace in the metrics."""
+        """Evaluate the chain as it is now, without samples; the metrics are left as they are."""
         chain = fit.chain
         before, score = chain.evaluations, self._score(fit)
         with part("held-out checks"):
@@ -71,13 +71,13 @@ class HeldOut(Shown):
         return replace(result, samples=result.reward[..., None][..., :0])
 
     def pretrained(self, fit: Fit) -> Evaluation:
-        """The pretrained chain on the same noise, so that differences of the two are sharp; made once."""
+        """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""
         if self._before is None:
             score = self._score(fit)
-            # the draws of the run go on as if this were not made
+            # the draws of the run go on as if this had not happened
             with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
-                evaluation = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
-            self._before = replace(evaluation, samples=evaluation.reward[..., None][..., :0])
+                before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
+            self._before = replace(before, samples=before.reward[..., None][..., :0])
         device = fit.chain.device
         return Evaluation(*(value.to(device) for value in vars(self._before).values()))
 
@@ -94,7 +94,7 @@ class HeldOut(Shown):
             self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])
 
     def _score(self, fit: Fit) -> Reward:
-        """The reward, tried once, on draws of its own: a resumed run does it again."""
+        """The reward, checked once, on draws of its own: a resumed run checks it again."""
         score, chain = as_reward(self.reward), fit.chain
         if not score.checked:
             terms = [term for _, term in fit.loop.objective.terms if isinstance(term, Reward)]

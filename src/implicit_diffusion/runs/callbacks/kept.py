@@ -1,7 +1,7 @@
-"""What is trained, as it was at one look: kept beside the checkpoint, and put back where a run ends further on.
+"""The trained part of a model as it was at one evaluation: kept beside the checkpoint, and put back at the end.
 
-A run may end where it should not be judged: after J rose, or beyond the path KL that it aimed at. A callback that sees
-that keeps the best look so far, by whatever it goes by, and puts it back when it has stopped the run.
+The last model of a run need not be the one to keep: J may have risen, or the path KL may be beyond its target. A
+callback that can tell keeps the best model so far, by its own measure, and puts it back when it has stopped the run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from implicit_diffusion.runs.state import Fit
 class Kept:
     """The trained part of the model, and of its average, at one update; on disk where the run has a directory.
 
-    Its file is written at the look, the numbers here go with the checkpoint. A run that goes on from an earlier
-    checkpoint makes the same looks again, and the same file, before it can need it.
+    Its file is written at the evaluation; its numbers go with the checkpoint. A run that goes on from an earlier
+    checkpoint makes the same evaluations, and so the same file, before it needs it.
 
     Args:
         name: of its folder, below kept/ of the run.
-        numbers: what was seen at that look, with `updates`; None while there is nothing.
+        numbers: results of that evaluation, with `updates`; None while nothing is kept.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Kept:
             save_state(fit.directory.kept / self.name, state)
 
     def restore(self, fit: Fit) -> bool:
-        """Put it back into the model, and its average; False where nothing has been kept.
+        """Put it back into the model and its average; returns whether anything was kept.
 
         Raises:
-            InvalidInputError: its file is gone or damaged.
+            InvalidInputError: the file is gone or damaged.
         """
         if self.numbers is None:
             return False
@@ -64,7 +64,7 @@ class Kept:
         return True
 
     def line(self, fit: Fit) -> Callable[[float], None]:
-        """A function that puts θ at a share of the way from what is kept to what the model is now.
+        """A function that puts θ at a share of the way from the kept model to the present one.
 
         Raises:
             InvalidInputError: as `restore`.
@@ -86,7 +86,7 @@ class Kept:
 
 
 def _modules(fit: Fit, state: dict[str, Any]) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-    """The model and its average, each with what was kept of it."""
+    """The model and its average, each with its kept tensors."""
     yield fit.loop.model, state["model"]
     if fit.loop.update.ema is not None:
         yield fit.loop.update.ema, state["average"]

@@ -1,4 +1,4 @@
-"""A training that makes J worse: said while it runs, stopped where it stays so, ended with the best model so far."""
+"""Training that makes J worse: reported while it runs, stopped if it stays so, ended with the best model so far."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.showing import Shown, with_error
 
-ERRORS, CLEAR = 4.0, 2.0  # standard errors by which J must have risen while there is more to come, and otherwise
+ERRORS, CLEAR = 4.0, 2.0  # standard errors by which J must have risen, before the last update and after it
 FAR = 10.0  # times the path KL beyond which no sampler is as good as the pretrained one
 
 
@@ -31,10 +31,10 @@ def _times_smaller(factor: int) -> str:
 
 
 def smaller_rate(excess: float, possible: float) -> int:
-    """By what power of ten to divide a learning rate: at it J stands `excess` above J*, before training `possible`.
+    """The power of ten by which to divide a learning rate that left J above J* by `excess`, at first by `possible`.
 
-    What gradient noise keeps J above its optimum is proportional to the rate: divided by excess/possible it would bring
-    J back to where it began, and by the next power of ten below.
+    The part of J − J* that gradient noise causes is proportional to the learning rate: divided by excess/possible, the
+    rate would bring J back to where it began, and divided by the next power of ten, below that.
     """
     if not (possible > 0 and math.isfinite(excess)):
         return 10
@@ -43,34 +43,35 @@ def smaller_rate(excess: float, possible: float) -> int:
 
 @dataclass(repr=False)
 class Rise(Shown):
-    """Callback: stop a run whose J on held-out noise stays above the pretrained chain's, and go back to its best look.
+    """Callback: stop a run whose J on held-out noise stays above the pretrained chain's, and restore its best model.
 
-    Both chains are looked at under the same noise, so that what J has risen by is a paired difference with a small
-    error. Looks come after 1, 2, 4, … updates, after every `held_out.every`, and after the last. J is above where it
-    has risen by four standard errors (two after the last update). The first such look is said; the run stops
+    Both chains are evaluated on the same noise, so that the rise of J is a paired difference with a small error.
+    Evaluations come after 1, 2, 4, … updates, after every `held_out.every` updates, and after the last one. J counts as
+    above where it has risen by four standard errors (two after the last update). The first time, this is reported; the
+    run stops
 
-    - when `patience` of the looks after every `held_out.every` updates found it above, one after the other. Those in
-      between do not count: at the beginning, or at a high rate, J may pass a hump;
-    - at once, when no hump has this height: a path KL ten times as large as the one beyond which no control at all is
-      as good as the pretrained chain (`loops.bound.most_kl`: J ≤ J_before allows no more). The training's own path KL,
-      which costs nothing, calls for a look when it is beyond that, at most five times in `held_out.every` updates;
+    - when J was above at `patience` consecutive evaluations of those after every `held_out.every` updates. Those in
+      between do not count: at the beginning, or with a high learning rate, J may pass a hump;
+    - at once, when no hump is so high: when the path KL is ten times as large as the one beyond which no control is as
+      good as the pretrained chain (`evaluation.bounds.most_kl`: J ≤ J_before allows no more). The training's own path
+      KL costs nothing; when it is beyond that, the chain is evaluated, at most five times in `held_out.every` updates;
     - after the last update.
 
-    Where β moves, J is that of the smallest β so far, and of the last one after the last update.
+    Where β changes, J is that of the smallest β so far, and of the last β after the last update.
 
-    The look with the lowest J of all those clearly below the pretrained chain's is kept, and the model that the run
-    ends with when it has stopped is that of this look, if there is one; elsewhere it is left as it is.
+    Of the evaluations whose J is clearly below that of the pretrained chain, the one with the lowest J is kept. If the
+    run is stopped, its model is put back; if there is none, the model is left as it is.
 
     Args:
-        held_out: looks on held-out noise, whether or not they are a callback of the run as well; ≥ 2 starts.
-        pretrained: samples of the pretrained chain, a plan's say, that tell what can be gained; by default the few of
-            `held_out`.
-        patience: looks.
-        rate: what to try, in words, when the learning rate ought to be so many times smaller.
-        say: gets what is said while the run goes on; by default it is printed on stderr.
+        held_out: evaluations on held-out noise, whether or not they are also a callback of the run; ≥ 2 starts.
+        pretrained: samples of the pretrained chain, such as those of a plan, which tell what can be gained; by default
+            the few of `held_out`.
+        patience: number of evaluations.
+        rate: says in words what to try, if the learning rate should be so many times smaller.
+        say: gets each sentence while the run goes on; by default it is printed to stderr.
 
     Raises:
-        InvalidInputError: a single start; when called, a chain whose path KL is infinite, since it has trained rows
+        InvalidInputError: a single start; when called, for a chain whose path KL is infinite, since it has trained rows
             without noise.
     """
 
@@ -80,8 +81,8 @@ class Rise(Shown):
     rate: Callable[[int], str] = field(default=_times_smaller, repr=False)
     say: Say = field(default=say_on_stderr, repr=False)
     above: bool = field(default=False, init=False)
-    _count: int = field(default=0, init=False, repr=False)  # looks above, one after the other
-    _looked: int = field(default=0, init=False, repr=False)  # update of the last look
+    _count: int = field(default=0, init=False, repr=False)  # consecutive evaluations above
+    _looked: int = field(default=0, init=False, repr=False)  # update of the last evaluation
     _excess: float = field(default=math.nan, init=False, repr=False)  # of J over J*, when the run was stopped
     _lowest: float = field(default=math.inf, init=False, repr=False)  # β so far
     _kept: Kept = field(default_factory=lambda: Kept("better"), init=False, repr=False)
@@ -130,7 +131,7 @@ class Rise(Shown):
         return None
 
     def settle(self, fit: Fit) -> str:
-        """Put back the best look, and say what to change."""
+        """Put back the best model, and say what to change."""
         ends = ""
         if self._kept.restore(fit) and self._kept.numbers is not None:
             seen = self._kept.numbers
@@ -142,7 +143,7 @@ class Rise(Shown):
         return f"{ends}{fit.advice}"
 
     def _reason(self, fit: Fit, look: Evaluation, before: Evaluation, last: bool, rise: float) -> str | None:
-        """Why it is time to stop, where J is above; None where it is not yet."""
+        """Why to stop now that J is above; None where the run may go on."""
         kl, most = mean_and_error(look.path_kl)[0], self.most(fit)
         if not kl <= FAR * most:
             return f"the path KL is {kl:.3g} nats, and no sampler beyond {most:.3g} is as good as the pretrained model"
@@ -152,10 +153,10 @@ class Rise(Shown):
             return "it runs away"
         if last:
             return "training has ended there"
-        return f"it stood above at {self._count} looks, one after the other" if self._count >= self.patience else None
+        return f"it was above at {self._count} evaluations in a row" if self._count >= self.patience else None
 
     def _is_far(self, fit: Fit) -> bool:
-        """Whether the training's own path KL calls for a look."""
+        """Whether the training's own path KL calls for an evaluation."""
         if "path_kl" not in fit.metrics or fit.updates < self._looked + max(1, self.held_out.every // 5):
             return False
         return not float(fit.metrics["path_kl"]) <= (FAR if self.above else 1.0) * self.most(fit)
@@ -168,12 +169,12 @@ class Rise(Shown):
         return self._most[1]
 
     def _possible(self, fit: Fit) -> float:
-        """What could be gained in J at the present β."""
+        """By how much J could fall at the present β."""
         samples, beta = self._samples(fit), fit.loop.objective.weight(PathKL)
         return -mean_and_error(samples.reward)[0] - bound(samples, beta).j if beta > 0 else math.nan
 
     def _samples(self, fit: Fit) -> Evaluation:
-        """Of the pretrained chain; starts of single trajectories in twos."""
+        """Samples of the pretrained chain; where starts have a single trajectory each, two starts are taken as one."""
         seen = self.pretrained or self.held_out.pretrained(fit)
         if seen.reward.shape[1] > 1:
             return seen
@@ -181,27 +182,27 @@ class Rise(Shown):
         return Evaluation(*(torch.stack([value[0:even:2, 0], value[1:even:2, 0]], 1) for value in vars(seen).values()))
 
     def _beta(self, fit: Fit) -> float:
-        """The smallest β so far: one that is raised to bring the path KL down raises J until it has."""
+        """The smallest β so far: a β that is raised to bring the path KL down raises J until it has done so."""
         self._lowest = min(self._lowest, fit.loop.objective.weight(PathKL))
         return self._lowest
 
     def _kept_j(self, beta: float) -> float:
-        """J of what is kept, under the present β."""
+        """J of the kept model, under the present β."""
         seen = self._kept.numbers
         return math.inf if seen is None else beta * seen["path_kl"] - seen["reward"]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was said last, seen and kept."""
+        """What was reported, evaluated and kept."""
         seen = {"above": self.above, "count": self._count, "looked": self._looked, "kept": self._kept.numbers}
         return seen | {"excess": self._excess if math.isfinite(self._excess) else None, "lowest": self._lowest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from such a state."""
         self.above, self._count, self._looked = state["above"], state.get("count", 0), state.get("looked", 0)
         self._kept.numbers, self._lowest = state.get("kept"), state.get("lowest", math.inf)
         self._excess = math.nan if state.get("excess") is None else state["excess"]
 
 
 def _j(seen: Evaluation, beta: float) -> Tensor:
-    """J of every trajectory; a path KL that has no weight may be infinite."""
+    """J of every trajectory; a path KL without a weight may be infinite."""
     return seen.objective(beta) if beta else -seen.reward

@@ -1,4 +1,4 @@
-"""A path KL to aim at: a run that stops there, or a weight β that moves until the path KL sits there."""
+"""Callbacks that aim at a path KL: stop the run there, or adapt the weight β until the path KL stays there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from implicit_diffusion.showing import Shown, with_error
 
 
 def _kl_weight(fit: Fit, name: str) -> float:
-    """β of the path KL, which a callback aims at."""
+    """The weight β of the path KL, which a callback needs."""
     weight = fit.loop.objective.weight(PathKL)
     if weight == 0:
         raise InvalidInputError(
@@ -25,38 +25,39 @@ def _kl_weight(fit: Fit, name: str) -> float:
     return weight
 
 
-ATTEMPTS = 12  # places that are tried on a line
+ATTEMPTS = 12  # points that are tried on a line
 
 
 @dataclass(repr=False)
 class StopAtKL(Shown):
     """Callback: stop when the path KL reaches a target.
 
-    With `held_out` it is the path KL on held-out noise, looked at in time. That of small steps grows with the square of
-    the way at most: one of K after n updates reaches the target κ after n·√(κ/K), not before. Looks come after 1, 2, 4,
-    … updates, and from there on half-way to that, at last after every update; after the last update of the run; and at
-    once where the training's own path KL, in proportion to the held-out one at the last look, has reached the target.
-    The last look below the target is kept. From there the model is put as far on the line to where it was found above
-    as the target asks for: however large the last steps were, the path KL is κ, within twice its standard error or a
-    fiftieth.
+    With `held_out`, the path KL is evaluated on held-out noise, early enough. After small steps it grows at most with
+    the square of the number of updates: if it is K after n updates, it reaches the target κ after n·√(κ/K) at the
+    earliest. Evaluations come after 1, 2, 4, … updates, then each half-way to that update, in the end after every
+    update; after the last update of the run; and at once when the training's own path KL, scaled by its ratio to the
+    held-out one at the last evaluation, has reached the target. The last model below the target is kept. In the end the
+    model is moved from there towards the one above the target, until the path KL is κ, within twice its standard error
+    or a fiftieth, however large the last steps were.
 
-    Without `held_out`, it is the training's own path KL, averaged over the last updates: it lags behind, stops late,
-    and the model is what it is then.
+    Without `held_out`, the training's own path KL is averaged over the last updates: that lags behind and stops late,
+    and the model is left as it is then.
 
     Args:
         target: path KL in nats.
-        memory: share of the average that each new update leaves standing.
-        held_out: looks on held-out noise, whether or not they are a callback of the run as well.
+        decay: weight of the average so far, when an update is added to it.
+        average: of the training's path KL so far; None before the first update.
+        held_out: evaluations on held-out noise, whether or not they are also a callback of the run.
 
     Raises:
-        InvalidInputError: when called, an objective that gives the path KL no weight.
+        InvalidInputError: when called, for an objective in which the path KL has no weight.
     """
 
     target: float
-    memory: float = 0.9
+    decay: float = 0.9
     average: float | None = None
     held_out: HeldOut | None = None
-    _due: int = field(default=1, init=False, repr=False)  # update of the next look
+    _due: int = field(default=1, init=False, repr=False)  # update of the next evaluation
     _scale: float = field(default=1.0, init=False, repr=False)  # of the held-out path KL over the training's
     _kept: Kept = field(default_factory=lambda: Kept("below"), init=False, repr=False)
     _reached: float = field(default=math.inf, init=False, repr=False)  # path KL at which it was stopped
@@ -68,12 +69,12 @@ class StopAtKL(Shown):
             return self._in_time(fit, self.held_out, now)
         if now is None:
             return None
-        self.average = now if self.average is None else self.memory * self.average + (1 - self.memory) * now
+        self.average = now if self.average is None else self.decay * self.average + (1 - self.decay) * now
         reached = self.average >= self.target
         return f"path KL {self.average:.3g} nats reached the target {self.target:g}" if reached else None
 
     def begin(self, fit: Fit) -> None:
-        """Keep where the run begins, to have something below the target."""
+        """Keep the model that the run begins with, to have one below the target."""
         if self.held_out is not None and self._kept.numbers is None:
             self._keep(fit, *mean_and_error(self.held_out.evaluate(fit).path_kl))
 
@@ -96,10 +97,10 @@ class StopAtKL(Shown):
             self._kept.keep(fit, path_kl=kl, path_kl_se=error)
 
     def settle(self, fit: Fit) -> str:
-        """Put the model to the target, between the last look below it and that above.
+        """Move the model to the target, between the last evaluation below it and the one above.
 
-        The root of the path KL is nearly linear on the line between the two, so that the place is sought by secants;
-        where these do not halve what is left, by halves.
+        The square root of the path KL is nearly linear on the line between the two, so that secants find the point;
+        every third attempt halves the interval instead.
         """
         if self.held_out is None or self._kept.numbers is None:
             return ""
@@ -122,13 +123,13 @@ class StopAtKL(Shown):
         return f"The model is put {between}, where the path KL is {with_error(kl, error)} nats"
 
     def state_dict(self) -> dict[str, Any]:
-        """The average so far, and when to look again."""
+        """The average so far, and when to evaluate again."""
         return {"average": self.average, "due": self._due, "scale": self._scale, "kept": self._kept.numbers} | {
             "reached": self._reached
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Go on from such a state."""
         self.average = state["average"]
         self._due, self._scale = state.get("due", self._due), state.get("scale", self._scale)
         self._kept.numbers, self._reached = state.get("kept"), state.get("reached", math.inf)
@@ -136,17 +137,17 @@ class StopAtKL(Shown):
 
 @dataclass
 class AdaptKL:
-    """Callback: move the weight β of the path KL until the KL sits at a target, β ← β exp(rate · (KL/target − 1)).
+    """Callback: adapt the weight β of the path KL until the KL stays at a target, β ← β exp(rate · (KL/target − 1)).
 
-    The excess is clipped to ±1, so that β at most doubles in 1/(1.4 rate) updates; the rate has to be slow beside
-    the queue's staleness.
+    The excess is clipped to ±1, so that β takes at least 1/(1.4 rate) updates to double; adaptation has to be slow
+    compared with the staleness of the queue.
 
     Args:
         target: path KL in nats.
         rate: per update.
 
     Raises:
-        InvalidInputError: when called, an objective that gives the path KL no weight.
+        InvalidInputError: when called, for an objective in which the path KL has no weight.
     """
 
     target: float

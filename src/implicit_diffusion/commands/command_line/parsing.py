@@ -1,4 +1,4 @@
-"""Command lines: their help by tyro, their mistakes in one line that names the option and what it takes."""
+"""Command lines: tyro reads them and writes their help; a mistake is one line that names the option and its values."""
 
 from __future__ import annotations
 
@@ -16,37 +16,45 @@ from typing import Annotated, Any
 
 import tyro
 
+from implicit_diffusion.commands.command_line.options import (
+    MISSING,
+    Option,
+    is_option,
+    make,
+    not_taken,
+    options_of,
+    quoted,
+)
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.options import MISSING, Option, is_option, make, not_taken, options_of, quoted
 
 
 def read(words: Sequence[str], commands: Mapping[str, type], *, prog: str, description: str) -> Any:
-    """The configuration that a command line asks for; prints help, and ends with status 0, where it asks for that.
+    """The configuration that a command line asks for; where it asks for help, that is printed and the program ends.
 
     Args:
-        words: after the name of the program.
-        commands: the configuration of every command.
-        prog: the name of the program.
+        words: those after the name of the program.
+        commands: the configuration of every command; only that of the command that is given is looked up.
+        prog: name of the program.
         description: of the program, for its help.
 
     Raises:
-        InvalidInputError: a command line that cannot be read, with the option and what it takes.
-        SystemExit: after the help.
+        InvalidInputError: a command line that cannot be read; the message names the option and what it takes.
+        SystemExit: after the help, with status 0.
     """
     if not {"-h", "--help"} & set(words) and not (words and words[0].startswith("--tyro-")):  # shell completion
         for note in check(words, commands):
             print(note, file=sys.stderr)
         return _parsed(words, commands, prog, description)
-    shown = _Shown(sys.stdout)
+    printed = _Captured(sys.stdout)
     try:
-        with contextlib.redirect_stdout(shown):
+        with contextlib.redirect_stdout(printed):
             _parsed(words, commands, prog, description)
     finally:
-        print(fitted(shown.getvalue(), shutil.get_terminal_size().columns), end="")
+        print(fitted(printed.getvalue(), shutil.get_terminal_size().columns), end="")
 
 
-class _Shown(io.StringIO):
-    """Keeps what is printed, drawn as for the stream that it is meant for."""
+class _Captured(io.StringIO):
+    """Captures what is printed; it looks like the stream that the text is meant for, so that boxes are drawn for it."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -61,7 +69,7 @@ class _Shown(io.StringIO):
 
 
 def fitted(text: str, width: int) -> str:
-    """Break the lines that tyro does not: usage and description."""
+    """The text with lines of at most `width`: tyro does not break those of usage and description."""
     lines = []
     for line in text.splitlines():
         if len(line) > width and line[0] not in "│╭╰|+":
@@ -73,19 +81,25 @@ def fitted(text: str, width: int) -> str:
 
 
 def _parsed(words: Sequence[str], commands: Mapping[str, type], prog: str, description: str) -> Any:
+    """Read by tyro: with the options of one command where one is given, else with those of all of them."""
+    options: dict[str, Any] = {"config": (tyro.conf.DisallowNone,)}
+    if words and words[0] in commands:
+        config: Any = commands[words[0]]
+        return tyro.cli(
+            config,
+            prog=f"{prog} {words[0]}",
+            description=inspect.getdoc(config),
+            args=words[1:],
+            registry=_registry((config,)),
+            **options,
+        )
     named = tuple(
         Annotated[config, tyro.conf.subcommand(name, description=inspect.getdoc(config))]
         for name, config in commands.items()
     )
     union: Any = typing.Union[named]  # noqa: UP007
-    return tyro.cli(
-        union,
-        prog=prog,
-        description=description,
-        args=words,
-        config=(tyro.conf.DisallowNone,),
-        registry=_registry(tuple(commands.values())),
-    )
+    registry = _registry(tuple(commands.values()))
+    return tyro.cli(union, prog=prog, description=description, args=words, registry=registry, **options)
 
 
 def _registry(configurations: Iterable[type]) -> Any:
@@ -109,7 +123,7 @@ def _registry(configurations: Iterable[type]) -> Any:
 
 
 def _annotated(option: Option) -> Any:
-    """The type of an option for tyro: None is its default and not among its values."""
+    """The type of an option for tyro: None may be its default, and is not offered among its values."""
     default = option.default
     silent = default is None or default is False or default == ()
     hint = {"help_behavior_hint": ""} if silent else {}
@@ -122,7 +136,11 @@ def _annotated(option: Option) -> Any:
 
 
 def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
-    """Raise `InvalidInputError` where words are no command with options that it takes; returns what should be noted."""
+    """Raise `InvalidInputError` unless the words are a command and options that it takes.
+
+    Returns:
+        What to tell the user of a command line that is read all the same, a line each.
+    """
     notes: list[str] = []
     if not words:
         raise InvalidInputError(f"name a command: {', '.join(commands)}; --help says what each does")
@@ -165,7 +183,11 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
 
 
 def _twice(option: Option, last: str) -> str:
-    """The word on an option that is repeated: the last one counts; several values belong behind one name."""
+    """A note that the last value of a repeated option counts.
+
+    Raises:
+        InvalidInputError: an option that takes several values, which belong behind one name.
+    """
     if option.many:
         raise InvalidInputError(
             f"{option.name} is given twice; name all of its {option.takes} behind one {option.name}"
@@ -174,7 +196,7 @@ def _twice(option: Option, last: str) -> str:
 
 
 def _after(given: Mapping[str, Option]) -> str:
-    """Which option stands before a word too many."""
+    """The option before a word for which there is no place, in words."""
     if not given:
         return ""
     option = list(given.values())[-1]

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from implicit_diffusion import __version__, cli
-from implicit_diffusion.command_line import check, fitted, read
+from implicit_diffusion.commands.command_line.options import make, options_of
+from implicit_diffusion.commands.command_line.parsing import check, fitted, read
+from implicit_diffusion.commands.registry import CONFIGURATIONS as COMMANDS
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.options import make, options_of
 
-COMMANDS = cli.commands()
 OPTIONS = [(command, option) for command, config in COMMANDS.items() for option in options_of(config)]
 NAMED = [(command, option) for command, option in OPTIONS if not option.positional]
 

@@ -1,9 +1,9 @@
 """Options as the fields of frozen dataclasses.
 
-The type of a field says what its option takes; None among its values says that the option may be left out, and is not
-offered. A field of another dataclass stands for the options of that one, except those for which its metadata has a
-reason under `without`; `texts` has the help of those that mean something else there. With `positional` in its metadata,
-a field is a word without a name.
+The type of a field says what values its option takes. Where None is among them, the option may be left out; None itself
+is not offered. A field whose type is another dataclass stands for the options of that one. Its metadata may leave some
+of them out (`without`, by name, each with the reason) and may give some another help text (`texts`, by name). A field
+with `positional` in its metadata is a word without a name.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is written on a command line."""
+        """The option as it is written on a command line."""
         return METAVARS[self.type] if self.positional else f"--{self.field.replace('_', '-')}"
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """All of its names: what is on, or is not off by default, can be switched off."""
+        """All of its names: a switch that is not off by default has a second one that switches it off."""
         switch = self.type is bool and self.default is not False
         return (self.name, f"--no-{self.name[2:]}") if switch else (self.name,)
 
     @property
     def metavar(self) -> str:
-        """What stands for its value in the help."""
+        """The word that stands for its value in the help."""
         one = self._one
         shown = METAVARS.get(one) or "{" + ",".join(map(str, typing.get_args(one))) + "}"
         return f"{shown} ..." if self.many else " ".join([shown] * self._count)
@@ -67,12 +67,12 @@ class Option(NamedTuple):
 
     @property
     def many(self) -> bool:
-        """Whether any number of words may follow it, one at least."""
+        """Whether one or more words follow it."""
         return typing.get_args(self.type)[1:] == (...,)
 
     @property
     def _count(self) -> int:
-        """How many words follow it, where it takes a fixed number."""
+        """The number of words that follow it, where that is fixed."""
         if self.type is bool:
             return 0
         return len(typing.get_args(self.type)) if typing.get_origin(self.type) is tuple else 1
@@ -83,14 +83,14 @@ class Option(NamedTuple):
         return typing.get_args(self.type)[0] if typing.get_origin(self.type) is tuple else self.type
 
     def cut(self, rest: list[str]) -> list[str]:
-        """Take the words that follow its name, up to the next option, off the rest of a command line."""
+        """Remove the words that follow its name, up to the next option, from a command line; returns them."""
         end = next((i for i, word in enumerate(rest) if is_option(word)), len(rest))
         end = end if self.many else min(end, self._count)
         words, rest[:] = rest[:end], rest[end:]
         return words
 
     def refusal(self, words: Sequence[str]) -> str | None:
-        """Why it does not take these words; None where it does."""
+        """Why these words cannot be its values; None where they can."""
         if len(words) < 1 if self.many else len(words) != self._count:
             got = "nothing" if not words else " and ".join(map(quoted, words))
             return f"{self.name} takes {self.takes}, got {got}"
@@ -101,7 +101,7 @@ class Option(NamedTuple):
 
 
 def quoted(word: str) -> str:
-    """A word in quotes, its middle left out where it is very long."""
+    """A word in quotes; the middle of a very long one is left out."""
     return _REPR.repr(word)
 
 
@@ -122,37 +122,38 @@ def is_one(kind: Any, word: str) -> bool:
 
 @functools.cache
 def options_of(config: type) -> tuple[Option, ...]:
-    """All options of a configuration in the order of its fields, those of nested ones in their place."""
-    hints, texts, found = typing.get_type_hints(config), _texts(config), []
+    """All options of a configuration in the order of its fields; those of a nested one stand in its place."""
+    hints, texts = typing.get_type_hints(config), _texts(config)
+    options: list[Option] = []
     for field in dataclasses.fields(config):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
             without, own = (field.metadata.get(name, {}) for name in ("without", "texts"))
             taken = [option for option in options_of(kind) if option.field not in without]
-            found += [option._replace(text=own.get(option.field, option.text)) for option in taken]
+            options += [option._replace(text=own.get(option.field, option.text)) for option in taken]
             continue
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        found.append(Option(field.name, kind, default, texts[field.name], field.metadata.get("positional", False)))
-    return tuple(found)
+        options.append(Option(field.name, kind, default, texts[field.name], field.metadata.get("positional", False)))
+    return tuple(options)
 
 
 def _texts(config: type) -> dict[str, str]:
-    """What the strings below the fields of a dataclass say, in one line each."""
+    """The strings below the fields of a dataclass, each in one line."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for field, text in zip(body.body, body.body[1:]):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), f"{field.target.id}: no text"
-            found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+            texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
 
 
 def not_taken(config: type) -> dict[str, str]:
-    """Options of nested configurations that this one does not take, with the reason."""
+    """Options of nested configurations that this one leaves out, by flag, each with the reason."""
     reasons: dict[str, str] = {}
     for field in dataclasses.fields(config):
         reasons |= {f"--{name.replace('_', '-')}": why for name, why in field.metadata.get("without", {}).items()}
@@ -160,7 +161,7 @@ def not_taken(config: type) -> dict[str, str]:
 
 
 def make(config: type, **values: Any) -> Any:
-    """A configuration of these values, nested ones with theirs."""
+    """A configuration with these values; those of nested configurations go to these."""
     hints, given = typing.get_type_hints(config), {}
     for field in dataclasses.fields(config):
         kind = hints[field.name]
@@ -174,5 +175,5 @@ def make(config: type, **values: Any) -> Any:
 
 
 def is_option(word: str) -> bool:
-    """Whether a word is an option's name: a dash and a letter, and no number (-inf)."""
+    """Whether a word is the name of an option: a dash and a letter, but not a number such as -inf."""
     return word.startswith("-") and word.lstrip("-")[:1].isalpha() and not is_one(float, word)
