@@ -83,7 +83,7 @@ def bound(evaluation: Evaluation, beta: float, *, conditional: bool = True) -> B
         InvalidInputError: beta is not positive and finite, or so small that R/β overflows; there is a single trajectory
             per start; path KLs are infinite.
     """
-    check_type("conditional", conditional, bool, "take True or False")
+    check_type("conditional", conditional, bool, "use True or False")
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     log_weights, reward = log_weights_of(evaluation, beta), evaluation.reward.double()
     repeats = reward.shape[1]
@@ -127,7 +127,7 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
         InvalidInputError: as `gains.captured`.
     """
     for name, given in (("before", before), ("after", after)):
-        check_type(name, given, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+        check_type(name, given, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     if before.reward.shape[:1] != after.reward.shape[:1]:
         starts = f"{len(before.reward)} and {len(after.reward)}"
         raise InvalidInputError(f"before and after must hold the same starts, got {starts} of them")

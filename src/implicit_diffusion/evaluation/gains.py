@@ -24,8 +24,8 @@ def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tu
         beta: KL weight > 0.
         conditional: as in `bounds.bound`.
     """
-    check_type("conditional", conditional, bool, "take True or False")
-    check_type("pretrained", pretrained, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    check_type("conditional", conditional, bool, "use True or False")
+    check_type("pretrained", pretrained, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     beta, reward = check_number("beta", beta, 0), pretrained.reward.double()
     tilted = (jackknife if conditional else influence)(reward / beta, reward)[1]
     return mean_and_error(tilted - reward.mean(1))
@@ -33,8 +33,8 @@ def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tu
 
 def gain_of_j(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:
     """J of the pretrained chain less J*, with the standard error of the difference; arguments as in `gain`."""
-    check_type("conditional", conditional, bool, "take True or False")
-    check_type("pretrained", pretrained, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    check_type("conditional", conditional, bool, "use True or False")
+    check_type("pretrained", pretrained, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     beta, reward = check_number("beta", beta, 0), pretrained.reward.double()
     value = (jackknife if conditional else influence)(reward / beta, reward)[0]
     return mean_and_error(beta * value - reward.mean(1))

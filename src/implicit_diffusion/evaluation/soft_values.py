@@ -25,7 +25,7 @@ def log_weights_of(evaluation: Evaluation, beta: float) -> Float[Tensor, "starts
     Raises:
         InvalidInputError: one trajectory per start; path KLs that are not finite; a β for which R/β overflows.
     """
-    check_type("evaluation", evaluation, Evaluation, "take what evaluate(chain, reward, noise, ...) returns")
+    check_type("evaluation", evaluation, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     if evaluation.reward.shape[1] < 2:
         raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
     if not evaluation.log_ratio.isfinite().all():

@@ -111,9 +111,9 @@ def test_stable_diffusion_3_on_its_memoryless_flow(place, tmp_path, capsys):
     turns = trained.replace(condition=lambda noise, batch, index: {"prompt": torch.arange(batch) % 2})
     images = load_pretrained(model).decoder(turns.sample(Noise(0), 3))
     expected = ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    found = np.asarray(Image.open(tmp_path / "chain.png"))[::4, ::4]
+    picture = np.asarray(Image.open(tmp_path / "chain.png"))[::4, ::4]
     for i, (top, left) in enumerate(((0, 0), (0, 16), (16, 0))):
-        assert np.abs(found[top : top + 16, left : left + 16].astype(int) - expected[i]).max() <= 3
+        assert np.abs(picture[top : top + 16, left : left + 16].astype(int) - expected[i]).max() <= 3
     assert main([*sample, str(tmp_path / "other.png"), "--num-steps", "2"]) == 0
     assert "these are 2 steps of the folder's pipeline" in capsys.readouterr().out
 
@@ -125,8 +125,8 @@ def test_a_reference_keeps_the_kl_to_the_original(place, text_run):
     for reference, expected in ((None, 0.0), (str(place / "sd" / "model"), spent)):
         going_on = setup.build(setup_spec(Config(model=str(text_run / "model"), reference=reference, **words)))
         noise = Noise(0).stream(setup.AFTER)  # that of the first run's judgement, prompts included
-        found = evaluate(going_on.chain, going_on.reward, noise, starts=4, repeats=8).path_kl.mean()
-        assert found.item() == pytest.approx(expected, rel=1e-3)
+        path_kl = evaluate(going_on.chain, going_on.reward, noise, starts=4, repeats=8).path_kl.mean()
+        assert path_kl.item() == pytest.approx(expected, rel=1e-3)
         assert not any(p.requires_grad for p in going_on.chain.reference.parameters())
 
 

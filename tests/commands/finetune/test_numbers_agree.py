@@ -43,7 +43,7 @@ class Printed:
 
 
 def agree(one, other):
-    """Whether two numbers may be the same, and are told well enough to say so."""
+    """Whether two numbers may be the same, and are known well enough to say so."""
     return abs(one.value - other.value) <= one.off + other.off + 1e-9 and one.off + other.off < 0.2
 
 

@@ -97,14 +97,14 @@ def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, place):
     levels = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4}
     tiny.class_conditional(tmp_path / "classes", block_out_channels=(4, 8, 16, 32), **levels)
     (tmp_path / "rewards.py").write_text((place / "rewards.py").read_text())
-    memory, found = {}, {}
+    memory, outputs = {}, {}
     for checkpointing in (False, True):
         config = Config(num_steps=4, gradient_checkpointing=checkpointing, kl_weight=1.0, stride=1)
         made = build(tmp_path, gradient_checkpointing=checkpointing)
         memory[checkpointing] = predict_memory(make_loop(training_spec(config), made, 1.0)).activations
-        found[checkpointing] = predictions(made.chain)
+        outputs[checkpointing] = predictions(made.chain)
     assert memory[True] < 0.5 * memory[False], memory[True] / memory[False]
-    for ours, theirs in zip(found[True], found[False]):
+    for ours, theirs in zip(outputs[True], outputs[False]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

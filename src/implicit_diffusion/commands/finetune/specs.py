@@ -1,4 +1,4 @@
-"""What each stage of a fine-tuning run is told: the options of the command, split by stage.
+"""What each stage of a fine-tuning run receives: the options of the command, split by stage.
 
     SetupSpec      model, conditions, chain, reward   →  setup
     PlanSpec       sizes of the plan                  →  planning
@@ -131,7 +131,7 @@ class TrainingSpec:
 
 
 def setup_spec(config: Config) -> SetupSpec:
-    """What the setup is told."""
+    """The options that the setup uses."""
     network = NetworkSpec(
         config.model,
         config.reference,
@@ -148,12 +148,12 @@ def setup_spec(config: Config) -> SetupSpec:
 
 
 def plan_spec(config: Config) -> PlanSpec:
-    """What the plan is told."""
+    """The options that the plan uses."""
     return PlanSpec(config.starts, config.kl_weight, bounded=config.penalty == "path-kl", alone=config.plan)
 
 
 def training_spec(config: Config) -> TrainingSpec:
-    """What the training is told."""
+    """The options that the training uses."""
     return TrainingSpec(
         loop=config.loop,
         stride=config.stride or 1,

@@ -1,6 +1,6 @@
 """summary.json: the headline numbers of a fine-tuning run, as a type, and to JSON and back.
 
-An estimate takes two keys in JSON, `name` and `name_se`; both are null where the number does not exist.
+An estimate has two keys in JSON, `name` and `name_se`; both are null where the number does not exist.
 """
 
 from __future__ import annotations
