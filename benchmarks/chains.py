@@ -56,16 +56,17 @@ def repeats_for(config: Config, once: float) -> int:
 
 
 def fill(queue: Queue) -> None:
-    """Put the queue where 2N − 1 iterations would bring it, with random states: they cost the same."""
+    """Put the queue, of stride 1, where 2N − 1 iterations would bring it, with random states: they cost the same."""
     steps, shape = queue.chain.num_steps, (queue.batch, *queue.chain.event_shape)
 
-    def slot(index: int, held: int, turned: bool) -> Slot:
-        states = [torch.randn(shape, device=DEVICE) for _ in range(held)]
-        return Slot(index, 0, states, torch.randn(shape, device=DEVICE) if turned else None)
+    def slot(index: int, stage: int) -> Slot:
+        turned, held = stage >= steps, 2 * steps - 1 - stage if stage >= steps else stage + 1
+        states = {row: torch.randn(shape, device=DEVICE) for row in range(held)}
+        carry = {"adjoint": torch.randn(shape, device=DEVICE)} if turned else {}
+        return Slot(index, 0, queue.timetable, stage, states, carry)
 
-    back = [slot(i, i + 1, True) for i in range(steps - 1)]
-    forth = [slot(steps - 1 + i, steps - i, False) for i in range(steps - 1)]
-    queue.slots, queue.injected = back + forth, 2 * (steps - 1)
+    queue.slots = [slot(index, 2 * steps - 2 - index) for index in range(2 * steps - 2)]
+    queue.injected = 2 * (steps - 1)
 
 
 def bare_calls(queue: Queue) -> Any:

@@ -85,7 +85,7 @@ def branch(problem: Problem, x: Tensor, row: int, noise: Noise) -> dict[str, Ten
     adjoint, _ = terminal_adjoint(objective, states.pop()[0])
     lam = adjoint[None]
     for k in reversed(range(row + 1, chain.num_steps)):
-        lam, _ = pull_back(chain, objective, states.pop(), [k], lam)
+        lam, *_ = pull_back(chain, objective, states.pop(), [k], lam)
     assert push is not None
     return {"w": w.view(2, n), "lam": (2 * n * lam[0]).view(2, n, -1), "push": push[0].view(2, n, -1)}
 

@@ -89,8 +89,7 @@ def curve(name: str, batch: int, rate: float, seed: int, config: Config, problem
             synchronize()
             spent += now() - begin
         j, j_se = held_out(chain, config, problem)
-        evaluations = chain.evaluations
-        points.append({"seconds": spent, "network_evaluations": evaluations, "updates": loop.update.updates})
+        points.append({"seconds": spent, **loop.cost(), "updates": loop.update.updates})
         points[-1] |= {"j": j, "j_se": j_se}
     print(
         f"{name:6} B {batch:<3} rate {rate:g} seed {seed}: {loop.update.updates} updates, J {j:.4f} ± {j_se:.4f}",
@@ -100,10 +99,8 @@ def curve(name: str, batch: int, rate: float, seed: int, config: Config, problem
 
 
 def held_out(chain: Chain, config: Config, problem: Problem) -> tuple[float, float]:
-    """J and its standard error on noise that no run trains on, the same at every call; the count stays untouched."""
-    evaluations = chain.evaluations
+    """J and its standard error on noise that no run trains on, the same at every call."""
     result = evaluate(chain, problem.reward, Noise(0).stream(1), starts=config.held_out)
-    chain.evaluations = evaluations
     return mean_and_error(result.objective(problem.beta, control_variate=True))
 
 

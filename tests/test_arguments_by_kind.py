@@ -124,7 +124,7 @@ BAD = {
     "evaluation must be of type Evaluation, got float": lambda: idf.bound(0.5, 1.0),
     "loop must be of type ChainLoop, got Single": lambda: idf.predict_memory(single()),
     "state must be of type Mapping, got list": lambda: queue().load_state_dict([]),
-    "state is no loop's, or damaged: it lacks .*model.*update": lambda: queue().load_state_dict({}),
+    "state is not that of a loop, or damaged: it lacks .*model.*update": lambda: queue().load_state_dict({}),
     "schedule must be of type LRScheduler, got float": lambda: idf.Update(
         torch.optim.SGD(Net().parameters()), schedule=0.5
     ),

@@ -236,8 +236,13 @@ PUBLIC = {
         lambda **given: idf.FullBackprop()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
-    "Queue": on_chain(idf.Queue, stride=lambda: 1),
+    "Queue": on_chain(idf.Queue, stride=lambda: 1, estimator=lambda: None),
     "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "TruncatedBackprop": Call(
+        idf.gradients.TruncatedBackprop,
+        {"depth": lambda: 2, "random": lambda: True},
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
     "Single": on_particles(
         idf.Single,
         order=lambda: "paper",

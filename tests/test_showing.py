@@ -18,7 +18,7 @@ from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
 from implicit_diffusion.evaluation import make_plan
-from implicit_diffusion.gradients import Gibbs
+from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
@@ -168,6 +168,10 @@ EXAMPLES = {
     "AdjointMeasure": lambda: Gibbs()(FirstVariation(DATA[:, 0]), idf.Particles(DATA)),
     "Adjoint": idf.Adjoint,
     "FullBackprop": idf.FullBackprop,
+    "Estimator": idf.FullBackprop,
+    "RowEstimator": idf.Adjoint,
+    "TruncatedBackprop": lambda: TruncatedBackprop(3, random=True),
+    "Timetable": lambda: on_chain(idf.Queue).timetable,
     "Fused": lambda: fused_pass(v := mixture(), list(v.parameters()), [(1.0, Charged())], DATA, [None]),
     "Energy": lambda: energy_of(mixture(), DATA),
     "GaussianMixture": mixture,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from implicit_diffusion.noise import Noise
 
-GLOBAL = 2**31 + 1  # first key of what seeds them: beyond every trajectory, and beside loops.on_chain.TRIAL
+GLOBAL = 2**31 + 1  # first key of what seeds them: beyond every trajectory, and beside samplers.chain.TRIAL
 States = tuple[Tensor, Tensor | None, Any, Any]  # of torch, of the device, of NumPy, of Python
 
 

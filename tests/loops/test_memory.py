@@ -28,12 +28,12 @@ class Counted(Queue):
 
     fullest, storages = 0, 0
 
-    def _pull(self):
-        tensors = [x for slot in self.slots for x in (*slot.states, slot.adjoint) if x is not None and slot.states]
+    def _pull(self, call):
+        tensors = [x for slot in self.slots if slot.states for x in (*slot.states.values(), *slot.carry.values())]
         own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         self.fullest = max(self.fullest, sum(x.nbytes for x in tensors))
         self.storages = max(self.storages, sum(own.values()))
-        return super()._pull()
+        return super()._pull(call)
 
 
 @pytest.mark.parametrize("stride", range(1, N + 1))
@@ -144,7 +144,7 @@ def test_parameters_gradients_and_moments(optimizer, moments):
 def test_prediction_leaves_no_trace():
     loop = build(objective=Reward(lambda x: x.sum(1)) + PathKL())
     predict_memory(loop)
-    assert loop.chain.evaluations == 0
+    assert loop.evaluations == 0
     assert all(p.grad is None for p in loop.model.parameters())
     assert loop.model.training
 

@@ -14,11 +14,12 @@ from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.chain import Chain
+from tests.helpers import chain_loops
 from tests.helpers.oracles import affine_chain, table
-from tests.loops import gibbs_loops, test_loops
+from tests.loops import gibbs_loops
 
 F64 = torch.float64
-CHAINS = {"queue": test_loops.build, "nested": test_loops.build}
+CHAINS = {"queue": chain_loops.build, "nested": chain_loops.build}
 PARTICLES = ("ula", "nested", "unrolled")
 
 
@@ -116,7 +117,7 @@ def same(one, two):
 @pytest.mark.parametrize("kind", ["nested", "queue"])
 def test_half_a_step_is_none(kind, raises):
     """θ, moments, counts, schedule and average are those of the last good state, whatever a step did to them."""
-    loop, _ = test_loops.build(kind, optimizer=lambda p, lr: Breaks(p, lr, raises), ema_decay=0.9)
+    loop, _ = chain_loops.build(kind, optimizer=lambda p, lr: Breaks(p, lr, raises), ema_decay=0.9)
     loop.update.schedule = torch.optim.lr_scheduler.ExponentialLR(loop.update.optimizer, 0.9)
     while loop.update.updates < 2:
         loop.step()
@@ -144,9 +145,9 @@ class Half(nn.Module):
 
 
 FAILING = {
-    r"Adam\(lr=0.001, eps=1e-08\).*eps is 0 in torch.float16: take eps=1e-4": lambda p: torch.optim.Adam(p),
-    r"Adam\(lr=0.001, eps=0\).*take a positive eps": lambda p: torch.optim.Adam(p, eps=0.0),
-    r"SGD\(lr=inf\).*take a smaller learning rate": lambda p: torch.optim.SGD(p, lr=float("inf")),
+    r"Adam\(lr=0.001, eps=1e-08\).*eps is 0 in torch.float16: use eps=1e-4": lambda p: torch.optim.Adam(p),
+    r"Adam\(lr=0.001, eps=0\).*use a positive eps": lambda p: torch.optim.Adam(p, eps=0.0),
+    r"SGD\(lr=inf\).*use a smaller learning rate": lambda p: torch.optim.SGD(p, lr=float("inf")),
 }
 
 

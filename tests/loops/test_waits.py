@@ -10,7 +10,7 @@ from torch import nn
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
 from implicit_diffusion.global_generators import Draws
-from implicit_diffusion.gradients import half
+from implicit_diffusion.gradients import loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -85,7 +85,7 @@ def test_a_scale_for_float16_waits_for_nothing():
     layer = nn.Linear(4, 4).to(DEVICE)
     with Waits() as waits:
         u = layer(torch.empty(3, 4, device=DEVICE))
-        half.backward(u.square().sum(), (u, None), layer.parameters())
+        loss_scaling.backward(u.square().sum(), (u, None), layer.parameters())
     assert layer.weight.grad is not None and not waits.seen
 
 

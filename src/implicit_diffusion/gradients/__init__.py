@@ -6,8 +6,10 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint import Adjoint, pull_back, terminal_adjoint
     from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
+    from implicit_diffusion.gradients.estimator import Estimator, RowEstimator
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
+    from implicit_diffusion.gradients.truncated import TruncatedBackprop
 else:
 
     def __getattr__(name: str) -> object:
@@ -23,9 +25,12 @@ __all__ = [
     "Adjoint",
     "AdjointMeasure",
     "AdjointSolver",
+    "Estimator",
     "FullBackprop",
     "Fused",
     "Gibbs",
+    "RowEstimator",
+    "TruncatedBackprop",
     "fused_pass",
     "pull_back",
     "terminal_adjoint",

@@ -7,28 +7,30 @@ write f(x_1..x_B) = F(Σ_i δ_{x_i}/B). The chain rule, read from the end, is
     surrogate_k = ⟨b_k λ_{k+1}, u_θ(m_k x_k, t_k)⟩ + (1/B) Σ_i c_k(x_k,i, θ)
     Γ += ∇_θ surrogate_k,        λ_k = a_k λ_{k+1} + ∇_{x_k} surrogate_k
 
-so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, exact but for rounding (discretise, then
+so that Γ is the gradient of f + Σ_k mean c_k along the trajectory's noise, exact to rounding (discretise, then
 differentiate). Only the states x_k are kept: memory does not grow with the network's activations times N. Each row
 costs one call of the network with gradient, through `.backward()`, so that distributed wrappers see it. Where the
-network computes in float16, each call's surrogate is scaled into its range (`implicit_diffusion.gradients.half`).
+network computes in float16, each call's surrogate is scaled into its range: see
+`implicit_diffusion.gradients.loss_scaling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_type
-from implicit_diffusion.frozen import refuse_inference_mode
-from implicit_diffusion.gradients import half
+from implicit_diffusion.errors import InvalidInputError, trying
+from implicit_diffusion.gradients import loss_scaling
+from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
+from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.showing import Shown
 
 LOST = (
     "does not depend on the samples any more: its result comes without a gradient, as after .detach(), .numpy() or "
@@ -36,13 +38,23 @@ LOST = (
 )
 
 
+def check_slopes(objective: Objective, end: Particles) -> None:
+    """Raise `InvalidInputError` where a terminal term has no gradient in the positions of the samples `end`, unless its
+    weight is zero.
+    """
+    for weight, term in objective.terminal:
+        if weight != 0:
+            with trying(term.name, f"samples of shape {tuple(end.x.shape)}"):
+                term.check_slope(end)
+
+
 def terminal_adjoint(
     objective: Objective, x: Float[Tensor, "batch *event"], condition: Mapping[str, Tensor] | None = None
-) -> tuple[Float[Tensor, "batch *event"], dict[str, Tensor]]:
+) -> tuple[Float[Tensor, "batch *event"], dict[str, Float[Tensor, ""]]]:
     """λ_N = ∂f/∂x_i at the end of a batch of trajectories, and the terminal terms' values by name, unweighted.
 
     Raises:
-        InvalidInputError: a term whose value depends on the samples no more (a reward that detaches them later on).
+        InvalidInputError: a term whose value no longer depends on the samples (a reward that detaches them later on).
     """
     x = x.detach().requires_grad_()
     adjoint, values = torch.zeros_like(x), {}
@@ -57,10 +69,10 @@ def terminal_adjoint(
 
 def slope(term: TerminalObjective, value: Float[Tensor, ""], x: Float[Tensor, "batch *event"]) -> Tensor:
     """∂ value/∂x, of a term that depended on the samples x when its loop began."""
-    found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
-    if found is None:
+    gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
         raise InvalidInputError(f"{term.name} {LOST}")
-    return found
+    return gradient
 
 
 def pull_back(
@@ -70,7 +82,7 @@ def pull_back(
     rows: Sequence[int],
     adjoint: Float[Tensor, "slots batch *event"],
     condition: Mapping[str, Tensor] | None = None,
-) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]]]:
+) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]], int]:
     """One row of the adjoint on several slots at once: adds ∇_θ surrogate to `.grad`.
 
     Args:
@@ -82,7 +94,7 @@ def pull_back(
         condition: of the slots, from `Chain.conditions`.
 
     Returns:
-        λ_k, and the batch mean of every running cost on every slot, unweighted, by name.
+        λ_k; the batch mean of every running cost on every slot, unweighted, by name; network calls × samples.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -93,36 +105,40 @@ def pull_back(
             cost = term.cost(transition).mean(1)
             surrogate = surrogate + weight * cost.sum()
             costs[term.name] = cost.detach()
-    if half.computes_in_float16(chain.denoiser):
-        half.backward(surrogate, (transition.u, transition.u0), (x, *chain.denoiser.parameters()))
+    if loss_scaling.computes_in_float16(chain.denoiser):
+        loss_scaling.backward(surrogate, (transition.u, transition.u0), (x, *chain.denoiser.parameters()))
     else:
         surrogate.backward()
     assert x.grad is not None
-    return transition.a * adjoint + x.grad, costs
+    return transition.a * adjoint + x.grad, costs, transition.evaluations
 
 
-class Adjoint(Shown):
-    """∇ℓ from one batch of trajectories: sample them, then run the adjoint back from the end."""
+class Adjoint(RowEstimator):
+    """∇ℓ by the exact adjoint of the chain, over all of its rows. Needs the gradient of the reward.
 
-    def __call__(
-        self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int = 0
-    ) -> dict[str, Tensor]:
-        """Add the gradient of trajectory `index` to the parameters' `.grad`.
+    By itself it adds the gradient of one batch of trajectories to `.grad`:
 
-        Returns:
-            every term's value by name, unweighted, running costs summed over the rows (a path KL is in nats).
-        """
-        check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
-        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
-        refuse_inference_mode()
-        states = chain.trajectory(noise, batch, index)
-        condition = chain.conditions(noise, batch, [index])
-        with chain.evaluating():
-            end = chain.endpoint(states.pop(), noise, index)
-            adjoint, values = terminal_adjoint(objective, end.x, end.condition)
-            lam = adjoint[None]
-            for row in reversed(range(chain.num_steps)):
-                lam, costs = pull_back(chain, objective, states.pop()[None], [row], lam, condition)
-                for name, cost in costs.items():
-                    values[name] = values.get(name, 0) + cost.sum()
-        return values
+        values = Adjoint()(chain, Reward(r) + 0.1 * PathKL(), Noise(0), batch=16)
+    """
+
+    parts: ClassVar[Mapping[str, str]] = {"adjoint": "adjoints λ"}
+
+    def check(self, chain: Chain, objective: Objective, end: Particles) -> None:
+        """Raise `InvalidInputError` where a terminal term has no gradient in the samples."""
+        check_slopes(objective, end)
+
+    def turn(self, objective: Objective, end: Particles) -> tuple[Carry, dict[str, Float[Tensor, ""]]]:
+        """λ_N; see `terminal_adjoint`."""
+        adjoint, values = terminal_adjoint(objective, end.x, end.condition)
+        return {"adjoint": adjoint}, values
+
+    def pull(self, chain: Chain, objective: Objective, at: RowStates, carry: Carry) -> Pulled:
+        """λ_k from λ_{k+1}; see `pull_back`."""
+        adjoint, costs, evaluations = pull_back(chain, objective, at.x, at.rows, carry["adjoint"], at.condition)
+        return Pulled({"adjoint": adjoint}, costs, evaluations)
+
+    def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
+        """An adjoint per sample, and the activations of a single row."""
+        row, again = row_activations(chain, objective, noise)
+        end = end_activations(chain, objective, noise)
+        return Footprint(carry=bytes_of(chain.event_shape, chain.dtype), turn=end, pull=row + again)

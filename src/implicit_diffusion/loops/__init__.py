@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.nested import Nested
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single
+    from implicit_diffusion.loops.timetable import Timetable
     from implicit_diffusion.loops.update import Update
 else:
 
@@ -19,4 +20,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Nested", "NestedParticles", "Queue", "Single", "Unrolled", "Update"]
+__all__ = ["Nested", "NestedParticles", "Queue", "Single", "Timetable", "Unrolled", "Update"]

@@ -22,7 +22,7 @@ class Loop(Shown, ABC):
 
     Args:
         model: what is trained in place.
-        role: what the model is called in messages, "denoiser" or "potential".
+        role: the model's name in messages, "denoiser" or "potential".
         objective: F, which is minimised; may be replaced between steps by one with the same terms.
         update: a torch optimizer, or an `Update` around one.
         noise: source of every random number.
@@ -35,7 +35,7 @@ class Loop(Shown, ABC):
         self, model: Any, role: str, objective: Objective, update: Update | torch.optim.Optimizer, noise: Noise
     ) -> None:
         check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
-        check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), say")
         refuse_inference_mode()
         self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
@@ -57,8 +57,8 @@ class Loop(Shown, ABC):
         """One iteration.
 
         Returns:
-            metrics: the objective and its terms on the training noise where this step has seen all that they are made
-            of, `grad_norm` and `lr` where and only where θ moved, `updates` (made so far) and what the work was; 0-d
+            metrics: the objective and its terms on the training noise if this step has seen all parts of them,
+            `grad_norm` and `lr` if and only if θ moved, `updates` (made so far) and the work so far (`cost`); 0-d
             tensors are left on their device. Nothing is repeated: what a step has not seen is not among them.
 
         Raises:
@@ -68,7 +68,7 @@ class Loop(Shown, ABC):
     def run(self, updates: int) -> Iterator[dict[str, Any]]:
         """Train until `updates` updates of θ have been made in all, yielding the metrics of each update.
 
-        Steps that make none, while a queue fills or gradients are accumulated, are taken in silence; `steps` yields
+        Steps that make none, while a queue fills or gradients are accumulated, are not yielded here; `steps` yields
         them too.
         """
         return (metrics for metrics in self.steps(updates) if "grad_norm" in metrics)
@@ -86,7 +86,7 @@ class Loop(Shown, ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: tensors, numbers and strings in dicts and lists.
 
-        Frozen parameters (all but the adapter's, under LoRA) are no part of it: they are those of the arguments.
+        Frozen parameters (all except the adapter's, under LoRA) are not part of it: they are those of the arguments.
         """
         return {
             "model": moving(self.model),
@@ -111,10 +111,10 @@ class Loop(Shown, ABC):
             InvalidInputError: state of a loop with another noise, objective, model, update, batch or the like, which
                 this one could not continue; nothing has been changed then.
         """
-        check_type("state", state, Mapping, "take the state_dict() of a loop like this one")
-        own = self._like()  # what a state of an earlier version does not tell is taken to agree
+        check_type("state", state, Mapping, "use the state_dict() of a loop like this one")
+        own = self._like()  # what a state does not say is assumed to agree
         if missing := self.state_dict().keys() - own.keys() - state.keys():
-            raise InvalidInputError(f"state is no loop's, or damaged: it lacks {', '.join(sorted(missing))}")
+            raise InvalidInputError(f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}")
         other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
         before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], moving(self.model)))
         if name := next((name for name in before | now if before.get(name) != now.get(name)), None):

@@ -1,35 +1,30 @@
-"""What a loop will need of its device's memory, before it runs.
+"""What a loop over a chain will need of its device's memory, before it runs.
 
-With N rows and stride S, F = ⌈N/S⌉ slots travel each way through the queue. It is fullest when its slots have moved
-forward and have not been pulled back yet. Then the slots on their way forward hold 1 + jS states (j = 1..F−1), the one
-that has just turned N, and those on their way back N − iS (i = 1..F−1) and an adjoint each:
+It follows from the loop's timetable and from what its estimator needs per sample. In the middle of an iteration, when
+its slots have moved forward and have not been pulled back yet, a full queue with N rows, stride S and F = ⌈N/S⌉ holds,
+where every row is pulled back,
 
-    Σ_j (1 + jS) + N + Σ_i (N − iS) = F(N + 1) − 1 states    and    F adjoints,
+    Σ_j (1 + jS) + N + Σ_i (N − iS) = F(N + 1) − 1 states    and    F carries (adjoints),    j, i = 1, …, F − 1
 
 each of B events: about N²B at stride 1, and N + 1 at stride N, as in the nested loop. One call with gradient serves
 F·B samples, and keeps the activations of u_θ and, where a running cost compares them, of u_0.
 
-Activations are what autograd saves, measured on two and on three samples: what grows by a sample is an activation,
-and what does not, parameters and constants, is counted elsewhere. Blocks whose activations are computed again on the
-way back (gradient checkpointing) keep their inputs, and one of them at a time its activations: those of the largest are
-added. Gradients of activations, workspaces of kernels and the allocator's slack come on top.
+How activations are measured is described in `implicit_diffusion.gradients.footprint`. Gradients of activations,
+workspaces of kernels and the allocator's slack come on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.lora import WATCHING
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
-from implicit_diffusion.gradients import FullBackprop
-from implicit_diffusion.loops.nested import Nested
-from implicit_diffusion.loops.on_chain import TRIAL, ChainLoop
-from implicit_diffusion.loops.queue import Queue
+from implicit_diffusion.gradients.footprint import bytes_of
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.showing import Shown
 
 
@@ -38,11 +33,11 @@ class Memory(Shown):
     """A prediction in bytes, at the fullest moment of an iteration.
 
     Args:
-        states: of all trajectories in flight, with their adjoints.
+        states: of all trajectories in flight, with what they carry back (adjoints).
         activations: kept by autograd during the largest call with gradient.
         parameters: θ, its gradient, the optimizer's moments, its moving average, and u_0.
         resident: the part of `parameters` that is in memory already.
-        undo: the copy of θ and of the moments that an update can go back to, made when the activations are gone.
+        undo: the copy of θ and of the moments that an update can return to, made when the activations are gone.
     """
 
     states: int
@@ -71,32 +66,12 @@ def predict_memory(loop: ChainLoop) -> Memory:
     Raises:
         InvalidInputError: a loop of another kind.
     """
-    check_type("loop", loop, ChainLoop, "take a Queue or Nested; loops over particles keep nothing that grows")
-    chain, objective, batch = loop.chain, loop.objective, loop.batch
-    slots = -(-chain.num_steps // loop.stride) if isinstance(loop, Queue) else 1
-    event = torch.empty(chain.event_shape, dtype=chain.dtype, device="meta").nbytes
-    states = (slots * (chain.num_steps + 2) - 1) * batch * event
-
-    def pull(n: int) -> object:
-        x = torch.zeros(1, n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
-        condition = chain.conditions(loop.noise, n, [TRIAL])
-        rows = chain.trained_rows[:1] or [0]
-        transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
-        return [transition.u, *(cost.cost(transition) for _, cost in objective.running)]
-
-    def finish(n: int) -> object:
-        x = torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
-        end = chain.endpoint(x, loop.noise, TRIAL)
-        return [term.value(end) for _, term in objective.terminal]
-
-    evaluations = chain.evaluations
-    with chain.evaluating(), objective.evaluating():
-        (row, again), (end, _) = _saved_per_sample(pull), _saved_per_sample(finish)
-    chain.evaluations = evaluations
-    if isinstance(loop, Nested) and isinstance(loop.estimator, FullBackprop):
-        activations = (chain.num_steps * row + max(again, end)) * batch  # every row's, at once
-    else:
-        activations = max(slots * (row + again), end) * batch
+    check_type("loop", loop, ChainLoop, "use a Queue or Nested; loops over particles keep nothing that grows")
+    chain, batch, timetable = loop.chain, loop.batch, loop.timetable
+    need = loop.estimator.memory(chain, loop.objective, loop.noise)
+    back = len(timetable.back)
+    states = batch * (timetable.states_in_flight * bytes_of(chain.event_shape, chain.dtype) + back * need.carry)
+    activations = batch * (need.held + max(back * need.pull, need.turn))
 
     modules = [m for m in (loop.model, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
     held = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
@@ -111,13 +86,13 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
 
     Args:
         memory: see `predict_memory`.
-        device: where it is to run; known are "cpu" and "cuda", and on others nothing is refused.
+        device: where it is to run; "cpu" and "cuda" tell what is free, on others nothing is refused.
         available: free bytes, in place of what the device reports.
 
     Raises:
         MemoryLimitError: more is needed, beyond what is in memory already, than is free.
     """
-    check_type("memory", memory, Memory, "take predict_memory(loop)")
+    check_type("memory", memory, Memory, "use predict_memory(loop)")
     try:
         device = torch.device(device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -130,7 +105,7 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
     if available is not None and needed > available:
         raise MemoryLimitError(
             f"the run will not fit: it is predicted to need {memory}, of which {_size(needed)} is still to be "
-            f"allocated, but {device} has {_size(available)} free; take a smaller batch, a larger stride of the queue, "
+            f"allocated, but {device} has {_size(available)} free; use a smaller batch, a larger stride of the queue, "
             'loop="nested", gradient checkpointing or low-rank adapters'
         )
 
@@ -147,38 +122,8 @@ def _free(device: torch.device) -> int | None:
     return None
 
 
-def _saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
-    """Bytes that autograd saves for each sample that `function` is given, and those of its largest block that is
-    computed again on the way back.
-    """
-
-    def saved(n: int) -> tuple[int, list[int]]:
-        again: list[int] = []
-        WATCHING.append(lambda block: again.append(_saved(block)))
-        try:
-            return _saved(lambda: function(n)), again
-        finally:
-            WATCHING.pop()
-
-    (two, blocks), (three, larger) = saved(2), saved(3)  # one sample is special: its reshapes copy nothing
-    return three - two, max((b - a for a, b in zip(blocks, larger, strict=True)), default=0)
-
-
-def _saved(function: Callable[[], object]) -> int:
-    """Bytes that autograd saves during a call."""
-    storages: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _graph = function()  # held until all is counted: no address is given out twice
-    return sum(storages.values())
-
-
 def _moments(optimizer: torch.optim.Optimizer) -> float:
-    """Numbers that the optimizer keeps per parameter, found by a step of its like on six of them."""
+    """Numbers that the optimizer keeps per parameter, measured by a step of a copy on six of them."""
     p = nn.Parameter(torch.zeros(2, 3))
     p.grad = torch.zeros_like(p)
     try:

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from implicit_diffusion.errors import check_call, check_type, trying
-from implicit_diffusion.gradients import Adjoint
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.gradients import Estimator
+from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
+from implicit_diffusion.samplers.chain import Chain
 
 
 class Nested(ChainLoop):
-    """B fresh trajectories per step: N network calls forward and N with gradient for one gradient estimate.
+    """B fresh trajectories per step: with the adjoint, N network calls forward and N with gradient per update.
 
     Args:
-        estimator: of the gradient of one batch of trajectories; the exact adjoint by default.
+        chain: the sampler, whose denoiser is trained in place.
+        objective: F, e.g. `Reward(r) + beta * PathKL()`.
+        update: a torch optimizer, or an `Update` around one.
+        batch: samples per step (B).
+        noise: source of every random number.
+        estimator: of the gradient of one batch of trajectories; the exact adjoint, `Adjoint()`, if None.
 
-    The other arguments are those of `ChainLoop`.
+    Raises:
+        InvalidInputError: arguments that do not fit together, as in `ChainLoop`.
     """
 
-    def __init__(self, *args: Any, estimator: Callable[..., dict[str, Tensor]] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.estimator = Adjoint() if estimator is None else estimator
-        check_call("estimator", self.estimator, "chain", "objective", "noise", "batch", "index")
+    def __init__(
+        self,
+        chain: Chain,
+        objective: Objective,
+        update: Update | torch.optim.Optimizer,
+        *,
+        batch: int,
+        noise: Noise,
+        estimator: Estimator | None = None,
+    ) -> None:
+        super().__init__(chain, objective, update, batch=batch, noise=noise, estimator=estimator, stride=None)
 
     def step(self) -> dict[str, Any]:
         self.iteration += 1
         self.update.begin()
-        with nullcontext() if self.update.updates else trying("estimator", "its first trajectory"):
-            values = self.estimator(self.chain, self.objective, self.noise, self.batch, self.injected)
-        check_type("what the estimator returns", values, dict, "it holds the terms' values by name")
+        values, made = self.estimator.gradient(self.chain, self.objective, self.noise, self.batch, self.injected)
+        self.evaluations += made
         info = self.update.step(list(values.values()), lambda: self._diagnose() or self._bad_value(values))
         self.injected += 1
         return self._metrics(values) | info

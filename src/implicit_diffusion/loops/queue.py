@@ -2,14 +2,17 @@
 
     each iteration:
       inject a fresh batch x_0 ~ N(0, σ_0² I) at stage 0
-      forward: all slots at stages 0..N−1 advance one row under the present θ, in one network call
-      a slot that reaches stage N gets its λ_N and turns round
-      backward: all slots with an adjoint are pulled back one row under the present θ, in one call with gradient
+      forward: all slots on their way to x_N advance one row under the present θ, in one network call
+      a slot that reaches x_N turns round: it gets what it carries back, λ_N under the adjoint
+      backward: all slots on their way back are pulled back one row under the present θ, in one call with gradient
       θ ← optimizer(Γ), Γ = the sum of their contributions: one stage from each of N trajectories
 
 Γ has the scale of one nested gradient, at the price of two network calls per iteration in place of 2N. The price is
 staleness: a contribution mixes the values of θ that its trajectory met on its way, the oldest up to
-2⌈N/stride⌉ − 2 updates ago. With η = 0 one trajectory's contributions add up to its nested adjoint.
+2⌈N/stride⌉ − 2 updates ago. With η = 0 one trajectory's contributions add up to its nested gradient.
+
+Which slot moves over which row in which iteration is data: `implicit_diffusion.loops.timetable`. What a slot carries
+back, and how, is the estimator's business: `implicit_diffusion.gradients.estimator`.
 
 The paper (Marion et al., arXiv 2402.05468, section 4.2) queues the sampling; queueing the adjoint as well is ours.
 """
@@ -17,15 +20,21 @@ The paper (Marion et al., arXiv 2402.05468, section 4.2) queues the sampling; qu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import check_integer
-from implicit_diffusion.gradients.adjoint import pull_back, terminal_adjoint
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.gradients import Estimator
+from implicit_diffusion.gradients.estimator import Carry, RowEstimator, RowStates, require_rows
+from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.loops.timetable import Timetable, injects
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
+from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 
 
@@ -33,33 +42,62 @@ from implicit_diffusion.showing import Shown
 class Slot(Shown):
     """One batch of trajectories in flight.
 
-    On its way forward (no adjoint yet) it holds x_0..x_k and stands before row k; on its way back it holds the same
-    and λ_{k+1}, and row k is the next to be pulled back.
+    Args:
+        index: of the trajectory.
+        born: updates made when it was injected.
+        timetable: which rows it moves over when.
+        stage: iterations that it has been through.
+        states: x_k by row k: the present one, and those of the rows that are still to be pulled back.
+        carry: what it carries on its way back; empty on its way forward.
     """
 
     index: int
-    born: int  # updates made when it was injected
-    states: list[Tensor]
-    adjoint: Tensor | None = None
+    born: int
+    timetable: Timetable
+    stage: int = 0
+    states: dict[int, Tensor] = field(default_factory=dict)
+    carry: Carry = field(default_factory=dict)
 
     @property
     def row(self) -> int:
-        return len(self.states) - 1
+        """The row before which it stands: the next one to advance over, or the next one to be pulled back."""
+        return max(self.states, default=self.timetable.rows.start - 1)
 
 
 class Queue(ChainLoop):
     """One network call forward and one with gradient per iteration.
 
     Args:
+        chain: the sampler, whose denoiser is trained in place.
+        objective: F, e.g. `Reward(r) + beta * PathKL()`.
+        update: a torch optimizer, or an `Update` around one.
+        batch: samples of a trajectory, injected together (B).
+        noise: source of every random number.
         stride: rows that every slot moves per iteration; N/stride slots are in flight each way. More stride means
             less memory, less staleness and less parallelism; with stride N the queue is the nested loop.
+        estimator: of the gradient, one that works row by row; the exact adjoint, `Adjoint()`, if None.
 
-    The other arguments are those of `ChainLoop`.
+    Raises:
+        InvalidInputError: arguments that do not fit together, as in `ChainLoop`; an estimator that differentiates whole
+            trajectories.
     """
 
-    def __init__(self, *args: Any, stride: int = 1, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stride = check_integer("stride", stride, 1, self.chain.num_steps, note=" (the chain's steps)")
+    estimator: RowEstimator
+
+    def __init__(
+        self,
+        chain: Chain,
+        objective: Objective,
+        update: Update | torch.optim.Optimizer,
+        *,
+        batch: int,
+        noise: Noise,
+        stride: int = 1,
+        estimator: Estimator | None = None,
+    ) -> None:
+        if isinstance(estimator, Estimator):
+            require_rows(estimator, "queue")
+        super().__init__(chain, objective, update, batch=batch, noise=noise, estimator=estimator, stride=stride)
         self.slots: list[Slot] = []
         self.values: dict[str, Tensor] = {}  # terminal values of the batch that came home last
 
@@ -78,7 +116,8 @@ class Queue(ChainLoop):
         self.update.begin()
         if inject:
             x = self.chain.initial(self.noise, self.batch, self.injected)
-            self.slots.append(Slot(self.injected, self.update.updates, [x]))
+            timetable = self._timetable_of(self.injected)
+            self.slots.append(Slot(self.injected, self.update.updates, timetable, states={0: x}))
             self.injected += 1
         watched: list[Tensor] = []
         info: dict[str, Any] = {}
@@ -86,38 +125,41 @@ class Queue(ChainLoop):
         costs: dict[str, list[Tensor]] = {}
         pulled: set[int] = set()
         with self.chain.evaluating():
-            for _ in range(self.stride):
-                states, values = self._advance()
+            for call in range(self.stride):
+                states, values = self._advance(call)
                 watched += states
                 arrived |= values
             self.values |= arrived
-            ages = [self.update.updates - slot.born for slot in self.slots if slot.adjoint is not None]
-            for _ in range(self.stride):
-                adjoints, rows, found = self._pull()
-                watched += adjoints
+            ages = [self.update.updates - slot.born for slot in self.slots if slot.stage in slot.timetable.back]
+            for call in range(self.stride):
+                carried, rows, paid = self._pull(call)
+                watched += carried
                 pulled.update(rows)
-                for name, cost in found.items():
+                for name, cost in paid.items():
                     costs.setdefault(name, []).append(cost.sum())
+            full = {slot.stage for slot in self.slots}.issuperset(self.timetable.back)
+            for slot in self.slots:
+                slot.stage += 1
             if not pulled <= self.chain.pretrained_rows:
                 watched += self.values.values()
                 info = self.update.step(watched, self._diagnose)
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
-        self.slots = [slot for slot in self.slots if slot.states]
-        full = len(pulled) == self.chain.num_steps
-        sums = {name: torch.stack(cost).sum() for name, cost in costs.items() if full}
+        self._retire()
+        every = len(pulled) == self.chain.num_steps
+        sums = {name: torch.stack(cost).sum() for name, cost in costs.items() if every}
         phase = {"phase": "draining"} if not inject else {} if full else {"phase": "filling"}
         return self._metrics(arrived | sums) | info | phase
 
     def steps(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
 
-        Injection stops in time for every trajectory to come home: one injected now is on its way for 2⌈N/stride⌉ − 1
-        iterations, of which those bring a gradient that begin after the oldest in flight has turned round.
+        Injection stops in time for every trajectory to come home; see `timetable.injects`.
         """
         updates = check_integer("updates", updates, 0)
         while (left := updates - self.update.updates) > 0:
-            gradients = left * self.update.accumulate - self.update.pending
-            yield self.step(inject=gradients > 2 * self._flight - 2 - self._blind or not self.slots)
+            wanted = left * self.update.accumulate - self.update.pending
+            present = [(slot.timetable, slot.stage) for slot in self.slots]
+            yield self.step(inject=injects(wanted, present, self._timetable_of(self.injected)))
 
     def drain(self) -> Iterator[dict[str, Any]]:
         """Step without injecting until nothing is in flight."""
@@ -125,7 +167,10 @@ class Queue(ChainLoop):
             yield self.step(inject=False)
 
     def state_dict(self) -> dict[str, Any]:
-        slots = [{"index": s.index, "born": s.born, "states": list(s.states), "adjoint": s.adjoint} for s in self.slots]
+        slots = [
+            {"index": s.index, "born": s.born, "stage": s.stage, "states": dict(s.states), "carry": dict(s.carry)}
+            for s in self.slots
+        ]
         return super().state_dict() | {"slots": slots, "values": dict(self.values)}
 
     def _like(self) -> dict[str, Any]:
@@ -138,67 +183,82 @@ class Queue(ChainLoop):
             Slot(
                 slot["index"],
                 slot["born"],
-                [x.to(device) for x in slot["states"]],
-                None if slot["adjoint"] is None else slot["adjoint"].to(device),
+                self._timetable_of(slot["index"]),
+                slot["stage"],
+                {row: x.to(device) for row, x in slot["states"].items()},
+                {name: part.to(device) for name, part in slot["carry"].items()},
             )
             for slot in state["slots"]
         ]
         self.values = {name: value.to(device) for name, value in state["values"].items()}
 
-    @property
-    def _flight(self) -> int:
-        """Iterations that a trajectory takes one way."""
-        return -(-self.chain.num_steps // self.stride)
-
-    @property
-    def _blind(self) -> int:
-        """Iterations from now on, the next included, that bring no gradient yet."""
-        first = range(self.chain.num_steps)[-self.stride :]  # rows pulled in a slot's first iteration back
-        idle = all(row in self.chain.pretrained_rows for row in first)
-        made = (self._flight if slot.adjoint is not None else slot.row // self.stride for slot in self.slots)
-        return max(0, self._flight - 1 + idle - max(made, default=0))
+    def _timetable_of(self, index: int) -> Timetable:
+        """The timetable of trajectory `index`."""
+        return self._timetable(self.estimator.rows_of(self.chain, self.noise, index))
 
     @torch.no_grad()
-    def _advance(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """All slots on their way forward move one row; returns the new states, and the values of a batch that ends."""
-        moving = [slot for slot in self.slots if slot.adjoint is None]
+    def _advance(self, call: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """All slots on their way forward move over a row; returns their states, and the values of the one that ends."""
+        moving = [(slot, own[call]) for slot in self.slots if call < len(own := slot.timetable.forward(slot.stage))]
         arrived: dict[str, Tensor] = {}
         if not moving:
             return [], arrived
-        rows = [slot.row for slot in moving]
-        xi = self.chain.innovation(self.noise, self.batch, [slot.index for slot in moving], rows)
-        condition = self._conditions(moving)
-        x = self.chain.transition(torch.stack([slot.states[-1] for slot in moving]), rows, condition=condition).push(xi)
-        for slot, state in zip(moving, x):
-            if slot.row + 1 < self.chain.num_steps:
-                slot.states.append(state.clone())  # a view would keep its whole iteration alive
+        slots, rows = [slot for slot, _ in moving], [row for _, row in moving]
+        xi = self.chain.innovation(self.noise, self.batch, [slot.index for slot in slots], rows)
+        before = torch.stack([slot.states[row] for slot, row in moving])
+        transition = self.chain.transition(before, rows, condition=self._conditions(slots))
+        self.evaluations += transition.evaluations
+        x = transition.push(xi)
+        for (slot, row), state in zip(moving, x):
+            if row not in slot.timetable.rows:
+                del slot.states[row]
+            if row + 1 < self.chain.num_steps:
+                slot.states[row + 1] = state.clone()  # a view would keep its whole iteration alive
             else:
                 end = self.chain.endpoint(state, self.noise, slot.index)
-                slot.adjoint, values = terminal_adjoint(self.objective, end.x, end.condition)
+                slot.carry, values = self.estimator.turn(self.objective, end)
                 arrived |= values
         return [x], arrived
 
-    def _pull(self) -> tuple[list[Tensor], list[int], dict[str, Tensor]]:
-        """All slots on their way back are pulled back one row; returns the new adjoints, the rows and their costs."""
-        turned = [(slot, slot.adjoint) for slot in self.slots if slot.adjoint is not None and slot.states]
+    def _pull(self, call: int) -> tuple[list[Tensor], list[int], dict[str, Tensor]]:
+        """All slots on their way back are pulled back over their next row; returns what they carry, the rows and costs.
+
+        `call` counts the calls of this iteration, of which there are `stride`.
+        """
+        turned = [(slot, own[call]) for slot in self.slots if call < len(own := slot.timetable.backward(slot.stage))]
         if not turned:
             return [], [], {}
-        rows = [slot.row for slot, _ in turned]
-        x = torch.stack([slot.states.pop() for slot, _ in turned])
-        lam = torch.stack([lam for _, lam in turned])
-        condition = self._conditions([slot for slot, _ in turned])
-        adjoint, costs = pull_back(self.chain, self.objective, x, rows, lam, condition)
-        for (slot, _), lam in zip(turned, adjoint):
-            slot.adjoint = lam
-        return [adjoint], rows, costs
+        slots, rows = [slot for slot, _ in turned], [row for _, row in turned]
+        x = torch.stack([slot.states.pop(row) for slot, row in turned])
+        at = RowStates(x, rows, [slot.index for slot in slots], self.noise, self._conditions(slots))
+        carry = {name: torch.stack([slot.carry[name] for slot in slots]) for name in slots[0].carry}
+        pulled = self.estimator.pull(self.chain, self.objective, at, carry)
+        self.evaluations += pulled.evaluations
+        for place, slot in enumerate(slots):
+            slot.carry = {name: part[place] for name, part in pulled.carry.items()}
+        return list(pulled.carry.values()), rows, pulled.costs
+
+    def _retire(self) -> None:
+        """Free what slots hold that have been pulled back over all of their rows. Those that leave early, where their
+        number of rows is random, are remembered until the longest would leave.
+        """
+        for slot in self.slots:
+            if slot.stage >= slot.timetable.length:
+                slot.carry = {}
+        flying = any(slot.states for slot in self.slots)
+        self.slots = [slot for slot in self.slots if flying and slot.stage < self.timetable.length]
 
     def _conditions(self, slots: list[Slot]) -> dict[str, Tensor] | None:
         return self.chain.conditions(self.noise, self.batch, [slot.index for slot in slots])
 
     def _diagnose(self) -> str | None:
-        states = [(f"states x_{k}", slot, x) for slot in self.slots for k, x in enumerate(slot.states)]
-        adjoints = [(f"adjoints λ_{slot.row + 1}", slot, slot.adjoint) for slot in self.slots]
-        for what, slot, x in states + adjoints:
-            if x is not None and not x.isfinite().all():
+        states = [(f"states x_{row}", slot, x) for slot in self.slots for row, x in slot.states.items()]
+        carried = [
+            (f"{self.estimator.parts.get(name, name)}_{slot.row + 1}", slot, part)
+            for slot in self.slots
+            for name, part in slot.carry.items()
+        ]
+        for what, slot, x in states + carried:
+            if not x.isfinite().all():
                 return f"iteration {self.iteration}: {what} of trajectory {slot.index} hold NaN or infinity"
         return self._bad_value(self.values)

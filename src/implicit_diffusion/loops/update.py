@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import check_complete, copied, parametrizations, refuse_inference_mode, train_once
-from implicit_diffusion.loops.undo import Before, largest
+from implicit_diffusion.loops.optimizers import Before, Schedule, check_optimizer, check_schedule, failed_step, largest
 from implicit_diffusion.showing import Shown, brief
 
 
@@ -31,7 +31,7 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
 class Update(Shown):
     """One optimizer step per call of `step`, from the gradients that estimators left in `.grad`.
 
-    What θ was moved by, Γ averaged and clipped, stays in `.grad` until the next step begins; None if it did not move.
+    What moved θ, Γ averaged and clipped, stays in `.grad` until the next step begins; None if θ did not move.
 
     Args:
         optimizer: any torch optimizer whose `step` needs no closure.
@@ -50,33 +50,14 @@ class Update(Shown):
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        schedule: Schedule | None = None,
         max_grad_norm: float | None = None,
         ema_decay: float | None = None,
         accumulate: int = 1,
     ) -> None:
-        check_type("update", optimizer, torch.optim.Optimizer, "take torch.optim.Adam(model.parameters()), say")
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if isinstance(optimizer, torch.optim.SparseAdam):
-            raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; take torch.optim.Adam")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise InvalidInputError(
-                f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
-                "take a first-order optimizer such as Adam or SGD"
-            )
+        check_optimizer(optimizer)
         if schedule is not None:
-            kinds = (torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            if not isinstance(schedule, kinds) and not hasattr(schedule, "step"):
-                check_type("schedule", schedule, kinds[0], "take CosineAnnealingLR(optimizer, updates), say")
-            try:
-                inspect.signature(schedule.step).bind()
-            except TypeError as error:
-                raise InvalidInputError(
-                    f"schedule {type(schedule).__name__} does not step by itself ({error}); take one that does, say "
-                    "CosineAnnealingLR"
-                ) from error
-            if getattr(schedule, "optimizer", optimizer) is not optimizer:
-                raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
+            check_schedule(schedule, optimizer)
         unbounded = isinstance(max_grad_norm, float) and max_grad_norm == math.inf
         if max_grad_norm is not None and not unbounded:
             max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0, note=", or None")
@@ -89,7 +70,7 @@ class Update(Shown):
         self.bound = False
         self.updates = 0  # optimizer steps made
         self.pending = 0  # gradients accumulated since
-        self.advice = ""  # what to change where numbers overflow, for messages
+        self.advice = ""  # what to change if numbers overflow, for messages
 
     def _words(self) -> Iterable[str]:
         yield type(self.optimizer).__name__
@@ -112,8 +93,8 @@ class Update(Shown):
             role: what it is called in messages.
 
         Raises:
-            InvalidInputError: no module, the optimizer moves no trainable parameter of it, or the update is another
-                loop's; lazy layers without weights.
+            InvalidInputError: not a module; an optimizer that moves no trainable parameter of it; an update that serves
+                another loop; lazy layers without weights.
         """
         refuse_inference_mode()
         if self.bound:
@@ -146,15 +127,15 @@ class Update(Shown):
     def step(
         self, watched: Sequence[Tensor], diagnose: Callable[[], str | None], norm: Tensor | None = None
     ) -> dict[str, Any]:
-        """Count the gradient in `.grad`; when enough are in, clip it, move θ, and go back unless all is finite.
+        """Count the gradient in `.grad`; once there are enough, clip, move θ, and go back unless all is finite.
 
-        The check reads one number, for which the device is waited for; nothing else in an iteration is. It is read
-        after the step, and so tells of the optimizer as well, whose own arithmetic may fail on a sound gradient.
+        The check reads one number, for which the host waits; nothing else in an iteration waits. The number is read
+        after the step, so it covers the optimizer as well, whose own arithmetic may fail on a sound gradient.
 
         Args:
             watched: tensors that must be finite as well.
-            diagnose: says in words what is not finite; None where it cannot tell.
-            norm: of all the gradients, where it is known already and none were accumulated before.
+            diagnose: says in words what is not finite; returns None if it cannot tell.
+            norm: of all the gradients, if it is known already and none were accumulated before.
 
         Returns:
             metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
@@ -185,12 +166,12 @@ class Update(Shown):
         try:
             self.optimizer.step()
             sound = math.isfinite(alarm + largest(moved))
-        except BaseException as error:  # an interrupt as well: half a step is none
+        except BaseException as error:  # an interrupt as well: no half step stays
             before.restore()
             if isinstance(error, RuntimeError) and "overflow" in str(error):
                 raise NonFiniteError(
                     f"the optimizer's step at the learning rate {float(lr):g} is more than its numbers hold, and was "
-                    "not made; take a smaller rate"
+                    "not made; use a smaller learning rate"
                 ) from error
             raise
         if not sound:
@@ -216,7 +197,7 @@ class Update(Shown):
         return self.accumulate == 1 and not (more or hooks)
 
     def masked(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ok: Tensor) -> Tensor:
-        """The optimizer's step where `ok` and θ stays finite, nothing elsewhere: free of branches or waits.
+        """The optimizer's step if `ok` and θ stays finite, nothing otherwise: without branches or waits.
 
         Returns:
             a number that is not finite where it is θ that did not stay finite.
@@ -260,7 +241,7 @@ class Update(Shown):
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on, but for the model's own parameters."""
+        """All that the next update depends on, except the model's own parameters."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
         state["ema"] = None if self.ema is None else moving(self.ema, like=self.model, prefix="module.")
@@ -289,7 +270,7 @@ class Update(Shown):
 
     @torch.no_grad()
     def _average(self, ema: AveragedModel) -> None:
-        """`update_parameters` of an average that has begun, without its copy of the count to the device."""
+        """`update_parameters` without its copy of the count to the device, once the average has begun."""
         if ema.n_averaged == 0 or ema.multi_avg_fn is None:
             ema.update_parameters(self.model)
             return
@@ -303,25 +284,12 @@ class Update(Shown):
         torch.clear_autocast_cache()  # of the weights as they were, for calls between two steps
 
     def _lost(self, moved: Sequence[Tensor]) -> str:
-        """What an optimizer's own step made of θ, in words, with what would help."""
-        group = self.optimizer.param_groups[0]
-        settings = ", ".join(f"{key}={group[key]:g}" for key in ("lr", "eps") if isinstance(group.get(key), float))
-        bad = sum(not p.isfinite().all() for p in moved)
-        count = f"{bad} of {len(self.parameters)} parameter tensors" if bad else "θ"
-        eps, small = group.get("eps"), {p.dtype for p in self.parameters if p.dtype.itemsize < 4}
-        lost = [d for d in small if isinstance(eps, float) and eps > 0 and not torch.tensor(eps, dtype=d)]
-        advice = f"eps is 0 in {lost[0]}: take eps=1e-4, or float32 weights" if lost else "take a smaller learning rate"
-        if eps == 0:
-            advice = "take a positive eps"
-        return (
-            f"the step of the optimizer, {type(self.optimizer).__name__}({settings}), made {count} NaN or infinite "
-            f"from a finite gradient; {advice}"
-        )
+        return failed_step(self.optimizer, moved, len(self.parameters))
 
     def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
-        found, self.pending = diagnose() or self._diagnose(), 0
+        reason, self.pending = diagnose() or self._diagnose(), 0
         self.begin()
-        return NonFiniteError(f"{found}; θ was left as it was before the update{self.advice}")
+        return NonFiniteError(f"{reason}; θ was left as it was before the update{self.advice}")
 
     def _diagnose(self) -> str:
         bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)

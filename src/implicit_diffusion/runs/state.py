@@ -20,7 +20,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import check_finite, load_state, save_state
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.loops.base import Loop
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.samplers.chain import Chain

@@ -4,39 +4,44 @@
 
 The table (a, b, s, m, t) *is* the sampler: DDPM, DDIM, Euler–Maruyama and flows differ in their rows alone. States
 carry a slot axis, (slots, batch, *event), and every slot stands on a row of its own, so that trajectories at different
-stages advance in one network call. The pretrained network u_0 acts on the `pretrained_rows` and is what path costs
-compare u_θ with.
+stages advance in one network call. The pretrained network u_0 acts on the `pretrained_rows`, and path costs compare
+u_θ with it.
 
 Under a `condition`, every trajectory has its own class labels or prompts and the network is u_θ(x, t, **condition).
 They are addressed by key, like the noise: forward and backward passes, nested loops, queues and resumed runs see the
 same ones, and so do u_0 and terminal objectives.
 
-Networks run in eval mode: dropout would make u_θ a random function, and the adjoint of a random function is another.
+Networks run in eval mode: with dropout u_θ would be a random function, and the adjoint would belong to another draw.
 
-States, times, coefficients, adjoints and path costs have at least single precision. A network with weights in less is
-called in its own, and its output comes back: what half precision may round is u alone.
+Nothing that a chain computes changes what it computes next, so loops and evaluations may share one. How much work a
+transition was, it says itself (`Transition.evaluations`); whoever needs a sum keeps it.
+
+States, times, coefficients, adjoints and path costs have at least single precision. A network whose weights have less
+is called in its own precision, and its output is converted back: half precision rounds u alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, shown, trying
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import at_least_single
+from implicit_diffusion.samplers.chain_checks import check_condition, check_event_shape, check_pretrained_rows
+from implicit_diffusion.samplers.rows import RowCache, RowCoefficients
 from implicit_diffusion.showing import Shown, brief, of_kind
 from implicit_diffusion.tables.table import ChainTable
 from implicit_diffusion.tables.transition import Transition
 
+TRIAL = 2**31  # trajectory on which chains and objectives are tried; no run injects so many
 Denoiser = Callable[..., Tensor]
 Condition = Callable[[Noise, int, int], Mapping[str, Tensor]]
 
@@ -72,32 +77,21 @@ class Chain(Shown):
     ) -> None:
         check_type("table", table, ChainTable, "a diffusers scheduler becomes one by read_table(scheduler, num_steps)")
         check_type("denoiser", denoiser, Callable, "it is called as u(x, t)")
-        check_type("event_shape", event_shape, Iterable, "it holds the sizes of one sample, e.g. (1, 8, 8) or (2,)")
         check_call("denoiser", denoiser, "x", "t", more=condition is not None)
         if condition is not None:
             check_call("condition", condition, "noise", "batch", "index")
-        sizes = _sequence(event_shape)
-        if not sizes or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
-            raise InvalidInputError(f"event_shape must hold positive sizes, e.g. (1, 8, 8), got {shown(event_shape)}")
         self.denoiser, self.table, self.condition = denoiser, table, condition
-        self.event_shape = tuple(check_integer("a size in event_shape", size) for size in sizes)
+        self.event_shape = check_event_shape(event_shape)
         if reference is None:
             reference = frozen_copy(denoiser) if isinstance(denoiser, nn.Module) else denoiser
         check_call("reference", reference, "x", "t", more=condition is not None)
         self.reference = reference
-        if isinstance(pretrained_rows, str) and pretrained_rows == "noiseless":
-            pretrained_rows = table.noiseless()
-        check_type("pretrained_rows", pretrained_rows, Iterable, 'name rows by number, or take "noiseless"')
-        rows = _sequence(pretrained_rows)
-        if not all(isinstance(row, Integral) and 0 <= int(row) < len(table) for row in rows):
-            raise InvalidInputError(f"pretrained_rows must lie in 0..{len(table) - 1}, got {shown(rows)}")
-        self.pretrained_rows = frozenset(map(int, rows))
-        self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
+        self.pretrained_rows = check_pretrained_rows(pretrained_rows, table)
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.get_default_dtype() if parameter is None else at_least_single(parameter.dtype)
         self._tried: set[int] = set()  # functions that have been called, by id: the first call is a trial
-        self._coefficients: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._rows = RowCache(table, self.pretrained_rows, 1 + len(self.event_shape), self.device, self.dtype)
 
     def _words(self) -> Iterable[str]:
         yield brief(self.denoiser)
@@ -157,20 +151,21 @@ class Chain(Shown):
         """
         c, given = self._rows(tuple(rows)), condition or {}
         u0 = self._predict(self.reference, x, c, given) if reference else None
-        if c["kept"].numel() == 0:
+        if c.kept.numel() == 0:
             u = self._predict(self.denoiser, x, c, given)
         else:
-            parts = [self._predict(self.reference, x, c, given, c["kept"]) if u0 is None else u0[c["kept"]]]
-            if c["own"].numel():
-                parts.append(self._predict(self.denoiser, x, c, given, c["own"]))
+            parts = [self._predict(self.reference, x, c, given, c.kept) if u0 is None else u0[c.kept]]
+            if c.own.numel():
+                parts.append(self._predict(self.denoiser, x, c, given, c.own))
             u = torch.cat(parts)
-            if c["order"].numel():
-                u = u[c["order"]]
-        return Transition(x, u, u0, c["a"], c["b"], c["s"], c["h"], c["trained"])
+            if c.order.numel():
+                u = u[c.order]
+        calls = len(c.own) + len(rows) if reference else len(rows)
+        return Transition(x, u, u0, c.a, c.b, c.s, c.h, c.trained, calls * x.shape[1])
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
-        check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), say")
         batch = check_integer("batch", batch)
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
         return self.table.initial_std * x
@@ -191,22 +186,14 @@ class Chain(Shown):
         """What trajectories `indices` are sampled under; None for a chain without condition.
 
         Raises:
-            InvalidInputError: the condition is no dict of tensors with leading dimension `batch`.
+            InvalidInputError: the condition does not return a dict of tensors with leading dimension `batch`.
         """
         if self.condition is None:
             return None
         with nullcontext() if id(self.condition) in self._tried else trying("condition", f"(noise, {batch}, index)"):
             drawn = [self.condition(noise, batch, index) for index in indices]
         for given in drawn:
-            named = given.items() if isinstance(given, Mapping) else [("condition", given)]
-            bad = [(k, v) for k, v in named if not isinstance(v, Tensor) or v.shape[:1] != (batch,)]
-            if bad or not isinstance(given, Mapping):
-                name, value = bad[0] if bad else ("condition", given)
-                found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise InvalidInputError(
-                    f"condition must return a dict of tensors with leading dimension batch = {batch}, one entry per "
-                    f"sample; {name!r} has {found}"
-                )
+            check_condition(given, batch)
         self._tried.add(id(self.condition))
         return {
             name: torch.stack([given[name] for given in drawn]).to(self.device, non_blocking=True) for name in drawn[0]
@@ -223,7 +210,7 @@ class Chain(Shown):
     ) -> Iterator[tuple[Transition, Tensor | None, Tensor]]:
         """All N rows from x_0 = `x`: yields (transition, ξ_k, x_{k+1}), each with one slot. Differentiable.
 
-        With `repeats`, as many consecutive states share a condition: those of one start.
+        With `repeats`, that many consecutive states share a condition: those of one start.
         """
         state = x[None]
         condition = self.conditions(noise, len(x) // repeats, [index])
@@ -257,7 +244,7 @@ class Chain(Shown):
     ) -> Particles:
         """The particles that end trajectory `index` at x_N = `x`, with what they were sampled under; see `walk`."""
         check_type("x", x, Tensor, "it holds the states that end a trajectory")
-        check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), say")
         if self.condition is None:
             return Particles(x)
         condition = self.conditions(noise, len(x) // check_integer("repeats", repeats), [index])
@@ -272,11 +259,11 @@ class Chain(Shown):
         self,
         network: Denoiser,
         x: Tensor,
-        c: dict[str, Tensor],
+        c: RowCoefficients,
         condition: Mapping[str, Tensor],
         slots: Tensor | None = None,
     ) -> Tensor:
-        m, t = c["m"], c["t"]
+        m, t = c.m, c.t
         if slots is not None:
             x, m, t, condition = x[slots], m[slots], t[slots], {name: value[slots] for name, value in condition.items()}
         inputs = (m * x).flatten(0, 1)
@@ -287,7 +274,6 @@ class Chain(Shown):
             else trying("denoiser", f"states of shape {tuple(inputs.shape)}")
         ):
             u = network(inputs.to(_precision(network, self.dtype)), t.repeat_interleave(x.shape[1]), **given)
-        self.evaluations += len(inputs)
         check_type("what the denoiser returns", u, Tensor, "a diffusers model becomes one by DiffusersDenoiser(model)")
         if u.shape != inputs.shape:
             raise InvalidInputError(
@@ -296,32 +282,8 @@ class Chain(Shown):
         self._tried.add(id(network))
         return u.to(x.dtype).unflatten(0, x.shape[:2])
 
-    def _rows(self, rows: tuple[int, ...]) -> dict[str, Tensor]:
-        """What the given rows are, on the chain's device: an index by a list would be copied there at every call.
-
-        Coefficients are shaped (slots, 1, ...), t (slots,). `kept` are the slots on pretrained rows, `own` the others,
-        and `order`, where it is not empty, puts their concatenation in order.
-        """
-        if rows not in self._coefficients:
-            index, ones = list(rows), (1,) * (1 + len(self.event_shape))
-            c = {name: getattr(self.table, name)[index].to(self.device, self.dtype) for name in "abshmt"}
-            c["trained"] = torch.tensor([row not in self.pretrained_rows for row in rows], device=self.device)
-            found = {name: value if name == "t" else value.view(-1, *ones) for name, value in c.items()}
-            kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
-            own = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
-            order = sorted(range(len(rows)), key=(kept + own).__getitem__)
-            slots = {"kept": kept, "own": own, "order": [] if order == sorted(order) else order}
-            found |= {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
-            self._coefficients[rows] = found
-        return self._coefficients[rows]
-
-
-def _sequence(given: Iterable[Any]) -> tuple[Any, ...]:
-    """Numbers in a row; none where it is a word, or a tensor of one number, which torch calls iterable too."""
-    return () if isinstance(given, str) or getattr(given, "ndim", 1) == 0 else tuple(given)
-
 
 def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:
-    """That of a network's weights."""
+    """The dtype of a network's weights."""
     parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     return otherwise if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype

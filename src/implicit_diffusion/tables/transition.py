@@ -17,9 +17,10 @@ class Transition(Shown):
     Args:
         x: states, with shape (slots, batch, *event).
         u: the network's prediction on the slots' rows (the pretrained one where the row is not trained), as `x`.
-        u0: the pretrained network's prediction, as `x`; None where nobody asked for it.
+        u0: the pretrained network's prediction, as `x`; None where it was not asked for.
         a, b, s, h: the rows' coefficients, broadcastable to `x`, i.e. with shape (slots, 1, ...).
         trained: whether the row is under the control of θ, shaped as `a`.
+        evaluations: network calls × samples that were made for it, u_θ and u_0 alike.
     """
 
     x: Float[Tensor, "slots batch *event"]
@@ -30,6 +31,7 @@ class Transition(Shown):
     s: Float[Tensor, "slots ..."]
     h: Float[Tensor, "slots ..."]
     trained: Bool[Tensor, "slots ..."]
+    evaluations: int = 0
 
     @property
     def mean(self) -> Float[Tensor, "slots batch *event"]:

@@ -115,8 +115,7 @@ def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
 def _training_summary(
     state: Fit, held_out: HeldOut, beta: float, beta_at_start: float, predicted: int
 ) -> TrainingSummary:
-    """What the training did; read before the judgement, which samples from the same chain."""
-    evaluations = state.loop.cost()["network_evaluations"]
+    """What the training did."""
     with part("judging"):
         before = held_out.pretrained(state)
     return TrainingSummary(
@@ -124,7 +123,7 @@ def _training_summary(
         kl_weight_at_start=beta_at_start,
         held_out_reward_before=before.reward.mean().item(),
         seconds=state.seconds,
-        network_evaluations=evaluations,
+        network_evaluations=state.loop.cost()["network_evaluations"],
         updates=state.updates,
         stopped=state.stopped,
         kept=state.kept,

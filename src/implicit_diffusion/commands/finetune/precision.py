@@ -62,6 +62,5 @@ def compiled(chain: Chain) -> str:
         here = chain.transition(x, [0], reference=True, condition=chain.conditions(noise, 2, [0]))
         assert here.u0 is not None
         torch.autograd.grad((here.u + here.u0).sum(), x)
-    chain.evaluations = 0
     reasons = [c.reason for c in made if c.reason]
     return f"not compiled: {reasons[0]}" if reasons else "compiled"

@@ -25,7 +25,6 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
 from implicit_diffusion.function_checks import FunctionWarning
 from implicit_diffusion.global_generators import Draws
-from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.noise import Noise
@@ -33,7 +32,7 @@ from implicit_diffusion.objectives import Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
-from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import clipped_for, default_kind, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable

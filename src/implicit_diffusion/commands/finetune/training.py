@@ -8,7 +8,7 @@ from implicit_diffusion.commands.finetune.setup import DURING, Setup
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.loops import Nested, Queue, Update
-from implicit_diffusion.loops.on_chain import ChainLoop
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.held_out import HeldOut

@@ -10,12 +10,12 @@ from typing import Any
 from implicit_diffusion.evaluation import Evaluation, evaluate
 from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.global_generators import Draws
-from implicit_diffusion.loops.on_chain import TRIAL
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.objectives.reward import TRIED, as_reward
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.state import Fit
+from implicit_diffusion.samplers.chain import TRIAL
 from implicit_diffusion.showing import Shown
 
 
@@ -64,10 +64,9 @@ class HeldOut(Shown):
     def evaluate(self, fit: Fit) -> Evaluation:
         """Evaluate the chain as it is now, without samples; the metrics are left as they are."""
         chain = fit.chain
-        before, score = chain.evaluations, self._score(fit)
+        score = self._score(fit)
         with part("held-out checks"):
             result = evaluate(chain, score, self.noise, starts=self.starts)
-        chain.evaluations = before  # what is reported as cost is the training's own
         return replace(result, samples=result.reward[..., None][..., :0])
 
     def pretrained(self, fit: Fit) -> Evaluation:

@@ -9,12 +9,13 @@ way into the network. The pull-back is linear in v. So for a power of two S
 
     ∇(S · surrogate_k) / S = ∇ surrogate_k,
 
-but for what leaves float16's range, where S decides. It is chosen per call, so that ½T ≤ S ‖v‖₁ < T: no sum over v,
-such as the gradient of the last layer's bias, can then exceed T, and the mean |S v| is T over the numbers of a batch,
-far above the smallest one in either direction. What overflows nevertheless comes out infinite, and a loop stops.
+except for what leaves float16's range, which S decides. It is chosen per call, so that ½T ≤ S ‖v‖₁ < T: no sum over
+v, such as the gradient of the last layer's bias, can then exceed T, and the mean |S v| is T over the numbers of a
+batch, far above the smallest one in either direction. What overflows nevertheless comes out infinite, and the loop
+stops.
 
-S stays on the device, and is divided out of the call's own gradients before they are added to `.grad`, where those of
-other calls, with another S, may stand already; and before distributed wrappers see them.
+S stays on the device, and is divided out of the call's own gradients before they are added to `.grad`, which may
+already hold those of other calls with another S; and before distributed wrappers see them.
 (Micikevicius et al., *Mixed Precision Training*, arXiv 1710.03740, with a scale that needs no search.)
 """
 
@@ -30,16 +31,16 @@ from torch import Tensor, nn
 from implicit_diffusion.denoisers.adapter import inner
 
 TOTAL = 2.0**11  # T
-SMALLEST = 2.0**-100  # of ‖v‖₁ that is scaled up to T: S stays a float32
+SMALLEST = 2.0**-100  # ‖v‖₁ below this is not scaled up to T: S stays a float32
 
 
 def computes_in_float16(denoiser: object) -> TypeGuard[nn.Module]:
-    """Whether the network inside says so, by an attribute `precision` as that of `DiffusersDenoiser`."""
+    """Whether the network says so, by an attribute `precision` like that of `DiffusersDenoiser`."""
     return isinstance(denoiser, nn.Module) and getattr(inner(denoiser), "precision", None) is torch.float16
 
 
 def scale(cotangents: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, ""]:
-    """S, a power of two with T/2 ≤ S ‖v‖₁ < T; one where v vanishes or is not finite."""
+    """S, a power of two with T/2 ≤ S ‖v‖₁ < T; one if v vanishes or is not finite."""
     norm = torch.stack([v.abs().sum() for v in cotangents]).sum()
     sound = (norm > 0) & norm.isfinite()
     norm = torch.where(sound, norm, 1.0).clamp(min=SMALLEST)
@@ -52,12 +53,12 @@ def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None],
 
     Args:
         surrogate: a scalar.
-        predictions: the network's outputs, u_θ and, where it was asked for, u_0.
-        leaves: all that a gradient is wanted for.
+        predictions: the network's outputs, u_θ and, where it was evaluated, u_0.
+        leaves: all tensors that need a gradient.
     """
     outputs = [u for u in predictions if u is not None and u.requires_grad]
-    found = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
-    factor = scale(v for v in found if v is not None)
+    cotangents = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
+    factor = scale(v for v in cotangents if v is not None)
     hooks = [leaf.register_hook(lambda g: g / factor) for leaf in leaves if leaf.requires_grad]
     try:
         surrogate.backward(factor)

@@ -1,0 +1,236 @@
+"""The contract of gradient estimators over a denoising chain.
+
+A loop asks its estimator for Γ, an estimate of ∇_θ of the objective, and knows nothing else about it:
+
+    check     what it needs of the chain and of the objective, before the first trajectory
+    rows      which rows of a trajectory it pulls back
+    turn      what a trajectory carries when it turns round at x_N: λ_N, a return
+    pull      one call with gradient on several trajectories, each on a row of its own: adds to `.grad`, and moves what
+              they carry back by a row
+    memory    what that takes, per sample
+    state_dict, load_state_dict    what it has learned so far: baselines, a surrogate; nothing by default
+
+A `RowEstimator` answers all of these, so that a queue can interleave its trajectories; of the way forward it keeps the
+states x_k of the rows that it pulls back. What else it needs of a row it finds in `RowStates`: the noise ξ_k is
+addressed by key, so it is replayed and not stored. What it needs of later rows, it carries: λ_{k+1}, the return to go,
+or the state x_{k+1}.
+
+An `Estimator` that is not a `RowEstimator` computes the gradient of a whole trajectory at once, and serves `Nested`
+alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
+from implicit_diffusion.frozen import refuse_inference_mode
+from implicit_diffusion.gradients.footprint import Footprint
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown, of_tuple
+
+Carry = dict[
+    str, Tensor
+]  # what a trajectory carries on its way back, by name; each (batch, ...), or (slots, batch, ...)
+
+
+@dataclass(frozen=True, repr=False)
+class RowStates(Shown):
+    """The states of several slots before one call with gradient, each slot on a row of its own.
+
+    Args:
+        x: states x_k.
+        rows: the row k of each slot.
+        indices: the trajectory of each slot, by which its noise and its condition are addressed.
+        noise: source of the trajectories' random numbers.
+        condition: what the slots are sampled under, from `Chain.conditions`.
+    """
+
+    x: Float[Tensor, "slots batch *event"]
+    rows: Sequence[int]
+    indices: Sequence[int]
+    noise: Noise
+    condition: Mapping[str, Shaped[Tensor, "slots batch ..."]] | None = None
+
+    def innovation(self, chain: Chain) -> Float[Tensor, "slots batch *event"] | None:
+        """ξ_k of these rows, as they were drawn on the way forward; None where all of the rows are deterministic."""
+        return chain.innovation(self.noise, self.x.shape[1], self.indices, self.rows)
+
+
+class Pulled(NamedTuple):
+    """What a call with gradient returns.
+
+    Args:
+        carry: what every slot carries before its row k; each entry (slots, batch, ...).
+        costs: the batch mean of every running cost on every slot, unweighted, by name.
+        evaluations: network calls × samples that were made.
+    """
+
+    carry: Carry
+    costs: dict[str, Float[Tensor, " slots"]]
+    evaluations: int
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
+
+
+class Estimate(NamedTuple):
+    """What one trajectory tells, besides the gradient that was added to `.grad`.
+
+    Args:
+        values: of every term whose value is known, unweighted, by name; running costs summed over the rows.
+        evaluations: network calls × samples that were made.
+    """
+
+    values: dict[str, Float[Tensor, ""]]
+    evaluations: int
+
+    def __repr__(self) -> str:
+        return of_tuple(self)
+
+
+class Estimator(Shown, ABC):
+    """An estimate of ∇_θ of the objective from batches of trajectories of a chain."""
+
+    @property
+    def name(self) -> str:
+        """Name and settings: loops whose estimators have the same name continue each other's states."""
+        return type(self).__name__
+
+    def check(self, chain: Chain, objective: Objective, end: Particles) -> None:
+        """Raise `InvalidInputError` where the chain or the objective lacks something that this estimator needs.
+
+        Args:
+            chain: the sampler.
+            objective: F.
+            end: two samples of the chain, with what they were sampled under.
+        """
+
+    def rows(self, chain: Chain) -> range:
+        """The rows that may be pulled back, the last ones of the chain; all of them by default."""
+        return range(chain.num_steps)
+
+    @abstractmethod
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+        """Add the gradient of trajectory `index`, of `batch` samples, to the parameters' `.grad`.
+
+        Raises:
+            InvalidInputError: a term that has stopped to depend on the samples.
+        """
+
+    @abstractmethod
+    def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
+        """What one sample takes, measured on a trial that leaves no trace."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next call depends on, besides the arguments; empty by default."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+
+    def __call__(
+        self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int = 0
+    ) -> dict[str, Tensor]:
+        """Add the gradient of trajectory `index`, of `batch` samples, to the parameters' `.grad`.
+
+        Returns:
+            every term's value by name, unweighted, running costs summed over the rows (a path KL is in nats); without
+            the running costs where some rows are not pulled back.
+
+        Raises:
+            InvalidInputError: an argument of another type; a term that does not depend on the samples.
+        """
+        check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape)")
+        check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
+        refuse_inference_mode()
+        return self.gradient(chain, objective, noise, check_integer("batch", batch), index).values
+
+
+class RowEstimator(Estimator):
+    """An estimator that moves back row by row, so that trajectories on different rows share a call with gradient."""
+
+    parts: ClassVar[Mapping[str, str]] = {}  # how messages call the entries of the carry, e.g. "adjoints λ"
+
+    def rows_of(self, chain: Chain, noise: Noise, index: int) -> range:
+        """The rows over which trajectory `index` is pulled back, the last ones; all of `rows` by default.
+
+        The same arguments must give the same rows.
+        """
+        return self.rows(chain)
+
+    @abstractmethod
+    def turn(self, objective: Objective, end: Particles) -> tuple[Carry, dict[str, Float[Tensor, ""]]]:
+        """What a batch of trajectories carries as it turns round, and the terminal terms' values by name, unweighted.
+
+        Called where gradients are not recorded; what needs them says `torch.enable_grad()`.
+
+        Args:
+            objective: F.
+            end: x_N, with shape (batch, *event), and what it was sampled under.
+
+        Raises:
+            InvalidInputError: a term that has stopped to depend on the samples.
+        """
+
+    @abstractmethod
+    def pull(self, chain: Chain, objective: Objective, at: RowStates, carry: Carry) -> Pulled:
+        """One call with gradient: add the part of Γ that these rows contribute to `.grad`.
+
+        It records gradients by `torch.enable_grad()` itself, and calls `.backward()` on one scalar per call of the
+        network, so that distributed wrappers see it.
+
+        Args:
+            chain: the sampler.
+            objective: gives the running costs.
+            at: the states x_k and their rows.
+            carry: what the slots carry from their rows k + 1, or from `turn`; each entry (slots, batch, ...).
+        """
+
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+        """Sample the trajectory under the present θ, then pull it back, one row per call."""
+        rows = self.rows_of(chain, noise, index)
+        states: dict[int, Tensor] = {}
+        evaluations, x = 0, chain.initial(noise, batch, index)
+        condition = chain.conditions(noise, batch, [index])
+        with chain.evaluating():
+            with torch.no_grad():
+                for row, (transition, _, state) in enumerate(chain.walk(x, noise, index)):
+                    evaluations += transition.evaluations
+                    if row in rows:
+                        states[row] = transition.x
+                    x = state[0]
+                carry, values = self.turn(objective, chain.endpoint(x, noise, index))
+            carry = {name: part[None] for name, part in carry.items()}
+            costs: dict[str, Tensor] = {}
+            for row in reversed(rows):
+                at = RowStates(states.pop(row), [row], [index], noise, condition)
+                carry, paid, made = self.pull(chain, objective, at, carry)
+                evaluations += made
+                for name, cost in paid.items():
+                    costs[name] = costs.get(name, 0) + cost.sum()
+        return Estimate(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
+
+
+def require_rows(estimator: Estimator, loop: str) -> RowEstimator:
+    """The estimator, for a loop that interleaves trajectories.
+
+    Raises:
+        InvalidInputError: one that needs whole trajectories.
+    """
+    if not isinstance(estimator, RowEstimator):
+        raise InvalidInputError(
+            f"estimator {estimator.name} differentiates a whole trajectory at once, and a {loop} interleaves the rows "
+            "of many; use Adjoint(), or the loop Nested"
+        )
+    return estimator

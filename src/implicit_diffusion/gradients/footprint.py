@@ -1,0 +1,101 @@
+"""What one sample costs an estimator in memory, measured on two and on three samples.
+
+Activations are what autograd saves: what grows by a sample is an activation, and what does not, parameters and
+constants, is counted elsewhere. Blocks whose activations are computed again on the way back (gradient checkpointing)
+keep their inputs, and one of them at a time its activations: those of the largest block are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.denoisers.lora import WATCHING
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
+from implicit_diffusion.samplers.chain import TRIAL, Chain
+from implicit_diffusion.showing import Shown
+
+
+@dataclass(frozen=True, repr=False)
+class Footprint(Shown):
+    """Bytes per sample.
+
+    Args:
+        carry: what a trajectory carries on its way back.
+        turn: activations of the call in which it turns round.
+        pull: activations of one call with gradient, on one row.
+        held: activations kept from its whole way forward; zero where only states are kept.
+    """
+
+    carry: int
+    turn: int
+    pull: int
+    held: int = 0
+
+
+def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[int, int]:
+    """Of the network and the running costs on one row, and of the largest block that is computed again on the way back.
+
+    The first trained row stands for all of them.
+    """
+
+    def row(n: int) -> object:
+        x = torch.zeros(1, n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
+        condition = chain.conditions(noise, n, [TRIAL])
+        rows = chain.trained_rows[:1] or [0]
+        transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
+        return [transition.u, *(cost.cost(transition) for _, cost in objective.running)]
+
+    with chain.evaluating(), objective.evaluating():
+        return saved_per_sample(row)
+
+
+def end_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
+    """Of the terminal terms at the end of a trajectory."""
+
+    def end(n: int) -> object:
+        x = torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
+        particles = chain.endpoint(x, noise, TRIAL)
+        return [term.value(particles) for _, term in objective.terminal]
+
+    with chain.evaluating(), objective.evaluating():
+        return saved_per_sample(end)[0]
+
+
+def saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
+    """Bytes that autograd saves for each sample that `function` is given, and those of its largest block that is
+    computed again on the way back.
+    """
+
+    def saved(n: int) -> tuple[int, list[int]]:
+        again: list[int] = []
+        WATCHING.append(lambda block: again.append(_saved(block)))
+        try:
+            return _saved(lambda: function(n)), again
+        finally:
+            WATCHING.pop()
+
+    (two, blocks), (three, larger) = saved(2), saved(3)  # one sample is special: its reshapes copy nothing
+    return three - two, max((b - a for a, b in zip(blocks, larger, strict=True)), default=0)
+
+
+def bytes_of(event_shape: Iterable[int], dtype: torch.dtype) -> int:
+    """Of one event."""
+    return torch.empty(tuple(event_shape), dtype=dtype, device="meta").nbytes
+
+
+def _saved(function: Callable[[], object]) -> int:
+    """Bytes that autograd saves during a call."""
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _graph = function()  # held until all is counted: no address is given out twice
+    return sum(storages.values())

@@ -1,0 +1,106 @@
+"""The optimizer of an update: what it must be, how a step is taken back, and what is said of one that went wrong.
+
+An optimizer may turn a sound gradient into NaN: Adam's eps of 1e−8 is 0 in float16, and a gradient of zero gives 0/0.
+So θ is checked after the step, through the one number that is read anyway, and restored unless it is finite.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.rounding import at_least_single
+
+Schedule = torch.optim.lr_scheduler.LRScheduler
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `InvalidInputError` for anything but a first-order optimizer of dense gradients."""
+    check_type("update", optimizer, torch.optim.Optimizer, "use torch.optim.Adam(model.parameters()), say")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; use torch.optim.Adam")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InvalidInputError(
+            f"optimizer {type(optimizer).__name__} needs a closure, which one gradient estimate cannot serve; "
+            "use a first-order optimizer such as Adam or SGD"
+        )
+
+
+def check_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `InvalidInputError` for a schedule that needs a metric, or belongs to another optimizer."""
+    known = (Schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if not isinstance(schedule, known) and not hasattr(schedule, "step"):
+        check_type("schedule", schedule, Schedule, "use CosineAnnealingLR(optimizer, updates), say")
+    try:
+        inspect.signature(schedule.step).bind()
+    except TypeError as error:
+        raise InvalidInputError(
+            f"schedule {type(schedule).__name__} does not step by itself ({error}); use one that does, say "
+            "CosineAnnealingLR"
+        ) from error
+    if getattr(schedule, "optimizer", optimizer) is not optimizer:
+        raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
+
+
+def failed_step(optimizer: torch.optim.Optimizer, moved: Sequence[Tensor], count: int) -> str:
+    """What an optimizer's own step made of θ, in words, with what would help.
+
+    Args:
+        optimizer: after the step.
+        moved: the parameters that it moved; none where it is not known which.
+        count: of the parameter tensors that it holds.
+    """
+    group = optimizer.param_groups[0]
+    settings = ", ".join(f"{key}={group[key]:g}" for key in ("lr", "eps") if isinstance(group.get(key), float))
+    bad = sum(not p.isfinite().all() for p in moved)
+    which = f"{bad} of {count} parameter tensors" if bad else "θ"
+    eps = group.get("eps")
+    dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype.itemsize < 4}
+    vanishing = [d for d in dtypes if isinstance(eps, float) and eps > 0 and not torch.tensor(eps, dtype=d)]
+    advice = "use a smaller learning rate"
+    if vanishing:
+        advice = f"eps is 0 in {vanishing[0]}: use eps=1e-4, or float32 weights"
+    if eps == 0:
+        advice = "use a positive eps"
+    return (
+        f"the step of the optimizer, {type(optimizer).__name__}({settings}), made {which} NaN or infinite from a "
+        f"finite gradient; {advice}"
+    )
+
+
+class Before:
+    """θ and the optimizer's state as they are before a step, to return to.
+
+    Args:
+        optimizer: whose state it is.
+        moved: the parameters that the step moves.
+    """
+
+    @torch.no_grad()
+    def __init__(self, optimizer: torch.optim.Optimizer, moved: Sequence[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.entries = {p: dict(s) if isinstance(s, Mapping) else s for p, s in optimizer.state.items()}
+        state = (t for s in self.entries.values() if isinstance(s, dict) for t in s.values() if isinstance(t, Tensor))
+        self.held = [*moved, *state]
+        self.copies = [t.clone() for t in self.held]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Return to them; whatever else the step put into the state is dropped."""
+        for t, copy in zip(self.held, self.copies):
+            t.copy_(copy)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.entries)
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest |entry| of all; NaN where one is. Unlike a norm it does not overflow by itself."""
+    foreach = False if torch.compiler.is_compiling() else None
+    norm = torch.nn.utils.get_total_norm(tensors, math.inf, foreach=foreach)
+    return norm.to(at_least_single(norm.dtype))

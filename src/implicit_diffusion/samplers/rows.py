@@ -1,0 +1,77 @@
+"""The rows of a chain's table as tensors on its device, for slots that each stand on a row of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from implicit_diffusion.showing import Shown
+from implicit_diffusion.tables.table import ChainTable
+
+
+@dataclass(frozen=True, repr=False)
+class RowCoefficients(Shown):
+    """What the rows of some slots are.
+
+    Args:
+        a, b, s, h, m: the rows' coefficients, with shape (slots, 1, ...) that broadcasts to states.
+        t: the network's times.
+        trained: whether u_θ acts on the row, shaped as `a`.
+        kept: the slots on pretrained rows.
+        own: the other slots.
+        order: puts the concatenation of `kept` and `own` in order; empty where it is in order.
+    """
+
+    a: Float[Tensor, "slots ..."]
+    b: Float[Tensor, "slots ..."]
+    s: Float[Tensor, "slots ..."]
+    h: Float[Tensor, "slots ..."]
+    m: Float[Tensor, "slots ..."]
+    t: Float[Tensor, " slots"]
+    trained: Bool[Tensor, "slots ..."]
+    kept: Int[Tensor, " kept"]
+    own: Int[Tensor, " own"]
+    order: Int[Tensor, " order"]
+
+
+@dataclass(repr=False)
+class RowCache(Shown):
+    """The coefficients of every combination of rows that has been asked for: an index by a list would be copied to the
+    device at every call.
+
+    Args:
+        table: the chain's.
+        pretrained_rows: rows on which u_0 acts.
+        dims: of a state, without slots.
+        device: of the states.
+        dtype: of the states.
+    """
+
+    table: ChainTable
+    pretrained_rows: Collection[int]
+    dims: int
+    device: torch.device
+    dtype: torch.dtype
+    _known: dict[tuple[int, ...], RowCoefficients] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, rows: tuple[int, ...]) -> RowCoefficients:
+        """Those of the given rows, one per slot."""
+        if rows not in self._known:
+            self._known[rows] = self._read(rows)
+        return self._known[rows]
+
+    def _read(self, rows: tuple[int, ...]) -> RowCoefficients:
+        index = list(rows)
+        c = {name: getattr(self.table, name)[index].to(self.device, self.dtype) for name in "abshmt"}
+        c["trained"] = torch.tensor([row not in self.pretrained_rows for row in rows], device=self.device)
+        shaped = {name: value if name == "t" else value.view(-1, *(1,) * self.dims) for name, value in c.items()}
+        kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
+        own = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
+        order = sorted(range(len(rows)), key=(kept + own).__getitem__)
+        slots = {"kept": kept, "own": own, "order": [] if order == sorted(order) else order}
+        where = {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
+        return RowCoefficients(**shaped, **where)
