@@ -181,7 +181,7 @@ def test_a_run_of_another_version_is_refused_by_name_or_resumed_where_that_is_as
     assert refusal in said and "add --accept-changes versions" in said
     assert not (half.parent / "executed").exists()
     with pytest.MonkeyPatch.context() as patched:  # interrupted at once
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt, *CALLBACKS(*arguments)])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt, *CALLBACKS(*arguments)])
         assert cli.main(["resume", str(half), "--accept-changes", "versions"]) == 130
     assert "accepted  implicit-diffusion was 0.0.9 and is " in capsys.readouterr().out
     assert RunDirectory(half).read_origin() == ("finetune", __version__)

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import planning
+from implicit_diffusion.commands.finetune import planning, training
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.sweep import command as sweep
 from implicit_diffusion.commands.sweep import folders
@@ -145,7 +145,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt])
         assert main(call) == 130
     assert f"the same command, with --out {out}, goes on" in capsys.readouterr().err
     assert (out / "beta-2" / "summary.json").exists() and not (out / "summary.json").exists()
