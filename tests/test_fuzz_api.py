@@ -20,7 +20,7 @@ from torch import nn
 
 import implicit_diffusion as idf
 from implicit_diffusion.errors import ImplicitDiffusionError
-from implicit_diffusion.evaluation.bounds import captured, gain, memory_of_start, possible
+from implicit_diffusion.evaluation import captured, gain, memory_of_start, possible
 from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.loops.memory import check_memory
 from implicit_diffusion.objectives import Sum

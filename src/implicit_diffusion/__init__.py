@@ -25,10 +25,10 @@ if TYPE_CHECKING:  # read by `lazily`
         samplers,
         tables,
     )
-    from implicit_diffusion.commands.finetune.plan import make_plan
     from implicit_diffusion.commands.rewards.names import load_reward
-    from implicit_diffusion.evaluation.bounds import captured
     from implicit_diffusion.evaluation.chains import evaluate
+    from implicit_diffusion.evaluation.gains import captured
+    from implicit_diffusion.evaluation.plans import make_plan
     from implicit_diffusion.loops.nested import Nested
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single

@@ -27,6 +27,10 @@ BY_TORCH = "write it with torch operations throughout, without .detach(), .numpy
 ROUNDINGS = 16  # units in the last place of the largest value: smaller changes may be rounding
 
 
+class FunctionWarning(UserWarning):
+    """A function of samples can be used, but is random, or flat where it was tried."""
+
+
 @torch.no_grad()
 def check_separate(
     what: str,
@@ -52,6 +56,7 @@ def check_separate(
         warnings.warn(
             f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
             "dropout and random augmentations in it; otherwise its noise is in every gradient, and runs do not repeat",
+            FunctionWarning,
             stacklevel=2,
         )
         return
@@ -94,5 +99,6 @@ def check_slope(
         warnings.warn(
             f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training "
             "follows it only where it has a slope",
+            FunctionWarning,
             stacklevel=2,
         )

@@ -9,7 +9,7 @@ import torch
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm import judging as ebm_judging
+from implicit_diffusion.commands.ebm import judging
 from implicit_diffusion.commands.ebm.data import GREY, discrete, load
 from implicit_diffusion.commands.score import command as score
 from implicit_diffusion.errors import InvalidInputError
@@ -120,7 +120,7 @@ def counts(tmp_path):
 
 def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
     """Its likelihood is a bound below the law's own; score repeats it on the integers; sample draws integers."""
-    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
     out = tmp_path / "run"
     summary = ebm.run(dataclasses.replace(TINY, data=counts, dequantise=True, out=out))
     assert "note" not in capsys.readouterr().out and not any("--dequantise" in line for line in summary["advice"])
@@ -145,7 +145,7 @@ def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_on_discrete_data_says_so(counts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ebm_judging, "FOLLOWERS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
     summary = ebm.run(dataclasses.replace(TINY, data=counts, steps=4, out=tmp_path / "run"))
     said = capsys.readouterr().out
     assert "note      columns x1, x2 hold multiples of 1: a density may pile up" in said and "--dequantise" in said

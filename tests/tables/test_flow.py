@@ -7,7 +7,7 @@ from torch import nn
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation.bounds import memory_of_start
+from implicit_diffusion.evaluation import memory_of_start
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.flow import is_flow, memoryless_flow

@@ -206,7 +206,7 @@ def test_a_model_that_ends_diverged_is_no_result(steps, tmp_path, capsys):
     options = ["--data", str(tmp_path / "x.npy"), "--particles", "32", "--width", "8", "--lr", "1e5"]
     assert cli.main(["ebm", "--steps", str(steps), *options, "--out", str(out)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and "Take a smaller --lr" in said and str(out / "model") in said
+    assert said.startswith("error: ") and "a smaller --lr" in said and str(out / "model") in said
     model = load_energy_model(out / "model")
     assert model.log_z is None and all(p.abs().max() < 10 for p in model.potential.parameters())
     assert not (out / "summary.json").exists()
@@ -219,7 +219,7 @@ def test_nan_is_answered_with_options(data, tmp_path, monkeypatch):
         raise NonFiniteError("V is NaN at 3 particles")
 
     monkeypatch.setattr(loop, "step", fail)
-    with pytest.raises(NonFiniteError, match=r"Take a smaller --lr or --step-size.*the last sound model is in .*model"):
+    with pytest.raises(NonFiniteError, match=r"Use a smaller --lr or --step-size.*the last sound model is in .*model"):
         ebm.train(SETTINGS, data, loop, RunDirectory(tmp_path), 1)
 
 
@@ -234,7 +234,7 @@ def test_a_rate_far_too_large_leaves_the_last_sound_model(lr, tmp_path, monkeypa
     options = ["--steps", "150", *SIZES[lr], "--lr", lr, "--out", str(out)]
     assert cli.main(["ebm", *options]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "Take a smaller --lr" in said[0] and str(out / "model") in said[0]
+    assert len(said) == 1 and "a smaller --lr" in said[0] and str(out / "model") in said[0]
     model = load_energy_model(out / "model")
     assert model.log_z is None and all(p.isfinite().all() for p in model.potential.parameters())
     assert (model.particles.norm(dim=1) < 40).all()

@@ -9,10 +9,11 @@ import torch
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm.data import COPIES, GREY, load, read_array, split
-from implicit_diffusion.commands.shared.planar import LAWS
+from implicit_diffusion.commands.ebm.data import COPIES, GREY, load, split
+from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.potentials.plane import LAWS
 
 
 def normal(*shape):
@@ -248,7 +249,7 @@ OPTIONS = {
     "--weight-decay": {"weight_decay": -0.1},
     "--data circle: no such file": {"data": "circle"},
     "--sampler underdamped knows no weights; .*--no-weighted": {"sampler": "underdamped"},
-    "--sampler underdamped knows no weights; take ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
+    "--sampler underdamped knows no weights; use ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
     "--lr has no effect: --compare searches": {"compare": True, "lr": 1e-3},
     "--refresh has no effect: --compare never": {"compare": True, "refresh": 10},
     "--no-weighted has no effect": {"compare": True, "weighted": False},

@@ -39,7 +39,7 @@ BAD = {
     "--eta is the noise of --scheduler ddim; ddpm has": ["--scheduler", "ddpm", "--eta", "1"],
     "--stride is for --loop queue": ["--loop", "nested", "--stride", "2"],
     "--target-kl-mode needs a --target-kl": ["--target-kl-mode", "adapt"],
-    "--penalty drift is no KL": ["--penalty", "drift", "--plan"],
+    "--penalty drift is not a KL": ["--penalty", "drift", "--plan"],
     "exists and is not empty": ["--out", "{folder}"],
     "--target-kl needs a path KL in": ["--target-kl", "0.5", "--kl-weight", "0"],
     "--target-kl needs --penalty path-kl": ["--target-kl", "0.5", "--penalty", "drift"],

@@ -12,15 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.shared.drawing import sheet
-from implicit_diffusion.extras import require
+from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown
 
-DATA, MODEL, TRAIN = "0.55", "#2a9d5c", "#7a5195"  # colours
+DATA, MODEL, TRAIN = "0.55", WEIGHTED, "#7a5195"  # colours
 PAIRED = 8  # columns, of which all pairs are shown
-SHOWN = 12  # columns, at most, whose marginals or numbers are shown
+MOST_COLUMNS = 12  # whose marginals or numbers are shown
 COMPONENTS = 4  # principal ones
 ENOUGH = 500  # held-out data that are shown alone
 MOST = 2000  # data or draws that are looked at
@@ -53,9 +52,9 @@ def sides(model: EnergyModel, data: Data) -> Sides:
 
 
 def distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """Wasserstein-1 distance ∫|F − G| of every column, and what 95 % of shuffles of the two samples stay below.
+    """Wasserstein-1 distance ∫|F − G| of every column, and the 95 % quantile of it over shuffles of the two samples.
 
-    Both in deviations of x. The second is how far apart two samples of one law come by chance.
+    Both in deviations of x. The second is how far apart two samples of one law are by chance.
     """
     deviation = x.std(0)
     pooled, order = torch.cat([x, y]).div(deviation).sort(0)
@@ -72,15 +71,13 @@ def distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Float[T
 
 
 def most_different(shown: Sides) -> list[int]:
-    """The columns whose distance exceeds that of chance the most, in that order, at most `SHOWN`."""
+    """The columns whose distance exceeds that of chance the most, in that order, at most `MOST_COLUMNS`."""
     apart, by_chance = distances(shown.data, shown.draws)
-    return (apart - by_chance).argsort(descending=True)[:SHOWN].tolist()
+    return (apart - by_chance).argsort(descending=True)[:MOST_COLUMNS].tolist()
 
 
 def principal(shown: Sides, scale: Float[Tensor, " d"]) -> Sides:
-    """Both in the first principal components of the data over `scale`, each turned such that it adds up to more than
-    zero.
-    """
+    """Both in the first principal components of the data over `scale`, each turned so that its sum is positive."""
     x, y = ((part - shown.data.mean(0)) / scale for part in (shown.data, shown.draws))
     _, values, directions = torch.linalg.svd(x, full_matrices=False)
     share = values.square() / values.square().sum()
@@ -154,17 +151,17 @@ def draw_scores(held_out: Tensor, train: Tensor, draws: Tensor) -> Any:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name that fits below an axis, of which matplotlib makes no formula unless it is one of ours."""
+    """A name that fits below an axis; matplotlib reads it as a formula only if it is one of `Data.names`."""
     if name.startswith("$x_"):
         return name
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
 def _limits(x: Float[Tensor, " n"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-    """All of x, and of y what is not far out."""
+    """Limits of an axis: they hold all of x, and what of y is not far out."""
     low, high = x.amin().item(), x.amax().item()
-    inner = y[(y > low - (high - low)) & (y < high + (high - low))]
-    both = torch.cat([x, inner])
+    near = y[(y > low - (high - low)) & (y < high + (high - low))]
+    both = torch.cat([x, near])
     margin = 0.05 * (both.amax() - both.amin()).item()
     return both.amin().item() - margin, both.amax().item() + margin
 

@@ -7,14 +7,15 @@ drawn with the classes in turn.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain.image_files import Picture
+from implicit_diffusion.commands.pretrain.image_files import ImageFile
+from implicit_diffusion.commands.pretrain.summary import ImagesSummary
 from implicit_diffusion.commands.shared.formatting import markdown
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
@@ -23,7 +24,7 @@ NAMED = 10  # files or classes that a line names
 ROWS, COLUMNS, LONG = 24, 12, 16  # classes that a picture has a row for, images in a row, letters of a name beside it
 
 
-def classes_of(pictures: Sequence[Picture], data: str) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
+def classes_of(pictures: Sequence[ImageFile], data: str) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
     """The names of the classes, and the number of each picture's own: that of the subfolder that it lies in.
 
     Raises:
@@ -44,7 +45,7 @@ def classes_of(pictures: Sequence[Picture], data: str) -> tuple[tuple[str, ...],
     return tuple(names), torch.tensor([names.index(picture.subfolder) for picture in pictures])
 
 
-def mention(pictures: Sequence[Picture]) -> str | None:
+def mention(pictures: Sequence[ImageFile]) -> str | None:
     """A line on subfolders that look like classes and are not asked for; None where there are none."""
     names = sorted({picture.subfolder for picture in pictures})
     if len(names) < 2 or "" in names:
@@ -114,7 +115,7 @@ def card_section(classes: Sequence[str]) -> str:
     return f"""
 ## Classes
 
-The network takes the number of a class, `class_labels`. `implicit-diffusion finetune` and `sample` take the model as it
+The network takes the number of a class, `class_labels`. `implicit-diffusion finetune` and `sample` use the model as it
 is, and draw the classes in turn or at random. There is no label that stands for no class, so there is no guidance.
 
 | label | class |
@@ -123,12 +124,15 @@ is, and draw the classes in turn or at random. There is no label that stands for
 """
 
 
-def drawing(summary: Mapping[str, Any]) -> str:
+def drawing(images: ImagesSummary) -> str:
     """The lines that draw from the pipeline, after it is loaded."""
     from implicit_diffusion.commands.shared.usage import usage
 
-    images = summary["images"]
-    classes = images.get("classes")
-    said: dict[str, Any] = {"condition": "classes" if classes else None, "pipeline_class": "DDPMPipeline"}
-    said |= {"num_classes": len(classes or ()), "event_shape": images["event_shape"]}
-    return usage({"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}, said)
+    config = {"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}
+    summary = {
+        "condition": "classes" if images.classes else None,
+        "pipeline_class": "DDPMPipeline",
+        "num_classes": len(images.classes),
+        "event_shape": images.event_shape,
+    }
+    return usage(config, summary)

@@ -1,6 +1,6 @@
 """The loss of a pretraining, image by image, and its means on images that were and were not trained on.
 
-The derivation stands in `pretrain`.
+The derivation is in `pretrain.training`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def image_losses(
 
 
 def judged_losses(unet: UNet2DModel, scheduler: DDPMScheduler, data: Images) -> dict[str, float]:
-    """On images that were trained on, and on those that were not."""
+    """`loss_train` and `loss_held_out`: on images that were trained on, and on those that were not."""
     few = 10 * len(data.held_out)
     some = None if data.train_labels is None else data.train_labels[:few]
     parts = {"loss_train": (data.train[:few], some), "loss_held_out": (data.held_out, data.held_out_labels)}

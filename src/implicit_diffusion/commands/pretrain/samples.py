@@ -13,7 +13,7 @@ from torch import Tensor
 from implicit_diffusion.commands.pretrain import image_classes
 from implicit_diffusion.commands.pretrain.data import Images, as_floats
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.digits import digits
+from implicit_diffusion.digits import EVENT_SHAPE
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
@@ -36,7 +36,7 @@ def sampled(
     event: tuple[int, ...],
     classes: int = 0,
 ) -> dict[int, Tensor]:
-    """`count` images of the chain of each length, of classes in turn, said while they are drawn."""
+    """`count` images of the chain of each length, of classes in turn, under a progress line."""
     with progress(sum(chains), f"sampling {count} images by chains of {', '.join(map(str, chains))} steps") as bar:
         return {n: sample_images(unet, scheduler, n, count, seed, event, classes, bar.update) for n in chains}
 
@@ -48,7 +48,7 @@ def sample_images(
     num_steps: int,
     n: int,
     seed: int,
-    event_shape: tuple[int, ...] = digits.EVENT_SHAPE,
+    event_shape: tuple[int, ...] = EVENT_SHAPE,
     classes: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "n *event"]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain import config as pretrain_config
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
@@ -28,9 +27,26 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How the loss is minimised.
+
+    Args:
+        steps: of AdamW.
+        lr: learning rate after a linear warm-up over 200 steps, at most a tenth of all; it then decays along a cosine.
+        ema_decay: of the moving average of the weights.
+        seed: of the weights, dropout, images, times and noise.
+    """
+
+    steps: int
+    lr: float
+    ema_decay: float
+    seed: int
+
+
 @dataclass(repr=False)
 class Pretraining(Shown):
-    """What `begin` makes and every step moves on.
+    """What `begin` makes and every step changes.
 
     Args:
         unet: in training mode, on its device.
@@ -149,23 +165,23 @@ class Pretraining(Shown):
         return [self.generator, torch.default_generator, *on_device]
 
 
-def begin(config: pretrain_config.Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
-    """Before the first step."""
+def begin(descent: Descent, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
+    """The state before the first step."""
     require("diffusers")
     from diffusers.training_utils import EMAModel
 
-    average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = min(200, max(1, config.steps // 10))
+    average = EMAModel(unet.parameters(), decay=descent.ema_decay, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=descent.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(200, max(1, descent.steps // 10))
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps - warmup)),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, descent.steps - warmup)),
         ],
         [warmup],
     )
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(descent.seed)
     return Pretraining(unet, scheduler, average, optimizer, schedule, generator)
 
 

@@ -29,7 +29,7 @@ FORMATS = "FILE.npy, FILE.npz, FILE.csv, or FILE.safetensors"
 KEYED = (".npz", ".safetensors")  # hold arrays by name: FILE.npz:NAME is one of them
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
 HEADER = 2**16  # bytes, of an array in an archive; numpy reads no header of more than 10000
-SHOWN = 10  # names, rows, or columns in a message
+MOST_LISTED = 10  # names, rows, or columns in a message
 EXACT = 2**53  # integers up to here are doubles
 COMMA = re.compile(r"[+-]?\d*,\d+")  # a number with a decimal comma
 
@@ -139,7 +139,7 @@ def _read_safetensors(name: str, path: Path, key: str | None) -> np.ndarray:
 
 def _chosen(name: str, names: list[str], key: str | None) -> str:
     """The name of the array that is asked for: the only one where none is."""
-    listed = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    listed = ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
     if not names:
         raise InvalidInputError(f"--data {name} holds no arrays")
     if key is None and len(names) > 1:
@@ -253,11 +253,11 @@ def _value(cell: str) -> float | None:
 def _listed(bad: dict[int, list[Any]], columns: tuple[str, ...] | None, count: int) -> str:
     """Cells that are no numbers, by column: how many, and the first one."""
     parts = []
-    for column, (line, cell, times) in sorted(bad.items())[:SHOWN]:
+    for column, (line, cell, times) in sorted(bad.items())[:MOST_LISTED]:
         called = f" ({columns[column]})" if columns and columns[column] else ""
         what = repr(one_line(cell)) if cell else "empty"
         parts.append(f"column {column + 1}{called} holds no number in {times} of {count} rows, in line {line} {what}")
-    more = f"; and {len(bad) - SHOWN} more columns" if len(bad) > SHOWN else ""
+    more = f"; and {len(bad) - MOST_LISTED} more columns" if len(bad) > MOST_LISTED else ""
     change = "Leave such a column out, remove or impute such rows, or write them as numbers"
     if all(COMMA.fullmatch(cell) for _, cell, _ in bad.values()):
         change = "These look like decimal commas: write points"

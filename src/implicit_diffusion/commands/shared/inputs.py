@@ -16,10 +16,10 @@ import torch
 
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.shared.array_files import place_of
-from implicit_diffusion.commands.shared.planar import LAWS
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import forget, record
 

@@ -11,13 +11,22 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
-from implicit_diffusion.commands.finetune.result import Picture
 from implicit_diffusion.commands.shared.formatting import DASH
 from implicit_diffusion.files.atomic import replacing
 
 CSS = Path(__file__).with_name("report.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+class Picture(NamedTuple):
+    """A figure on disk: its name, its file, a title that serves as alternative text, and its caption."""
+
+    name: str
+    path: Path
+    title: str
+    caption: str
 
 
 def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
@@ -102,8 +111,8 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | N
         mark = ' class="chosen"' if index == chosen else ""
         tds = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll"><table class="{cls}">{inner}</table></div>'
+    content = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="{cls}">{content}</table></div>'
 
 
 def duration(seconds: float) -> str:
