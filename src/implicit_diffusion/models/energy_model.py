@@ -223,28 +223,30 @@ def is_energy_model(folder: str | PathLike[str]) -> bool:
     return (Path(folder).expanduser() / DESCRIPTION).is_file()
 
 
-def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
+def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
     """Read what `EnergyModel.save` wrote.
 
     Args:
-        folder: of the model.
+        model: the folder.
 
     Raises:
         InvalidInputError: no such folder, or files that are damaged or do not hold an energy-based model. Weights that
             an earlier release wrote have no checksums, and are used as they are.
     """
-    folder = check_path("folder", folder)
+    folder = check_path("model", model)
     if not is_energy_model(folder):
         raise InvalidInputError(
-            f"{folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
+            f"model: {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
-        model = _read(folder)
-        _check(model)
+        energy_model = _read(folder)
+        _check(energy_model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
-        raise InvalidInputError(f"{folder} is damaged, or not an energy-based model: {one_line(cause)}") from cause
-    model.potential.eval().requires_grad_(False)
-    return model
+        raise InvalidInputError(
+            f"model: {folder} is damaged, or not an energy-based model: {one_line(cause)}"
+        ) from cause
+    energy_model.potential.eval().requires_grad_(False)
+    return energy_model
 
 
 def _read(folder: Path) -> EnergyModel:

@@ -198,7 +198,10 @@ BAD = {
     "a pickle": (lambda path: path.write_bytes(b"\x80\x04\x95\x0b\x00\x00."), "not a sound .npy array"),
     "an empty file": (lambda path: path.write_bytes(b""), "not a sound .npy array"),
     "half an archive": (lambda path: path.write_bytes(b"PK\x03\x04half"), "not a sound .npy array"),
-    "half a file": (lambda path: (np.save(path, normal(20, 2)), path.write_bytes(path.read_bytes()[:200])), "no plain"),
+    "half a file": (
+        lambda path: (np.save(path, normal(20, 2)), path.write_bytes(path.read_bytes()[:200])),
+        "not a sound",
+    ),
     "a table": (lambda path: path.write_text("1.0,2.0\n" * 20), "not a sound .npy array"),
 }
 
@@ -218,7 +221,7 @@ def test_arrays_that_do_not_fit_into_memory(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", normal(20, 2))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 40 * 35}))
     monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("loaded"))
-    with pytest.raises(MemoryLimitError, match=r"40 numbers need .*take fewer rows"):
+    with pytest.raises(MemoryLimitError, match=r"40 numbers need .*use fewer rows"):
         read_array(str(tmp_path / "x.npy"))
 
 

@@ -200,7 +200,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_unpacked(name, tm
     np.savetxt(tmp_path / "x.csv", x, delimiter=",")
     save_file({"x": torch.from_numpy(x)}, tmp_path / "x.safetensors")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 36 * 40_000 - 1}))
-    with pytest.raises(MemoryLimitError, match=r"numbers need .*take fewer rows"):
+    with pytest.raises(MemoryLimitError, match=r"numbers need .*use fewer rows"):
         read_array(str(tmp_path / name))
 
 
