@@ -12,6 +12,7 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.loops.memory import check_memory
+from implicit_diffusion.objectives import Sum
 from implicit_diffusion.samplers.simulate import simulate
 from tests.helpers.oracles_gibbs import Banana
 
@@ -87,7 +88,7 @@ BAD = {
         *(getattr(TABLE, name) for name in "absmth"), initial_std=None
     ),
     "the divisor of an objective must not be 0": lambda: idf.PathKL() / 0,
-    "the weight of path_kl must be finite, got inf": lambda: idf.Objective(((math.inf, idf.PathKL()),)),
+    "the weight of path_kl must be finite, got inf": lambda: Sum(((math.inf, idf.PathKL()),)),
     "available must be an integer ≥ 0, got -1": lambda: check_memory(idf.predict_memory(queue()), "cpu", -1),
     # tensors
     "column b must be of type Tensor, got list": lambda: idf.ChainTable(TABLE.a, [1.0], *[TABLE.a] * 4),
@@ -116,7 +117,7 @@ BAD = {
     # words, names and things of another type
     "name must be a word under which metrics report the term, got list of 'a'": lambda: idf.Reward(reward, ["a"]),
     "the kind of terms must be a class such as PathKL, got PathKL": lambda: idf.PathKL().weight(idf.PathKL()),
-    r"terms must be pairs \(weight, term\), got list of tuple of 1, 2": lambda: idf.Objective([(1, 2)]),
+    r"terms must be pairs \(weight, term\), got list of tuple of 1, 2": lambda: Sum([(1, 2)]),
     "prediction must be one of score, .*got None": lambda: idf.GaussianDenoiser.ornstein_uhlenbeck(X[0], 1.0, None),
     "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.default_kind("ddpm"),
     "chain must be of type Chain, got None": lambda: idf.Adjoint()(None, idf.PathKL(), NOISE, 2),

@@ -22,6 +22,7 @@ from implicit_diffusion.errors import ImplicitDiffusionError
 from implicit_diffusion.evaluation.bounds import captured, gain, memory_of_start, possible
 from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.loops.memory import check_memory
+from implicit_diffusion.objectives import Sum
 from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers.simulate import simulate
 from tests.helpers import tiny
@@ -222,7 +223,7 @@ PUBLIC = {
     "Reward": term(idf.Reward, {"function": lambda: reward}),
     "Functional": term(idf.Functional, {"function": lambda: lambda x, w: (w @ x - 1).square().sum()}),
     "gaussian_kernel": Call(idf.gaussian_kernel, {"bandwidth": lambda: 1.0}, lambda made: made(X, X)),
-    "Objective": Call(idf.Objective, {"terms": lambda: ((1.0, idf.Reward(reward)),)}, repr),
+    "Objective": Call(Sum, {"terms": lambda: ((1.0, idf.Reward(reward)),)}, repr),
     "Objective.with_weight": method(objective, "with_weight", repr, kind=lambda: idf.PathKL, weight=lambda: 0.3),
     "Objective.weight": method(objective, "weight", kind=lambda: idf.PathKL),
     "sum": Call(lambda other: idf.PathKL() + other, {"other": lambda: idf.Reward(reward)}, repr),

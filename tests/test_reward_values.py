@@ -15,6 +15,7 @@ from implicit_diffusion.objectives import Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from tests.helpers.oracles_gibbs import Banana
+from tests.objectives.contract import check
 
 X = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Result = namedtuple("Result", ["scores", "info"])
@@ -51,7 +52,7 @@ def test_every_form_has_the_values_and_gradients_of_the_plain_reward(form, n):
     (found**2).sum().backward()
     (right**2).sum().backward()
     assert torch.equal(x.grad, same.grad)
-    Reward(lambda x: FORMS[form](plain(x))).check(Particles(X[:n]))
+    check(Reward(lambda x: FORMS[form](plain(x))), Particles(X[:n]))
 
 
 WITHOUT = {
@@ -72,7 +73,7 @@ def test_black_boxes_may_leave_torch(form):
     assert reward.judge(Particles(X.float())).dtype == torch.float32
     reward.check_stationary(Particles(X), X.sum((1, 2, 3)))
     with pytest.raises(InvalidInputError, match="not differentiable, and fine-tuning follows its gradient"):
-        reward.check(Particles(X))
+        check(reward, Particles(X))
 
 
 def test_which_form_it_is_does_not_depend_on_the_number_of_samples():
@@ -185,7 +186,7 @@ FAULTS |= {
         "let the samples come by position",
         lambda images: plain(images),
     ),
-    "a class": (Plain, "take an instance of it, Plain(...)", Plain()),
+    "a class": (Plain, "use an instance of it, Plain(...)", Plain()),
 }
 
 
@@ -195,9 +196,9 @@ def test_the_advice_of_a_message_works(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # neither torch's advice to detach
         with pytest.raises(InvalidInputError) as refusal:
-            Reward(fault).check(Particles(X, condition={"prompts": torch.arange(3)}))
+            check(Reward(fault), Particles(X, condition={"prompts": torch.arange(3)}))
         assert advice in str(refusal.value)
-        Reward(followed).check(Particles(X, condition={"prompts": torch.arange(3)}))
+        check(Reward(followed), Particles(X, condition={"prompts": torch.arange(3)}))
 
 
 def test_torch_does_not_advise_what_is_refused_next():
@@ -232,11 +233,11 @@ def test_other_arguments_are_refused_by_name(message):
 
 def test_a_second_argument_that_nothing_can_fill_says_which():
     with pytest.raises(InvalidInputError, match=r"the samples and what they were sampled under \(prompts, class"):
-        Reward(lambda x, prompts: plain(x)).check(Particles(X))
+        check(Reward(lambda x, prompts: plain(x)), Particles(X))
 
 
 def test_a_class_in_place_of_a_reward_is_told_from_its_instance():
-    with pytest.raises(InvalidInputError, match=r"got the class Identity; take an instance of it, Identity\(\.\.\.\)"):
+    with pytest.raises(InvalidInputError, match=r"got the class Identity; use an instance of it, Identity\(\.\.\.\)"):
         Reward(nn.Identity)
 
 

@@ -70,7 +70,7 @@ def test_divergences_are_those_of_the_points_moved_to_the_origin(build, offset):
         return (
             value.item(),
             torch.autograd.grad(value, x)[0],
-            build(grid(30, seed=1) + 0.5 + by).first_variation(Particles(x.detach()))[0],
+            build(grid(30, seed=1) + 0.5 + by).first_variation(Particles(x.detach())).function,
         )
 
     (value, gradient, variation), (right, slope, charge) = both(offset), both(0)

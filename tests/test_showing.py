@@ -18,11 +18,12 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
-from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.gradients import Gibbs
+from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
 from implicit_diffusion.models.lattice import find_lattice
-from implicit_diffusion.objectives import Charges, GibbsObjective, RunningCost, TerminalObjective
+from implicit_diffusion.objectives import Density, FirstVariation, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.plane import law
 from implicit_diffusion.runs import Progress, RunDirectory, Stop
@@ -70,8 +71,8 @@ class White(TerminalObjective):
 class Charged(GibbsObjective):
     name = "charged"
 
-    def charges(self, particles, energy, points):
-        return Charges(particles.x[:, 0] - particles.x[:, 0].mean())
+    def first_variation(self, particles, density):
+        return FirstVariation(particles.x[:, 0])
 
 
 class Effort(RunningCost):
@@ -158,7 +159,13 @@ EXAMPLES = {
     "TerminalObjective": White,
     "GibbsObjective": Charged,
     "RunningCost": Effort,
-    "Charges": lambda: Charged().charges(idf.Particles(DATA), DATA[:, 0], None),
+    "Sum": lambda: idf.Reward(reward) + 0.5 * idf.PathKL(),
+    "Term": White,
+    "Density": lambda: Density(DATA[:, 0]),
+    "FirstVariation": lambda: FirstVariation(DATA[:, 0]),
+    "Gibbs": Gibbs,
+    "AdjointSolver": Gibbs,
+    "AdjointMeasure": lambda: Gibbs()(FirstVariation(DATA[:, 0]), idf.Particles(DATA)),
     "Adjoint": idf.Adjoint,
     "FullBackprop": idf.FullBackprop,
     "Fused": lambda: fused_pass(v := mixture(), list(v.parameters()), [(1.0, Charged())], DATA, [None]),
@@ -235,7 +242,7 @@ def test_it_prints_in_short(name):
         assert len(lines) <= (7 if isinstance(example, idf.loops.base.Loop) else 1)
         assert all(len(line) <= 250 for line in lines)
         assert not re.search(r"0x[0-9a-f]{4}|tensor\(|<(?!lambda>)", text)
-    if name not in ("Objective",):  # a sum of terms is the formula
+    if name not in ("Objective", "Sum"):  # a sum of terms is the formula
         assert repr(example).startswith(type(example).__name__ + "(")
 
 
@@ -253,10 +260,9 @@ def test_no_dataclass_prints_its_tensors_or_functions():
 
 
 def test_what_a_callback_remembers_is_no_news():
-    """Fields that a dataclass keeps out of its repr are kept out of ours; of a reward, that it was tried."""
+    """Fields that a dataclass keeps out of its repr are kept out of ours; of a reward, that it was checked."""
     assert repr(Rise(HeldOut(reward, NOISE))).endswith("starts=128), patience=3)")
-    tried = weighted().objective
-    assert tried.probed and repr(tried) == "Reward(function=reward, name='reward')"
+    assert repr(weighted().objective.as_checked()) == "Reward(function=reward, name='reward')"
 
 
 SAID = {

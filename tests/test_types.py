@@ -88,7 +88,7 @@ BAD = {
         lambda: idf.Reward(reward) + reward,
         lambda: reward + idf.Reward(reward),
     ],
-    "taken from an objective must be of type Objective, got function": [lambda: idf.Reward(reward) - reward],
+    "subtracted from an objective must be of type Objective, got function": [lambda: idf.Reward(reward) - reward],
     "weight of an objective must be of type SupportsFloat, got Reward": [
         lambda: idf.Reward(reward) * idf.Reward(reward)
     ],

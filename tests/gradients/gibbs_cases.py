@@ -50,7 +50,7 @@ class Case:
     Args:
         objective: F.
         value: (grid, p, log_z, potential) → ℓ.
-        variation: the population's F′ at any points, (x, grid, p) → (n,); only where Γ needs it to be told from noise.
+        variation: the population's F′ at any points, (x, grid, p) → (n,); only where Γ is too noisy without it.
     """
 
     objective: Objective

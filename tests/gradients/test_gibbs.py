@@ -8,14 +8,16 @@ by a control variate whose mean is ∇ℓ exactly: the plain covariance, with n 
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients.gibbs import fused_pass
-from implicit_diffusion.objectives import ForwardKL, base, kl
+from implicit_diffusion.gradients import Gibbs, gibbs
+from implicit_diffusion.gradients.fused import fused_pass
+from implicit_diffusion.objectives import Density, FirstVariation, ForwardKL
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import energy_of
 from tests.gradients.gibbs_cases import CASES, GRIDS, POTENTIALS, THETA, THETA_0, exact_gradient
@@ -106,9 +108,8 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", ["reward", "reverse_kl", "functional", pytest.param("mmd", marks=pytest.mark.slow)])
 def test_mutations_are_seen(name, mutation, monkeypatch):
     weighted = mutation == "weights forgotten"
-    right, mutant = base.centred, MUTATIONS[mutation]
-    for module in (base, kl):
-        monkeypatch.setattr(module, "centred", lambda values, particles: mutant(values, particles, right))
+    right, mutant = gibbs.unbiased_centred, MUTATIONS[mutation]
+    monkeypatch.setattr(gibbs, "unbiased_centred", lambda values, particles: mutant(values, particles, right))
     worst, error, standard = judge(batches(1, name, weighted), exact(1, name))
     assert worst > 4 or abs(error) > 4 * standard
 
@@ -116,33 +117,33 @@ def test_mutations_are_seen(name, mutation, monkeypatch):
 @pytest.mark.slow
 def test_mutations_of_sinkhorn_are_seen(monkeypatch):
     """Fewer batches than above: dropped self-terms and a sign are gross."""
-    case, right = CASES[1]["sinkhorn"].objective, base.centred
-    monkeypatch.setattr(base, "centred", lambda values, particles: -right(values, particles))
+    case, right = CASES[1]["sinkhorn"].objective, gibbs.unbiased_centred
+    monkeypatch.setattr(gibbs, "unbiased_centred", lambda values, particles: -right(values, particles))
     worst, error, standard = judge(batches(1, "sinkhorn", False, count=10), exact(1, "sinkhorn"))
     assert abs(error) > 4 * standard and worst > 4
-    monkeypatch.setattr(base, "centred", right)
+    monkeypatch.setattr(gibbs, "unbiased_centred", right)
     monkeypatch.setattr(type(case), "_self", lambda self, w, cost: torch.zeros_like(w))
     worst, error, standard = judge(batches(1, "sinkhorn", False, count=10), exact(1, "sinkhorn"))
     assert abs(error) > 4 * standard
 
 
 @pytest.mark.parametrize("flip", [-1.0, 0.5, 1.02])
-def test_mutations_of_the_data_charges_are_seen(flip, monkeypatch):
-    right = ForwardKL.charges
+def test_mutations_of_the_measure_on_data_are_seen(flip, monkeypatch):
+    """The particles carry its total."""
+    right = ForwardKL.first_variation
 
-    def mutant(self, particles, energy, points):
-        found = right(self, particles, energy, points)
-        return base.Charges(flip * found.particles, found.on_points)
+    def mutant(self, particles, density):
+        variation = right(self, particles, density)
+        return replace(variation, total_on_points=flip * variation.total_on_points)
 
-    monkeypatch.setattr(ForwardKL, "charges", mutant)
+    monkeypatch.setattr(ForwardKL, "first_variation", mutant)
     worst, error, standard = judge(batches(1, "forward_kl", False), exact(1, "forward_kl"))
     assert worst > 4 or abs(error) > 4 * standard
 
 
 @pytest.mark.slow
 def test_the_factor_is_seen_with_eight_particles(monkeypatch):
-    for module in (base, kl):
-        monkeypatch.setattr(module, "centred", without_factor)
+    monkeypatch.setattr(gibbs, "unbiased_centred", without_factor)
     for name in ("reward", "reverse_kl"):
         worst, error, standard = judge(batches(1, name, False, n=8, count=1200), exact(1, name))
         assert abs(error) > 4 * standard or worst > 4
@@ -181,11 +182,12 @@ def test_one_pass_equals_separate_passes(name, weighted):
     torch.testing.assert_close(fused.here.grad, alone.grad, rtol=1e-12, atol=1e-13)
     particles, total, charge = Particles(x, logs if weighted else None), 0.0, 0.0
     for (c, term), y in zip(terms, points, strict=True):
-        found = term.charges(particles, alone.value, y)
-        total = total + c * (found.particles @ potential(x))
-        charge = charge + c * found.particles
+        at_points = None if y is None else potential(y).detach()
+        measure = Gibbs()(term.first_variation(particles, Density(alone.value, y, at_points)), particles)
+        total = total + c * (measure.on_particles @ potential(x))
+        charge = charge + c * measure.on_particles
         if y is not None:
-            total = total + c * (found.on_points @ potential(y))
+            total = total + c * (measure.on_points @ potential(y))
     (expected,) = torch.autograd.grad(total, [potential.theta])
     torch.testing.assert_close(fused.gradients[0], expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(fused.charges, charge)
@@ -216,23 +218,38 @@ def test_one_pull_for_maximum_likelihood_equals_the_general_path(event):
         general = fused_pass(potential, parameters, terms, x, points, lambda here: Particles(x))
         for a, b in zip((*one.here, *one.gradients, one.charges), (*general.here, *general.gradients, general.charges)):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    cancelling = [(1.0, ForwardKL(y)), (-1.0, ForwardKL(2 * y, name="other"))]  # the particles bear no charge
-    found = fused_pass(potential, parameters, cancelling, x, [y, 2 * y])
-    torch.testing.assert_close(found.here.grad, energy_of(potential, x).grad)
+    cancelling = [(1.0, ForwardKL(y)), (-1.0, ForwardKL(2 * y, name="other"))]  # the particles carry no charge
+    fused = fused_pass(potential, parameters, cancelling, x, [y, 2 * y])
+    torch.testing.assert_close(fused.here.grad, energy_of(potential, x).grad)
 
 
-def test_charges_on_points_that_nobody_drew_are_refused():
+def test_a_measure_on_points_that_nobody_drew_is_refused():
     class Half(ForwardKL):
         def draw(self, generator):
             return None
 
-        def charges(self, particles, energy, points):
-            return base.Charges(-particles.weights, torch.full((3,), 1 / 3, dtype=torch.float64))
+        def first_variation(self, particles, density):
+            return FirstVariation(on_points=torch.full((3,), -1 / 3, dtype=torch.float64))
 
     potential = POTENTIALS[1](THETA[1])
     x = torch.zeros(4, 1, dtype=torch.float64)
-    with pytest.raises(InvalidInputError, match="nll charges points: its `draw` must return them"):
+    with pytest.raises(InvalidInputError, match="nll has a measure on points: its `draw` must return them"):
         fused_pass(potential, [potential.theta], [(1.0, Half(x))], x, [None])
+
+
+@pytest.mark.parametrize("declared", ["points", "particles"])
+def test_a_measure_that_lies_elsewhere_than_declared_is_refused(declared):
+    """It would be divided by charges that differ, or left out by a solver on the particles."""
+
+    class Both(ForwardKL):
+        support = declared
+
+        def first_variation(self, particles, density):
+            return replace(super().first_variation(particles, density), function=particles.x[:, 0])
+
+    potential, x = POTENTIALS[1](THETA[1]), torch.zeros(4, 1, dtype=torch.float64)
+    with pytest.raises(InvalidInputError, match=f"nll declares support = '{declared}', .* lies on both"):
+        fused_pass(potential, [potential.theta], [(1.0, Both(x))], x, [x])
 
 
 def test_parameters_that_v_does_not_use_have_no_gradient():

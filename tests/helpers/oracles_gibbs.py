@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import energy_of
 

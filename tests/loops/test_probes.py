@@ -65,14 +65,14 @@ def test_evaluations_notice_rewards_that_differ_between_calls():
         evaluate(one_row(noise=1.0), lambda x: total(x) + torch.rand(len(x), generator=generator), Noise(0), starts=8)
 
 
-def test_a_reward_that_was_tried_is_not_tried_again():
+def test_a_reward_that_is_checked_is_not_tried_again():
     calls = []
     reward = Reward(lambda x: calls.append(len(x)) or total(x))
     chain = one_row(noise=1.0)
     evaluate(chain, reward, Noise(0), starts=8)
-    tried = len(calls)
-    evaluate(chain, reward, Noise(0), starts=8)
-    assert len(calls) == tried + 1
+    assert len(calls) == 6
+    evaluate(chain, reward.as_checked(), Noise(0), starts=8)
+    assert len(calls) == 6 + 1
 
 
 def test_rewards_that_are_held_out_are_noticed_once():
@@ -97,13 +97,12 @@ def test_rewards_that_are_held_out_are_noticed_once():
 
     with pytest.raises(InvalidInputError, match="reward mixes samples"):
         run(centred, [])
-    first, second, tried = [], [], Reward(random)
+    first, second, checked = [], [], Reward(random, checked=True)
     with pytest.warns(UserWarning, match="reward is random") as said:
         run(random, first)
     assert sum("reward is random" in str(each.message) for each in said) == 1 + 1  # of the reward, and of the judge
-    tried.probed = True
     with pytest.warns(UserWarning, match="reward is random"):
-        run(tried, second)
+        run(checked, second)
     assert first == second
 
 

@@ -64,7 +64,7 @@ def test_loops_report_terms_as_they_are_and_the_objective_as_weighted(kind):
 
 
 def test_batches_are_drawn_from_all_data():
-    """With replacement, each alike: 4 standard deviations of 4000 draws of nine."""
+    """With replacement and equal probabilities: 4 standard deviations of 4000 draws of nine."""
     data = torch.arange(9, dtype=F64)[:, None]
     term, generator = ForwardKL(data, batch=4), torch.Generator().manual_seed(0)
     draws = torch.stack([term.draw(generator)[:, 0] for _ in range(1000)])

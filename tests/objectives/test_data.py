@@ -16,7 +16,7 @@ F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
 BUILDS = {"ForwardKL": ForwardKL, "MMD": MMD, "Sinkhorn": lambda data: Sinkhorn(data, 1.0)}
 DATA = {
-    r"data must be of type Tensor, got ndarray; take torch\.as_tensor\(data\)": X.numpy(),
+    r"data must be of type Tensor, got ndarray; use torch\.as_tensor\(data\)": X.numpy(),
     r"floating-point numbers with shape \(m, \*event\), got torch\.int64": torch.eye(2, dtype=torch.int64),
     r"floating-point numbers with shape \(m, \*event\), got torch\.float64 with shape \(24,\)": X.flatten(),
     r"{}: data are torch\.float32 on cpu, particles torch\.float64 on cpu; use data\.to\(x\)": X.float(),

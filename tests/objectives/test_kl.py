@@ -1,4 +1,4 @@
-"""The two KL divergences: charges by hand, values by quadrature, and no place on chains."""
+"""The two KL divergences: measures by hand, values by quadrature, and no place on chains."""
 
 import math
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients import Adjoint
+from implicit_diffusion.gradients import Adjoint, Gibbs
 from implicit_diffusion.loops import Nested
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import ForwardKL, PathKL, ReverseKL, Reward
+from implicit_diffusion.objectives import Density, ForwardKL, PathKL, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from tests.helpers.oracles import affine_chain
 from tests.helpers.oracles_gibbs import Quartic, line
@@ -23,23 +23,32 @@ def weighted(n=9, seed=0):
     return Particles(torch.randn(n, 1, generator=g, dtype=F64), torch.randn(n, generator=g, dtype=F64))
 
 
+def charged(term, particles, energy):
+    """F′·p and the charges on the particles."""
+    variation = term.first_variation(particles, Density(energy))
+    return variation, Gibbs()(variation, particles).on_particles
+
+
 def test_forward_charges_are_those_of_maximum_likelihood():
     p, term = weighted(), ForwardKL(DATA)
-    found = term.charges(p, Quartic()(p.x).detach(), term.draw(torch.Generator()))
-    torch.testing.assert_close(found.particles, -p.weights)
-    torch.testing.assert_close(found.on_points, torch.full((7,), 1 / 7, dtype=F64))
-    assert found.value is None and term.constant_charges
-    assert (found.particles.sum() + found.on_points.sum()).abs() < 1e-15
+    variation = term.first_variation(p, Density(Quartic()(p.x).detach(), term.draw(torch.Generator())))
+    measure = Gibbs()(variation, p)
+    torch.testing.assert_close(variation.on_points, torch.full((7,), -1 / 7, dtype=F64))
+    assert variation.value is None and variation.function is None and (variation.on_particles(p) == 0).all()
+    assert torch.equal(measure.on_particles, -p.weights) and torch.equal(measure.on_points, -variation.on_points)
+    assert (measure.on_particles.sum() + measure.on_points.sum()).abs() < 1e-15
+    assert Gibbs().same_charges([(1.0, term)])
 
 
 def test_cross_entropy_needs_log_z():
     potential, p, term = Quartic(), weighted(), ForwardKL(DATA)
     log_z = torch.tensor(line().law(potential)[1], dtype=F64)
     at_data = potential(DATA).detach()
-    found = term.charges(p, potential(p.x).detach(), DATA)
-    assert term.estimate(found, at_data, None) is None
+    density = Density(potential(p.x).detach(), DATA, at_data)
+    assert term.first_variation(p, density).value is None
     log_density = -at_data - log_z
-    torch.testing.assert_close(term.estimate(found, at_data, log_z), -log_density.mean())
+    known = Particles(p.x, p.log_weights, log_z)
+    torch.testing.assert_close(term.first_variation(known, density).value, -log_density.mean())
 
 
 def test_batches_are_drawn_from_the_data_and_replayed():
@@ -57,14 +66,15 @@ def test_reverse_charges_and_value_by_hand():
     term = ReverseKL(Quartic((-0.5, 0.8)))
     energy, other, w = here(p.x).detach(), term.potential(p.x).detach(), p.weights
     excess = energy - other
-    found = term.charges(p, energy, None)
+    variation, charges = charged(term, p, energy)
     expected = w * (excess - (w * excess).sum()) / (1 - (w**2).sum())
-    torch.testing.assert_close(found.particles, expected, rtol=1e-12, atol=1e-14)
-    assert found.particles.sum().abs() < 1e-14
-    torch.testing.assert_close(found.value, (w * excess.exp()).sum().log() - (w * excess).sum())
-    shifted = ReverseKL(lambda x: term.potential(x) + 3.7).charges(p, energy, None)
-    torch.testing.assert_close(shifted.particles, found.particles, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(shifted.value, found.value, rtol=1e-11, atol=1e-13)  # and of the normaliser of e^{−U}
+    torch.testing.assert_close(charges, expected, rtol=1e-12, atol=1e-14)
+    assert charges.sum().abs() < 1e-14
+    value = variation.value
+    torch.testing.assert_close(value, (w * excess.exp()).sum().log() - (w * excess).sum())
+    shifted, same = charged(ReverseKL(lambda x: term.potential(x) + 3.7), p, energy)
+    torch.testing.assert_close(same, charges, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(shifted.value, value, rtol=1e-11, atol=1e-13)  # and of the normaliser of e^{−U}
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -77,7 +87,7 @@ def test_reverse_value_is_the_kl_by_quadrature(weights):
     x = base.draw(n, torch.Generator().manual_seed(0))
     energy = here(x).detach()
     particles = Particles(x, base(x).detach() - energy if weights else None)
-    value = ReverseKL(other).charges(particles, energy, None).value.item()
+    value = charged(ReverseKL(other), particles, energy)[0].value.item()
     w, excess = particles.weights, energy - other(x).detach()
     ratio = (excess + log_z - other_log_z).exp()  # dq/dp; the estimate is a smooth function of two weighted means
     influence = w * (ratio - excess + (w * excess).sum() - 1)
@@ -91,18 +101,19 @@ def test_reverse_value_uses_log_z_where_particles_carry_it():
     n, log_z = 40_000, 0.5 * math.log(2 * math.pi)
     x = 6 + torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
     energy, term = (x - 6).square().sum(1) / 2, ReverseKL(lambda y: y.square().sum(1) / 2 - 3, log_z=log_z + 3)
-    known = term.charges(Particles(x, torch.zeros(n, dtype=F64), torch.tensor(log_z, dtype=F64)), energy, None).value
+    held = Particles(x, torch.zeros(n, dtype=F64), torch.tensor(log_z, dtype=F64))
+    known = charged(term, held, energy)[0].value
     assert abs(known - 18) < 4 * 6 / n**0.5  # V − U varies by 6
-    assert term.charges(Particles(x), energy, None).value < 16
+    assert charged(term, Particles(x), energy)[0].value < 16
 
 
 def test_kl_to_the_initial_potential_is_zero_and_then_not():
     potential, p = Quartic(), weighted()
     term = ReverseKL.to_initial(potential)
-    start = term.charges(p, potential(p.x).detach(), None)
-    assert start.value.abs() < 1e-14 and start.particles.abs().max() < 1e-14
+    start, charges = charged(term, p, potential(p.x).detach())
+    assert start.value.abs() < 1e-14 and charges.abs().max() < 1e-14
     potential.theta.data += 0.3
-    assert term.charges(p, potential(p.x).detach(), None).value > 1e-3
+    assert charged(term, p, potential(p.x).detach())[0].value > 1e-3
     assert not any(parameter.requires_grad for parameter in term.potential.parameters())
 
 

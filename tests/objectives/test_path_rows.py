@@ -33,7 +33,7 @@ def test_costs_of_all_rows_at_once(term):
     chain, _ = build()
     x = Noise(0).normal((N, 5, 2), dtype=F64)
     with torch.no_grad():
-        found = term.cost(chain.transition(x, range(N), reference=True))
+        costs = term.cost(chain.transition(x, range(N), reference=True))
     tab = chain.table
     for k in range(N):
         t = torch.full((5,), float(k), dtype=F64)
@@ -41,7 +41,7 @@ def test_costs_of_all_rows_at_once(term):
         gap = (tab.b[k] * (u - u0)).square().sum(1)
         own = gap / (2 * tab.s[k] ** 2) if isinstance(term, PathKL) else gap / (2 * tab.h[k])
         expected = own if k in (0, 2) else torch.zeros_like(own)
-        torch.testing.assert_close(found[k], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(costs[k], expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("estimator", [Adjoint(), FullBackprop()], ids=["adjoint", "backpropagation"])

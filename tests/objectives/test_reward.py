@@ -17,6 +17,7 @@ from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers import ULA
 from tests.helpers.oracles import affine_chain
 from tests.helpers.oracles_gibbs import Banana
+from tests.objectives.contract import check
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -45,7 +46,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_rewards_are_refused(message):
     with pytest.raises(InvalidInputError, match=message):
-        Reward(BAD[message]).check(Particles(X))
+        check(Reward(BAD[message]), Particles(X))
 
 
 F64 = torch.float64
@@ -90,7 +91,7 @@ REFUSED = {
 def test_rewards_without_slope_or_of_others_are_refused(name):
     message, function = REFUSED[name]
     with pytest.raises(InvalidInputError, match=message):
-        Reward(function).check(Particles(IMAGES))
+        check(Reward(function), Particles(IMAGES))
 
 
 def in_bfloat16(x):
@@ -117,30 +118,65 @@ LEGITIMATE = {
 def test_legitimate_rewards_pass_without_a_word(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Reward(LEGITIMATE[name]).check(Particles(IMAGES))
+        check(Reward(LEGITIMATE[name]), Particles(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["256 levels", "through integers", "a sign", "the place of the largest", "steps"])
+def test_black_boxes_have_a_value_though_no_slope(name):
+    """What an estimator without ∇R demands; half precision and integers are numbers as well."""
+    reward = Reward(REFUSED[name][1])
+    reward.check_value(Particles(IMAGES))
+    with pytest.raises(InvalidInputError):
+        reward.check_slope(Particles(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["centred", "normalised", "one number for all", "batch norm"])
+def test_mixing_shows_without_a_slope(name):
+    with pytest.raises(InvalidInputError, match=MIXED):
+        Reward(lambda x: REFUSED[name][1](x).detach()).check_value(Particles(IMAGES))
+
+
+def test_values_of_functionals_need_no_slope():
+    step = Functional(lambda x, w: w @ (mean(x) > 0).to(x))
+    step.check_value(Particles(IMAGES))
+    with pytest.raises(InvalidInputError, match="functional is not differentiable in the samples"):
+        step.check_slope(Particles(IMAGES))
+    with pytest.raises(InvalidInputError, match="functional is nan on samples of the initial model"):
+        Functional(lambda x, w: (w @ mean(x) - 100).log()).check_value(Particles(IMAGES))
+
+
+def test_a_checked_reward_is_another_one_and_is_called_once():
+    calls, particles = [], Particles(IMAGES)
+    reward = Reward(lambda x: calls.append(len(x)) or mean(x))
+    before = dict(vars(reward))
+    check(reward, particles)
+    assert vars(reward) == before and len(calls) == 6
+    calls.clear()
+    check(reward.as_checked(), particles)
+    assert vars(reward) == before and len(calls) == 2
 
 
 def test_a_single_sample_is_enough():
-    Reward(LEGITIMATE["a network"]).check(Particles(IMAGES[:1]))
+    check(Reward(LEGITIMATE["a network"]), Particles(IMAGES[:1]))
 
 
 def test_what_is_uncertain_is_a_word():
     with pytest.warns(UserWarning, match="reward is flat: the same value without a slope at all 6 samples"):
-        Reward(lambda x: (mean(x) - 100).relu()).check(Particles(IMAGES))
+        check(Reward(lambda x: (mean(x) - 100).relu()), Particles(IMAGES))
     generator = torch.Generator().manual_seed(0)
     with pytest.warns(UserWarning, match=r"reward is random: .*differ by up to"):
-        Reward(lambda x: mean(x) + torch.randn(len(x), generator=generator)).check(Particles(IMAGES))
+        check(Reward(lambda x: mean(x) + torch.randn(len(x), generator=generator)), Particles(IMAGES))
     with pytest.warns(UserWarning, match="functional is flat"):
-        Functional(lambda x, w: (w @ mean(x) - 100).relu()).check(Particles(IMAGES))
+        check(Functional(lambda x, w: (w @ mean(x) - 100).relu()), Particles(IMAGES))
 
 
 def test_conditions_go_with_their_samples():
     """A reward of sample and condition mixes nothing, though the probe exchanges samples."""
     which = torch.arange(6)
-    Reward(lambda x, condition: mean(x) * condition["which"]).check(Particles(IMAGES, condition={"which": which}))
+    check(Reward(lambda x, condition: mean(x) * condition["which"]), Particles(IMAGES, condition={"which": which}))
     with pytest.raises(InvalidInputError, match=MIXED):
         reward = Reward(lambda x, condition: mean(x) + condition["which"].sum())
-        reward.check(Particles(IMAGES, condition={"which": which}))
+        check(reward, Particles(IMAGES, condition={"which": which}))
 
 
 BLACK_BOXES = {

@@ -95,7 +95,7 @@ def evaluate(
         chain: the sampler; a chain whose denoiser is its own reference has log-ratio zero and pays one network call
             per step.
         reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`. Whether each reward
-            depends on its own sample alone is tried on a few samples first, unless it is a `Reward` that was.
+            depends on its own sample alone is tried on a few samples first, unless it is a `Reward` that is `checked`.
         noise: of the evaluation; take `Noise(seed).stream(1)` to keep it apart from training.
         starts: independent x_0.
         repeats: trajectories from each x_0; the conditional bound needs several.
@@ -173,7 +173,7 @@ def _part(
             kl, log_ratio = kl + math.inf, log_ratio + math.nan
         end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
-            if not score.probed and index == 0:  # whoever goes on has done so: it may draw from the global generators
+            if not score.checked and index == 0:  # whoever goes on has done so: it may draw from the global generators
                 score.probe(end)
             judged = score.judge(end)
         return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))

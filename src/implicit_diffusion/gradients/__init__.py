@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint import Adjoint, pull_back, terminal_adjoint
+    from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
-    from implicit_diffusion.gradients.gibbs import Fused, fused_pass
+    from implicit_diffusion.gradients.fused import Fused, fused_pass
+    from implicit_diffusion.gradients.gibbs import Gibbs
 else:
 
     def __getattr__(name: str) -> object:
@@ -17,4 +19,14 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Adjoint", "FullBackprop", "Fused", "fused_pass", "pull_back", "terminal_adjoint"]
+__all__ = [
+    "Adjoint",
+    "AdjointMeasure",
+    "AdjointSolver",
+    "FullBackprop",
+    "Fused",
+    "Gibbs",
+    "fused_pass",
+    "pull_back",
+    "terminal_adjoint",
+]

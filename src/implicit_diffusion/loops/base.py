@@ -13,7 +13,7 @@ from implicit_diffusion.errors import InvalidInputError, check_integer, check_ty
 from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.loops.update import Update, moving, restore
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import Objective
+from implicit_diffusion.objectives import Objective, Sum
 from implicit_diffusion.showing import Shown, brief
 
 
@@ -124,7 +124,7 @@ class Loop(Shown, ABC):
         restore(self.model, state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)
-        self.objective = Objective(tuple(zip(state["weights"], terms, strict=True)))
+        self.objective = Sum(tuple(zip(state["weights"], terms, strict=True)))
         self.iteration = state["iteration"]
 
     def _metrics(self, values: dict[str, Tensor]) -> dict[str, Any]:

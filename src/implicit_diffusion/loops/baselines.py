@@ -14,7 +14,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
-from implicit_diffusion.gradients.gibbs import dense, fused_pass
+from implicit_diffusion.gradients.fused import dense, fused_pass
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.objectives import TerminalObjective
 from implicit_diffusion.particles import Particles
@@ -107,7 +107,7 @@ class Unrolled(ParticleLoop):
             if not isinstance(term, TerminalObjective):
                 raise InvalidInputError(f"{type(term).__name__} has no derivative in the particles; use Single")
             if weight != 0:
-                term.check(self.particles)
+                term.check_slope(self.particles)
         self.unrolled_steps = self.inner_steps = unrolled_steps
 
     def _words(self) -> Iterable[str]:

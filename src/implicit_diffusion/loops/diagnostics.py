@@ -19,7 +19,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type
 from implicit_diffusion.frozen import eval_mode
-from implicit_diffusion.gradients.gibbs import fused_pass
+from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.loops.divergence import WORDS as WORDS
 from implicit_diffusion.loops.divergence import diverged
 from implicit_diffusion.loops.particle import ParticleLoop

@@ -56,7 +56,8 @@ class ChainLoop(Loop):
         for weight, term in objective.terms:
             if isinstance(term, TerminalObjective):
                 with trying(term.name, f"samples of shape {shape}"):
-                    term.check(trial)
+                    term.check_value(trial)
+                    term.check_slope(trial)
             elif isinstance(term, GibbsObjective) and weight != 0:
                 raise InvalidInputError(
                     f"{type(term).__name__} needs the density of the samples, which a denoising chain does not have; "

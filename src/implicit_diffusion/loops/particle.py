@@ -95,6 +95,7 @@ class ParticleLoop(Loop):
             for _, term in objective.stationary:
                 with trying(term.name, "the initial particles"):  # it may write into what it is given
                     term.check_stationary(Particles(x.clone()), here.value)
+            self.objective = objective.starting_at(Particles(x.clone()), here.value)
         if (said := coarse(here.value, precision(potential, x))) and self.values_count:
             warnings.warn(said, stacklevel=3)
         momentum = kernel.momentum(noise.generator(START, 1, device=x.device), x)

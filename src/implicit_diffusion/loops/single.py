@@ -18,7 +18,7 @@ from torch import Tensor
 
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
-from implicit_diffusion.gradients.gibbs import Fused, fused_pass, one_pull
+from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle import ParticleLoop
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
@@ -156,7 +156,7 @@ class Single(ParticleLoop):
             held = fused.particles
             values = {"log_z_growth": held.log_z_growth} if held.log_z is None else {"log_z": held.log_z}
             return closed, fused, {"ess": held.ess} | values
-        closed, lag = forget(closed, fused, same_charges=all(term.constant_charges for _, term in terms))
+        closed, lag = forget(closed, fused, same_charges=GIBBS.same_charges(terms))
         return closed, fused, {"lag": lag}
 
 

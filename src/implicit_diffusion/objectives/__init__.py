@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.objectives.base import Charges, GibbsObjective, Objective, RunningCost, TerminalObjective
+    from implicit_diffusion.objectives.base import GibbsObjective, Objective, RunningCost, Sum, Term, TerminalObjective
     from implicit_diffusion.objectives.functional import Functional
     from implicit_diffusion.objectives.kl import ForwardKL, ReverseKL
     from implicit_diffusion.objectives.mmd import MMD, gaussian_kernel
     from implicit_diffusion.objectives.path import DriftPenalty, PathKL
     from implicit_diffusion.objectives.reward import Reward
     from implicit_diffusion.objectives.sinkhorn import Sinkhorn
+    from implicit_diffusion.objectives.variation import Density, FirstVariation
 else:
 
     def __getattr__(name: str) -> object:
@@ -23,8 +24,9 @@ else:
 
 __all__ = [
     "MMD",
-    "Charges",
+    "Density",
     "DriftPenalty",
+    "FirstVariation",
     "ForwardKL",
     "Functional",
     "GibbsObjective",
@@ -34,6 +36,8 @@ __all__ = [
     "Reward",
     "RunningCost",
     "Sinkhorn",
+    "Sum",
+    "Term",
     "TerminalObjective",
     "gaussian_kernel",
 ]

@@ -1,25 +1,23 @@
-"""The algebra of objectives.
+"""The algebra of objectives, and the three kinds of terms that it combines.
 
 An objective is a weighted sum of terms, F = Σ_j c_j F_j, and is minimised. Terms come in three kinds:
 
 - a `TerminalObjective` is a functional of points alone (a reward, a divergence to data), at the end of a chain or under
   the stationary law of a potential;
-- a `GibbsObjective` needs the density e^{−V} behind the particles (the KL divergences), so it has no place on chains;
-- a `RunningCost` is paid along a denoising chain, Σ_k E c_k(x_k, θ) (a path KL), so it has no place elsewhere.
+- a `GibbsObjective` may need the density e^{−V} behind the particles (the KL divergences do), which chains do not have;
+- a `RunningCost` is paid along a denoising chain, Σ_k E c_k(x_k, θ) (a path KL), which stationary samplers do not have.
 
-`Reward(r) + 0.5 * PathKL()` composes them; the estimators of ∇F look only at `terms`.
-
-Under a stationary law π_θ ∝ e^{−V} an objective is the signed measure ν = −(F′ − E_p F′)·p that it puts on points, and
-∇F(π_θ) = ∇_θ ∫ V_θ dν: see `Charges`, and `implicit_diffusion.gradients.gibbs` for the derivation.
+`Reward(r) + 0.5 * PathKL()` is a `Sum`; a term is an objective by itself. Gradient estimators look only at `terms`.
+Objectives are immutable: no check or estimate changes one, so that several loops may share it.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Literal, SupportsFloat
+from typing import Any, ClassVar, Literal, SupportsFloat, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -27,37 +25,109 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
-from implicit_diffusion.function_checks import BY_TORCH, check_slope
+from implicit_diffusion.objectives import by_autograd
+from implicit_diffusion.objectives.variation import Density, FirstVariation, Support
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.rounding import exact
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.table import ChainTable
 from implicit_diffusion.tables.transition import Transition
 
-
-@dataclass(frozen=True, repr=False)
-class Charges(Shown):
-    """The signed measure ν that an objective puts on points, of total mass zero.
-
-    Args:
-        particles: on the particles, with shape (n,).
-        on_points: on the points that `draw` returned, with shape (m,); None where there are none.
-        value: F where the particles tell it; None where they do not.
-    """
-
-    particles: Float[Tensor, " n"]
-    on_points: Float[Tensor, " m"] | None = None
-    value: Float[Tensor, ""] | None = None
+FUNCTIONS = "a reward function becomes one by Reward(f)"
+AnyTerm = TypeVar("AnyTerm", bound="Term")
 
 
-class Objective:
-    """F = Σ_j c_j F_j: a sum of terms, each with a finite coefficient.
+class Objective(ABC):
+    """F = Σ_j c_j F_j, a functional of distributions that is minimised: a `Sum`, or a single `Term`."""
+
+    @property
+    @abstractmethod
+    def terms(self) -> tuple[tuple[float, Term], ...]:
+        """Pairs (coefficient, term)."""
+
+    @property
+    def terminal(self) -> list[tuple[float, TerminalObjective]]:
+        """The terms that points alone determine."""
+        return [(c, term) for c, term in self.terms if isinstance(term, TerminalObjective)]
+
+    @property
+    def stationary(self) -> list[tuple[float, GibbsObjective]]:
+        """The terms that are defined under a stationary law, except those of weight zero."""
+        return [(c, term) for c, term in self.terms if isinstance(term, GibbsObjective) and c != 0]
+
+    @property
+    def running(self) -> list[tuple[float, RunningCost]]:
+        """The terms paid on every row of a chain, except those of weight zero."""
+        return [(c, term) for c, term in self.terms if isinstance(term, RunningCost) and c != 0]
+
+    def __add__(self, other: Objective) -> Objective:
+        check_type("what is added to an objective", other, Objective, FUNCTIONS)
+        return Sum(self.terms + other.terms)
+
+    def __radd__(self, other: Literal[0]) -> Objective:
+        return self if isinstance(other, int) and other == 0 else self + other  # `sum` begins with 0
+
+    def __neg__(self) -> Objective:
+        return -1.0 * self
+
+    def __sub__(self, other: Objective) -> Objective:
+        check_type("what is subtracted from an objective", other, Objective, FUNCTIONS)
+        return self + -other
+
+    def __mul__(self, factor: SupportsFloat) -> Objective:
+        check_type("the weight of an objective", factor, SupportsFloat, "weights are numbers")
+        factor = check_number("the weight of an objective", factor)
+        return Sum(tuple((factor * c, term) for c, term in self.terms))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | int) -> Objective:
+        check_type("the divisor of an objective", divisor, SupportsFloat, "weights are numbers")
+        divisor = check_number("the divisor of an objective", divisor)
+        if divisor == 0:
+            raise InvalidInputError("the divisor of an objective must not be 0")
+        return (1 / divisor) * self
+
+    def weight(self, kind: type[Term]) -> float:
+        """Total coefficient of the terms of a kind; 0 where there are none."""
+        _check_kind(kind)
+        return sum((c for c, term in self.terms if isinstance(term, kind)), start=0.0)
+
+    def with_weight(self, kind: type[Term], weight: float) -> Objective:
+        """The same objective with another coefficient on the terms of a kind (a KL weight under adaptation)."""
+        _check_kind(kind)
+        return Sum(tuple((weight if isinstance(term, kind) else c, term) for c, term in self.terms))
+
+    def starting_at(self, particles: Particles, energy: Float[Tensor, " n"]) -> Objective:
+        """This objective for a loop over particles that starts at these; see `GibbsObjective.starting_at`.
+
+        Args:
+            particles: X_0.
+            energy: V at the particles, with shape (n,), under the initial θ.
+        """
+
+        def started(c: float, term: Term) -> Term:
+            return term.starting_at(particles, energy) if isinstance(term, GibbsObjective) and c != 0 else term
+
+        terms = tuple((c, started(c, term)) for c, term in self.terms)
+        return self if all(new is old for (_, new), (_, old) in zip(terms, self.terms, strict=True)) else Sum(terms)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Context in which the `networks` of all terms are deterministic functions (eval mode)."""
+        return eval_mode(*(network for _, term in self.terms for network in term.networks()))
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)
+
+
+class Sum(Objective):
+    """A sum of terms, each with a finite coefficient; `+` and `*` make them.
 
     Args:
         terms: pairs (coefficient, term).
 
     Raises:
-        InvalidInputError: a weight that is no finite number, terms of one name, or what is no term.
+        InvalidInputError: a coefficient that is not a finite number, two terms of one name, or something other than
+            terms.
     """
 
     def __init__(self, terms: tuple[tuple[float, Term], ...]) -> None:
@@ -74,73 +144,7 @@ class Objective:
 
     @property
     def terms(self) -> tuple[tuple[float, Term], ...]:
-        """Pairs (coefficient, term)."""
         return self._terms
-
-    @property
-    def terminal(self) -> list[tuple[float, TerminalObjective]]:
-        """The terms that points alone decide."""
-        return [(c, term) for c, term in self.terms if isinstance(term, TerminalObjective)]
-
-    @property
-    def stationary(self) -> list[tuple[float, GibbsObjective]]:
-        """The terms that make sense under a stationary law, but for those of weight zero."""
-        return [(c, term) for c, term in self.terms if isinstance(term, GibbsObjective) and c != 0]
-
-    @property
-    def running(self) -> list[tuple[float, RunningCost]]:
-        """The terms paid on every row, but for those of weight zero."""
-        return [(c, term) for c, term in self.terms if isinstance(term, RunningCost) and c != 0]
-
-    def __add__(self, other: Objective) -> Objective:
-        check_type("what is added to an objective", other, Objective, "a reward function becomes one by Reward(f)")
-        return Objective(self.terms + other.terms)
-
-    def __radd__(self, other: Literal[0]) -> Objective:
-        return self if isinstance(other, int) and other == 0 else self + other  # `sum` begins with 0
-
-    def __neg__(self) -> Objective:
-        return -1.0 * self
-
-    def __sub__(self, other: Objective) -> Objective:
-        check_type("what is taken from an objective", other, Objective, "a reward function becomes one by Reward(f)")
-        return self + -other
-
-    def __mul__(self, factor: SupportsFloat) -> Objective:
-        check_type("the weight of an objective", factor, SupportsFloat, "weights are numbers")
-        factor = check_number("the weight of an objective", factor)
-        return Objective(tuple((factor * c, term) for c, term in self.terms))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float | int) -> Objective:
-        check_type("the divisor of an objective", divisor, SupportsFloat, "weights are numbers")
-        divisor = check_number("the divisor of an objective", divisor)
-        if divisor == 0:
-            raise InvalidInputError("the divisor of an objective must not be 0")
-        return (1 / divisor) * self
-
-    def weight(self, kind: type[Term]) -> float:
-        """Total coefficient of the terms of a kind; 0 where there is none."""
-        _check_kind(kind)
-        return sum((c for c, term in self.terms if isinstance(term, kind)), start=0.0)
-
-    def with_weight(self, kind: type[Term], weight: float) -> Objective:
-        """The same objective with another coefficient on the terms of a kind (a KL weight under adaptation)."""
-        _check_kind(kind)
-        return Objective(tuple((weight if isinstance(term, kind) else c, term) for c, term in self.terms))
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Context in which networks that terms hold (a reward, U, a kernel) are deterministic functions (eval mode).
-
-        Found among the attributes of the terms, as `frozen.modules_in` says; one that a plain function closes over is
-        out of reach.
-        """
-        own = [term for _, term in self.terms if isinstance(term, nn.Module)]
-        return eval_mode(*own, *(part for _, term in self.terms for part in vars(term).values()))
-
-    def __repr__(self) -> str:
-        return " + ".join(f"{c:g}·{term.name}" for c, term in self.terms)
 
 
 class Term(Shown, Objective):
@@ -148,53 +152,59 @@ class Term(Shown, Objective):
 
     name: str
 
-    def __init__(self) -> None:
-        pass
-
     @property
     def terms(self) -> tuple[tuple[float, Term], ...]:
         return ((1.0, self),)
+
+    def networks(self) -> Iterable[nn.Module]:
+        """The modules that the term calls, which loops and estimators put into eval mode while they run.
+
+        A term of your own that calls a network returns it here; by default there is none, except the term itself where
+        it is a module.
+        """
+        return [self] if isinstance(self, nn.Module) else []
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
         """Name and number under which the value appears in metrics."""
         return self.name, value
 
 
-class GibbsObjective(Term, ABC):
-    """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}."""
+class GibbsObjective(Term):
+    """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}, known by its first variation.
 
-    constant_charges: bool = False  # whether uniform particles are charged alike: one pull then serves sampler and Γ
+    `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
+    function of them; on outside "points" alone, which `draw` returns; or on "both".
+    """
+
+    support: ClassVar[Support] = "particles"
 
     @abstractmethod
-    def charges(
-        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
-    ) -> Charges:
-        """The measure ν of this term.
+    def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
+        """The signed measure F′(p)·p, and F(p) where it is known.
 
         Args:
             particles: p.
-            energy: V at the particles.
-            points: what `draw` returned.
+            density: V at the particles and at the points that `draw` returned.
         """
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"] | None:
-        """The points besides the particles that one estimate of the gradient uses; None where there are none."""
+        """The points outside the particles that one estimate of the gradient uses; None where there are none."""
         return None
 
-    def estimate(
-        self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
-    ) -> Float[Tensor, ""] | None:
-        """F as far as it can be told.
+    def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
+        """Try the objective on the initial particles of a loop.
 
         Args:
-            charges: as returned by `charges`.
-            on_points: V at the points.
-            log_z: log ∫ e^{−V}, where weighted particles know it.
-        """
-        return charges.value
+            particles: X_0.
+            energy: V at the particles, with shape (n,).
 
-    def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raise `InvalidInputError` where there are no charges on these particles."""
+        Raises:
+            InvalidInputError: it has no finite first variation there.
+        """
+
+    def starting_at(self, particles: Particles, energy: Float[Tensor, " n"]) -> GibbsObjective:
+        """The term that a loop holds which starts at these particles: itself, unless it compares π_θ with the start."""
+        return self
 
 
 class TerminalObjective(GibbsObjective):
@@ -204,61 +214,39 @@ class TerminalObjective(GibbsObjective):
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         """F(p), differentiable in the particles' positions."""
 
-    def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        """F′(p) at the particles, defined up to a constant, and F(p).
+    def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
+        """F′(p) at the particles and F(p); by autograd through the weights, unless a term overrides it."""
+        function, value = by_autograd.first_variation(self.name, self.value, particles)
+        return FirstVariation(function, value=value)
 
-        By autograd through the weights w = softmax(A): moving mass changes them alone, and ∂F/∂A_i = w_i (F′_i − E F′).
+    def check_value(self, particles: Particles) -> None:
+        """Try the objective on a few samples without a gradient: all that may be asked of a black box.
+
+        Raises:
+            InvalidInputError: something other than a 0-d tensor, NaN or infinity.
         """
-        with torch.enable_grad():
-            weights = particles.weights.detach()
-            logs = weights.log().requires_grad_()
-            value = self.value(Particles(particles.x, logs, condition=particles.condition))
-            slope = None
-            if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
-                (slope,) = torch.autograd.grad(value, logs, allow_unused=True)
-            if slope is None:
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise InvalidInputError(
-                    f"{self.name} must be a 0-d tensor that depends on the particles' weights through torch "
-                    f"operations, got {given}"
-                )
-        return torch.where(weights > 0, slope / weights, 0), value.detach()  # weights may underflow
+        with torch.no_grad(), self.evaluating():
+            value = self.value(Particles(particles.x.detach().clone(), condition=particles.condition))
+        by_autograd.check_finite_scalar(self.name, value)
 
-    def charges(
-        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
-    ) -> Charges:
-        with torch.no_grad():
-            variation, value = self.first_variation(particles)
-            return Charges(centred(-variation, particles), value=value)
-
-    def check(self, particles: Particles) -> None:
+    def check_slope(self, particles: Particles) -> None:
         """Try to differentiate the objective in the positions of a few samples.
 
         Raises:
-            InvalidInputError: no 0-d tensor, or one that does not depend on the positions through torch operations.
+            InvalidInputError: something other than a 0-d tensor, or one that does not depend on the positions through
+                torch operations.
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
-            value = self.value(Particles(x, condition=particles.condition))
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInputError(f"{self.name} must be a 0-d tensor, got {given}")
-        gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
-        if gradient is None:
-            raise InvalidInputError(
-                f"{self.name} is not differentiable in the samples: its value does not depend on them through torch "
-                f"operations; {BY_TORCH}, and without comparisons, or train a potential by Single, which needs no such "
-                "derivative"
-            )
-        check_slope(self.name, gradient, value.detach())
+            by_autograd.check_slope(self.name, self.value(Particles(x, condition=particles.condition)), x)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        found = self.charges(particles, energy, None).particles
-        if not found.isfinite().all():
+        variation = self.first_variation(particles, Density(energy)).function
+        if variation is None or not variation.isfinite().all():
             raise InvalidInputError(f"the first variation of {self.name} is NaN or infinite on the initial particles")
 
 
-class RunningCost(Term, ABC):
+class RunningCost(Term):
     """A cost paid on every row of a chain."""
 
     @abstractmethod
@@ -269,15 +257,11 @@ class RunningCost(Term, ABC):
         """Raise `InvalidInputError` where the cost has no finite value on the trained rows."""
 
 
-def centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, " n"]:
-    """w_i (values_i − mean)/(1 − Σ w²), of total zero: with uniform weights the factor is n/(n − 1), and a covariance
-    with anything is unbiased for independent particles.
-    """
-    wide = exact(values)
-    if particles.log_weights is None:
-        return ((wide - wide.mean()) * (1 / (len(values) - 1))).to(values.dtype)
-    w = torch.softmax(exact(particles.log_weights), 0)
-    return (w * (wide - w @ wide) / (1 - w.square().sum())).to(values.dtype)
+def changed(term: AnyTerm, **attributes: Any) -> AnyTerm:
+    """A copy of a term with other attributes; the term itself stays as it is."""
+    other = copy.copy(term)
+    vars(other).update(attributes)
+    return other
 
 
 def check_name(name: object) -> str:

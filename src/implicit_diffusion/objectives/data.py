@@ -15,12 +15,17 @@ from implicit_diffusion.rounding import at_least_single
 
 
 def checked(data: Any, least: int = 1) -> Tensor:
-    """The data, with shape (m, *event), in at least single precision, as particles are.
+    """The data with shape (m, *event), in single precision at least, as particles are.
+
+    Args:
+        data: draws from a reference, with shape (m, *event).
+        least: how many there must be.
 
     Raises:
-        InvalidInputError: no tensor, fewer than `least` of them, no floating-point numbers, or NaN or infinity.
+        InvalidInputError: something other than a tensor of floating-point numbers, fewer than `least` of them, NaN or
+            infinity.
     """
-    check_type("data", data, Tensor, "take torch.as_tensor(data)")
+    check_type("data", data, Tensor, "use torch.as_tensor(data)")
     if data.ndim < 2 or not data.is_floating_point() or data.layout is not torch.strided or data.is_meta:
         given = f"{data.dtype} with shape {tuple(data.shape)}"
         raise InvalidInputError(f"data must be floating-point numbers with shape (m, *event), got {given}")
@@ -43,7 +48,7 @@ def check_fits(name: str, data: Float[Tensor, "m *data"], x: Float[Tensor, "n *e
 
 
 def fitting(name: str, data: Float[Tensor, "m *data"], particles: Particles) -> Particles:
-    """The particles in at least single precision, once they fit the data."""
+    """The particles in single precision at least, after a check that they fit the data."""
     x, logs = particles.x, particles.log_weights
     x = x.to(at_least_single(x.dtype)) if x.is_floating_point() else x
     check_fits(name, data, x)

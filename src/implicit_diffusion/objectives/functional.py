@@ -1,18 +1,19 @@
 """Any torch function of weighted particles as an objective.
 
 Write f(x, w) for F(Σ_i w_i δ_{x_i}). Moving mass ε from p to δ_{x_i} changes w alone, so F′(p)[x_i] = ∂f/∂w_i, up to
-the constant that centring takes away; autograd does the rest (`TerminalObjective.first_variation`).
+a constant; autograd does the rest (`objectives.by_autograd`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from implicit_diffusion.errors import check_call, check_type
-from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.errors import check_call
+from implicit_diffusion.frozen import modules_in
+from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.particles import Particles
 
 
@@ -27,13 +28,15 @@ class Functional(TerminalObjective):
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: no function of two arguments.
+        InvalidInputError: something other than a function of two arguments.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], name: str = "functional") -> None:
         check_call("function", function, "x", "w")
-        check_type("name", name, str, "metrics report it under a name")
-        self.function, self.name = function, name
+        self.function, self.name = function, check_name(name)
+
+    def networks(self) -> Iterable[nn.Module]:
+        return modules_in(self.function)
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return self.function(particles.x, particles.weights)

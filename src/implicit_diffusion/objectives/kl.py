@@ -1,9 +1,7 @@
 """The two KL divergences between a stationary law π_θ ∝ e^{−V} and another one.
 
-Both are differentiated in closed form: with ∇log π_θ = −∇V + E_π ∇V
-
-    ∇ KL(p_ref‖π_θ) = E_ref ∇V − E_π ∇V                    charges +1/m on data, −w_i on particles
-    ∇ KL(π_θ‖e^{−U}/Z) = Cov_π(V − U, ∇V)                  charges w_i (V_i − U_i − mean) on particles
+    KL(p_ref‖p) = ∫ p_ref log(p_ref/p)                F′ = −p_ref/p, the measure F′·p is −p_ref: −1/m on each datum
+    KL(p‖e^{−U}/Z) = ∫ p (log p + U) + log Z          F′ = log p + U + 1, which at p = π_θ is U − V up to a constant
 
 The entropy of p_ref and the normaliser of e^{−U} are constants, and drop out.
 """
@@ -11,16 +9,17 @@ The entropy of p_ref and the normaliser of e^{−U} are constants, and drop out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number, check_type
-from implicit_diffusion.frozen import frozen_copy
-from implicit_diffusion.objectives.base import Charges, GibbsObjective, centred
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number
+from implicit_diffusion.frozen import frozen_copy, modules_in
+from implicit_diffusion.objectives.base import GibbsObjective, changed, check_name
 from implicit_diffusion.objectives.data import check_fits, checked
+from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import evaluate, known_log_z, precision
 from implicit_diffusion.rounding import at_least_single, exact
@@ -29,8 +28,8 @@ from implicit_diffusion.rounding import at_least_single, exact
 class ForwardKL(GibbsObjective):
     """KL(p_ref‖π_θ): maximum likelihood of an energy-based model.
 
-    Reported is the cross-entropy E_ref[V] + log Z in nats, i.e. the KL plus the entropy of the data, where weighted
-    particles know log Z; nothing elsewhere.
+    Its value is the cross-entropy E_ref[V] + log Z in nats, i.e. the KL plus the entropy of the data, and is reported
+    where weighted particles know log Z; it is unknown elsewhere.
 
     Args:
         data: draws from p_ref, with shape (m, *event).
@@ -38,16 +37,16 @@ class ForwardKL(GibbsObjective):
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: no data, data that are NaN or infinite, or a batch below one.
+        InvalidInputError: no data, data that are NaN or infinite, or a batch below one; in `first_variation`, a
+            density without points.
     """
 
-    constant_charges = True
+    support = "points"
 
     def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
         self.data = checked(data)
-        check_type("name", name, str, "metrics report it under a name")
         self.batch = None if batch is None else check_integer("batch", batch, note=", or None for all data")
-        self.name = name
+        self.name = check_name(name)
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"]:
         if self.batch is None:
@@ -55,19 +54,17 @@ class ForwardKL(GibbsObjective):
         index = torch.randint(len(self.data), (self.batch,), generator=generator, device=self.data.device)
         return self.data[index]
 
-    def charges(
-        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
-    ) -> Charges:
-        assert points is not None
-        return Charges(-particles.weights, points.new_full((len(points),), 1 / len(points)))
-
-    def estimate(
-        self, charges: Charges, on_points: Float[Tensor, " m"] | None, log_z: Float[Tensor, ""] | None
-    ) -> Float[Tensor, ""] | None:
-        return None if on_points is None or log_z is None else on_points.to(log_z).mean() + log_z
+    def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
+        points, log_z, value = density.points, particles.log_z, None
+        if points is None:
+            raise InvalidInputError(f"{self.name} needs the data that its draw returned: Density(energy, points)")
+        if log_z is not None and density.energy_at_points is not None:
+            value = density.energy_at_points.to(log_z).mean() + log_z
+        m = len(points)
+        return FirstVariation(on_points=points.new_full((m,), -1 / m), total_on_points=-1.0, value=value)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: data of another event shape, dtype or device than the particles."""
+        """Raise `InvalidInputError` for data of another event shape, dtype or device than the particles."""
         check_fits("ForwardKL", self.data, particles.x)
 
 
@@ -75,8 +72,8 @@ class ReverseKL(GibbsObjective):
     """KL(π_θ‖e^{−U}/Z), in nats.
 
     With U a frozen copy of the initial potential it is the KL to the initial model, `ReverseKL.to_initial(potential)`.
-    The value is E_p[U − V] + log Z_U − log Z_V. Weighted particles tell the difference of the last two where both are
-    known, or where U is the potential that their loop began with. Elsewhere it is estimated by log E_p e^{V − U}:
+    The value is E_p[U − V] + log Z_U − log Z_V. Weighted particles know the difference of the last two where both are
+    known, or where U is the potential that their loop started with. Elsewhere it is estimated by log E_p e^{V − U}:
     consistent, but far too low once the particles have left the bulk of e^{−U}.
 
     Args:
@@ -85,42 +82,43 @@ class ReverseKL(GibbsObjective):
         log_z: log Z_U, where it is known.
 
     Raises:
-        InvalidInputError: a potential that is no function of one argument; a log Z_U that is no finite number.
+        InvalidInputError: a potential that is not a function of one argument; a log Z_U that is not a finite number.
     """
 
     def __init__(
         self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
     ) -> None:
         check_call("potential", potential, "x")
-        check_type("name", name, str, "metrics report it under a name")
-        self.potential, self.name = potential, name
+        self.potential, self.name = potential, check_name(name)
         self.log_z = None if log_z is None else check_number("log_z", log_z, note=", or None where it is not known")
-        self.begins = False  # whether U is the potential that the loop began with
+        self.is_start = False  # whether U is the potential that the loop started with: see `starting_at`
 
     @classmethod
     def to_initial(cls, potential: nn.Module, name: str = "kl_to_initial") -> ReverseKL:
         """KL to the law of `potential` as it stands now."""
         return cls(frozen_copy(potential), name, known_log_z(potential))
 
-    def charges(
-        self, particles: Particles, energy: Float[Tensor, " n"], points: Float[Tensor, "m *event"] | None
-    ) -> Charges:
+    def networks(self) -> Iterable[nn.Module]:
+        return modules_in(self.potential)
+
+    def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
+        energy = density.energy
         with torch.no_grad():
             excess = exact(energy) - exact(evaluate(self.potential, particles.x))
             log_weights = None if particles.log_weights is None else exact(particles.log_weights)
             if self.log_z is not None and particles.log_z is not None:
                 log_ratio = self.log_z - particles.log_z
-            elif self.begins and particles.log_z_growth is not None:
+            elif self.is_start and particles.log_z_growth is not None:
                 log_ratio = -particles.log_z_growth
             elif log_weights is None:
                 log_ratio = excess.logsumexp(0) - math.log(len(excess))
             else:
                 log_ratio = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
             mean = Particles(particles.x, log_weights).mean(excess)
-            return Charges(centred(excess, particles).to(energy.dtype), value=(log_ratio - mean).to(energy.dtype))
+            return FirstVariation(-excess, value=(log_ratio - mean).to(energy.dtype))
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: a potential U of wrong shape or dtype, or NaN or infinite on the particles."""
+        """Raise `InvalidInputError` for a potential U of the wrong shape or dtype, or not finite on the particles."""
         x = particles.x
         first = next(self.potential.parameters(), x) if isinstance(self.potential, nn.Module) else x
         if (at_least_single(first.dtype), first.device) != (x.dtype, x.device):
@@ -138,4 +136,12 @@ class ReverseKL(GibbsObjective):
                 f"ReverseKL: its potential must return finite numbers of {energy.dtype}, {tuple(energy.shape)} on the "
                 f"particles, got {form or type(reference).__name__}"
             )
-        self.begins = torch.equal(reference.to(energy), energy)
+
+    def starting_at(self, particles: Particles, energy: Float[Tensor, " n"]) -> ReverseKL:
+        """A copy that reads log Z_U − log Z_V off the growth of log Z, where U is the potential that the loop starts
+        with.
+        """
+        with torch.no_grad():
+            at_start = evaluate(self.potential, particles.x.clone())
+        is_start = torch.equal(at_start, energy)
+        return self if is_start == self.is_start else changed(self, is_start=is_start)

@@ -2,20 +2,22 @@
 
     F(p) = E k(X, X′) − 2 E k(X, Y) + E k(Y, Y′),       F′(p)[x] = 2 (E_p k(x, X) − E_ref k(x, Y))
 
-Pairs of a particle with itself are left out: they are no draws from p ⊗ p.
+Pairs of a particle with itself are left out, since they are not draws from p ⊗ p.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_call, check_number, check_type, trying
-from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.errors import InvalidInputError, check_call, check_number, trying
+from implicit_diffusion.frozen import modules_in
+from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.objectives.data import checked, fitting
+from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import squared_distances
 from implicit_diffusion.showing import named
@@ -43,8 +45,8 @@ class MMD(TerminalObjective):
         name: under which metrics report it.
 
     Raises:
-        InvalidInputError: fewer than two data, or data that are no tensor, NaN, infinite or, without a kernel, equal in
-            most pairs; a kernel that is no function or does not return a finite matrix.
+        InvalidInputError: fewer than two data, or data that are not a tensor, NaN, infinite or, without a kernel, equal
+            in most pairs; a kernel that is not a function or does not return a finite matrix.
     """
 
     def __init__(
@@ -56,7 +58,6 @@ class MMD(TerminalObjective):
         self.data = checked(data, least=2)
         if kernel is not None:
             check_call("kernel", kernel, "x", "y")
-        check_type("name", name, str, "metrics report it under a name")
         if kernel is None:
             median = torch.pdist(self.data[:2000].flatten(1)).median().item()
             if median == 0:
@@ -65,19 +66,25 @@ class MMD(TerminalObjective):
                     "kernel=gaussian_kernel(bandwidth)"
                 )
             kernel = gaussian_kernel(median)
-        self.kernel, self.name = kernel, name
+        self.kernel, self.name = kernel, check_name(name)
         with self.evaluating(), trying("kernel", "the data"):
             gram = kernel(self.data, self.data)
         _check_gram(gram, len(self.data))
         self._within = (gram.sum() - gram.diagonal().sum()) / (len(data) * (len(data) - 1))
 
+    def networks(self) -> Iterable[nn.Module]:
+        return modules_in(self.kernel)
+
     def value(self, particles: Particles) -> Float[Tensor, ""]:
-        return self._parts(particles)[1]
+        return self._estimates(particles)[1]
 
-    def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        return self._parts(particles)
+    def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
+        with torch.no_grad():
+            function, value = self._estimates(particles)
+        return FirstVariation(function, value=value)
 
-    def _parts(self, particles: Particles) -> tuple[Tensor, Tensor]:
+    def _estimates(self, particles: Particles) -> tuple[Tensor, Tensor]:
+        """F′ at the particles and F."""
         particles = fitting("MMD", self.data, particles)
         x, w = particles.x, particles.weights
         gram = self.kernel(x, x)

@@ -36,7 +36,7 @@ class PathKL(RunningCost):
         return squared_norm(gain * (transition.u - transition.u0)) / 2
 
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
-        """Raises InvalidInputError where a trained row has (nearly) no noise: there the KL is infinite or useless."""
+        """Raise `InvalidInputError` where a trained row has (nearly) no noise: there the KL is infinite or useless."""
         bad = [row for row in table.noiseless() if row in trained_rows]
         if not bad:
             return

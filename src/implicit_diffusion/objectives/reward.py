@@ -8,50 +8,59 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
+from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.function_checks import BY_TORCH, check_own_gradient, check_separate, check_slope
-from implicit_diffusion.objectives.base import TerminalObjective, check_name
+from implicit_diffusion.objectives.base import TerminalObjective, changed, check_name
+from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from implicit_diffusion.showing import brief
 
-TRIED = 8  # particles that a black box is tried on, beside all for its form
+TRIED = 8  # samples on which a reward is tried for mixing; its form is checked on all of them
 
 
 class Reward(TerminalObjective):
     """Maximise the expectation of a function of the samples: F(p) = −E_p R.
 
-    On chains the adjoint needs ∇R. Under a stationary law R may be a black box: F′ = −R is all that counts.
+    On chains the adjoint needs ∇R. Under a stationary law R may be a black box, since F′ = −R is all that matters.
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
-            in another form that `scores.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each reward
-            depends on its own sample alone. One that takes two arguments, R(x, condition), is also given what the
-            samples were sampled under: tensors by name, as the denoiser gets them.
+            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each
+            reward depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
+            samples were sampled under: tensors by name, as the denoiser receives them.
         name: under which metrics report it.
+        checked: whether `probe` has accepted it already, so that checks need not call it so often, nor warn again.
 
     Raises:
-        InvalidInputError: no function, one that takes neither one argument nor two, or no name.
+        InvalidInputError: something other than a function of one argument or two, or an empty name.
     """
 
-    probed = False  # whether `check`, or `probe`, has passed it
-
-    def __init__(self, function: Callable[..., Any], name: str = "reward") -> None:
+    def __init__(self, function: Callable[..., Any], name: str = "reward", *, checked: bool = False) -> None:
         if isinstance(function, type) or not callable(function):
-            make = f"; take an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
+            make = f"; use an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
             raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
+        self.checked = checked
+
+    def as_checked(self) -> Reward:
+        """The same reward for callers that have checked it."""
+        return changed(self, checked=True)
+
+    def networks(self) -> Iterable[nn.Module]:
+        return modules_in(self.function)
 
     def _words(self) -> Iterable[str]:
         return (f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional)
 
     def of(self, particles: Particles) -> Shaped[Tensor, " n"]:
-        """R at the particles: R(x), or R(x, condition) where it takes two arguments.
+        """R at the particles: R(x), or R(x, condition) for a function of two arguments.
 
         Raises:
-            InvalidInputError: it takes two, but the particles were sampled under nothing; what it returns is not one
+            InvalidInputError: a function of two arguments, but particles without a condition; something other than one
                 number per sample.
         """
         if not self.conditional:
@@ -59,20 +68,19 @@ class Reward(TerminalObjective):
         if particles.condition is None:
             raise InvalidInputError(
                 "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
-                "these samples come without a condition; take a reward of the samples alone, or a model (in Python, a "
+                "these samples come without a condition; use a reward of the samples alone, or a model (in Python, a "
                 "chain) that is sampled under one"
             )
         return scores_of(self.function(particles.x, particles.condition), particles.x)
 
     def judge(self, particles: Particles) -> Float[Tensor, " n"]:
-        """R at samples that are to be judged, as floating-point numbers; it need not be differentiable.
+        """R at samples, as floating-point numbers; it need not be differentiable.
 
         Raises:
             InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
-        reward = self.of(particles)
-        reward = reward if reward.is_floating_point() else reward.to(particles.x.dtype)
+        reward = self._numbers(particles)
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).sum())
             raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
@@ -81,22 +89,40 @@ class Reward(TerminalObjective):
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
 
-    def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        reward = self.of(particles)
-        return -reward, -particles.mean(reward)
+    def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
+        """F′ = −R; it needs no ∇R."""
+        with torch.no_grad():
+            reward = self.of(particles)
+            return FirstVariation(-reward, value=-particles.mean(reward))
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
         """The reward itself, E_p R."""
         return self.name, -value
 
-    def check(self, particles: Particles) -> None:
-        """Try the reward on a few samples: five calls, one of them with its gradient, and that one alone once `probed`.
+    def check_value(self, particles: Particles) -> None:
+        """Call the reward on a few of the samples, without a gradient: five times, or once where it is `checked`.
 
-        A reward that is random, or flat at all of the samples, is told by a warning, once.
+        A reward that gives the same samples other values at a second call causes a warning.
 
         Raises:
-            InvalidInputError: another shape than (n,), another dtype, NaN or infinity, no gradient, one that is 0 at
-                all samples though their rewards differ, or samples that influence each other's rewards.
+            InvalidInputError: not one number per sample, NaN or infinity, or samples that influence each other's
+                rewards.
+        """
+        few = _chosen(particles, slice(TRIED))
+        with torch.no_grad(), self.evaluating():
+            values = self._numbers(_chosen(few, slice(None)))
+            _check_finite("values", values)
+            if not self.checked:
+                check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+
+    def check_slope(self, particles: Particles) -> None:
+        """Call the reward on samples once, with its gradient.
+
+        One that is flat at all of the samples causes a warning, unless the reward is `checked`.
+
+        Raises:
+            InvalidInputError: another dtype than the samples', no gradient, NaN or infinity in it, one that is 0 at all
+                samples though their rewards differ, or a reward whose gradient depends on other samples.
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
@@ -113,18 +139,16 @@ class Reward(TerminalObjective):
             if gradient is None:
                 raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
             of_first = torch.autograd.grad(reward[0], x)[0]
-        reward = reward.detach()
-        for what, tensor in (("values", reward), ("a gradient", gradient)):
-            _check_finite(what, tensor)
+        _check_finite("a gradient", gradient)
         check_own_gradient("reward", of_first)
-        new = not self.probed
-        if new:
-            self._check_separate(particles, reward)
-        check_slope("reward", gradient, reward, warn=new)
+        check_slope("reward", gradient, reward.detach(), warn=not self.checked)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
-        """Raises InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence
-        each other's rewards.
+        """Try the reward on the initial particles; one that is the same at all of them causes a warning.
+
+        Raises:
+            InvalidInputError: another shape than (n,), another dtype, NaN or infinity, or samples that influence each
+                other's rewards.
         """
         with torch.no_grad(), self.evaluating():
             x = particles.x.clone()  # a black box may write into what it is given
@@ -143,32 +167,32 @@ class Reward(TerminalObjective):
     def probe(self, particles: Particles) -> None:
         """Try on a few samples whether each reward depends on its own sample alone: five calls, without a gradient.
 
-        One that gives the same samples other values at a second call is told by a warning.
+        A reward that gives the same samples other values at a second call causes a warning.
 
         Raises:
             InvalidInputError: samples that influence each other's rewards; not one number per sample.
             NonFiniteError: NaN or infinity.
         """
-        few = _chosen(particles, torch.arange(min(TRIED, len(particles.x)), device=particles.x.device))
+        few = _chosen(particles, slice(TRIED))
         with self.evaluating():
-            self._check_separate(few, self.judge(_chosen(few, torch.arange(len(few.x), device=few.x.device))))
+            values = self.judge(_chosen(few, slice(None)))
+            check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
 
-    def _check_separate(self, particles: Particles, values: Tensor) -> None:
-        with self.evaluating():
-            check_separate("reward", lambda index: self.judge(_chosen(particles, index)), values)
-        self.probed = True
+    def _numbers(self, particles: Particles) -> Float[Tensor, " n"]:
+        reward = self.of(particles)
+        return reward if reward.is_floating_point() else reward.to(particles.x.dtype)
 
 
 def as_reward(reward: Callable[..., Any] | Reward) -> Reward:
-    """A `Reward` as it is, and that of a function."""
+    """A `Reward` as it is; a function as a `Reward`."""
     return reward if isinstance(reward, Reward) else Reward(reward)
 
 
-def _chosen(particles: Particles, index: Tensor) -> Particles:
-    """Copies of the samples with these numbers, and of their conditions; a black box may write into them."""
+def _chosen(particles: Particles, index: Tensor | slice) -> Particles:
+    """Copies of some samples and of their conditions, since a black box may write into them."""
     given = particles.condition
-    condition = None if given is None else {name: value[index] for name, value in given.items()}
-    return Particles(particles.x.detach()[index], condition=condition)
+    condition = None if given is None else {name: value[index].clone() for name, value in given.items()}
+    return Particles(particles.x.detach()[index].clone(), condition=condition)
 
 
 def _check_dtype(reward: Tensor, x: Tensor) -> None:

@@ -8,7 +8,7 @@ cancel between the terms. Hence, for the debiased divergence with its self-terms
     F′(p)[x_i] = ε (log u_pq − log u_pp)_i
 
 Its gradient in positions is that of the costs under fixed plans (the envelope theorem). Plans are solved to rounding
-(`transport`) in each call, from the same beginning: what an objective says depends on its arguments alone.
+(`transport`) in each call, from the same initial guess, so that results depend on the arguments alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_number, check_type
+from implicit_diffusion.errors import InvalidInputError, check_number
 from implicit_diffusion.objectives import transport
-from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.objectives.base import TerminalObjective, check_name
 from implicit_diffusion.objectives.data import checked, fitting
+from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.rounding import squared_distances, widest
 
-SILENT, TOLERATED = 1e-7, 1e-3  # mass that lies elsewhere than a marginal says, of one
+SILENT, TOLERATED = 1e-7, 1e-3  # misplaced mass of a marginal, of one: above them a warning, or an error
 
 
 class Sinkhorn(TerminalObjective):
@@ -34,8 +35,8 @@ class Sinkhorn(TerminalObjective):
 
     Args:
         data: draws from the reference, with shape (m, *event).
-        epsilon: ε > 0, in units of squared distance. The less of the typical one it is the longer the solver takes;
-            below a thousandth plans are all but unregularised, and may not be found.
+        epsilon: ε > 0, in units of squared distance. The smaller it is beside the typical one, the longer the solver
+            runs; below a thousandth of it plans are nearly unregularised, and may not be found.
         name: under which metrics report it.
 
     Raises:
@@ -44,8 +45,7 @@ class Sinkhorn(TerminalObjective):
     """
 
     def __init__(self, data: Float[Tensor, "m *event"], epsilon: float, name: str = "sinkhorn") -> None:
-        self.data, self.epsilon, self.name = checked(data), check_number("epsilon", epsilon, 0.0), name
-        check_type("name", name, str, "metrics report it under a name")
+        self.data, self.epsilon, self.name = checked(data), check_number("epsilon", epsilon, 0.0), check_name(name)
         m, dtype = len(self.data), widest(self.data.device)
         self._tiny = torch.finfo(dtype).tiny
         self._uniform = torch.full((m,), 1 / m, dtype=dtype, device=self.data.device)
@@ -53,17 +53,17 @@ class Sinkhorn(TerminalObjective):
             self._uniform @ self._self(self._uniform, squared_distances(self.data, self.data))
         )
         if not self._within.isfinite():
-            raise InvalidInputError("data lie so far apart that their squared distances are infinite; take other units")
+            raise InvalidInputError("data lie so far apart that their squared distances are infinite; use other units")
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
-        value, cost = self._parts(particles)[1:]
+        value, cost = self._solve(particles)[1:]
         return (value + cost - cost.detach()).to(particles.x.dtype)
 
-    def first_variation(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
-        variation, value, _ = self._parts(particles)
-        return variation.to(particles.x.dtype), value.to(particles.x.dtype)
+    def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
+        function, value, _ = self._solve(particles)
+        return FirstVariation(function.to(particles.x.dtype), value=value.to(particles.x.dtype))
 
-    def _parts(self, particles: Particles) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(self, particles: Particles) -> tuple[Tensor, Tensor, Tensor]:
         """F′ and F, detached, and the cost under fixed plans, differentiable in positions."""
         particles = fitting("Sinkhorn", self.data, particles)
         x, w = particles.x, particles.weights.detach().to(self._uniform).clamp(min=self._tiny)  # they may underflow
@@ -73,11 +73,11 @@ class Sinkhorn(TerminalObjective):
             log_u, log_v, error = transport.across(w, self._uniform, cost / eps)
             self._check(error, cost)
             self_u = self._self(w, self_cost)
-            variation = eps * (log_u - self_u)
-            value = w @ variation + eps * (self._uniform @ log_v) - self._within
+            function = eps * (log_u - self_u)
+            value = w @ function + eps * (self._uniform @ log_v) - self._within
             plan = (log_u[:, None] + log_v - cost / eps).exp()
             self_plan = (self_u[:, None] + self_u - self_cost / eps).exp()
-        return variation, value, (plan * cost).sum() - (self_plan * self_cost).sum() / 2
+        return function, value, (plan * cost).sum() - (self_plan * self_cost).sum() / 2
 
     def _self(self, w: Tensor, cost: Tensor) -> Tensor:
         with torch.no_grad():
@@ -88,13 +88,13 @@ class Sinkhorn(TerminalObjective):
     def _check(self, error: float, cost: Tensor) -> None:
         if not error > SILENT:  # NaN is that of the particles, which loops find
             return
-        advice = f"the mean squared distance is {cost.detach().mean().item():.3g}: take a larger epsilon"
+        advice = f"the mean squared distance is {cost.detach().mean().item():.3g}: use a larger epsilon"
         if error > TOLERATED:
             raise InvalidInputError(
                 f"Sinkhorn did not converge in {transport.SWEEPS} sweeps with epsilon {self.epsilon:g}; {advice}"
             )
         warnings.warn(
             f"Sinkhorn with epsilon {self.epsilon:g} is not solved to rounding: marginals are off by up to "
-            f"{TOLERATED:.1%} of the mass; take a larger epsilon",
+            f"{TOLERATED:.1%} of the mass; use a larger epsilon",
             stacklevel=2,
         )

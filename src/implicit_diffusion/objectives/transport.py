@@ -4,7 +4,7 @@ The optimal plan of OT_ε(a, b) is T = diag(u) e^{−C/ε} diag(v) with the marg
 
     log u = log a − log Σ_j e^{log v_j − C_ij/ε},       log v = log b − log Σ_i e^{log u_i − C_ij/ε}
 
-and converge like λᵏ, λ the second eigenvalue of the plan: thousands of sweeps where ε is a few per cent of the costs.
+and converge like λᵏ, λ the second eigenvalue of the plan: thousands of sweeps for ε of a few per cent of the costs.
 
 *Within* one cloud u = v, and the mean of log u and its sweep converges like 2⁻ᵏ or faster at every ε, since the sweep's
 derivative has its eigenvalues in [−1, 0] (Feydy et al., arXiv 1810.08278, section 3.2).
@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SWEEPS, PRODUCTS = 300, 200  # at most, in all and per step of Newton's method
-EXACT = 1e-11  # mass that lies elsewhere than the marginal says, of one
+SWEEPS, PRODUCTS = 300, 200  # at most: in total, and per step of Newton's method
+EXACT = 1e-11  # misplaced mass of a marginal, of one
 
 
 def within(a: Float[Tensor, " n"], cost: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], float]:
@@ -72,10 +72,10 @@ def across(
             log_u, log_c = _sweep(log_a, log_v, cost)
             error = _off(log_c, b)
         ahead = log_v + _newton(log_a, b, log_u, log_v, log_c, cost, caution * error)
-        found = _sweep(log_a, ahead, cost)
+        log_u_ahead, log_c_ahead = _sweep(log_a, ahead, cost)
         sweeps += 2
-        if _off(found[1], b) < error:
-            log_v, (log_u, log_c), error = ahead, found, _off(found[1], b)
+        if (error_ahead := _off(log_c_ahead, b)) < error:
+            log_v, log_u, log_c, error = ahead, log_u_ahead, log_c_ahead, error_ahead
             caution = max(1.0, caution / 4)
         else:
             caution *= 4

@@ -28,8 +28,8 @@ import numpy, torch
 import scale_of_reward
 
 def mine(x):
-    i = int(torch.randint(0, 4, ())) + numpy.random.randint(2) + random.randint(0, 1)
-    return scale_of_reward.scale * x[..., i:i + 3].flatten(1).mean(1)
+    factor = 4 * float(torch.rand(())) + numpy.random.rand() + random.random()  # two that are close are rare
+    return scale_of_reward.scale * factor * x.flatten(1).mean(1)
 """
 
 

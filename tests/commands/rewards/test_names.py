@@ -19,6 +19,7 @@ from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.particles import Particles
+from tests.objectives.contract import check
 
 LOADING = {
     "my.py:2: SyntaxError: ": "import torch\ndef f(x) return x",
@@ -270,9 +271,9 @@ def test_of_decoded_images_and_prompts_as_well():
 
     found = Reward(given.of_states(reward, lambda z: 2 * z)).judge(Particles(x, condition=condition))
     assert torch.equal(found, torch.tensor([-2.0, 2.0, 2.0, -2.0]) * x.sum(1))
-    Reward(given.of_states(reward, torch.sin)).check(Particles(x, condition=condition))
+    check(Reward(given.of_states(reward, torch.sin)), Particles(x, condition=condition))
     with pytest.raises(InvalidInputError, match="reward mixes samples"):
-        Reward(given.of_states(relative, torch.sin)).check(Particles(x, condition=condition))
+        check(Reward(given.of_states(relative, torch.sin)), Particles(x, condition=condition))
     with pytest.raises(InvalidInputError, match=r"its arguments are \(prompts, images\); exchange them"):
         given.of_states(lambda prompts, images: images.sum(1), None)
 

@@ -113,12 +113,14 @@ def _build(config: Config, device: torch.device) -> Problem:
     with blamed(config.reward, "; a reward takes samples (n, …) to (n,), by torch operations that leave them alone"):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            reward.check(trial)
+            reward.check_value(trial)
+            reward.check_slope(trial)
         for each in said:
             if str(each.message).startswith("reward is "):  # random, or flat
                 print(f"reward    {short(config.reward)} {str(each.message).removeprefix('reward ')}")
             else:
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        reward = reward.as_checked()
         say_if_unsteady(reward, config, trial)
     clipping = None
     if config.no_clip and pretrained.scheduler.config.get("clip_sample", False):

@@ -1,0 +1,74 @@
+"""From a first variation to the adjoint measure: what every inner problem G has to solve for.
+
+Let π_θ minimise G(p, θ) over distributions p. Differentiating the condition ∇_p G(π_θ, θ) = const in θ and applying
+the adjoint trick,
+
+    ∇_θ F(π_θ) = ∇_θ ∫ ∇_p G(π_θ, θ) dν,        (∇²_p G) ν = −F′ up to a constant, ν of mass zero
+
+(Marion et al., arXiv 2402.05468, section 3.2). An objective knows F′ alone, as the signed measure F′·p
+(`implicit_diffusion.objectives.variation`); an `AdjointSolver` knows ∇²_p G. For G = KL(p‖π_θ) that is `Gibbs`. On
+particles ν is a charge c_j on each point y_j.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.objectives import FirstVariation, GibbsObjective
+from implicit_diffusion.objectives.variation import Support
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.showing import Shown
+
+Terms = Sequence[tuple[float, GibbsObjective]]
+
+
+@dataclass(frozen=True, repr=False)
+class AdjointMeasure(Shown):
+    """ν, a signed measure of total mass zero: a charge on every point.
+
+    Args:
+        on_particles: charges of the particles, with shape (n,).
+        on_points: charges of the points that the term's `draw` returned, with shape (m,); None where they carry none.
+    """
+
+    on_particles: Float[Tensor, " n"]
+    on_points: Float[Tensor, " m"] | None = None
+
+
+class AdjointSolver(ABC):
+    """Solves (∇²_p G) ν = −F′ on measures of mass zero, for one kind of inner problem G; linear in F′.
+
+    `supports` lists the measures F′·p that it has a solution for, by where they lie (`GibbsObjective.support`): a
+    linear solve on the particles needs F′ as a function of them, ("particles",).
+    """
+
+    supports: ClassVar[tuple[Support, ...]] = ("particles", "points", "both")
+
+    @abstractmethod
+    def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:
+        """The adjoint measure of a term.
+
+        Args:
+            variation: the measure F′·p of the term.
+            particles: p.
+        """
+
+    def check(self, terms: Terms) -> None:
+        """Raise `InvalidInputError` for a term whose measure lies where the solver has no solution for it."""
+        for _, term in terms:
+            if term.support not in self.supports:
+                raise InvalidInputError(
+                    f"{type(self).__name__} needs F′ as a function on the particles, but {term.name} is a measure on "
+                    "points outside of them; use an objective that compares samples, such as MMD or Sinkhorn"
+                )
+
+    def same_charges(self, terms: Terms) -> bool:
+        """Whether particles of uniform weights all carry the same charge, wherever they are."""
+        return False
