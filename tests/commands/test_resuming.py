@@ -359,6 +359,11 @@ def test_a_sweep_that_goes_on_rests_on_what_it_began_with(half, monkeypatch, cap
     assert "accepted  model: " in capsys.readouterr().out
     assert cli.main(call) == 130
     assert len(json.loads((half.parent / "sweep" / "provenance.json").read_text())["accepted"]) == 1
+    of_version(half.parent / "sweep", "0.0.9")
+    assert cli.main(call) == 2
+    assert f"sweep was begun by implicit-diffusion 0.0.9; this is {__version__}" in capsys.readouterr().err
+    assert cli.main([*call, "--accept-changes", "versions"]) == 130
+    assert cli.main(call) == 130
 
 
 def test_a_reward_with_a_state_of_its_own_is_said(half, capsys):

@@ -45,7 +45,7 @@ from implicit_diffusion.samplers.chain import Chain
 def run(
     config: Config, directory: RunDirectory | None = None, *, pretrained: Evaluation | None = None
 ) -> dict[str, Any]:
-    """The whole experiment; returns the summary.
+    """The whole command; returns the summary.
 
     Args:
         config: see there.
