@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.evaluation.bounds import Bound, bound
-    from implicit_diffusion.evaluation.chains import Evaluation, evaluate
+    from implicit_diffusion.evaluation.bounds import Bound, bound, captured, memory_of_start, most_kl, sharpest
+    from implicit_diffusion.evaluation.chains import Evaluation, evaluate, mean_and_error
 else:
 
     def __getattr__(name: str) -> object:
@@ -16,4 +16,14 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Bound", "Evaluation", "bound", "evaluate"]
+__all__ = [
+    "Bound",
+    "Evaluation",
+    "bound",
+    "captured",
+    "evaluate",
+    "mean_and_error",
+    "memory_of_start",
+    "most_kl",
+    "sharpest",
+]

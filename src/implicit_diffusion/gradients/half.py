@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.adapter import unwrapped
 
 TOTAL = 2.0**11  # T
 SMALLEST = 2.0**-100  # of ‖v‖₁ that is scaled up to T: S stays a float32
@@ -35,7 +35,7 @@ SMALLEST = 2.0**-100  # of ‖v‖₁ that is scaled up to T: S stays a float32
 
 def computes_in_float16(denoiser: object) -> TypeGuard[nn.Module]:
     """Whether the network inside says so, by an attribute `precision` as that of `DiffusersDenoiser`."""
-    return isinstance(denoiser, nn.Module) and getattr(inner(denoiser), "precision", None) is torch.float16
+    return isinstance(denoiser, nn.Module) and getattr(unwrapped(denoiser), "precision", None) is torch.float16
 
 
 def scale(cotangents: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, ""]:

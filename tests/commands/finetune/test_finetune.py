@@ -17,8 +17,9 @@ from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import judging, planning
 from implicit_diffusion.commands.finetune.plan import make_plan
 from implicit_diffusion.commands.rewards.shipped import brightness
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.evaluation import evaluate
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import clock
 from implicit_diffusion.samplers.chain import Chain

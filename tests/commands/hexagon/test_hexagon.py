@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from implicit_diffusion import ULA, InvalidInputError, Noise, Reward, Single
+from implicit_diffusion import ULA, Noise, Reward, Single
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon.arms import ARMS, best_rate
 from implicit_diffusion.commands.hexagon.config import NARROWEST
@@ -17,6 +17,7 @@ from implicit_diffusion.commands.shared.hexagon_problem import (
     mixture,
     smooth_reward,
 )
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import fit
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown
@@ -181,6 +182,7 @@ def _marginal(axes: Any, x: Tensor, y: Tensor, limits: tuple[float, float]) -> N
 
 
 def _legend(figure: Any, shown: Sides) -> None:
+    require("matplotlib")
     from matplotlib.patches import Patch
 
     handles = [Patch(color=DATA, label=shown.words), Patch(color=MODEL, label="model")]

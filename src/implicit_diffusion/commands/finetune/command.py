@@ -27,7 +27,8 @@ from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
 from implicit_diffusion.loops.on_chain import ChainLoop
-from implicit_diffusion.models.pretrained import adapter_usage, save_adapter, save_pipeline
+from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
+from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, PathKL
 from implicit_diffusion.runs import RunDirectory, clock, progress

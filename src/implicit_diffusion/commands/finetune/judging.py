@@ -26,7 +26,7 @@ from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.rise import smaller_rate
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import KINDS
+from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,7 +214,7 @@ def model_card(config: dict[str, Any], summary: dict[str, Any], chain: Chain) ->
     reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
-    kind = KINDS[config["scheduler"]]
+    kind = NAMED_SAMPLERS[config["scheduler"]]
     spacing = "the checkpoint's noise levels" if kind.flow else "trailing spacing, clip_sample off"
     runs = f"During training {kept}; this pipeline runs the trained network on all of them."
     if not summary["pipeline_is_the_chain"]:

@@ -24,6 +24,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import Bound, bound, gain, gain_of_j, memory_of_start
 from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.showing import Shown, brief, with_error
 
@@ -130,6 +131,7 @@ def make_plan(
 
 def show(plan: Plan) -> None:
     """Print the plan as a table, or in a line where it has no bounds."""
+    require("rich")
     from rich.console import Console
     from rich.table import Table
 

@@ -35,7 +35,7 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import clipped_for, default_kind, pipeline_for, scheduler_for, table_for
+from implicit_diffusion.tables.named import clipped_for, default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
@@ -81,7 +81,7 @@ def _build(config: Config, device: torch.device) -> Problem:
     precision = check_precision(config.precision, device)
     pretrained = load_pretrained(config.model)
     clip = False if config.no_clip or pretrained.family.latent else None
-    kind = config.scheduler or default_kind(pretrained.scheduler)
+    kind = config.scheduler or default_sampler(pretrained.scheduler)
     scheduler = scheduler_for(pretrained.scheduler, kind, clip=clip)
     table = table_for(scheduler, kind, config.num_steps, eta=ddim_eta(config))
     exported = _exported(pretrained, scheduler, kind, config)

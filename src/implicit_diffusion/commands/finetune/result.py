@@ -16,7 +16,7 @@ from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import KINDS
+from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
 
@@ -71,7 +71,7 @@ class Outcome(Shown):
     @property
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
-        return f"{self.config['num_steps']} {KINDS[self.config['scheduler']].words} steps"
+        return f"{self.config['num_steps']} {NAMED_SAMPLERS[self.config['scheduler']].words} steps"
 
     @property
     def gain_in_std(self) -> float:

@@ -23,8 +23,9 @@ from implicit_diffusion.commands.pretrain.training import Training, train
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from implicit_diffusion.commands.pretrain import image_classes
 from implicit_diffusion.commands.pretrain.data import Images, as_floats
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.digits import EVENT_SHAPE
-from implicit_diffusion.models.pretrained import DiffusersDenoiser
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.files.states import check_finite, load_state, save_state
 from implicit_diffusion.runs import RunDirectory
@@ -166,6 +167,7 @@ class Pretraining(Shown):
 
 def begin(descent: Descent, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
     """The state before the first step."""
+    require("diffusers")
     from diffusers.training_utils import EMAModel
 
     average = EMAModel(unet.parameters(), decay=descent.ema_decay, use_ema_warmup=True, power=0.75)

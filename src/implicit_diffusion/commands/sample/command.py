@@ -23,6 +23,7 @@ from implicit_diffusion.commands.shared.conditioning import CLASS, Conditioning,
 from implicit_diffusion.commands.shared.ranges import at_least
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import NUMBERS
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import check_place
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import CHAIN
@@ -82,6 +83,7 @@ def run(config: Config) -> Path:
         InvalidInputError: a number out of range, a file that exists or cannot be written, no such model, or prompts
             where it takes none.
     """
+    require("diffusers")
     from diffusers.utils import make_image_grid
 
     config.check()
@@ -136,6 +138,7 @@ Draw = Callable[[range], list[Any]]  # the images of these numbers
 
 def _by_chain(pretrained: Pretrained, config: Config, trained_for: dict[str, Any], device: torch.device) -> Draw:
     """Images by the chain that the model was trained on."""
+    require("diffusers")
     from diffusers.utils import pt_to_pil
 
     given, table = _given(pretrained, config, trained_for, device), trained_for["table"]
@@ -185,6 +188,7 @@ def _labelled(
     eta: dict[str, float],
 ) -> list[Any]:
     """What a DDPMPipeline would do if it took class labels."""
+    require("diffusers")
     from diffusers.utils import pt_to_pil
 
     denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler

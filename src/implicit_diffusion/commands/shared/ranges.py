@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from implicit_diffusion.errors import LARGEST, InvalidInputError
+from implicit_diffusion.errors import LARGEST_INTEGER, InvalidInputError
 
 WORDS = {  # for `advice`
     "weigh": "--weighted",
@@ -25,7 +25,7 @@ WORDS = {  # for `advice`
 def at_least(config: Any, **least: int) -> None:
     """Raise `InvalidInputError` where an integer option is below its least value, or too large to count or to seed."""
     for name, lowest in least.items():
-        value, most = getattr(config, name), 2**63 - 1 if name == "seed" else LARGEST
+        value, most = getattr(config, name), 2**63 - 1 if name == "seed" else LARGEST_INTEGER
         if value is not None and value < lowest:
             raise InvalidInputError(f"{option(name)} must be an integer ≥ {lowest}, got {value}")
         if value is not None and value > most:

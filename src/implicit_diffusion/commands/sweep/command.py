@@ -36,6 +36,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import UNFINISHED, writing
 from implicit_diffusion.files.lock import LOCK
 from implicit_diffusion.runs import RunDirectory, clock
@@ -254,6 +255,7 @@ def _point(b: Bound) -> dict[str, Any]:
 
 def show(summary: dict[str, Any]) -> None:
     """Print the table, all of it on the noise that the runs were judged on."""
+    require("rich")
     from rich.console import Console
     from rich.table import Table
 
@@ -285,6 +287,7 @@ def plot(
     summary: dict[str, Any], metrics: dict[float, list[dict[str, Any]]], frontier: Sequence[Bound], path: Path
 ) -> None:
     """The frontier with all runs, and reward and path KL over the updates, one colour per β."""
+    require("matplotlib")
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
