@@ -199,6 +199,13 @@ def test_a_report_of_another_version_is_drawn_by_that_version(home, tmp_path):
     of_version(run, "0.0.9")
     with pytest.raises(InvalidInputError, match=r"whole was begun by implicit-diffusion 0.0.9; .*with that version"):
         resuming.report(run)
+    (run / "report.html").unlink()  # interrupted before it was written
+    with pytest.raises(InvalidInputError, match=r"was begun by implicit-diffusion 0.0.9"):
+        resuming.resume(run)
+    resuming.resume(run, ["versions"])
+    (run / "report.html").unlink()
+    resuming.report(run)
+    assert (run / "report.html").exists() and RunDirectory(run).read_origin() == ("finetune", __version__)
 
 
 def test_options_of_another_version_are_named(half, nothing_runs):
