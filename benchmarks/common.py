@@ -21,6 +21,7 @@ from implicit_diffusion.commands.rewards.shipped import brightness
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.digits import EVENT_SHAPE
 from implicit_diffusion.models.pretrained import load_pretrained
+from implicit_diffusion.objectives import Objective
 from implicit_diffusion.tables.named import scheduler_for
 
 ROOT = Path(__file__).parents[1]

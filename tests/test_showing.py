@@ -17,8 +17,7 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
-from implicit_diffusion.evaluation import make_plan
-from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
+from implicit_diffusion.gradients import Gibbs
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
@@ -26,8 +25,7 @@ from implicit_diffusion.models.lattice import find_lattice
 from implicit_diffusion.objectives import Density, FirstVariation, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.plane import law
-from implicit_diffusion.runs import Progress, RunDirectory, Stop
-from implicit_diffusion.runs.callbacks import AdaptKL, Rise, StopAtKL
+from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.watch import Runaway, Watch

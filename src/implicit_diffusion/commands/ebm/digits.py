@@ -21,6 +21,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.ebm.data import COPIES, GREY_LEVELS, Data
 from implicit_diffusion.commands.ebm.summary import Baseline
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress

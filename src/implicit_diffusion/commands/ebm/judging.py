@@ -88,7 +88,7 @@ def judge(trained: Trained, data: Data, steps: int) -> Summary:
     return Summary(
         seconds=trained.fit.seconds,
         updates=trained.fit.updates,
-        **loop.cost(),
+        gradient_evaluations=loop.cost()["gradient_evaluations"],
         log_z_estimate=log_z,
         log_z_estimate_se=log_z_se,
         log_z_half=half,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown

@@ -99,8 +99,10 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
                     figures = to_json(quadrature.exact_fit(state.model))
                 if loop.weighted:
                     figures["log_z_particles"] = float(loop.particles.log_z or 0.0)
-                work = {"updates": state.updates, "seconds": state.seconds} | loop.cost()
-                curve.append(CurvePoint(**work, **figures))
+                work = loop.cost()["gradient_evaluations"]
+                curve.append(
+                    CurvePoint(updates=state.updates, seconds=state.seconds, gradient_evaluations=work, **figures)
+                )
                 state.metrics |= {f"exact_{name}": value for name, value in figures.items()}
 
         callbacks.append(look)

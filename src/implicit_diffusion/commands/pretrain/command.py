@@ -129,11 +129,13 @@ def _finish(
     """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
     count = _samples(config.data, config.samples, data)
     drawn = sampled(config.chains, unet, scheduler, count, config.seed, data.event_shape, len(data.classes))
+    loss_train, loss_held_out = judged_losses(unet, scheduler, data)
     summary = Summary(
         config=asdict(config) | {"out": str(config.out)},
         images=ImagesSummary(len(data.train), len(data.held_out), data.event_shape, data.left_out, data.classes),
         parameters=sum(p.numel() for p in unet.parameters()),
-        **judged_losses(unet, scheduler, data),
+        loss_train=loss_train,
+        loss_held_out=loss_held_out,
         seconds=max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     )
     if config.data == "digits":

@@ -1,6 +1,6 @@
-"""Options in their ranges: one wording for what is wrong with a number, whichever command it belongs to.
+"""Ranges of options: one wording for what is wrong with a number, in all commands.
 
-Options that are None have a default elsewhere, and pass.
+Options that are None have a default elsewhere, and are accepted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def option(name: str, value: object = None) -> str:
 
 
 def command(name: str, settings: Mapping[str, object]) -> str:
-    """The command line with these settings, to be pasted as it is."""
+    """The command line with these settings, quoted for a shell."""
     words = [f"implicit-diffusion {name}"]
     for key, value in settings.items():
         flag, join = option(key, value), "=" if str(value).startswith("-") else " "  # or it is taken for an option

@@ -13,6 +13,7 @@ from typing import Any
 from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import save, sheet
 from implicit_diffusion.commands.shared.page import Picture
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs import RunDirectory
 
 WIDTH = 5.0  # inches
