@@ -14,7 +14,6 @@ from diffusers import DDPMScheduler
 
 from implicit_diffusion import __version__, cli
 from implicit_diffusion.commands import resuming
-from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import setup, training
 from implicit_diffusion.commands.registry import COMMANDS
 from implicit_diffusion.commands.rewards import trust as reward_trust
