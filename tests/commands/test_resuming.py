@@ -179,17 +179,10 @@ def test_a_run_of_another_version_is_refused_by_name_or_resumed_where_that_is_as
     said = capsys.readouterr().err
     assert refusal in said and "add --accept-changes versions" in said
     assert not (half.parent / "executed").exists()
-    with pytest.MonkeyPatch.context() as patched:  # interrupted at once
-        patched.setattr(training, "callbacks", lambda *arguments: [interrupt, *CALLBACKS(*arguments)])
-        assert cli.main(["resume", str(half), "--accept-changes", "versions"]) == 130
+    assert cli.main(["resume", str(half), "--accept-changes", "versions"]) == 0
     assert "accepted  implicit-diffusion was 0.0.9 and is " in capsys.readouterr().out
     assert RunDirectory(half).read_origin() == ("finetune", __version__)
-    assert cli.main(["resume", str(half)]) == 0
     assert (half / "model" / WEIGHTS).read_bytes() == (home / "whole" / "model" / WEIGHTS).read_bytes()
-
-
-def interrupt(fit):
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_report_of_another_version_is_drawn_by_that_version(home, tmp_path):
@@ -197,6 +190,13 @@ def test_a_report_of_another_version_is_drawn_by_that_version(home, tmp_path):
     of_version(run, "0.0.9")
     with pytest.raises(InvalidInputError, match=r"whole was begun by implicit-diffusion 0.0.9; .*with that version"):
         resuming.report(run)
+    (run / "report.html").unlink()  # interrupted before it was written
+    with pytest.raises(InvalidInputError, match=r"was begun by implicit-diffusion 0.0.9"):
+        resuming.resume(run)
+    resuming.resume(run, ["versions"])
+    (run / "report.html").unlink()
+    resuming.report(run)
+    assert (run / "report.html").exists() and RunDirectory(run).read_origin() == ("finetune", __version__)
 
 
 def test_options_of_another_version_are_named(half, nothing_runs):
@@ -358,6 +358,11 @@ def test_a_sweep_that_goes_on_rests_on_what_it_began_with(half, monkeypatch, cap
     assert "accepted  model: " in capsys.readouterr().out
     assert cli.main(call) == 130
     assert len(json.loads((half.parent / "sweep" / "provenance.json").read_text())["accepted"]) == 1
+    of_version(half.parent / "sweep", "0.0.9")
+    assert cli.main(call) == 2
+    assert f"sweep was begun by implicit-diffusion 0.0.9; this is {__version__}" in capsys.readouterr().err
+    assert cli.main([*call, "--accept-changes", "versions"]) == 130
+    assert cli.main(call) == 130
 
 
 def test_a_reward_with_a_state_of_its_own_is_said(half, capsys):

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from implicit_diffusion.commands.registry import COMMANDS
+from tests.fuzz.command_lines import bases
+
 ROOT = Path(__file__).parents[2]
+
+
+def test_there_is_a_valid_line_of_every_command():
+    assert bases().keys() == COMMANDS.keys()
 
 
 @pytest.mark.slow

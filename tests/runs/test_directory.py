@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory
 
 
@@ -71,6 +73,33 @@ def test_config_of_a_dataclass(run):
         "name": "β",
         "target": None,
     }
+
+
+def test_config_says_which_command_and_version_began_the_run(run):
+    assert run.read_config() is None and run.read_origin() is None
+    run.write_config(Config(), "finetune")
+    assert read(run.path / "config.json") | {"out": "x"} == {"command": "finetune", "version": __version__} | {
+        "out": "x",
+        "inner": {"lr": 5e-5},
+        "rows": [0, 9],
+        "name": "β",
+        "target": None,
+    }
+    assert run.read_origin() == ("finetune", __version__)
+    assert run.read_config().keys() == {"out", "inner", "rows", "name", "target"}
+    run.write_config({"lr": 1.0})
+    assert run.read_origin() is None and run.read_config() == {"lr": 1.0}
+
+
+def test_what_a_command_left_when_it_ended_early_is_its_own(run):
+    run.start("finetune", {"lr": 1.0})
+    run.start("finetune", {"lr": 2.0})
+    with pytest.raises(InvalidInputError, match="not empty"):
+        run.start("sweep", {"lr": 3.0})
+    assert run.read_config() == {"lr": 2.0}
+    save_state(run.checkpoint, {})
+    with pytest.raises(InvalidInputError, match=r"was interrupted: go on with `implicit-diffusion resume"):
+        run.start("finetune", {"lr": 2.0})
 
 
 def test_metrics_are_one_line_per_call_and_on_disk_at_once(run):

@@ -1,1 +1,1 @@
-"""The commands: a folder each, over `shared`."""
+"""The commands: one folder each over `shared`, and the registry that the command line and `resume` read."""

@@ -93,13 +93,13 @@ def resume(
             )
         check_version(directory, accept_changes)
         if finished:
+            _adopt(directory, command, values)
             return command.report(directory)
         config = _config(command, values, path)
         if not trust_reward:
             check_trust(str(values.get("reward", "")), path)
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
-            if directory.read_origin() != (command.name, __version__):
-                directory.write_config(values, command.name)  # a run of this version from now on
+            _adopt(directory, command, values)
             device = device_of(directory)
             if device is not None and "device" in values:
                 config = dataclasses.replace(config, device=device)
@@ -172,6 +172,12 @@ def _command(directory: RunDirectory) -> tuple[Command, dict[str, Any]]:
             f"drawn again; those of {known} can"
         )
     return command, values
+
+
+def _adopt(directory: RunDirectory, command: Command, values: Mapping[str, Any]) -> None:
+    """Make a run that another version began one of this version, when the change of versions has been accepted."""
+    if directory.read_origin() != (command.name, __version__):
+        directory.write_config(values, command.name)
 
 
 def _config(command: Command, values: Mapping[str, Any], path: Path) -> Any:

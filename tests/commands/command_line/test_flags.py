@@ -38,6 +38,7 @@ class Config:
         ("take a smaller `lr`, or another `path`", "take a smaller --lr, or another --out"),
         ("`folder` a/b is a file", "--out a/b is a file"),
         ("use `precision='bf16'` or float32", "use --precision bf16 or float32"),
+        ("use `precision=torch.bfloat16`, or float32", "use --precision bf16, or float32"),
         ("add `accept_changes=['model', 'data']`", "add --accept-changes model data"),
         ("build it with `clip=False`", "build it with --no-clip"),
         ("use `weighted=False`", "use --no-weighted"),

@@ -320,7 +320,7 @@ def test_resume_says_why_there_is_nothing_to_resume(finished, tmp_path, capsys):
         finished: "it is finished",
         tmp_path / "nowhere": "there is no run",
         tmp_path / "plan": "it holds a plan",
-        tmp_path / "early": "belongs to no experiment",
+        tmp_path / "early": "does not say which command",
         tmp_path / "sweep": "is a sweep",
     }.items():
         assert main(["resume", str(path)]) == 2

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss():
     ("bad", "message"),
     [
         ({"data": "letters"}, "data"),
-        ({"out": digits.ASSETS}, "--out"),
+        ({"out": digits.ASSETS}, "`path` "),
         ({"chains": (2, 5000)}, "--chains 5000: .* more than"),
         ({"chains": (0,)}, "--chains must be"),
         ({"chains": ()}, "--chains must be"),

@@ -1,4 +1,4 @@
-"""Options in their ranges: one wording for what is wrong with a number, whichever experiment it belongs to.
+"""Options in their ranges: one wording for what is wrong with a number, whichever command it belongs to.
 
 Options that are None have a default elsewhere, and pass.
 """
