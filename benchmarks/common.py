@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion import Chain, Objective, PathKL, Reward, read_table
+from implicit_diffusion import Chain, PathKL, Reward, read_table
 from implicit_diffusion.commands.rewards.shipped import brightness
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.digits import EVENT_SHAPE
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained
+from implicit_diffusion.models.pretrained import load_pretrained
+from implicit_diffusion.objectives import Objective
 from implicit_diffusion.tables.named import scheduler_for
 
 ROOT = Path(__file__).parents[1]

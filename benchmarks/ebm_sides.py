@@ -30,11 +30,12 @@ import torch
 from common import milliseconds
 from torch import Tensor, nn
 
-from implicit_diffusion import HMC, ULA, ForwardKL, Noise, Single, Tilted
+from implicit_diffusion import HMC, ULA, ForwardKL, Noise, Single
 from implicit_diffusion.commands.ebm.data import Data, load
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import Architecture
+from implicit_diffusion.potentials import Tilted
 
 H = 0.01  # of Langevin, both sides
 DIVERGED = 1e3  # nats, from about one at the start

@@ -31,8 +31,6 @@ IN_PLACE_DRAWS = {"bernoulli_", "exponential_", "log_normal_", "normal_", "rando
 # Names that say nothing of what they stand for.
 NAMELESS = {"alike", "found", "told"}
 TO_NAME = {  # files that still have some
-    "commands/ebm/compare.py",
-    "commands/ebm/digits.py",
     "commands/finetune/command.py",
     "commands/finetune/evaluation_cache.py",
     "commands/finetune/plan.py",
@@ -42,15 +40,7 @@ TO_NAME = {  # files that still have some
     "commands/finetune/report/run_warnings.py",
     "commands/finetune/result.py",
     "commands/finetune/stored.py",
-    "commands/hexagon/arms.py",
-    "commands/hexagon/command.py",
-    "commands/pretrain/data.py",
-    "commands/pretrain/image_files.py",
-    "commands/score/command.py",
-    "commands/shared/inputs.py",
-    "commands/shared/planar.py",
     "commands/sweep/command.py",
-    "commands/tilt/command.py",
     "evaluation/bounds.py",
     "frozen.py",
     "gradients/adjoint.py",

@@ -17,8 +17,9 @@ from implicit_diffusion.commands import resuming
 from implicit_diffusion.commands.finetune import setup, training
 from implicit_diffusion.commands.registry import COMMANDS
 from implicit_diffusion.commands.rewards import trust as reward_trust
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers import tiny

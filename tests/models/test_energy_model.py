@@ -73,9 +73,9 @@ def test_densities_of_a_gaussian(event):
     model = gaussian(event, shift, scale, kind="mlp" if len(event) == 1 else "conv")
     x = shift + 2 * scale * Noise(5).normal((40, *event))
     expected = torch.distributions.Normal(shift.double(), scale.double()).log_prob(x.double()).flatten(1).sum(1)
-    found = model.log_density(x)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-5)  # V in single precision
+    values = model.log_density(x)
+    assert values.dtype == torch.float64
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=2e-5)  # V in single precision
 
 
 def test_a_scale_shared_by_all_coordinates_counts_for_each():
@@ -204,19 +204,20 @@ def test_score_agrees_with_the_density_and_with_quadrature(tmp_path, capsys):
     model.save(tmp_path / "model")
     x = model.sample(4000, Noise(8), steps=30)
     np.save(tmp_path / "x.npy", x.numpy())
-    found = score.run(score.Config(tmp_path / "model", str(tmp_path / "x.npy"), tmp_path / "deep" / "scores.npy"))
+    result = score.run(score.Config(tmp_path / "model", str(tmp_path / "x.npy"), tmp_path / "deep" / "scores.npy"))
     scores = np.load(tmp_path / "deep" / "scores.npy", allow_pickle=False)
     assert np.array_equal(scores, model.log_density(x).numpy())
-    assert found["log_likelihood"] == pytest.approx(scores.mean()) and found["data"] == 4000
-    assert found["standard_error"] == pytest.approx(scores.std(ddof=1) / math.sqrt(4000))
-    assert found["bits_per_dimension"] == pytest.approx(-scores.mean() / 2 / math.log(2))
+    assert result["log_likelihood"] == pytest.approx(scores.mean()) and result["data"] == 4000
+    assert result["standard_error"] == pytest.approx(scores.std(ddof=1) / math.sqrt(4000))
+    assert result["bits_per_dimension"] == pytest.approx(-scores.mean() / 2 / math.log(2))
     quadrature = Quadrature(SHIFT, SCALE)
     log_p, _ = quadrature.log_density(model.potential)
     entropy = -(log_p.exp() @ log_p).item() * quadrature.grid.area
-    assert abs(found["log_likelihood"] + entropy) < 4 * found["standard_error"]
+    assert abs(result["log_likelihood"] + entropy) < 4 * result["standard_error"]
     said = capsys.readouterr().out
     assert (
-        f"{found['log_likelihood']:.4f} ± {found['standard_error']:.4f} (data)" in said and "bits per dimension" in said
+        f"{result['log_likelihood']:.4f} ± {result['standard_error']:.4f} (data)" in said
+        and "bits per dimension" in said
     )
 
 

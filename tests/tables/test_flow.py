@@ -182,7 +182,7 @@ def test_memory_as_a_run_measures_it():
 @pytest.mark.parametrize(
     ("scheduler", "num_steps", "message"),
     [
-        (DDPMScheduler(), 5, "got DDPMScheduler; a diffusion model's memoryless chain is DDPM"),
+        (DDPMScheduler(), 5, "got DDPMScheduler; the memoryless chain of a diffusion model is DDPM"),
         (FlowMatchEulerDiscreteScheduler(), 0, "num_steps"),
         (FlowMatchEulerDiscreteScheduler(), 1001, "more than the 1000 timesteps"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 5, "invert_sigmas=False"),

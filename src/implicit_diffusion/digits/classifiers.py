@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.digits.data import NUM_HELD_OUT, load_digits
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -119,6 +120,7 @@ def fit_judge() -> Callable[[Tensor], Tensor]:
     Returns:
         A function from digits (n, 1, 8, 8) to class probabilities (n, 10), float64, without gradient.
     """
+    require("sklearn")
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.svm import SVC
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.showing import of_tuple
 
 EVENT_SHAPE = (1, 8, 8)
@@ -36,6 +37,7 @@ class Digits(NamedTuple):
 @cache
 def load_digits() -> Digits:
     """The real digits, split once and for all, stratified by class: 1437 to train on, 360 held out."""
+    require("sklearn")
     from sklearn.datasets import load_digits as load_real
     from sklearn.model_selection import train_test_split
 

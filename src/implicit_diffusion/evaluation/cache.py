@@ -29,6 +29,7 @@ from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate
 from implicit_diffusion.evaluation.stored import Stored
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
@@ -120,6 +121,7 @@ def _key(chain: Chain, network: DiffusersDenoiser, what: Mapping[str, Any]) -> s
 
 @cache
 def _software() -> str:
+    require("diffusers")
     import diffusers
 
     versions = (torch.__version__, diffusers.__version__, np.__version__, platform.platform(), platform.processor())

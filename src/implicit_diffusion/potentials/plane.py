@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials.mixture import GaussianMixture
 from implicit_diffusion.showing import Shown
@@ -55,12 +56,14 @@ def law(name: str) -> Law:
 
 
 def _moons() -> Law:
+    require("sklearn")
     from sklearn.datasets import make_moons
 
     return _around(make_moons(CENTRES, shuffle=False)[0], std=0.1)
 
 
 def _circles() -> Law:
+    require("sklearn")
     from sklearn.datasets import make_circles
 
     return _around(make_circles(CENTRES, shuffle=False, factor=0.5)[0], std=0.08)

@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.samplers.chain import Chain
+    from implicit_diffusion.samplers.followers import Followers, annealed
     from implicit_diffusion.samplers.hmc import HMC
     from implicit_diffusion.samplers.kernel import Kernel, Move, power_law
-    from implicit_diffusion.samplers.langevin import MALA, ULA
+    from implicit_diffusion.samplers.langevin import MALA, ULA, alpha
     from implicit_diffusion.samplers.resampling import systematic
     from implicit_diffusion.samplers.underdamped import Underdamped
     from implicit_diffusion.samplers.warmup import warm_up
@@ -20,4 +22,18 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["HMC", "MALA", "ULA", "Kernel", "Move", "Underdamped", "power_law", "systematic", "warm_up"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "ULA",
+    "Chain",
+    "Followers",
+    "Kernel",
+    "Move",
+    "Underdamped",
+    "alpha",
+    "annealed",
+    "power_law",
+    "systematic",
+    "warm_up",
+]

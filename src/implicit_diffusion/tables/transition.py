@@ -1,4 +1,4 @@
-"""One row of a denoising chain at work: what a running cost may look at."""
+"""One step of a denoising chain: the quantities that a running cost may use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Transition(Shown):
         u: the network's prediction on the slots' rows (the pretrained one where the row is not trained), as `x`.
         u0: the pretrained network's prediction, as `x`; None where it was not asked for.
         a, b, s, h: the rows' coefficients, broadcastable to `x`, i.e. with shape (slots, 1, ...).
-        trained: whether the row is under the control of θ, shaped as `a`.
+        trained: whether the row's network is the one with parameters θ, shaped as `a`.
         evaluations: network calls × samples that were made for it, u_θ and u_0 alike.
     """
 

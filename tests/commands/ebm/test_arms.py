@@ -83,13 +83,13 @@ def test_a_model_holds_particles_of_equal_weight(data):
 
 def test_refreshing_begins_anew_on_time(data):
     settings = dataclasses.replace(SETTINGS, refresh=4, updates=12)
-    loop, found = make_loop(settings, data), []
+    loop, refreshed = make_loop(settings, data), []
 
     def look(state):
-        found.append((state.updates, bool(loop.walkers.h == 0)))
+        refreshed.append((state.updates, bool(loop.walkers.h == 0)))
 
     fit(loop, 12, callbacks=[Refresh(settings), look])
-    assert [k for k, fresh in found if fresh] == [4, 8]  # at the end there is nothing left to train
+    assert [k for k, fresh in refreshed if fresh] == [4, 8]  # at the end there is nothing left to train
     annealing = 2 * 50 * HMC3.kernel().evaluations
     assert loop.cost()["gradient_evaluations"] == 12 * pulls_per_update("weighted", HMC3) + annealing
     never = make_loop(SETTINGS, data)

@@ -175,10 +175,10 @@ def test_an_array_of_ones_own(shape, tmp_path):
     figures = {path.name for path in (tmp_path / "run").glob("figures/*.png")}
     shown = {(1,): {"marginals"}, (3,): {"pairs"}, (2, 4, 4): {"particles", "components"}}[shape]
     assert {name.removesuffix(".png") for name in figures} == shown | {"scores", "training"}
-    found = score.run(score.Config(tmp_path / "run" / "model", str(tmp_path / "x.npy")))
-    assert found["log_z_standard_error"] == summary["log_z_estimate_se"]
+    result = score.run(score.Config(tmp_path / "run" / "model", str(tmp_path / "x.npy")))
+    assert result["log_z_standard_error"] == summary["log_z_estimate_se"]
     gaussian = -math.prod(shape) * math.log(3 * math.sqrt(2 * math.pi * math.e))
-    assert abs(found["log_likelihood"] - gaussian) < 0.35 * math.prod(shape)
+    assert abs(result["log_likelihood"] - gaussian) < 0.35 * math.prod(shape)
 
 
 @pytest.mark.slow

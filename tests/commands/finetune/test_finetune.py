@@ -15,8 +15,9 @@ import implicit_diffusion as idf
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import judging, planning, training
 from implicit_diffusion.commands.rewards.shipped import brightness
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.evaluation import effect_of_clipping, evaluate, make_plan
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import clock
 from implicit_diffusion.samplers.chain import Chain

@@ -25,7 +25,7 @@ BAD = {
     "there is no file": ["--reward", "nowhere.py:fine"],
     "no module 'nowhere'": ["--reward", "nowhere:fine"],
     "neither brightness": ["--reward", "shiny"],
-    "is no folder": ["--model", "nowhere-at-all"],
+    "is not a folder": ["--model", "nowhere-at-all"],
     "--num-steps must be": ["--num-steps", "0"],
     "num_steps = 2000 is more than": ["--num-steps", "2000"],
     "--kl-weight must be finite": ["--kl-weight", "-1"],

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-from implicit_diffusion import ULA, InvalidInputError, Noise, Reward, Single
+from implicit_diffusion import ULA, Noise, Reward, Single
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon.arms import ARMS, best_rate
 from implicit_diffusion.commands.hexagon.config import NARROWEST
-from implicit_diffusion.commands.recovery import command as recovery
 from implicit_diffusion.commands.shared.hexagon_problem import (
     LOGITS,
     HexagonQuadrature,
@@ -18,6 +17,7 @@ from implicit_diffusion.commands.shared.hexagon_problem import (
     mixture,
     smooth_reward,
 )
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import fit
 
@@ -138,26 +138,6 @@ def test_bad_numbers_are_named_before_any_work(tmp_path, change, named):
     with pytest.raises(InvalidInputError, match=named):
         hexagon.run(hexagon.Config(out=out, **change))
     assert not out.exists()
-
-
-@pytest.mark.slow
-def test_recovery_separates_weighted_from_unweighted(tmp_path):
-    """Two modes that particles cannot cross, in a short run: the weighted loop is right where the plain one drifts."""
-    config = recovery.Config(problem="two-modes", steps=1000, seeds=1, out=tmp_path / "run")
-    arms = recovery.run(config)["arms"]
-    assert arms["weighted"]["kl"] < 5e-3
-    assert arms["unweighted"]["kl"] > 10 * arms["weighted"]["kl"]
-    assert (tmp_path / "run" / "figures" / "kl.png").exists()
-
-
-def test_exact_kls_by_another_grid():
-    """Against the quadrature of `HexagonQuadrature`, on the hexagon."""
-    target, path = mixture(torch.tensor(LOGITS)), torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 2, 0]])
-    path_kls = recovery.exact_kls(target, path)
-    exact = HexagonQuadrature()
-    for kls, theta in zip(path_kls, path):
-        assert kls[0].item() == pytest.approx(exact.kl_of_weights(torch.tensor(LOGITS), theta), rel=1e-5)
-        assert kls[1].item() == pytest.approx(exact.kl_of_weights(theta, torch.tensor(LOGITS)), rel=1e-5)
 
 
 def test_the_driver_of_runs_serves_particles_and_resumes_bit_for_bit(tmp_path):

@@ -166,7 +166,7 @@ def test_redness():
     assert redness(red).tolist() == [100, 100]
     assert redness(blue).tolist() == [-50, -50]
     assert redness(grey).abs().max() < 1e-5
-    with pytest.raises(InvalidInputError, match=r"needs colour images.*take brightness"):
+    with pytest.raises(InvalidInputError, match=r"needs colour images.*use brightness"):
         redness(torch.zeros(2, 1, 8, 8))
 
 

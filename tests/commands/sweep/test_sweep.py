@@ -175,7 +175,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_pat
         (["--plan"], "--plan is for one run"),
         (["--penalty", "drift"], "path KLs"),
         (["--batch", "0"], "--batch"),
-        (["--model", "nowhere-at-all"], "is no folder"),
+        (["--model", "nowhere-at-all"], "is not a folder"),
         (["--out", "{folder}"], "exists and is not empty"),
     ],
 )

@@ -23,6 +23,7 @@ from implicit_diffusion.commands.ebm.summary import ArmSummary, ComparedTraining
 from implicit_diffusion.commands.ebm.training import train
 from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import check_version, record, verified
@@ -228,6 +229,7 @@ def _plus_minus(spread: float | None) -> str:
 
 def show(comparison: Comparison, folder: Path) -> None:
     """Print the arms as a table, and the folder of the comparison."""
+    require("rich")
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

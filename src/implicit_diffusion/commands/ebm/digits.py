@@ -21,6 +21,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.ebm.data import COPIES, GREY_LEVELS, Data
 from implicit_diffusion.commands.ebm.summary import Baseline
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
@@ -82,6 +83,7 @@ def shuffled(images: Float[Tensor, "n *event"], generator: torch.Generator) -> F
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """Probability that a datum from inside has the larger log-likelihood."""
+    require("sklearn")
     from sklearn.metrics import roc_auc_score
 
     labels = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
@@ -93,6 +95,7 @@ def _mixture(data: Data) -> Baseline:
 
     It does better on grey levels than on standardised pixels.
     """
+    require("sklearn")
     from sklearn.mixture import GaussianMixture
 
     def fit(k: int, x: np.ndarray) -> Any:
@@ -106,6 +109,7 @@ def _kernel_density(data: Data) -> Baseline:
 
     It does better on standardised pixels.
     """
+    require("sklearn")
     from sklearn.neighbors import KernelDensity
 
     log_jacobian = data.scale.double().log().sum().item()

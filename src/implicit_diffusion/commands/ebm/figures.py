@@ -79,7 +79,7 @@ def draw(model: EnergyModel, data: Data, summary: Summary, directory: RunDirecto
     return pictures
 
 
-IMAGES = "Left images that training did not see, right the particles: draws of the model. They should look alike."
+IMAGES = "Left images that training did not see, right the particles: draws of the model. The two should look the same."
 PLANE = (
     "The model's density, and its energy −log p above the minimum; where the law of the data is known, its density has "
     "the same colours. On the right grey are held-out data, green the particles."
@@ -135,8 +135,8 @@ def _draw_plane(model: EnergyModel, data: Data) -> Figure:
     contours = axes[-2].imshow(image(energy.clamp(max=12)), **shown | {"cmap": "viridis_r"})
     axes[-2].set_title("energy above its minimum")
     figure.colorbar(contours, ax=axes[-2], shrink=0.75, label="nats")
-    held, particles = data.held_out[:1000], (model.particles * model.scale + model.shift)[:1000]
-    axes[-1].scatter(*held.T, s=3, color="0.7", lw=0, label="held-out data")
+    held_out, particles = data.held_out[:1000], (model.particles * model.scale + model.shift)[:1000]
+    axes[-1].scatter(*held_out.T, s=3, color="0.7", lw=0, label="held-out data")
     axes[-1].scatter(*particles.T, s=3, color=WEIGHTED, lw=0, label="particles")
     axes[-1].set_title("particles")
     axes[-1].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")

@@ -22,6 +22,7 @@ from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.ebm.training import Trained
 from implicit_diffusion.commands.shared.ranges import WORDS
+from implicit_diffusion.extras import require
 from implicit_diffusion.loops.diagnostics import advice
 from implicit_diffusion.models.energy_model import EnergyModel, Moves
 from implicit_diffusion.noise import Noise
@@ -87,7 +88,7 @@ def judge(trained: Trained, data: Data, steps: int) -> Summary:
     return Summary(
         seconds=trained.fit.seconds,
         updates=trained.fit.updates,
-        **loop.cost(),
+        gradient_evaluations=loop.cost()["gradient_evaluations"],
         log_z_estimate=log_z,
         log_z_estimate_se=log_z_se,
         log_z_half=half,
@@ -128,6 +129,7 @@ def gaussian_scores(data: Data) -> Float[Tensor, " l"]:
     The covariance is shrunk (Ledoit & Wolf 2004), so that it exists for fewer data than coordinates, and that of more
     than 2048 coordinates is diagonal; no deviation is below a hundredth of a coordinate's own.
     """
+    require("sklearn")
     from sklearn.covariance import LedoitWolf
 
     train, held_out = (((x - data.shift) / data.scale).flatten(1).double() for x in (data.once, data.held_out))

@@ -182,9 +182,9 @@ def _numbers(data: Data, s: Summary) -> str:
         shown.append(
             [f"−log-likelihood, {name.replace('_', ' ')}", value, "of scikit-learn, on the same held-out data"]
         )
-    for name, value in (s.auroc or {}).items():
+    for name, share in (s.auroc or {}).items():
         meaning = "chance that a held-out datum has the larger likelihood; one is best"
-        shown.append([f"AUROC against {name}", number(value), meaning])
+        shown.append([f"AUROC against {name}", number(share), meaning])
     return (
         f"<section><h2>Numbers</h2>\n{table(('', 'value', 'what it means'), shown, cls='plain meanings')}</section>\n"
     )

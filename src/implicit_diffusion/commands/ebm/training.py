@@ -1,4 +1,4 @@
-"""One training of an energy-based model, in any arm, under a watch."""
+"""One training of an energy-based model, in any arm, stopped when it diverges."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Trained(Shown):
     """A training that has ended.
 
     Args:
-        settings: what it was asked.
-        fit: its driver, at the end.
-        loop: its loop, at the end.
+        settings: what was asked for.
+        fit: how far it came.
+        loop: at the end.
         model: the result.
         curve: exact figures on the way, where the law of the data is known.
     """
@@ -99,8 +99,10 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
                     figures = to_json(quadrature.exact_fit(state.model))
                 if loop.weighted:
                     figures["log_z_particles"] = float(loop.particles.log_z or 0.0)
-                work = {"updates": state.updates, "seconds": state.seconds} | loop.cost()
-                curve.append(CurvePoint(**work, **figures))
+                work = loop.cost()["gradient_evaluations"]
+                curve.append(
+                    CurvePoint(updates=state.updates, seconds=state.seconds, gradient_evaluations=work, **figures)
+                )
                 state.metrics |= {f"exact_{name}": value for name, value in figures.items()}
 
         callbacks.append(look)

@@ -32,8 +32,9 @@ from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.loops import memory
+from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
-from implicit_diffusion.models.pretrained import adapter_usage, save_adapter, save_pipeline
+from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL

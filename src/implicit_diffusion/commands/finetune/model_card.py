@@ -10,7 +10,7 @@ from implicit_diffusion.commands.shared.formatting import markdown, model_name, 
 from implicit_diffusion.commands.shared.usage import usage
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.tables.named import KINDS
+from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
 
 def model_card(config: Config, summary: Summary, chain: Chain) -> str:
@@ -26,7 +26,7 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
     reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
-    kind = KINDS[config.scheduler]
+    kind = NAMED_SAMPLERS[config.scheduler]
     spacing = "the checkpoint's noise levels" if kind.flow else "trailing spacing, clip_sample off"
     runs = f"During training {kept}; this pipeline runs the trained network on all of them."
     if not summary.model.pipeline_is_the_chain:

@@ -7,11 +7,13 @@ from pathlib import Path
 from implicit_diffusion.commands.shared.formatting import distinct, number, percent
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.plans import Plan
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs.clock import part
 
 
 def show(plan: Plan) -> None:
     """Print the plan as a table, or in a line where it has no bounds."""
+    require("rich")
     from rich.console import Console
     from rich.table import Table
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, inner
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
@@ -52,7 +52,7 @@ def compiled(chain: Chain) -> str:
 
     Weight averages, which sample only at the end, are compiled when they are first called.
     """
-    parts = [inner(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
+    parts = [unwrapped(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
     networks = [part for part in parts if isinstance(part, DiffusersDenoiser)]
     for network in networks:
         network.compiled = network.compiled or Compiled(network.model, differentiates=False, dynamic=None)

@@ -20,7 +20,7 @@ from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import KINDS
+from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
 PATHS = ("out", "prompts")  # options that are paths
@@ -77,7 +77,7 @@ class Result(Shown):
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
         assert self.config.scheduler is not None
-        return f"{self.config.num_steps} {KINDS[self.config.scheduler].words} steps"
+        return f"{self.config.num_steps} {NAMED_SAMPLERS[self.config.scheduler].words} steps"
 
     def column(self, name: str, *others: str) -> list[tuple[float, ...]]:
         """Rows (name, *others) of the updates that report all of them."""

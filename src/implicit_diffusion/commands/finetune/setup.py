@@ -34,7 +34,7 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import clipped_for, default_kind, pipeline_for, scheduler_for, table_for
+from implicit_diffusion.tables.named import clipped_for, default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
@@ -115,7 +115,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     precision = check_precision(spec.network.precision, device)
     pretrained = load_pretrained(spec.network.model)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
-    sampler = spec.chain.sampler or default_kind(pretrained.scheduler)
+    sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
     scheduler = scheduler_for(pretrained.scheduler, sampler, clip=clip)
     table = table_for(scheduler, sampler, spec.chain.num_steps, eta=spec.chain.eta)
     exported = _exported(pretrained, scheduler, sampler, spec.chain)

@@ -11,6 +11,7 @@ import torch
 from implicit_diffusion.commands.hexagon.arms import TRAINED
 from implicit_diffusion.commands.hexagon.trace import Trace, logits_of
 from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature, mixture
+from implicit_diffusion.extras import require
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def summarise(traces: list[Trace], exact: HexagonQuadrature) -> ArmSummary:
 
 def show(summary: Summary, folder: Path) -> None:
     """Print the arms as a table, and the folder of the run."""
+    require("rich")
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

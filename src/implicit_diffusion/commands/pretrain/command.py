@@ -23,8 +23,9 @@ from implicit_diffusion.commands.pretrain.training import Training, train
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
@@ -128,11 +129,13 @@ def _finish(
     """Judge, save, draw, and write the summary at the very end: what is interrupted before it is done once more."""
     count = _samples(config.data, config.samples, data)
     drawn = sampled(config.chains, unet, scheduler, count, config.seed, data.event_shape, len(data.classes))
+    loss_train, loss_held_out = judged_losses(unet, scheduler, data)
     summary = Summary(
         config=asdict(config) | {"out": str(config.out)},
         images=ImagesSummary(len(data.train), len(data.held_out), data.event_shape, data.left_out, data.classes),
         parameters=sum(p.numel() for p in unet.parameters()),
-        **judged_losses(unet, scheduler, data),
+        loss_train=loss_train,
+        loss_held_out=loss_held_out,
         seconds=max((line["seconds"] for line in directory.read_metrics()), default=0.0),
     )
     if config.data == "digits":

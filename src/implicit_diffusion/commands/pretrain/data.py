@@ -41,6 +41,7 @@ from implicit_diffusion.commands.pretrain.image_files import (
 from implicit_diffusion.commands.pretrain.network import fitting_size
 from implicit_diffusion.digits import EVENT_SHAPE, load_digits
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.showing import Shown
 
@@ -155,6 +156,7 @@ def _hub(hub_id: str) -> FolderImages:
 
     They are those of the split called train, else of the first, in its first column of images.
     """
+    require("datasets", "huggingface_hub")
     import huggingface_hub
     from datasets import Image, load_dataset
 
@@ -196,6 +198,7 @@ def _tensor(
     pictures: Sequence[ImageFile], name: str, size: tuple[int, int] | None, levels: int | None
 ) -> Shaped[Tensor, "n c h w"]:
     """All images as bytes, of one size, grey or in colour; all that cannot be read are named at once."""
+    require("PIL")
     from PIL import ImageOps
 
     images: list[Any] = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 from implicit_diffusion.showing import Shown
 
 # Formats that announce themselves in their first bytes. Left out: those that run another program, as EPS does, stubs
@@ -62,6 +63,7 @@ def find(folder: Path) -> FolderImages:
     Raises:
         InvalidInputError: something in it that cannot be looked at.
     """
+    require("PIL")
     from PIL import Image
 
     Image.init()
@@ -119,6 +121,7 @@ def _again(path: Path, name: str, seen: dict[tuple[int, int], str]) -> str | Non
 
 
 def _is_image(picture: ImageFile) -> bool:
+    require("PIL")
     from PIL import Image
 
     try:
@@ -129,6 +132,7 @@ def _is_image(picture: ImageFile) -> bool:
 
 
 def _formats(picture: ImageFile) -> list[str]:
+    require("PIL")
     from PIL import Image
 
     Image.init()
@@ -144,6 +148,7 @@ def decode(picture: ImageFile) -> tuple[Any, list[str]]:
     Raises:
         InvalidInputError: it cannot be read, or has more than eight bits per channel.
     """
+    require("PIL")
     from PIL import Image, ImageOps
 
     try:

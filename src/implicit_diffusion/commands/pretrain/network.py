@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from implicit_diffusion.extras import require
+
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -37,6 +39,7 @@ class Network:
 
     def build(self) -> tuple[UNet2DModel, DDPMScheduler]:
         """The untrained network, with weights from torch's global generator, and the scheduler."""
+        require("diffusers")
         from diffusers import UNet2DModel
 
         channels, height, width = self.event_shape
@@ -60,6 +63,7 @@ class Network:
 
 def noise_schedule(train_timesteps: int, beta_schedule: str, prediction_type: str) -> DDPMScheduler:
     """The scheduler that the model is trained for; without clipping, so that its chains are affine in the network."""
+    require("diffusers")
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(

@@ -27,9 +27,10 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.loss import image_losses
 from implicit_diffusion.commands.pretrain.network import Network
 from implicit_diffusion.commands.pretrain.state import Descent, Pretraining, begin, digests
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.clock import part
 

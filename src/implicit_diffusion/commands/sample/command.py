@@ -26,6 +26,7 @@ from implicit_diffusion.commands.shared.conditioning import (
 )
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import NUMBERS
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.chain_file import TrainedChain, read_chain
 from implicit_diffusion.models.energy_model import is_energy_model
 from implicit_diffusion.models.pretrained import Pretrained, load_pretrained
@@ -86,6 +87,7 @@ def run(config: Config) -> Path:
 
 def write_grid(images: list[Any], out: Path) -> None:
     """Write images, of one size, as a nearly square grid; small ones are enlarged so that every pixel shows."""
+    require("diffusers")
     from diffusers.utils import make_image_grid
 
     columns = math.ceil(math.sqrt(len(images)))
@@ -119,6 +121,7 @@ def _drawing(
 
 def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain, noise: Noise) -> Draw:
     """Images by the chain that the model was trained on."""
+    require("diffusers")
     from diffusers.utils import pt_to_pil
 
     @torch.no_grad()
@@ -171,6 +174,7 @@ def _labelled(
     eta: dict[str, float],
 ) -> list[Any]:
     """What a DDPMPipeline would do if it accepted class labels."""
+    require("diffusers")
     from diffusers.utils import pt_to_pil
 
     denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import replacing
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ WEIGHTED, UNWEIGHTED = "#2a9d5c", "#1f6f8b"  # colours of weighted and of plain 
 
 def sheet(width: float | int, height: float | int) -> Figure:
     """An empty figure of that size in inches."""
+    require("matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -35,6 +35,7 @@ from implicit_diffusion.commands.sweep.summary import FrontierPoint, SweepRow, S
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Estimate, Evaluation, mean_and_error
 from implicit_diffusion.evaluation.plans import make_plan
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
@@ -135,6 +136,7 @@ def _curve(betas: list[float]) -> list[float]:
 
 def show(summary: SweepSummary) -> None:
     """Print the table; all of its numbers are from the noise that the runs were judged on."""
+    require("rich")
     from rich.console import Console
     from rich.table import Table
 

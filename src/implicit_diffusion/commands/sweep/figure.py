@@ -14,6 +14,7 @@ from implicit_diffusion.commands.shared.drawing import legend_above, save
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.sweep.summary import SweepSummary
 from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs.clock import part
 
 
@@ -32,6 +33,7 @@ def plot(
         frontier: the optimum for some β, in decreasing order of β.
         path: of the file.
     """
+    require("matplotlib")
     import matplotlib
 
     with matplotlib.rc_context(STYLE):

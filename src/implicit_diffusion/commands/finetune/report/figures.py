@@ -13,6 +13,7 @@ from typing import Any
 from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import save, sheet
 from implicit_diffusion.commands.shared.page import Picture
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs import RunDirectory
 
 WIDTH = 5.0  # inches
@@ -58,6 +59,7 @@ def draw(result: Result, directory: RunDirectory) -> list[Picture]:
         samples where they are not images (C, H, W), no frontier without a finite path KL, and no staleness of a nested
         loop.
     """
+    require("matplotlib")
     import matplotlib
 
     from implicit_diffusion.commands.finetune.report.frontier import frontier

@@ -24,6 +24,7 @@ from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import legend_above
 from implicit_diffusion.commands.shared.formatting import number, percent
 from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.extras import require
 
 NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
 
@@ -140,6 +141,7 @@ def _points(axes: Any, rows: list[tuple[float, float, float, float]], **style: A
 
 
 def _few_ticks() -> Any:
+    require("matplotlib")
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(4, integer=True)
