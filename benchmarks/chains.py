@@ -26,7 +26,8 @@ from typing import Any, Literal
 import torch
 from common import DEVICE, DIGITS, Problem, hardware, interleaved, ratio, save, synchronize
 
-from implicit_diffusion import Adjoint, FullBackprop, Nested, Noise, Queue
+from implicit_diffusion import Nested, Noise, Queue
+from implicit_diffusion.gradients import Adjoint, FullBackprop
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.loops.queue import Slot
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion import Chain, Objective, PathKL, Reward, read_table
+from implicit_diffusion import Chain, PathKL, Reward, read_table
 from implicit_diffusion.commands.rewards.shipped import brightness
-from implicit_diffusion.digits.digits import EVENT_SHAPE
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.digits import EVENT_SHAPE
+from implicit_diffusion.models.pretrained import load_pretrained
+from implicit_diffusion.objectives import Objective
 from implicit_diffusion.tables.named import scheduler_for
 
 ROOT = Path(__file__).parents[1]
@@ -42,11 +44,22 @@ def digits_chain(num_steps: int) -> Chain:
 
 def random_weights(event_shape: tuple[int, int, int], channels: tuple[int, ...] | None = None) -> tuple[Any, Any]:
     """The network that `pretrain` would train for such images, untrained, and its scheduler."""
-    from implicit_diffusion.commands.pretrain.command import Config, build
+    from implicit_diffusion.commands.pretrain.config import Config
+    from implicit_diffusion.commands.pretrain.network import Network, widths_for
 
+    default = Config()
+    network = Network(
+        event_shape=event_shape,
+        widths=channels or widths_for(*event_shape[1:]),
+        classes=0,
+        dropout=default.dropout,
+        train_timesteps=default.train_timesteps,
+        beta_schedule=default.beta_schedule,
+        prediction_type=default.prediction_type,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet, scheduler = build(Config(channels=channels), event_shape)
+        unet, scheduler = network.build()
     return DiffusersDenoiser(unet.eval()), scheduler
 
 

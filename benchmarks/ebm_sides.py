@@ -30,11 +30,12 @@ import torch
 from common import milliseconds
 from torch import Tensor, nn
 
-from implicit_diffusion import HMC, ULA, ForwardKL, Noise, Single, Tilted
+from implicit_diffusion import HMC, ULA, ForwardKL, Noise, Single
 from implicit_diffusion.commands.ebm.data import Data, load
-from implicit_diffusion.commands.shared.planar import Quadrature
 from implicit_diffusion.errors import NonFiniteError
+from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import Architecture
+from implicit_diffusion.potentials import Tilted
 
 H = 0.01  # of Langevin, both sides
 DIVERGED = 1e3  # nats, from about one at the start
@@ -251,7 +252,7 @@ def curve(config: Config, arm: str, lr: float, seed: int) -> list[dict[str, floa
             while (now := seconds + time.perf_counter() - start) < look:
                 training.step()
                 updates += 1
-            kl = quadrature.figures(training.potential)["kl"]
+            kl = quadrature.exact_fit(training.potential).kl
         except NonFiniteError:
             kl = math.nan
         kl = kl if kl < DIVERGED else DIVERGED

@@ -22,7 +22,7 @@ import tyro
 from common import DEVICE, hardware, interleaved, ratio, save
 
 from implicit_diffusion import ULA, Noise, Reward, Single
-from implicit_diffusion.commands.hexagon.problem import hard_reward, mixture
+from implicit_diffusion.commands.shared.hexagon_problem import hard_reward, mixture
 from implicit_diffusion.compiled import SETTINGS
 from implicit_diffusion.samplers.draws import innermost
 

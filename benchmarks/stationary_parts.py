@@ -18,7 +18,7 @@ import tyro
 from common import interleaved, ratio
 from stationary import H, ours, start
 
-from implicit_diffusion.commands.hexagon.problem import hard_reward, mixture
+from implicit_diffusion.commands.shared.hexagon_problem import hard_reward, mixture
 from implicit_diffusion.compiled import SETTINGS
 from implicit_diffusion.samplers.draws import innermost
 

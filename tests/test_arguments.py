@@ -47,9 +47,9 @@ def loop(kind=idf.Single, objective=None, **changes):
 
 CALLS = {
     ("data", "MMD"): (idf.MMD, DATA),
-    ("data", "Sinkhorn"): (lambda data: idf.Sinkhorn(data, 1.0), DATA),
+    ("data", "Sinkhorn"): (lambda data: idf.objectives.Sinkhorn(data, 1.0), DATA),
     ("data", "ForwardKL"): (idf.ForwardKL, DATA),
-    ("epsilon", "Sinkhorn"): (lambda e: idf.Sinkhorn(X, e), POSITIVE),
+    ("epsilon", "Sinkhorn"): (lambda e: idf.objectives.Sinkhorn(X, e), POSITIVE),
     ("bandwidth", ""): (gaussian_kernel, POSITIVE),
     ("kernel", "MMD"): (
         lambda k: idf.MMD(X, k),
@@ -66,7 +66,7 @@ CALLS = {
     ("potential", "ReverseKL"): (idf.ReverseKL, FUNCTIONS),
     ("log_z", "ReverseKL"): (lambda z: idf.ReverseKL(Banana(), log_z=z), NUMBERS[1:]),
     ("name", "MMD"): (lambda name: idf.MMD(X, name=name), (None, 3)),
-    ("name", "Sinkhorn"): (lambda name: idf.Sinkhorn(X, 1.0, name=name), (None, 3)),
+    ("name", "Sinkhorn"): (lambda name: idf.objectives.Sinkhorn(X, 1.0, name=name), (None, 3)),
     ("name", "ForwardKL"): (lambda name: idf.ForwardKL(X, name=name), (None, 3)),
     ("name", "ReverseKL"): (lambda name: idf.ReverseKL(Banana(), name), (None, 3)),
     ("name", "Functional"): (lambda name: Functional(lambda x, w: w.sum(), name), (None, 3)),
@@ -74,9 +74,9 @@ CALLS = {
     ("step_size", "HMC"): (idf.HMC, POSITIVE),
     ("step_size", "a schedule"): (lambda h: idf.MALA(lambda k: h), POSITIVE),
     ("leapfrogs", "HMC"): (lambda n: idf.HMC(0.1, n), COUNTS),
-    ("friction", "Underdamped"): (lambda f: idf.Underdamped(0.1, f), POSITIVE),
-    ("scale", "power_law"): (lambda c: idf.power_law(c, 0.5), POSITIVE),
-    ("exponent", "power_law"): (lambda e: idf.power_law(0.5, e), NUMBERS),
+    ("friction", "Underdamped"): (lambda f: idf.samplers.Underdamped(0.1, f), POSITIVE),
+    ("scale", "power_law"): (lambda c: idf.samplers.power_law(c, 0.5), POSITIVE),
+    ("exponent", "power_law"): (lambda e: idf.samplers.power_law(0.5, e), NUMBERS),
     ("means", "GaussianMixture"): (idf.GaussianMixture, DATA),
     ("logits", "GaussianMixture"): (lambda z: idf.GaussianMixture(X, z), (3, "z", X, X[:, 0].long(), X[:3, 0])),
     ("std", "GaussianMixture"): (lambda s: idf.GaussianMixture(X, std=s), POSITIVE),
@@ -93,9 +93,9 @@ CALLS = {
     ("potential", "Guided"): (lambda v: Guided(v, lambda x: x.sum(1), 1.0), FUNCTIONS),
     ("weight", "Guided"): (lambda w: Guided(Banana(), lambda x: x.sum(1), w), NUMBERS),
     ("particles", "Single"): (lambda x: loop(particles=x), (*DATA, 1, True, X[:1])),
-    ("particles", "warm_up"): (lambda x: idf.warm_up(idf.MALA(0.1), Banana(), x, NOISE), DATA),
+    ("particles", "warm_up"): (lambda x: idf.samplers.warm_up(idf.MALA(0.1), Banana(), x, NOISE), DATA),
     ("particles", "simulate"): (lambda x: next(simulate(KERNEL, Banana(), x, NOISE, 1)), DATA),
-    ("particles", "Replicas"): (lambda x: idf.Replicas(KERNEL, Banana(), x, NOISE), DATA),
+    ("particles", "Replicas"): (lambda x: idf.samplers.Replicas(KERNEL, Banana(), x, NOISE), DATA),
     ("particles", "refresh"): (lambda x: loop().refresh(x), (None, X)),
     ("refresh", "x"): (lambda x: loop().refresh(Particles(x)), (X[:5], X.float(), X.long(), X * float("nan"))),
     ("log_weights", "Particles"): (lambda a: Particles(X, a), (X[:5, 0], X, X[:, 0].long())),
@@ -108,15 +108,21 @@ CALLS = {
     ("compiled", "Single"): (lambda v: loop(compiled=v), (None, 1, "yes")),
     ("iterations", "Single"): (lambda n: loop(iterations=n), COUNTS),
     ("order", "Single"): (lambda o: loop(order=o), (None, 1, [], "theta-first")),
-    ("inner_steps", "NestedParticles"): (lambda n: loop(idf.NestedParticles, inner_steps=n), COUNTS),
-    ("begin", "NestedParticles"): (lambda b: loop(idf.NestedParticles, inner_steps=1, begin=b), (None, [], "middle")),
-    ("unrolled_steps", "Unrolled"): (lambda n: loop(idf.Unrolled, unrolled_steps=n), COUNTS),
-    ("steps", "warm_up"): (lambda n: idf.warm_up(idf.MALA(0.1), Banana(), X, NOISE, steps=n), (*COUNTS, 19)),
-    ("target", "warm_up"): (lambda t: idf.warm_up(idf.MALA(0.1), Banana(), X, NOISE, target=t), (*POSITIVE[1:], 1.0)),
-    ("potential", "warm_up"): (lambda v: idf.warm_up(idf.MALA(0.1), v, X, NOISE), FUNCTIONS),
-    ("potential", "Replicas"): (lambda v: idf.Replicas(KERNEL, v, X, NOISE, groups=2), FUNCTIONS),
-    ("groups", "Replicas"): (lambda n: idf.Replicas(KERNEL, Banana(), X, NOISE, groups=n), COUNTS),
-    ("log_z", "Replicas"): (lambda z: idf.Replicas(KERNEL, Banana(), X, NOISE, groups=2, log_z=z), NUMBERS),
+    ("inner_steps", "NestedParticles"): (lambda n: loop(idf.loops.NestedParticles, inner_steps=n), COUNTS),
+    ("begin", "NestedParticles"): (
+        lambda b: loop(idf.loops.NestedParticles, inner_steps=1, begin=b),
+        (None, [], "middle"),
+    ),
+    ("unrolled_steps", "Unrolled"): (lambda n: loop(idf.loops.Unrolled, unrolled_steps=n), COUNTS),
+    ("steps", "warm_up"): (lambda n: idf.samplers.warm_up(idf.MALA(0.1), Banana(), X, NOISE, steps=n), (*COUNTS, 19)),
+    ("target", "warm_up"): (
+        lambda t: idf.samplers.warm_up(idf.MALA(0.1), Banana(), X, NOISE, target=t),
+        (*POSITIVE[1:], 1.0),
+    ),
+    ("potential", "warm_up"): (lambda v: idf.samplers.warm_up(idf.MALA(0.1), v, X, NOISE), FUNCTIONS),
+    ("potential", "Replicas"): (lambda v: idf.samplers.Replicas(KERNEL, v, X, NOISE, groups=2), FUNCTIONS),
+    ("groups", "Replicas"): (lambda n: idf.samplers.Replicas(KERNEL, Banana(), X, NOISE, groups=n), COUNTS),
+    ("log_z", "Replicas"): (lambda z: idf.samplers.Replicas(KERNEL, Banana(), X, NOISE, groups=2, log_z=z), NUMBERS),
     ("path", "annealed"): (lambda path: annealed(path, KERNEL, 8, NOISE), (None, 3, "path")),
     ("steps", "annealed"): (lambda n: annealed(lambda t: idf.GaussianMixture(X), KERNEL, 8, NOISE, steps=n), COUNTS),
     ("steps", "simulate"): (lambda n: next(simulate(KERNEL, Banana(), X, NOISE, n)), COUNTS[:4]),
@@ -144,7 +150,7 @@ class Breaks(Banana):
 
 def test_what_a_potential_or_objective_raises_is_one_line_about_it():
     with pytest.raises(InvalidInputError, match=r"potential fails on particles of shape \(2, 2\).*: RuntimeError"):
-        idf.warm_up(idf.MALA(0.1), Breaks(), X, NOISE)
+        idf.samplers.warm_up(idf.MALA(0.1), Breaks(), X, NOISE)
     with pytest.raises(InvalidInputError, match=r"functional fails on the initial particles: RuntimeError"):
         loop(objective=Functional(lambda x, w: w @ torch.zeros(3)))
     with pytest.raises(InvalidInputError, match=r"kl fails on the initial particles: RuntimeError"):
@@ -155,4 +161,4 @@ def test_numbers_of_other_libraries_are_numbers():
     import numpy as np
 
     assert idf.ULA(np.float32(0.5)).step_size_at(0) == idf.ULA(torch.tensor(0.5)).step_size_at(0) == 0.5
-    assert idf.HMC(0.1, np.int64(3)).leapfrogs == 3 and idf.Sinkhorn(X, np.float64(1.0)).epsilon == 1.0
+    assert idf.HMC(0.1, np.int64(3)).leapfrogs == 3 and idf.objectives.Sinkhorn(X, np.float64(1.0)).epsilon == 1.0

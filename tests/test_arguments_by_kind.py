@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run")
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
-TABLE, NOISE = idf.ou_reverse_sde(3, 2.0), idf.Noise(0)
+TABLE, NOISE = idf.tables.ou_reverse_sde(3, 2.0), idf.Noise(0)
 
 
 class Net(nn.Module):
@@ -83,20 +83,20 @@ BAD = {
     r"ema_decay must lie in \(0, 1\), e\.g\. 0\.99, or None, got torch.float32 with shape \(2,\)": lambda: idf.Update(
         torch.optim.SGD(Net().parameters()), ema_decay=torch.ones(2)
     ),
-    "horizon must be positive and finite, got nan": lambda: idf.ou_reverse_sde(3, math.nan),
+    "horizon must be positive and finite, got nan": lambda: idf.tables.ou_reverse_sde(3, math.nan),
     "initial_std must be positive and finite, got None": lambda: idf.ChainTable(
         *(getattr(TABLE, name) for name in "absmth"), initial_std=None
     ),
     "the divisor of an objective must not be 0": lambda: idf.PathKL() / 0,
     "the weight of path_kl must be finite, got inf": lambda: Sum(((math.inf, idf.PathKL()),)),
-    "available must be an integer ≥ 0, got -1": lambda: check_memory(idf.predict_memory(queue()), "cpu", -1),
+    "available must be an integer ≥ 0, got -1": lambda: check_memory(idf.loops.predict_memory(queue()), "cpu", -1),
     # tensors
     "column b must be of type Tensor, got list": lambda: idf.ChainTable(TABLE.a, [1.0], *[TABLE.a] * 4),
     "column a must hold real numbers, got torch.complex64": lambda: idf.ChainTable(*[TABLE.a.to(torch.complex64)] * 6),
     "log_weights must be floating-point numbers of shape \\(12,\\)": lambda: idf.Particles(X, X),
-    "values must be a tensor of integers with shape \\(m\\)": lambda: idf.Drawn("label", torch.ones(3)),
-    "mean must be a tensor of floating-point .* on the meta device": lambda: idf.GaussianDenoiser.ornstein_uhlenbeck(
-        torch.ones(2, device="meta"), 1.0
+    "values must be a tensor of integers with shape \\(m\\)": lambda: idf.denoisers.Drawn("label", torch.ones(3)),
+    "mean must be a tensor of floating-point .* on the meta device": lambda: (
+        idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.ones(2, device="meta"), 1.0)
     ),
     # functions that take something else, and what they raise
     "reward must be a function of samples, got 3": lambda: idf.Reward(3),
@@ -118,18 +118,20 @@ BAD = {
     "name must be a word under which metrics report the term, got list of 'a'": lambda: idf.Reward(reward, ["a"]),
     "the kind of terms must be a class such as PathKL, got PathKL": lambda: idf.PathKL().weight(idf.PathKL()),
     r"terms must be pairs \(weight, term\), got list of tuple of 1, 2": lambda: Sum([(1, 2)]),
-    "prediction must be one of score, .*got None": lambda: idf.GaussianDenoiser.ornstein_uhlenbeck(X[0], 1.0, None),
-    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.default_kind("ddpm"),
-    "chain must be of type Chain, got None": lambda: idf.Adjoint()(None, idf.PathKL(), NOISE, 2),
-    "evaluation must be of type Evaluation, got float": lambda: idf.bound(0.5, 1.0),
-    "loop must be of type ChainLoop, got Single": lambda: idf.predict_memory(single()),
+    "prediction must be one of score, .*got None": lambda: idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(
+        X[0], 1.0, None
+    ),
+    "scheduler must be a diffusers scheduler, got 'ddpm'": lambda: idf.tables.default_sampler("ddpm"),
+    "chain must be of type Chain, got None": lambda: idf.gradients.Adjoint()(None, idf.PathKL(), NOISE, 2),
+    "evaluation must be of type Evaluation, got float": lambda: idf.evaluation.bound(0.5, 1.0),
+    "loop must be of type ChainLoop, got Single": lambda: idf.loops.predict_memory(single()),
     "state must be of type Mapping, got list": lambda: queue().load_state_dict([]),
     "state is not that of a loop, or damaged: it lacks .*model.*update": lambda: queue().load_state_dict({}),
     "schedule must be of type LRScheduler, got float": lambda: idf.Update(
         torch.optim.SGD(Net().parameters()), schedule=0.5
     ),
     'model must be "digits", a folder or a hub id owner/name, got 3': lambda: idf.load_pretrained(3),
-    "model must be of type Module, got function": lambda: idf.DiffusersDenoiser(lambda x, t: x),
+    "model must be of type Module, got function": lambda: idf.denoisers.DiffusersDenoiser(lambda x, t: x),
     "device 'gpu' draws no random numbers": lambda: NOISE.generator(device="gpu"),
     "a size in shape must be an integer ≥ 0, got -1": lambda: NOISE.normal((2, -1)),
     "dtype must be one of torch's floating-point types, got torch.int64": lambda: NOISE.normal((2,), dtype=torch.long),

@@ -55,7 +55,7 @@ REFUSED = {
     "x must be finite, got True": lambda: check_number("x", True),
     "x must be finite, got list": lambda: check_number("x", [1]),
     r"x must be finite, got torch.float32 with shape \(3, 2\)": lambda: check_number("x", X),
-    "x must be of type Tensor, got list; take torch.as_tensor": lambda: check_tensor("x", [1.0], "n"),
+    "x must be of type Tensor, got list; use torch.as_tensor": lambda: check_tensor("x", [1.0], "n"),
     r"x must be a tensor of floating-point .*\(n, \*event\).*got torch.float32 with shape \(3,\)": lambda: check_tensor(
         "x", X[:, 0], "n *event"
     ),

@@ -180,7 +180,7 @@ def uncopyable():
     [
         (closing_hook, r"layer 0 \(Linear\): it holds the function closing_hook.*closes over the original"),
         (replaced_forward, r"layer 0 \(Linear\): it holds the function"),
-        (uncopyable, r"layer 1 \(Tanh\): TypeError: cannot pickle.*reference=\.\.\. for a Chain"),
+        (uncopyable, r"layer 1 \(Tanh\): TypeError: cannot pickle.*reference=\.\.\. of a Chain"),
         (lambda: nn.Sequential(nn.Tanh(), nn.LazyLinear(3)), "1.weight of Sequential belongs to a lazy layer"),
     ],
 )

@@ -110,7 +110,7 @@ def test_an_empty_string_is_no_folder():
     """It would be the working directory."""
     calls = [RunDirectory, RunDirectory.create, RunDirectory.check, load_state, resume, report, read_prompts]
     for call in [*calls, load_energy_model, lambda folder: save_state(folder, {}), find_checkpoint]:
-        with pytest.raises(InvalidInputError, match=r"path|is no folder"):
+        with pytest.raises(InvalidInputError, match=r"path|is not a folder"):
             call("")
 
 

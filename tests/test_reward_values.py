@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion import Guided
 from implicit_diffusion.errors import InvalidInputError, trying
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials import Guided
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from tests.helpers.oracles_gibbs import Banana
 from tests.objectives.contract import check
@@ -99,7 +99,7 @@ REFUSED = {
     r"got \(3, 4\); average over all dimensions but the first": torch.zeros(3, 4),
     r"got \(4,\)": torch.zeros(4),
     r"got \(3, 3\)": torch.zeros(3, 3),
-    "got function; what makes a reward is called first, FILE.py:make": plain,
+    "got function; call a function that makes a reward: FILE.py:make": plain,
     "got str": "good",
     r"got list of 3 \(str\)": ["a", "b", "c"],
     "got list of 0": [],
@@ -170,7 +170,7 @@ with torch.random.fork_rng(devices=[]):
 FAULTS |= {
     "batch norm": (lambda x: TRAINING(x), "Put batch norm into eval mode", lambda x: EVALUATING(x)),
     "a mean over the batch": (lambda x: plain(x) - plain(x).mean(), "leave means", plain),
-    "rounding": (lambda x: plain(8 * x.round()) + 0 * plain(x), "leave that out", lambda x: plain(8 * x)),
+    "rounding": (lambda x: plain(8 * x.round()) + 0 * plain(x), "avoid that", lambda x: plain(8 * x)),
     "arguments in another order": (
         lambda prompts, images: plain(images),
         "exchange them",

@@ -1,10 +1,10 @@
 """`print` of every public object: a line or a few, without an address and without the numbers of a tensor."""
 
 import ast
-import importlib
 import re
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,12 +13,10 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion import showing
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.finetune.plan import make_plan
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
-from implicit_diffusion.commands.shared.planar import law
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.digits.digits import Digits
+from implicit_diffusion.digits import Digits
 from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
@@ -26,8 +24,8 @@ from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Mo
 from implicit_diffusion.models.lattice import find_lattice
 from implicit_diffusion.objectives import Density, FirstVariation, GibbsObjective, RunningCost, TerminalObjective
 from implicit_diffusion.potentials import energy_of
-from implicit_diffusion.runs import Progress, RunDirectory, Stop
-from implicit_diffusion.runs.callbacks import AdaptKL, Rise, StopAtKL
+from implicit_diffusion.potentials.plane import law
+from implicit_diffusion.runs import AdaptKL, Progress, Rise, RunDirectory, Stop, StopAtKL
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.watch import Runaway, Watch
@@ -36,7 +34,6 @@ from implicit_diffusion.samplers import Kernel, State
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles import table
 
-PACKAGES = ("", ".denoisers", ".gradients", ".loops", ".objectives", ".potentials", ".runs", ".samplers")
 SOURCE = Path(idf.__file__).parent
 HELD = r"\b(Tensor|ndarray|Callable|Say|nn\.Module|Float)\b"  # annotations of fields
 NOISE = idf.Noise(0)
@@ -96,8 +93,8 @@ def sgd(module):
 
 
 def chain(**options):
-    net = idf.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5)
-    return idf.Chain(net, idf.ou_reverse_sde(4, 2.0), (2,), **options)
+    net = idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5)
+    return idf.Chain(net, idf.tables.ou_reverse_sde(4, 2.0), (2,), **options)
 
 
 def on_chain(kind):
@@ -141,21 +138,21 @@ def energy_model():
 EXAMPLES = {
     "HMC": lambda: idf.HMC(0.1),
     "MALA": lambda: idf.MALA(0.1),
-    "ULA": lambda: idf.ULA(idf.power_law(0.5, 1 / 3)),
-    "Underdamped": lambda: idf.Underdamped(0.1),
+    "ULA": lambda: idf.ULA(idf.samplers.power_law(0.5, 1 / 3)),
+    "Underdamped": lambda: idf.samplers.Underdamped(0.1),
     "Kernel": lambda: Stays(0.1),
     "MetropolisKernel": lambda: idf.HMC(0.1),
     "State": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1))[0],
     "Info": lambda: next(simulate(idf.MALA(0.1), mixture(), DATA, NOISE, 1))[1],
     "Step": lambda: idf.ULA(0.1).prepare(mixture(), State(DATA), NOISE.generator()),
     "MMD": lambda: idf.MMD(DATA),
-    "Sinkhorn": lambda: idf.Sinkhorn(DATA, 0.5),
+    "Sinkhorn": lambda: idf.objectives.Sinkhorn(DATA, 0.5),
     "ForwardKL": lambda: idf.ForwardKL(DATA, 8),
     "ReverseKL": lambda: idf.ReverseKL.to_initial(mixture()),
-    "Functional": lambda: idf.Functional(lambda x, w: w @ x[:, 0]),
+    "Functional": lambda: idf.objectives.Functional(lambda x, w: w @ x[:, 0]),
     "Reward": lambda: idf.Reward(partial(scaled, factor=2.0)),
     "PathKL": idf.PathKL,
-    "DriftPenalty": idf.DriftPenalty,
+    "DriftPenalty": idf.objectives.DriftPenalty,
     "Objective": lambda: idf.Reward(reward) + 0.5 * idf.PathKL(),
     "TerminalObjective": White,
     "GibbsObjective": Charged,
@@ -167,44 +164,46 @@ EXAMPLES = {
     "Gibbs": Gibbs,
     "AdjointSolver": Gibbs,
     "AdjointMeasure": lambda: Gibbs()(FirstVariation(DATA[:, 0]), idf.Particles(DATA)),
-    "Adjoint": idf.Adjoint,
-    "FullBackprop": idf.FullBackprop,
-    "Estimator": idf.FullBackprop,
-    "RowEstimator": idf.Adjoint,
+    "Adjoint": idf.gradients.Adjoint,
+    "FullBackprop": idf.gradients.FullBackprop,
+    "Estimator": idf.gradients.FullBackprop,
+    "RowEstimator": idf.gradients.Adjoint,
     "TruncatedBackprop": lambda: TruncatedBackprop(3, random=True),
     "Timetable": lambda: on_chain(idf.Queue).timetable,
     "Fused": lambda: fused_pass(v := mixture(), list(v.parameters()), [(1.0, Charged())], DATA, [None]),
     "Energy": lambda: energy_of(mixture(), DATA),
     "GaussianMixture": mixture,
-    "Guided": lambda: idf.Guided(mixture(), reward, 0.5),
-    "Tilted": lambda: idf.Tilted(LONG, (2,)),
+    "Guided": lambda: idf.potentials.Guided(mixture(), reward, 0.5),
+    "Tilted": lambda: idf.potentials.Tilted(LONG, (2,)),
     "GaussianDenoiser": lambda: chain().denoiser,
     "DiffusersDenoiser": lambda: digits().denoiser,
-    "ClassifierFree": lambda: idf.ClassifierFree(Denoiser(), 2.0, {"class_labels": 3}),
-    "Embedded": lambda: idf.Embedded(Denoiser(), {"embeddings": torch.zeros(5, 7, 16)}),
-    "WithoutAdapter": lambda: idf.WithoutAdapter(Denoiser()),
-    "Drawn": lambda: idf.Drawn("class_labels", torch.arange(10)),
+    "ClassifierFree": lambda: idf.denoisers.ClassifierFree(Denoiser(), 2.0, {"class_labels": 3}),
+    "Embedded": lambda: idf.denoisers.Embedded(Denoiser(), {"embeddings": torch.zeros(5, 7, 16)}),
+    "WithoutAdapter": lambda: idf.denoisers.WithoutAdapter(Denoiser()),
+    "Drawn": lambda: idf.denoisers.Drawn("class_labels", torch.arange(10)),
     "Pretrained": digits,
     "ChainTable": lambda: table(20),
     "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
     "Evaluation": evaluation,
-    "Bound": lambda: idf.bound(evaluation(), 0.5),
+    "Bound": lambda: idf.evaluation.bound(evaluation(), 0.5),
     "Particles": lambda: weighted().particles,
-    "Replicas": lambda: idf.annealed(idf.Tilted(idf.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2),
+    "Replicas": lambda: idf.samplers.annealed(
+        idf.potentials.Tilted(idf.potentials.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2
+    ),
     "Noise": lambda: NOISE.stream(1),
     "Update": lambda: on_chain(idf.Queue).update,
     "Queue": lambda: on_chain(idf.Queue),
     "Nested": lambda: on_chain(idf.Nested),
     "Single": weighted,
-    "NestedParticles": lambda: on_particles(idf.NestedParticles, inner_steps=2),
-    "Unrolled": lambda: on_particles(idf.Unrolled, unrolled_steps=2),
+    "NestedParticles": lambda: on_particles(idf.loops.NestedParticles, inner_steps=2),
+    "Unrolled": lambda: on_particles(idf.loops.Unrolled, unrolled_steps=2),
     "Progress": lambda: Progress(10, "fine-tuning"),
     "RunDirectory": lambda: RunDirectory("runs/sharp"),
     "Stop": Stop,
     # What public functions return and public objects hold:
     "WeightedState": lambda: weighted().weighted_state,
     "Slot": lambda: on_chain(idf.Queue).slots[0],
-    "Memory": lambda: idf.predict_memory(on_chain(idf.Queue)),
+    "Memory": lambda: idf.loops.predict_memory(on_chain(idf.Queue)),
     "Compiled": lambda: Compiled(reward),
     "Checkpoint": lambda: find_checkpoint("digits"),
     "Transition": lambda: chain().transition(torch.zeros(1, 3, 2), [0], reference=True),
@@ -220,7 +219,7 @@ EXAMPLES = {
     "Lattice": lambda: find_lattice(torch.arange(40.0).reshape(20, 2)),
     "EnergyModel": energy_model,
     "Data": lambda: Data(DATA, DATA, DATA[0], DATA[0], law("moons")),
-    "Plan": lambda: make_plan(evaluation()),
+    "Plan": lambda: idf.make_plan(evaluation()),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
     "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),
@@ -228,9 +227,9 @@ EXAMPLES = {
 
 
 def public_classes():
-    modules = [importlib.import_module(f"implicit_diffusion{package}") for package in PACKAGES]
-    found = {name: getattr(module, name) for module in modules for name in module.__all__}
-    return {name: kind for name, kind in found.items() if isinstance(kind, type) and not issubclass(kind, Exception)}
+    namespaces = [value for name in idf.__all__ if isinstance(value := getattr(idf, name), ModuleType)]
+    public = {name: getattr(module, name) for module in (idf, *namespaces) for name in module.__all__}
+    return {name: kind for name, kind in public.items() if isinstance(kind, type) and not issubclass(kind, Exception)}
 
 
 def test_every_public_class_has_an_example():
@@ -300,7 +299,7 @@ def test_it_says_what_matters(name):
 
 def test_an_evaluation_shows_its_means_with_their_errors():
     values = torch.tensor([[1.0], [2.0], [3.0], [6.0]])  # mean 3, variance 14/3: an error of √(14/12) = 1.08
-    shown = repr(idf.Evaluation(values, 0 * values, 0 * values, torch.zeros(4, 1, 2)))
+    shown = repr(idf.evaluation.Evaluation(values, 0 * values, 0 * values, torch.zeros(4, 1, 2)))
     assert shown == "Evaluation(4 starts × 1, reward=3 ± 1, path_kl=0 nats, samples=(2,) float32)"
 
 

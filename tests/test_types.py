@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run")
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
-TABLE = idf.ou_reverse_sde(3, 2.0)
+TABLE = idf.tables.ou_reverse_sde(3, 2.0)
 NOISE = idf.Noise(0)
 
 
@@ -27,7 +27,7 @@ KERNEL, REWARD = idf.ULA(0.1), idf.Reward(reward)
 
 
 def net():
-    return idf.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2, dtype=F64), 0.5)
+    return idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2, dtype=F64), 0.5)
 
 
 def single(potential=None, kernel=KERNEL, objective=REWARD, optimizer=None, noise=NOISE, particles=X):
@@ -61,8 +61,8 @@ BAD = {
         lambda: queue(noise=0),
         lambda: idf.Chain(net(), TABLE, (2,)).sample(0, 2),
         lambda: idf.evaluate(idf.Chain(net(), TABLE, (2,)), reward, 0, starts=2),
-        lambda: idf.warm_up(idf.MALA(0.1), Banana(), X, 0),
-        lambda: idf.Replicas(idf.ULA(0.1), Banana(), X, 0, groups=2),
+        lambda: idf.samplers.warm_up(idf.MALA(0.1), Banana(), X, 0),
+        lambda: idf.samplers.Replicas(idf.ULA(0.1), Banana(), X, 0, groups=2),
         lambda: next(simulate(idf.ULA(0.1), Banana(), X, 0, 3)),
     ],
     r"kernel must be of type Kernel, got the class ULA; use ULA\(0\.1\)": [lambda: single(kernel=idf.ULA)],

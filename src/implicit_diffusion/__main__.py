@@ -4,11 +4,22 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; an interrupt is one line and status 130 while it is still being imported, too."""
+    """Run the command line; returns the exit status.
+
+    An interrupt while it is still being imported is one line and status 130, a missing `[cli]` one line and status 2.
+    """
     try:
         from implicit_diffusion.runs import clock
 
         clock.begin()
+        from implicit_diffusion.errors import MissingExtraError
+        from implicit_diffusion.extras import require
+
+        try:
+            require("tyro", "rich")
+        except MissingExtraError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         from implicit_diffusion import cli
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""`torch.compile` by a fixed rule: all of a function or nothing.
+"""`torch.compile` for a whole function, or not at all.
 
-A function that differentiates inside (∇V) compiles where torch can trace autograd. Where something prevents compilation
-(no C++ compiler, a reward that leaves torch), a warning says so in one line, and the function runs as it is.
+A function that differentiates inside (∇V) can be compiled where torch can trace autograd. Where compilation fails, for
+lack of a C++ compiler or because a reward leaves torch, a warning says why in one line, and the function runs eagerly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from implicit_diffusion.showing import Shown
 
 
 class Compiled(Shown):
-    """A function that is compiled in full at its first call, or not at all. A copy of it is compiled at its own first.
+    """A function that is compiled in full at its first call, or not at all. A copy is compiled at its own first call.
 
     Args:
-        function: what to compile, a function or a module.
+        function: a function or module.
         differentiates: whether it calls autograd inside.
-        dynamic: as in `torch.compile`; None for inputs whose batch size changes, such as a filling queue's.
+        dynamic: as in `torch.compile`; None for inputs whose batch size changes, such as those of a filling queue.
 
     Attributes:
-        reason: why it runs uncompiled, in one line; None where it does not.
+        reason: why it runs eagerly, in one line; None if it is compiled.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Compiled(Shown):
         self._compiled = torch.compile(self.function, fullgraph=True, dynamic=self.dynamic)
         try:
             return self._run(args, kwargs)
-        except Exception as error:  # whatever dynamo and inductor raise, by kind of obstacle
-            result = self.function(*args, **kwargs)  # an error of the function's own is raised here as it is
+        except Exception as error:  # dynamo and inductor raise many
+            result = self.function(*args, **kwargs)  # an error of the function itself is raised here
             self.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             warnings.warn(f"not compiled, runs eagerly: {self.reason}", stacklevel=3)
             return result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._compiled is not None
-        if not self.differentiates:  # a network, beside whose call setting a limit costs nothing
+        if not self.differentiates:  # a network, whose call takes much longer than setting a limit
             with _config().patch({"recompile_limit": SETTINGS["recompile_limit"]}):
                 return self._compiled(*args, **kwargs)
         try:

@@ -1,7 +1,7 @@
-"""What can go wrong, by name. Every error of ours is an `ImplicitDiffusionError` and the built-in error it resembles.
+"""Errors, and checks of arguments. Every error is an `ImplicitDiffusionError` and the built-in error that it is like.
 
-A message names the argument, says what was given and what would work. The checks below say it in one manner for all
-arguments of a kind; each returns its argument as what it is checked to be.
+A message names the argument, what was given and what would work. The checks below word it in the same way for all
+arguments of a type; those that convert return the converted argument.
 """
 
 from __future__ import annotations
@@ -16,9 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+__all__ = [  # the public ones; the checks are for the package itself
+    "DivergenceError",
+    "ImplicitDiffusionError",
+    "InvalidInputError",
+    "MemoryLimitError",
+    "MissingExtraError",
+    "NonAffineError",
+    "NonFiniteError",
+    "RewardError",
+    "StorageError",
+]
+
 
 class ImplicitDiffusionError(Exception):
-    """Root of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class InvalidInputError(ImplicitDiffusionError, ValueError):
@@ -26,7 +38,7 @@ class InvalidInputError(ImplicitDiffusionError, ValueError):
 
 
 class NonAffineError(InvalidInputError):
-    """A scheduler whose step is not affine in (x, u, ξ), or has hidden state: it is no table."""
+    """A scheduler whose step is not affine in (x, u, ξ), or has hidden state: it cannot be written as a table."""
 
 
 class NonFiniteError(ImplicitDiffusionError, ArithmeticError):
@@ -34,65 +46,69 @@ class NonFiniteError(ImplicitDiffusionError, ArithmeticError):
 
 
 class DivergenceError(ImplicitDiffusionError, ArithmeticError):
-    """A training that runs away though its numbers are still finite; raised before its result replaces a sound one."""
+    """Training that diverges although its numbers are still finite; raised before its result replaces a good one."""
 
 
 class MemoryLimitError(ImplicitDiffusionError, MemoryError):
     """The predicted memory exceeds what the device has."""
 
 
+class MissingExtraError(ImplicitDiffusionError, ImportError):
+    """A library that this part of the package uses is not installed; the message is the command that installs it."""
+
+
 class StorageError(ImplicitDiffusionError, OSError):
-    """A file that cannot be written, or a folder that cannot be locked; what was there before is intact."""
+    """A file that cannot be written, or a folder that cannot be locked; its previous contents are intact."""
 
 
 class RewardError(ImplicitDiffusionError, RuntimeError):
-    """A reward of the user's own that raised, or asked to exit, in the middle of a run."""
+    """A reward function of the user that raised an error, or tried to exit, during a run."""
 
 
-LARGEST = 2**31 - 1  # of counts and sizes
+LARGEST_INTEGER = 2**31 - 1  # of counts and sizes
 
 
 def shown(value: object) -> str:
-    """What was given, in few words: numbers and short strings as they are, tensors by their form, others by type."""
+    """A value for a message: numbers and short strings in full, tensors by dtype and shape, others by type."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape):
         return f"{value.dtype} with shape {tuple(value.shape)}"
     if isinstance(value, (list, tuple)) and len(value) <= 6:
         return f"{type(value).__name__} of {', '.join(map(shown, value)) or 'nothing'}"
-    plain = value is None or isinstance(value, (bool, int, float, complex, str))
-    if plain or hasattr(value, "dtype") or type(value).__name__ in ("dtype", "device"):
+    short = value is None or isinstance(value, (bool, int, float, complex, str))
+    if short or hasattr(value, "dtype") or type(value).__name__ in ("dtype", "device"):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}…"
     return type(value).__name__
 
 
 def check_type(name: str, value: object, kind: Any, advice: str) -> None:
-    """Raise `InvalidInputError` where an argument is of another kind, with what would make it one."""
+    """Raise `InvalidInputError` where an argument is of another type; `advice` says what to give instead."""
     if not isinstance(value, kind):
         given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise InvalidInputError(f"{name} must be of type {kind.__name__}, got {given}; {advice}")
 
 
-def check_integer(name: str, value: Any, least: int = 1, most: int = LARGEST, *, note: str = "") -> int:
-    """The integer, as Python's own.
+def check_integer(name: str, value: Any, least: int = 1, most: int = LARGEST_INTEGER, *, note: str = "") -> int:
+    """The argument as a Python `int`.
 
     Args:
         name: of the argument.
-        value: an integer of any library; True and False are none.
-        least: bound below.
-        most: bound above.
-        note: what else would work, for the end of the message.
+        value: an integer of any library, but not True or False.
+        least: smallest allowed value.
+        most: largest allowed value.
+        note: added to the message after the condition.
 
     Raises:
-        InvalidInputError: no integer, or one out of bounds.
+        InvalidInputError: not an integer, or one out of bounds.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # tensors have errors of their own, by kind
+    except (TypeError, ValueError, RuntimeError):  # tensors raise various errors
         number = None
     if number is None or not least <= number <= most:
-        open_ended = most >= LARGEST and (number is None or number < least)
+        open_ended = most >= LARGEST_INTEGER and (number is None or number < least)
         must = f"be an integer ≥ {least}" if open_ended else f"lie in {least}..{most}"
         raise InvalidInputError(f"{name} must {must}{note}, got {shown(value)}")
     return number
@@ -107,18 +123,18 @@ def check_number(
     closed: bool = False,
     note: str = "",
 ) -> float:
-    """The finite real number between two bounds, as a float.
+    """The argument, a finite real number between two bounds, as a `float`.
 
     Args:
         name: of the argument.
-        value: a number of any library, or a tensor of one; True and False are none.
-        low: bound below, excluded.
-        high: bound above, excluded.
+        value: a number of any library, or a tensor of one number, but not True or False.
+        low: lower bound, excluded.
+        high: upper bound, excluded.
         closed: whether the bounds themselves are allowed.
-        note: what else would work, for the end of the message.
+        note: added to the message after the condition.
 
     Raises:
-        InvalidInputError: no number, NaN or infinite, or one out of bounds.
+        InvalidInputError: not a number, NaN or infinite, or out of bounds.
     """
     try:
         number = (
@@ -139,23 +155,23 @@ def check_number(
 
 
 def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, integers: bool = False) -> Any:
-    """The tensor, which is dense, holds numbers and has the dimensions of `shape`.
+    """The argument, a dense tensor of numbers with the dimensions of `shape`.
 
     Args:
         name: of the argument.
         value: a tensor.
         shape: names of its dimensions, as in annotations: "n *event" are at least two, "n" is exactly one, and "n ..."
-            at least one. None of them may be empty.
+            at least one. None may have size 0.
         finite: whether NaN and infinity are refused as well.
         integers: whether it holds integers instead of floating-point numbers.
 
     Raises:
-        InvalidInputError: something else.
+        InvalidInputError: any other value.
     """
     from torch import Tensor, strided
 
     dims, kind = shape.split(), "integers" if integers else "floating-point numbers"
-    check_type(name, value, Tensor, f"take torch.as_tensor({name.split()[-1]})")
+    check_type(name, value, Tensor, f"use torch.as_tensor({name.split()[-1]})")
     right = not (value.is_floating_point() or value.is_complex()) if integers else value.is_floating_point()
     many, least = any(dim[0] in "*." for dim in dims), len(dims) - ("..." in dims)
     fits = value.ndim >= least if many else value.ndim == least
@@ -182,7 +198,7 @@ def check_call(name: str, function: Any, *arguments: str, more: bool = False) ->
         (signature.bind_partial if more else signature.bind)(*arguments)
     except TypeError as error:
         raise InvalidInputError(f"{form}, got one that is not: {error}") from error
-    except ValueError:  # functions written in C need not tell
+    except ValueError:  # functions written in C may have no signature
         pass
 
 
@@ -202,21 +218,21 @@ def check_path(name: str, value: object) -> Path:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise `InvalidInputError` where a word is none of those that are known."""
+    """Raise `InvalidInputError` unless a string is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise InvalidInputError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 @contextmanager
 def trying(name: str, on: str) -> Iterator[None]:
-    """Turn whatever a function or module of the user's own raises when it is tried into one line that names it.
+    """Turn any error of a user's function or module, called here for the first time, into one line that names it.
 
     Args:
         name: of the argument.
-        on: what it is tried on.
+        on: what it is called with.
 
     Raises:
-        InvalidInputError: for every error but our own, and but a lack of memory.
+        InvalidInputError: for every error except those of this package and a lack of memory.
     """
     try:
         yield
@@ -232,7 +248,7 @@ def trying(name: str, on: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says; where torch advises to give gradients up, that these are needed."""
+    """The message of an error; torch's advice to detach, which loses the gradients needed here, is replaced."""
     return str(error).replace(
         "Use tensor.detach().numpy() instead.", "NumPy passes no gradient on: use torch operations instead"
     )
@@ -247,4 +263,4 @@ def memory_for(what: str) -> Iterator[None]:
         short = isinstance(error, MemoryError) or any(word in str(error) for word in ("memory", "calculation overflow"))
         if isinstance(error, ImplicitDiffusionError) or not short:
             raise
-        raise MemoryLimitError(f"{what} do not fit into memory; take fewer, or smaller ones") from error
+        raise MemoryLimitError(f"{what} do not fit into memory; use fewer, or smaller ones") from error

@@ -1,8 +1,8 @@
-"""Modules that hold still: frozen copies to compare with, and evaluation mode while a network is a function.
+"""Frozen copies of networks, and evaluation mode for as long as a network must be a function.
 
-Dropout and BatchNorm's running statistics make u a random function, or one with a memory. Inside samplers and
-gradients it has to be one function of (x, t; θ), so networks run in evaluation mode there. Autocast has a memory too:
-it keeps its casts of the weights until its outermost context ends, where a loop inside would never see its own updates.
+Dropout makes u a random function, and BatchNorm's running statistics make it depend on earlier calls. Samplers and
+gradients need one function of (x, t; θ), so networks run in evaluation mode there. Autocast caches its casts of the
+weights until its outermost context ends, and a loop inside it would not see its own updates.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen_copy(module: Module) -> Module:
-    """A deep copy of `module` in evaluation mode whose parameters ask for no gradient.
+    """A deep copy of `module` in evaluation mode whose parameters need no gradient.
 
     Raises:
-        InvalidInputError: `module` is no `torch.nn.Module`. Copying a plain function would share the
-            parameters that it closes over, and the "frozen" copy would be trained along with the original. Or else a
-            module that `copied` refuses.
+        InvalidInputError: `module` is not a `torch.nn.Module` (a copy of a function shares the parameters that it
+            closes over, and would be trained along with the original), or `copied` refuses it.
     """
     if not isinstance(module, nn.Module):
         raise InvalidInputError(
@@ -44,12 +43,12 @@ def frozen_copy(module: Module) -> Module:
 def copied(module: Module) -> Module:
     """A deep copy that shares nothing with the original.
 
-    The hooks of `torch.nn.utils` (`weight_norm`, `spectral_norm`, `prune`) leave the tensor that they computed last at
-    their layer, with its history, of which torch makes no copies: the copy gets its numbers, and computes its own at
-    its next call.
+    The hooks of `torch.nn.utils` (`weight_norm`, `spectral_norm`, `prune`) store the tensor that they computed last on
+    their layer. It has a gradient history, which torch does not copy: the copy gets its numbers, and computes it anew
+    at its next call.
 
     Raises:
-        InvalidInputError: a lazy layer without weights; a hook or function at a layer that closes over layers of the
+        InvalidInputError: a lazy layer without weights; a hook or function of a layer that closes over layers of the
             original; a part that cannot be copied.
     """
     check_complete(module)
@@ -61,17 +60,17 @@ def copied(module: Module) -> Module:
                 memo[id(value)] = value.detach().clone()
             elif any(id(held) in own for held in _closed_over(value)):
                 raise InvalidInputError(
-                    f"no copy can be made of {_called(name, layer)}: it holds the function "
-                    f"{getattr(value, '__qualname__', value)}, which closes over the original and would go on with its "
-                    "weights; make it a method, or pass the copy yourself, reference=... for a Chain"
+                    f"cannot copy {_called(name, layer)}: it holds the function "
+                    f"{getattr(value, '__qualname__', value)}, which closes over the original and would keep its "
+                    "weights; make it a method, or pass the copy yourself, reference=... of a Chain"
                 )
     try:
         with torch.inference_mode(False):
             return copy.deepcopy(module, memo)
-    except Exception as error:  # whatever parts raise, by kind
+    except Exception as error:  # parts raise any error
         raise InvalidInputError(
-            f"no copy can be made of {_called(*_broken(module))}: {type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}; pass the copy yourself, reference=... for a Chain"
+            f"cannot copy {_called(*_broken(module))}: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}; pass the copy yourself, reference=... of a Chain"
         ) from error
 
 
@@ -87,12 +86,12 @@ def check_complete(module: nn.Module) -> None:
 
 @contextmanager
 def eval_mode(*modules: object) -> Iterator[None]:
-    """Run `modules` as functions of what they are given and of their present weights.
+    """Run `modules` as functions of their inputs and their current weights.
 
-    They are in evaluation mode inside the block; afterwards every submodule has its own mode again. An autocast around
-    it casts the weights anew at every call.
+    They are in evaluation mode inside the block; afterwards every submodule has its previous mode. An autocast around
+    the block casts the weights anew at every call.
 
-    What stands for modules is what `modules_in` names; plain functions and None have no mode and are passed over.
+    An argument may be anything that `modules_in` finds modules in; functions and None have no mode and are skipped.
     """
     owners = {id(owner): owner for module in modules if not isinstance(module, WITHOUT) for owner in modules_in(module)}
     training = [part for owner in owners.values() for part in owner.modules() if part.training]
@@ -109,15 +108,15 @@ def eval_mode(*modules: object) -> Iterator[None]:
 
 
 def modules_in(value: object) -> Iterator[nn.Module]:
-    """The modules that a callable holds: itself, the owner of a bound method, what a partial was given, attributes.
+    """The modules that a callable holds: itself, the owner of a bound method, arguments of a partial, attributes.
 
-    Attributes of an instance count as far as two levels down, with lists, tuples and dicts of modules in them. What a
-    plain function closes over, or finds among its globals, is out of reach.
+    Attributes of an instance are searched two levels deep, including lists, tuples and dicts of modules. Modules that a
+    function closes over, or uses as globals, are not found.
     """
     return _modules_in(value, 2)
 
 
-WITHOUT = (FunctionType, Tensor, float, int, str, NoneType, tuple, list, dict, type, ModuleType)  # the usual, quickly
+WITHOUT = (FunctionType, Tensor, float, int, str, NoneType, tuple, list, dict, type, ModuleType)  # skipped at once
 
 
 def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
@@ -142,8 +141,8 @@ def refuse_inference_mode() -> None:
     """Raise `InvalidInputError` inside `torch.inference_mode`, where nothing can be differentiated."""
     if torch.is_inference_mode_enabled():
         raise InvalidInputError(
-            "gradients are needed here, and torch.inference_mode rules them out; leave it, or take torch.no_grad, "
-            "which does no harm"
+            "gradients are needed here, and torch.inference_mode rules them out; leave it, or use torch.no_grad "
+            "instead, which is harmless"
         )
 
 
@@ -151,7 +150,7 @@ Refreshed = tuple[nn.Module, str | SpectralNorm]
 
 
 def parametrizations(module: nn.Module) -> list[Refreshed]:
-    """Layers whose tensors are computed from others, with what computes them.
+    """Layers with a tensor that is computed from others, and what computes it.
 
     That is the tensor's name for `torch.nn.utils.parametrizations`, and the hook of `torch.nn.utils.spectral_norm`.
     """
@@ -174,8 +173,8 @@ def parametrizations(module: nn.Module) -> list[Refreshed]:
 def train_once(parametrized: Iterable[Refreshed]) -> None:
     """Evaluate parametrized tensors once in training mode.
 
-    Spectral normalisation iterates its estimate of the norm in training mode only; without this it would go on
-    dividing by the norm of the first weights.
+    Spectral normalisation updates its estimate of the norm in training mode only; without this it would keep dividing
+    by the norm of the first weights.
     """
     for layer, name in parametrized:
         if isinstance(name, SpectralNorm):
@@ -193,9 +192,9 @@ def train_once(parametrized: Iterable[Refreshed]) -> None:
 
 
 def _attributes(layer: nn.Module) -> Iterator[Any]:
-    """What a layer holds besides its parameters, buffers and parts; containers are looked into once.
+    """Attributes of a layer other than its parameters, buffers and parts, and the items of those that are containers.
 
-    What `torch.compile` made of it is left out: a copy compiles its own.
+    The result of `torch.compile` is left out: a copy is compiled again.
     """
     if hasattr(layer, "_orig_mod"):
         return
@@ -207,21 +206,21 @@ def _attributes(layer: nn.Module) -> Iterator[Any]:
 
 
 def _closed_over(value: Any) -> Iterator[Any]:
-    """What a function keeps of where it was made."""
+    """The objects that a function closes over."""
     while isinstance(value, functools.partial):  # its arguments are copied
         value = value.func
     for cell in getattr(value, "__closure__", None) or ():
         try:
-            found = cell.cell_contents
+            content = cell.cell_contents
         except ValueError:  # not filled yet
             continue
-        yield found
-        if isinstance(found, Callable) and not isinstance(found, nn.Module):  # type: ignore[arg-type]
-            yield getattr(found, "__self__", None)
+        yield content
+        if isinstance(content, Callable) and not isinstance(content, nn.Module):  # type: ignore[arg-type]
+            yield getattr(content, "__self__", None)
 
 
 def _broken(module: nn.Module) -> tuple[str, nn.Module]:
-    """The innermost part of which no copy can be made."""
+    """The innermost part that cannot be copied."""
     for name, part in reversed(list(module.named_modules())):
         try:
             copy.deepcopy(part)

@@ -1,10 +1,10 @@
-"""Is a function of samples what a reward or a potential has to be? Tried on a few of them, before any work.
+"""Checks of rewards and potentials on a few samples, before any work.
 
-Each value must depend on its own sample alone. Where it does not, as under batch norm in training mode or after
-`x - x.mean(0)`, its gradient is another one, and what is reported depends on how many samples happen to be judged
-together. The derivative of one value in the others' samples tells, and so do the values of samples that stay while
-others in the same batch are exchanged, which needs no derivative: both batches have one shape, so that they are
-computed alike, and nothing but mixing sets them apart.
+Each value must depend on its own sample alone. Where it does not, as with batch norm in training mode or after
+`x - x.mean(0)`, the gradient is a different one, and reported values depend on how many samples are evaluated together.
+There are two tests. One is the derivative of a value with respect to the other samples. The other needs no derivatives:
+some samples of a batch are exchanged, and the values of the remaining ones must not change. Both batches have the same
+shape, so that the same computations are made, and only mixing can make a difference.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 
-SHARE = 0.01  # of the values' spread that a change counts from; below lies what layers of few bits round together
+SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
 ALONE = (
     "each value must depend on its own sample alone. Put batch norm into eval mode, and leave means and ranks over the "
     "batch out"
 )
-BY_TORCH = "write it by torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
-ROUNDINGS = 16  # and of their size, in units of the last place
+BY_TORCH = "write it with torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
+ROUNDINGS = 16  # units in the last place of the largest value: smaller changes may be rounding
+
+
+class FunctionWarning(UserWarning):
+    """A function of samples can be used, but is random, or flat where it was tried."""
 
 
 @torch.no_grad()
@@ -34,24 +38,25 @@ def check_separate(
     values: Float[Tensor, " n"],
     of: str = "samples",
 ) -> None:
-    """Raise `InvalidInputError` where values depend on other samples than their own, by four more calls.
+    """Raise `InvalidInputError` where values depend on samples other than their own; needs four more calls.
 
-    A function that gives the same samples other values at a second call is random. That is said as a warning, and
-    nothing is concluded from its values.
+    A function that gives the same samples different values at a second call is random. Then there is a warning, and no
+    other conclusion.
 
     Args:
-        what: the function is called in messages.
-        judge: values at the samples with these numbers, n of them, some more than once.
+        what: name of the function in messages.
+        judge: from n sample numbers, some of which may be equal, to the values at these samples.
         values: judge(0, 1, …, n − 1).
-        of: what the samples are called.
+        of: name of the samples in messages.
     """
     n, order = len(values), torch.arange(len(values), device=values.device)
     spread, rounding = values.max() - values.min(), ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().max()
     noise = (judge(order) - values).abs().max()
     if not noise <= SHARE * spread + rounding:
         warnings.warn(
-            f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch "
-            "dropout and random augmentations off in it, or its noise is in every gradient, and runs may not repeat",
+            f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
+            "dropout and random augmentations in it; otherwise its noise is in every gradient, and runs do not repeat",
+            FunctionWarning,
             stacklevel=2,
         )
         return
@@ -62,12 +67,12 @@ def check_separate(
         change = (judge(index) - values)[kept].abs().max()
         if not change <= SHARE * spread + rounding + 10 * noise:
             raise InvalidInputError(
-                f"{what} mixes {of}: the same ones beside others get values that differ by {float(change):.2g}; {ALONE}"
+                f"{what} mixes {of}: in another batch, values of the same ones differ by {float(change):.2g}; {ALONE}"
             )
 
 
 def check_own_gradient(what: str, gradient: Float[Tensor, "n *event"], of: str = "samples") -> None:
-    """Raise `InvalidInputError` where the first of n values, whose gradient this is, depends on others' samples."""
+    """Raise `InvalidInputError` where the first of n values, whose gradient this is, depends on the other samples."""
     if not (gradient[1:] == 0).all():
         raise InvalidInputError(f"{what} mixes {of}: the value of the first depends on others; {ALONE}")
 
@@ -75,9 +80,10 @@ def check_own_gradient(what: str, gradient: Float[Tensor, "n *event"], of: str =
 def check_slope(
     what: str, gradient: Float[Tensor, "n *event"], values: Float[Tensor, "..."], *, warn: bool = True
 ) -> None:
-    """Refuse a function that varies over samples without a slope at any: nothing could follow it.
+    """Refuse a function whose values differ although its gradient is zero at all samples: it cannot be followed.
 
-    One that is flat at all of them may have a slope elsewhere, which is said as a warning where `warn` asks for it.
+    A function that is constant over these samples may have a slope elsewhere; then there is a warning, if `warn` is
+    set.
 
     Raises:
         InvalidInputError: all derivatives are 0, though the values differ.
@@ -87,11 +93,12 @@ def check_slope(
     if bool(values.max() > values.min()):
         raise InvalidInputError(
             f"{what} has no slope: its gradient is 0 at all {len(gradient)} samples tried, though their values differ. "
-            "It rounds, compares or counts; leave that out, or train a potential by Single, which needs no slope"
+            "It rounds, compares or counts; avoid that, or train a potential with Single, which needs no slope"
         )
     if warn:
         warnings.warn(
-            f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training follows it "
-            "only where it has one",
+            f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training "
+            "follows it only where it has a slope",
+            FunctionWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""The global generators of torch, NumPy and Python: rewards of the user's own may draw from them.
+"""The global generators of torch, NumPy and Python, from which reward functions of the user may draw.
 
-Nothing of ours does. Inside `Draws` they follow from the run's own noise, so that the same seed gives the same run
-whatever was drawn before, and outside they are the caller's, as they were. A checkpoint keeps their states.
+This package does not. Inside `Draws` they have states that follow from the run's noise, so that the same seed gives the
+same run whatever was drawn before; outside they have the states of the caller. A checkpoint keeps the states.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from implicit_diffusion.noise import Noise
 
-GLOBAL = 2**31 + 1  # first key of what seeds them: beyond every trajectory, and beside samplers.chain.TRIAL
+GLOBAL = 2**31 + 1  # first key of their seeds, which no trajectory and no trial of a reward has
 States = tuple[Tensor, Tensor | None, Any, Any]  # of torch, of the device, of NumPy, of Python
 
 
 class Draws:
-    """Global generators of a run's own: in place inside `with draws:`, the caller's again after it.
+    """States of the global generators for a run, in use inside `with draws:`.
 
-    Only what may draw for the run belongs inside: a library that draws at its import, or for its screen, would shift
-    the numbers of one run and not of another.
+    Only code that draws for the run belongs inside: a library that draws when it is imported, or for its output, would
+    shift the numbers of one run and not of another.
 
     Args:
         noise: of the run.
-        key: another one gives other numbers.
-        device: beside the CPU, whose generator rewards may draw from.
+        key: a different key gives different numbers.
+        device: on which rewards may draw, in addition to the CPU.
     """
 
     def __init__(self, noise: Noise, *key: int, device: torch.device | str = "cpu") -> None:
@@ -61,7 +61,7 @@ class Draws:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called; the generator of a device of another type begins anew."""
+        """Restore what `state_dict` returned; the generator of a device of another type keeps its present state."""
         kind, keys, *rest = state["numpy"]
         version, words, spare = state["python"]
         own = state.get(self.device.type, self.states[1])
@@ -82,5 +82,5 @@ class Draws:
 
     @property
     def _name(self) -> tuple[torch.device, ...]:
-        """What names the device to its module; that of Apple knows a single one."""
+        """Arguments that name the device to its torch module; Apple's module has a single device."""
         return () if self.device.type == "mps" else (self.device,)

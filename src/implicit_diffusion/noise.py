@@ -1,8 +1,8 @@
-"""Replayable noise: a key names its numbers, so that a forward and a backward pass share one path.
+"""Replayable noise: numbers are addressed by keys, so that a forward and a backward pass see the same path.
 
-Nothing here advances: `noise.normal(shape, trajectory, step)` returns the same ξ whenever, wherever and in whatever
-order it is asked for. Keys are hashed to seeds by NumPy's `SeedSequence`, because generators seeded with neighbouring
-integers need not be independent, and a torch CPU generator keeps only the low 32 bits of its seed.
+There is no state: `noise.normal(shape, trajectory, step)` always returns the same ξ, in whatever order keys are used.
+Keys are hashed to seeds by NumPy's `SeedSequence`, because generators seeded with neighbouring integers need not be
+independent, and a torch CPU generator keeps only the low 32 bits of its seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Noise:
         prefix: the stream's own key; see `stream`.
 
     Raises:
-        InvalidInputError: a seed or key that is negative or no integer.
+        InvalidInputError: a seed or key is negative or not an integer.
     """
 
     seed: int
@@ -38,7 +38,7 @@ class Noise:
         given = (self.seed, *self.prefix) if isinstance(self.prefix, Sequence) else (self.seed, self.prefix)
         try:
             seed, *prefix = map(operator.index, given)  # NumPy's integers become Python's, which a state can hold
-        except (TypeError, ValueError, RuntimeError) as error:  # tensors have errors of their own
+        except (TypeError, ValueError, RuntimeError) as error:  # tensors raise various errors
             raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {_in_short(given)}") from error
         if min((seed, *prefix)) < 0 or not isinstance(self.prefix, Sequence):
             raise InvalidInputError(f"seed and keys must be integers ≥ 0, got {_in_short(given)}")
@@ -46,21 +46,21 @@ class Noise:
         object.__setattr__(self, "prefix", tuple(prefix))
 
     def stream(self, *key: int) -> Noise:
-        """An independent family of noise: `noise.stream(1)` never meets a key of `noise` that is one shorter."""
+        """Independent noise: no key of `noise.stream(1)` is equal to a shorter key of `noise`."""
         return Noise(self.seed, self.prefix + key)
 
     def generator(self, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator on `device`, seeded by the hashed key.
 
         Raises:
-            InvalidInputError: a key that is negative or no integer; a device that is not there or draws no numbers.
+            InvalidInputError: a key is negative or not an integer; the device does not exist or draws no numbers.
         """
         stream = self.stream(*key)
         words = np.random.SeedSequence(stream.seed, spawn_key=stream.prefix).generate_state(1, np.uint64)
         try:
             return torch.Generator(device).manual_seed(int(words[0]))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidInputError(f"device {shown(device)} draws no random numbers; take cpu or cuda") from error
+            raise InvalidInputError(f"device {shown(device)} draws no random numbers; use cpu or cuda") from error
 
     def normal(
         self,
@@ -72,7 +72,8 @@ class Noise:
         """Independent N(0, 1) numbers of the given shape: the same key gives the same numbers on the same machine.
 
         Raises:
-            InvalidInputError: as `generator`; sizes that are negative or no integers; another dtype than a float's.
+            InvalidInputError: as `generator`; a size is negative or not an integer; the dtype is not a floating-point
+                type.
             MemoryLimitError: more numbers than the device can hold.
         """
         if not isinstance(shape, Sequence) or isinstance(shape, str):

@@ -14,7 +14,7 @@ from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import Shown, brief, of_kind, with_error
 
-FEW = 3  # coordinates whose means are shown
+FEW = 3  # coordinates up to which `repr` shows means
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,13 +24,13 @@ class Particles(Shown):
     Args:
         x: positions, with shape (n, *event).
         log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
-        log_z: log ∫ e^{−V} of the law that they stand for, where they carry it.
-        log_z_growth: by how much log Z has grown since their loop began, which weights tell though log Z is unknown.
-        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None where
-            there was nothing.
+        log_z: log ∫ e^{−V} of the law that they represent, if it is known.
+        log_z_growth: growth of log Z since their loop began, which weights estimate even where log Z is unknown.
+        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None if it was
+            nothing.
 
     Raises:
-        InvalidInputError: no tensor, or no particle; log-weights of another shape than (n,).
+        InvalidInputError: `x` is not a tensor, or has no particles; log-weights do not have shape (n,).
     """
 
     x: Float[Tensor, "n *event"]
@@ -63,7 +63,7 @@ class Particles(Shown):
 
     @property
     def ess(self) -> Float[Tensor, ""]:
-        """Effective sample size of the weights, 1/Σ w_i²: n where they are equal, 1 where one carries all."""
+        """Effective sample size of the weights, 1/Σ w_i²: n for equal weights, 1 if one particle has all of it."""
         return 1 / self.weights.square().sum()
 
     def _words(self) -> Iterable[str]:
@@ -76,7 +76,7 @@ class Particles(Shown):
         yield from (f"{name}={brief(value)}" for name, value in held.items() if value is not None)
 
     def _mean(self) -> str:
-        """The mean of every coordinate, with its standard error as of independent particles."""
+        """The mean of every coordinate, with its standard error for independent particles."""
         x, w = self.x.detach().double().flatten(1), self.weights.detach().double()
         mean = w @ x
         error = ((w @ (x - mean).square()) * w.square().sum()).sqrt()
@@ -88,13 +88,13 @@ class Particles(Shown):
 
 
 def states(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
-    """Particles as samplers keep them: detached, in single precision at least, which float16 and bfloat16 fit into.
+    """Particles as samplers keep them: detached, in single precision at least, which holds float16 and bfloat16.
 
     Raises:
-        InvalidInputError: no tensor; fewer than `least` particles, or events without a dimension; no floating-point
+        InvalidInputError: not a tensor; fewer than `least` particles, or events without a dimension; not floating-point
             numbers; NaN or infinity.
     """
-    check_type("particles", x, Tensor, "take torch.as_tensor(particles), or a number of them")
+    check_type("particles", x, Tensor, "use torch.as_tensor(particles), or their number")
     if x.ndim < 2 or len(x) < least or not x.numel():
         raise InvalidInputError(
             f"particles must have shape (n, *event) with n ≥ {least} and an event of at least one dimension, got "

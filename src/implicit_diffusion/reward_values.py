@@ -1,8 +1,8 @@
-"""What a reward is called with, and what it returns: one number per sample, in any of the forms that rewards have.
+"""Arguments and results of reward functions: one number per sample, in any of the usual forms.
 
-Libraries of rewards return columns of shape (n, 1), dicts of scores, pairs (scores, info), lists of numbers or NumPy
-arrays. Which of them a value is, is decided by its kind and never by how many samples there are, so that a form that
-passes when it is tried passes in every batch. What a pair or a dict holds besides the scores is left alone.
+Reward libraries return columns of shape (n, 1), dicts of scores, pairs (scores, info), lists of numbers or NumPy
+arrays. The form is recognised by type, never by the number of samples, so that a form that is accepted in the first
+check is accepted in every batch. Other entries of a pair or a dict are ignored.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError
 
-KEYS = ("reward", "rewards", "score", "scores")  # of a dict, the obvious one first
+KEYS = ("reward", "rewards", "score", "scores")  # of a dict of scores, in this order
 WORDS = {"prompt", "prompts", "caption", "captions", "text", "texts", "label", "labels", "class_labels", "condition"}
 
 
 def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Shaped[Tensor, " n"]:
-    """The rewards in what a reward returned for samples x.
+    """The rewards in the result of a reward function for samples x.
 
-    It may be a tensor or NumPy array of n numbers along one of its dimensions, (n,), (n, 1) or (1, n); a list of n
-    numbers or of tensors that hold one; a pair (scores, info) whose info is a dict, or None; a dict with one of `KEYS`,
-    or with a single entry that is a tensor or an array. Tensors keep their history, dtype and device; what is none
-    becomes one like x.
+    The result may be a tensor or NumPy array of n numbers along one of its dimensions, (n,), (n, 1) or (1, n); a list
+    of n numbers or of tensors that hold one; a pair (scores, info) whose info is a dict, or None; a dict with one of
+    `KEYS`, or with a single entry that is a tensor or an array. Tensors keep their gradient history, dtype and device;
+    other numbers become a tensor with the dtype and device of x.
 
     Raises:
-        InvalidInputError: anything else.
+        InvalidInputError: any other result.
     """
     values = _tensor(_chosen(returned), x)
     if values is None or values.numel() != len(x) or values.ndim - sum(size == 1 for size in values.shape) > 1:
@@ -44,14 +44,14 @@ def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Shaped[Tensor, " n
 
 
 def takes_condition(function: Callable[..., Any]) -> bool:
-    """Whether a reward must be given a second argument: what its samples were sampled under.
+    """Whether a reward function has a second required argument: what its samples were sampled under.
 
     Raises:
-        InvalidInputError: it must be given more than two arguments, one by name alone, or the samples as the second.
+        InvalidInputError: it has more than two required arguments, one that is keyword-only, or the samples second.
     """
     try:
         parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
-    except (TypeError, ValueError):  # built-in functions need not have one
+    except (TypeError, ValueError):  # built-in functions may have no signature
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters.values() if p.default is p.empty and p.kind not in UNNAMED]
@@ -59,8 +59,8 @@ def takes_condition(function: Callable[..., Any]) -> bool:
     named = [p.name for p in required if p.kind not in positional]
     if len(given) > 2 or named:
         raise InvalidInputError(
-            "reward must take one argument, the samples (images), or two, the samples and what they were sampled under "
-            f"(prompts, class labels), got {'one' if len(required) == 1 else 'a function'} of "
+            "reward must have one required argument, the samples (images), or two, the samples and what they were "
+            f"sampled under (prompts, class labels), got {'one' if len(required) == 1 else 'a function'} of "
             f"{', '.join([*given, *(f'{name}=…' for name in named)])}; give the others defaults"
             + ", and let the samples come by position"
             * bool(named)
@@ -77,7 +77,7 @@ UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _chosen(returned: Any) -> Any:
-    """The scores of a pair or a dict; all else as it is."""
+    """The scores in a pair or a dict; any other result unchanged."""
     if isinstance(returned, (tuple, list)) and len(returned) == 2 and isinstance(returned[1], (Mapping, type(None))):
         return returned[0]
     if not isinstance(returned, Mapping):
@@ -96,7 +96,7 @@ def _chosen(returned: Any) -> Any:
 
 
 def _tensor(scores: Any, x: Tensor) -> Tensor | None:
-    """Numbers as a tensor; None where there are none."""
+    """Numbers as a tensor; None for other values."""
     if isinstance(scores, Tensor):
         return scores
     if isinstance(scores, (list, tuple)) and scores:
@@ -111,14 +111,14 @@ def _tensor(scores: Any, x: Tensor) -> Tensor | None:
 
 
 def _given(returned: Any, values: Tensor | None) -> str:
-    """What was returned instead, and what would work."""
+    """Describe what was returned instead, and what would work."""
     scores = _chosen(returned)
     of = "" if scores is returned else f" in a {type(returned).__name__}"
     if scores is None and not of:
         return "None; end it with return"
     if callable(scores):
         return (
-            f"{type(scores).__name__}{of}; what makes a reward is called first, FILE.py:make() on the command line, "
+            f"{type(scores).__name__}{of}; call a function that makes a reward: FILE.py:make() on the command line, "
             "Reward(make()) in Python"
         )
     if values is None:

@@ -1,4 +1,4 @@
-"""What floating-point numbers resolve, and how to lose none of it."""
+"""Precision of floating-point numbers: dtypes of states, and sums and distances without cancellation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def squared_distances(x: Float[Tensor, "n *event"], y: Float[Tensor, "m *event"]
     """‖x_i − y_j‖² in the device's widest dtype, differentiable also where two points coincide.
 
     |x|² + |y|² − 2⟨x, y⟩ costs no tensor larger than n × m, but cancels as the points move away from the origin. So a
-    common centre is taken from both first, and the rest is done in double precision, which single-precision points
-    that are scattered over 10⁶ of their distances do not exhaust.
+    common centre is subtracted from both first, and the rest is computed in double precision, which suffices for
+    single-precision points even where they spread over 10⁶ times their distances.
     """
     x, y = exact(x.flatten(1)), exact(y.flatten(1))
     centre = (x.detach().mean(0) + y.detach().mean(0)) / 2

@@ -1,8 +1,8 @@
-"""What `print` shows of an object: sizes, rates and progress in a line, never the numbers of a tensor or an address.
+"""The `repr` of objects: sizes, rates and progress in one line, never the numbers of a tensor or an address.
 
-A class says what it holds by `_words`, and `Shown` puts its name before them. By default these are its fields, or its
-public attributes, each `brief`: a tensor by its shape and dtype, a function by its name, a network by its class and the
-number of its parameters.
+A class lists its contents in `_words`, and `Shown` puts its name in front. By default these are its fields or its
+public attributes, each shortened by `brief`: a tensor to its shape and dtype, a function to its name, a network to its
+class and the number of its parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Shown:
     """A class whose `repr` is its name and its `_words`."""
 
     def _words(self) -> Iterable[str]:
-        """What is worth knowing, in the order of importance."""
+        """The parts of the `repr`, the most important first."""
         return attributes(self)
 
     def __repr__(self) -> str:
@@ -34,13 +34,13 @@ class Shown:
 
 
 class ShownModule(Shown, nn.Module):
-    """A network of ours, whose layers may be hundreds of lines: they are printed where it is asked for them."""
+    """A network of this package; its `repr` leaves out the layers, which may be hundreds of lines."""
 
 
 def attributes(value: Any) -> Iterator[str]:
     """The fields of a dataclass or named tuple, the public attributes of others; without those that are None or False.
 
-    Fields with `repr=False` are left out, and what is not there yet, in an object that could not be made.
+    Fields with `repr=False` are left out, and those that are missing because the constructor raised an error.
     """
     names = vars(value) if hasattr(value, "__dict__") else value._fields
     if dataclasses.is_dataclass(value):
@@ -55,7 +55,7 @@ def of_tuple(value: Any) -> str:
 
 
 def brief(value: object) -> str:
-    """A value in a few words, whatever it is."""
+    """Any value in a few words."""
     if isinstance(value, Tensor):
         return of_tensor(value)
     ours = type(value).__module__.partition(".")[0] == PACKAGE or isinstance(value, Shown)
@@ -79,37 +79,37 @@ def brief(value: object) -> str:
 
 
 def of_tensor(value: Tensor) -> str:
-    """A number as it is; of others the shape, the dtype and, but for the CPU, the device."""
+    """A single number in full; otherwise the shape, the dtype and, unless it is the CPU, the device."""
     if value.ndim == 0 and not value.is_meta:
         try:
             return f"{value.item():.4g}"
-        except RuntimeError:  # one that is traced has no value
+        except RuntimeError:  # a traced tensor has no value
             pass
     return f"{tuple(value.shape)} {of_kind(value.dtype, value.device)}"
 
 
 def of_kind(dtype: torch.dtype, device: torch.device) -> str:
-    """The dtype and, but for the CPU, the device."""
+    """The dtype and, unless it is the CPU, the device."""
     return str(dtype).removeprefix("torch.") + (f" on {device}" if device.type != "cpu" else "")
 
 
 def of_network(module: nn.Module) -> str:
-    """Its class and the number of its parameters, and of those that are trained where some are frozen."""
+    """Its class and the number of its parameters; if some are frozen, also the number of those that are trained."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters() if not nn.parameter.is_lazy(p)]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, asks in sizes if asks)
+    total, trained = sum(n for n, _ in sizes), sum(n for n, needs in sizes if needs)
     some = f", {trained:,} trained" if 0 < trained < total else ""
     return f"{type(module).__name__} of {total:,} parameters{some}" if total else type(module).__name__
 
 
 def of_function(function: Any) -> str:
-    """The name of a function; of another callable its class."""
+    """The name of a function; for other callables, of their class."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__name__)).rpartition("<locals>.")[2]
 
 
 def named(function: Callable[..., Any], name: str) -> Any:
-    """The function under another name, that of the call which made it."""
+    """Set the name of a function to that of the call that made it."""
     function.__name__ = function.__qualname__ = name
     return function
 
@@ -122,7 +122,7 @@ def estimate(values: Tensor) -> str:
 
 
 def with_error(mean: float, error: float) -> str:
-    """The mean to the first digit of its error; without one, to four digits."""
+    """The mean to the first digit of its error; without an error, to four digits."""
     if not (math.isfinite(mean) and 0 < error < math.inf):
         return f"{mean:.4g}"
     places = -int(f"{error:.0e}".partition("e")[2])

@@ -14,12 +14,12 @@ from diffusers import DDPMScheduler
 
 from implicit_diffusion import __version__, cli
 from implicit_diffusion.commands import resuming
-from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import problem
+from implicit_diffusion.commands.finetune import setup, training
 from implicit_diffusion.commands.registry import COMMANDS
 from implicit_diffusion.commands.rewards import trust as reward_trust
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers import tiny
@@ -47,7 +47,7 @@ def model(folder, shift=0.0):
     return save_pipeline(folder, DiffusersDenoiser(unet), DDPMScheduler(clip_sample=False), "a test")
 
 
-CALLBACKS = finetune._callbacks
+CALLBACKS = training.callbacks
 
 
 def stop_at_two(fit):
@@ -65,7 +65,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         for out in ("whole", "half", "adapters"):
             first = [] if out == "whole" else [stop_at_two]
-            patched.setattr(finetune, "_callbacks", lambda *arguments, first=first: [*first, *CALLBACKS(*arguments)])
+            patched.setattr(training, "callbacks", lambda *arguments, first=first: [*first, *CALLBACKS(*arguments)])
             lora = ["--lora-rank", "2"] if out == "adapters" else []
             patched.chdir(home)
             call = ["finetune", *TINY, *lora, "--model", "model", "--reward", "my.py:f", "--out", out]
@@ -90,7 +90,7 @@ def half(home, tmp_path, monkeypatch):
 @pytest.fixture
 def nothing_runs(monkeypatch):
     """Neither a model is loaded nor a reward executed."""
-    monkeypatch.setattr(problem, "_build", lambda *arguments: pytest.fail("it was built"))
+    monkeypatch.setattr(setup, "_build", lambda *arguments: pytest.fail("it was built"))
 
 
 def test_a_run_goes_on_from_another_directory_bit_for_bit(home, tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
+from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.checkpoints import DIGITS
-from implicit_diffusion.models.pretrained import adapter_usage, load_pretrained, save_adapter
+from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
@@ -220,6 +221,6 @@ def test_peft_adds_the_adapter_where_diffusers_does_not(kind, tmp_path):
 
 def test_without_an_adapter_there_is_none_to_save(tmp_path):
     pretrained = load_pretrained(tiny.class_conditional(tmp_path / "model"))
-    with pytest.raises(InvalidInputError, match="has no adapter inside; add_lora puts them in"):
+    with pytest.raises(InvalidInputError, match="has no adapter; call add_lora on its network"):
         save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
     assert not (tmp_path / "lora").exists()

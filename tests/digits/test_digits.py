@@ -1,12 +1,15 @@
 """The real digits, the classifiers of them, the rewards, and the numbers that say how good samples are."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from implicit_diffusion import digits
 from implicit_diffusion.commands.rewards.shipped import brightness, darkness
-from implicit_diffusion.digits import digits
+from implicit_diffusion.digits.data import SPLIT_SEED
+from implicit_diffusion.digits.quality import _reference
 from implicit_diffusion.errors import InvalidInputError
 
 FIRST_LABELS = [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
@@ -77,26 +80,26 @@ def test_digit_log_probability_knows_ten_digits(digit):
 
 
 def test_real_digits_look_real():
-    result = digits.quality(digits.load_digits().held_out)
-    assert result["classifier_confidence"] > 0.97 and result["judge_confidence"] > 0.9
-    assert result["judge_agreement"] > 0.97
-    assert result["mmd"] < result["mmd_reference"]["quantile_95"]
-    assert result["memorised"] < 0.03  # 1 % by definition, up to the quantile's rounding
-    assert sum(result["class_histogram"]) == pytest.approx(1.0)
-    json.dumps(result, allow_nan=False)
+    result = digits.judge_samples(digits.load_digits().held_out)
+    assert result.classifier_confidence > 0.97 and result.judge_confidence > 0.9
+    assert result.judge_agreement > 0.97
+    assert result.mmd < result.mmd_reference.quantile_95
+    assert result.memorised < 0.03  # 1 % by definition, up to the quantile's rounding
+    assert sum(result.class_histogram) == pytest.approx(1.0)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 def test_noise_does_not_look_real():
-    result = digits.quality(torch.randn(300, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    assert result["mmd"] > 100 * result["mmd_reference"]["quantile_95"]
-    assert result["judge_agreement"] < 0.6
-    assert result["nearest_distance"] > 3 * result["held_out"]["nearest_distance"]
-    assert result["memorised"] == 0.0
+    result = digits.judge_samples(torch.randn(300, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert result.mmd > 100 * result.mmd_reference.quantile_95
+    assert result.judge_agreement < 0.6
+    assert result.nearest_distance > 3 * result.held_out.nearest_distance
+    assert result.memorised == 0.0
 
 
 def test_training_digits_are_memorised():
-    result = digits.quality(digits.load_digits().train)
-    assert result["memorised"] == 1.0 and result["nearest_distance"] == 0.0
+    result = digits.judge_samples(digits.load_digits().train)
+    assert result.memorised == 1.0 and result.nearest_distance == 0.0
 
 
 def test_squared_mmd_agrees_with_its_definition():
@@ -104,7 +107,7 @@ def test_squared_mmd_agrees_with_its_definition():
     x, y = (torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64) for n in (5, 7))
 
     def mean(u, v, same):
-        width = digits._reference().bandwidth
+        width = _reference().bandwidth
         values = [
             torch.exp(-(a - b).square().sum() / (2 * width**2)).item()
             for i, a in enumerate(u)
@@ -118,15 +121,15 @@ def test_squared_mmd_agrees_with_its_definition():
 
 
 def test_the_reference_is_the_mmd_between_halves():
-    data, reference = digits.load_digits(), digits._reference()
+    data, reference = digits.load_digits(), _reference()
     real = torch.cat([data.train, data.held_out])
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(digits.SPLIT_SEED))
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(SPLIT_SEED))
     values = [digits.squared_mmd(real[order < len(real) // 2], real[order >= len(real) // 2])]
-    assert digits._reference(splits=1).mmd_mean == pytest.approx(values[0], abs=1e-12)
+    assert _reference(splits=1).mmd_mean == pytest.approx(values[0], abs=1e-12)
     assert abs(reference.mmd_mean) < reference.mmd_quantile < 1e-3
 
 
 @pytest.mark.parametrize("samples", [torch.zeros(1, 1, 8, 8), torch.full((3, 1, 8, 8), float("nan"))])
 def test_quality_refuses_what_it_cannot_judge(samples):
     with pytest.raises(InvalidInputError, match="samples"):
-        digits.quality(samples)
+        digits.judge_samples(samples)

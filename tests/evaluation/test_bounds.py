@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.evaluation.bounds import bound, captured, gain, memory_of_start, possible, sharpest
+from implicit_diffusion.evaluation import bound, captured, gain, memory_of_start, possible, sharpest
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from tests.helpers.oracles import affine_chain, exact_terms, riccati, tilted_bound
@@ -36,8 +36,8 @@ def test_equals_the_closed_form(problem, control):
     assert b.j_se < 0.03 * gain
     assert abs(b.j - conditional) < 4 * b.j_se
     assert abs(pooled.j - unconditional) < 4 * pooled.j_se
-    for found in (b, pooled):
-        assert found.j == pytest.approx(-found.reward + BETA * found.path_kl, abs=1e-9)
+    for each in (b, pooled):
+        assert each.j == pytest.approx(-each.reward + BETA * each.path_kl, abs=1e-9)
 
 
 def test_trained_samples_are_sharper(problem):
@@ -62,10 +62,10 @@ def test_errors_of_the_unconditional_bound_cover():
     """Its standard errors against the spread over 200 independent evaluations of a Gaussian reward."""
     draws = torch.randn(200, 500, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     zeros = torch.zeros_like(draws[0])
-    found = [bound(Evaluation(w, zeros, zeros, w[..., None]), 1.0, conditional=False) for w in draws]
+    bounds = [bound(Evaluation(w, zeros, zeros, w[..., None]), 1.0, conditional=False) for w in draws]
     for name in ("j", "reward", "path_kl"):
-        values = torch.tensor([getattr(b, name) for b in found])
-        errors = torch.tensor([getattr(b, f"{name}_se") for b in found])
+        values = torch.tensor([getattr(b, name) for b in bounds])
+        errors = torch.tensor([getattr(b, f"{name}_se") for b in bounds])
         assert 0.8 < errors.mean() / values.std() < 1.2
 
 
@@ -74,8 +74,8 @@ def test_the_error_of_the_gain_is_that_of_a_difference(conditional):
     """Against the spread over 300 evaluations; for a weak tilt it is far below that of either mean."""
     draws = torch.randn(300, 100, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     zeros = torch.zeros_like(draws[0])
-    found = torch.tensor([gain(Evaluation(w, zeros, zeros, w[..., None]), 8.0, conditional=conditional) for w in draws])
-    values, errors = found.unbind(1)
+    gains = torch.tensor([gain(Evaluation(w, zeros, zeros, w[..., None]), 8.0, conditional=conditional) for w in draws])
+    values, errors = gains.unbind(1)
     assert 0.85 < errors.mean() / values.std() < 1.15  # the spread itself is known to 4 %
     assert abs(values.mean() - 1 / 8) < 4 * values.std() / 300**0.5
     assert errors.mean() < 0.3 * (100 * 8) ** -0.5
@@ -87,9 +87,9 @@ def test_the_possible_gain_is_what_the_captured_share_is_of(problem):
     most, error = possible(before, after, BETA)
     gained = (before.objective(BETA) - after.objective(BETA)).mean().item()
     assert captured(before, after, BETA)[0] * most == pytest.approx(gained)
-    best, told = sharpest(before, after, BETA)
+    best, source = sharpest(before, after, BETA)
     assert most == pytest.approx(before.objective(BETA).mean().item() - best.j) and 0 < error < most
-    assert told == "trained" and best.j == pytest.approx(BETA * best.path_kl - best.reward, abs=1e-9)
+    assert source == "trained" and best.j == pytest.approx(BETA * best.path_kl - best.reward, abs=1e-9)
 
 
 def test_differences_of_j_on_one_noise_are_exact_where_the_drift_is_the_optimum():
@@ -103,12 +103,12 @@ def test_differences_of_j_on_one_noise_are_exact_where_the_drift_is_the_optimum(
     before = Evaluation(sigma * z, 0 * z, 0 * z, z[..., None])
     after = Evaluation(sigma * (z + shift), kl, kl + shift * z, z[..., None])
     exact = sigma**2 / (2 * BETA)
-    for found in (possible(before, after, BETA), mean_and_error(before.objective(BETA) - after.objective(BETA))):
-        assert found == pytest.approx((exact, 0.0), abs=1e-12)
+    for estimate in (possible(before, after, BETA), mean_and_error(before.objective(BETA) - after.objective(BETA))):
+        assert estimate == pytest.approx((exact, 0.0), abs=1e-12)
     assert captured(before, after, BETA) == pytest.approx((1.0, 0.0), abs=1e-12)
     assert mean_and_error(after.objective(BETA, control_variate=True))[1] < 1e-12 < mean_and_error(z)[1]
-    best, told = sharpest(before, after, BETA)
-    assert told == "trained" and best.j == pytest.approx(after.objective(BETA).mean().item())
+    best, source = sharpest(before, after, BETA)
+    assert source == "trained" and best.j == pytest.approx(after.objective(BETA).mean().item())
     assert best.j == pytest.approx(BETA * best.path_kl - best.reward, abs=1e-12)
 
 
@@ -171,13 +171,13 @@ def test_the_chain_that_tells_the_bound_best_is_chosen(problem):
     astray = chain.replace(denoiser=copy.deepcopy(good.denoiser), reference=chain.reference)
     astray.denoiser.shift.data += 3.0
     before, best, ruined = (evaluate(c, reward, Noise(2), **sizes) for c in (chain.pretrained(), good, astray))
-    found, told = sharpest(before, best, BETA)
+    chosen, source = sharpest(before, best, BETA)
     own = bound(best, BETA)
-    assert told == "trained" and (found.path_kl, found.effective_samples) == (own.path_kl, own.effective_samples)
-    assert found.j - own.j == pytest.approx((BETA * (best.path_kl - best.log_ratio)).mean().item())
-    found, told = sharpest(before, ruined, BETA)
-    assert told == "pretrained" and found == bound(before, BETA)
-    assert abs(found.j - conditional) < 4 * found.j_se < 0.2 < bound(ruined, BETA).j - conditional
+    assert source == "trained" and (chosen.path_kl, chosen.effective_samples) == (own.path_kl, own.effective_samples)
+    assert chosen.j - own.j == pytest.approx((BETA * (best.path_kl - best.log_ratio)).mean().item())
+    chosen, source = sharpest(before, ruined, BETA)
+    assert source == "pretrained" and chosen == bound(before, BETA)
+    assert abs(chosen.j - conditional) < 4 * chosen.j_se < 0.2 < bound(ruined, BETA).j - conditional
     gained = (before.objective(BETA) - ruined.objective(BETA)).mean().item()
     assert captured(before, ruined, BETA)[0] == pytest.approx(gained / possible(before, ruined, BETA)[0])
     single = Evaluation(*(getattr(before, name)[:, :1] for name in ("reward", "path_kl", "log_ratio", "samples")))

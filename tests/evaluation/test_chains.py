@@ -26,9 +26,9 @@ class Told(nn.Module):
 NONE = 1e-300  # of x_0: lost beside anything else
 
 
-def one_row(*, noise, start=NONE, told=0.0, condition=None):
-    """x_1 = x_0 + told·u + noise·ξ with x_0 of deviation `start`."""
-    row = {name: torch.tensor([value], dtype=F64) for name, value in (("a", 1.0), ("b", told), ("s", noise))}
+def one_row(*, noise, start=NONE, slope=0.0, condition=None):
+    """x_1 = x_0 + slope·u + noise·ξ with x_0 of deviation `start`."""
+    row = {name: torch.tensor([value], dtype=F64) for name, value in (("a", 1.0), ("b", slope), ("s", noise))}
     one = torch.ones(1, dtype=F64)
     table = ChainTable(**row, m=one, t=0 * one, h=one, initial_std=start)
     return Chain(Told(), table, (1,), condition=condition)
@@ -53,12 +53,12 @@ def test_trajectories_have_noise_of_their_own():
 def test_the_condition_of_a_start_is_that_of_the_network_and_of_the_reward():
     """x_1 is the label under which the network was called; the reward gets the same, and all repeats of a start."""
     labels = Drawn("label", torch.arange(1, 50))
-    chain, seen = one_row(noise=0.0, told=1.0, condition=labels), []
+    chain, seen = one_row(noise=0.0, slope=1.0, condition=labels), []
 
     def watching(x, condition):
         seen.append(condition["label"])
         return reward(x)
 
-    found = evaluate(chain, watching, Noise(0), starts=12, repeats=3, chunk=12).samples[..., 0]
-    assert torch.equal(found, found[:, :1].expand_as(found)) and len(found.unique()) > 6
-    assert torch.equal(found.flatten(), torch.cat(seen)[-36:].to(F64))  # after what the reward was tried on
+    x = evaluate(chain, watching, Noise(0), starts=12, repeats=3, chunk=12).samples[..., 0]
+    assert torch.equal(x, x[:, :1].expand_as(x)) and len(x.unique()) > 6
+    assert torch.equal(x.flatten(), torch.cat(seen)[-36:].to(F64))  # after what the reward was tried on

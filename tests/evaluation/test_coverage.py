@@ -9,7 +9,7 @@ c·E x_0 = 0.
 import pytest
 import torch
 
-from implicit_diffusion.evaluation.bounds import bound, captured, memory_of_start, possible, sharpest
+from implicit_diffusion.evaluation import bound, captured, memory_of_start, possible, sharpest
 from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
 
 F64 = torch.float64
@@ -32,29 +32,29 @@ def controlled(z, w, reward, a, b):
     return Evaluation(reward + SIGMA * a, (log_ratio * 0) + (a**2 + b**2) / 2, log_ratio, reward[..., None])
 
 
-def spread(found):
+def spread(estimates):
     """Means of the estimates and of their errors, and the deviation between replicates."""
-    values, errors = torch.tensor(found, dtype=F64).unbind(1)
+    values, errors = torch.tensor(estimates, dtype=F64).unbind(1)
     return values.mean().item(), errors.mean().item(), values.std().item()
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "told"), [(0.3, 0.1, "trained"), pytest.param(3.0, 1.0, "pretrained", marks=pytest.mark.slow)]
+    ("a", "b", "source"), [(0.3, 0.1, "trained"), pytest.param(3.0, 1.0, "pretrained", marks=pytest.mark.slow)]
 )
-def test_errors_of_share_gain_and_bound_cover(a, b, told):
+def test_errors_of_share_gain_and_bound_cover(a, b, source):
     """200 replicates know the deviation to 5 %. At a = 0.3 the missed part is most of the error of the share."""
     pairs = [(controlled(*parts, 0.0, 0.0), controlled(*parts, a, b)) for parts in zip(*draws(MANY, 60, 8))]
-    assert sharpest(*pairs[0], BETA)[1] == told
+    assert sharpest(*pairs[0], BETA)[1] == source
     j = -SIGMA * a + BETA * (a**2 + b**2) / 2
-    bounds = [bound(pair[told == "trained"], BETA) for pair in pairs]
-    for found, exact in (
+    bounds = [bound(pair[source == "trained"], BETA) for pair in pairs]
+    for estimates, exact in (
         ([captured(*pair, BETA) for pair in pairs], j / BEST),
         ([possible(*pair, BETA) for pair in pairs], -BEST),
         ([(x.j, x.j_se) for x in bounds], BEST),
         ([(x.reward, x.reward_se) for x in bounds], SIGMA**2 / BETA),
         ([(x.path_kl, x.path_kl_se) for x in bounds], (SIGMA / BETA) ** 2 / 2),
     ):
-        mean, error, deviation = spread(found)
+        mean, error, deviation = spread(estimates)
         assert 0.8 < error / deviation < 1.2
         assert abs(mean - exact) < 1.5 * error + 4 * deviation / MANY**0.5  # what the jackknife leaves
 
@@ -62,19 +62,19 @@ def test_errors_of_share_gain_and_bound_cover(a, b, told):
 def test_starts_are_the_unit():
     """Of a mean, and of J* without the condition: 8 trajectories that share an x_0 are hardly more than one."""
     parts = list(zip(*draws(MANY, 60, 8)))
-    for found in (
+    for estimates in (
         [mean_and_error(reward) for _, _, reward in parts],
         [(lambda x: (x.j, x.j_se))(bound(controlled(*p, 0.0, 0.0), 3.0, conditional=False)) for p in parts],
     ):
-        _, error, deviation = spread(found)
+        _, error, deviation = spread(estimates)
         assert 0.8 < error / deviation < 1.2
         assert deviation > 2 * 2**0.5 / (3 * 480**0.5)
 
 
 def test_the_error_of_the_memory_covers():
     """With two repeats half of the variance is that of the variance within."""
-    found = [memory_of_start(reward) for _, _, reward in zip(*draws(MANY, 60, 2))]
-    mean, error, deviation = spread(found)
+    estimates = [memory_of_start(reward) for _, _, reward in zip(*draws(MANY, 60, 2))]
+    mean, error, deviation = spread(estimates)
     assert abs(mean - 0.5) < 4 * deviation / MANY**0.5 + 0.2 * error  # a ratio has a bias
     assert 0.8 < error / deviation < 1.2
 

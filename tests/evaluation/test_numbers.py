@@ -25,9 +25,9 @@ def evaluation(starts=6, repeats=5, seed=0):
 
 def test_the_objective_is_what_its_path_kl_and_its_reward_make_of_it():
     """β·KL − R, trajectory by trajectory; with the log-ratio for the path KL where that is asked for."""
-    found = evaluation()
-    torch.testing.assert_close(found.objective(0.7), 0.7 * found.path_kl - found.reward)
-    torch.testing.assert_close(found.objective(0.7, control_variate=True), 0.7 * found.log_ratio - found.reward)
+    made = evaluation()
+    torch.testing.assert_close(made.objective(0.7), 0.7 * made.path_kl - made.reward)
+    torch.testing.assert_close(made.objective(0.7, control_variate=True), 0.7 * made.log_ratio - made.reward)
 
 
 @pytest.mark.parametrize("conditional", [True, False])
@@ -51,10 +51,10 @@ def test_signal_to_noise_by_hand(batch):
     sgd = torch.optim.SGD(potential.parameters(), lr=0.1)
     loop = Single(potential, ULA(0.1), term, sgd, particles=x, noise=Noise(0))
     drawn.clear()
-    found = signal_to_noise(loop, groups=8)
+    ratio_of_loop = signal_to_noise(loop, groups=8)
     gammas = torch.stack([1.5 * (part.mean(0) - y.mean(0)) for part, y in zip(x.chunk(8), drawn, strict=True)])
     ratio = gammas.mean(0).square().sum() / (gammas.var(0).sum() / 8) - 1
-    assert found == pytest.approx(math.sqrt(max(0.0, ratio.item())), rel=1e-9)
+    assert ratio_of_loop == pytest.approx(math.sqrt(max(0.0, ratio.item())), rel=1e-9)
     assert batch is None or len({tuple(y.flatten().tolist()) for y in drawn}) == 8
 
 
@@ -94,5 +94,5 @@ def test_a_bound_is_trusted_where_half_the_repeats_count(leading, trusted):
     """Of ten trajectories of each start four carry all the weight, or all carry the same."""
     reward = torch.linspace(0, 1, 8, dtype=F64)[:, None].repeat(1, 10)
     reward[:, leading:] -= 200.0
-    found = bound(Evaluation(reward, 0 * reward, 0 * reward, reward[..., None]), 1.0)
-    assert found.effective_samples == pytest.approx(leading) and found.trusted == trusted
+    best = bound(Evaluation(reward, 0 * reward, 0 * reward, reward[..., None]), 1.0)
+    assert best.effective_samples == pytest.approx(leading) and best.trusted == trusted

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.files.reading import DEEPEST, LONGEST, one_line, read_bytes, read_json
+from implicit_diffusion.files.reading import DEEPEST, LONGEST_REASON, one_line, read_bytes, read_json
 
 
 def test_a_file_is_read_up_to_its_bound(tmp_path):
@@ -73,19 +73,19 @@ def test_json_is_an_object_of_bounded_depth(tmp_path):
         "[" * 10**6: "nested deeper than 64",
         "[1]": "holds a JSON list",
         "null": "holds a JSON NoneType",
-        "9" * 10**5: "no valid JSON",
-        '{"a"': "no valid JSON",
-        "": "no valid JSON",
+        "9" * 10**5: "not valid JSON",
+        '{"a"': "not valid JSON",
+        "": "not valid JSON",
     }.items():
         path.write_text(text)
         with pytest.raises(InvalidInputError, match=message):
             read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(InvalidInputError, match=r"no valid JSON .*utf-8"):
+    with pytest.raises(InvalidInputError, match=r"not valid JSON .*utf-8"):
         read_json(path)
 
 
 def test_words_of_libraries_are_one_bounded_line():
     assert one_line(ValueError("a\n  b\r\n\tc\u2028d")) == "a b c d"
     assert one_line(ValueError()) == "ValueError"
-    assert len(one_line("x" * 10**6)) == LONGEST + 2
+    assert len(one_line("x" * 10**6)) == LONGEST_REASON + 2

@@ -1,6 +1,7 @@
 """A diffusers folder with a tiny untrained network of colour images: no digits, whose quality would be judged."""
 
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, save_pipeline
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.models.pretrained import save_pipeline
 from tests.helpers import tiny
 
 

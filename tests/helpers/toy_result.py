@@ -1,4 +1,4 @@
-"""Made-up outcomes for the tests of the report: a Gaussian reward in closed form, tilted by hand. No run made them.
+"""Made-up results for the tests of the report: a Gaussian reward in closed form, tilted by hand. No run made them.
 
 With R = m + σ z and a drift that shifts z by a, log dP_θ/dP_0 = a z + a²/2 under θ: the path KL is a²/2, the reward
 m + σ a, and a = σ/β is the optimum. A second shift b, of a direction without reward, is what training wastes.
@@ -6,14 +6,17 @@ m + σ a, and a = σ/β is the optimum. A second shift b, of a direction without
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from implicit_diffusion.commands.finetune.plan import make_plan
-from implicit_diffusion.commands.finetune.result import Outcome
-from implicit_diffusion.digits.digits import load_digits
-from implicit_diffusion.evaluation import Evaluation
-from implicit_diffusion.evaluation.bounds import possible, sharpest
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.headline import headline_of
+from implicit_diffusion.commands.finetune.result import Result
+from implicit_diffusion.commands.finetune.summary import Memory, ModelSummary, Summary, TrainingSummary
+from implicit_diffusion.digits import Appearance, Quality, load_digits
+from implicit_diffusion.digits.quality import MMDBetweenHalves
+from implicit_diffusion.evaluation import Evaluation, judge, make_plan
 from implicit_diffusion.evaluation.chains import mean_and_error
 
 MEAN, STD, BETA, UPDATES = 36.0, 3.3, 3.3, 250
@@ -52,60 +55,63 @@ def metrics(shift, waste, queue=True):
 
 
 def quality(**changes):
-    look = {"classifier_confidence": 0.985, "judge_confidence": 0.93, "judge_agreement": 0.96, "memorised": 0.01}
-    look |= {"nearest_distance": 2.2}
-    held_out = {"classifier_confidence": 0.995, "judge_confidence": 0.955, "judge_agreement": 0.983, "memorised": 0.01}
-    held_out |= {"nearest_distance": 2.14}
     histogram = [0.12, 0.08, 0.1, 0.09, 0.11, 0.1, 0.12, 0.09, 0.11, 0.08]
-    rest = {"class_histogram": histogram, "mmd": 0.002, "mmd_reference": {"mean": 3e-5, "quantile_95": 6e-4}}
-    return look | rest | {"held_out": held_out} | changes
+    look = {"classifier_confidence": 0.985, "judge_confidence": 0.93, "judge_agreement": 0.96, "memorised": 0.01}
+    look |= {"nearest_distance": 2.2, "class_histogram": histogram, "mmd": 0.002}
+    held_out = Appearance(0.995, 0.955, 0.983, 0.01, 2.14)
+    return Quality(**look | {"mmd_reference": MMDBetweenHalves(3e-5, 6e-4), "held_out": held_out} | changes)
 
 
-def digits_outcome(shift=0.93, waste=0.15, **summary):
-    """What a good run on digits looks like; `summary` overrides its numbers."""
+def digits_result(shift=0.93, waste=0.15, **config):
+    """What a good run on digits looks like."""
     real = load_digits().train
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: 512 * 4]
     images = real[order.repeat(2)[: 512 * 4]].unflatten(0, (512, 4))
     before = evaluation(images=images)
     after = evaluation(shift, waste, images=(images + 0.25 * (images > -0.6)).clamp(-1, 1.04))
-    best = sharpest(before, after, BETA)[0]
-    numbers = {}
-    for name, values in (
-        ("reward_before", before.reward),
-        ("reward_after", after.reward),
-        ("reward_gain", after.reward - before.reward),
-        ("reward_exported", after.reward + 0.01),
-        ("exported_less_after", 0 * after.reward + 0.01),
-        ("path_kl", after.path_kl),
-        ("j_before", before.objective(BETA)),
-        ("j_after", after.objective(BETA)),
-        ("j_fall", before.objective(BETA) - after.objective(BETA)),
-    ):
-        numbers[name], numbers[name + "_se"] = mean_and_error(values)
-    numbers["held_out_reward_before"] = evaluation(0.0, 0.0, 128, 1, 7).reward.mean().item()
-    numbers |= {"j_bound": best.j, "j_bound_se": best.j_se, "kl_weight": BETA}
-    numbers["j_possible"], numbers["j_possible_se"] = possible(before, after, BETA)
-    numbers |= {"captured": (numbers["j_before"] - numbers["j_after"]) / (numbers["j_before"] - best.j)}
-    numbers |= {"captured_se": 0.007, "seconds": 84.6, "network_evaluations": 120_000, "updates": UPDATES}
-    numbers |= {"stopped": None, "clipping": None, "quality_before": quality()}
-    numbers |= {"quality_after": quality(mmd=0.013, judge_confidence=0.935), "quality_exported": quality(mmd=0.0135)}
-    config = {"model": "digits", "reward": "brightness", "kl_weight": BETA, "target_kl": None, "plan": False}
-    config |= {"out": "runs/toy", "loop": "queue", "scheduler": "ddpm", "num_steps": 10, "batch": 16, "stride": 1}
-    config |= {"updates": UPDATES, "lr": 1e-4, "ema": None, "no_clip": True, "seed": 0, "device": "cpu", "eta": 1.0}
+    judgement = judge(before, after, replace(after, reward=after.reward + 0.01), BETA)
+    headline = replace(headline_of(judgement, lr=1e-4, advise=True), reward_std_before=STD)
+    training = TrainingSummary(
+        kl_weight=BETA,
+        kl_weight_at_start=BETA,
+        held_out_reward_before=evaluation(0.0, 0.0, 128, 1, 7).reward.mean().item(),
+        seconds=84.6,
+        network_evaluations=120_000,
+        updates=UPDATES,
+        stopped=None,
+        reached_target=False,
+        kept=None,
+        staleness_max=18,
+        predicted_memory_bytes=10**7,
+    )
+    model = ModelSummary(None, None, [1, 8, 8], None, None, None, None, "DDPM", pipeline_is_the_chain=True)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))
-    return Outcome(config, numbers | summary, plan, before, after, best, metrics(shift, waste))
+    looks = quality(), quality(mmd=0.013, judge_confidence=0.935), quality(mmd=0.0135)
+    summary = Summary(headline, training, model, Memory(plan.memory, plan.memory_se), plan.rows(), *looks)
+    options = {"kl_weight": BETA, "scheduler": "ddpm", "stride": 1, "lr": 1e-4, "no_clip": True, "eta": None}
+    options |= {"updates": UPDATES, "device": "cpu", "out": Path("runs/toy")}
+    resolved = Config(**options | config)
+    return Result(resolved, summary, plan, before, after, judgement.bound, metrics(shift, waste))
 
 
-def colour_outcome():
+def changed(result, **values):
+    """The result with other numbers in its summary, by the names of their fields."""
+    summary = result.summary
+    for name, value in values.items():
+        parts = [part for part in ("headline", "training", "model") if hasattr(getattr(summary, part), name)]
+        whole = {parts[0]: replace(getattr(summary, parts[0]), **{name: value})} if parts else {name: value}
+        summary = replace(summary, **whole)
+    return replace(result, summary=summary)
+
+
+def colour_result():
     """Not digits: three channels, 16 by 24, the nested loop."""
-    outcome = digits_outcome()
+    result = digits_result(loop="nested", model="some/folder")
     smooth = torch.linspace(-1, 1, 24).expand(4, 3, 16, 24) * torch.tensor([1.0, 0.2, -1.0])[:, None, None]
-    summary = outcome.summary | {f"quality_{when}": None for when in ("before", "after", "exported")}
+    result = changed(result, **{f"quality_{when}": None for when in ("before", "after", "exported")})
     return replace(
-        outcome,
-        config=outcome.config | {"loop": "nested", "model": "some/folder"},
-        summary=summary,
-        before=replace(outcome.before, samples=smooth.expand(512, 4, 3, 16, 24)),
-        after=replace(outcome.after, samples=(smooth * 0.9 + 0.1).expand(512, 4, 3, 16, 24)),
+        result,
+        before=replace(result.before, samples=smooth.expand(512, 4, 3, 16, 24)),
+        after=replace(result.after, samples=(smooth * 0.9 + 0.1).expand(512, 4, 3, 16, 24)),
         metrics=metrics(0.93, 0.15, queue=False),
     )

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion.commands.finetune.plan import make_plan
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation import evaluate
+from implicit_diffusion.evaluation import evaluate, make_plan
 from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.gradients import Adjoint, FullBackprop
 from implicit_diffusion.loops import Nested, Queue, Update

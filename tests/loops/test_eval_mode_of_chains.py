@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_diffusion.commands.finetune.judging import effect_of_clipping
-from implicit_diffusion.evaluation import evaluate
+from implicit_diffusion.evaluation import effect_of_clipping, evaluate
 from implicit_diffusion.gradients import FullBackprop
 from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory

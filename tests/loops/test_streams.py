@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from implicit_diffusion.commands.shared.planar import LAWS, law
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.models.energy_model import Moves
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
+from implicit_diffusion.potentials.plane import LAWS, law
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.replicas import Replicas, annealed
 from implicit_diffusion.samplers.simulation import simulate

@@ -56,8 +56,8 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, weights):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("not json", "no valid model index"),
-        ("[]", "no valid model index"),
+        ("not json", "not a valid model index"),
+        ("[]", "not a valid model index"),
         (
             {**INDEX, "text_encoder": ["transformers", "CLIPTextModel"]},
             "DDPMPipeline with .*: CLIPTextModel",
@@ -115,7 +115,7 @@ def test_names_that_are_nothing(model):
 
 def test_a_file_is_no_model(tmp_path):
     torch.save({}, tmp_path / "model.ckpt")
-    with pytest.raises(InvalidInputError, match="is no folder"):
+    with pytest.raises(InvalidInputError, match="is not a folder"):
         find_checkpoint(tmp_path / "model.ckpt")
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.score import command as score
-from implicit_diffusion.commands.shared.planar import Quadrature
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves, load_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
@@ -73,9 +73,9 @@ def test_densities_of_a_gaussian(event):
     model = gaussian(event, shift, scale, kind="mlp" if len(event) == 1 else "conv")
     x = shift + 2 * scale * Noise(5).normal((40, *event))
     expected = torch.distributions.Normal(shift.double(), scale.double()).log_prob(x.double()).flatten(1).sum(1)
-    found = model.log_density(x)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-5)  # V in single precision
+    values = model.log_density(x)
+    assert values.dtype == torch.float64
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=2e-5)  # V in single precision
 
 
 def test_a_scale_shared_by_all_coordinates_counts_for_each():
@@ -87,8 +87,8 @@ def test_a_scale_shared_by_all_coordinates_counts_for_each():
 def test_a_density_on_the_plane_integrates_to_one():
     model = bent()
     quadrature = Quadrature(torch.zeros(2), torch.ones(2))
-    log_p = model.log_density(quadrature.grid.float())
-    assert log_p.exp().sum().item() * quadrature.area == pytest.approx(1, abs=1e-5)
+    log_p = model.log_density(quadrature.grid.points.float())
+    assert log_p.exp().sum().item() * quadrature.grid.area == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(log_p, Quadrature(SHIFT, SCALE).log_density(model.potential)[0], rtol=0, atol=1e-4)
 
 
@@ -100,9 +100,9 @@ def test_draws_are_the_models_and_replay(sampler):
     assert torch.equal(draws, model.sample(3000, Noise(6), steps=40))
     assert not torch.equal(draws, model.sample(3000, Noise(7), steps=40))
     quadrature = Quadrature(model.shift, model.scale)
-    p = quadrature.log_density(model.potential)[0].exp() * quadrature.area
+    p = quadrature.log_density(model.potential)[0].exp() * quadrature.grid.area
     for i in range(2):
-        mean, error = (p @ quadrature.grid[:, i]).item(), draws[:, i].std().item() / math.sqrt(3000)
+        mean, error = (p @ quadrature.grid.points[:, i]).item(), draws[:, i].std().item() / math.sqrt(3000)
         bias = 0.02 if sampler in ("ula", "underdamped") else 0.005
         assert abs(draws[:, i].mean().item() - mean) < 4 * error + bias
 
@@ -204,19 +204,20 @@ def test_score_agrees_with_the_density_and_with_quadrature(tmp_path, capsys):
     model.save(tmp_path / "model")
     x = model.sample(4000, Noise(8), steps=30)
     np.save(tmp_path / "x.npy", x.numpy())
-    found = score.run(score.Config(tmp_path / "model", str(tmp_path / "x.npy"), tmp_path / "deep" / "scores.npy"))
+    result = score.run(score.Config(tmp_path / "model", str(tmp_path / "x.npy"), tmp_path / "deep" / "scores.npy"))
     scores = np.load(tmp_path / "deep" / "scores.npy", allow_pickle=False)
     assert np.array_equal(scores, model.log_density(x).numpy())
-    assert found["log_likelihood"] == pytest.approx(scores.mean()) and found["data"] == 4000
-    assert found["standard_error"] == pytest.approx(scores.std(ddof=1) / math.sqrt(4000))
-    assert found["bits_per_dimension"] == pytest.approx(-scores.mean() / 2 / math.log(2))
+    assert result["log_likelihood"] == pytest.approx(scores.mean()) and result["data"] == 4000
+    assert result["standard_error"] == pytest.approx(scores.std(ddof=1) / math.sqrt(4000))
+    assert result["bits_per_dimension"] == pytest.approx(-scores.mean() / 2 / math.log(2))
     quadrature = Quadrature(SHIFT, SCALE)
     log_p, _ = quadrature.log_density(model.potential)
-    entropy = -(log_p.exp() @ log_p).item() * quadrature.area
-    assert abs(found["log_likelihood"] + entropy) < 4 * found["standard_error"]
+    entropy = -(log_p.exp() @ log_p).item() * quadrature.grid.area
+    assert abs(result["log_likelihood"] + entropy) < 4 * result["standard_error"]
     said = capsys.readouterr().out
     assert (
-        f"{found['log_likelihood']:.4f} ± {found['standard_error']:.4f} (data)" in said and "bits per dimension" in said
+        f"{result['log_likelihood']:.4f} ± {result['standard_error']:.4f} (data)" in said
+        and "bits per dimension" in said
     )
 
 

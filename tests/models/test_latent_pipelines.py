@@ -143,7 +143,7 @@ def test_images_are_those_of_the_pipeline(folders, kind):
     (slope,) = torch.autograd.grad((expected * weight).sum(), z)
     for pixels in (1, 2 * 256, 10**6):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("implicit_diffusion.models.decoders.PIXELS", pixels)
+            patched.setattr("implicit_diffusion.models.decoders.PIXELS_AT_ONCE", pixels)
             images = decoder(z)
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.autograd.grad((images * weight).sum(), z)[0], slope, rtol=1e-3, atol=1e-4)
@@ -219,7 +219,7 @@ def test_prompts_need_text_encoders(tmp_path):
     index["text_encoder"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
     pretrained = load_pretrained(folder)
-    with pytest.raises(InvalidInputError, match="no text encoder that could read them"):
+    with pytest.raises(InvalidInputError, match="no text encoder to encode them"):
         embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, PROMPTS, CPU)
 
 
@@ -227,7 +227,7 @@ def test_parts_of_different_models_are_refused(tmp_path):
     with pytest.raises(InvalidInputError, match="latents of 3 channels, but its network works on 4"):
         load_pretrained(tiny.stable_diffusion(tmp_path / "vae", vae=tiny.autoencoder(channels=3)))
     pretrained = load_pretrained(tiny.stable_diffusion(tmp_path / "text", cross_attention_dim=8))
-    with pytest.raises(InvalidInputError, match="encoder_hidden_states of width 16, but its network takes 8"):
+    with pytest.raises(InvalidInputError, match="encoder_hidden_states of width 16, but its network needs 8"):
         embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, PROMPTS, CPU)
 
 

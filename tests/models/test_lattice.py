@@ -9,7 +9,7 @@ import torch
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm import judging as ebm_judging
+from implicit_diffusion.commands.ebm import judging
 from implicit_diffusion.commands.ebm.data import GREY, discrete, load
 from implicit_diffusion.commands.score import command as score
 from implicit_diffusion.errors import InvalidInputError
@@ -36,9 +36,9 @@ LATTICES = {
 @pytest.mark.parametrize("what", LATTICES)
 def test_the_spacing_is_found(what):
     x, spacing = LATTICES[what]
-    found = find_lattice(torch.from_numpy(x.astype("float32" if x.dtype == np.float32 else "float64")))
-    assert found is not None and found.spacing.item() == pytest.approx(spacing, rel=1e-6)
-    assert found.offset.item() == pytest.approx(x.min())
+    lattice = find_lattice(torch.from_numpy(x.astype("float32" if x.dtype == np.float32 else "float64")))
+    assert lattice is not None and lattice.spacing.item() == pytest.approx(spacing, rel=1e-6)
+    assert lattice.offset.item() == pytest.approx(x.min())
 
 
 CONTINUA = {
@@ -58,15 +58,15 @@ def test_a_continuum_is_none(what):
 
 def test_columns_have_spacings_of_their_own_and_pixels_share_one():
     x = torch.from_numpy(np.concatenate([RNG.integers(0, 9, (90, 1)), RNG.standard_normal((90, 1))], 1))
-    found = find_lattice(x)
-    assert found.spacing.tolist() == [1, 0] and found.log_volume((2,)) == 0.0
-    y = found.dequantise(x, torch.Generator().manual_seed(0))
+    lattice = find_lattice(x)
+    assert lattice.spacing.tolist() == [1, 0] and lattice.log_volume((2,)) == 0.0
+    y = lattice.dequantise(x, torch.Generator().manual_seed(0))
     assert torch.equal(y[:, 1], x[:, 1]) and torch.equal(y[:, 0].floor(), x[:, 0])
-    assert torch.equal(found.quantise(y), x)
+    assert torch.equal(lattice.quantise(y), x)
     images = torch.randint(256, (30, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float() / 255
-    found = find_lattice(images)
-    assert found.spacing.shape == (1, 1, 1) and found.spacing.item() == pytest.approx(1 / 255, rel=1e-6)
-    assert found.log_volume((3, 4, 4)) == pytest.approx(-48 * math.log(255), rel=1e-6)
+    lattice = find_lattice(images)
+    assert lattice.spacing.shape == (1, 1, 1) and lattice.spacing.item() == pytest.approx(1 / 255, rel=1e-6)
+    assert lattice.log_volume((3, 4, 4)) == pytest.approx(-48 * math.log(255), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -120,7 +120,7 @@ def counts(tmp_path):
 
 def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
     """Its likelihood is a bound below the law's own; score repeats it on the integers; sample draws integers."""
-    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
     out = tmp_path / "run"
     summary = ebm.run(dataclasses.replace(TINY, data=counts, dequantise=True, out=out))
     assert "note" not in capsys.readouterr().out and not any("--dequantise" in line for line in summary["advice"])
@@ -131,11 +131,11 @@ def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
     assert model.lattice.spacing.tolist() == [1, 1]
     integers = data.held_out.floor()
     np.save(tmp_path / "held.npy", integers.numpy().astype("int64"))
-    found = score.run(score.Config(out / "model", str(tmp_path / "held.npy"), seed=3))
-    assert found["log_likelihood"] == pytest.approx(-summary["nll_held_out"], abs=0.15)  # other noise
+    result = score.run(score.Config(out / "model", str(tmp_path / "held.npy"), seed=3))
+    assert result["log_likelihood"] == pytest.approx(-summary["nll_held_out"], abs=0.15)  # other noise
     assert "at least: a bound" in capsys.readouterr().out
     law = torch.distributions.Poisson(torch.tensor([2.0, 9.0]))
-    assert found["log_likelihood"] < law.log_prob(integers).sum(1).mean().item()
+    assert result["log_likelihood"] < law.log_prob(integers).sum(1).mean().item()
     with pytest.raises(InvalidInputError, match="row 0 of the data holds"):
         np.save(tmp_path / "half.npy", integers.numpy() + 0.5)
         score.run(score.Config(out / "model", str(tmp_path / "half.npy")))
@@ -145,7 +145,7 @@ def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_on_discrete_data_says_so(counts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
     summary = ebm.run(dataclasses.replace(TINY, data=counts, steps=4, out=tmp_path / "run"))
     said = capsys.readouterr().out
     assert "note      columns x1, x2 hold multiples of 1: a density may pile up" in said and "--dequantise" in said

@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.tables.named import scheduler_for
 from implicit_diffusion.tables.scheduler import read_table
 from tests.helpers import tiny
@@ -155,9 +156,9 @@ def test_scheduler_for_keeps_the_noise_schedule_and_switches_clipping(original, 
 
 
 def test_unknown_schedulers_and_spacings():
-    with pytest.raises(InvalidInputError, match="unknown kind 'heun'; take one of ddpm, ddim, euler"):
+    with pytest.raises(InvalidInputError, match=r"sampler must be one of ddpm, ddim, euler.*got 'heun'"):
         scheduler_for(DDPMScheduler(), "heun")
-    with pytest.raises(InvalidInputError, match="take one of trailing, leading, linspace"):
+    with pytest.raises(InvalidInputError, match="spacing must be one of trailing, leading, linspace"):
         scheduler_for(DDPMScheduler(), spacing="even")
 
 
@@ -218,6 +219,6 @@ def test_a_gaussian_denoiser_is_no_pipeline(tmp_path):
     import inspect
 
     with pytest.raises(
-        InvalidInputError, match="only a DiffusersDenoiser is a diffusers pipeline, got GaussianDenoiser"
+        InvalidInputError, match="only a DiffusersDenoiser can be saved as a diffusers pipeline, got GaussianDenoiser"
     ):
         inspect.unwrap(save_pipeline)(tmp_path, denoiser, DDPMScheduler(), "")

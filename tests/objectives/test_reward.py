@@ -37,7 +37,7 @@ BAD = {
     "dtype": lambda x: x.double().sum(1),
     "not differentiable": lambda x: x.detach().sum(1),
     "does not depend": lambda x: torch.ones(len(x), requires_grad=True) * 2,
-    "by torch operations throughout, without": lambda x: torch.from_numpy(np.asarray(x.detach()).sum(1)),
+    "with torch operations throughout, without": lambda x: torch.from_numpy(np.asarray(x.detach()).sum(1)),
     "NaN or infinite": lambda x: (x.sum(1) - 1e3).log(),
     "a gradient that": lambda x: (0 * x.sum(1)).sqrt(),
 }

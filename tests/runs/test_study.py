@@ -11,7 +11,9 @@ from implicit_diffusion.commands.hexagon import arms as hexagon_arms
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon import figures as hexagon_figures
 from implicit_diffusion.commands.recovery import command as recovery
+from implicit_diffusion.commands.recovery import config as recovery_config
 from implicit_diffusion.commands.tilt import command as tilt
+from implicit_diffusion.commands.tilt import training as tilt_training
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory
@@ -78,10 +80,11 @@ STUDIES = {
 )
 def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, capsys):
     module, function, call, runs = STUDIES[name]
-    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    monkeypatch.setattr(tilt_training, "ANNEALING", 5)
     monkeypatch.setattr(recovery, "TAIL", 4)
+    monkeypatch.setattr(recovery_config, "TAIL", 4)
     monkeypatch.setattr(hexagon_figures, "draw", sketch)
-    monkeypatch.setattr(hexagon, "Exact", partial(hexagon.Exact, points=80))
+    monkeypatch.setattr(hexagon, "HexagonQuadrature", partial(hexagon.HexagonQuadrature, cells=80))
     bent().save(tmp_path / "model")
     call = [name, *call, *([str(tmp_path / "model")] if name == "tilt" else []), "--out"]
     assert main([*call, str(tmp_path / "whole")]) == 0
@@ -110,12 +113,12 @@ def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, c
 def test_a_run_that_raises_is_not_kept(tmp_path):
     directory = RunDirectory.create(tmp_path / "study")
     study = Study(directory)
-    assert study.once("a", 0.1, make=lambda: {"x": 0.1 + 0.2}, lines=lambda found: [found]) == {"x": 0.1 + 0.2}
+    assert study.once("a", 0.1, make=lambda: {"x": 0.1 + 0.2}, lines=lambda result: [result]) == {"x": 0.1 + 0.2}
     with pytest.raises(ZeroDivisionError):
         study.once("a", 0.2, make=lambda: 1 / 0)
     again = Study(directory)
     assert directory.read_metrics() == []
-    assert again.once("a", 0.1, make=lambda: pytest.fail("made twice"), lines=lambda found: [found])["x"] == 0.1 + 0.2
+    assert again.once("a", 0.1, make=lambda: pytest.fail("made twice"), lines=lambda result: [result])["x"] == 0.1 + 0.2
     assert again.once("a", 0.2, make=lambda: 7) == 7 and directory.read_metrics() == [{"x": 0.1 + 0.2}]
     save_state(directory.checkpoint, {"loop": 1})
     with pytest.raises(InvalidInputError, match="checkpoint does not hold a study"):
@@ -123,7 +126,7 @@ def test_a_run_that_raises_is_not_kept(tmp_path):
 
 
 def test_weights_that_round_to_one_name_have_models_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    monkeypatch.setattr(tilt_training, "ANNEALING", 5)
     bent().save(tmp_path / "model")
     config = tilt.Config(tmp_path / "model", kl_weights=(1.0, 1.0000001), arms=("unweighted",), steps=2, particles=16)
     tilt.run(replace(config, seeds=1, out=tmp_path / "run"))

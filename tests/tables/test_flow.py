@@ -7,7 +7,7 @@ from torch import nn
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation.bounds import memory_of_start
+from implicit_diffusion.evaluation import memory_of_start
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.flow import is_flow, memoryless_flow
@@ -182,7 +182,7 @@ def test_memory_as_a_run_measures_it():
 @pytest.mark.parametrize(
     ("scheduler", "num_steps", "message"),
     [
-        (DDPMScheduler(), 5, "got DDPMScheduler; a diffusion model's memoryless chain is DDPM"),
+        (DDPMScheduler(), 5, "got DDPMScheduler; the memoryless chain of a diffusion model is DDPM"),
         (FlowMatchEulerDiscreteScheduler(), 0, "num_steps"),
         (FlowMatchEulerDiscreteScheduler(), 1001, "more than the 1000 timesteps"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 5, "invert_sigmas=False"),

@@ -15,16 +15,17 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.tables.flow import memoryless_flow
-from implicit_diffusion.tables.named import KINDS, default_kind, pipeline_for, scheduler_for, table_for
+from implicit_diffusion.tables.named import NAMED_SAMPLERS, default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.scheduler import read_table
 from tests.helpers import tiny
 
-DIFFUSION = [name for name, kind in KINDS.items() if not kind.flow]
-FLOW = [name for name, kind in KINDS.items() if kind.flow]
+DIFFUSION = [name for name, kind in NAMED_SAMPLERS.items() if not kind.flow]
+FLOW = [name for name, kind in NAMED_SAMPLERS.items() if kind.flow]
 FAMILY = {
     "DDPM": DDPMScheduler(clip_sample=False, beta_end=0.015),
     "DDIM": DDIMScheduler(clip_sample=False, beta_end=0.015),
@@ -45,7 +46,7 @@ def test_every_kind_of_every_diffusion_checkpoint_is_a_table(name, kind):
     checkpoint = FAMILY[name]
     before = copy.deepcopy(dict(checkpoint.config))
     scheduler = scheduler_for(checkpoint, kind)
-    assert type(scheduler).__name__ == KINDS[kind].scheduler
+    assert type(scheduler).__name__ == NAMED_SAMPLERS[kind].scheduler
     torch.testing.assert_close(scheduler.alphas_cumprod, checkpoint.alphas_cumprod)
     table = table_for(scheduler, kind, 5)
     assert table.t.tolist() == [999, 799, 599, 399, 199]
@@ -70,10 +71,10 @@ def test_they_differ_where_the_number_of_steps_does_not_divide():
     assert torch.equal(euler.t, ddim.t) and not euler.agrees_with(ddim) and euler.agrees_with(ddim, 0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMED_SAMPLERS)
 def test_the_folder_of_a_kind_samples_its_chain(kind, unet, tmp_path):
     """Plain diffusers on the saved folder, and our table with the same draws."""
-    flow = KINDS[kind].flow
+    flow = NAMED_SAMPLERS[kind].flow
     checkpoint = FlowMatchEulerDiscreteScheduler(shift=2.0) if flow else DDPMScheduler(clip_sample=False)
     scheduler = scheduler_for(checkpoint, kind)
     saved, other = pipeline_for(scheduler, kind)
@@ -139,18 +140,18 @@ def test_unusual_flows_take_the_derived_rows_and_no_pipeline():
 
 
 def test_defaults_follow_the_checkpoint():
-    assert {default_kind(s) for s in FAMILY.values()} == {"ddpm"}
-    assert default_kind(FlowMatchEulerDiscreteScheduler()) == "flow-memoryless"
+    assert {default_sampler(s) for s in FAMILY.values()} == {"ddpm"}
+    assert default_sampler(FlowMatchEulerDiscreteScheduler()) == "flow-memoryless"
     solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    assert default_kind(solver) == "flow-memoryless"
+    assert default_sampler(solver) == "flow-memoryless"
     assert scheduler_for(solver, "flow-euler").shift == 3.0
     with pytest.raises(InvalidInputError, match="EDMEulerScheduler has neither"):
-        default_kind(EDMEulerScheduler())
+        default_sampler(EDMEulerScheduler())
 
 
 @pytest.mark.parametrize("kind", FLOW)
 def test_flow_kinds_refuse_diffusion_models(kind):
-    with pytest.raises(InvalidInputError, match=r"is for flow models.*predicts epsilon.*take one of ddpm, ddim, euler"):
+    with pytest.raises(InvalidInputError, match=r"is for flow models.*predicts epsilon.*use one of ddpm, ddim, euler"):
         scheduler_for(DDPMScheduler(), kind)
 
 
@@ -162,7 +163,7 @@ def test_diffusion_kinds_refuse_flow_models(kind):
 
 @pytest.mark.parametrize("kind", ["euler", "euler-ancestral", "dpm-solver"])
 def test_clipping_does_not_disappear_unasked(kind):
-    with pytest.raises(InvalidInputError, match=r"sampled with clip_sample=True, which .* does not have.*`clip=False`"):
+    with pytest.raises(InvalidInputError, match=r"sampled with clip_sample=True, which .* does not have.*clip=False"):
         scheduler_for(DDPMScheduler(clip_sample=True), kind)
     table_for(scheduler_for(DDPMScheduler(clip_sample=True), kind, clip=False), kind, 3)
     if kind != "dpm-solver":
@@ -187,5 +188,5 @@ def test_dpm_solver_keeps_a_checkpoints_algorithm():
 
 
 def test_ancestral_euler_of_a_network_that_predicts_data():
-    with pytest.raises(InvalidInputError, match="take ddpm, which is the same chain"):
+    with pytest.raises(InvalidInputError, match="use ddpm, which is the same chain"):
         scheduler_for(DDPMScheduler(prediction_type="sample", clip_sample=False), "euler-ancestral")

@@ -1,4 +1,4 @@
-"""Every combination on the list of supported ones, row by row, and which of them are the same sampler."""
+"""Every combination on the list of verified ones, row by row, and which of them are the same sampler."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from implicit_diffusion.tables.scheduler import read_table
-from implicit_diffusion.tables.verified import MORE_STEPS, STEPS, SUPPORTED, Case, markdown
+from implicit_diffusion.tables.verified import MORE_STEPS, STEPS, VERIFIED, Case, markdown
 from tests.helpers.parity import double, make, parity_error, single_inside
 
 MORE = [
@@ -46,9 +46,9 @@ def check(case, num_steps, doubled=False):
         assert error < 1e-12, (case, num_steps, error)
 
 
-@pytest.mark.parametrize("number", range(len(SUPPORTED)), ids=lambda i: f"{i}-{SUPPORTED[i].scheduler}")
+@pytest.mark.parametrize("number", range(len(VERIFIED)), ids=lambda i: f"{i}-{VERIFIED[i].scheduler}")
 def test_every_row_of_every_supported_case_is_the_schedulers_step(number):
-    for i, case in enumerate(SUPPORTED[number].cases()):
+    for i, case in enumerate(VERIFIED[number].cases()):
         for num_steps in STEPS + (MORE_STEPS if i == 0 else ()):
             check(case, num_steps, doubled=num_steps == 10 and i % 3 == 0)
 

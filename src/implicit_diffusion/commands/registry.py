@@ -73,17 +73,17 @@ COMMANDS: Mapping[str, Command] = {
         Command("finetune", "finetune.config:Config", "finetune.command:run", "finetune.command:report", "report.html"),
         Command("resume", "resuming:Resume", "resuming:run_resume"),
         Command("report", "resuming:Report", "resuming:run_report"),
-        Command("sweep", "sweep.command:Config", "sweep.command:run"),
-        Command("sample", "sample.command:Config", "sample.command:run"),
+        Command("sweep", "sweep.config:Config", "sweep.command:run"),
+        Command("sample", "sample.config:Config", "sample.command:run"),
         Command(
             "pretrain", "pretrain.config:Config", "pretrain.command:run", "pretrain.command:report", "summary.json"
         ),
         Command("ebm", "ebm.config:Config", "ebm.command:run", "ebm.command:report", "report.html"),
-        Command("score", "score.command:Config", "score.command:run"),
-        Command("tilt", "tilt.command:Config", "tilt.command:run", "tilt.command:report", "summary.json"),
-        Command("hexagon", "hexagon.arms:Config", "hexagon.command:run", "hexagon.command:report", "summary.json"),
+        Command("score", "score.config:Config", "score.command:run"),
+        Command("tilt", "tilt.config:Config", "tilt.command:run", "tilt.command:report", "summary.json"),
+        Command("hexagon", "hexagon.config:Config", "hexagon.command:run", "hexagon.command:report", "summary.json"),
         Command(
-            "recovery", "recovery.command:Config", "recovery.command:run", "recovery.command:report", "summary.json"
+            "recovery", "recovery.config:Config", "recovery.command:run", "recovery.command:report", "summary.json"
         ),
     )
 }

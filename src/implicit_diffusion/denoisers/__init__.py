@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
     from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
     from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
     from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
@@ -20,6 +21,7 @@ else:
 
 __all__ = [
     "ClassifierFree",
+    "DiffusersDenoiser",
     "Drawn",
     "Embedded",
     "GaussianDenoiser",

@@ -1,7 +1,7 @@
 """Any network of diffusers as a denoiser u(x, t, **condition).
 
-States, adjoints and path costs stay in the chain's precision: what runs in lower precision is the network alone, by
-autocast, and its output comes back in the precision of x.
+States, adjoints and path costs stay in the chain's precision: only the network runs in a lower precision, by autocast,
+and its output is returned in the precision of x.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class DiffusersDenoiser(ShownModule):
     """A diffusers model as a denoiser u(x, t).
 
     Args:
-        model: called as model(x, timestep=t, return_dict=False, **condition); the first thing that it returns is u, and
-            of a mean with a variance (twice the channels of x) the mean.
+        model: called as model(x, timestep=t, return_dict=False, **condition); its first result is u; where that is a
+            mean and a variance (twice the channels of x), u is the mean.
 
     Attributes:
         precision: dtype that the network's layers compute in, by autocast; None for that of its weights.
-        compiled: called in place of `model`, where it has been compiled.
+        compiled: called in place of `model` if it has been compiled, otherwise None.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        check_type("model", model, nn.Module, "take a model of diffusers")
+        check_type("model", model, nn.Module, "use a diffusers model")
         try:
             inspect.signature(model.forward).bind_partial(None, timestep=None, return_dict=False)
         except TypeError as error:
             raise InvalidInputError(
-                f"model must be called as model(x, timestep=t, return_dict=False), as those of diffusers are: {error}"
+                f"model must accept the call model(x, timestep=t, return_dict=False), as diffusers models do: {error}"
             ) from error
         self.model = model
         self.precision: torch.dtype | None = None
@@ -54,7 +54,7 @@ class DiffusersDenoiser(ShownModule):
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
     ) -> Float[Tensor, "batch *event"]:
-        """u(x, t) with one time per sample; `condition` (class labels, say) goes to the model as it is."""
+        """u(x, t) with one time per sample; `condition`, such as class labels, is passed on to the model."""
         call = self.compiled or self.model
         with torch.autocast(x.device.type, dtype=self.precision) if self.precision else nullcontext():
             u = call(x, timestep=t, return_dict=False, **condition)[0]
@@ -62,7 +62,7 @@ class DiffusersDenoiser(ShownModule):
         return (u if u.shape[1] == channels else u[:, :channels]).to(x.dtype)
 
 
-def inner(denoiser: nn.Module) -> nn.Module:
-    """The denoiser inside guidance and embeddings, i.e. at the end of `.denoiser`; itself where there is none."""
+def unwrapped(denoiser: nn.Module) -> nn.Module:
+    """The denoiser inside guidance and embeddings, at the end of the attributes `.denoiser`; itself if it has none."""
     within = getattr(denoiser, "denoiser", None)
-    return inner(within) if isinstance(within, nn.Module) else denoiser
+    return unwrapped(within) if isinstance(within, nn.Module) else denoiser

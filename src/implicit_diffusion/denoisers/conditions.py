@@ -1,13 +1,13 @@
-"""Conditions of a chain: what is drawn for each sample, what the network is given for it, and how strongly it counts.
+"""Conditions of a chain: how they are drawn, embedded and amplified.
 
-A sample's condition is a small integer, the number of its class or of its prompt. It is *drawn* by key (`Drawn`),
-turned into embeddings inside the network (`Embedded`: one row of a table that the frozen text encoders filled once),
-and may be amplified (`ClassifierFree`, Ho and Salimans, *Classifier-Free Diffusion Guidance*, arXiv 2207.12598):
+A sample's condition is a small integer, the number of its class or of its prompt. It is drawn by key (`Drawn`), turned
+into embeddings in front of the network (`Embedded`: a row of a table that frozen text encoders have filled), and may be
+amplified (`ClassifierFree`, Ho and Salimans, *Classifier-Free Diffusion Guidance*, arXiv 2207.12598):
 
     u_θ(x, t, c) + (w − 1)·(u_θ(x, t, c) − u_θ(x, t, ∅))
 
-Each is a denoiser around a denoiser, so that a guided text-conditional network is u_θ(x, t, prompt) to the chain, its
-adjoint and its path KL: guidance is differentiated through like any layer, both for θ and for x.
+The last two are denoisers around a denoiser. Chain, adjoint and path KL see a guided text-conditional network as
+u_θ(x, t, prompt), and differentiate through guidance as through any layer, with respect to θ and x.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from implicit_diffusion.errors import InvalidInputError, check_number, check_ten
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown, ShownModule, brief
 
-ROW = 2**32 - 1  # key of the draws, in the place of a row's: no chain has so many
+ROW = 2**32 - 1  # key of the draws, in place of a row number, which is always smaller
 
 
 @dataclass(frozen=True, repr=False)
 class Drawn(Shown):
-    """A condition of chains: every sample draws one of `values`, uniformly and on its own.
+    """A condition of chains: every sample draws one of `values`, uniformly and independently.
 
     Args:
-        name: under which the denoiser takes it, e.g. "class_labels".
+        name: of the denoiser's argument, e.g. "class_labels".
         values: to draw from, with shape (m,).
 
     Raises:
@@ -44,13 +44,13 @@ class Drawn(Shown):
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise InvalidInputError(f"name must be that of an argument of the denoiser, got {shown(self.name)}")
+            raise InvalidInputError(f"name must be the name of an argument of the denoiser, got {shown(self.name)}")
         if isinstance(self.values, Tensor) and self.values.ndim and not len(self.values):
             raise InvalidInputError(f"condition: there are no values of {self.name} to draw from")
         check_tensor("values", self.values, "m", integers=True)
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:
-        """The values of trajectory `index`; the same arguments draw the same ones."""
+        """The values of trajectory `index`; the same arguments give the same values."""
         which = torch.randint(len(self.values), (batch,), generator=noise.generator(index, ROW))
         return {self.name: self.values[which]}
 
@@ -58,12 +58,13 @@ class Drawn(Shown):
 class Embedded(ShownModule):
     """u(x, t, prompt) = u(x, t, **row `prompt` of a table).
 
-    Copies of the module share the table, which is no part of its state: it can be filled again from the prompts.
+    Copies of the module share the table. It is not part of the module's state, because it can be computed again from
+    the prompts.
 
     Args:
-        denoiser: takes x, t and one row per sample of every column.
+        denoiser: called with x, t and, for every column, one row per sample.
         table: columns by name, with shape (m, ...), on the network's device.
-        name: under which the number of the row is given.
+        name: of the argument that holds the number of the row.
 
     Raises:
         InvalidInputError: no columns, or columns of different lengths.
@@ -72,11 +73,11 @@ class Embedded(ShownModule):
     def __init__(self, denoiser: nn.Module, table: Mapping[str, Float[Tensor, "m ..."]], name: str = "prompt") -> None:
         super().__init__()
         check_type("denoiser", denoiser, nn.Module, "it is called as u(x, t, **columns)")
-        check_type("table", table, Mapping, "it holds columns by name")
+        check_type("table", table, Mapping, "it maps names to columns")
         for column, value in table.items():
             check_tensor(f"column {column}", value, "m ...")
         if not isinstance(name, str):
-            raise InvalidInputError(f"name must be the one that a condition gives a row's number, got {shown(name)}")
+            raise InvalidInputError(f"name must be that of a row's number in a condition, got {shown(name)}")
         lengths = {column: len(value) for column, value in table.items()}
         if len(set(lengths.values())) != 1:
             raise InvalidInputError(f"table must have columns of one length, one row per {name}, got {lengths}")
@@ -88,10 +89,10 @@ class Embedded(ShownModule):
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
     ) -> Float[Tensor, "batch *event"]:
-        """u(x, t), where `condition` holds the row's number under `name`; the rest of it goes on as it is."""
+        """u(x, t), where `condition` holds the row's number under `name`; its other entries are passed on."""
         if self.name not in condition:
             raise InvalidInputError(
-                f"the condition must give {self.name}, the row of the table; it gives {', '.join(condition) or 'none'}"
+                f"the condition must have {self.name}, the row of the table; it has {', '.join(condition) or 'none'}"
             )
         which = condition.pop(self.name)
         rows = {column: value[which].to(x.dtype) for column, value in self.table.columns.items()}
@@ -100,7 +101,7 @@ class Embedded(ShownModule):
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """Columns that copies of a module hold in common."""
+    """Columns that copies of a module share."""
 
     columns: Mapping[str, Tensor]
 
@@ -112,12 +113,12 @@ class ClassifierFree(ShownModule):
     """Classifier-free guidance: u(x, t, c) + (w − 1)(u(x, t, c) − u(x, t, ∅)), in one call on twice the batch.
 
     Args:
-        denoiser: takes x, t and the condition.
-        scale: w; 1 is the plain conditional network, 0 the unconditional one.
-        null: the values that stand for no condition, by name; names of the condition.
+        denoiser: called with x, t and the condition.
+        scale: w; 1 gives the conditional network, 0 the unconditional one.
+        null: the values that mean no condition, by name of the condition.
 
     Raises:
-        InvalidInputError: a scale that is not finite, or nothing in `null`.
+        InvalidInputError: a scale that is not finite, or an empty `null`.
     """
 
     def __init__(self, denoiser: nn.Module, scale: float, null: Mapping[str, int]) -> None:
@@ -143,7 +144,7 @@ class ClassifierFree(ShownModule):
         """The guided u(x, t, **condition).
 
         Raises:
-            InvalidInputError: the condition lacks a name of `null`: what is guided away from would be the same network.
+            InvalidInputError: the condition lacks a name of `null`, so that both networks would be the same.
         """
         if not self.null.keys() <= condition.keys():
             raise InvalidInputError(

@@ -1,7 +1,7 @@
-"""The Gaussian denoiser: a network u whose chain can be worked out by hand.
+"""The Gaussian denoiser: a network u whose chain has closed forms.
 
 For data X_0 ~ N(μ, diag v) and a process x_t = α x_0 + σ ε (α² + σ² = 1 for diffusion models, α + σ = 1 for flow
-matching), everything a network could learn is known. With the marginal variance w = α² v + σ² and the centred
+matching), all targets of a network are known. With the marginal variance w = α² v + σ² and the centred
 state r = (x − αμ)/w (all elementwise),
 
     score       S = ∇log p_t(x)       = −r
@@ -11,8 +11,8 @@ state r = (x − αμ)/w (all elementwise),
     flow        E[ε − X_0 | x_t = x]  = ε̂ − x̂                 (Lipman et al., arXiv 2210.02747, from data to noise)
 
 u is affine in x, so a chain of it is a linear Gaussian recursion: means, variances, path KL and the best
-control under a quadratic reward are closed forms. It also is the smallest thing that can be trained, since μ
-is a parameter.
+control under a quadratic reward are closed forms. It is also the smallest network that can be trained, since
+μ is a parameter.
 """
 
 from __future__ import annotations
@@ -105,21 +105,22 @@ class GaussianDenoiser(ShownModule):
         scheduler: Any,
         prediction: str | None = None,
     ) -> GaussianDenoiser:
-        """In the timesteps of a diffusers scheduler: integers with α² = alphas_cumprod[t], or a flow's t = T(1 − α).
+        """A denoiser in the timesteps of a diffusers scheduler: integers with α² = alphas_cumprod[t], or a flow's t =
+        T(1 − α).
 
         `prediction` defaults to the scheduler's `prediction_type`, which is what its chain expects, and to
         "flow_prediction" for flows.
 
         Raises:
-            InvalidInputError: the scheduler is neither a flow's nor has `alphas_cumprod`.
+            InvalidInputError: the scheduler is not of a flow model and has no `alphas_cumprod`.
         """
         if is_flow(scheduler):
             marginal = FlowMarginal(scheduler.config.num_train_timesteps)
             return cls(mean, variance, marginal, "flow_prediction" if prediction is None else prediction)
         if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
             raise InvalidInputError(
-                f"{type(scheduler).__name__} has no alphas_cumprod, so its process is no "
-                "variance-preserving one; give GaussianDenoiser the marginal t ↦ (α, σ) instead."
+                f"{type(scheduler).__name__} has no alphas_cumprod, so its process is not "
+                "variance-preserving; give GaussianDenoiser the marginal t ↦ (α, σ) instead."
             )
         return cls(
             mean,
@@ -153,7 +154,7 @@ class DiscreteMarginal(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().double().clone())
 
     def forward(self, t: Shaped[Tensor, " batch"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """α and σ with the shape of `t`; times are rounded to the integers that they are."""
+        """α and σ with the shape of `t`; times are rounded to integers."""
         alpha_bar = self.alphas_cumprod[t.round().long()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 

@@ -1,11 +1,11 @@
-r"""Low-rank adapters: train few numbers, and keep u_0 without a second copy of the weights.
+r"""Low-rank adapters: few trained numbers, and u_0 without a second copy of the weights.
 
-A linear (or convolutional) layer W of the network becomes W + B A, with A: in → r and B: r → out the only weights that
-are trained (Hu et al., *LoRA*, arXiv 2106.09685). B starts at zero, so u_θ starts as u_0; and since W never moves, u_0
-is the same module with its adapters switched off (`WithoutAdapter`).
+A linear (or convolutional) layer W of the network becomes W + B A, where only A: in → r and B: r → out are trained
+(Hu et al., *LoRA*, arXiv 2106.09685). B starts at zero, so u_θ starts as u_0; and since W does not change, u_0 is the
+same module with its adapters switched off (`WithoutAdapter`).
 
-A network whose activations are recomputed on the way back (gradient checkpointing) is recomputed as it was: the switch
-is remembered with every checkpoint, for the way back of u_0 runs after that of u_θ has switched the adapters on.
+With gradient checkpointing the network is recomputed in the backward pass, when the adapters may be switched otherwise
+than in the forward pass. So every checkpoint stores whether they were on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.extras import require
 from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import ShownModule, brief
@@ -30,22 +31,24 @@ ATTENTION, RESIDUAL = ("to_q", "to_k", "to_v", "to_out.0"), ("conv1", "conv2")
 
 
 def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str] | None = None) -> None:
-    """Put adapters on layers of `network`, in place, and freeze all else.
+    """Add adapters to layers of `network`, in place, and freeze all other weights.
 
     Args:
         network: a diffusers model.
         rank: r.
-        noise: of the initial A.
-        targets: ends of the names of the layers; by default the projections of attention, and of a network without any
-            the convolutions of its residual blocks.
+        noise: for the initial A.
+        targets: ends of the layers' names; by default those of the projections of attention or, in a network without
+            attention, of the convolutions in residual blocks.
 
     Raises:
         InvalidInputError: a rank below one; targets that match no layer that can be adapted.
+        MissingExtraError: peft is not installed.
     """
+    require("peft")
     import peft
 
-    check_type("network", network, nn.Module, "take the model of a denoiser")
-    check_type("noise", noise, Noise, "take Noise(0), say")
+    check_type("network", network, nn.Module, "use the model of a denoiser")
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     rank = check_integer("rank", rank)
     if targets is not None and (
         not isinstance(targets, Sequence)
@@ -65,7 +68,7 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
             f"can be adapted are {', '.join(ends[:12])}"
         )
     network.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):  # peft draws A; it is drawn again below
+    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator; it is drawn again below
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         peft.inject_adapter_in_model(config, network)
     for key, (name, parameter) in enumerate(network.named_parameters()):
@@ -76,21 +79,21 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
 
 
 def _end(name: str) -> str:
-    """The last word of a layer's name, with a number's owner: "to_out.0"."""
+    """The last word of a layer's name, or the last two where it is a number: "to_out.0"."""
     words = name.split(".")
     return ".".join(words[-2:]) if words[-1].isdigit() and len(words) > 1 else words[-1]
 
 
 class WithoutAdapter(ShownModule):
-    """u_0: the same denoiser with its adapters switched off, sharing every weight.
+    """u_0: the same denoiser with its adapters switched off; all weights are shared.
 
     Args:
-        denoiser: with adapters inside.
+        denoiser: whose network has adapters.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        check_type("denoiser", denoiser, nn.Module, "it has adapters inside")
+        check_type("denoiser", denoiser, nn.Module, "its network has adapters")
         self.denoiser = denoiser
 
     def _words(self) -> Iterable[str]:
@@ -105,7 +108,7 @@ class WithoutAdapter(ShownModule):
 
 
 def _layers(module: nn.Module) -> list[Any]:
-    """The adapted layers; none where nothing was adapted, and peft is not imported then."""
+    """The layers with adapters, found without importing peft."""
     return [part for part in module.modules() if hasattr(part, "lora_A") and hasattr(part, "enable_adapters")]
 
 
@@ -115,23 +118,23 @@ def _switched(module: nn.Module, *, on: bool) -> Iterator[None]:
     before = [not layer.disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = not on  # `enable_adapters` would also switch the weights' requires_grad
+            layer._disable_adapters = not on  # `enable_adapters` would also change requires_grad
         yield
     finally:
         for layer, was in zip(layers, before):
             layer._disable_adapters = not was
 
 
-WATCHING: list[Callable[[Callable[[], Any]], None]] = []  # are shown every block that is to be computed again
+WATCHING: list[Callable[[Callable[[], Any]], None]] = []  # called with every block that will be recomputed
 
 
 def checkpoint_activations(network: Any) -> None:
-    """Keep only the inputs of the network's blocks, and compute the rest once more on the way back.
+    """Keep only the inputs of the network's blocks, and recompute their activations in the backward pass.
 
     Raises:
-        InvalidInputError: the network's class cannot.
+        InvalidInputError: the network's class has no gradient checkpointing.
     """
-    check_type("network", network, nn.Module, "take the model of a denoiser")
+    check_type("network", network, nn.Module, "use the model of a denoiser")
     if not hasattr(network, "enable_gradient_checkpointing"):
         raise InvalidInputError(
             f"network: {type(network).__name__} is not a model of diffusers, and has no gradient checkpointing"
@@ -157,10 +160,11 @@ def checkpoint_activations(network: Any) -> None:
 
 
 def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
-    """The weights of the adapter inside, under peft's names; None where there is none."""
-    network: Any = getattr(inner(denoiser), "model", denoiser)
+    """The weights of the adapter, under peft's names; None if there is no adapter."""
+    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
     if not _layers(network):
         return None
+    require("peft")
     import peft
 
     weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
@@ -168,15 +172,16 @@ def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
 
 
 def merged(denoiser: nn.Module) -> nn.Module:
-    """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights: a plain network again."""
-    check_type("denoiser", denoiser, nn.Module, "take a DiffusersDenoiser")
-    plain: Any = copied(inner(denoiser))
-    if _layers(plain):
+    """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights and removed."""
+    check_type("denoiser", denoiser, nn.Module, "use a DiffusersDenoiser")
+    result: Any = copied(unwrapped(denoiser))
+    if _layers(result):
+        require("diffusers")
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-        for layer in _layers(plain):
+        for layer in _layers(result):
             layer.merge()
-        recurse_remove_peft_layers(plain.model)
-        plain.model.__dict__.pop("peft_config", None)
-        plain.requires_grad_(True)
-    return plain
+        recurse_remove_peft_layers(result.model)
+        result.model.__dict__.pop("peft_config", None)
+        result.requires_grad_(True)
+    return result

@@ -1,10 +1,15 @@
-"""What a chain is worth, and how good it can get."""
+"""What a chain is worth, what tilting could gain, and how much of that a training has captured."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.evaluation.bounds import Bound, bound
-    from implicit_diffusion.evaluation.chains import Evaluation, evaluate
+    from implicit_diffusion.evaluation.bounds import Bound, bound, most_kl, sharpest
+    from implicit_diffusion.evaluation.cache import evaluate_pretrained
+    from implicit_diffusion.evaluation.chains import Evaluation, evaluate, mean_and_error
+    from implicit_diffusion.evaluation.clipping import effect_of_clipping
+    from implicit_diffusion.evaluation.gains import captured, gain, gain_of_j, memory_of_start, possible
+    from implicit_diffusion.evaluation.judging import judge
+    from implicit_diffusion.evaluation.plans import Plan, make_plan
 else:
 
     def __getattr__(name: str) -> object:
@@ -16,4 +21,22 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Bound", "Evaluation", "bound", "evaluate"]
+__all__ = [
+    "Bound",
+    "Evaluation",
+    "Plan",
+    "bound",
+    "captured",
+    "effect_of_clipping",
+    "evaluate",
+    "evaluate_pretrained",
+    "gain",
+    "gain_of_j",
+    "judge",
+    "make_plan",
+    "mean_and_error",
+    "memory_of_start",
+    "most_kl",
+    "possible",
+    "sharpest",
+]

@@ -1,14 +1,14 @@
-"""What a chain is worth: reward and path KL on noise that training never sees.
+"""The value of a chain: reward and path KL on noise that training never sees.
 
 Along a trajectory of u_θ, with Δ_k = b_k (u_θ − u_0)(m_k x_k, t_k), the log-likelihood ratio to the pretrained path is
 
     log dP_θ/dP_0 = Σ_k ‖Δ_k‖²/(2 s_k²) + ⟨Δ_k, ξ_k⟩/s_k
 
-The first sum has the path KL as its mean, the second has mean zero. So J = β·KL − E R has two estimates. With the first
-sum alone it is, to the digit, what the path KL and the reward beside it make of it, and chains that share their noise
-share the noise of their rewards: J before less J after is sharp. With the second sum as a control variate it does not
-vary at all under the best u_θ given x_0: its own level, and how far it is from the bound J*, are the sharper the better
-the training (`implicit_diffusion.evaluation.bounds`). What is shown as J is the first.
+The first sum has the path KL as its mean, the second has mean zero. So J = β·KL − E R has two estimates. The one from
+the first sum alone agrees to the digit with the path KL and the reward that are printed beside it, and chains that
+share their noise share the noise of their rewards, so that J before less J after is sharp. With the second sum as a
+control variate, J does not vary at all under the best u_θ given x_0: its level, and its distance from the bound J*, are
+the sharper the better the training (`implicit_diffusion.evaluation.bounds`). J in reports is the first one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ class Evaluation(Shown):
         reward: R(x_N).
         path_kl: Σ_k ‖Δ_k‖²/(2 s_k²) along each trajectory, in nats; infinite where a trained row has no noise.
         log_ratio: log dP_θ/dP_0 of each trajectory, in nats; NaN where a trained row has no noise.
-        samples: x_N; of an evaluation that was kept on disk, those of its first starts and repeats alone.
+        samples: x_N; after `stored.Stored`, only those of the first starts and the first repeat.
     """
 
     reward: Float[Tensor, "starts repeats"]
@@ -61,19 +61,29 @@ class Evaluation(Shown):
 
         Args:
             beta: weight of the path KL, in reward per nat.
-            control_variate: take the log-ratio for the path KL. The mean is the same; near an optimum it is
-                better known, its difference from that of another chain on the same noise less well.
+            control_variate: use the log-ratio in place of the path KL. The mean is the same. Near an optimum its
+                standard error is smaller, while differences from another chain on the same noise are less sharp.
         """
         kl = self.log_ratio if control_variate else self.path_kl
         return check_number("beta", beta) * kl - self.reward
 
 
-def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> tuple[float, float]:
-    """Mean and its standard error; trajectories from one start are not independent, so starts are the unit."""
+class Estimate(NamedTuple):
+    """A mean and its standard error."""
+
+    mean: float
+    error: float
+
+
+def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> Estimate:
+    """Mean and its standard error; trajectories from one start are not independent, so starts are the unit.
+
+    The error is NaN where there is a single start.
+    """
     check_tensor("values", values, "starts ...")
     per_start = values.reshape(len(values), -1).mean(1).double()
     error = per_start.std() / len(per_start) ** 0.5 if len(per_start) > 1 else torch.tensor(float("nan"))
-    return per_start.mean().item(), error.item()
+    return Estimate(per_start.mean().item(), error.item())
 
 
 def evaluate(
@@ -89,22 +99,22 @@ def evaluate(
     """Sample a chain and score its samples.
 
     Two chains evaluated under the same noise share x_0, its condition and every ξ_k, so that their differences are
-    sharp. A start is an x_0 with its condition: all its repeats have the same prompt.
+    sharp. A start is an x_0 with its condition: all of its repeats have the same prompt.
 
     Args:
-        chain: the sampler; a chain whose denoiser is its own reference has log-ratio zero and pays one network call
+        chain: the sampler. A chain whose denoiser is its own reference has log-ratio zero and costs one network call
             per step.
-        reward: R, (n, *event) → (n,); under a condition, and in other forms, as in `Reward`. Whether each reward
-            depends on its own sample alone is tried on a few samples first, unless it is a `Reward` that is `checked`.
-        noise: of the evaluation; take `Noise(seed).stream(1)` to keep it apart from training.
-        starts: independent x_0.
-        repeats: trajectories from each x_0; the conditional bound needs several.
-        chunk: trajectories in one network call, rounded down to whole starts; by default 256 small ones, and fewer
-            the larger they are. Numbers depend on it through the noise.
-        progress: called with the number of trajectories just done.
+        reward: R, (n, *event) → (n,); for conditions and other forms see `Reward`. A few samples are used first to
+            check that each reward depends on its own sample alone, unless it is a `Reward` that is `checked`.
+        noise: of the evaluation; use `Noise(seed).stream(1)` to keep it apart from training.
+        starts: number of independent x_0.
+        repeats: number of trajectories from each x_0; the conditional bound needs several.
+        chunk: number of trajectories in one network call, rounded down to whole starts; by default 256 small ones,
+            fewer if they are large. The random numbers depend on it.
+        progress: called with the number of trajectories just completed.
 
     Raises:
-        InvalidInputError: starts, repeats or chunk below one; rewards that are not one number per sample, or
+        InvalidInputError: starts, repeats or chunk below one; rewards that are not one number per sample, or that
             depend on other samples than their own.
         NonFiniteError: rewards that are NaN or infinite.
     """
@@ -126,13 +136,12 @@ def evaluate_in_parts(
     chunk: int | None = None,
     first: int = 0,
 ) -> Iterator[Evaluation]:
-    """What `evaluate` joins, one network batch after the other; between two of them, networks are as they were.
+    """The parts that `evaluate` joins, one network batch each; between two parts, networks are in their own modes.
 
-    A part depends on its number alone, so that whoever has kept some goes on with the others and gets the same.
-
-    Args and errors as in `evaluate`; `first` is the number of the part to begin with.
+    A part depends on its number alone: an evaluation can continue with part `first` and gets the same numbers. Other
+    arguments and errors as in `evaluate`.
     """
-    check_type("chain", chain, Chain, "take Chain(denoiser, table, event_shape)")
+    check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape)")
     starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
     chunk = None if chunk is None else check_integer("chunk", chunk)
     if chunk is None:
@@ -145,7 +154,7 @@ def evaluate_in_parts(
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of which these are the parts, in their order."""
+    """One evaluation of the given parts, in their order."""
     columns = zip(*((part.reward, part.path_kl, part.log_ratio, part.samples) for part in parts), strict=True)
     return Evaluation(*map(torch.cat, columns))
 
@@ -154,7 +163,7 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
 def _part(
     chain: Chain, score: Reward, noise: Noise, index: int, starts: int, repeats: int, *, first: bool
 ) -> Evaluation:
-    """Trajectory `index` of the noise, from so many starts; errors of the first one say what the reward was given."""
+    """Part `index`: its trajectories have that number as the key of their noise."""
     compare = chain.denoiser is not chain.reference
     singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
     with chain.evaluating(), score.evaluating():
@@ -173,7 +182,7 @@ def _part(
             kl, log_ratio = kl + math.inf, log_ratio + math.nan
         end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
-            if not score.checked and index == 0:  # whoever goes on has done so: it may draw from the global generators
+            if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers
                 score.probe(end)
             judged = score.judge(end)
         return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))

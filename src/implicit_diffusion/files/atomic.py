@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one, where files can be."""
+"""Atomic writing: a file is the old one or the new one, never half of either; and checks of where to write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_place(folder: Path) -> None:
     """Raise `InvalidInputError` unless `folder` is one that can be written to, or can be made with its parents."""
     try:
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        with tempfile.TemporaryDirectory(dir=there):  # permissions alone do not tell
+        with tempfile.TemporaryDirectory(dir=there):  # permissions alone do not decide it
             pass
     except OSError as error:
         raise InvalidInputError(f"`folder` {folder} cannot be made ({error}); name a folder elsewhere") from error
@@ -27,10 +27,10 @@ def check_place(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file or folder that is written in the block where the system refuses: a full disk, a vanished folder.
+    """Name the file or folder that the block writes where the system refuses: a full disk, a missing folder.
 
     Raises:
-        StorageError: for every error of the system but our own.
+        StorageError: for every error of the operating system.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(
-            f"{path} cannot be written ({reason}); make room there and see that the folder exists and may be written to"
+            f"{path} cannot be written ({reason}); make room there, and check that the folder exists and is writable"
         ) from error
 
 
@@ -47,11 +47,11 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes `path` at the end of the block, in one step of the file system.
 
-    Whatever ends the block or the process early leaves the previous `path` as it was. Contents and name have reached
-    the disk when the block has ended.
+    If the block or the process ends early, the previous `path` stays unchanged. At the end of the block, contents and
+    name are on the disk.
 
     Raises:
-        StorageError: what `writing` turns into one.
+        StorageError: as in `writing`.
     """
     temporary = path.with_name(path.name + UNFINISHED)
     with writing(path):
@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system lets folders be opened."""
+    """Write the names in a folder to the disk, where the system can open folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

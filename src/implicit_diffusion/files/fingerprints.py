@@ -1,8 +1,8 @@
-"""Fingerprints of what is read: the sha256 of files, folders and tensors, as JSON holds them.
+"""Fingerprints of inputs: the sha256 of files, folders and tensors, as values for JSON.
 
 {"files": {path: sha256, ...}}                            single files
-{"folder": path, "endings": [...], "files": {...}}        all files below a folder, by their names there
-{"tensor": sha256}                                        numbers, whose source may be anywhere
+{"folder": path, "endings": [...], "files": {...}}        all files below a folder, by their relative paths
+{"tensor": sha256}                                        numbers from any source
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 
-MODEL_FILES = (".json", ".safetensors", ".txt", ".model")  # what is loaded of a model's folder
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model")  # endings of the files that are loaded from a model's folder
 Input = Path | Sequence[Path] | Tensor | Mapping[str, Any]
 
 
 def fingerprint(source: Input, endings: Collection[str] = ()) -> dict[str, Any]:
-    """The sha256 of an input, to hand to `record`: take it before the input is read, and what is read is what is told.
+    """The sha256 of an input, for `record`. Compute it before the input is read, so that a later change shows.
 
     Args:
-        source: a file, several files, a folder with all that lies below it, or a tensor.
-        endings: of the names that count in a folder; all but hidden files where there are none.
+        source: a file, several files, a folder with all files below it, or a tensor.
+        endings: of the names in a folder that count; empty for all files that are not hidden.
 
     Raises:
-        InvalidInputError: a file that cannot be read.
+        InvalidInputError: a file cannot be read.
     """
     if isinstance(source, Mapping):
         return dict(source)
@@ -56,7 +56,7 @@ def is_fingerprint(entry: object) -> bool:
 
 
 def again(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """The entry of a file or folder as it is now; what is gone is left out."""
+    """The fingerprint of the same files or folder now, without those that no longer exist."""
     if "folder" in entry:
         folder = base / entry["folder"]
         listed = _listing(folder, entry["endings"]) if folder.is_dir() else []
@@ -66,7 +66,7 @@ def again(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
 
 
 def relative(entry: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The entry with paths below `base` relative to it."""
+    """The fingerprint with paths below `base` relative to it."""
 
     def moved(path: str) -> str:
         inside = Path(path).is_relative_to(base.absolute())

@@ -1,4 +1,4 @@
-"""One holder of a folder at a time, by a lock of the operating system that ends with its process, however that ends."""
+"""A lock on a folder. It is the operating system's, and ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from pathlib import Path
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
 
-LOCK = ".lock"  # there while a process holds the folder
+LOCK = ".lock"  # exists while a process holds the folder
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder for the block, which makes it: no other process, nor thread, can meanwhile.
+    """Hold a folder during the block; it is made if it does not exist. No other process or thread can hold it
+    meanwhile.
 
-    A thread that holds the folder may hold it once more. Where the block leaves nothing in a folder that was made for
-    it, it is taken away.
+    A thread that holds the folder may hold it again. A folder that was made here, and is empty after the block, is
+    removed.
 
     Raises:
-        InvalidInputError: another run holds the folder; one that cannot be made; several processes of one program.
-        StorageError: a file system without locks.
+        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes.
+        StorageError: the file system has no locks.
     """
     from filelock import FileLock, Timeout
 
     _check_alone()
-    path = folder.absolute()  # wherever the block changes to
+    path = folder.absolute()  # the block may change the working directory
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -45,7 +46,7 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:
-            with suppress(OSError):  # not empty, or gone
+            with suppress(OSError):  # not empty, or removed
                 (path / LOCK).unlink()  # before it is released: nobody else can hold it yet
                 for empty in made:
                     empty.rmdir()
@@ -53,17 +54,17 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def make(folder: Path) -> list[Path]:
-    """Make a folder with its parents; returns those that were not there, the deepest first.
+    """Make a folder with its parents; returns those that did not exist, the deepest first.
 
     Raises:
-        InvalidInputError: a file is there, or in the way, or the file system refuses.
+        InvalidInputError: the folder or one of its parents is a file, or the file system refuses.
     """
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise InvalidInputError(f"`folder` {folder} is a file; name a new folder") from error
-    except OSError as error:  # a name that the file system does not take
+    except OSError as error:  # for example a name that the file system does not allow
         raise InvalidInputError(f"`folder` {folder} cannot be made ({error}); name a folder elsewhere") from error
     return missing
 
@@ -74,5 +75,5 @@ def _check_alone() -> None:
     if count.isdigit() and int(count) > 1:
         raise InvalidInputError(
             f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which would all train the same: a "
-            "run uses one process so far; start it without the launcher"
+            "run uses one process; start it without the launcher"
         )

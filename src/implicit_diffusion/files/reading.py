@@ -1,7 +1,7 @@
-"""Files that came from elsewhere: read where they are what they should be, and refused in a line where they are not.
+"""Reading of untrusted files: those of the wrong kind are refused with an error of one line.
 
-A path may name anything: a pipe that never answers, a device that never ends, a folder, a file of terabytes; and JSON
-may be nested deeper than a parser's stack. What is read is a regular file of a bounded size, nested to a bounded depth.
+A path may name a pipe that never answers, a device that never ends, a folder or a file of terabytes, and JSON may be
+nested deeper than a parser's stack. Only regular files are read, up to a maximal size and a maximal depth.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 
-MOST_BYTES = 2**26  # the largest vocabularies of tokenizers take half of it
+MOST_BYTES = 2**26  # twice the largest vocabularies of tokenizers
 DEEPEST = 64  # levels of lists and mappings
-LONGEST = 400  # characters of a library's own words in a message
+LONGEST_REASON = 400  # characters of another library's message
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -26,7 +26,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         InvalidInputError: it cannot be read, is a folder, a pipe or a device, or holds more than `most` bytes.
     """
     try:
-        # Without waiting: a pipe would wait here for somebody to write to it.
+        # Without waiting: opening a pipe would block until another process writes to it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             refuse_unless_regular(path, os.fstat(descriptor).st_mode)
@@ -39,12 +39,12 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     except (OSError, ValueError) as error:  # a ValueError for a path with a zero byte
         raise InvalidInputError(f"{path} cannot be read ({one_line(error)})") from error
     if len(contents) > most:
-        raise InvalidInputError(f"{path} is larger than the {most} bytes that are read of such a file")
+        raise InvalidInputError(f"{path} is larger than {most} bytes, the most that such a file may have")
     return contents
 
 
 def refuse_unless_regular(path: Path, mode: int) -> None:
-    """Raise `InvalidInputError` unless `mode`, of its stat, is that of a regular file."""
+    """Raise `InvalidInputError` unless `mode`, from its stat, is that of a regular file."""
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise InvalidInputError(f"{path} is {kind}, and only regular files are read")
@@ -54,17 +54,17 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        InvalidInputError: as `read_bytes`; no JSON, none that is an object, or one of more than `DEEPEST` levels.
+        InvalidInputError: as `read_bytes`; it is not JSON, not an object, or has more than `DEEPEST` levels.
     """
     contents = read_bytes(path, most)
     try:
         value = json.loads(contents.decode("utf-8"))
     except RecursionError:
         raise InvalidInputError(f"{path} is nested deeper than {DEEPEST} levels") from None
-    except ValueError as error:  # no UTF-8, no JSON, a number of thousands of digits
-        raise InvalidInputError(f"{path} is no valid JSON ({one_line(error)})") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise InvalidInputError(f"{path} is not valid JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
-        raise InvalidInputError(f"{path} holds a JSON {type(value).__name__}, and an object is needed")
+        raise InvalidInputError(f"{path} holds a JSON {type(value).__name__}, but must hold an object")
     level: list[Any] = [value]
     for _ in range(DEEPEST):
         level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
@@ -75,6 +75,6 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def one_line(error: object) -> str:
-    """What an error of a library says, in one line of bounded length."""
+    """The message of an error of another library, in one line of limited length."""
     words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= LONGEST else words[:LONGEST] + " …"
+    return words if len(words) <= LONGEST_REASON else words[:LONGEST_REASON] + " …"

@@ -7,9 +7,9 @@ booleans and None. In the header's JSON a tree reads
     list    {"list": [tree, ...]}        tuple  {"tuple": [tree, ...]}
     float   1.5 or {"float": "nan"}      str, int, bool and None as themselves
 
-so nothing in it can be executed. One file, renamed into place, can never be half of an old state and half of a new
-one, however the process ends. Beside the tree stand SHA-256 digests, of every tensor with its dtype and shape and of
-the header itself: a bit that has flipped on the disk is noticed when the file is read.
+so nothing in it can be executed. Since one file is renamed into place, it is never half an old state and half a new
+one, however the process ends. The header also holds SHA-256 digests, of every tensor with its dtype and shape and of
+the header itself, so that a bit that has flipped on the disk is detected when the file is read.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ def save_state(folder: str | PathLike[str], state: Any) -> None:
     Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate.
 
     Args:
-        folder: made where it does not exist.
+        folder: made if it does not exist.
         state: a tree as described above.
 
     Raises:
-        InvalidInputError: something in the tree that has no place in a state; the message names where. The previous
-            state is untouched then.
+        InvalidInputError: the tree holds something else; the message says where. The previous state is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     try:
@@ -64,7 +63,7 @@ def load_state(folder: str | PathLike[str]) -> Any:
     """Read what `save_state` wrote; tensors on the CPU, each with memory of its own.
 
     Raises:
-        InvalidInputError: no state there, or a damaged or foreign file, or one without checksums.
+        InvalidInputError: there is no state, or the file is damaged, not a state, or without checksums.
     """
     path = check_path("folder", folder) / FILE
     if not path.is_file():
@@ -72,35 +71,35 @@ def load_state(folder: str | PathLike[str]) -> Any:
     tensors, header = load_tensors(path)
     if HEADER not in header or DIGESTS not in header:
         if WITHOUT_DIGESTS in header:
-            raise InvalidInputError(f"{path} is of an earlier release, without checksums; only that can go on from it")
-        raise InvalidInputError(f"{path} is a safetensors file, but holds no state of ours")
+            raise InvalidInputError(f"{path} is from an earlier release, without checksums; only that can continue it")
+        raise InvalidInputError(f"{path} is a safetensors file, but not a state")
     try:
         return _decode(json.loads(header[HEADER]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InvalidInputError(f"{path} is damaged, or no state of ours: {error}") from error
+        raise InvalidInputError(f"{path} is damaged, or not a state: {error}") from error
 
 
 def check_finite(state: Any, may_be_infinite: Collection[str] = ()) -> None:
-    """Look at every tensor, and every number, of a state.
+    """Check every tensor and every number of a state.
 
     Args:
-        state: as `save_state` takes it.
-        may_be_infinite: keys whose tensors may hold infinity: a mask among the buffers, a weight of zero as logarithm.
+        state: as for `save_state`.
+        may_be_infinite: keys whose tensors may hold infinity, such as a mask, or the logarithm of a weight of zero.
 
     Raises:
-        NonFiniteError: NaN somewhere, or infinity in a tensor; the message says where.
+        NonFiniteError: a tensor or number is NaN, or a tensor holds infinity; the message says where.
     """
     for where, key, value in _leaves(state, "state", ""):
         if isinstance(value, float) and math.isnan(value):
             raise NonFiniteError(f"{where} is NaN")
         if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            sound = ~value.isnan() if key in may_be_infinite else value.isfinite()
-            if not sound.all():
+            allowed = ~value.isnan() if key in may_be_infinite else value.isfinite()
+            if not allowed.all():
                 raise NonFiniteError(f"{where} holds NaN or infinity")
 
 
 def _leaves(value: Any, where: str, key: str) -> Iterator[tuple[str, str, Any]]:
-    """Every tensor and number, with its path and the last key on it that is a word."""
+    """Every leaf, with its path and the last key on it that is a string."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _leaves(item, f"{where}[{name!r}]", name if isinstance(name, str) else key)
@@ -119,10 +118,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str])
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file, checked against the digests where it has any.
+    """Tensors and header of a file, checked against its digests if it has any.
 
     Raises:
-        InvalidInputError: no such file, or a damaged one; the message names the tensor.
+        InvalidInputError: the file is missing or damaged; the message names the tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -136,9 +135,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for name in tensors.keys() | of_tensors.keys():
                 if name not in tensors or of_tensors.get(name) != _digest(tensors[name]):
                     raise ValueError(f"tensor {name!r} is not what was written: its checksum differs")
-    # sizes that a header claims may overflow, or be more than there is memory
+    # sizes in a header may overflow, or exceed the memory
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
-        raise InvalidInputError(f"{path} is damaged, or no state of ours: {error}") from error
+        raise InvalidInputError(f"{path} is damaged, or not a state: {error}") from error
     return tensors, header
 
 
@@ -176,7 +175,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
 
 
 def _storable(tensor: Tensor, where: str) -> Tensor:
-    """A plain, contiguous CPU copy: the state as it is now, in a storage of its own."""
+    """A dense, contiguous copy on the CPU, with its own storage."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype == torch.complex128:
         raise InvalidInputError(f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}: not storable")
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()

@@ -28,15 +28,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.adapter import unwrapped
 
 TOTAL = 2.0**11  # T
 SMALLEST = 2.0**-100  # ‖v‖₁ below this is not scaled up to T: S stays a float32
 
 
 def computes_in_float16(denoiser: object) -> TypeGuard[nn.Module]:
-    """Whether the network says so, by an attribute `precision` like that of `DiffusersDenoiser`."""
-    return isinstance(denoiser, nn.Module) and getattr(inner(denoiser), "precision", None) is torch.float16
+    """Whether the network inside says so, by an attribute `precision` as that of `DiffusersDenoiser`."""
+    return isinstance(denoiser, nn.Module) and getattr(unwrapped(denoiser), "precision", None) is torch.float16
 
 
 def scale(cotangents: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, ""]:

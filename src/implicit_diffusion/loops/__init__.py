@@ -1,9 +1,12 @@
-"""Loops: state in, one update, metrics out."""
+"""Loops: state in, one update of θ, metrics out; and what their metrics say."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
+    from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
+    from implicit_diffusion.loops.diagnostics.divergence import distance
+    from implicit_diffusion.loops.memory import predict_memory
     from implicit_diffusion.loops.nested import Nested
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single
@@ -20,4 +23,19 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Nested", "NestedParticles", "Queue", "Single", "Timetable", "Unrolled", "Update"]
+__all__ = [
+    "Nested",
+    "NestedParticles",
+    "Queue",
+    "Single",
+    "Timetable",
+    "Unrolled",
+    "Update",
+    "advice",
+    "distance",
+    "ess_in_time",
+    "predict_memory",
+    "r_hat",
+    "signal_to_noise",
+    "statistics",
+]

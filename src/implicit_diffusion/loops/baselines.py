@@ -32,7 +32,8 @@ class NestedParticles(ParticleLoop):
     """Run the sampler first, then make one update: T steps of the kernel under one θ, and Γ at the last particles.
 
         >>> import torch
-        >>> from implicit_diffusion import ULA, GaussianMixture, NestedParticles, Noise, Reward
+        >>> from implicit_diffusion import ULA, GaussianMixture, Noise, Reward
+        >>> from implicit_diffusion.loops import NestedParticles
         >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
         >>> sgd, reward = torch.optim.SGD([potential.logits], lr=0.5), Reward(lambda x: x[:, 0])
         >>> loop = NestedParticles(
@@ -119,7 +120,8 @@ class Unrolled(ParticleLoop):
     reward do not show. Kernels that reject are refused, since their choices have no derivative.
 
         >>> import torch
-        >>> from implicit_diffusion import ULA, GaussianMixture, Noise, Reward, Unrolled
+        >>> from implicit_diffusion import ULA, GaussianMixture, Noise, Reward
+        >>> from implicit_diffusion.loops import Unrolled
         >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
         >>> sgd, reward = torch.optim.SGD([potential.logits], lr=0.5), Reward(lambda x: x[:, 0])
         >>> loop = Unrolled(potential, ULA(0.1), reward, sgd, particles=1000, noise=Noise(0), unrolled_steps=10)

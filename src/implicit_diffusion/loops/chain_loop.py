@@ -17,7 +17,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 
-FLOAT16 = "; the network computes in float16, which ends at 65504: use precision = torch.bfloat16, or None for float32"
+FLOAT16 = "; the network computes in float16, which ends at 65504: use `precision=torch.bfloat16`, or float32"
 
 
 class ChainLoop(Loop):

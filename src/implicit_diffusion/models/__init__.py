@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.models.pretrained import DiffusersDenoiser, Pretrained, load_pretrained, save_pipeline
+    from implicit_diffusion.models.adapter_files import save_adapter
+    from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
+    from implicit_diffusion.models.pretrained import Pretrained, load_pretrained, save_pipeline
     from implicit_diffusion.models.prompts import embed_prompts
 else:
 
@@ -16,4 +18,12 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["DiffusersDenoiser", "Pretrained", "embed_prompts", "load_pretrained", "save_pipeline"]
+__all__ = [
+    "EnergyModel",
+    "Pretrained",
+    "embed_prompts",
+    "load_energy_model",
+    "load_pretrained",
+    "save_adapter",
+    "save_pipeline",
+]

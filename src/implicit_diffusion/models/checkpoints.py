@@ -1,13 +1,14 @@
-"""Find the folder that a model's name stands for, and look at it before anything is loaded.
+"""Find the folder of a model by its name, and check it before anything is loaded.
 
 A name is "digits" (the model that comes with this package), a local folder, or a hub id `owner/name`. The folder must
 be a diffusers pipeline of a known family (`families`): `model_index.json`, a network with safetensors weights, a
-scheduler, and what the family has besides, a decoder and text encoders. Which of its files these are, `files` says.
+scheduler, and the other parts of the family, such as a decoder and text encoders. `pipeline_files` says which of its
+files these are.
 
 Nothing in a checkpoint is ever executed: weights are safetensors, never pickles; the classes named in
-`model_index.json` are looked up in diffusers and transformers and nowhere else. A local folder never touches the
-network. A hub id is first looked for in the local cache; only if it is not there does one request with a short timeout
-ask the hub, so that a closed network is an error after seconds. `HF_HUB_OFFLINE=1` skips the request.
+`model_index.json` are looked up in diffusers and transformers and nowhere else. A local folder never uses the
+internet. A hub id is first looked for in the local cache; only if it is not there, one request with a short timeout
+goes to the hub, so that without internet access there is an error after seconds. `HF_HUB_OFFLINE=1` skips the request.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError, shown
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line, read_json
-from implicit_diffusion.models.families import FAMILIES, PIXELS, Family, family_of
+from implicit_diffusion.models.families import FAMILIES, PIXELS, PipelineFamily, family_of
 from implicit_diffusion.models.pipeline_files import (
     Source,
     laid_out,
@@ -39,29 +41,29 @@ from implicit_diffusion.showing import Shown
 
 DIGITS = Path(__file__).parents[1] / "digits" / "assets" / "digits"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
+HUB_TIMEOUT = 5.0  # seconds after which the hub counts as unreachable
 INDEX = "model_index.json"
 CHAIN = "chain.json"  # beside it: the chain that a pipeline was fine-tuned for
 
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Shown):
-    """A folder that has been looked at.
+    """A folder that has been checked.
 
     Args:
         network: where the network is.
         scheduler: where the scheduler is.
         scheduler_class: its class in diffusers.
-        family: which kind of pipeline it is.
+        family: of its pipeline.
         folder: of all of it.
-        index: what its model_index.json says of the pipeline's parts and options, and nothing else that stands there.
-        files: all that the pipeline consists of but the index, in diffusers' layout: "unet/config.json" → where it is.
+        index: the pipeline's parts and options in its model_index.json; nothing else is kept of that file.
+        files: all files of the pipeline except the index, in diffusers' layout: "unet/config.json" → where it is.
     """
 
     network: Path
     scheduler: Path
     scheduler_class: str
-    family: Family = PIXELS
+    family: PipelineFamily = PIXELS
     folder: Path = Path()
     index: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Source] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class Checkpoint(Shown):
         return _parts(self.index)
 
     def laid_out(self) -> AbstractContextManager[Path]:
-        """A temporary folder with the pipeline's files and no others, for diffusers to read."""
+        """A temporary folder with only the pipeline's files, for diffusers to read."""
         return laid_out({INDEX: json.dumps(self.index).encode()} | self.files)
 
 
@@ -83,13 +85,14 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint called `model`: "digits", a folder, or a hub id.
 
     Raises:
-        InvalidInputError: nothing of that name exists or can be reached, or what is there is no diffusers pipeline of
-            a known family with safetensors weights. The message says what was found and what to do.
+        InvalidInputError: nothing of that name exists or can be reached, or it is not a diffusers pipeline of a known
+            family with safetensors weights. The message says what is there and what to do.
+        MissingExtraError: a hub id, and huggingface_hub is not installed.
     """
     if not isinstance(model, str | os.PathLike):
         raise InvalidInputError(f'model must be "digits", a folder or a hub id owner/name, got {shown(model)}')
     if model == "digits":
-        return inspect_folder(DIGITS, linked=True)  # installers link a package's files to their caches
+        return inspect_folder(DIGITS, linked=True)  # some installers link a package's files to their caches
     try:
         place = Path(model).expanduser()
         is_folder, exists = bool(str(model)) and place.is_dir(), place.exists()
@@ -100,19 +103,20 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     if isinstance(model, str) and HUB_ID.fullmatch(model) and not exists:
         return _from_hub(model)
     raise InvalidInputError(
-        f"model: {str(model)!r} is no folder; give 'digits', a diffusers folder, or a hub id 'owner/name'."
+        f"model: {str(model)!r} is not a folder; give 'digits', a diffusers folder, or a hub id 'owner/name'."
     )
 
 
 def inspect_folder(folder: Path, *, linked: bool = False) -> Checkpoint:
     """Check a diffusers folder without loading anything.
 
-    Both layouts of diffusers are understood: parts in folders of their own, or (older hub repositories) network and
-    scheduler in the folder itself.
+    Both layouts of diffusers are understood: parts in folders of their own, or (in older hub repositories) network
+    and scheduler in the folder itself.
 
     Args:
-        folder: to look at.
-        linked: whether its files may be links to anywhere; else only within it, and from the hub's cache to its blobs.
+        folder: to check.
+        linked: whether its files may be links to any place; otherwise they may only lead to places within the folder,
+            and from the hub's cache to its blobs.
 
     Raises:
         InvalidInputError: see `find_checkpoint`.
@@ -135,15 +139,15 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: where for name, where in pairs.items() if all(isinstance(word, str) for word in where)}
 
 
-def _read_index(folder: Path, *, linked: bool = False) -> tuple[Family, dict[str, Any]]:
-    """What `model_index.json` says, and the family of the pipeline that it describes, if that is one that is known."""
+def _read_index(folder: Path, *, linked: bool = False) -> tuple[PipelineFamily, dict[str, Any]]:
+    """The family of the pipeline that `model_index.json` describes, and its entries for parts and options."""
     path = folder / INDEX
     try:
         if INDEX not in names_in(folder):
             if (folder / "model").is_dir():
                 raise InvalidInputError(f"{folder} is the folder of a run; its model is {folder / 'model'}.")
             raise InvalidInputError(
-                f"{folder} is no diffusers pipeline: it has no {INDEX}; it holds {_listing(folder)}. "
+                f"{folder} is not a diffusers pipeline: it has no {INDEX}; it holds {_listing(folder)}. "
                 "Save a whole pipeline there, DDPMPipeline(unet=..., scheduler=...).save_pretrained(folder)."
             )
         real(folder, path, linked=linked)
@@ -155,15 +159,15 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[Family, dict[str
         if not isinstance(pipeline, str):
             raise InvalidInputError(f"its _class_name is {pipeline!r}, not the name of a pipeline")
     except (InvalidInputError, KeyError) as error:
-        raise InvalidInputError(f"model: {path} is no valid model index ({one_line(error)}).") from error
+        raise InvalidInputError(f"model: {path} is not a valid model index ({one_line(error)}).") from error
     family = family_of(pipeline, parts)
     if family is None:
-        found = ", ".join(f"{name}: {where[-1]}" for name, where in parts.items()) or "nothing"
+        listed = ", ".join(f"{name}: {where[-1]}" for name, where in parts.items()) or "nothing"
         known = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise InvalidInputError(
-            f"model: {folder} is a {one_line(pipeline)} with {one_line(found)}. What can be fine-tuned are pipelines "
-            f"of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; any "
-            "other network in Python, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
+            f"model: {folder} is a {one_line(pipeline)} with {one_line(listed)}. What can be fine-tuned are pipelines "
+            f"of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; in "
+            "Python any network can, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
         )
     for name, (library, code) in parts.items():
         if name not in family.parts:
@@ -173,44 +177,45 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[Family, dict[str
         if library not in ("diffusers", "transformers") and (name, library) != ("safety_checker", "stable_diffusion"):
             raise InvalidInputError(
                 f"model: {folder} brings its own {name} code ({library}.{code}), and code from checkpoints is "
-                f"never run; use a {name} of diffusers."
+                f"never run; use a {name} from diffusers."
             )
     if family.latent and parts["vae"] != ("diffusers", "AutoencoderKL"):
-        raise InvalidInputError(f"model: {folder} decodes by {parts['vae'][1]}; only an AutoencoderKL is known here.")
+        raise InvalidInputError(f"model: {folder} has the decoder {parts['vae'][1]}; only AutoencoderKL is supported.")
     kept = ("_class_name", "_diffusers_version", *family.parts, *family.options)
     return family, {key: value for key, value in index.items() if key in kept}
 
 
 def _listing(folder: Path) -> str:
-    """The folder's entries for a message."""
+    """The entries of the folder, for a message."""
     return listing([name + "/" * (folder / name).is_dir() for name in names_in(folder)])
 
 
 def _from_hub(hub_id: str) -> Checkpoint:
-    """From the local cache where it is complete, else from the hub."""
+    """The checkpoint from the local cache if it is complete there, otherwise from the hub."""
+    require("huggingface_hub")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return inspect_folder(Path(snapshot_download(hub_id, local_files_only=True)))
     except (LocalEntryNotFoundError, InvalidInputError):
-        pass  # not cached, or not completely
+        pass  # not in the cache, or not completely
 
     advice = (
         f"There is no folder {hub_id!r} here, and it is not in the local cache of the hub. Download it where there is "
         f"a network (`hf download {hub_id} --local-dir FOLDER`) and give the folder, or use 'digits'."
     )
     try:
-        # One request that is not repeated; the downloads below are, with growing pauses.
+        # This request is not repeated; the downloads below are, with growing pauses.
         siblings = HfApi().model_info(hub_id, timeout=HUB_TIMEOUT).siblings or []
     except RepositoryNotFoundError as error:
         raise InvalidInputError(f"model: the hub has no public model {hub_id!r}. {advice}") from error
-    except Exception as error:  # whatever the HTTP library of the day raises
+    except Exception as error:  # the HTTP libraries have errors of their own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         raise InvalidInputError(f"model: {hub_id!r} cannot be reached on the hub ({reason}). {advice}") from error
     names = {sibling.rfilename for sibling in siblings}
     if INDEX not in names:
-        raise InvalidInputError(f"model: {hub_id!r} is no diffusers pipeline: it holds {listing(names)}.")
+        raise InvalidInputError(f"model: {hub_id!r} is not a diffusers pipeline: it holds {listing(names)}.")
     family, index = _read_index(Path(snapshot_download(hub_id, allow_patterns=[INDEX])))
     try:
         wanted = [INDEX, CHAIN, *_wanted(hub_id, family, _parts(index), names)]
@@ -219,8 +224,8 @@ def _from_hub(hub_id: str) -> Checkpoint:
     return inspect_folder(Path(snapshot_download(hub_id, allow_patterns=wanted)))
 
 
-def _wanted(hub_id: str, family: Family, parts: dict[str, tuple[str, str]], names: set[str]) -> Iterator[str]:
-    """Of the files of a repository, those that its pipeline consists of."""
+def _wanted(hub_id: str, family: PipelineFamily, parts: dict[str, tuple[str, str]], names: set[str]) -> Iterator[str]:
+    """The files of a repository that its pipeline consists of."""
     for part, (library, _) in parts.items():
         own = any(name.startswith(f"{part}/") for name in names) or part not in (family.part, "scheduler")
         prefix = f"{part}/" if own else ""

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.showing import ShownModule, of_network
 
-PIXELS = 512 * 512  # decoded at a time
+PIXELS_AT_ONCE = 512 * 512
 
 
 class Decoder(ShownModule):
@@ -31,10 +31,10 @@ class Decoder(ShownModule):
 
     Args:
         vae: an `AutoencoderKL` of diffusers; frozen here.
-        shifted: whether the pipeline adds the shift_factor μ of its config; else μ = 0.
+        shifted: whether the pipeline adds the shift_factor μ of its config; otherwise μ = 0.
 
     Raises:
-        InvalidInputError: its config names no positive scaling_factor, or no shift_factor that a pipeline adds.
+        InvalidInputError: its config has no positive scaling_factor, or lacks a shift_factor that its pipeline adds.
     """
 
     def __init__(self, vae: Any, *, shifted: bool = False) -> None:
@@ -60,7 +60,7 @@ class Decoder(ShownModule):
     def forward(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
         """x, differentiable in z."""
         size = z.shape[2] * z.shape[3] * self.factor**2
-        parts = z.split(max(1, PIXELS // size))
+        parts = z.split(max(1, PIXELS_AT_ONCE // size))
         return torch.cat([checkpoint(self._decode, part, use_reentrant=False) for part in parts])
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ def _finite(value: object) -> bool:
 
 
 def check_latents(decoder: Decoder, event_shape: tuple[int, ...], source: str) -> None:
-    """Raise `InvalidInputError` where the network's latents are none of the decoder's; decodes one."""
-    found, channels = decoder.vae.config.latent_channels, event_shape[0]
-    if found != channels:
+    """Decode a latent; raise `InvalidInputError` where the decoder does not work on the network's latents."""
+    expected, channels = decoder.vae.config.latent_channels, event_shape[0]
+    if expected != channels:
         raise InvalidInputError(
-            f"model: the autoencoder of {source!r} has latents of {found} channels, but its network works on {channels}"
-            "; they belong to different models"
+            f"model: the autoencoder of {source!r} has latents of {expected} channels, but its network works on "
+            f"{channels}; they belong to different models"
         )
     images = decoder(torch.zeros(1, *event_shape, device=decoder.vae.device))
     height, width = (decoder.factor * side for side in event_shape[1:])
     if images.ndim != 4 or images.shape[2:] != (height, width):
-        raise ValueError(f"it makes images {tuple(images.shape)} of latents {event_shape}, not {height} by {width}")
+        raise ValueError(f"it decodes latents {event_shape} to images {tuple(images.shape)}, not {height} by {width}")

@@ -36,12 +36,18 @@ from implicit_diffusion.showing import Shown, brief, with_error
 FORMAT = "implicit-diffusion energy model"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 SPACING, OFFSET = "lattice.spacing", "lattice.offset"
-SAMPLERS = ("ula", "mala", "underdamped", "hmc")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the potential of a model is built."""
+    """How the potential of a model is built: a Gaussian energy and a network.
+
+    Args:
+        kind: of the network, "mlp" for vectors or "conv" for images.
+        event_shape: of one datum.
+        width: of the hidden layers, or the number of channels.
+        depth: hidden layers of an mlp.
+    """
 
     kind: Literal["mlp", "conv"]
     event_shape: tuple[int, ...]
@@ -49,7 +55,14 @@ class Architecture:
     depth: int = 3
 
     def build(self, noise: Noise) -> Tilted:
-        """The potential before training: π_θ = N(0, I)."""
+        """The potential before training: π_θ = N(0, I).
+
+        Args:
+            noise: of the network's weights.
+
+        Raises:
+            InvalidInputError: an unknown kind, or one that does not fit the event shape.
+        """
         if self.kind == "conv":
             return Tilted(conv(self.event_shape, noise, width=self.width), self.event_shape)
         if self.kind != "mlp":
@@ -61,7 +74,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Moves:
-    """The sampler of a model: a kernel by name, with its step size in standardised coordinates."""
+    """The sampler of a model.
+
+    Args:
+        sampler: name of its kernel.
+        step_size: in standardised coordinates.
+        leapfrogs: steps of hmc between two acceptances.
+    """
 
     sampler: Literal["ula", "mala", "underdamped", "hmc"]
     step_size: float
@@ -134,8 +153,9 @@ class EnergyModel(Shown):
         return -energy - self.log_z - self.scale.double().expand(event).log().sum()
 
     def log_likelihood(self, x: Float[Tensor, "n *event"], noise: Noise) -> Float[Tensor, " n"]:
-        """Log p(x), or of a model of dequantised data one draw of a lower bound of log P(x): log p(x + noise) and the
-        log-volume of a cell of the lattice. Its mean over draws is the bound.
+        """Log p(x) in nats; of a model of dequantised data, one draw of a lower bound of log P(x).
+
+        That is log p(x + noise) plus the log-volume of a cell of the lattice; its mean over draws is the bound.
 
         Raises:
             InvalidInputError: as `log_density`; data that are not on the lattice.
@@ -152,10 +172,15 @@ class EnergyModel(Shown):
         return event
 
     def sample(self, n: int, noise: Noise, steps: int = 200) -> Float[Tensor, "n *event"]:
-        """N draws: particles of the training, moved `steps` further by the model's own sampler, in data's coordinates.
+        """Draws: particles of the training, moved further by the model's own sampler, in the data's coordinates.
 
         Particles do not cross between far modes, so shares of modes are those of the training's particles. Draws of a
         model of dequantised data lie between the values that such data have; `lattice.quantise` rounds them down.
+
+        Args:
+            n: number of draws.
+            noise: of the choice of particles and of the sampler.
+            steps: of the sampler.
 
         Raises:
             NonFiniteError: the sampler ran away.
@@ -198,49 +223,75 @@ def is_energy_model(folder: str | PathLike[str]) -> bool:
     return (Path(folder).expanduser() / DESCRIPTION).is_file()
 
 
-def load_energy_model(folder: str | PathLike[str]) -> EnergyModel:
+def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
     """Read what `EnergyModel.save` wrote.
 
+    Args:
+        model: the folder.
+
     Raises:
-        InvalidInputError: no such folder, or files that are damaged or no energy-based model. Weights that an earlier
-            release wrote have no checksums, and are taken as they are.
+        InvalidInputError: no such folder, or files that are damaged or do not hold an energy-based model. Weights that
+            an earlier release wrote have no checksums, and are used as they are.
     """
-    folder = check_path("folder", folder)
+    folder = check_path("model", model)
     if not is_energy_model(folder):
         raise InvalidInputError(
-            f"{folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
+            f"model: {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
-        said = read_json(folder / DESCRIPTION)
-        if said.get("format") != FORMAT:
-            raise ValueError(f"its format is {said.get('format')!r}")
-        kind = said["architecture"]
-        architecture = Architecture(**kind | {"event_shape": tuple(kind["event_shape"])})
-        tensors, _ = load_tensors(folder / WEIGHTS)
-        numbers = sum(tensor.numel() for tensor in tensors.values())
-        with bounded(2 * numbers + SLACK, 4 * len(tensors) + 100):
-            potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
-        prefix = "potential."
-        potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        moves, log_z, error = Moves(**said["moves"]), said["log_z"], said["log_z_se"]
-        moves.kernel()
-        shift, scale, particles = (tensors[name] for name in ("shift", "scale", "particles"))
-        event = architecture.event_shape
-        if particles.shape[1:] != event or torch.broadcast_shapes(shift.shape, scale.shape, event) != event:
-            raise ValueError(f"particles, shift and scale do not have the event shape {event}")
-        lattice = Lattice(tensors[SPACING], tensors[OFFSET]) if SPACING in tensors else None
-        if lattice is not None:
-            if torch.broadcast_shapes(lattice.spacing.shape, lattice.offset.shape, event) != event:
-                raise ValueError(f"its lattice does not have the event shape {event}")
-            if not (lattice.spacing >= 0).all():
-                raise ValueError("the spacing of its lattice must not be negative")
-        for name, number in (("log_z", log_z), ("log_z_se", error)):
-            if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
-                raise ValueError(f"{name} must be finite, got {number}")
-        wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
-        if wrong or not (scale > 0).all():
-            raise ValueError(f"{', '.join(wrong) or 'scale'} must be finite{'' if wrong else ' and positive'}")
+        energy_model = _read(folder)
+        _check(energy_model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as cause:
-        raise InvalidInputError(f"{folder} is damaged, or not an energy-based model: {one_line(cause)}") from cause
-    potential.eval().requires_grad_(False)
-    return EnergyModel(architecture, potential, shift, scale, moves, particles, log_z, error, lattice)
+        raise InvalidInputError(
+            f"model: {folder} is damaged, or not an energy-based model: {one_line(cause)}"
+        ) from cause
+    energy_model.potential.eval().requires_grad_(False)
+    return energy_model
+
+
+def _read(folder: Path) -> EnergyModel:
+    """The model in a folder; any error says that there is none."""
+    description = read_json(folder / DESCRIPTION)
+    if description.get("format") != FORMAT:
+        raise ValueError(f"its format is {description.get('format')!r}")
+    built = description["architecture"]
+    architecture = Architecture(**built | {"event_shape": tuple(built["event_shape"])})
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} must be finite")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    with bounded(2 * numbers + SLACK, 4 * len(tensors) + 100):
+        potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
+    prefix = "potential."
+    potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return EnergyModel(
+        architecture=architecture,
+        potential=potential,
+        shift=tensors["shift"],
+        scale=tensors["scale"],
+        moves=Moves(**description["moves"]),
+        particles=tensors["particles"],
+        log_z=description["log_z"],
+        log_z_se=description["log_z_se"],
+        lattice=Lattice(tensors[SPACING], tensors[OFFSET]) if SPACING in tensors else None,
+    )
+
+
+def _check(model: EnergyModel) -> None:
+    """Raise an error about parts that do not fit each other, or that no training could have made."""
+    model.moves.kernel()
+    event, lattice = model.architecture.event_shape, model.lattice
+    shapes = model.shift.shape, model.scale.shape, event
+    if model.particles.shape[1:] != event or torch.broadcast_shapes(*shapes) != event:
+        raise ValueError(f"particles, shift and scale do not have the event shape {event}")
+    if not (model.scale > 0).all():
+        raise ValueError("scale must be finite and positive")
+    if lattice is not None:
+        if torch.broadcast_shapes(lattice.spacing.shape, lattice.offset.shape, event) != event:
+            raise ValueError(f"its lattice does not have the event shape {event}")
+        if not (lattice.spacing >= 0).all():
+            raise ValueError("the spacing of its lattice must not be negative")
+    for name, number in (("log_z", model.log_z), ("log_z_se", model.log_z_se)):
+        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+            raise ValueError(f"{name} must be finite, got {number}")

@@ -1,4 +1,4 @@
-"""The diffusers pipelines that can be fine-tuned, and what sets them apart.
+"""The families of diffusers pipelines that can be fine-tuned, and how they differ.
 
     family        network                  sampled under     samples
     pixels        UNet2DModel              nothing, classes  images
@@ -6,7 +6,7 @@
     SD            UNet2DConditionModel     prompts           latents
     SD3           SD3Transformer2DModel    prompts           latents
 
-A row is all that a new family of the same kind needs: every network goes through one adapter (`DiffusersDenoiser`).
+A new family of the same kind needs one more row here: every network goes through one adapter (`DiffusersDenoiser`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Family:
+class PipelineFamily:
     """One row of the table.
 
     Args:
         pipelines: names of its pipelines in diffusers; empty where the parts alone decide.
         part: the network's part of the pipeline, which is also its folder.
         network: name of its class in diffusers.
-        condition: what it is sampled under; class-conditional pixel networks are told by their config.
-        needs: parts without which it is no pipeline.
+        condition: what it is sampled under; for pixel networks their config says whether they are class-conditional.
+        needs: parts that a pipeline of the family must have.
         guidance: the scale w that its pipeline uses by default.
         embeddings: arguments of the network that text encoders fill.
-        passes_eta: whether its pipeline can be told the noise of DDIM; the others run it without.
-        may_have: parts that its pipeline takes besides.
-        options: that its pipeline keeps in model_index.json.
+        passes_eta: whether its pipeline has an argument for the noise η of DDIM; the others run DDIM without noise.
+        may_have: parts that its pipeline may have as well.
+        options: those of its pipeline in model_index.json.
         shifted: whether its pipeline decodes D(z/σ + μ), with the autoencoder's shift_factor μ; the others decode
-            D(z/σ), whatever shift the autoencoder names.
+            D(z/σ) and ignore that factor.
     """
 
     pipelines: tuple[str, ...]
@@ -58,12 +58,12 @@ class Family:
 
     @property
     def convolutional(self) -> bool:
-        """Whether the channels-last memory format pays."""
+        """Whether the channels-last memory format makes the network faster."""
         return self.network.startswith("UNet")
 
 
-PIXELS = Family((), "unet", "UNet2DModel", None, passes_eta=True)
-DIT = Family(
+PIXELS = PipelineFamily((), "unet", "UNet2DModel", None, passes_eta=True)
+DIT = PipelineFamily(
     ("DiTPipeline",),
     "transformer",
     "DiTTransformer2DModel",
@@ -72,7 +72,7 @@ DIT = Family(
     guidance=4.0,
     options=("id2label",),
 )
-SD = Family(
+SD = PipelineFamily(
     ("StableDiffusionPipeline",),
     "unet",
     "UNet2DConditionModel",
@@ -84,7 +84,7 @@ SD = Family(
     may_have=("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"),
     options=("requires_safety_checker",),
 )
-SD3 = Family(
+SD3 = PipelineFamily(
     ("StableDiffusion3Pipeline",),
     "transformer",
     "SD3Transformer2DModel",
@@ -105,11 +105,11 @@ FAMILIES = (PIXELS, DIT, SD, SD3)
 WIDTHS = {
     "encoder_hidden_states": ("encoder_hid_dim", "joint_attention_dim", "cross_attention_dim"),
     "pooled_projections": ("pooled_projection_dim",),
-}  # of embeddings: the keys of a network's config, of which the first that is there says how wide they are
+}  # of embeddings: keys of a network's config; the first one that is there holds their width
 
 
-def family_of(pipeline: str, parts: dict[str, tuple[str, str]]) -> Family | None:
-    """The family of a pipeline class with these parts, name → (library, class); None where it is none of them."""
+def family_of(pipeline: str, parts: dict[str, tuple[str, str]]) -> PipelineFamily | None:
+    """The family of a pipeline class with these parts, name → (library, class); None where no family has them."""
     for family in FAMILIES:
         if parts.get(family.part) != ("diffusers", family.network):
             continue

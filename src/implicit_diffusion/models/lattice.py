@@ -1,8 +1,9 @@
-"""Data on a lattice: integers, rounded measurements, grey levels. A density of such numbers is none.
+"""Data on a lattice: integers, rounded measurements, grey levels. Such numbers have no density.
 
-A density may pile up on the values that occur without limit, so likelihoods mean nothing. Uniform noise as wide as the
-spacing fills the gaps ("uniform dequantisation"). The density q of that bounds the probability P of the values from
-below (Theis, van den Oord & Bethge, arXiv 1511.01844), by Jensen's inequality: with u uniform on [0, 1)^d
+The density of a model can grow without limit at the values that occur, so its likelihoods mean nothing. Uniform noise
+as wide as the spacing fills the gaps ("uniform dequantisation"). The density q of the sum bounds the probability P of
+the values from below (Theis, van den Oord & Bethge, arXiv 1511.01844), by Jensen's inequality: with u uniform on
+[0, 1)^d
 
     log P(x) = log ∫ q(x + s u) s^d du ≥ E_u log q(x + s u) + d log s.
 """
@@ -18,20 +19,20 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.showing import Shown
 
-LEVELS = 2**16  # a lattice of more is taken for a continuum: single precision has 2^24 numbers itself
-FEW = 256  # levels that are noticed though hardly a value occurs twice
-LOOKED_AT = 2**17  # values of a column that tell its spacing
+LEVELS = 2**16  # a lattice of more counts as a continuum: single precision has 2^24 numbers itself
+FEW = 256  # levels that count as a lattice even if hardly a value occurs twice
+LOOKED_AT = 2**17  # values of a column from which its spacing is computed
 ROUNDED = 1e-9  # of the spacing, by which a value in double precision may lie below the lattice
 OFF = 0.01  # of the spacing, that a value may lie off the lattice: more than single precision rounds
 
 
 @dataclass(frozen=True, repr=False)
 class Lattice(Shown):
-    """Values offset + spacing·{0, 1, 2, …}, in every coordinate for itself.
+    """Values offset + spacing·{0, 1, 2, …}, separately in every coordinate.
 
     Args:
         spacing: with the shape of an event or broadcastable to it; zero where a coordinate is continuous.
-        offset: likewise.
+        offset: with the shape of an event or broadcastable to it.
     """
 
     spacing: Tensor
@@ -59,7 +60,7 @@ class Lattice(Shown):
         return torch.minimum(x + spacing * u, above).where(spacing > 0, x)
 
     def quantise(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
-        """The values that `dequantise` makes these of: rounded down, where a coordinate is on a lattice."""
+        """The values that `dequantise` would turn into x: x rounded down, where a coordinate is on a lattice."""
         return (self.offset + self.spacing * (self._steps(x) + ROUNDED).floor()).to(x.dtype).where(self.spacing > 0, x)
 
     def log_volume(self, event: tuple[int, ...]) -> float:
@@ -74,7 +75,7 @@ class Lattice(Shown):
 
 
 def find_lattice(x: Float[Tensor, "m *event"]) -> Lattice | None:
-    """The lattice that data lie on, column by column, of images one for all pixels; None where all are continuous.
+    """The lattice of data, column by column, or for images one lattice for all pixels; None if all are continuous.
 
     A column counts as discrete if it has at most 256 levels, or if at least half of its values occurred before.
     """
@@ -90,7 +91,7 @@ def find_lattice(x: Float[Tensor, "m *event"]) -> Lattice | None:
 
 
 def _spacing(column: Float[Tensor, " m"]) -> float:
-    """The largest number that all differences are multiples of, within rounding; 0 where that is no lattice."""
+    """The largest number of which all differences are multiples, within rounding; 0 without a lattice."""
     some = column[:: -(-len(column) // LOOKED_AT)].double()
     values = some.unique()
     span = (values[-1] - values[0]).item()

@@ -3,8 +3,8 @@
     config, headers of the weights  →  the model without memory (`meta` device)  →  its weights, checked
 
 A config is a few lines and can ask for any amount of memory, or for more layers than there is time to build. So the
-model is first built without memory, and given up at the first tensor more than the weights could fill. Then it is
-loaded, and must be what its files say: every weight there, none left over, all of them finite.
+model is first built without memory, which stops at the first tensor that exceeds what the weights could fill. Then it
+is loaded and checked against its files: no weight is missing, none is left over, and all are finite.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import Checkpoint
 
-SLACK = 2**20  # numbers that a model may hold beside its weights, such as tables of positions
-LARGEST = 10**6  # whole number in a scheduler's config: it has a thousand timesteps
+SLACK = 2**20  # numbers that a model may hold in addition to its weights, such as tables of positions
+LARGEST_OPTION = 10**6  # largest whole number in a scheduler's config, which has about a thousand timesteps
 FLOATS = ("F64", "F32", "F16", "BF16")
-ATTENTIONS = (None, "eager", "sdpa")  # of transformers; another name may stand for code on the hub
+ATTENTIONS = (None, "eager", "sdpa")  # of transformers; another name may be that of code on the hub
 
 
 class _TooLargeError(ValueError):
-    """More than the weights could fill."""
+    """The model has more numbers than the weights could fill."""
 
 
 def load_model(
@@ -45,19 +46,20 @@ def load_model(
     """A model of diffusers or transformers with all its weights, in single precision or better, on the CPU.
 
     Args:
-        checkpoint: that it is a part of.
+        checkpoint: of the pipeline.
         folder: where `checkpoint` is laid out.
         part: its name.
-        what: it is called in messages.
+        what: the part's name in messages.
         source: the model's name, for messages.
-        trial: one evaluation of the model without memory, or other checks of it, before its weights are read.
+        trial: called with the model without memory before its weights are read; one evaluation, or other checks.
 
     Raises:
-        InvalidInputError: its class is none, its config or weights are damaged, do not belong together or are not
-            finite, or it cannot be evaluated.
+        InvalidInputError: its class does not exist, its config or weights are damaged, do not belong together or are
+            not finite, or it cannot be evaluated.
+        MissingExtraError: diffusers or transformers is not installed.
     """
+    require("diffusers", "transformers")  # outside of what catches the errors of these libraries
     place = folder / part
-
     about = (checkpoint, folder, source)
     try:
         model_class = _model_class(checkpoint, part)
@@ -66,7 +68,7 @@ def load_model(
         headers = read_headers(place)
         wanted = _build(model_class, place, headers)
         _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
-    except Exception as error:  # whatever the libraries raise, by kind of damage
+    except Exception as error:  # the libraries raise many, depending on the damage
         raise refused(what, "loaded", error, *about) from error
     try:
         with torch.no_grad():
@@ -74,7 +76,7 @@ def load_model(
     except InvalidInputError:
         raise
     except Exception as error:
-        if "meta" not in str(error).lower():  # else an operation that needs numbers
+        if "meta" not in str(error).lower():  # otherwise the operation needs numbers, which a meta tensor lacks
             raise refused(what, "evaluated", error, *about) from error
     try:
         return _load(model_class, place)
@@ -85,13 +87,14 @@ def load_model(
 def refused(
     what: str, how: str, error: Exception, checkpoint: Checkpoint, folder: Path, source: str
 ) -> InvalidInputError:
-    """The error for a part that cannot be used, in a library's own words, with the path that the user knows."""
+    """The error for a part that cannot be used: the library's message, with the path that the user knows."""
     words = str(error).replace(str(folder), str(checkpoint.folder)) or type(error).__name__
     return InvalidInputError(f"model: the {what} of {source!r} cannot be {how}: {one_line(words)}")
 
 
 def _model_class(checkpoint: Checkpoint, part: str) -> Any:
-    """Its class, if it is one of the models of the libraries."""
+    """The class of a part, if it is a model class of diffusers or transformers."""
+    require("diffusers", "transformers")
     import diffusers
     import transformers
 
@@ -100,14 +103,14 @@ def _model_class(checkpoint: Checkpoint, part: str) -> Any:
         from diffusers.pipelines import stable_diffusion as home
     else:
         home = {"diffusers": diffusers, "transformers": transformers}[library]
-    found = getattr(home, name, None)
-    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin | transformers.PreTrainedModel):
-        return found
+    model_class = getattr(home, name, None)
+    if isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin | transformers.PreTrainedModel):
+        return model_class
     raise ValueError(f"{library} has no model class {name!r}")
 
 
 def _refuse_code(described: Any) -> None:
-    """Raise where a config of transformers names code elsewhere, which it would fetch and run."""
+    """Raise where a config of transformers names code on the hub, which the library would fetch and run."""
     if not isinstance(described, dict):
         return
     for key, value in described.items():
@@ -126,19 +129,19 @@ def read_headers(place: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     from safetensors import safe_open
 
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     owners: dict[str, str] = {}
     for path in sorted(place.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_slice(name)
-                found[name], owners[name] = (tensor.get_dtype(), tuple(tensor.get_shape())), path.name
+                headers[name], owners[name] = (tensor.get_dtype(), tuple(tensor.get_shape())), path.name
     for index in place.glob("*.index.json"):
-        said = read_json(index)["weight_map"]
-        if said != owners:
-            wrong = sorted(name for name in said.keys() | owners.keys() if said.get(name) != owners.get(name))
-            raise ValueError(f"{len(wrong)} tensors, such as {wrong[0]!r}, are not in the files that its index says")
-    return found
+        promised = read_json(index)["weight_map"]
+        if promised != owners:
+            wrong = sorted(name for name in promised.keys() | owners.keys() if promised.get(name) != owners.get(name))
+            raise ValueError(f"{len(wrong)} tensors, such as {wrong[0]!r}, are not in the files that its index names")
+    return headers
 
 
 def _build(model_class: Any, place: Path, headers: dict[str, tuple[str, tuple[int, ...]]]) -> nn.Module:
@@ -155,14 +158,18 @@ def _build(model_class: Any, place: Path, headers: dict[str, tuple[str, tuple[in
 
 @contextmanager
 def bounded(numbers: int, tensors: int) -> Iterator[None]:
-    """Modules that this thread builds inside may register so many numbers and tensors; raises at the first too many."""
+    """Limit how many numbers and tensors the modules that this thread builds inside may register.
+
+    Raises:
+        ValueError: at the first tensor beyond either limit.
+    """
     thread, seen = threading.get_ident(), [0.0, 0.0]
 
     def count(module: nn.Module, name: str, tensor: torch.Tensor | nn.Module | None) -> None:
         if tensor is None or threading.get_ident() != thread:
             return
         seen[0] += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
-        seen[1] += 1 if isinstance(tensor, torch.Tensor) else 0.1  # a layer has few modules without a weight
+        seen[1] += 1 if isinstance(tensor, torch.Tensor) else 0.1  # there are few modules without a weight
         if seen[0] > numbers or seen[1] > tensors:
             raise _TooLargeError("its config asks for a model much larger than its weights")
 
@@ -179,11 +186,11 @@ def bounded(numbers: int, tensors: int) -> Iterator[None]:
 
 
 def _compare(wanted: nn.Module, headers: dict[str, tuple[str, tuple[int, ...]]], *, strict: bool) -> None:
-    """Raise where a weight has another shape than the config says, or is no floating-point number."""
+    """Raise where a weight is not of a floating-point type, or has another shape than the config asks for."""
     for name, tensor in wanted.named_parameters():
         kind, shape = headers.get(name, ("F32", tuple(tensor.shape)))
         if kind not in FLOATS:
-            raise ValueError(f"its weight {name!r} is of type {kind}; only {', '.join(FLOATS)} are known")
+            raise ValueError(f"its weight {name!r} is of type {kind}; only {', '.join(FLOATS)} are supported")
         if strict and shape != tuple(tensor.shape):
             raise ValueError(f"its weight {name!r} has shape {shape}, its config asks for {tuple(tensor.shape)}")
 
@@ -195,7 +202,7 @@ def _load(model_class: Any, place: Path) -> Any:
     with quiet():
         model, info = model_class.from_pretrained(str(place), **options)
     if missing := sorted(info["missing_keys"]):
-        # The libraries would only warn, and leave these weights random.
+        # The libraries only warn, and leave these weights random.
         raise ValueError(f"the weights lack {len(missing)} tensors that its config asks for, such as {missing[0]!r}")
     if wrong := sorted(map(str, info.get("mismatched_keys", ()))):
         raise ValueError(f"{len(wrong)} weights have another shape than its config asks for, such as {wrong[0]}")
@@ -213,38 +220,40 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
     Raises:
         InvalidInputError: a class that diffusers does not have, or a config that it cannot be built from.
     """
+    require("diffusers")
     import diffusers
 
-    found = getattr(diffusers, checkpoint.scheduler_class, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+    scheduler_class: Any = getattr(diffusers, checkpoint.scheduler_class, None)
+    known = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    if not known:
         raise InvalidInputError(
             f"model: {source!r} asks for the scheduler {checkpoint.scheduler_class!r}, which diffusers "
             f"{diffusers.__version__} does not have; set DDPMScheduler or DDIMScheduler in its model_index.json."
         )
-    scheduler_class: Any = found
     with checkpoint.laid_out() as folder:
         place = folder / "scheduler"
         try:
             for name, value in read_json(place / "scheduler_config.json").items():
-                if isinstance(value, int | float) and abs(value) > LARGEST and float(value).is_integer():
-                    raise ValueError(f"its {name} is {value:.4g}, and no scheduler needs more than {LARGEST}")
+                if isinstance(value, int | float) and abs(value) > LARGEST_OPTION and float(value).is_integer():
+                    raise ValueError(f"its {name} is {value:.4g}, and no scheduler needs more than {LARGEST_OPTION}")
             return scheduler_class.from_pretrained(str(place), local_files_only=True)
-        except Exception as error:  # as above
+        except Exception as error:  # as in load_model
             raise refused("scheduler", "loaded", error, checkpoint, folder, source) from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of two libraries, for what is over in seconds."""
+    """Switch off the progress bars of diffusers and transformers, for loading that takes seconds."""
+    require("diffusers", "transformers")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     both = (diffusers_logging, transformers_logging)
-    shown = [library for library in both if library.is_progress_bar_enabled()]
-    for library in shown:
+    enabled = [library for library in both if library.is_progress_bar_enabled()]
+    for library in enabled:
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library in shown:
+        for library in enabled:
             library.enable_progress_bar()

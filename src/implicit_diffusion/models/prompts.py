@@ -1,4 +1,4 @@
-"""Prompts to embeddings, once: the frozen text encoders fill a table, and are let go before anything is trained."""
+"""Encode prompts once: frozen text encoders fill a table of embeddings, and are freed before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.families import WIDTHS
 from implicit_diffusion.models.parts import load_model, quiet, refused
 
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # they look at images
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts for images, not needed for prompts
 CHUNK = 16  # prompts encoded together
 
 
@@ -24,22 +25,24 @@ CHUNK = 16  # prompts encoded together
 def embed_prompts(
     checkpoint: Checkpoint, network: nn.Module, prompts: Sequence[str], device: torch.device
 ) -> dict[str, Float[Tensor, "m ..."]]:
-    """The table of `prompts` and, as its last row, of the empty prompt: what stands for no prompt under guidance.
+    """The embeddings of `prompts` and, as the last row, of the empty prompt, which guidance needs.
 
     Args:
         checkpoint: of the text-conditional pipeline, whose text encoders are loaded for this call.
-        network: its network, to check the embeddings against.
+        network: of the pipeline; the embeddings are checked against its widths.
         prompts: m − 1 of them.
-        device: to encode on, and where the table stays.
+        device: to encode on, and of the result.
 
     Returns:
-        the arguments of the network that the pipeline would fill, by name.
+        The embeddings by the name of the network's argument, each with shape (m, ...).
 
     Raises:
-        InvalidInputError: no text encoder there, one that cannot be loaded, or one that belongs to another network.
+        InvalidInputError: the pipeline has no text encoder, one cannot be loaded or belongs to another network, or
+            `prompts` are not strings.
+        MissingExtraError: diffusers or transformers is not installed.
     """
-    check_type("checkpoint", checkpoint, Checkpoint, "take load_pretrained(model).checkpoint")
-    check_type("network", network, nn.Module, "take the network of the checkpoint")
+    check_type("checkpoint", checkpoint, Checkpoint, "use load_pretrained(model).checkpoint")
+    check_type("network", network, nn.Module, "use the network of the checkpoint")
     if (
         isinstance(prompts, str)
         or not isinstance(prompts, Sequence)
@@ -48,7 +51,7 @@ def embed_prompts(
         raise InvalidInputError(f"prompts must be a list of strings, got {one_line(repr(prompts))[:80]}")
     encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
     if not encoders:
-        raise InvalidInputError(f"prompts: {checkpoint.folder} has no text encoder that could read them")
+        raise InvalidInputError(f"prompts: {checkpoint.folder} has no text encoder to encode them")
     family = checkpoint.family
     pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED))
     for encoder in encoders:
@@ -60,7 +63,7 @@ def embed_prompts(
         table = dict(zip(family.embeddings, columns, strict=True))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the two libraries raise
+    except Exception as error:  # diffusers and transformers raise many
         raise InvalidInputError(
             f"model: the text encoders of {checkpoint.folder} cannot encode prompts: {one_line(error)}; are these the "
             "tokenizers that belong to them?"
@@ -70,11 +73,12 @@ def embed_prompts(
 
 
 def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
-    """The pipeline of diffusers: `given` parts, and all others of the checkpoint loaded with their weights checked.
+    """The diffusers pipeline of a checkpoint, with the parts in `given`; the other parts are loaded and checked.
 
     Raises:
         InvalidInputError: a part that cannot be loaded.
     """
+    require("diffusers")
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, checkpoint.family.pipelines[0])
@@ -90,12 +94,12 @@ def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
                 given[part] = load_model(checkpoint, folder, part, part.replace("_", " "), source)
         try:
             return pipeline_class.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **given)
-        except Exception as error:  # whatever the two libraries raise, by kind of damage
+        except Exception as error:  # as above
             raise refused("pipeline", "loaded", error, checkpoint, folder, source) from error
 
 
 def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tensor]:
-    """What the pipeline makes of prompts, without their unconditional counterparts."""
+    """The pipeline's embeddings of prompts, without those of the unconditional half."""
     options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if hasattr(pipeline, "text_encoder_3"):
         embeddings, _, pooled, _ = pipeline.encode_prompt(texts, None, None, **options)
@@ -104,11 +108,11 @@ def _encode(pipeline: Any, texts: list[str], device: torch.device) -> list[Tenso
 
 
 def _check_width(network: Any, table: dict[str, Tensor]) -> None:
-    """The embeddings against the widths that the network's config names, where it names them."""
+    """Raise `InvalidInputError` where embeddings differ in width from those that the network's config asks for."""
     for column, keys in WIDTHS.items():
         wanted = next((network.config[key] for key in keys if network.config.get(key) is not None), None)
         if column in table and isinstance(wanted, int) and table[column].shape[-1] != wanted:
             raise InvalidInputError(
-                f"model: its text encoders make {column} of width {table[column].shape[-1]}, but its network takes "
+                f"model: its text encoders make {column} of width {table[column].shape[-1]}, but its network needs "
                 f"{wanted}; they belong to different models"
             )

@@ -18,4 +18,13 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Energy", "GaussianMixture", "Guided", "Tilted", "check_potential", "conv", "energy_of", "mlp"]
+__all__ = [
+    "Energy",
+    "GaussianMixture",
+    "Guided",
+    "Tilted",
+    "check_potential",
+    "conv",
+    "energy_of",
+    "mlp",
+]

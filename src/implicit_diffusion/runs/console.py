@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.showing import Shown
 
 REFRESH = 0.1  # seconds between two readings of the metrics on a terminal: each waits for the device
@@ -148,6 +149,7 @@ class _Bar(Progress):
     """The same as a progress bar on a terminal, by rich."""
 
     def __init__(self, total: int, description: str, done: int, console: Any) -> None:
+        require("rich")
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -189,14 +191,22 @@ def progress(total: int, description: str, done: int = 0) -> Iterator[Progress]:
         description: what is going on, in a word or two.
         done: steps that were made before; they are left out of the estimate of the time that is left.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    shown = _Bar(total, description, done, console) if console.is_terminal else Progress(total, description, done)
+    console = _terminal()
+    shown = Progress(total, description, done) if console is None else _Bar(total, description, done, console)
     try:
         yield shown
     finally:
         shown.close()
+
+
+def _terminal() -> Any:
+    """The console of rich, where standard error is a terminal and rich is installed; None where plain lines must do."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return None
+    console = Console(stderr=True)
+    return console if console.is_terminal else None
 
 
 def _read(metrics: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ class Fit(Shown):
         directory: of the run, if it has one.
         total: number of updates that the run is to make in all; 0 where that is not known.
         kept: where a callback put back an earlier model, its numbers, with `updates`.
+        advice: what to change, from the callback that stopped the run; it is also in `stopped`.
         draws: the global generators that rewards of the user's own may draw from.
     """
 
@@ -53,6 +54,7 @@ class Fit(Shown):
     directory: RunDirectory | None = None
     total: int = 0
     kept: dict[str, float] | None = None
+    advice: str | None = None
     draws: Draws = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
+    from implicit_diffusion.samplers.chain import Chain
     from implicit_diffusion.samplers.hmc import HMC
     from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step, power_law
     from implicit_diffusion.samplers.langevin import MALA, ULA, alpha
@@ -27,6 +28,7 @@ __all__ = [
     "HMC",
     "MALA",
     "ULA",
+    "Chain",
     "Info",
     "Kernel",
     "MetropolisKernel",

@@ -28,7 +28,8 @@ class Underdamped(Kernel):
     """Underdamped Langevin dynamics with unit mass, discretised by BAOAB.
 
         >>> import torch
-        >>> from implicit_diffusion import GaussianMixture, Noise, Underdamped
+        >>> from implicit_diffusion import GaussianMixture, Noise
+        >>> from implicit_diffusion.samplers import Underdamped
         >>> potential, generator = GaussianMixture(torch.zeros(1, 2)), Noise(0).generator()  # N(0, I)
         >>> kernel = Underdamped(0.5)
         >>> state = kernel.start(torch.zeros(10_000, 2), generator)

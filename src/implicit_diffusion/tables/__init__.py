@@ -1,11 +1,11 @@
-"""Tables: a sampler as numbers, a row (a, b, s, m, t) per step."""
+"""Tables: a sampler as numbers, one row (a, b, s, m, t) per step."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.tables.flow import memoryless_flow
-    from implicit_diffusion.tables.named import KINDS, default_kind, pipeline_for, scheduler_for, table_for
-    from implicit_diffusion.tables.ornstein_uhlenbeck import ou_probability_flow, ou_reverse_sde
+    from implicit_diffusion.tables.named import NAMED_SAMPLERS, default_sampler, pipeline_for, scheduler_for, table_for
+    from implicit_diffusion.tables.ornstein_uhlenbeck import ou_marginal, ou_probability_flow, ou_reverse_sde
     from implicit_diffusion.tables.scheduler import read_table
     from implicit_diffusion.tables.table import ChainTable
     from implicit_diffusion.tables.transition import Transition
@@ -21,11 +21,12 @@ else:
 
 
 __all__ = [
-    "KINDS",
+    "NAMED_SAMPLERS",
     "ChainTable",
     "Transition",
-    "default_kind",
+    "default_sampler",
     "memoryless_flow",
+    "ou_marginal",
     "ou_probability_flow",
     "ou_reverse_sde",
     "pipeline_for",

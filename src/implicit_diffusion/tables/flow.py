@@ -12,9 +12,9 @@ tilted by e^{R/β} can be reached by a control of the drift (Domingo-Enrich et a
 
     g²(τ) = 2(1 − τ)/τ        with which        dX = (2v − X/τ) dτ + √(2(1 − τ)/τ) dB.
 
-g is infinite at τ = 0, where the chain starts. Nothing has to be cut off: in terms of the predicted data x̂ = x − σu,
-the drift is 2(x̂ − X)/(1 − τ) − X/τ, which is linear in X. A row freezes x̂ and solves the rest exactly. From σ down to
-σ', with α = 1 − σ, α' = 1 − σ',
+g is infinite at τ = 0, where the chain starts, but nothing has to be cut off: in terms of the predicted data
+x̂ = x − σu, the drift is 2(x̂ − X)/(1 − τ) − X/τ, which is linear in X. A row holds x̂ constant and solves this linear
+equation exactly. From σ down to σ', with α = 1 − σ, α' = 1 − σ',
 
     ρ = (α/σ)/(α'/σ')                            the ratio of the signal-to-noise amplitudes, 0 at σ = 1 and at σ' = 0
     x' = (σ'/σ) ρ x + α'(1 − ρ²) x̂ + σ'√(1 − ρ²) ξ
@@ -23,12 +23,13 @@ and, with x̂ = x − σu,
 
     a = α' + σ'ρ,      b = αρσ' − α'σ,      s = σ'√(1 − ρ²),      m = 1,      t = Tσ.
 
-It is the posterior of x_σ' given x_σ and x̂, as DDPM's step is, and the first-order step of SDE-DPM-Solver++. The first
-row (σ = 1) has a = −b: what is left of x_0 is x_0 − u(x_0), the predicted data. The last row (σ' = 0) returns x̂, s = 0.
+The row is the posterior of x_σ' given x_σ and x̂, as DDPM's step is, and the first-order step of SDE-DPM-Solver++. The
+first row (σ = 1) has a = −b: it keeps of x_0 only x_0 − u(x_0), the predicted data. The last row (σ' = 0) returns x̂, s
+= 0.
 
 The N noise levels are 1, 1 − 1/N, …, 1/N before the scheduler's own shift and spacing, as the pipelines of large flow
-models choose them. Left to itself the scheduler goes down to 1/T with its last level but one, whatever N is: the row
-before would have a large b and hardly any noise, and a path KL would have nowhere else to look.
+models choose them. By default the scheduler's last level above 0 is 1/T, whatever N is: the row that leads there would
+have a large b and hardly any noise, and would dominate the path KL.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler runs a flow-matching model (u = noise − data), and not a diffusion model."""
+    """Whether a diffusers scheduler runs a flow-matching model (u = noise − data)."""
     check_scheduler(scheduler)
     config = scheduler.config
     return (
@@ -60,7 +61,7 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     """The memoryless SDE of a flow-matching model, with the shift and σ-spacing of its scheduler (module docstring).
 
     Args:
-        scheduler: a `FlowMatchEulerDiscreteScheduler`; it is copied, not touched.
+        scheduler: a `FlowMatchEulerDiscreteScheduler`; it is copied, not changed.
         num_steps: N, from 1 to the scheduler's number of training timesteps.
         mu: exponent of the resolution-dependent time shift, for schedulers with use_dynamic_shifting=True.
 
@@ -73,8 +74,8 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     name = type(scheduler).__name__
     if name != "FlowMatchEulerDiscreteScheduler":
         raise InvalidInputError(
-            "scheduler: the memoryless flow takes its noise levels from a FlowMatchEulerDiscreteScheduler, "
-            f"got {name}; a diffusion model's memoryless chain is DDPM."
+            "scheduler: the memoryless flow needs the noise levels of a FlowMatchEulerDiscreteScheduler, "
+            f"got {name}; the memoryless chain of a diffusion model is DDPM."
         )
     num_steps = check_num_steps(scheduler, num_steps)
     check_shift(scheduler, mu)
@@ -85,7 +86,7 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     if len(sigma) != num_steps or not ((sigma > after).all() and sigma[0] <= 1 and after[-1] == 0):
         raise InvalidInputError(
             f"scheduler: the noise levels of {name} must fall from at most 1 to 0, got {levels.sigmas.tolist()}; use "
-            "invert_sigmas=False, and a shift_terminal only with several steps."
+            "invert_sigmas=False, and shift_terminal with several steps only."
         )
     alpha, alpha_after = 1 - sigma, 1 - after
     rho = alpha * after / (alpha_after * sigma)

@@ -1,4 +1,4 @@
-"""Chains written down by hand: the reversed Ornstein–Uhlenbeck process.
+"""Chains derived by hand: the reversed Ornstein–Uhlenbeck process.
 
 The forward process
 
@@ -10,7 +10,7 @@ with marginals p_t that tend to N(0, I). Run backwards from a horizon T, Y_τ = 
     dY = (Y +   ∇log p_{T−τ}(Y)) dτ                probability-flow ODE (arXiv 2011.13456, eq. 13)
 
 Both have the marginals of X. With N steps of length h = T/N at the times t_k = T − kh (from T down to h: a
-step uses the score at its noisy end, so the score at 0 is never asked for) the Euler scheme is the affine
+step uses the score at its noisy end, so the score at 0 is never evaluated) the Euler scheme is the affine
 recursion
 
     x_{k+1} = (1 + h) x_k + g h S(x_k, t_k) + s ξ_k,    g = 2, s = √(2h) (SDE)  or  g = 1, s = 0 (ODE).

@@ -1,4 +1,4 @@
-"""What `read_table` refuses before probing, because its effect is known, each with the way out."""
+"""What `read_table` refuses before probing, because its effect is known; each message says what to use instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIVEN_BY_THE_CHAIN = ("model_output", "timestep", "sample", "generator", "varian
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise `InvalidInputError` for what is no scheduler of diffusers."""
+    """Raise `InvalidInputError` unless `scheduler` has the interface of a diffusers scheduler."""
     if isinstance(scheduler, type) or not all(hasattr(scheduler, name) for name in ("config", "set_timesteps", "step")):
         raise InvalidInputError(f"scheduler must be a diffusers scheduler, got {shown(scheduler)}.")
 
@@ -24,13 +24,13 @@ def check_num_steps(scheduler: Any, num_steps: Any) -> int:
     if num_steps > limit:
         raise InvalidInputError(
             f"num_steps = {num_steps} is more than the {limit} timesteps that the model was trained on; "
-            f"take at most {limit}."
+            f"use at most {limit}."
         )
     return num_steps
 
 
 def check_step_options(scheduler: Any, step_options: Mapping[str, Any]) -> None:
-    """Raise `InvalidInputError` (or `NonAffineError`) for options that `scheduler.step` lacks or that we refuse."""
+    """Raise `InvalidInputError` (or `NonAffineError`) for options that `scheduler.step` lacks or that are refused."""
     known = [p for p in inspect.signature(scheduler.step).parameters if p not in GIVEN_BY_THE_CHAIN]
     name = type(scheduler).__name__
     for option, value in step_options.items():
@@ -42,8 +42,8 @@ def check_step_options(scheduler: Any, step_options: Mapping[str, Any]) -> None:
             )
         if option == "use_clipped_model_output" and value:
             raise NonAffineError(
-                "use_clipped_model_output=True recomputes the noise from a clipped x_0, and clipping is no "
-                "table; leave it out, it does nothing once clip_sample=False."
+                "use_clipped_model_output=True recomputes the noise from a clipped x_0, and no table "
+                "expresses clipping; leave it out, it has no effect with clip_sample=False."
             )
         if option == "s_churn" and value:
             raise InvalidInputError(
@@ -70,13 +70,12 @@ def refuse_what_is_no_table(scheduler: Any, mu: float | None) -> None:
     if config.get("clip_sample"):
         raise NonAffineError(
             "clip_sample=True clamps the predicted x_0, which no table can express; build the scheduler with "
-            "`clip_sample=False`. It may change the pretrained samples: "
-            "look at them."
+            "`clip_sample=False`. This may change the pretrained samples: look at them."
         )
     variance = config.get("variance_type")
     if variance in ("learned", "learned_range"):
         raise NonAffineError(
-            f"variance_type={variance!r}: the network sets the noise of each step, so s_k is no number in a "
+            f"variance_type={variance!r}: the network sets the noise of each step, so that s_k is not a number in a "
             "table; use 'fixed_small' or 'fixed_large' with a network that predicts no variance."
         )
     if variance == "fixed_large_log":
@@ -86,9 +85,9 @@ def refuse_what_is_no_table(scheduler: Any, mu: float | None) -> None:
         )
     if (order := config.get("solver_order", 1)) > 1:
         raise NonAffineError(
-            f"solver_order={order}: from its second row on, {name} combines several network outputs, so a step depends "
-            "on what came before it and is no row of a table, as for all multistep and second-order solvers. Use "
-            "DPMSolverMultistepScheduler with solver_order=1, DDPMScheduler or DDIMScheduler."
+            f"solver_order={order}: from its second row on, {name} combines several network outputs, so that a step "
+            "depends on what came before it and is not a row of a table, as for all multistep and second-order "
+            "solvers. Use DPMSolverMultistepScheduler with solver_order=1, DDPMScheduler or DDIMScheduler."
         )
     check_shift(scheduler, mu)
 
@@ -109,15 +108,15 @@ def check_shift(scheduler: Any, mu: float | None) -> None:
 
 
 def wrong_number_of_timesteps(scheduler: Any, num_steps: int) -> str:
-    """The message for a scheduler that makes other than `num_steps` network calls."""
-    name, found = type(scheduler).__name__, len(scheduler.timesteps)
-    if scheduler.config.get("timestep_spacing") == "trailing" and found == num_steps + 1:
+    """The message for a scheduler that does not make `num_steps` network calls."""
+    name, count = type(scheduler).__name__, len(scheduler.timesteps)
+    if scheduler.config.get("timestep_spacing") == "trailing" and count == num_steps + 1:
         return (
-            f"{name} makes {found} timesteps for num_steps = {num_steps}: diffusers' trailing spacing rounds "
-            "to one too many for this number and ends at t = −1. Take a number of steps that divides "
+            f"{name} makes {count} timesteps for num_steps = {num_steps}: diffusers' trailing spacing rounds "
+            "to one too many for this number and ends at t = −1. Use a number of steps that divides "
             f"{scheduler.config.num_train_timesteps}, or one nearby."
         )
     return (
-        f"{name} makes {found} network calls for num_steps = {num_steps}, as second-order solvers do; a "
+        f"{name} makes {count} network calls for num_steps = {num_steps}, as second-order solvers do; a "
         "table has one call per row. Use DDPMScheduler or DDIMScheduler."
     )

@@ -4,23 +4,23 @@ With clipping off, one call of `scheduler.step` computes
 
     x_{k+1} = a_k x_k + b_k u + s_k ξ,
 
-whatever formula stands behind it. So the coefficients are not derived again for every scheduler and option,
-they are *probed*: each row gets a fresh copy of the scheduler, a float64 batch of five samples, and a noise ξ
-that is drawn a second time from the same seed.
+whatever its formula. So the coefficients are not derived again for every scheduler and option, they are
+*probed*: each row gets a new copy of the scheduler, a float64 batch of five samples, and a noise ξ that is
+drawn a second time from the same seed.
 
     sample 0      x = u = 0                s_k = ⟨ξ, y⟩/⟨ξ, ξ⟩, so that even DDPM's 1e−10 keeps its digits
     sample 1      x, u ~ N(0, I)           a_k, b_k by least squares of y − s_k ξ on (x, u)
-    samples 2–4   of scales 1e−2, 1, 1e2   (a_k, b_k, s_k) must reproduce them: clips and thresholds show here
+    samples 2–4   of scales 1e−2, 1, 1e2   (a_k, b_k, s_k) must reproduce them, or something clips or thresholds
 
-and m_k comes from `scale_model_input` in the same way. At last one roll-out through all rows with unrelated u
-must follow the table: hidden state (multistep solvers) shows here.
+and m_k comes from `scale_model_input` in the same way. Finally, one roll-out through all rows with unrelated u
+must follow the table; with hidden state (multistep solvers) it does not.
 
-Many schedulers count their calls instead of looking at t. A fresh copy is therefore told its row by `set_begin_index`,
-which also keeps two rows apart that share a rounded timestep; the roll-out starts without, as pipelines do. Some cast
-the state, or the noise that they draw, to float32: x is drawn so that float32 holds it, and ξ in both precisions, of
-which the better fit is the scheduler's.
+Many schedulers count their calls instead of reading t. So a new copy is set to its row by `set_begin_index`, which also
+distinguishes two rows that share a rounded timestep; the roll-out starts without it, as pipelines do. Some schedulers
+cast the state, or the noise that they draw, to float32: x is drawn so that float32 holds it exactly, and ξ in both
+precisions, of which the one that fits better is used.
 
-The schedulers of diffusers keep their coefficients in float32. They are read as they are, since the chain is to be the
+The schedulers of diffusers keep their coefficients in float32. They are read as they are, because the chain must be the
 one that diffusers runs. Near t = 0, where 1 − ᾱ_t is a difference of float32 numbers, they are off by up to a relative
 5e−4 (DDPM's default noise schedule, N = 1000; 8e−5 up to N = 50), and so is the table.
 """
@@ -69,21 +69,21 @@ def read_table(scheduler: Any, num_steps: int, *, mu: float | None = None, **ste
     """The table of the chain that `scheduler` runs in `num_steps` steps.
 
     Args:
-        scheduler: a diffusers scheduler; it is copied, not touched. `implicit_diffusion.tables.verified` lists
+        scheduler: a diffusers scheduler; it is copied, not changed. `implicit_diffusion.tables.verified` lists
             what is tested: DDPM, DDIM, Euler, ancestral Euler, flow-matching Euler and first-order DPM-Solvers.
         num_steps: N, from 1 to the scheduler's number of training timesteps.
         mu: exponent of the resolution-dependent time shift, for schedulers with use_dynamic_shifting=True.
-        **step_options: passed on to every `scheduler.step`, such as eta=1.0 for DDIM.
+        **step_options: passed on to every `scheduler.step`, for example eta=1.0 for DDIM.
 
     Returns:
         N rows with the scheduler's timesteps as t_k, its `init_noise_sigma` as `initial_std`, and h_k = 1/N.
 
     Raises:
-        NonAffineError: the scheduler's step is no affine function of (x, u, ξ), or it has hidden state
+        NonAffineError: the scheduler's step is not an affine function of (x, u, ξ), or it has hidden state
             (clipping, thresholding, learned variances, second-order and multistep solvers). The message says
             what to change.
         InvalidInputError: num_steps is out of range, a step option is unknown or refused, a coefficient is not
-            finite, the scheduler itself refuses its options, or `scheduler` is no diffusers scheduler.
+            finite, the scheduler itself refuses its options, or `scheduler` is not a diffusers scheduler.
     """
     check_scheduler(scheduler)
     num_steps = check_num_steps(scheduler, num_steps)
@@ -109,7 +109,7 @@ def read_table(scheduler: Any, num_steps: int, *, mu: float | None = None, **ste
 
 @dataclass
 class _Probe:
-    """A scheduler set to N steps, to be asked what it does on each row."""
+    """A scheduler set to N steps, whose rows are read one by one."""
 
     scheduler: Any
     num_steps: int
@@ -130,7 +130,7 @@ class _Probe:
         if self.num_steps > 1 and self.timesteps[0] == self.timesteps[1]:
             raise InvalidInputError(
                 f"{name} in {self.num_steps} steps: its first two timesteps are both {float(self.timesteps[0]):g}, and "
-                "diffusers then begins with the second; take fewer steps."
+                "diffusers then begins with the second; use fewer steps."
             )
 
     def read(self, k: int) -> Row:
@@ -142,7 +142,7 @@ class _Probe:
             raise InvalidInputError(
                 f"{self._where(k)}: the step is not finite. Usual causes: DDIM with eta > 1 (the square root of a "
                 "negative variance); prediction_type='epsilon' at zero terminal SNR (rescale_betas_zero_snr=True), "
-                "where x_0 cannot be told from the noise; shift_terminal with a single step."
+                "where x_0 cannot be distinguished from the noise; shift_terminal with a single step."
             )
 
         s, xi = self._fit_noise(k, y[0])
@@ -172,7 +172,7 @@ class _Probe:
         return s, xi
 
     def verify_roll_out(self, rows: list[Row]) -> None:
-        """One scheduler through all rows, its own x and unrelated u: each step must still be the table's."""
+        """One scheduler through all rows, its own x and unrelated u: each step must still be that of the table."""
         scheduler, y = self._fresh(), _normal(0, STATE)
         for k, row in enumerate(rows):
             x, u = y.float().double(), _normal(k, OUTPUT)
@@ -186,7 +186,7 @@ class _Probe:
                 )
 
     def _fresh(self, row: int | None = None) -> Any:
-        """A copy with a state of its own, standing on `row`. The config is shared: most of a copy's time."""
+        """A copy with its own state, set to `row`. The config, which most of a copy's time would go into, is shared."""
         config = self.scheduler.config
         scheduler = copy.deepcopy(self.scheduler, {id(config): config})
         if row is not None and hasattr(scheduler, "set_begin_index"):
@@ -208,9 +208,7 @@ class _Probe:
                 f"{self._where(k)}: the scheduler has no such timestep ({error}); lower its steps_offset."
             ) from error
         except Exception as error:  # NotImplementedError, ValueError, TypeError, RuntimeError, ... by scheduler
-            raise InvalidInputError(
-                f"{self._where(k)}: the scheduler does not make the step step(u, t, x): {error}"
-            ) from error
+            raise InvalidInputError(f"{self._where(k)}: the call scheduler.step(u, t, x) fails: {error}") from error
         return y.double(), scaled.double()
 
     def _where(self, k: int) -> str:
@@ -232,7 +230,7 @@ def _normal(*key: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def _fit(y: Tensor, x: Tensor, u: Tensor) -> tuple[float, float]:
     """(a, b) of y = a x + b u by least squares, the same to the last bit in every process."""
     xx, xu, uu, a, b = _dot(x, x), _dot(x, u), _dot(u, u), 0.0, 0.0
-    for _ in range(2):  # the second time on what rounding left
+    for _ in range(2):  # the second pass fits what rounding left
         rest = y - a * x - b * u
         xr, ur = _dot(x, rest), _dot(u, rest)
         a, b = a + (uu * xr - xu * ur) / (xx * uu - xu**2), b + (xx * ur - xu * xr) / (xx * uu - xu**2)
@@ -240,7 +238,7 @@ def _fit(y: Tensor, x: Tensor, u: Tensor) -> tuple[float, float]:
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    """With an exact sum: that of linear algebra libraries depends on where the numbers lie in memory."""
+    """⟨x, y⟩ with an exact sum: those of linear algebra libraries depend on where the numbers lie in memory."""
     return math.fsum((x * y).flatten().tolist())
 
 

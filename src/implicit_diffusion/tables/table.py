@@ -1,13 +1,13 @@
-"""The table that is a sampler.
+"""A sampler as a table of numbers.
 
 Every fixed-step sampler of a diffusion or flow model used here is one affine-Gaussian recursion on a network,
 
     x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k,     k = 0..N−1,     x_0 ~ N(0, σ_0² I),  ξ_k ~ N(0, I),
 
 and differs from the others only in its N rows (a, b, s, m, t). Whether u predicts noise, data, velocity or
-score is absorbed by a and b, so that nothing above this floor needs to know.
+score is absorbed by a and b, so that no code above this floor depends on it.
 
-Three further things travel with the rows: σ_0 (`initial_std`), the sampler time h_k that a row covers (the
+A table also holds σ_0 (`initial_std`), the sampler time h_k that a row covers (the
 step of the differential equation where the table discretises one, 1/N where it was read off a scheduler), and
 a name for reports.
 """
@@ -32,13 +32,13 @@ COLUMNS = ("a", "b", "s", "m", "t", "h")
 class ChainTable(Shown):
     """The rows of a chain, x_{k+1} = a_k x_k + b_k u(m_k x_k, t_k) + s_k ξ_k.
 
-    Columns have shape (N,). Tensors of any dtype and device are taken, and kept as float64 copies on the CPU.
+    Columns have shape (N,). Tensors of any dtype and device are accepted, and kept as float64 copies on the CPU.
 
     Attributes:
         a: factor of the state.
         b: factor of the network's output.
         s: standard deviation of the row's noise, ≥ 0.
-        m: scaling of the state on its way into the network (1 but for the σ-parameterised Euler schedulers).
+        m: scaling of the state on its way into the network (1 except for the σ-parameterised Euler schedulers).
         t: time given to the network, in the network's own units.
         h: sampler time covered by the row, > 0.
         initial_std: σ_0 > 0 of the initial noise.
@@ -60,7 +60,7 @@ class ChainTable(Shown):
 
     def __post_init__(self) -> None:
         for column in COLUMNS:
-            check_type(f"ChainTable: column {column}", getattr(self, column), Tensor, "take torch.as_tensor(column)")
+            check_type(f"ChainTable: column {column}", getattr(self, column), Tensor, "use torch.as_tensor(column)")
             given: Tensor = getattr(self, column)
             if given.is_complex() or given.is_meta or given.layout != torch.strided:
                 raise InvalidInputError(f"ChainTable: column {column} must hold real numbers, got {shown(given)}")
@@ -115,7 +115,7 @@ class ChainTable(Shown):
         """Whether two tables are the same sampler up to rounding of float32 σ's: same N and times, and rows that differ
         by less than `tolerance` of the row's largest coefficient, in the network's own scale (`unscaled`).
         """
-        check_type("other", other, ChainTable, "tables are compared with tables")
+        check_type("other", other, ChainTable, "a table is compared with a table")
         tolerance = check_number("tolerance", tolerance, 0, closed=True)
         if len(self) != len(other) or not torch.equal(self.t, other.t):
             return False
@@ -147,7 +147,7 @@ class ChainTable(Shown):
         """Inverse of `to_dict`.
 
         Raises:
-            InvalidInputError: keys are missing or unknown, or the values are no table.
+            InvalidInputError: keys are missing or unknown, or the values are not those of a table.
         """
         expected = {field.name for field in fields(cls)}
         if not isinstance(saved, Mapping) or set(saved) != expected:

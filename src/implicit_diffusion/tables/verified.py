@@ -1,7 +1,7 @@
 """The combinations of scheduler and options whose tables are tested, row by row, against `scheduler.step`.
 
-`SUPPORTED` is the one list: the test walks it, and `markdown` prints it for the documentation. What is not on it may
-still be a table (`read_table` asks the scheduler, not this list) or be refused.
+`VERIFIED` is the only list: the test goes through it, and `markdown` prints it for the documentation. A combination
+that is not on it may still be a table (`read_table` asks the scheduler, not this list), or be refused.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from implicit_diffusion.extras import require
+
 STEPS = (1, 10)  # numbers of steps for every combination
 MORE_STEPS = (13, 50)  # one that does not divide the training steps, and a longer chain, for some combinations
 
 Choice = Mapping[str, Any]  # a part of a scheduler's config
-Axis = tuple[Choice, ...]  # of which one is taken
+Axis = tuple[Choice, ...]  # of which a combination has one
 
 
 def _axis(option: str, *values: Any) -> Axis:
@@ -36,15 +38,15 @@ DPM_FLOW: Axis = (FLOW, FLOW | {"flow_shift": 3.0})
 
 
 @dataclass(frozen=True)
-class Family:
-    """A scheduler with axes of options: every combination of one choice per axis is supported.
+class Grid:
+    """A scheduler with axes of options: every combination of one choice per axis is verified.
 
     Args:
         scheduler: its class in diffusers.
         axes: parts of its config.
         step: options of `scheduler.step`, one dict per alternative.
         mu: exponents of the dynamic shift, None where there is none.
-        note: what to know about the chains.
+        note: a remark on the chains, for the documentation.
     """
 
     scheduler: str
@@ -70,66 +72,67 @@ class Case:
     mu: float | None = None
 
     def make(self) -> Any:
-        """The diffusers scheduler; never clipping."""
+        """The diffusers scheduler, which never clips."""
+        require("diffusers")
         import diffusers
 
         clip = {"clip_sample": False} if self.scheduler in ("DDPMScheduler", "DDIMScheduler") else {}
         return getattr(diffusers, self.scheduler)(**clip, **self.config)
 
 
-SUPPORTED = (
-    Family(
+VERIFIED = (
+    Grid(
         "DDPMScheduler",
         (PREDICTIONS, SPACINGS, _axis("variance_type", "fixed_small", "fixed_large", "fixed_small_log")),
         note="the default for checkpoints with a noise schedule",
     ),
-    Family(
+    Grid(
         "DDIMScheduler",
         (PREDICTIONS, SPACINGS),
         step=({"eta": 0.0}, {"eta": 0.3}, {"eta": 1.0}),
         note="eta = 1 is DDPM, eta = 0 has no noise",
     ),
-    Family(
+    Grid(
         "EulerDiscreteScheduler",
         (PREDICTIONS, SPACINGS, (*SIGMAS, {"final_sigmas_type": "sigma_min"})),
         note="no noise; is DDIM with eta = 0",
     ),
-    Family(
+    Grid(
         "EulerDiscreteScheduler",
         (PREDICTIONS, ({"interpolation_type": "log_linear"}, {"timestep_type": "continuous"})),
         note="its other interpolation and timesteps",
     ),
-    Family(
+    Grid(
         "EulerAncestralDiscreteScheduler",
         (_axis("prediction_type", "epsilon", "v_prediction"), SPACINGS),
         note="is DDPM with variance fixed_small",
     ),
-    Family(
+    Grid(
         "DPMSolverMultistepScheduler",
         (FIRST_ORDER, PREDICTIONS, DPM_TIMES, DATA_FORM),
         note="dpmsolver++ has no noise and is DDIM with eta = 0, sde-dpmsolver++ is DDPM",
     ),
-    Family(
+    Grid(
         "DPMSolverMultistepScheduler",
         (FIRST_ORDER, _axis("prediction_type", "epsilon"), DPM_TIMES, NOISE_FORM, TO_SIGMA_MIN),
         note="for other predictions diffusers itself loses five digits to cancellation in float32",
     ),
-    Family(
+    Grid(
         "DPMSolverSinglestepScheduler",
         (FIRST_ORDER, PREDICTIONS, SIGMAS, DATA_FORM, _axis("lower_order_final", True)),
         note="the same rows",
     ),
-    Family(
+    Grid(
         "DPMSolverMultistepScheduler",
         (FIRST_ORDER, DPM_FLOW, DATA_FORM),
         note="flow models; sde-dpmsolver++ has the rows of `memoryless_flow`, at times of its own",
     ),
-    Family(
+    Grid(
         "FlowMatchEulerDiscreteScheduler",
         (_axis("shift", 1.0, 3.0), SIGMAS, _axis("stochastic_sampling", False, True)),
         note="no noise; stochastic_sampling renoises the predicted data, whose law is not the model's",
     ),
-    Family(
+    Grid(
         "FlowMatchEulerDiscreteScheduler",
         (({"use_dynamic_shifting": True},), _axis("time_shift_type", "exponential", "linear")),
         mu=(0.5, 1.15),
@@ -139,20 +142,20 @@ SUPPORTED = (
 
 
 def cases() -> Iterator[Case]:
-    """All combinations of all families."""
-    for family in SUPPORTED:
-        yield from family.cases()
+    """All combinations of all grids."""
+    for grid in VERIFIED:
+        yield from grid.cases()
 
 
 def markdown() -> str:
-    """`SUPPORTED` as the table of the documentation."""
+    """`VERIFIED` as the table of the documentation."""
     lines = ["| scheduler | every combination of | combinations | remark |", "|---|---|---|---|"]
-    for family in SUPPORTED:
-        axes = [_words(axis) for axis in (*family.axes, family.step)]
-        if family.mu != (None,):
-            axes.append("`mu` " + ", ".join(map(str, family.mu)))
-        count = sum(1 for _ in family.cases())
-        lines.append(f"| {family.scheduler} | {'; '.join(filter(None, axes))} | {count} | {family.note} |")
+    for grid in VERIFIED:
+        axes = [_words(axis) for axis in (*grid.axes, grid.step)]
+        if grid.mu != (None,):
+            axes.append("`mu` " + ", ".join(map(str, grid.mu)))
+        count = sum(1 for _ in grid.cases())
+        lines.append(f"| {grid.scheduler} | {'; '.join(filter(None, axes))} | {count} | {grid.note} |")
     return "\n".join(lines)
 
 

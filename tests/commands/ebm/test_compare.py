@@ -7,9 +7,9 @@ import math
 import pytest
 
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm import compare as ebm_compare
-from implicit_diffusion.commands.ebm import judging as ebm_judging
+from implicit_diffusion.commands.ebm import compare, judging
 from implicit_diffusion.commands.ebm.arms import ARMS, to_model
+from implicit_diffusion.commands.ebm.summary import ComparedTraining, CurvePoint
 from implicit_diffusion.commands.ebm.training import Trained
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs import RunDirectory
@@ -21,26 +21,31 @@ COMPARE = dataclasses.replace(TINY, compare=True, seeds=2, lr=None, refresh=None
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
+
+
+def point(kl, **changes):
+    return CurvePoint(log_z=2.0, nll=1.0, kl=kl, updates=3, seconds=1.0, gradient_evaluations=9, **changes)
 
 
 @pytest.mark.slow
 def test_a_comparison_is_fair(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ebm_compare, "GRID", (1e-3, 1e-2))
+    monkeypatch.setattr(compare, "GRID", (1e-3, 1e-2))
     out = tmp_path / "run"
     config = dataclasses.replace(COMPARE, steps=16, out=out)
     summary = ebm.run(config)
     assert summary.keys() == {"data", "grid", "arms", "paired", "advice"} and set(summary["arms"]) == set(ARMS)
     assert json.loads((out / "summary.json").read_text()) == summary
     pulls = [arm["gradient_evaluations"] for arm in summary["arms"].values()]
-    assert max(pulls) == 16 * 4 and min(pulls) > 16 * 4 - 6  # equal but for one update of six pulls
+    assert max(pulls) == 16 * 4 and min(pulls) > 16 * 4 - 6  # equal except for one update of six pulls
     kls = {(m["arm"], m["lr"], m["seed"]): m["curve"][-1]["kl"] for m in RunDirectory(out).read_metrics()}
     assert len(kls) == 5 * 2 + 4 * 2 and all(line.endswith("may be better") for line in summary["advice"])
-    for arm, found in summary["arms"].items():
-        assert found["diverged"] == 0 and len(found["kls"]) == 2 and found["kl"] == pytest.approx(sum(found["kls"]) / 2)
-        searched = "weighted" if arm == "hmc" else arm  # the ablation takes the rate of what it ablates
-        assert found["lr"] == min((1e-3, 1e-2), key=lambda lr, grid=summary["grid"][searched]: grid[f"{lr:g}"])
-        assert [kls[arm, found["lr"], seed] for seed in (0, 1)] == found["kls"]
+    for arm, result in summary["arms"].items():
+        kls_of_arm = result["kls"]
+        assert result["diverged"] == 0 and len(kls_of_arm) == 2 and result["kl"] == pytest.approx(sum(kls_of_arm) / 2)
+        searched = "weighted" if arm == "hmc" else arm  # the ablation has the rate of what it ablates
+        assert result["lr"] == min((1e-3, 1e-2), key=lambda lr, grid=summary["grid"][searched]: grid[f"{lr:g}"])
+        assert [kls[arm, result["lr"], seed] for seed in (0, 1)] == kls_of_arm
     ratios = [math.log(a / b) for a, b in zip(*(summary["arms"][arm]["kls"] for arm in ("weighted", "cd")))]
     assert summary["paired"]["cd"]["log_ratio"] == pytest.approx(sum(ratios) / 2)
     assert summary["paired"]["cd"]["se"] == pytest.approx(abs(ratios[0] - ratios[1]) / 2)
@@ -52,17 +57,21 @@ def test_a_comparison_is_fair(tmp_path, monkeypatch, capsys):
 
 def test_comparisons_pair_by_seed():
     def curves(**kl):
-        return {int(seed[1:]): [{"kl": 9.0}, {"kl": value}] for seed, value in kl.items()}
+        return {int(seed[1:]): [point(9.0), point(value)] for seed, value in kl.items()}
 
-    found = ebm_compare.paired(curves(s0=1.0, s1=2.0), curves(s1=4.0, s0=4.0))
-    assert found["log_ratio"] == pytest.approx((math.log(1 / 4) + math.log(1 / 2)) / 2)
-    assert ebm_compare.paired(curves(s0=1.0, s1=2.0), curves(s0=1.0, s2=2.0)) is None  # another seed is missing in each
-    assert ebm_compare.paired(curves(s0=1.0), curves(s0=1.0)) is None
+    pairs = compare.paired(curves(s0=1.0, s1=2.0), curves(s1=4.0, s0=4.0))
+    assert pairs.log_ratio == pytest.approx((math.log(1 / 4) + math.log(1 / 2)) / 2)
+    assert compare.paired(curves(s0=1.0, s1=2.0), curves(s0=1.0, s2=2.0)) is None  # another seed is missing in each
+    assert compare.paired(curves(s0=1.0), curves(s0=1.0)) is None
 
 
 def test_a_comparison_survives_arms_that_diverge(tmp_path, monkeypatch):
-    monkeypatch.setattr(ebm_compare, "ARMS", ("weighted", "implicit"))
-    monkeypatch.setattr(ebm_compare, "attempt", lambda *args, **kwargs: {"updates": 3, "diverged": "far out"})
+    monkeypatch.setattr(compare, "ARMS", ("weighted", "implicit"))
+
+    def diverging(name, settings, judge_steps):
+        return ComparedTraining(settings.arm, settings.lr, settings.seed, 3, "far out")
+
+    monkeypatch.setattr(compare, "attempt", diverging)
     summary = ebm.run(dataclasses.replace(COMPARE, out=tmp_path / "run"))
     assert summary["arms"]["weighted"]["kl"] is None and summary["arms"]["weighted"]["diverged"] == 2
     assert summary["paired"] == {"implicit": None} and set(summary["grid"]["weighted"].values()) == {None}
@@ -71,22 +80,21 @@ def test_a_comparison_survives_arms_that_diverge(tmp_path, monkeypatch):
 
 def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch, capsys):
     """What has ended is read back, also past a line that was cut short; Ctrl-C inside a training is no result of it."""
-    monkeypatch.setattr(ebm_compare, "ARMS", ("weighted", "implicit"))
-    monkeypatch.setattr(ebm_compare, "GRID", (1e-3, 1e-2, 3e-2))
+    monkeypatch.setattr(compare, "ARMS", ("weighted", "implicit"))
+    monkeypatch.setattr(compare, "GRID", (1e-3, 1e-2, 3e-2))
     made, interrupt_at = [], 4
 
     def train(settings, data, loop, directory, looks):
         made.append((settings.arm, settings.lr, settings.seed))
         stopped = "interrupted" if len(made) == interrupt_at else None
         kl = {1e-3: 0.5, 1e-2: 0.4, 3e-2: 0.3}[settings.lr] + settings.seed % 7 / 100
-        point = {"kl": kl, "nll": 1.0, "log_z": 2.0, "seconds": 1.0, "gradient_evaluations": 9, "updates": 3}
-        point |= {"log_z_particles": 2.1} if settings.arm == "weighted" else {}
+        end = point(kl, log_z_particles=2.1 if settings.arm == "weighted" else None)
         return Trained(
-            settings, Fit(loop, stopped=stopped, seconds=1.0), loop, to_model(settings, loop, data), [point, point]
+            settings, Fit(loop, stopped=stopped, seconds=1.0), loop, to_model(settings, loop, data), [end, end]
         )
 
-    monkeypatch.setattr(ebm_compare, "train", train)
-    monkeypatch.setattr(ebm_compare, "log_z_by_annealing", lambda *args: (2.0, 0.1))
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "log_z_by_annealing", lambda *args: (2.0, 0.1))
     out = tmp_path / "run"
     config = dataclasses.replace(COMPARE, out=out)
     with pytest.raises(KeyboardInterrupt, match="the same command with the same --out goes on"):

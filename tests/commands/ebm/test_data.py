@@ -9,10 +9,11 @@ import torch
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm.data import COPIES, GREY, load, read_array, split
-from implicit_diffusion.commands.shared.planar import LAWS
+from implicit_diffusion.commands.ebm.data import COPIES, GREY, load, split
+from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.potentials.plane import LAWS
 
 
 def normal(*shape):
@@ -160,9 +161,12 @@ def constant():
 BAD = {
     "no file": (lambda path: None, r"no such file; give one of moons, .* digits, FILE\.npy, .* FILE\.csv"),
     "NaN": (save(with_nan(np.nan)), r"2 of 20 rows hold NaN or infinity; remove or impute them \(rows 0, 1\)"),
-    "a header of ten to the twelve rows": (header((10**12, 2)), "no plain .npy array: its header says 16000000000000"),
-    "a header beyond all integers": (header((10**30, 10**30)), "no plain .npy array: its header says"),
-    "a header of fewer rows than none": (header((-20, -2), body=bytes(320)), "no plain .npy array: its header says"),
+    "a header of ten to the twelve rows": (
+        header((10**12, 2)),
+        "not a sound .npy array: its header says 16000000000000",
+    ),
+    "a header beyond all integers": (header((10**30, 10**30)), "not a sound .npy array: its header says"),
+    "a header of fewer rows than none": (header((-20, -2), body=bytes(320)), "not a sound .npy array: its header says"),
     "two arrays in one file": (twice, "its header says 320 bytes of shape .*, and 768 follow"),
     "fields": (save(np.zeros(20, dtype=[("a", "f4"), ("b", "f4")])), "must hold one array of numbers, got .*'a'"),
     "long doubles": (save(normal(20, 2).astype(np.longdouble)), "must hold one array of numbers, got float128"),
@@ -183,16 +187,22 @@ BAD = {
         save(normal(20, 4, 5, 3)),
         r"\(20, 4, 5, 3\), which looks like \(m, height, .*transpose\(0, 3, 1, 2",
     ),
-    "objects": (save(np.array([[{}, 1]] * 20, dtype=object), allow_pickle=True), "no plain .npy array.*allow_pickle"),
+    "objects": (
+        save(np.array([[{}, 1]] * 20, dtype=object), allow_pickle=True),
+        "not a sound .npy.*allow_pickle",
+    ),
     "words": (save(np.array([["a", "b"]] * 20)), "must hold one array of numbers, got <U1"),
     "complex numbers": (save(normal(20, 2) * 1j), "must hold one array of numbers, got complex128"),
     "dates": (save(np.zeros((20, 2), "datetime64[D]")), "must hold one array of numbers"),
     "an archive": (archive, "must hold one array of numbers"),
-    "a pickle": (lambda path: path.write_bytes(b"\x80\x04\x95\x0b\x00\x00."), "no plain .npy array"),
-    "an empty file": (lambda path: path.write_bytes(b""), "no plain .npy array"),
-    "half an archive": (lambda path: path.write_bytes(b"PK\x03\x04half"), "no plain .npy array"),
-    "half a file": (lambda path: (np.save(path, normal(20, 2)), path.write_bytes(path.read_bytes()[:200])), "no plain"),
-    "a table": (lambda path: path.write_text("1.0,2.0\n" * 20), "no plain .npy array"),
+    "a pickle": (lambda path: path.write_bytes(b"\x80\x04\x95\x0b\x00\x00."), "not a sound .npy array"),
+    "an empty file": (lambda path: path.write_bytes(b""), "not a sound .npy array"),
+    "half an archive": (lambda path: path.write_bytes(b"PK\x03\x04half"), "not a sound .npy array"),
+    "half a file": (
+        lambda path: (np.save(path, normal(20, 2)), path.write_bytes(path.read_bytes()[:200])),
+        "not a sound",
+    ),
+    "a table": (lambda path: path.write_text("1.0,2.0\n" * 20), "not a sound .npy array"),
 }
 
 
@@ -211,7 +221,7 @@ def test_arrays_that_do_not_fit_into_memory(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", normal(20, 2))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 40 * 35}))
     monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("loaded"))
-    with pytest.raises(MemoryLimitError, match=r"40 numbers need .*take fewer rows"):
+    with pytest.raises(MemoryLimitError, match=r"40 numbers need .*use fewer rows"):
         read_array(str(tmp_path / "x.npy"))
 
 
@@ -248,7 +258,7 @@ OPTIONS = {
     "--weight-decay": {"weight_decay": -0.1},
     "--data circle: no such file": {"data": "circle"},
     "--sampler underdamped knows no weights; .*--no-weighted": {"sampler": "underdamped"},
-    "--sampler underdamped knows no weights; take ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
+    "--sampler underdamped knows no weights; use ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
     "--lr has no effect: --compare searches": {"compare": True, "lr": 1e-3},
     "--refresh has no effect: --compare never": {"compare": True, "refresh": 10},
     "--no-weighted has no effect": {"compare": True, "weighted": False},

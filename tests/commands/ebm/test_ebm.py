@@ -10,25 +10,16 @@ import pytest
 import torch
 
 from implicit_diffusion import cli
-from implicit_diffusion.commands.ebm import (
-    command as ebm,
-)
-from implicit_diffusion.commands.ebm import (
-    digits as ebm_digits,
-)
-from implicit_diffusion.commands.ebm import (
-    judging as ebm_judging,
-)
-from implicit_diffusion.commands.ebm import (
-    training as ebm_training,
-)
+from implicit_diffusion.commands.ebm import command as ebm
+from implicit_diffusion.commands.ebm import digits, judging, training
 from implicit_diffusion.commands.ebm.data import load
 from implicit_diffusion.commands.score import command as score
-from implicit_diffusion.commands.shared.planar import Quadrature, law
 from implicit_diffusion.errors import NonFiniteError
+from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.loops import Single
 from implicit_diffusion.models.energy_model import Architecture, Moves, load_energy_model
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.potentials.plane import law
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.energy_models import TINY, bent
 
@@ -44,7 +35,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(ebm, "LOOKS", 2)
-    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +43,7 @@ def tiny(tmp_path_factory):
     """One run, which several tests look at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ebm, "LOOKS", 2)
-        patch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+        patch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
         out = tmp_path_factory.mktemp("ebm") / "deep" / "run"
         return ebm.run(dataclasses.replace(TINY, out=out)), out
 
@@ -77,10 +68,10 @@ def test_its_figures_are_exact(tiny):
     summary, out = tiny
     model, target = load_energy_model(out / "model"), law("eight-gaussians")
     assert (model.log_z, model.log_z_se) == (summary["log_z"], 0.0)
-    fine = Quadrature(model.shift, model.scale, target, half=10.0, cell=1 / 20).figures(model.potential)
+    fine = Quadrature(model.shift, model.scale, target, half=10.0, cell=1 / 20).exact_fit(model.potential)
     for figure in ("kl", "nll", "log_z", "mode_error"):
         cut = 1e-4 if figure == "mode_error" else 1e-6  # borders between modes cut cells
-        assert summary[figure] == pytest.approx(fine[figure], abs=cut)
+        assert summary[figure] == pytest.approx(getattr(fine, figure), abs=cut)
     assert abs(summary["nll"] - summary["nll_held_out"]) < 4 * summary["nll_held_out_se"]
     assert sum(summary["mode_masses"]) == pytest.approx(1, abs=1e-6)
 
@@ -89,10 +80,10 @@ def test_training_improves(tiny):
     summary, out = tiny
     target = law("eight-gaussians")
     data = load("eight-gaussians", Noise(0))
-    start = Quadrature(data.shift, data.scale, target).figures(Architecture("mlp", (2,), 8).build(Noise(0)))
-    assert summary["kl"] < start["kl"] - 0.05
+    start = Quadrature(data.shift, data.scale, target).exact_fit(Architecture("mlp", (2,), 8).build(Noise(0)))
+    assert summary["kl"] < start.kl - 0.05
     curve = [line["exact_kl"] for line in RunDirectory(out).read_metrics() if "exact_kl" in line]
-    assert curve[1] < curve[0] < start["kl"] and curve[1] == summary["kl"]
+    assert curve[1] < curve[0] < start.kl and curve[1] == summary["kl"]
 
 
 def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
@@ -105,14 +96,14 @@ def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
 def interrupted(monkeypatch, *, every, at):
     """A watch that looks at multiples of `every`, and Ctrl-C after update `at`."""
 
-    class Interrupting(ebm_training.Watch):
+    class Interrupting(training.Watch):
         def __call__(self, fit):
             self.every = every
             super().__call__(fit)
             if fit.updates == at:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(ebm_training, "Watch", Interrupting)
+    monkeypatch.setattr(training, "Watch", Interrupting)
 
 
 def test_an_interrupted_run_resumes_to_the_same_model(tiny, tmp_path, monkeypatch, capsys):
@@ -184,10 +175,10 @@ def test_an_array_of_ones_own(shape, tmp_path):
     figures = {path.name for path in (tmp_path / "run").glob("figures/*.png")}
     shown = {(1,): {"marginals"}, (3,): {"pairs"}, (2, 4, 4): {"particles", "components"}}[shape]
     assert {name.removesuffix(".png") for name in figures} == shown | {"scores", "training"}
-    found = score.run(score.Config(tmp_path / "run" / "model", str(tmp_path / "x.npy")))
-    assert found["log_z_standard_error"] == summary["log_z_estimate_se"]
+    result = score.run(score.Config(tmp_path / "run" / "model", str(tmp_path / "x.npy")))
+    assert result["log_z_standard_error"] == summary["log_z_estimate_se"]
     gaussian = -math.prod(shape) * math.log(3 * math.sqrt(2 * math.pi * math.e))
-    assert abs(found["log_likelihood"] - gaussian) < 0.35 * math.prod(shape)
+    assert abs(result["log_likelihood"] - gaussian) < 0.35 * math.prod(shape)
 
 
 @pytest.mark.slow
@@ -208,15 +199,15 @@ def test_log_z_by_annealing_of_a_known_potential():
     """Over ten seeds the z-scores are those of Student's t with 7 degrees of freedom."""
     model, scores = bent(moves=Moves("hmc", 0.4, 2)), []
     for seed in range(10):
-        estimate, error = ebm_judging.log_z_by_annealing(model, Noise(seed), 20)
+        estimate, error = judging.log_z_by_annealing(model, Noise(seed), 20)
         scores.append((math.exp(estimate - model.log_z) - 1) / error)
     assert abs(sum(scores) / 10) < 4 * math.sqrt(1.4 / 10) and max(map(abs, scores)) < 8
 
 
 def test_digits(tmp_path, monkeypatch):
-    monkeypatch.setattr(ebm_digits, "CHAINS", 8)
-    monkeypatch.setattr(ebm_digits, "COMPONENTS", (2, 3))
-    monkeypatch.setattr(ebm_digits, "BANDWIDTHS", (0.5,))
+    monkeypatch.setattr(digits, "CHAINS", 8)
+    monkeypatch.setattr(digits, "COMPONENTS", (2, 3))
+    monkeypatch.setattr(digits, "BANDWIDTHS", (0.5,))
     out = tmp_path / "run"
     small = {"steps": 4, "particles": 16, "width": 2, "leapfrogs": 1, "judge_steps": 20}
     summary = ebm.run(ebm.Config("digits", **small, long_chains=True, out=out))
@@ -247,9 +238,9 @@ def test_kernel_density_is_one_of_grey_levels():
     x = Noise(0).normal((1500, 2)) * scale
     data = dataclasses.replace(data, train=x[:1000], held_out=x[1000:], shift=x.mean(0), scale=x.std(0), law=None)
     entropy = scale.log().sum().item() + math.log(2 * math.pi * math.e)
-    for baseline in (ebm_digits._kernel_density(data), ebm_digits._mixture(data)):
-        assert baseline["nll"] == pytest.approx(entropy, abs=4 * baseline["nll_se"] + 0.35)
+    for baseline in (digits._kernel_density(data), digits._mixture(data)):
+        assert baseline.nll == pytest.approx(entropy, abs=4 * baseline.nll_se + 0.35)
     images = torch.arange(8.0).view(2, 1, 2, 2)
-    mixed = ebm_digits.shuffled(images, Noise(0).generator(0))
+    mixed = digits.shuffled(images, Noise(0).generator(0))
     assert mixed.shape == images.shape and torch.equal(mixed.flatten(1).sort(1)[0], images.flatten(1))
-    assert ebm_digits.auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+    assert digits.auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1

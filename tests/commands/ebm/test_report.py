@@ -15,8 +15,7 @@ import torch
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm import judging as ebm_judging
-from implicit_diffusion.commands.ebm import report as ebm_report
+from implicit_diffusion.commands.ebm import judging, report
 from implicit_diffusion.commands.ebm.curves import draw_curves
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.ebm.figures import draw
@@ -28,6 +27,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.energy_models import TINY, gaussian
+from tests.helpers.energy_models import summary as summary_of
 
 NAMES = ("length, in <mm>", "width", "weight")
 
@@ -36,7 +36,7 @@ NAMES = ("length, in <mm>", "width", "weight")
 def run(tmp_path_factory):
     """A run on a table of three columns, one of which has a name that is HTML, in a folder with a space."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+        patch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
         folder = tmp_path_factory.mktemp("a folder")
         x = np.random.default_rng(0).standard_normal((120, 3)) * [1, 5, 0.1] + [0, 100, 3]
         head = ",".join(f'"{name}"' for name in NAMES)
@@ -86,15 +86,15 @@ def test_numbers_are_those_of_the_summary_with_their_errors(run):
     summary, out = run
     said = " ".join(text(out).split())
     for key in ("nll_held_out", "nll_gaussian", "nll_train", "log_z_estimate", "log_z_half"):
-        assert ebm_report.number(summary[key], summary[f"{key}_se"]).replace("\xa0", " ") in said
-    assert ebm_report.number(-summary["nll_held_out"], summary["nll_held_out_se"]).replace("\xa0", " ") in said
+        assert report.number(summary[key], summary[f"{key}_se"]).replace("\xa0", " ") in said
+    assert report.number(-summary["nll_held_out"], summary["nll_held_out_se"]).replace("\xa0", " ") in said
     assert "Every ± here is one standard error" in said
 
 
 def test_its_command_trains_the_same_model(run, tmp_path, monkeypatch):
     """As it stands in the page, with quotes and line ends."""
     _, out = run
-    monkeypatch.setattr(ebm_judging, "REPLICAS", {"vectors": 64, "images": 64})
+    monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})
     shown = text(out).split("Run it again")[1].split("Configuration")[0].strip()
     words = shlex.split(shown.replace("\\\n", ""))  # as a shell reads it
     assert words[:2] == ["implicit-diffusion", "ebm"] and "--no-weighted" in words and "--out" not in words
@@ -126,17 +126,16 @@ def test_report_draws_it_again_from_what_is_on_disk(run, capsys):
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
-def test_commands_leave_out_what_is_so_anyhow():
+def test_commands_leave_out_defaults():
     config = dataclasses.replace(TINY, data="a b.npy", dequantise=True, seed=3)
     said = shlex.split(command(vars(config) | {"out": "run"}).replace("\\\n", ""))
     assert said[:4] == ["implicit-diffusion", "ebm", "--data", "a b.npy"] and "--dequantise" in said
     assert "--weighted" not in said and said[said.index("--seed") + 1] == "3" and "run" not in said
 
 
-def lead(summary, **changes):
-    data = SimpleNamespace(dequantised=False)
-    plain = {"nll_held_out": 2.0, "nll_held_out_se": 0.1, "gain_over_gaussian": 0.5, "gain_over_gaussian_se": 0.1}
-    return ebm_report._in_words(data, plain | {"advice": []} | summary | changes)
+def lead(changes):
+    numbers = {"nll_held_out": 2.0, "nll_held_out_se": 0.1, "gain_over_gaussian": 0.5, "gain_over_gaussian_se": 0.1}
+    return report._in_words(SimpleNamespace(dequantised=False), summary_of(**numbers | changes))
 
 
 @pytest.mark.parametrize(
@@ -156,16 +155,19 @@ def test_the_first_sentence_says_whether_it_is_sound(changes, said, as_users_run
     assert ("Nothing looks wrong" in lead(changes)) == (not changes or "mostly noise" in str(changes))
 
 
-def test_a_model_worse_than_a_gaussian_and_one_that_learned_by_heart_are_told(monkeypatch, as_users_run):
-    monkeypatch.setattr(ebm_judging, "advice", lambda *arguments, **options: [])
+def test_a_model_worse_than_a_gaussian_and_one_that_learned_by_heart_are_said(monkeypatch, as_users_run):
+    monkeypatch.setattr(judging, "advice", lambda *arguments, **options: [])
     trained = SimpleNamespace(fit=SimpleNamespace(metrics={}), loop=SimpleNamespace(weighted=False))
-    sound = dict.fromkeys(("log_z_estimate", "log_z_half"), 1.0) | dict.fromkeys(
-        ("log_z_estimate_se", "log_z_half_se", "gain_over_gaussian_se", "overfit_se"), 0.1
-    )
-    assert what_to_change(trained, sound | {"gain_over_gaussian": -0.15, "overfit": 0.25}, chosen=False) == []
-    (worse,) = what_to_change(trained, sound | {"gain_over_gaussian": -0.4, "overfit": 0.0}, chosen=False)
+
+    def advice(**changes):
+        errors = ("log_z_estimate_se", "log_z_half_se", "gain_over_gaussian_se", "overfit_se")
+        sound = {"log_z_estimate": 1.0, "log_z_half": 1.0} | dict.fromkeys(errors, 0.1)
+        return what_to_change(trained, summary_of(**sound | changes), step_size_given=False)
+
+    assert advice(gain_over_gaussian=-0.15, overfit=0.25) == []
+    (worse,) = advice(gain_over_gaussian=-0.4, overfit=0.0)
     assert worse.startswith("held-out data are less likely than under a Gaussian") and "by 0.4 ± 0.1 nats" in worse
-    (heart,) = what_to_change(trained, sound | {"gain_over_gaussian": 1.0, "overfit": 0.4}, chosen=False)
+    (heart,) = advice(gain_over_gaussian=1.0, overfit=0.4)
     assert "learned by heart" in heart and "by 0.4 ± 0.1 nats" in heart
 
 
@@ -174,9 +176,9 @@ def test_the_gaussian_is_that_of_maximum_likelihood_for_many_data():
     mixing = torch.tensor([[2.0, 0.0], [1.5, 0.5]])
     x = Noise(0).normal((20_000, 2)) @ mixing.mT + torch.tensor([10.0, -3.0])
     train, held_out = x[:19_000], x[19_000:]
-    found = gaussian_scores(Data(train, held_out, train.mean(0), train.std(0)))
+    scores = gaussian_scores(Data(train, held_out, train.mean(0), train.std(0)))
     law = torch.distributions.MultivariateNormal(train.double().mean(0), train.double().mT.cov())
-    torch.testing.assert_close(found, law.log_prob(held_out.double()), rtol=0.01, atol=0.02)
+    torch.testing.assert_close(scores, law.log_prob(held_out.double()), rtol=0.01, atol=0.02)
 
 
 def test_the_gaussian_of_more_coordinates_than_data(monkeypatch):
@@ -184,7 +186,7 @@ def test_the_gaussian_of_more_coordinates_than_data(monkeypatch):
     x = Noise(0).normal((60, 100))
     data = Data(x[:40], x[40:], x[:40].mean(0), x[:40].std(0))
     assert abs(gaussian_scores(data).mean().item() + 100 * 1.42) < 15
-    monkeypatch.setattr(ebm_judging, "LARGEST_COVARIANCE", 50)
+    monkeypatch.setattr(judging, "LARGEST_COVARIANCE", 50)
     images = dataclasses.replace(
         data,
         **{name: getattr(data, name).unflatten(-1, (1, 10, 10)) for name in ("train", "held_out", "shift", "scale")},
@@ -198,11 +200,11 @@ def test_distances_of_columns_are_wasserstein():
     """By quantiles where sizes agree, in deviations of the first; and a shift of one deviation has distance one."""
     x, y = Noise(0).normal((400, 3)).double(), Noise(1).normal((400, 3)).double()
     y[:, 1] = x[:, 1] + 2
-    found, chance = distances(x, y)
+    apart, chance = distances(x, y)
     by_quantiles = (x.sort(0)[0] - y.sort(0)[0]).abs().mean(0) / x.std(0)
-    torch.testing.assert_close(found, by_quantiles)
-    assert found[1].item() == pytest.approx(2 / x[:, 1].std().item())
-    assert found[1] > chance[1] and (found[[0, 2]] < 2 * chance[[0, 2]]).all()
+    torch.testing.assert_close(apart, by_quantiles)
+    assert apart[1].item() == pytest.approx(2 / x[:, 1].std().item())
+    assert apart[1] > chance[1] and (apart[[0, 2]] < 2 * chance[[0, 2]]).all()
     unequal, _ = distances(x, y[:100])
     repeated, _ = distances(x, y[:100].repeat_interleave(4, 0))  # the same law
     torch.testing.assert_close(unequal, repeated)
@@ -212,28 +214,28 @@ def test_distances_of_columns_are_wasserstein():
 def test_chance_covers():
     """Of 200 pairs of samples of one law about 5 % are further apart than chance says: 10 ± 4 · 3.1."""
     x, y = Noise(0).normal((60, 200)).double(), Noise(1).normal((90, 200)).double()
-    found, chance = distances(x, y)
-    assert 0 < (found > chance).sum().item() < 23
+    apart, chance = distances(x, y)
+    assert 0 < (apart > chance).sum().item() < 23
 
 
 def test_principal_components_are_uncorrelated_and_in_order():
     scale = torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0], dtype=torch.float64)
     x = Noise(0).normal((300, 5)).double() @ Noise(2).normal((5, 5)).double()
-    found = principal(Sides(x, x[:50], tuple("abcde"), "data"), scale)
-    assert found.data.shape == (300, 4) and torch.equal(found.draws, found.data[:50])
-    covariance = found.data.mT.cov()
+    components = principal(Sides(x, x[:50], tuple("abcde"), "data"), scale)
+    assert components.data.shape == (300, 4) and torch.equal(components.draws, components.data[:50])
+    covariance = components.data.mT.cov()
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-8
     variances = covariance.diagonal()
     assert (variances.diff() < 0).all()
     share = variances[0] / ((x / scale).var(0).sum())
-    assert found.names[0] == f"component 1 ({share.item():.0%})"
+    assert components.names[0] == f"component 1 ({share.item():.0%})"
 
 
 def drawn(event, tmp_path, law=None):
     model = gaussian(event, torch.zeros(event), torch.ones(event), kind="conv" if len(event) == 3 else "mlp")
     x = Noise(0).normal((60, *event))
     data = Data(x[:40], x[40:], torch.zeros(event), torch.ones(event))
-    return [picture.name for picture in draw(model, data, {}, RunDirectory(tmp_path))]
+    return [picture.name for picture in draw(model, data, summary_of(), RunDirectory(tmp_path))]
 
 
 @pytest.mark.drawn
@@ -258,7 +260,7 @@ def test_curves_end_at_the_judged_numbers_in_the_units_of_the_data():
     x = Noise(0).normal((60, 2)) * torch.tensor([10.0, 0.1])
     data = Data(x[:40], x[40:], torch.zeros(2), torch.tensor([10.0, 0.1]))
     lines = [{"updates": k, "nll": 3.0, "log_z": 1.0, "ess": 50.0, "acceptance": 0.9} for k in (1, 2, 3)]
-    summary = {"nll_held_out": 3.1, "nll_held_out_se": 0.1}
+    summary = summary_of(nll_held_out=3.1, nll_held_out_se=0.1)
     figure = draw_curves(lines, summary, dataclasses.replace(data, scale=torch.tensor([10.0, 0.5])), 100)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [
@@ -269,7 +271,7 @@ def test_curves_end_at_the_judged_numbers_in_the_units_of_the_data():
     ]
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx([3 + math.log(5)] * 3)
     assert figure.axes[2].lines[0].get_ydata() == pytest.approx([0.5] * 3)
-    assert draw_curves([], {}, data, 100) is None
+    assert draw_curves([], summary, data, 100) is None
 
 
 def test_the_gap_of_energies_is_that_of_the_weights(as_users_run):

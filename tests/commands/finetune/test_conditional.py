@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import planning, problem
+from implicit_diffusion.commands.finetune import planning, setup, training
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
@@ -107,13 +107,13 @@ def test_stable_diffusion_3_on_its_memoryless_flow(place, tmp_path, capsys):
     assert "of the folder's pipeline" not in capsys.readouterr().out
     # The picture is that of the trained chain under the prompts in turn, decoded.
     words = {"prompts": place / "prompts.txt", "reward": f"{place}/rewards.py:red", "num_steps": 4}
-    trained = problem.build(Config(model=str(model), **words)).chain
+    trained = setup.build(setup_spec(Config(model=str(model), **words))).chain
     turns = trained.replace(condition=lambda noise, batch, index: {"prompt": torch.arange(batch) % 2})
     images = load_pretrained(model).decoder(turns.sample(Noise(0), 3))
     expected = ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    found = np.asarray(Image.open(tmp_path / "chain.png"))[::4, ::4]
+    picture = np.asarray(Image.open(tmp_path / "chain.png"))[::4, ::4]
     for i, (top, left) in enumerate(((0, 0), (0, 16), (16, 0))):
-        assert np.abs(found[top : top + 16, left : left + 16].astype(int) - expected[i]).max() <= 3
+        assert np.abs(picture[top : top + 16, left : left + 16].astype(int) - expected[i]).max() <= 3
     assert main([*sample, str(tmp_path / "other.png"), "--num-steps", "2"]) == 0
     assert "these are 2 steps of the folder's pipeline" in capsys.readouterr().out
 
@@ -123,10 +123,10 @@ def test_a_reference_keeps_the_kl_to_the_original(place, text_run):
     spent = json.loads((text_run / "summary.json").read_text())["path_kl"]
     words = {"prompts": place / "prompts.txt", "reward": f"{place}/rewards.py:red", "num_steps": 4}
     for reference, expected in ((None, 0.0), (str(place / "sd" / "model"), spent)):
-        going_on = problem.build(Config(model=str(text_run / "model"), reference=reference, **words))
-        noise = Noise(0).stream(problem.AFTER)  # that of the first run's judgement, prompts included
-        found = evaluate(going_on.chain, going_on.reward, noise, starts=4, repeats=8).path_kl.mean()
-        assert found.item() == pytest.approx(expected, rel=1e-3)
+        going_on = setup.build(setup_spec(Config(model=str(text_run / "model"), reference=reference, **words)))
+        noise = Noise(0).stream(setup.AFTER)  # that of the first run's judgement, prompts included
+        path_kl = evaluate(going_on.chain, going_on.reward, noise, starts=4, repeats=8).path_kl.mean()
+        assert path_kl.item() == pytest.approx(expected, rel=1e-3)
         assert not any(p.requires_grad for p in going_on.chain.reference.parameters())
 
 
@@ -207,8 +207,8 @@ def test_an_interrupted_run_goes_on_with_its_own_prompts(place, text_run, tmp_pa
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        own = finetune._callbacks
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt, *own(*arguments)])
+        own = training.callbacks
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt, *own(*arguments)])
         assert main([*TINY, "--stride", "2", "--out", str(out), *words]) == 130
     prompts.unlink()
     assert main(["resume", str(out)]) == 0

@@ -13,12 +13,11 @@ import torch
 
 import implicit_diffusion as idf
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import judging, planning
-from implicit_diffusion.commands.finetune.plan import make_plan
+from implicit_diffusion.commands.finetune import judging, planning, training
 from implicit_diffusion.commands.rewards.shipped import brightness
-from implicit_diffusion.evaluation import evaluate
-from implicit_diffusion.models.pretrained import DiffusersDenoiser, load_pretrained, save_pipeline
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.evaluation import effect_of_clipping, evaluate, make_plan
+from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import clock
 from implicit_diffusion.samplers.chain import Chain
@@ -158,7 +157,7 @@ def test_target_kl_stops(tmp_path):
     options = ["--target-kl", "1e-6", "--target-kl-mode", "stop", "--updates", "60", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, *options]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["updates"] < 60 and "reached the target" in summary["stopped"]
+    assert summary["updates"] < 60 and "reached the target" in summary["stopped"] and summary["reached_target"]
     assert summary["path_kl"] == pytest.approx(1e-6, rel=0.5)  # however small beside a single step
 
 
@@ -234,8 +233,8 @@ def test_effect_of_clipping_uses_the_chains_own_draws():
     free = scheduler_for(loaded.scheduler, "ddpm")
     chain = Chain(loaded.denoiser, read_table(free, 4), loaded.event_shape)
     clipped = type(free).from_config(free.config, clip_sample=True, clip_sample_range=1e6)
-    effect = judging.effect_of_clipping(chain, clipped, brightness, Noise(0), {})
-    assert effect["largest_change"] < 1e-4
+    effect = effect_of_clipping(chain, clipped, brightness, Noise(0), {})
+    assert effect.largest_change < 1e-4
 
 
 def test_a_constant_reward_has_no_plan():
@@ -300,7 +299,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkey
     """Ctrl-C after three of six updates, then `resume`: the exported weights agree bit for bit."""
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt_at_three])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at_three])
         assert main(["finetune", *TINY, "--out", str(out)]) == 130
     assert "implicit-diffusion resume" in capsys.readouterr().err
     with monkeypatch.context() as patched:  # what the plan was made of is read back
@@ -334,7 +333,7 @@ def test_ctrl_c_outside_training_says_what_can_be_done(during, tmp_path, monkeyp
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    stage = {"plan": (planning, "evaluate_pretrained"), "judging": (finetune, "_judge")}[during]
+    stage = {"plan": (planning, "evaluate_pretrained"), "judging": (judging, "evaluate_all")}[during]
     monkeypatch.setattr(*stage, interrupt)
     assert main(["finetune", *TINY, "--updates", "1", "--out", str(tmp_path / "run")]) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import command as finetune
+from implicit_diffusion.commands.finetune import judging
 from implicit_diffusion.files import atomic as files
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.toy_model import folder
@@ -119,6 +120,7 @@ import os, sys
 from pathlib import Path
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import command as finetune
+from implicit_diffusion.commands.finetune import judging
 from implicit_diffusion.commands.finetune.report import figures
 from implicit_diffusion.runs import state
 end = lambda *arguments, **options: os._exit(9)
@@ -285,7 +287,7 @@ def test_memory_that_is_used_up_is_one_line(error, call, tmp_path, monkeypatch, 
     def judge(*arguments):
         raise error
 
-    monkeypatch.setattr(finetune, "_judge", judge)
+    monkeypatch.setattr(judging, "evaluate_all", judge)
     assert main([*call, "--out", str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: memory is used up (") and f"resume {tmp_path / 'run'}` goes on" in line

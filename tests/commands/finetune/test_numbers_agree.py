@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from implicit_diffusion.commands.finetune import judging, plan
-from implicit_diffusion.commands.finetune.judging import judge
+from implicit_diffusion.commands.finetune import plan_table
+from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
+from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.report.report import write_report
 from implicit_diffusion.commands.sweep import command as sweep
+from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary
+from implicit_diffusion.evaluation import Estimate, judge
 from implicit_diffusion.runs import RunDirectory
-from tests.helpers.toy_result import BETA, digits_outcome, evaluation
+from tests.helpers.toy_result import BETA, changed, digits_result, evaluation
 
 NUMBER = r"([+−-]?\d+(?:\.\d+)?)"
 
@@ -40,7 +43,7 @@ class Printed:
 
 
 def agree(one, other):
-    """Whether two numbers may be the same, and are told well enough to say so."""
+    """Whether two numbers may be the same, and are known well enough to say so."""
     return abs(one.value - other.value) <= one.off + other.off + 1e-9 and one.off + other.off < 0.2
 
 
@@ -50,9 +53,9 @@ def weight(beta):
 
 
 def numbers(pattern, text):
-    found = re.search(pattern.replace("#", NUMBER), text)
-    assert found, f"{pattern!r} is not in {text}"
-    return [Printed(group) for group in found.groups()]
+    match = re.search(pattern.replace("#", NUMBER), text)
+    assert match, f"{pattern!r} is not in {text}"
+    return [Printed(group) for group in match.groups()]
 
 
 def noisy(judged):
@@ -62,16 +65,18 @@ def noisy(judged):
 
 
 @pytest.fixture(scope="module")
-def outcome():
+def result():
     """A run that was judged, trained well but not to the end, with a KL weight of many digits."""
-    made, beta = digits_outcome(), BETA * 1.0372915
+    made, beta = digits_result(), BETA * 1.0372915
     made = replace(made, after=noisy(made.after))
-    found = judge(made.before, made.after, made.after, beta)
-    return replace(made, summary=made.summary | found.summary | {"kl_weight": beta}, bound=found.bound)
+    judgement = judge(made.before, made.after, made.after, beta)
+    headline = headline_of(judgement, lr=1e-4, advise=True)
+    made = replace(made, summary=replace(made.summary, headline=headline), bound=judgement.bound)
+    return changed(made, kl_weight=beta)
 
 
-def test_the_headline(outcome, tmp_path, capsys):
-    judging.print_headline(outcome.summary, RunDirectory(tmp_path), tmp_path / "report.html")
+def test_the_headline(result, tmp_path, capsys):
+    print_headline(result.summary, RunDirectory(tmp_path), tmp_path / "report.html")
     text = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
     before, after, gain = numbers(r"reward +# → # \(#", text)
     (kl,) = numbers("path KL +# ±", text)
@@ -83,8 +88,8 @@ def test_the_headline(outcome, tmp_path, capsys):
     assert abs(share.value / 100 - fell.value / could.value) < share.off / 100 + 2 * fell.off / could.value
 
 
-def test_the_report(outcome, tmp_path):
-    text = write_report(outcome, [], RunDirectory.create(tmp_path)).read_text().replace("\N{NO-BREAK SPACE}", " ")
+def test_the_report(result, tmp_path):
+    text = write_report(result, [], RunDirectory.create(tmp_path)).read_text().replace("\N{NO-BREAK SPACE}", " ")
     (kl,) = numbers("path KL of # nats", text)
     (after,) = numbers("<td>[^<]*</td><td># ± [^<]*</td><td>[^<]*</td></tr>", text.partition("mean reward</th>")[2])
     beta, fell, j0, j, least, could = numbers(
@@ -94,27 +99,25 @@ def test_the_report(outcome, tmp_path):
     assert agree(j, weight(beta) * kl - after) and agree(fell, j0 - j) and agree(could, j0 - least)
 
 
-def test_the_model_card(outcome):
-    config = outcome.config | {"penalty": "path-kl"}
+def test_the_model_card(result):
     chain = SimpleNamespace(pretrained_rows=(), num_steps=10, table=SimpleNamespace(name="DDPM"))
-    summary = outcome.summary | {"pipeline": "DDPM", "pipeline_is_the_chain": True}
-    text = inspect.unwrap(judging.model_card)(config, summary, chain)
+    text = inspect.unwrap(model_card)(result.config, result.summary, chain)
     before, after = numbers(r"reward, training chain \| # \| #", text)
     (kl,) = numbers(r"path KL \(nats\) \| 0 \| #", text)
     beta, j0, j = numbers(r"J = # × path KL − reward \| # \| #", text)
     assert agree(j, weight(beta) * kl - after) and agree(j0, -before)
 
 
-def test_the_tables_of_a_plan_and_of_a_sweep(outcome, capsys, monkeypatch):
+def test_the_tables_of_a_plan_and_of_a_sweep(result, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    plan.show(outcome.plan)
+    plan_table.show(result.plan)
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert len(rows) == len(outcome.plan.bounds)
+    assert len(rows) == len(result.plan.bounds)
     for row in rows:
         beta, gain, _, kl, gain_of_j = (numbers("#", cell)[0] for cell in row)
         assert agree(gain_of_j, gain - weight(beta) * kl)
-    same = {"worse": None, "kl_weight": outcome.beta}
-    sweep.show({"reward": "brightness", "rows": [outcome.summary | same]})
+    row = SweepRow.of(result.summary, result.beta, "beta")
+    sweep.show(SweepSummary("brightness", Estimate(0.0, 1.0), [row], []))
     text = capsys.readouterr().out
     (row,) = (line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│"))
     beta, reward, kl, j, least, share = (numbers("#", cell)[0] for cell in row)
@@ -124,12 +127,12 @@ def test_the_tables_of_a_plan_and_of_a_sweep(outcome, capsys, monkeypatch):
     assert abs(share.value / 100 - fell.value / could.value) < share.off / 100 + 2 * fell.off / could.value
 
 
-def test_where_the_bound_is_told_by_the_pretrained_chain(tmp_path, capsys):
+def test_where_the_bound_is_from_the_pretrained_chain(result, tmp_path, capsys):
     """A chain far beyond the optimum: its J rose, and the bound and what could be gained are those of the other."""
     before, after = evaluation(repeats=8), noisy(evaluation(8.0, repeats=8))
-    summary = judge(before, after, after, BETA).summary
-    summary |= {"kl_weight": BETA, "seconds": 1.0, "updates": 1, "network_evaluations": 1}
-    judging.print_headline(summary, RunDirectory(tmp_path), tmp_path / "report.html")
+    headline = headline_of(judge(before, after, after, BETA), lr=1e-4, advise=True)
+    summary = changed(replace(result, summary=replace(result.summary, headline=headline)), kl_weight=BETA).summary
+    print_headline(summary, RunDirectory(tmp_path), tmp_path / "report.html")
     text = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
     (after,), (kl,) = numbers("reward +[^ ]+ → #", text), numbers(r"path KL +#", text)
     j0, j, beta, rose = numbers(r"J +# → #, # × path KL − reward: rose by #", text)

@@ -13,9 +13,10 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import planning, stored
-from implicit_diffusion.commands.sweep import command as sweep
+from implicit_diffusion.commands.finetune import planning
+from implicit_diffusion.commands.sweep.folders import finished
 from implicit_diffusion.evaluation import chains as evaluation
+from implicit_diffusion.evaluation import stored
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.toy_model import folder
@@ -186,7 +187,7 @@ def test_a_plan_that_cannot_be_read_is_drawn_again(damage, place, parts, capsys)
     else:
         save_state(file.parent, {"reward": before})
     assert main(words("run", "--plan")) == 0
-    says = {"cut": "is damaged", "old": "an earlier release drew it"}
+    says = {"cut": "is damaged", "old": "another release drew it"}
     assert says[damage] in capsys.readouterr().out
     assert torch.equal(rewards("run"), before)
 
@@ -220,10 +221,10 @@ def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypat
     total, parts.drawn, parts.left, parts.error = parts.drawn, 0, 3, Kill
     written, original = [], stored.Stored.write
 
-    def write(self, found, count, draws):
+    def write(self, evaluation, count, draws):
         if len(written) < 2:  # the last one comes from the end, which a kill does not wait for
             written.append(count)
-            original(self, found, count, draws)
+            original(self, evaluation, count, draws)
 
     with monkeypatch.context() as patched, pytest.raises(Kill):
         patched.setattr(stored.Stored, "write", write)
@@ -282,6 +283,6 @@ def test_the_plan_of_a_sweep_goes_on(place, parts, capsys):
     assert "holds a sweep of other options: seed was 0 and is 1" in capsys.readouterr().err
     assert main(call) == 0
     assert torch.equal(rewards("sweep"), rewards("whole"))
-    assert sweep._finished(place / "sweep").keys() == {0.5}
+    assert finished(place / "sweep").keys() == {0.5}
     same_run("sweep/beta-0.5", "whole/beta-0.5")
     assert RunDirectory(place / "sweep/beta-0.5").read_config()["plan"] is False

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
-from implicit_diffusion.commands.finetune import problem
+from implicit_diffusion.commands.finetune import setup
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.precision import check_precision
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
+from implicit_diffusion.commands.finetune.training import make_loop
+from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.denoisers.lora import WithoutAdapter
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
@@ -28,7 +30,7 @@ def place(tmp_path_factory):
 
 def build(place, **options):
     model, reward = str(place / "classes"), f"{place}/rewards.py:label"
-    return problem.build(Config(num_steps=4, model=model, reward=reward, **options))
+    return setup.build(setup_spec(Config(num_steps=4, model=model, reward=reward, **options)))
 
 
 def predictions(chain):
@@ -56,7 +58,7 @@ def test_a_float16_network_under_guidance_has_the_gradient_of_a_float32_one(plac
 
     What is left is the rounding of the predictions, which the path KL takes the difference of.
     """
-    found = []
+    gradients = []
     for precision in ("fp16", "float32"):
         made = build(place, precision=precision, guidance=3.0, null_class=0, **options)
         trained = [p for p in made.chain.denoiser.parameters() if p.requires_grad]
@@ -65,24 +67,27 @@ def test_a_float16_network_under_guidance_has_the_gradient_of_a_float32_one(plac
             p.data += 0.05 * torch.randn(p.shape, generator=g)
         objective = 1e-6 * (made.reward + PathKL())
         Adjoint()(made.chain, objective, Noise(0), 4)
-        found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).double())
-    ours, theirs = found
+        gradients.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).double())
+    ours, theirs = gradients
     assert ours.shape == theirs.shape and (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 def test_devices_that_do_not_compute_in_half_precision_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(InvalidInputError, match="Tesla T4 does not compute in bfloat16; take fp16, or float32"):
+    with pytest.raises(InvalidInputError, match="Tesla T4 does not compute in bfloat16; use fp16, or float32"):
         check_precision("bf16", torch.device("cuda"))
     cpu = torch.device("cpu")
     assert check_precision("fp16", cpu) is torch.float16 and check_precision("bf16", cpu) is torch.bfloat16
-    with monkeypatch.context() as patched, pytest.raises(InvalidInputError, match=r"come out in torch.float32\); take"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(InvalidInputError, match=r"layers return torch.float32\); use"),
+    ):
         patched.setattr("torch.nn.functional.conv2d", lambda x, w: x.float() * w)  # autocast that has been switched off
         check_precision("fp16", cpu)
     monkeypatch.setattr("torch.nn.functional.conv2d", lambda *a: (_ for _ in ()).throw(RuntimeError("no kernel")))
     for name, other in (("bf16", "fp16"), ("fp16", "bf16")):
-        said = rf"--precision {name}: cpu does not compute in it \(no kernel\); take float32 or {other}"
+        said = rf"--precision {name}: cpu does not compute in it \(no kernel\); use float32 or {other}"
         with pytest.raises(InvalidInputError, match=said):
             check_precision(name, cpu)
 
@@ -92,14 +97,14 @@ def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, place):
     levels = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4}
     tiny.class_conditional(tmp_path / "classes", block_out_channels=(4, 8, 16, 32), **levels)
     (tmp_path / "rewards.py").write_text((place / "rewards.py").read_text())
-    memory, found = {}, {}
+    memory, outputs = {}, {}
     for checkpointing in (False, True):
         config = Config(num_steps=4, gradient_checkpointing=checkpointing, kl_weight=1.0, stride=1)
         made = build(tmp_path, gradient_checkpointing=checkpointing)
-        memory[checkpointing] = predict_memory(problem.make_loop(config, made, Noise(0))).activations
-        found[checkpointing] = predictions(made.chain)
+        memory[checkpointing] = predict_memory(make_loop(training_spec(config), made, 1.0)).activations
+        outputs[checkpointing] = predictions(made.chain)
     assert memory[True] < 0.5 * memory[False], memory[True] / memory[False]
-    for ours, theirs in zip(found[True], found[False]):
+    for ours, theirs in zip(outputs[True], outputs[False]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -143,8 +148,8 @@ def test_every_network_of_convolutions_is_channels_last_and_transformers_are_not
         (True, {"model": str(tiny.stable_diffusion(tmp_path / "sd"))} | words),
         (False, {"model": str(tiny.dit(tmp_path / "dit"))}),
     ):
-        chain = problem.build(Config(**options, **given)).chain
-        for network in (inner(chain.denoiser), inner(chain.reference)):
+        chain = setup.build(setup_spec(Config(**options, **given))).chain
+        for network in (unwrapped(chain.denoiser), unwrapped(chain.reference)):
             weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
             wide = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]
             assert wide and all(w.is_contiguous(memory_format=torch.channels_last) == convolutional for w in wide), (

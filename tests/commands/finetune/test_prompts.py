@@ -53,7 +53,7 @@ def test_other_separators_are_refused_by_line(file, character, place):
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "shift-jis"])
 def test_other_encodings_are_refused_by_line(file, encoding):
     file.write_bytes("a\n\nb\n".encode(encoding) + ("caf\u00e9" if encoding != "shift-jis" else "海").encode(encoding))
-    with pytest.raises(InvalidInputError, match=r"line 4 is no utf-8 \(.*\); save it as UTF-8"):
+    with pytest.raises(InvalidInputError, match=r"line 4 is not utf-8 \(.*\); save it as UTF-8"):
         read_prompts(file)
 
 
@@ -90,7 +90,9 @@ def test_files_are_bounded_and_regular(file):
         (lambda p: os.symlink("/dev/zero", p), "dev"),
     ):
         make(file)
-        with pytest.raises(InvalidInputError, match=rf"--prompts: .*{said}.*; it is a text file, a prompt a line"):
+        with pytest.raises(
+            InvalidInputError, match=rf"--prompts: .*{said}.*; it must be a text file with one prompt per line"
+        ):
             read_prompts(file)
         os.rmdir(file) if file.is_dir() else file.unlink()
     with pytest.raises(InvalidInputError, match="cannot be read"):

@@ -3,7 +3,7 @@
 import html
 import re
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,18 +20,17 @@ from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.samples import hacking
 from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
-from implicit_diffusion.commands.finetune.result import Picture
 from implicit_diffusion.commands.registry import CONFIGURATIONS
 from implicit_diffusion.commands.shared.formatting import model_name
-from implicit_diffusion.commands.shared.page import figures, table
+from implicit_diffusion.commands.shared.page import Picture, figures, table
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers import tiny, toy_model
-from tests.helpers.toy_result import colour_outcome, digits_outcome
+from tests.helpers.toy_result import colour_result, digits_result
 
 
 @pytest.fixture(scope="module")
 def good():
-    return digits_outcome()
+    return digits_result()
 
 
 def pasted(line):
@@ -48,7 +47,7 @@ def test_the_command_is_read_as_the_same_configuration(option):
     """With every option at another value than its default, one by one; out and plan are left to the new run."""
     other = OTHERS.get(option.type) or get_args(option.type)[-1]
     config = replace(Config(), **{option.field: other})
-    words = pasted(command(asdict(config)))
+    words = pasted(command(config))
     assert words[:2] == ["implicit-diffusion", "finetune"]
     chosen = read(words[1:], CONFIGURATIONS, prog="", description="")
     assert replace(chosen, out=None, plan=False) == replace(config, out=None, plan=False)
@@ -56,7 +55,7 @@ def test_the_command_is_read_as_the_same_configuration(option):
 
 @pytest.mark.parametrize("value", ["-x.py:f", "--lr", "", " ", "a\nb", "$HOME", "ß"])
 def test_any_name_survives_the_command(value):
-    chosen = read(pasted(command({"reward": value}))[1:], CONFIGURATIONS, prog="", description="")
+    chosen = read(pasted(command(Config(reward=value)))[1:], CONFIGURATIONS, prog="", description="")
     assert chosen.reward == value
 
 
@@ -98,8 +97,8 @@ def cells(page):
 
 
 def test_no_cell_and_no_column_is_empty(good, tmp_path):
-    for name, outcome in {"good": good, "colour": colour_outcome()}.items():
-        page = write_report(outcome, [], RunDirectory.create(tmp_path / name)).read_text()
+    for name, result in {"good": good, "colour": colour_result()}.items():
+        page = write_report(result, [], RunDirectory.create(tmp_path / name)).read_text()
         assert all(cells(page)[1:]) and "real, held out" in page if name == "good" else "real" not in page
         assert page.count('class="note"></p>') == 0
     assert table(["", "a", "b", "c"], [["x", "", "1", ""], ["y", "", "", ""]]).count("—") == 1

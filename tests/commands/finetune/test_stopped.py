@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import command as finetune
+from implicit_diffusion.commands.finetune import judging, training
 
 SMALL = ["--num-steps", "2", "--batch", "4", "--updates", "12", "--starts", "8", "--lr", "1e-4", "--kl-weight", "2.5"]
 WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
@@ -28,12 +28,12 @@ def kicked(at, by, original, seen):
 def test_the_best_model_is_judged_exported_and_named(tmp_path, monkeypatch, capsys):
     """Also where the process ends between the stop and the judgement."""
     seen = {}
-    monkeypatch.setattr(finetune, "_callbacks", kicked(7, 2.0, finetune._callbacks, seen))
+    monkeypatch.setattr(training, "callbacks", kicked(7, 2.0, training.callbacks, seen))
     call = ["finetune", *SMALL, "--out"]
     assert main([*call, str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "_judge", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(judging, "evaluate_all", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*call, str(tmp_path / "parts")]) == 130
     assert main(["resume", str(tmp_path / "parts")]) == 0
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "parts")]

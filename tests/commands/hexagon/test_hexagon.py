@@ -6,21 +6,28 @@ import math
 import pytest
 import torch
 
-from implicit_diffusion import ULA, InvalidInputError, Noise, Reward, Single
+from implicit_diffusion import ULA, Noise, Reward, Single
 from implicit_diffusion.commands.hexagon import command as hexagon
-from implicit_diffusion.commands.hexagon.arms import ARMS, NARROWEST, best_rate
-from implicit_diffusion.commands.hexagon.problem import LOGITS, Exact, hard_reward, mixture, smooth_reward
-from implicit_diffusion.commands.recovery import command as recovery
+from implicit_diffusion.commands.hexagon.arms import ARMS, best_rate
+from implicit_diffusion.commands.hexagon.config import NARROWEST
+from implicit_diffusion.commands.shared.hexagon_problem import (
+    LOGITS,
+    HexagonQuadrature,
+    hard_reward,
+    mixture,
+    smooth_reward,
+)
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.fit import fit
 
 
 def test_exact_numbers():
     """Rewards per mode by quadrature agree with exact draws from the mixture, and KL with its definition."""
-    exact = Exact()
+    exact = HexagonQuadrature()
     assert exact.per_mode.tolist() == pytest.approx([0.1887, 0.2983, 0.0045, 0.0, 0.0004, 0.0272], abs=1.5e-4)
     assert exact.reward(torch.tensor(LOGITS)) == pytest.approx(0.0725, abs=1e-4)
-    assert torch.allclose(exact.per_mode, Exact(points=400).per_mode, atol=3e-6)  # doubling the grid
+    assert torch.allclose(exact.per_mode, HexagonQuadrature(cells=400).per_mode, atol=3e-6)  # doubling the grid
 
     x = mixture(dtype=torch.float64).sample(400_000, Noise(0))
     rewards = hard_reward(x)
@@ -34,7 +41,7 @@ def test_exact_numbers():
     with torch.no_grad():
         ratio = q(y) - p(y)
     assert abs(ratio.mean() - kl) < 4 * ratio.std() / len(y) ** 0.5
-    assert kl == pytest.approx(Exact(points=200).kl_of_weights(equal, start), rel=1e-6)
+    assert kl == pytest.approx(HexagonQuadrature(cells=200).kl_of_weights(equal, start), rel=1e-6)
     assert sum(exact.modes(q)) == pytest.approx(1, abs=1e-9)
 
 
@@ -60,7 +67,7 @@ def test_every_arm_runs_and_reports(tmp_path, capsys):
         assert {"reward", "reward_std", "kl_from_initial", "seconds", "gradient_evaluations"} <= set(arm)
     assert summary["arms"]["untrained"]["kl_from_initial"] == pytest.approx(0, abs=1e-6)
     trained = [summary["arms"][name]["gradient_evaluations"] for name in ("implicit", "weighted", "nested", "unrolled")]
-    assert max(trained) == 80 and min(trained) > 80 - 21  # equal budgets, but for what does not divide
+    assert max(trained) == 80 and min(trained) > 80 - 21  # equal budgets, except for what does not divide
     assert {path.stem for path in (out / "figures").glob("*.png")} == {"particles", "curves", "modes", "lag"}
     assert json.loads((out / "config.json").read_text())["compile"] is False  # the rule, resolved
     assert "best possible 0.2983" in capsys.readouterr().out
@@ -88,7 +95,7 @@ def test_a_gradient_of_exactly_zero_costs_no_run(tmp_path):
 def test_the_narrowest_modes_are_resolved():
     """KL of equal weights to θ_0, of modes that do not overlap: Σ p log p/q over the weights alone."""
     p, q = torch.zeros(6).double().softmax(0), torch.tensor(LOGITS).double().softmax(0)
-    exact = Exact(NARROWEST)
+    exact = HexagonQuadrature(NARROWEST)
     assert exact.coarse.kl_of_weights(torch.zeros(6), torch.tensor(LOGITS)) == pytest.approx(
         (p @ (p / q).log()).item(), rel=1e-6
     )
@@ -97,8 +104,8 @@ def test_the_narrowest_modes_are_resolved():
 @pytest.mark.drawn
 def test_modes_that_no_point_of_the_picture_meets_are_drawn(tmp_path):
     """At σ = 1e-3 the density underflows between the points of the grid, and has no levels of its own."""
-    from implicit_diffusion.commands.hexagon.arms import Trace
     from implicit_diffusion.commands.hexagon.figures import _particles
+    from implicit_diffusion.commands.hexagon.trace import Trace
 
     cloud = mixture(sigma=1e-3).sample(4, Noise(0)), torch.tensor(LOGITS)
     _particles(1e-3, [Trace("untrained", 0, mixture(), clouds=[cloud] * 3)], RunDirectory(tmp_path))
@@ -131,26 +138,6 @@ def test_bad_numbers_are_named_before_any_work(tmp_path, change, named):
     with pytest.raises(InvalidInputError, match=named):
         hexagon.run(hexagon.Config(out=out, **change))
     assert not out.exists()
-
-
-@pytest.mark.slow
-def test_recovery_separates_weighted_from_unweighted(tmp_path):
-    """Two modes that particles cannot cross, in a short run: the weighted loop is right where the plain one drifts."""
-    config = recovery.Config(problem="two-modes", steps=1000, seeds=1, out=tmp_path / "run")
-    arms = recovery.run(config)["arms"]
-    assert arms["weighted"]["kl"] < 5e-3
-    assert arms["unweighted"]["kl"] > 10 * arms["weighted"]["kl"]
-    assert (tmp_path / "run" / "figures" / "kl.png").exists()
-
-
-def test_exact_kls_by_another_grid():
-    """Against the quadrature of `Exact`, on the hexagon."""
-    target, path = mixture(torch.tensor(LOGITS)), torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 2, 0]])
-    found = recovery.exact_kls(target, path)
-    exact = Exact()
-    for kls, theta in zip(found, path):
-        assert kls[0].item() == pytest.approx(exact.kl_of_weights(torch.tensor(LOGITS), theta), rel=1e-5)
-        assert kls[1].item() == pytest.approx(exact.kl_of_weights(theta, torch.tensor(LOGITS)), rel=1e-5)
 
 
 def test_the_driver_of_runs_serves_particles_and_resumes_bit_for_bit(tmp_path):

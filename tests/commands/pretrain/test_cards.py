@@ -1,6 +1,5 @@
 """Model cards with names from elsewhere in them: words, and neither HTML nor Markdown."""
 
-import dataclasses
 import html
 import inspect
 import re
@@ -9,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 from markdown_it import MarkdownIt
 
-from implicit_diffusion.commands.finetune import config as finetune_config
-from implicit_diffusion.commands.finetune import judging
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.pretrain import digits_card, images_card
+from implicit_diffusion.commands.pretrain.summary import ImagesSummary, Summary
 from implicit_diffusion.commands.shared.formatting import markdown
+from implicit_diffusion.digits.quality import Appearance, MMDBetweenHalves, Quality
+from tests.helpers.toy_result import changed, digits_result
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -52,20 +54,16 @@ def test_escaped_words_are_shown_as_they_are(words):
 def images(words):
     config = {"data": words, "channels": (8, 8), "prediction_type": words, "beta_schedule": words}
     config |= {"steps": 3, "batch": 2, "lr": 1e-3, "seed": 0}
-    summary = {"config": config, "images": {"train": 5, "held_out": 2, "event_shape": (3, 8, 16)}, "parameters": 9}
-    return images_card.model_card(summary | {"loss_train": 0.1, "loss_held_out": 0.2, "seconds": 1.0})
+    return images_card.model_card(
+        Summary(config, ImagesSummary(5, 2, (3, 8, 16), (), ()), 9, loss_train=0.1, loss_held_out=0.2, seconds=1.0)
+    )
 
 
 def exported(words):
-    config = dataclasses.asdict(finetune_config.Config(model=f"a/{words}", reward=words))
-    config |= {"scheduler": "ddpm", "num_steps": 4, "penalty": "path-kl"}
-    numbers = ("kl_weight", "reward_before", "reward_after", "reward_exported", "path_kl", "captured", "updates")
-    summary = dict.fromkeys((*numbers, "j_before", "j_after"), 1.0) | {
-        "pipeline_is_the_chain": False,
-        "pipeline": words,
-    }
+    config = Config(model=f"a/{words}", reward=words, scheduler="ddpm", num_steps=4)
+    result = changed(digits_result(), pipeline_is_the_chain=False, pipeline=words)
     chain = SimpleNamespace(pretrained_rows=(), num_steps=4, table=SimpleNamespace(name=words))
-    return inspect.unwrap(judging.model_card)(config, summary, chain)
+    return inspect.unwrap(model_card)(config, result.summary, chain)
 
 
 @pytest.mark.parametrize("words", ATTACKS)
@@ -78,13 +76,17 @@ def test_cards_have_the_elements_of_an_innocent_one(card, words):
 
 
 def test_the_digits_card_escapes_its_settings():
-    quality = dict.fromkeys(
-        ("classifier_confidence", "judge_confidence", "judge_agreement", "nearest_distance", "memorised", "mmd"), 0.5
+    numbers = Appearance(*[0.5] * 5)
+    quality = Quality(
+        **vars(numbers),
+        class_histogram=[0.1] * 10,
+        mmd=0.5,
+        mmd_reference=MMDBetweenHalves(0.1, 0.2),
+        held_out=numbers,
     )
-    quality |= {"class_histogram": [0.1] * 10, "held_out": dict(quality)}
-    quality |= {"mmd_reference": {"mean": 0.1, "quantile_95": 0.2}}
     config = {"channels": (8,), "steps": 1, "batch": 1, "samples": 1}
     config |= {"prediction_type": "<script>", "beta_schedule": "<img src=x>"}
-    summary = {"config": config, "quality": {"10": quality}, "parameters": 1, "seconds": 1.0}
-    summary |= dict.fromkeys(("classifier_accuracy", "judge_accuracy", "loss_train", "loss_held_out"), 0.5)
+    images = ImagesSummary(5, 2, (1, 8, 8), (), ())
+    accuracies = {"classifier_accuracy": 0.5, "judge_accuracy": 0.5}
+    summary = Summary(config, images, 1, 0.5, 0.5, 1.0, quality={"10": quality}, **accuracies)
     assert "<script" not in digits_card.model_card(summary) and "<img" not in digits_card.model_card(summary)

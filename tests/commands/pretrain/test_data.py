@@ -11,7 +11,8 @@ from PIL import Image
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
 from implicit_diffusion.commands.pretrain import data
-from implicit_diffusion.commands.pretrain.data import as_floats, fitting_size, levels_for, load_images, widths_for
+from implicit_diffusion.commands.pretrain.data import as_floats, load_images
+from implicit_diffusion.commands.pretrain.network import Network, fitting_size, levels_for, widths_for
 from implicit_diffusion.commands.rewards.names import load_reward
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.models.pretrained import load_pretrained
@@ -128,13 +129,13 @@ def test_a_hub_id_without_a_network_is_one_clear_line_in_seconds(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     start = time.perf_counter()
-    with pytest.raises(InvalidInputError, match=r"'ylecun/mnist' cannot be had.*unreachable.*HF_HUB_OFFLINE=1"):
+    with pytest.raises(InvalidInputError, match=r"'ylecun/mnist' cannot be loaded.*unreachable.*HF_HUB_OFFLINE=1"):
         load_images("ylecun/mnist")
     assert time.perf_counter() - start < 10
 
 
 def test_the_cache_alone_is_asked_offline():
-    with pytest.raises(InvalidInputError, match="'ylecun/mnist' cannot be had"):
+    with pytest.raises(InvalidInputError, match="'ylecun/mnist' cannot be loaded"):
         load_images("ylecun/mnist")  # the tests run under HF_HUB_OFFLINE=1
 
 
@@ -147,9 +148,9 @@ def test_hub_data_sets_are_told_by_their_features(monkeypatch, tmp_path):
     columns = {"label": list(range(4)), "img": pixels}
     features = datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()})
     split = datasets.Dataset.from_dict(columns, features=features)
-    found = datasets.DatasetDict({"test": split.select([0]), "train": split})
+    splits = datasets.DatasetDict({"test": split.select([0]), "train": split})
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: found)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
     images = load_images("ylecun/mnist")
     assert images.name == "mnist" and images.event_shape == (1, 28, 28) and len(images.train) == 3
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split.select_columns(["label"])})
@@ -165,7 +166,7 @@ def test_redness():
     assert redness(red).tolist() == [100, 100]
     assert redness(blue).tolist() == [-50, -50]
     assert redness(grey).abs().max() < 1e-5
-    with pytest.raises(InvalidInputError, match=r"needs colour images.*take brightness"):
+    with pytest.raises(InvalidInputError, match=r"needs colour images.*use brightness"):
         redness(torch.zeros(2, 1, 8, 8))
 
 
@@ -206,7 +207,7 @@ def test_pretrain_on_a_folder_and_finetune_the_result(mode, reward, tmp_path, ca
 
 
 def test_the_network_follows_the_size():
-    unet, _ = pretrain.build(pretrain.Config(channels=(8, 8, 8, 8)), (3, 32, 32))
+    unet, _ = Network((3, 32, 32), (8, 8, 8, 8), 0, 0.1, 1000, "squaredcos_cap_v2", "v_prediction").build()
     assert unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     assert unet.config.up_block_types == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
     with torch.no_grad():

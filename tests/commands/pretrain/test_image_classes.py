@@ -10,13 +10,13 @@ from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import load_file
 
+from implicit_diffusion import digits
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
-from implicit_diffusion.commands.pretrain import image_classes
+from implicit_diffusion.commands.pretrain import image_classes, training
 from implicit_diffusion.commands.pretrain.config import Config
 from implicit_diffusion.commands.pretrain.data import as_floats, load_images
 from implicit_diffusion.commands.pretrain.samples import TITLE, WIDTH, plot_samples, sample_images
-from implicit_diffusion.digits import digits
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pretrained import load_pretrained
 
@@ -56,19 +56,19 @@ def learnt(tmp_path_factory):
 
 
 def test_every_image_keeps_its_class(tmp_path):
-    found = load_images(str(halves(tmp_path / "halves")), classes=True)
-    assert found.classes == NAMES  # in their order
-    for images, labels in ((found.train, found.train_labels), (found.held_out, found.held_out_labels)):
-        assert torch.equal(images, PATTERNS[labels])
+    images = load_images(str(halves(tmp_path / "halves")), classes=True)
+    assert images.classes == NAMES  # in their order
+    for part, labels in ((images.train, images.train_labels), (images.held_out, images.held_out_labels)):
+        assert torch.equal(part, PATTERNS[labels])
     plain = load_images(str(tmp_path / "halves"))
-    assert torch.equal(plain.train, found.train) and plain.train_labels is None and plain.classes == ()
+    assert torch.equal(plain.train, images.train) and plain.train_labels is None and plain.classes == ()
 
 
 def test_the_digits_have_their_labels():
-    found, real = load_images("digits", classes=True), digits.load_digits()
-    assert found.classes == tuple("0123456789")
-    assert torch.equal(found.train_labels, real.train_labels)
-    assert torch.equal(found.held_out_labels, real.held_out_labels)
+    images, real = load_images("digits", classes=True), digits.load_digits()
+    assert images.classes == tuple("0123456789")
+    assert torch.equal(images.train_labels, real.train_labels)
+    assert torch.equal(images.held_out_labels, real.held_out_labels)
     assert load_images("digits").train_labels is None
 
 
@@ -77,7 +77,7 @@ def test_subfolders_that_are_not_used_are_mentioned(tmp_path, capsys):
     load_images(str(folder))
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.startswith("classes")] == [
-        "classes   the 3 subfolders (left, right, t*p) are not used as classes: the model is of all images alike; "
+        "classes   the 3 subfolders (left, right, t*p) are not used as classes: the model does not distinguish them; "
         "--classes conditions it on them"
     ]
     load_images(str(folder), classes=True)
@@ -164,7 +164,7 @@ def test_an_interrupted_run_with_classes_goes_on_bit_for_bit(tmp_path, monkeypat
     data = halves(tmp_path / "halves", count=3)
     call = ["pretrain", "--data", str(data), *WORDS, "--steps", "3"]
     assert main([*call, "--out", str(tmp_path / "whole")]) == 0
-    original, count = pretrain.image_losses, iter(range(100))
+    original, count = training.image_losses, iter(range(100))
 
     def loss(*arguments, **options):
         if next(count) == 1:
@@ -172,7 +172,7 @@ def test_an_interrupted_run_with_classes_goes_on_bit_for_bit(tmp_path, monkeypat
         return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pretrain, "image_losses", loss)
+        patched.setattr(training, "image_losses", loss)
         assert main([*call, "--out", str(tmp_path / "run")]) == 130
     assert main(["resume", str(tmp_path / "run")]) == 0
     ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "whole"))

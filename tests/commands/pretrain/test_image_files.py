@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from implicit_diffusion.commands.pretrain.data import listed, load_images
-from implicit_diffusion.commands.pretrain.image_files import Picture, decode, find
+from implicit_diffusion.commands.pretrain.image_files import ImageFile, decode, find
 from implicit_diffusion.errors import InvalidInputError
 
 
@@ -66,8 +66,8 @@ def test_names_mean_nothing(name, tmp_path):
     """In the name of the folder, of a folder in it, and of a file; what lies beside them is not taken along."""
     write(tmp_path / name, f"{name}/{name}.png", f"{name}.PNG", "other/x.jpeg")
     write(tmp_path / "a-other", "b.png")
-    found = load_images(str(tmp_path / name))
-    assert len(found.train) + len(found.held_out) == 3 and found.left_out == () and found.name == name
+    images = load_images(str(tmp_path / name))
+    assert len(images.train) + len(images.held_out) == 3 and images.left_out == () and images.name == name
     assert names(tmp_path / name) == sorted([f"{name}.PNG", f"{name}/{name}.png", "other/x.jpeg"], key=by_parts)
 
 
@@ -94,9 +94,9 @@ def test_links_are_followed_once(tmp_path):
     (folder / "hard.png").hardlink_to(folder / "one.png")
     (folder / "lost.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "own.png").symlink_to(folder / "own.png")
-    found = find(folder)
+    listing = find(folder)
     assert names(folder) == ["again/c.png", "all/a.png", "all/b.png", "hard.png"]
-    assert found.left_out == [
+    assert listing.left_out == [
         "'again/up' (the same as '.')",
         "'all/deep' (the same as 'again')",
         "'b.png' (the same as 'all/b.png')",
@@ -166,19 +166,19 @@ def encoded(image, kind="PNG", **options):
 
 
 def opened(content, suffix=""):
-    return decode(Picture("x", lambda: io.BytesIO(content), suffix))
+    return decode(ImageFile("x", lambda: io.BytesIO(content), suffix))
 
 
 def test_palettes_are_what_their_colours_are():
     """A palette of greys is grey, whatever the order of its indices; of colours, in colour."""
     image, _ = palette(GREYS)
-    found, _ = opened(encoded(image))
-    assert found.mode == "L" and np.array_equal(np.asarray(found), GREYS[:, 0].reshape(16, 16))
+    decoded, _ = opened(encoded(image))
+    assert decoded.mode == "L" and np.array_equal(np.asarray(decoded), GREYS[:, 0].reshape(16, 16))
     image, expected = palette(COLOURS)
-    found, lost = opened(encoded(image))
-    assert found.mode == "RGB" and np.array_equal(np.asarray(found), expected) and lost == []
-    found, lost = opened(encoded(image, transparency=bytes(range(256))))
-    assert np.array_equal(np.asarray(found), expected) and lost == ["have transparency, which is dropped"]
+    decoded, lost = opened(encoded(image))
+    assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), expected) and lost == []
+    decoded, lost = opened(encoded(image, transparency=bytes(range(256))))
+    assert np.array_equal(np.asarray(decoded), expected) and lost == ["have transparency, which is dropped"]
 
 
 def test_every_mode_is_converted_or_refused_by_name():
@@ -201,8 +201,8 @@ def test_every_mode_is_converted_or_refused_by_name():
         (encoded(colour.convert("YCbCr"), "TIFF"), colour.convert("YCbCr").convert("RGB"), []),
         (encoded(plain, transparency=7), plain, dropped),
     ):
-        found, less = opened(content)
-        assert found.mode == expected.mode and found.tobytes() == expected.tobytes() and less == lost
+        decoded, less = opened(content)
+        assert decoded.mode == expected.mode and decoded.tobytes() == expected.tobytes() and less == lost
     deep = Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16))
     for content in (
         encoded(deep),
@@ -221,8 +221,8 @@ def test_images_are_upright():
     """EXIF orientation 6: the camera was turned; its rows are columns, from the right."""
     image, exif = pixels(0, size=(4, 6)), Image.Exif()
     exif[0x0112] = 6
-    found, _ = opened(encoded(image, exif=exif))
-    assert np.array_equal(np.asarray(found), np.rot90(np.asarray(image), -1))
+    decoded, _ = opened(encoded(image, exif=exif))
+    assert np.array_equal(np.asarray(decoded), np.rot90(np.asarray(image), -1))
 
 
 def test_the_first_of_several_frames_is_taken_with_a_word(tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_the_first_of_several_frames_is_taken_with_a_word(tmp_path, capsys):
     for image in torch.cat([images.train, images.held_out]):
         assert np.array_equal(image[0].numpy(), np.asarray(frames[0]))
     said = capsys.readouterr().out
-    assert "3 of 3 images hold several frames, of which the first is taken: 'a.gif', 'b.png', 'c.tiff'" in said
+    assert "3 of 3 images hold several frames, of which the first is used: 'a.gif', 'b.png', 'c.tiff'" in said
     assert "2 of 3 images are copies of others, pixel by pixel" in said
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from implicit_diffusion import digits
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
 from implicit_diffusion.commands.pretrain import loss as pretrain_loss
+from implicit_diffusion.commands.pretrain import training
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import begin
-from implicit_diffusion.digits import digits
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.models.pretrained import load_pretrained
@@ -26,6 +27,11 @@ from implicit_diffusion.runs import RunDirectory
 
 TINY = pretrain.Config(steps=3, batch=4, channels=(8, 8), samples=8, chains=(2, 3))
 SHIPPED = digits.ASSETS / "digits"
+
+
+def train(config, data=None, directory=None):
+    data = data or pretrain.load(config)
+    return training.train(pretrain.training_of(config, data), data, directory)
 
 
 @pytest.mark.drawn
@@ -46,7 +52,7 @@ def test_run_writes_a_folder_that_diffusers_loads(tmp_path):
 
 def test_one_seed_gives_one_network_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    first, second, other = (pretrain.train(replace(TINY, seed=seed))[0] for seed in (0, 0, 1))
+    first, second, other = (train(replace(TINY, seed=seed))[0] for seed in (0, 0, 1))
     pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not all(torch.equal(a, c) for a, _, c in pairs)
@@ -54,8 +60,8 @@ def test_one_seed_gives_one_network_and_leaves_the_global_generator_alone():
 
 
 def test_training_lowers_the_loss():
-    untrained, _ = pretrain.train(replace(TINY, steps=1))
-    trained, scheduler = pretrain.train(replace(TINY, steps=60, batch=32, lr=5e-3))
+    untrained, _ = train(replace(TINY, steps=1))
+    trained, scheduler = train(replace(TINY, steps=60, batch=32, lr=5e-3))
     held_out = digits.load_digits().held_out
     losses = [pretrain_loss.denoising_loss(unet, scheduler, held_out, repeats=2) for unet in (untrained, trained)]
     assert losses[1] < 0.8 * losses[0]
@@ -75,7 +81,7 @@ def test_training_lowers_the_loss():
     ],
 )
 def test_bad_settings_are_refused_before_training(bad, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "_train", lambda *arguments: pytest.fail("trained"))
+    monkeypatch.setattr(training, "_train", lambda *arguments: pytest.fail("trained"))
     with pytest.raises(InvalidInputError, match=message):
         pretrain.run(replace(TINY, **{"out": tmp_path / "run"} | bad))
     assert not (tmp_path / "run").exists()
@@ -95,18 +101,18 @@ def test_the_model_is_there_whatever_happens_after_its_training(tmp_path, monkey
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_the_average_so_far_is_saved_on_the_way_and_leaves_no_trace_in_the_training(interrupted, tmp_path, monkeypatch):
-    directory, plain = RunDirectory.create(tmp_path / "run"), pretrain.train(TINY)[0]
-    monkeypatch.setattr(pretrain, "SAVE_EVERY", 0.0)
+    directory, untouched = RunDirectory.create(tmp_path / "run"), train(TINY)[0]
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     if interrupted:
-        loss = pretrain.image_losses
-        monkeypatch.setattr(pretrain, "image_losses", lambda *a: signal.raise_signal(signal.SIGINT) or loss(*a))
+        loss = training.image_losses
+        monkeypatch.setattr(training, "image_losses", lambda *a: signal.raise_signal(signal.SIGINT) or loss(*a))
         with pytest.raises(KeyboardInterrupt, match="interrupted at step 1 of 3; the average of its weights"):
-            pretrain.train(TINY, directory=directory)
+            train(TINY, directory=directory)
         assert "after 1 of 3 steps" in (directory.model / "README.md").read_text()
     else:
-        trained, _ = pretrain.train(TINY, directory=directory)
+        trained, _ = train(TINY, directory=directory)
         saved = load_pretrained(directory.model).denoiser.model
-        for same in (plain, saved):
+        for same in (untouched, saved):
             assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), same.parameters(), strict=True))
 
 
@@ -125,7 +131,7 @@ def lines(directory):
 
 def stop_at(step, how):
     """A loss that stops the training while it makes the step."""
-    loss, calls = pretrain.image_losses, []
+    loss, calls = training.image_losses, []
 
     def stopping(*arguments):
         calls.append(None)
@@ -147,8 +153,8 @@ LONG = replace(TINY, steps=7, device="cpu")
 def uninterrupted(tmp_path_factory):
     directory = RunDirectory.create(tmp_path_factory.mktemp("whole") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "LINES", 3)  # a line for three steps, and for the last
-        pretrain.train(LONG, directory=directory)
+        patch.setattr(training, "LINES", 3)  # a line for three steps, and for the last
+        train(LONG, directory=directory)
     return directory
 
 
@@ -165,14 +171,14 @@ def uninterrupted(tmp_path_factory):
 def test_an_interrupted_training_goes_on_bit_for_bit(how, every, uninterrupted, tmp_path, monkeypatch):
     """Weights, average, moments, rates, all generators, and one line of metrics for every three steps."""
     directory = RunDirectory.create(tmp_path / "run")
-    monkeypatch.setattr(pretrain, "LINES", 3)
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", every)
+    monkeypatch.setattr(training, "LINES", 3)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", every)
     for step in (5, 1):  # of those that are left
         with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-            patch.setattr(pretrain, "image_losses", stop_at(step, how))
-            pretrain.train(LONG, directory=directory)
+            patch.setattr(training, "image_losses", stop_at(step, how))
+            train(LONG, directory=directory)
         torch.rand(100)  # the caller's randomness is another
-    unet, _ = pretrain.train(LONG, directory=directory)
+    unet, _ = train(LONG, directory=directory)
     ours, theirs = (load_state(d.checkpoint)["pretraining"] for d in (directory, uninterrupted))
     assert ours["step"] == 7 and bits(ours) == bits(theirs)
     assert lines(directory) == lines(uninterrupted) and [line["updates"] for line in lines(directory)] == [3, 6, 7]
@@ -208,7 +214,7 @@ def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path
     ]
     assert main([*call, "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "image_losses", stop_at(3, lambda: signal.raise_signal(signal.SIGINT)))
+        patch.setattr(training, "image_losses", stop_at(3, lambda: signal.raise_signal(signal.SIGINT)))
         assert main([*call, "run"]) == 130
     with monkeypatch.context() as patch:  # and again, while samples are drawn
         patch.setattr(pretrain, "sampled", lambda *a: signal.raise_signal(signal.SIGINT))
@@ -235,42 +241,42 @@ def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path
 def test_a_state_that_does_not_fit_is_refused(tmp_path):
     directory = RunDirectory.create(tmp_path / "run")
     config = replace(TINY, steps=1)
-    pretrain.train(config, directory=directory)
+    train(config, directory=directory)
     real = digits.load_digits()
     fewer = Images(real.train[:-1], real.held_out, "digits")
     with pytest.raises(InvalidInputError, match=r"the images are not those that .*run began with"):
-        pretrain.train(config, fewer, directory)
+        train(config, fewer, directory)
     with pytest.raises(InvalidInputError, match=r"checkpoint does not fit this run: .*UNet2DModel"):
-        pretrain.train(replace(config, channels=(8, 16)), directory=directory)
+        train(replace(config, channels=(8, 16)), directory=directory)
     save_state(directory.checkpoint, {"loop": 1})
     with pytest.raises(InvalidInputError, match="does not fit this run: 'pretraining'"):
-        pretrain.train(config, directory=directory)
+        train(config, directory=directory)
 
 
 def test_missing_lines_of_the_metrics_are_said(tmp_path, capsys):
     directory = RunDirectory.create(tmp_path / "run")
-    pretrain.train(TINY, directory=directory)
+    train(TINY, directory=directory)
     path = directory.path / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[::2]))
-    pretrain.train(TINY, directory=directory)
+    train(TINY, directory=directory)
     assert "it lacks 1 of 3 lines, among update 2" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
     """The loss is 0, and the slope of its root is infinite: clipped, it would be NaN in every weight."""
     directory = RunDirectory.create(tmp_path / "run")
-    before = pretrain.train(replace(TINY, steps=1))[0]
-    loss, calls = pretrain.image_losses, []
+    before = train(replace(TINY, steps=1))[0]
+    loss, calls = training.image_losses, []
 
     def steep(unet, *arguments):
         calls.append(unet)
         return loss(unet, *arguments) if len(calls) == 1 else (0 * unet.conv_in.bias).square().sqrt()
 
-    monkeypatch.setattr(pretrain, "image_losses", steep)
+    monkeypatch.setattr(training, "image_losses", steep)
     with pytest.raises(
         NonFiniteError, match=r"norm of the gradient is nan at step 2 of 3; try a smaller lr; the state"
     ):
-        pretrain.train(TINY, directory=directory)
+        train(TINY, directory=directory)
     assert all(p.isfinite().all() for p in calls[1].parameters())
     assert sum(p.numel() for p in before.parameters()) == sum(p.numel() for p in calls[1].parameters())
     assert load_state(directory.checkpoint)["pretraining"]["step"] == 0
@@ -278,15 +284,20 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
 
 def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
     directory = RunDirectory.create(tmp_path / "run")
-    unet, scheduler = pretrain.build(TINY)
-    training = begin(TINY, unet, scheduler)
-    training.descend(sum(p.square().sum() for p in unet.parameters()))
-    training.save(directory, ["images"])
+    tiny = pretrain.training_of(TINY, pretrain.load(TINY))
+    unet, scheduler = tiny.network.build()
+    state = begin(tiny.descent, unet, scheduler)
+    state.descend(sum(p.square().sum() for p in unet.parameters()))
+    state.save(directory, ["images"])
     sound = (directory.checkpoint / "state.safetensors").read_bytes()
-    next(iter(training.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
+    next(iter(state.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
     with pytest.raises(NonFiniteError, match=r"'optimizer'.*exp_avg_sq.*holds NaN or infinity"):
-        training.save(directory, ["images"])
+        state.save(directory, ["images"])
     assert (directory.checkpoint / "state.safetensors").read_bytes() == sound
+
+
+def default_network():
+    return pretrain.training_of(pretrain.Config(), pretrain.load(pretrain.Config())).network
 
 
 def test_the_shipped_model_is_small_and_loads_offline():
@@ -299,7 +310,7 @@ def test_the_shipped_model_is_small_and_loads_offline():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 3_000_000
     assert pipeline.scheduler.config.clip_sample is False
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
-    shipped, default = pipeline.unet.config, pretrain.build(pretrain.Config())[0].config
+    shipped, default = pipeline.unet.config, default_network().build()[0].config
     assert all(as_json(shipped[key]) == as_json(default[key]) for key in default if not key.startswith("_"))
 
 
@@ -309,11 +320,11 @@ def test_the_shipped_model_samples_digits(num_steps):
 
     pipeline = DDPMPipeline.from_pretrained(SHIPPED, local_files_only=True)
     samples = sample_images(pipeline.unet, pipeline.scheduler, num_steps, n=200, seed=5)
-    result = digits.quality(samples)
-    assert result["classifier_confidence"] > 0.9 and result["judge_agreement"] > 0.85
-    assert result["mmd"] < 0.01
-    assert result["memorised"] < 0.2
-    assert min(result["class_histogram"]) > 0.03
+    result = digits.judge_samples(samples)
+    assert result.classifier_confidence > 0.9 and result.judge_agreement > 0.85
+    assert result.mmd < 0.01
+    assert result.memorised < 0.2
+    assert min(result.class_histogram) > 0.03
 
 
 @pytest.mark.parametrize("steps_made", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -334,7 +345,7 @@ def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, mo
         ".5",
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    loss, calls = pretrain.image_losses, itertools.count(1)
+    loss, calls = training.image_losses, itertools.count(1)
 
     def interrupt(*arguments):
         if next(calls) == steps_made:
@@ -343,7 +354,7 @@ def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, mo
 
     assert main(["pretrain", *call, "--out", str(whole)]) == 0
     with monkeypatch.context() as patched:
-        patched.setattr(pretrain, "image_losses", interrupt)
+        patched.setattr(training, "image_losses", interrupt)
         assert main(["pretrain", *call, "--out", str(cut)]) == 143
     assert f"go on with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
     assert main(["pretrain", *call, "--out", str(cut)]) == 2

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import planning, problem
+from implicit_diffusion.commands.finetune import planning, setup, training
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.names import load_reward
 from implicit_diffusion.commands.shared.conditioning import Conditioning
@@ -244,16 +245,26 @@ def test_what_is_uncertain_is_said_once_under_the_rewards_name(tmp_path, capsys)
         config = Config(reward=f"{tmp_path}/my.py:{name}", num_steps=2, batch=2)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            built = problem.build(config)
-            problem.make_loop(config, built, Noise(0))
+            built = setup.build(setup_spec(config))
+            training.make_loop(training_spec(config), built)
             evaluate(built.chain, built.reward, Noise(0), starts=2)
         assert capsys.readouterr().out.count(f"reward    my.py:{name} {said}") == 1
+
+
+def test_a_warning_of_a_reward_itself_stays_one(tmp_path, capsys):
+    """Whatever its words are."""
+    (tmp_path / "my.py").write_text(
+        "import warnings\ndef slow(x):\n    warnings.warn('reward is slow')\n    return x.flatten(1).mean(1)"
+    )
+    with pytest.warns(UserWarning, match="reward is slow"):
+        setup.build(setup_spec(Config(reward=f"{tmp_path}/my.py:slow", num_steps=2)))
+    assert "is slow" not in capsys.readouterr().out
 
 
 def test_a_reward_of_its_batch_is_refused_in_any_form(tmp_path):
     (tmp_path / "my.py").write_text(UNSTEADY)
     with pytest.raises(InvalidInputError, match="reward mixes samples"):
-        problem.build(Config(reward=f"{tmp_path}/my.py:Mixing()", num_steps=2))
+        setup.build(setup_spec(Config(reward=f"{tmp_path}/my.py:Mixing()", num_steps=2)))
 
 
 def test_of_decoded_images_and_prompts_as_well():

@@ -1,8 +1,5 @@
 """Grids of `implicit-diffusion sample`, and the chain that a folder says it was fine-tuned for."""
 
-import json
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +7,8 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from implicit_diffusion.commands.sample import command as sample
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.models.chain_file import TrainedChain, write_chain
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
@@ -32,7 +30,7 @@ def test_tiles_are_the_images_with_larger_pixels(tmp_path, size, tile):
     folder = model(tmp_path / "model", sample_size=size)
     loaded = load_pretrained(folder)
     table = table_for(scheduler_for(loaded.scheduler, "ddpm", clip=False), "ddpm", 2)
-    sample.write_chain(folder, table)
+    write_chain(folder, TrainedChain(table))
     out = sample.run(sample.Config(model=str(folder), num=3, out=tmp_path / "grid.png", device="cpu"))
     grid = np.asarray(Image.open(out).convert("L"))
     assert grid.shape == (2 * tile[0], 2 * tile[1])
@@ -42,53 +40,12 @@ def test_tiles_are_the_images_with_larger_pixels(tmp_path, size, tile):
     times = tile[0] // size[0]
     for number in range(4):
         row, column = divmod(number, 2)
-        found = grid[row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
+        shown = grid[row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
         image = expected[number] if number < 3 else np.zeros(size)
-        assert np.array_equal(found, np.kron(image, np.ones((times, times))))
+        assert np.array_equal(shown, np.kron(image, np.ones((times, times))))
 
 
 def test_samples_that_no_picture_shows_are_refused(tmp_path):
     folder = model(tmp_path / "model", in_channels=2, out_channels=2)
     with pytest.raises(InvalidInputError, match="samples of 2 channels, which no picture shows"):
         sample.run(sample.Config(model=str(folder), num=1, out=tmp_path / "grid.png"))
-
-
-def test_digits_is_the_shipped_model_whatever_lies_beside(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").mkdir()
-    (tmp_path / "digits" / "chain.json").write_text("not of the shipped model")
-    assert sample.read_chain(load_pretrained("digits")) == {}
-
-
-CHANGES = [None, [], {}, "x", -1, 0, 10**9, 1e300, float("nan"), [1.0], [[1.0]], [None], {"a": 1}, True]
-
-
-def test_a_damaged_chain_is_an_error_of_ours(tmp_path):
-    """Every key with values of other types, and files that are cut or no JSON."""
-    folder = model(tmp_path / "model")
-    loaded = load_pretrained(folder)
-    table = table_for(scheduler_for(loaded.scheduler, "ddpm", clip=False), "ddpm", 3)
-    sample.write_chain(folder, table, eta=0.5, guidance=2.0, null_class=1)
-    path = folder / "chain.json"
-    sound = json.loads(path.read_text())
-    assert sample.read_chain(loaded)["table"].to_dict() == table.to_dict()
-    texts = ["", "[]", "{}", path.read_text()[:200], "{" * 10**5, '{"a":' * 10**5]
-    texts += [json.dumps(sound | {key: value}) for key in sound for value in CHANGES]
-    texts += [json.dumps(sound | {"table": sound["table"] | {k: v}}) for k in sound["table"] for v in CHANGES]
-    for text in random.Random(0).sample(texts, len(texts)):
-        path.write_text(text)
-        said, found = None, None
-        try:
-            found = sample.read_chain(loaded)
-        except ImplicitDiffusionError as error:
-            said = str(error)
-        if said is None:
-            assert len(found["table"]) == found["num_steps"] == 3
-            assert isinstance(found.get("eta", 0.0), float | int | None)
-        else:
-            assert "chain.json" in said and "\n" not in said
-    path.unlink()
-    (tmp_path / "elsewhere.json").write_text(json.dumps(sound))
-    path.symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(InvalidInputError, match=r"elsewhere\.json, outside of the model's folder"):
-        sample.read_chain(loaded)

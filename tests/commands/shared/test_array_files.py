@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm.data import load, read_array
+from implicit_diffusion.commands.ebm.data import load
 from implicit_diffusion.commands.shared.array_files import place_of, read_table
+from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.commands.shared.inputs import absolute, inputs
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.noise import Noise
@@ -44,15 +45,15 @@ HEADS = {
 def test_a_table_is_what_was_written(what, tmp_path):
     head, mark, columns = HEADS[what]
     array = numbers(12, 2)
-    found = read_table(table(tmp_path / "x.csv", head + rows(array, mark)))
-    assert np.array_equal(found.array, array) and found.columns == columns
+    data = read_table(table(tmp_path / "x.csv", head + rows(array, mark)))
+    assert np.array_equal(data.array, array) and data.columns == columns
 
 
 def test_a_table_of_a_spreadsheet(tmp_path):
     """With a byte order mark, carriage returns, and blank lines at the end."""
     text = "height,width\r\n" + "1.5,-2e3\r\n" * 12 + "\r\n\r\n"
-    found = read_table(table(tmp_path / "X.CSV", text, "utf-8-sig"))
-    assert found.columns == ("height", "width") and np.array_equal(found.array, [[1.5, -2000]] * 12)
+    data = read_table(table(tmp_path / "X.CSV", text, "utf-8-sig"))
+    assert data.columns == ("height", "width") and np.array_equal(data.array, [[1.5, -2000]] * 12)
 
 
 def test_names_of_columns_reach_the_data_and_its_messages(tmp_path):
@@ -81,7 +82,7 @@ NO_TABLE = {
     "more digits than are read": ("a,b\n1," + "9" * 5000 + "\n", r"column 2 \(b\) holds no number"),
     "a short row": ("a,b\n1,2\n3\n", "line 3 has 1 cells, the first one 2"),
     "a long row": ("1,2\n3,4,5\n", "line 2 has 3 cells, the first one 2"),
-    "a quote that never ends": ('a,b\n1,"2\n', "no plain .csv table"),
+    "a quote that never ends": ('a,b\n1,"2\n', "not a sound .csv table"),
     "nothing": ("", r"holds no data|must have shape"),
     "a header alone": ("a,b\n", r"holds no data, got shape \(0, 2\)"),
     "an index": (",a\n0,1.5\n1,2.5\n2,0.5\n", "column 1 has no name and counts the rows"),
@@ -99,13 +100,13 @@ def test_tables_that_are_refused(what, tmp_path):
 
 def test_a_table_that_is_no_text(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe1\x00,\x002\x00\n\x00")
-    with pytest.raises(InvalidInputError, match=r"no plain .csv table: 'utf-8'"):
+    with pytest.raises(InvalidInputError, match=r"not a sound .csv table: 'utf-8'"):
         read_array(str(tmp_path / "x.csv"))
 
 
 def test_the_largest_integers_of_a_table(tmp_path):
-    found = read_table(table(tmp_path / "x.csv", "9007199254740992,-9007199254740992\n9007199254740994,1e300\n"))
-    assert found.array.tolist() == [[2.0**53, -(2.0**53)], [2.0**53 + 2, 1e300]]
+    data = read_table(table(tmp_path / "x.csv", "9007199254740992,-9007199254740992\n9007199254740994,1e300\n"))
+    assert data.array.tolist() == [[2.0**53, -(2.0**53)], [2.0**53 + 2, 1e300]]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -177,9 +178,9 @@ def damaged(path):
 NO_ARCHIVE = {
     "objects": (objects, "it holds Python objects, and loading them would run code"),
     "more than its header says": (lambda path: bomb(path, 10**8), "its header says 320 bytes of shape .*, and 1"),
-    "a header that is too long": (long_header, "no plain .npz archive of arrays"),
-    "a damaged one": (damaged, "no plain .npz archive of arrays: .*CRC"),
-    "no archive": (lambda path: path.write_bytes(b"x"), "no plain .npz archive of arrays"),
+    "a header that is too long": (long_header, "not a sound .npz archive of arrays"),
+    "a damaged one": (damaged, "not a sound .npz archive of arrays: .*CRC"),
+    "no archive": (lambda path: path.write_bytes(b"x"), "not a sound .npz archive of arrays"),
     "no arrays": (lambda path: zipfile.ZipFile(path, "w").close(), "holds no arrays"),
 }
 
@@ -199,7 +200,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_unpacked(name, tm
     np.savetxt(tmp_path / "x.csv", x, delimiter=",")
     save_file({"x": torch.from_numpy(x)}, tmp_path / "x.safetensors")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 36 * 40_000 - 1}))
-    with pytest.raises(MemoryLimitError, match=r"numbers need .*take fewer rows"):
+    with pytest.raises(MemoryLimitError, match=r"numbers need .*use fewer rows"):
         read_array(str(tmp_path / name))
 
 

@@ -10,11 +10,15 @@ from diffusers import DDPMScheduler
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import planning
+from implicit_diffusion.commands.finetune import planning, training
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.sweep import command as sweep
+from implicit_diffusion.commands.sweep import folders
+from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary
+from implicit_diffusion.evaluation import Estimate
 from tests.helpers import tiny
 from tests.helpers.toy_model import folder
+from tests.helpers.toy_result import changed, digits_result
 
 TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "8", "--lr", "1e-3"]
 
@@ -59,34 +63,34 @@ def test_the_frontier_is_the_bound_of_the_pretrained_samples(swept):
 
 
 def test_weights_that_are_close_have_folders_of_their_own(tmp_path):
-    """Names round-trip; and folders that were named by six digits go on under that name."""
-    from implicit_diffusion.commands.sweep.command import _finished, folder_of
+    """Names round-trip; and a run is found by its β, whatever its folder is called."""
+    from implicit_diffusion.commands.sweep.folders import finished, folder_of
 
-    betas = [1.0, 1.0000001, 2.4567891, 1e-7, 1 / 3, 2.45679]
+    betas = [1.0, 1.0000001, 2.4567891, 1e-7, 1 / 3]
 
     def begin(folder, beta):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"kl_weight": beta}))
         (folder / "summary.json").write_text("{}")
 
-    begin(tmp_path / "beta-2.45679", 2.4567891)  # by an earlier release
+    begin(tmp_path / "beta-2.45679", 2.4567891)  # renamed by hand
     for beta in betas:
         folder = folder_of(tmp_path, beta)
         if not folder.exists():
             begin(folder, beta)
     assert len(list(tmp_path.iterdir())) == len(betas)
     assert folder_of(tmp_path, 2.4567891).name == "beta-2.45679" and folder_of(tmp_path, 1.0).name == "beta-1"
-    assert _finished(tmp_path) == {beta: folder_of(tmp_path, beta) for beta in betas}
+    assert finished(tmp_path) == {beta: folder_of(tmp_path, beta) for beta in betas}
     assert folder_of(tmp_path, 1.0000001).name == "beta-1.0000001"
     assert distinct([1.0, 1.0000001, 2.4567891]) == ["1", "1.0000001", "2.4567891"]
     assert distinct([1.0, 2.4567891, 2.4567891]) == ["1", "2.457", "2.457"]
 
 
 def test_runs_that_made_things_worse_are_named(capsys):
-    row = {key: 1.0 for name in sweep.KEPT for key in (name, f"{name}_se")} | {"kl_weight": 2.0, "worse": None}
-    worse = row | {"kl_weight": 3.0, "worse": "J rose.", "captured": None, "captured_se": None}
-    before = {"reward": "brightness", "reward_pretrained": 1.0, "reward_pretrained_se": 0.1}
-    sweep.show(before | {"rows": [row, worse]})
+    good = digits_result()
+    bad = changed(good, worse="J rose.", captured=None)
+    rows = [SweepRow.of(result.summary, beta, "beta") for beta, result in ((2.0, good), (3.0, bad))]
+    sweep.show(SweepSummary("brightness", Estimate(1.0, 0.1), rows, []))
     printed = capsys.readouterr().out
     assert printed.startswith("KL weight 3: J rose.") and "J rose │" in printed
 
@@ -137,11 +141,11 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
     call = ["sweep", *model, *TINY, "--kl-weights", "2", "4", "--out", str(out)]
 
     def interrupt(fit):
-        if fit.updates == 2 and fit.loop.objective.weight(finetune.PathKL) == 4:
+        if fit.updates == 2 and fit.loop.objective.weight(training.PathKL) == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "_callbacks", lambda *arguments: [interrupt])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt])
         assert main(call) == 130
     assert f"the same command, with --out {out}, goes on" in capsys.readouterr().err
     assert (out / "beta-2" / "summary.json").exists() and not (out / "summary.json").exists()
@@ -154,7 +158,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_pat
     out = tmp_path / "sweep"
     (out / "beta-2" / "figures").mkdir(parents=True)
     (out / "beta-2" / "config.json").write_text("{}")
-    settings = sweep._settings(
+    settings = folders.settings(
         sweep.Config(each=finetune.Config(model=model[1], num_steps=3, batch=2, updates=2, starts=8, lr=1e-3))
     )
     (out / "config.json").write_text(json.dumps(settings))
@@ -171,7 +175,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_pat
         (["--plan"], "--plan is for one run"),
         (["--penalty", "drift"], "path KLs"),
         (["--batch", "0"], "--batch"),
-        (["--model", "nowhere-at-all"], "is no folder"),
+        (["--model", "nowhere-at-all"], "is not a folder"),
         (["--out", "{folder}"], "exists and is not empty"),
     ],
 )

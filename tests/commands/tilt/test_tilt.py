@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from implicit_diffusion import cli
-from implicit_diffusion.commands.shared.planar import Quadrature
 from implicit_diffusion.commands.tilt import command as tilt
+from implicit_diffusion.commands.tilt import training
+from implicit_diffusion.commands.tilt.config import ARMS
+from implicit_diffusion.commands.tilt.exact import ExactTilt, Tradeoff, half_plane
+from implicit_diffusion.commands.tilt.summary import Row, Summary, over_seeds, show
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import Moves, load_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted
@@ -25,47 +29,47 @@ TINY = tilt.Config(Path("model"), kl_weights=(0.25, 1.0), steps=40, particles=64
 def test_the_optimum_of_the_half_plane_is_a_closed_form():
     """With mass m of the half plane: E R = m e^{1/w}/(1 − m + m e^{1/w}), value −w log(1 − m + m e^{1/w})."""
     model = gaussian()
-    exact, cut = tilt.Exact(model, tilt.half_plane), -model.shift[0].item() / model.scale[0].item()
+    exact, cut = ExactTilt(model, half_plane), -model.shift[0].item() / model.scale[0].item()
     m = 1 - (1 + math.erf(cut / math.sqrt(2))) / 2
     assert exact.reward_initial == pytest.approx(m, abs=1e-4)
     for w in (0.1, 0.5, 2.0):
-        found, total = exact.optimum(w), 1 - m + m * math.exp(1 / w)
+        optimum, total = exact.optimum(w), 1 - m + m * math.exp(1 / w)
         reward = m * math.exp(1 / w) / total
-        assert found["reward"] == pytest.approx(reward, abs=2e-4)
-        assert found["objective"] == pytest.approx(-w * math.log(total), abs=2e-4)
-        assert found["kl"] == pytest.approx(reward / w - math.log(total), abs=2e-3)
+        assert optimum.reward == pytest.approx(reward, abs=2e-4)
+        assert optimum.objective == pytest.approx(-w * math.log(total), abs=2e-4)
+        assert optimum.kl == pytest.approx(reward / w - math.log(total), abs=2e-3)
     start = exact.judge(model, 0.5)
-    assert start["kl"] == pytest.approx(0, abs=1e-12) and start["at_edge"] < 1e-9
-    assert start["objective"] == pytest.approx(-exact.reward_initial)
+    assert start.kl == pytest.approx(0, abs=1e-12) and start.at_edge < 1e-9
+    assert start.objective == pytest.approx(-exact.reward_initial)
 
 
 def test_the_optimum_is_one():
     """No law in between, and none beyond, is better; as a reward that is linear shifts a Gaussian by s²/w."""
     model = gaussian()
-    exact, w = tilt.Exact(model, lambda x: x[:, 1]), 2.0
+    exact, w = ExactTilt(model, lambda x: x[:, 1]), 2.0
     variance = model.scale[1].item() ** 2
-    found = exact.optimum(w)
-    assert found["reward"] == pytest.approx(model.shift[1].item() + variance / w, abs=1e-4)
-    assert found["kl"] == pytest.approx(variance / w**2 / 2, abs=1e-4)
+    optimum = exact.optimum(w)
+    assert optimum.reward == pytest.approx(model.shift[1].item() + variance / w, abs=1e-4)
+    assert optimum.kl == pytest.approx(variance / w**2 / 2, abs=1e-4)
     for other in (1.8, 2.2):
         beside = exact.optimum(other)
-        assert w * beside["kl"] - beside["reward"] > found["objective"]
+        assert w * beside.kl - beside.reward > optimum.objective
 
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_training_begins_at_the_model(weighted):
     model = bent()
-    exact, held = tilt.Exact(model, tilt.half_plane), tilt.at_model(model, 4000, Noise(0))
-    held = held if weighted else tilt.resampled(held, Noise(0))
-    assert (held.log_weights is not None) == weighted and held.log_z is None
-    reward = held.mean(tilt.half_plane(held.x * model.scale + model.shift)).item()
+    exact, particles = ExactTilt(model, half_plane), training.at_model(model, 4000, Noise(0))
+    particles = particles if weighted else training.resampled(particles, Noise(0))
+    assert (particles.log_weights is not None) == weighted and particles.log_z is None
+    reward = particles.mean(half_plane(particles.x * model.scale + model.shift)).item()
     assert (
         abs(reward - exact.reward_initial) < 4 * 0.5 / math.sqrt(4000) * 1.5
     )  # resampled particles are not independent
 
 
 def test_a_tiny_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tilt, "ANNEALING", 20)
+    monkeypatch.setattr(training, "ANNEALING", 20)
     model = bent()
     model.save(tmp_path / "model")
     out = tmp_path / "run"
@@ -78,10 +82,10 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
         w = row["kl_weight"]
         value = -w * math.log(1 - m + m * math.exp(1 / w))
         assert row["optimum"]["objective"] == pytest.approx(value, abs=1e-6)
-        for arm in tilt.ARMS:
+        for arm in ARMS:
             assert value - 1e-9 <= row[arm]["objective"] and row[arm]["kl"] > 0
             assert row[arm]["reward_std"] >= 0
-    gained = [-m - summary["rows"][0][arm]["objective"] for arm in tilt.ARMS]
+    gained = [-m - summary["rows"][0][arm]["objective"] for arm in ARMS]
     possible = -m - summary["rows"][0]["optimum"]["objective"]
     assert min(gained) > 0.3 * possible  # training improves what it says it does
     assert len(RunDirectory(out).read_metrics()) == 2 * 2 * 2
@@ -90,12 +94,12 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
 
 
 def test_the_model_itself_is_left_alone(monkeypatch):
-    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    monkeypatch.setattr(training, "ANNEALING", 5)
     model = bent()
     before = {k: v.clone() for k, v in model.potential.state_dict().items()}
-    config = dataclasses.replace(TINY, steps=3)
-    start = tilt.at_model(model, 64, Noise(1))
-    trained = [tilt.train(config, model, start, tilt.half_plane, 0.5, "weighted", 1) for _ in range(2)]
+    start = training.at_model(model, 64, Noise(1))
+    spec = training.Training(0.5, weighted=True, steps=3, lr=2e-2, seed=1)
+    trained = [training.train(spec, model, start, half_plane) for _ in range(2)]
     first, again = (each.potential for each in trained)
     assert all(torch.equal(v, before[k]) for k, v in model.potential.state_dict().items())
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
@@ -105,9 +109,9 @@ def test_the_model_itself_is_left_alone(monkeypatch):
 def test_the_model_that_is_kept(tmp_path, monkeypatch, capsys):
     """Of the only arm and the first seed: `score` and `sample` know it, by its exact log Z, and annealing ran once."""
     calls = []
-    anneal = tilt.annealed
-    monkeypatch.setattr(tilt, "ANNEALING", 5)
-    monkeypatch.setattr(tilt, "annealed", lambda *args, **options: calls.append(1) or anneal(*args, **options))
+    anneal = training.annealed
+    monkeypatch.setattr(training, "ANNEALING", 5)
+    monkeypatch.setattr(training, "annealed", lambda *args, **options: calls.append(1) or anneal(*args, **options))
     bent().save(tmp_path / "model")
     config = dataclasses.replace(TINY, model=tmp_path / "model", arms=("unweighted",), out=tmp_path / "run")
     summary = tilt.run(config)
@@ -118,7 +122,7 @@ def test_the_model_that_is_kept(tmp_path, monkeypatch, capsys):
     density, log_z = quadrature.log_density(kept.potential)
     assert (kept.log_z, kept.log_z_se) == (pytest.approx(log_z, abs=1e-6), 0.0)
     first = [m for m in RunDirectory(tmp_path / "run").read_metrics() if m["kl_weight"] == 0.25 and m["seed"] == 0]
-    reward = (density.exp() @ tilt.half_plane(quadrature.grid)).item() * quadrature.area
+    reward = (density.exp() @ half_plane(quadrature.grid.points)).item() * quadrature.grid.area
     assert [m["reward"] for m in first] == [pytest.approx(reward, abs=1e-6)]
     points = Noise(5).normal((20, 2))
     np.save(tmp_path / "x.npy", points.numpy())
@@ -137,22 +141,22 @@ def test_an_optimum_beyond_the_grid_is_refused_before_training(tmp_path):
     with pytest.raises(InvalidInputError, match=r"--kl-weights 0.04: the optimum has .* of its mass at the edge"):
         tilt.run(dataclasses.replace(config, kl_weights=(1.0, 0.04), out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    assert tilt.Exact(gaussian(), lambda x: x[:, 0]).optimum(0.1)["reward"] == pytest.approx(0.4 + 3.6, abs=1e-4)
+    assert ExactTilt(gaussian(), lambda x: x[:, 0]).optimum(0.1).reward == pytest.approx(0.4 + 3.6, abs=1e-4)
 
 
 def test_a_trained_model_beyond_the_grid_is_said(tmp_path, capsys):
     model = gaussian()
     pull = torch.nn.Linear(2, 1, bias=False)
     pull.weight.data = torch.tensor([[-12.0, 0.0]])  # z_1 ~ N(12, 1), so x_1 ~ N(7.6, 0.6²) and the grid ends at 8
-    gone = tilt.Exact(model, tilt.half_plane).judge(dataclasses.replace(model, potential=Tilted(pull, (2,))), 1.0)
-    assert gone["at_edge"] > 0.01
-    row = {"kl_weight": 1.0, "optimum": {"reward": 1.0}, "weighted": gone | {"reward_std": None}}
-    tilt.show({"reward_initial": 0.5, "rows": [row]}, RunDirectory(tmp_path))
+    gone = ExactTilt(model, half_plane).judge(dataclasses.replace(model, potential=Tilted(pull, (2,))), 1.0)
+    assert gone.at_edge > 0.01
+    row = Row(1.0, Tradeoff(1.0, 0.0, 0.0), weighted=over_seeds([gone]))
+    show(Summary(0.5, [row]), "weighted", RunDirectory(tmp_path))
     assert "of its mass is at the edge of the grid" in capsys.readouterr().out
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(tilt, "ANNEALING", 5)
+    monkeypatch.setattr(training, "ANNEALING", 5)
     gaussian().save(tmp_path / "model")
     (tmp_path / "mine.py").write_text(
         "import numpy, torch\ndef up(x): return torch.from_numpy(numpy.sign(x.numpy()[:, 1]))\n"
@@ -210,7 +214,7 @@ def test_rewards_that_do_not_fit(message, tmp_path):
 )
 def test_forms_of_rewards_are_one_reward(form):
     """A column, an array and a list, each has the optimum of the plain function."""
-    assert tilt.Exact(gaussian(), form).optimum(0.5) == tilt.Exact(gaussian(), lambda x: x[:, 0]).optimum(0.5)
+    assert ExactTilt(gaussian(), form).optimum(0.5) == ExactTilt(gaussian(), lambda x: x[:, 0]).optimum(0.5)
 
 
 MODELS = {

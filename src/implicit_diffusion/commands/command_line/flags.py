@@ -18,6 +18,7 @@ OPTIONS = {  # of the commands, by names of arguments that are called otherwise 
     "path": ("out", "run"),
     "folder": ("out", "run"),
     "rank": ("lora_rank",),
+    "sampler": ("scheduler",),
     "targets": ("lora_targets",),
 }
 PHRASES = {  # arguments with a value that options put otherwise

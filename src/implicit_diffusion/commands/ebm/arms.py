@@ -1,6 +1,6 @@
 """How an energy-based model is trained, in every arm.
 
-    weighted    the single loop with weighted particles: exact up to O(1/n) though θ moves
+    weighted    the single loop with weighted particles: exact up to O(1/n), although θ moves
     hmc         the same kernel and loop without weights
     implicit    the single loop as in the paper: one Langevin step, one step on θ, both from one backward pass
     cd          contrastive divergence: k Langevin steps from data, then one step on θ
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -29,9 +28,9 @@ from implicit_diffusion.samplers.replicas import annealed
 from implicit_diffusion.samplers.weighted_state import systematic
 
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
-INNER = 5  # Langevin steps per update of cd and pcd
+LANGEVIN_STEPS = 5  # per update, of cd and pcd
 LANGEVIN = Moves("ula", 0.01)  # of implicit, cd and pcd
-REFRESHING, GROUPS = 50, 8  # steps of annealing, and its replicates
+REFRESH_STEPS, GROUPS = 50, 8  # of the annealing that draws particles anew, and its replicates
 NETWORK, TRAIN, START, ANNEAL = range(2, 6)  # streams of noise beside the data's
 
 
@@ -40,12 +39,13 @@ class Settings:
     """One training.
 
     Args:
+        architecture: of the potential.
         moves: the sampler.
-        arm: one of `ARMS`; "weighted" and "hmc" take `moves`, the others Langevin steps of their own.
+        arm: one of `ARMS`; "weighted" and "hmc" use `moves`, the others Langevin steps of their own.
         particles: n, as many as data per update.
         updates: of θ.
-        lr: of Adam at the start; cosine decay to zero.
-        seed: of all noise.
+        lr: of Adam at the start; it decays to zero along a cosine.
+        seed: of all random numbers.
         weight_decay: of AdamW.
         refresh: updates after which weighted particles are drawn anew by annealing; 0 for never.
         adapt: whether the step size of `moves` is adapted while θ moves.
@@ -64,7 +64,7 @@ class Settings:
 
     @property
     def description(self) -> str:
-        """In a word or two: the arms that take `moves` go by their sampler."""
+        """A name in a word or two: that of the sampler for arms that use `moves`."""
         weighted = "weighted " if self.arm == "weighted" else ""
         return f"{weighted}{self.moves.sampler}" if self.arm in ("weighted", "hmc") else self.arm
 
@@ -73,7 +73,7 @@ def make_loop(settings: Settings, data: Data) -> ParticleLoop:
     """The loop of an arm, before its first step.
 
     Raises:
-        InvalidInputError: a kernel without increments where weights are asked for, and whatever else does not fit.
+        InvalidInputError: a kernel without increments where the particles have weights, or settings that do not fit.
     """
     noise = Noise(settings.seed)
     potential = settings.architecture.build(noise.stream(NETWORK))
@@ -81,27 +81,41 @@ def make_loop(settings: Settings, data: Data) -> ParticleLoop:
         potential.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay
     )
     update = Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.updates))
-    shared: tuple[Any, ...] = (ForwardKL(data.standardised()[0], batch=settings.particles), update)
-    options: dict[str, Any] = {"particles": settings.particles, "noise": noise.stream(TRAIN)}
-    if settings.arm in ("weighted", "hmc"):
-        return Single(potential, settings.moves.kernel(), *shared, weighted=settings.arm == "weighted", **options)
-    if settings.arm == "implicit":
-        return Single(potential, LANGEVIN.kernel(), *shared, **options)
-    options |= {"inner_steps": INNER, "begin": {"cd": "data", "pcd": "last"}[settings.arm]}
-    return NestedParticles(potential, LANGEVIN.kernel(), *shared, **options)
+    objective = ForwardKL(data.standardised()[0], batch=settings.particles)
+    if settings.arm in ("weighted", "hmc", "implicit"):
+        return Single(
+            potential,
+            (LANGEVIN if settings.arm == "implicit" else settings.moves).kernel(),
+            objective,
+            update,
+            particles=settings.particles,
+            noise=noise.stream(TRAIN),
+            weighted=settings.arm == "weighted",
+        )
+    return NestedParticles(
+        potential,
+        LANGEVIN.kernel(),
+        objective,
+        update,
+        particles=settings.particles,
+        noise=noise.stream(TRAIN),
+        inner_steps=LANGEVIN_STEPS,
+        begin="data" if settings.arm == "cd" else "last",
+    )
 
 
 def pulls_per_update(arm: str, moves: Moves) -> int:
     """Pulls through V at all particles that one update of an arm costs."""
-    kernel = moves.kernel().evaluations_per_step
-    return {"weighted": kernel + 1, "hmc": kernel, "implicit": 1, "cd": INNER + 1, "pcd": INNER + 1}[arm]
+    if arm in ("weighted", "hmc"):
+        return moves.kernel().evaluations_per_step + (arm == "weighted")
+    return 1 if arm == "implicit" else LANGEVIN_STEPS + 1
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """Callback: every so often, draw the particles anew by annealing from the Gaussian to the present potential.
+    """Callback: every `settings.refresh` updates, draw the particles anew by annealing from the Gaussian to V_θ.
 
-    That ends what they have accumulated: the errors of their weights, of log Z, and of the masses of modes.
+    That removes the errors that their weights, log Z and the masses of modes have accumulated.
     """
 
     settings: Settings
@@ -113,26 +127,25 @@ class Refresh:
         assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
         began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
         path, kernel = loop.model.tempered, moved(self.settings, loop).kernel()
-        replicas = annealed(path, kernel, loop.n, noise, steps=REFRESHING, groups=GROUPS)
+        replicas = annealed(path, kernel, loop.n, noise, steps=REFRESH_STEPS, groups=GROUPS)
         loop.refresh(replicas.particles(loop.model), gradient_evaluations=replicas.gradient_evaluations)
         fit.seconds += time.monotonic() - began
 
 
 def moved(settings: Settings, loop: ParticleLoop) -> Moves:
-    """The sampler with the step size that it has come to."""
+    """The sampler with its step size at present, which may have been adapted."""
     moves = settings.moves if settings.arm in ("weighted", "hmc") else LANGEVIN
     return replace(moves, step_size=moves.step_size * loop.step_scale)
 
 
 def to_model(settings: Settings, loop: ParticleLoop, data: Data) -> EnergyModel:
-    """The model as it stands; weighted particles are resampled to equal weights."""
+    """The model at present; weighted particles are resampled to equal weights."""
     potential = loop.model
     assert isinstance(potential, Tilted)
-    held = loop.particles
-    x = held.x
-    if held.log_weights is not None:
+    x, log_weights = loop.particles.x, loop.particles.log_weights
+    if log_weights is not None:
         uniform = torch.rand((), generator=Noise(settings.seed).generator(START))
-        x = x[systematic(held.log_weights, uniform)]
+        x = x[systematic(log_weights, uniform)]
     moves = moved(settings, loop)
     lattice = data.lattice if data.dequantised else None
     return EnergyModel(settings.architecture, potential, data.shift, data.scale, moves, x.detach(), lattice=lattice)

@@ -1,108 +1,129 @@
 """Train an energy-based model by maximum likelihood in a single loop; on the plane, say exactly how good it is.
 
-    load → build V = Gaussian + network → weighted particles and a watch → log Z by annealing → save → report
+    load → build V = Gaussian + network → weighted particles under a watch → log Z by annealing → save → report
 
 minimising KL(p_ref‖π_θ). `--compare` runs all arms at equal cost, with their learning rates searched on a grid.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from implicit_diffusion.commands.ebm.arms import Settings, make_loop
+from implicit_diffusion.commands.ebm.arms import make_loop
 from implicit_diffusion.commands.ebm.config import Config
 from implicit_diffusion.commands.ebm.data import Data, discrete, load
 from implicit_diffusion.commands.ebm.judging import judge, show, what_to_change
+from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.ebm.training import Trained, train
 from implicit_diffusion.commands.shared.array_files import place_of
-from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.commands.shared.inputs import inputs
+from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
-from implicit_diffusion.runs.provenance import is_recorded
 
 LOOKS = 12  # exact figures on the way
 
 
-def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
-    """Train, judge, save, draw; returns the summary.
+@dataclass(frozen=True)
+class Judging:
+    """What is judged of a trained model.
 
     Args:
-        config: see there.
+        steps: of the annealing for log Z.
+        step_size_given: whether the step size of the sampler is not the default.
+        digits: whether likelihoods are compared with those of simple models of the digits.
+        chain_steps: length of long chains; 0 for none.
+        seed: of all noise.
+    """
+
+    steps: int
+    step_size_given: bool
+    digits: bool
+    chain_steps: int
+    seed: int
+
+
+def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
+    """Train, judge, save, draw; returns what summary.json holds.
+
+    Args:
+        config: the options.
         directory: of an interrupted run to go on with; None begins a new one.
 
     Raises:
         InvalidInputError: bad options or data, before anything is trained.
-        DivergenceError, NonFiniteError: training ran away; the last sound model is in the run directory.
+        DivergenceError, NonFiniteError: training diverged; the last sound model is in the run directory.
     """
     config.check()
-    config = absolute(replace(config, out=directory.path if directory else config.out))
+    resumed, kind = directory is not None, "ebm-compare" if config.compare else "ebm"
+    named = config.data if config.compare else Path(place_of(config.data)[0]).stem
+    config, directory = in_folder(config, directory, dated(f"{kind}-{named}"))
     if config.compare:
         from implicit_diffusion.commands.ebm.compare import compare
 
-        return compare(config)
-    begun = directory is not None
-    directory = RunDirectory(config.out or dated(f"ebm-{Path(place_of(config.data)[0]).stem}").absolute())
+        return compare(config, directory)
     with directory.held(), clock.run():
-        return _run(replace(config, out=directory.path), directory, begun)
+        return _run(config, directory, resumed)
 
 
-def _run(config: Config, directory: RunDirectory, begun: bool) -> dict[str, Any]:
+def _run(config: Config, directory: RunDirectory, resumed: bool) -> dict[str, Any]:
     """The same in a directory that is held."""
     with part("loading"):
-        rests_on = inputs(config)
+        fingerprints = inputs(config)
         data = load(config.data, Noise(config.seed), dequantise=config.dequantise)
-    if said := discrete(data):
-        print(f"note      {said}")
+    if warning := discrete(data):
+        print(f"note      {warning}")
     settings = config.settings(data)
     loop = make_loop(settings, data)
     if config.long_chains and len(data.event_shape) != 3:
         raise InvalidInputError(f"--long-chains is for images, got events {data.event_shape}; leave it out")
     resolved = config.resolved(data)
-    if not begun:
-        directory.start("ebm", resolved)
-    clock.keep(directory.path)
-    if not (begun and is_recorded(directory)):
-        record_inputs(directory, resolved, rests_on)
-    with directory.resumable():
-        return finish(config, resolved, settings, data, train(settings, data, loop, directory, LOOKS), directory)
+    assert resolved.judge_steps is not None
+    judging = Judging(
+        steps=resolved.judge_steps,
+        step_size_given=resolved.step_size != replace(config, step_size=None).resolved(data).step_size,
+        digits=config.data == "digits",
+        chain_steps=10 * settings.updates if config.long_chains else 0,
+        seed=config.seed,
+    )
+    with opened("ebm", resolved, directory, resumed=resumed, fingerprints=fingerprints):
+        clock.keep(directory.path)
+        return finish(judging, data, train(settings, data, loop, directory, LOOKS), directory)
 
 
 @part("judging")
-def finish(
-    config: Config, resolved: Config, settings: Settings, data: Data, trained: Trained, directory: RunDirectory
-) -> dict[str, Any]:
+def finish(judging: Judging, data: Data, trained: Trained, directory: RunDirectory) -> dict[str, Any]:
     """Judge, save, and write the summary: what is interrupted before that is done once more. Then draw and report."""
     if trained.fit.stopped == "interrupted":
         raise KeyboardInterrupt
-    assert resolved.judge_steps is not None
-    usual = replace(config, step_size=None).resolved(data)
-    summary = judge(trained, data, resolved.judge_steps)
-    summary["advice"] = what_to_change(trained, summary, chosen=resolved.step_size != usual.step_size)
-    summary["advice"] += [said] if (said := discrete(data)) else []
-    model = trained.model.with_log_z(summary["log_z_estimate"], summary["log_z_estimate_se"])
-    if "log_z" in summary:
-        model = model.with_log_z(summary["log_z"], 0.0)
+    summary = judge(trained, data, judging.steps)
+    advice = what_to_change(trained, summary, step_size_given=judging.step_size_given)
+    summary = replace(summary, advice=[*advice, *([warning] if (warning := discrete(data)) else [])])
+    model = trained.model.with_log_z(summary.log_z_estimate, summary.log_z_estimate_se)
+    if summary.log_z is not None:
+        model = model.with_log_z(summary.log_z, 0.0)
     model.save(directory.model)
-    if config.data == "digits":
+    if judging.digits:
         from implicit_diffusion.commands.ebm.digits import judge_digits
 
-        summary |= judge_digits(model, data, config.seed)
-    if config.long_chains:
+        summary = replace(summary, **vars(judge_digits(model, data, judging.seed)))
+    if judging.chain_steps:
         from implicit_diffusion.commands.ebm.digits import long_chains
 
-        summary |= long_chains(model, data, directory, 10 * settings.updates, config.seed)
-    directory.write_summary(summary)
+        summary = replace(summary, **vars(long_chains(model, data, directory, judging.chain_steps, judging.seed)))
+    written: dict[str, Any] = to_json(summary)
+    directory.write_summary(written)
     with part("drawing"):
         _write_report(model, data, summary, directory)
-    show(summary, directory)
-    return summary
+    show(summary, directory.path)
+    return written
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:
@@ -116,14 +137,15 @@ def report(directory: RunDirectory) -> dict[str, Any]:
         raise InvalidInputError(
             f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
         )
-    summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(Summary, directory)
     data = load(config["data"], Noise(config["seed"]), dequantise=config["dequantise"])
     _write_report(load_energy_model(directory.model), data, summary, directory)
-    show(summary, directory)
-    return summary
+    show(summary, directory.path)
+    written: dict[str, Any] = to_json(summary)
+    return written
 
 
-def _write_report(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> None:
+def _write_report(model: EnergyModel, data: Data, summary: Summary, directory: RunDirectory) -> None:
     from implicit_diffusion.commands.ebm.figures import draw
     from implicit_diffusion.commands.ebm.report import write_report
 

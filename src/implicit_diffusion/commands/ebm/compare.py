@@ -1,7 +1,7 @@
 """All arms of energy-based training on one law of the plane, at equal cost, each with the best rate of a grid.
 
 The grid is searched on one seed of its own; arms that diverge at a rate count as infinitely bad there. "hmc" is there
-to tell what the weights do, and takes the rate of "weighted". Step sizes are not searched.
+to show what the weights do, and has the rate of "weighted". Step sizes are not searched.
 
 Every training is a line of metrics.jsonl as soon as it has ended, so a comparison that was interrupted goes on.
 """
@@ -11,18 +11,21 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from implicit_diffusion.commands.ebm.arms import ARMS, Settings, make_loop, pulls_per_update
 from implicit_diffusion.commands.ebm.config import Config
-from implicit_diffusion.commands.ebm.data import Data, load
+from implicit_diffusion.commands.ebm.data import load
 from implicit_diffusion.commands.ebm.judging import JUDGE, log_z_by_annealing
+from implicit_diffusion.commands.ebm.summary import ArmSummary, ComparedTraining, Comparison, CurvePoint, Paired
 from implicit_diffusion.commands.ebm.training import train
+from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
-from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import check_version, record, verified
 from implicit_diffusion.runs.records import as_json
 
@@ -30,68 +33,71 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SEED = 1000  # beyond those of the runs
 
 
-def compare(config: Config) -> dict[str, Any]:
-    """Every arm on every seed; returns the summary.
+def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """Every arm on every seed; returns what summary.json holds.
+
+    Args:
+        config: the options.
+        directory: of the comparison, new or with the beginning of the same one.
 
     Raises:
-        InvalidInputError: data without a known law, too few steps for some arm, or an `out` with something else in it
-            than the beginning of the same comparison.
+        InvalidInputError: data without a known law, too few steps for some arm, or a directory with something else.
         KeyboardInterrupt: interrupted; the same command goes on, and may ask for more seeds.
     """
-    directory = RunDirectory((config.out or dated(f"ebm-compare-{config.data}")).absolute())
     with directory.held():
-        return _compare(config, directory)
+        data = load(config.data, Noise(config.seed))
+        if data.law is None:
+            raise InvalidInputError(
+                f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
+            )
+        resolved = config.resolved(data)
+        check_version(directory, advice="choose another --out")
+        check_folder(directory, resolved)
+        with verified(directory, advice="choose another --out"):
+            weighted = config.settings(data)
+            for arm in ARMS:
+                settings = at_equal_cost(weighted, arm)
+                if settings.updates < 1:
+                    raise InvalidInputError(
+                        f"--steps {config.steps} are too few: their cost is that of no update of {arm}"
+                    )
+                make_loop(settings, data)
+            directory.write_config(resolved, "ebm")
+            record(directory, resolved, {})
+            assert resolved.seeds is not None and resolved.judge_steps is not None
+            trainings = Trainings(config.data, weighted, resolved.judge_steps, directory)
+            return _compare(trainings, range(config.seed, config.seed + resolved.seeds))
 
 
-def _compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
-    """The same in a directory that is held."""
-    out = directory.path
-    data = load(config.data, Noise(config.seed))
-    if data.law is None:
-        raise InvalidInputError(
-            f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
-        )
-    resolved = replace(config.resolved(data), out=out)
-    check_version(directory, advice="choose another --out")
-    check_folder(directory, resolved)
-    with verified(directory, advice="choose another --out"):
-        return _run(config, resolved, data, directory)
-
-
-def _run(config: Config, resolved: Config, data: Data, directory: RunDirectory) -> dict[str, Any]:
-    """The same, on what it rested on where it has begun before."""
+def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
+    """Search the rates, and train every arm on all seeds, as far as that is not done; then draw and print."""
+    grid: dict[str, dict[str, float | None]] = {}
+    arms: dict[str, ArmSummary] = {}
+    advice: list[str] = []
+    curves: dict[str, dict[int, list[CurvePoint]]] = {}  # by arm and seed
     for arm in ARMS:
-        settings = at_equal_cost(config.settings(data), arm)
-        if settings.updates < 1:
-            raise InvalidInputError(f"--steps {config.steps} are too few: their cost is that of no update of {arm}")
-        make_loop(settings, data)
-    directory.write_config(resolved, "ebm")
-    record(directory, resolved, {})
-    trainings = Trainings(resolved, directory)
-    summary: dict[str, Any] = {"data": config.data, "grid": {}, "arms": {}, "advice": []}
-    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}  # by arm and seed
-    assert resolved.seeds is not None
-    for arm in ARMS:
+        kls: dict[float, float] = {}
         if arm == "hmc":  # weighted without its weights, and nothing else
-            best, tried = summary["arms"]["weighted"]["lr"], {}
+            best = arms["weighted"].lr
         else:
-            tried = {lr: final_kl(trainings.find(arm, lr, GRID_SEED, judged=False)) for lr in GRID}
-            best = min(tried, key=tried.__getitem__)
-            summary["advice"] += at_the_edge(arm, best) if math.isfinite(tried[best]) else []
-        seeds = range(config.seed, config.seed + resolved.seeds)
-        runs = [trainings.find(arm, best, seed) for seed in seeds]
-        summary["grid"][arm] = {f"{lr:g}": kl if math.isfinite(kl) else None for lr, kl in tried.items()}
-        summary["arms"][arm] = {"lr": best} | _summarise(runs)
-        curves[arm] = {seed: run["curve"] for seed, run in zip(seeds, runs) if run is not None}
-        print(f"{arm:9s} lr {best:g}  KL {summary['arms'][arm]['kl']}", flush=True)
-    summary["paired"] = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
+            kls = {lr: final_kl(trainings.get(arm, lr, GRID_SEED, judged=False)) for lr in GRID}
+            best = min(kls, key=kls.__getitem__)
+            advice += at_the_edge(arm, best) if math.isfinite(kls[best]) else []
+        runs = [trainings.get(arm, best, seed) for seed in seeds]
+        grid[arm] = {f"{lr:g}": kl if math.isfinite(kl) else None for lr, kl in kls.items()}
+        arms[arm] = summarise(best, runs)
+        curves[arm] = {run.seed: run.curve for run in runs if run.curve is not None}
+        print(f"{arm:9s} lr {best:g}  KL {arms[arm].kl}", flush=True)
+    pairs = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
+    comparison, directory = Comparison(trainings.data, grid, arms, advice, pairs), trainings.directory
 
-    from implicit_diffusion.commands.ebm.figures import draw_comparison
+    from implicit_diffusion.commands.ebm.comparison_figure import draw_comparison
 
-    draw_comparison(config.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
-    directory.write_summary(summary)
-    show(summary, directory)
-    return summary
+    draw_comparison(trainings.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
+    written: dict[str, Any] = to_json(comparison)
+    directory.write_summary(written)
+    show(comparison, directory.path)
+    return written
 
 
 def check_folder(directory: RunDirectory, resolved: Config) -> None:
@@ -123,113 +129,133 @@ def at_equal_cost(weighted: Settings, arm: str) -> Settings:
 
 
 class Trainings:
-    """Trainings at the cost of the weighted arm's `--steps` updates, made or read back from metrics.jsonl.
+    """Trainings at the cost of the weighted arm's, made or read back from metrics.jsonl.
 
     Args:
-        config: resolved.
+        data: name of the law.
+        weighted: settings of the weighted arm; the rate and the seed are those of each training.
+        judge_steps: of the annealing for log Z of weighted trainings.
         directory: of the comparison.
     """
 
-    def __init__(self, config: Config, directory: RunDirectory) -> None:
-        self.config, self.directory = config, directory
+    def __init__(self, data: str, weighted: Settings, judge_steps: int, directory: RunDirectory) -> None:
+        self.data, self.weighted, self.judge_steps, self.directory = data, weighted, judge_steps, directory
         directory.forget_metrics(sys.maxsize)  # only a line that was cut short
-        self.made = {(m["arm"], m["lr"], m["seed"]): m for m in directory.read_metrics()}
+        finished = (from_json(ComparedTraining, line) for line in directory.read_metrics())
+        self.finished: dict[tuple[str, float, int], ComparedTraining] = {(t.arm, t.lr, t.seed): t for t in finished}
 
-    def find(self, arm: str, lr: float, seed: int, *, judged: bool = True) -> dict[str, Any] | None:
-        """Its `curve` of exact figures and its `seconds`; None where it diverged."""
-        if (arm, lr, seed) not in self.made:
-            made = as_json({"arm": arm, "lr": lr, "seed": seed} | attempt(self.config, arm, lr, seed, judged=judged))
-            self.directory.append_metrics(made)
-            self.made[arm, lr, seed] = made
-        found = self.made[arm, lr, seed]
-        return None if found["diverged"] else found
+    def get(self, arm: str, lr: float, seed: int, *, judged: bool = True) -> ComparedTraining:
+        """A training; `judged` ones have a curve of several points, and an estimate of log Z in the weighted arm."""
+        if (arm, lr, seed) not in self.finished:
+            settings = replace(at_equal_cost(self.weighted, arm), lr=lr, seed=seed)
+            training = attempt(self.data, settings, self.judge_steps if judged else None)
+            self.directory.append_metrics(to_json(training))
+            self.finished[arm, lr, seed] = training
+        return self.finished[arm, lr, seed]
 
 
-def attempt(config: Config, arm: str, lr: float, seed: int, *, judged: bool = True) -> dict[str, Any]:
-    """One training: what `Trainings.find` returns, with its `updates`, and why it `diverged`, if it did."""
-    data = load(config.data, Noise(seed))
-    settings = replace(at_equal_cost(config.settings(data), arm), lr=lr, seed=seed)
+def attempt(name: str, settings: Settings, judge_steps: int | None) -> ComparedTraining:
+    """One training on the law `name`; one that diverges is a result as well.
+
+    Args:
+        name: of the law.
+        settings: what to do.
+        judge_steps: of the annealing for log Z of a weighted training; None where only the KL at the end is needed.
+    """
+    data, arm = load(name, Noise(settings.seed)), settings.arm
     try:
-        run = train(settings, data, make_loop(settings, data), None, 8 if judged else 1)
+        run = train(settings, data, make_loop(settings, data), None, 1 if judge_steps is None else 8)
         if run.fit.stopped:
             raise KeyboardInterrupt("interrupted; the same command with the same --out goes on")
-        last = run.curve[-1]
-        if judged and arm == "weighted":
-            assert config.judge_steps is not None
-            noise = Noise(seed).stream(JUDGE)
-            last["log_z_estimate"], last["log_z_estimate_se"] = log_z_by_annealing(run.model, noise, config.judge_steps)
-        return as_json(
-            {"updates": run.fit.updates, "seconds": run.fit.seconds, "curve": run.curve, "diverged": None}
-        )  # which holds no infinity
+        curve = list(run.curve)
+        if judge_steps is not None and arm == "weighted":
+            log_z, log_z_se = log_z_by_annealing(run.model, Noise(settings.seed).stream(JUDGE), judge_steps)
+            curve[-1] = replace(curve[-1], log_z_estimate=log_z, log_z_estimate_se=log_z_se)
+        training = ComparedTraining(
+            arm, settings.lr, settings.seed, run.fit.updates, None, seconds=run.fit.seconds, curve=curve
+        )
+        as_json(to_json(training))  # which refuses NaN and infinity
+        return training
     except (DivergenceError, NonFiniteError) as error:
-        print(f"{arm}, lr {lr:g}, seed {seed}: {error}", flush=True)
-        return {"updates": settings.updates, "diverged": str(error)}
+        print(f"{arm}, lr {settings.lr:g}, seed {settings.seed}: {error}", flush=True)
+        return ComparedTraining(arm, settings.lr, settings.seed, settings.updates, str(error))
 
 
-def final_kl(run: dict[str, Any] | None) -> float:
-    """The exact KL at the end; infinite for a run that diverged."""
-    return math.inf if run is None else run["curve"][-1]["kl"]
+def final_kl(training: ComparedTraining) -> float:
+    """The exact KL at the end; infinite for a training that diverged."""
+    return math.inf if training.curve is None else training.curve[-1].kl
 
 
-def _summarise(runs: list[dict[str, Any] | None]) -> dict[str, Any]:
+def summarise(lr: float, trainings: list[ComparedTraining]) -> ArmSummary:
     """Means over the seeds that came through."""
-    through = [run for run in runs if run is not None]
-    found: dict[str, Any] = {"diverged": len(runs) - len(through), "kl": None}
+    through = [training for training in trainings if training.curve]
+    diverged = len(trainings) - len(through)
     if not through:
-        return found
-    last = [run["curve"][-1] for run in through]
-    found |= {"kl": mean(p["kl"] for p in last), "kl_std": stdev(p["kl"] for p in last) if len(last) > 1 else None}
-    found |= {"kls": [p["kl"] for p in last], "nll": mean(p["nll"] for p in last)}
-    found["seconds"] = mean(run["seconds"] for run in through)
-    found["gradient_evaluations"] = last[0]["gradient_evaluations"]
-    if "mode_error" in last[0]:
-        found["mode_error"] = mean(p["mode_error"] for p in last)
-    if "log_z_estimate" in last[0]:
-        found["log_z_z_scores"] = [(p["log_z_estimate"] - p["log_z"]) / p["log_z_estimate_se"] for p in last]
-        found["log_z_errors"] = [p["log_z_estimate"] - p["log_z"] for p in last]
-    return found
+        return ArmSummary(lr, diverged, None, None)
+    last = [training.curve[-1] for training in through if training.curve]
+    kls = [p.kl for p in last]
+    mode_errors = [p.mode_error for p in last if p.mode_error is not None]
+    estimates = [
+        (p.log_z_estimate - p.log_z, p.log_z_estimate_se)
+        for p in last
+        if p.log_z_estimate is not None and p.log_z_estimate_se is not None
+    ]
+    return ArmSummary(
+        lr,
+        diverged,
+        mean(kls),
+        stdev(kls) if len(kls) > 1 else None,
+        kls=kls,
+        nll=mean(p.nll for p in last),
+        seconds=mean(training.seconds or 0.0 for training in through),
+        gradient_evaluations=last[0].gradient_evaluations,
+        mode_error=mean(mode_errors) if mode_errors else None,
+        log_z_z_scores=[error / se for error, se in estimates] or None,
+        log_z_errors=[error for error, _ in estimates] or None,
+    )
 
 
-def paired(ours: dict[int, list[dict[str, Any]]], theirs: dict[int, list[dict[str, Any]]]) -> dict[str, float] | None:
-    """Mean over seeds of log(our KL/their KL) and its standard error; None where a seed is missing."""
+def paired(ours: dict[int, list[CurvePoint]], theirs: dict[int, list[CurvePoint]]) -> Paired | None:
+    """Weighted against another arm, by the ends of their curves by seed; None where a seed is missing."""
     if ours.keys() != theirs.keys() or len(ours) < 2:
         return None
-    ratios = [math.log(curve[-1]["kl"] / theirs[seed][-1]["kl"]) for seed, curve in ours.items()]
-    return {"log_ratio": mean(ratios), "se": stdev(ratios) / math.sqrt(len(ratios))}
+    ratios = [math.log(curve[-1].kl / theirs[seed][-1].kl) for seed, curve in ours.items()]
+    return Paired(mean(ratios), stdev(ratios) / math.sqrt(len(ratios)))
 
 
 def _plus_minus(spread: float | None) -> str:
     return "" if spread is None else f" ± {spread:.2g}"
 
 
-def show(summary: dict[str, Any], directory: RunDirectory) -> None:
-    """Print the arms as a table."""
+def show(comparison: Comparison, folder: Path) -> None:
+    """Print the arms as a table, and the folder of the comparison."""
+    require("rich")
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         box=SIMPLE_HEAD,
-        title=f"Exact KL(data‖model) on {summary['data']}, nats, at equal cost",
+        title=f"Exact KL(data‖model) on {comparison.data}, nats, at equal cost",
         caption="± deviation over seeds. modes: total variation of their masses. log ratio: of weighted's KL to the "
         "arm's, paired over seeds, ± s.e.",
     )
     for column in ("arm", "lr", "KL", "modes", "log ratio", "failed", "s"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
-    for name, arm in summary["arms"].items():
-        ratio = summary["paired"].get(name)
+    for name, arm in comparison.arms.items():
+        ratio = comparison.paired.get(name)
         table.add_row(
             name,
-            f"{arm['lr']:g}",
-            "–" if arm["kl"] is None else f"{arm['kl']:.3g}" + _plus_minus(arm.get("kl_std")),
-            f"{arm['mode_error']:.3f}" if "mode_error" in arm else "",
-            f"{ratio['log_ratio']:.2f}" + _plus_minus(ratio["se"]) if ratio else "",
-            f"{arm['diverged']}" if arm["diverged"] else "",
-            f"{arm['seconds']:.0f}" if "seconds" in arm else "",
+            f"{arm.lr:g}",
+            "–" if arm.kl is None else f"{arm.kl:.3g}" + _plus_minus(arm.kl_std),
+            "" if arm.mode_error is None else f"{arm.mode_error:.3f}",
+            f"{ratio.log_ratio:.2f}" + _plus_minus(ratio.se) if ratio else "",
+            f"{arm.diverged}" if arm.diverged else "",
+            "" if arm.seconds is None else f"{arm.seconds:.0f}",
         )
     Console().print(table)
-    scores = summary["arms"]["weighted"].get("log_z_z_scores", [])
+    scores = comparison.arms["weighted"].log_z_z_scores or []
     print("z-scores of log Z: " + ", ".join(f"{z:+.2f}" for z in scores))
-    for line in summary["advice"]:
+    for line in comparison.advice:
         print(f"advice    {line}")
-    print(f"run       {directory.path}")
+    print(f"run       {folder}")

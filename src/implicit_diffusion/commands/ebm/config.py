@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from implicit_diffusion.commands.ebm.arms import Settings
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.shared.planar import LAWS
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, option, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.energy_model import Architecture, Moves
+from implicit_diffusion.potentials.plane import LAWS
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "vectors": {
-        "potential": "mlp",
-        "steps": 1000,
-        "particles": 1000,
-        "step_size": 0.06,
-        "leapfrogs": 4,
-        "refresh": 250,
-        "lr": 3e-3,
-        "weight_decay": 0.0,
-        "width": 64,
-        "judge_steps": 200,
-    },
-    "images": {
-        "potential": "conv",
-        "steps": 1200,
-        "particles": 256,
-        "step_size": 0.2,
-        "leapfrogs": 4,
-        "refresh": 100,
-        "lr": 1e-3,
-        "weight_decay": 0.01,
-        "width": 16,
-        "judge_steps": 1500,  # their weights are heavier: few steps find log Z too low
-    },
-}
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options whose defaults depend on the data."""
+
+    potential: Literal["mlp", "conv"]
+    steps: int
+    particles: int
+    step_size: float
+    leapfrogs: int
+    refresh: int
+    lr: float
+    weight_decay: float
+    width: int
+    judge_steps: int
+    seeds: int = 5
+
+
+VECTORS = Defaults(
+    potential="mlp",
+    steps=1000,
+    particles=1000,
+    step_size=0.06,
+    leapfrogs=4,
+    refresh=250,
+    lr=3e-3,
+    weight_decay=0.0,
+    width=64,
+    judge_steps=200,
+)
+IMAGES = Defaults(
+    potential="conv",
+    steps=1200,
+    particles=256,
+    step_size=0.2,
+    leapfrogs=4,
+    refresh=100,
+    lr=1e-3,
+    weight_decay=0.01,
+    width=16,
+    judge_steps=1500,  # their weights are heavier: few steps give a log Z that is too low
+)
 
 
 @dataclass(frozen=True)
@@ -110,35 +126,36 @@ class Config:
                 raise InvalidInputError(f"{option(name, getattr(self, name))} has no effect: {why}; leave it out")
         if self.sampler == "underdamped" and (self.weighted or self.compare):
             other = "" if self.compare else ", or add --no-weighted"
-            raise InvalidInputError(f"--sampler underdamped knows no weights; take ula, mala or hmc{other}")
+            raise InvalidInputError(f"--sampler underdamped knows no weights; use ula, mala or hmc{other}")
 
     def resolved(self, data: Data) -> Config:
         """With the defaults for these data in place of None, where the option has an effect."""
-        idle = self._idle()
-        return replace(self, **{name: value for name, value in self._values(data).items() if name not in idle})
+        idle, values = self._idle(), asdict(self._values(data))
+        return replace(self, **{name: value for name, value in values.items() if name not in idle})
 
     def settings(self, data: Data) -> Settings:
         """What to train on these data."""
         values = self._values(data)
         return Settings(
-            Architecture(values["potential"], data.event_shape, values["width"]),
-            Moves(self.sampler, values["step_size"], values["leapfrogs"]),
-            "weighted" if self.weighted else "hmc",
-            values["particles"],
-            values["steps"],
-            values["lr"],
-            self.seed,
-            weight_decay=values["weight_decay"],
-            refresh=values["refresh"] if self.weighted else 0,
+            architecture=Architecture(values.potential, data.event_shape, values.width),
+            moves=Moves(self.sampler, values.step_size, values.leapfrogs),
+            arm="weighted" if self.weighted else "hmc",
+            particles=values.particles,
+            updates=values.steps,
+            lr=values.lr,
+            seed=self.seed,
+            weight_decay=values.weight_decay,
+            refresh=values.refresh if self.weighted else 0,
             adapt=self.adapt_step,
         )
 
-    def _values(self, data: Data) -> dict[str, Any]:
+    def _values(self, data: Data) -> Defaults:
         """All options that have defaults, with these in place of None."""
-        defaults = DEFAULTS["images" if len(data.event_shape) == 3 else "vectors"] | {"seeds": 5}
+        defaults = IMAGES if len(data.event_shape) == 3 else VECTORS
         if self.sampler in ("ula", "mala"):
-            defaults |= {"step_size": defaults["step_size"] ** 2}
-        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()}
+            defaults = replace(defaults, step_size=defaults.step_size**2)
+        given = {field.name: getattr(self, field.name) for field in fields(Defaults)}
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     def _idle(self) -> dict[str, str]:
         """Options without an effect beside the others, and why."""
@@ -158,13 +175,16 @@ class Config:
             "adapt_step": "--compare holds the step size fixed",
             "refresh": "--compare never draws particles anew",
             "weighted": "--compare runs arms with weights and without",
-            "long_chains": "--compare takes laws of the plane",
+            "long_chains": "--compare is for laws of the plane",
         }
 
 
 def markdown() -> str:
-    """`DEFAULTS` as the table of the documentation."""
+    """The defaults as the table of the documentation."""
     lines = ["| option | vectors | images |", "|---|---|---|"]
-    for name, value in DEFAULTS["vectors"].items():
-        lines.append(f"| `{option(name)}` | {value} | {DEFAULTS['images'][name]} |")
+    lines += [
+        f"| `{option(name)}` | {value} | {getattr(IMAGES, name)} |"
+        for name, value in asdict(VECTORS).items()
+        if name != "seeds"
+    ]
     return "\n".join(lines)

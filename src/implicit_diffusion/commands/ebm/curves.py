@@ -1,4 +1,4 @@
-"""How the training of an energy-based model went: what its particles, its weights and its sampler said."""
+"""How the training of an energy-based model went: numbers of its particles, weights and sampler against updates."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.finetune.report.training import smooth
-from implicit_diffusion.commands.shared.drawing import sheet
+from implicit_diffusion.commands.ebm.summary import Summary
+from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet, smooth
 from implicit_diffusion.loops.diagnostics import ACCEPTED, EFFECTIVE, LAG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINE, LIGHT, EXACT, END = "#2a9d5c", "#b5dcc4", "0.2", "#c1666b"
+LINE, LIGHT, EXACT, END = WEIGHTED, "#b5dcc4", "0.2", "#c1666b"
 
 
-def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data, particles: int) -> Figure | None:
-    """Curves of metrics.jsonl, three or four beside each other; None where there are none.
+def draw_curves(lines: list[dict[str, Any]], summary: Summary, data: Data, particles: int) -> Figure | None:
+    """Curves of metrics.jsonl, three or four in a row; None where there are none.
 
     Args:
         lines: of metrics.jsonl.
@@ -32,9 +32,9 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data
     def nll(axes: Any) -> None:
         _noisy(axes, lines, "nll", shift=volume, label="training")
         _points(axes, lines, "exact_nll", "exact")
-        _level(axes, summary, "nll_gaussian", "a Gaussian, held out", "0.5")
-        _level(axes, summary, "nll_law", "the law of the data", EXACT)
-        _end(axes, lines, summary, "nll_held_out", "held out")
+        _level(axes, summary.nll_gaussian, summary.nll_gaussian_se, "a Gaussian, held out", "0.5")
+        _level(axes, summary.nll_law, summary.nll_law_se, "the law of the data", EXACT)
+        _end(axes, lines, summary.nll_held_out, summary.nll_held_out_se, "held out")
 
     def kl(axes: Any) -> None:
         _points(axes, lines, "exact_kl", "exact")
@@ -43,7 +43,7 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data
     def log_z(axes: Any) -> None:
         _noisy(axes, lines, "log_z", label="training's own weights")
         _points(axes, lines, "exact_log_z", "exact")
-        _end(axes, lines, summary, "log_z_estimate", "annealing")
+        _end(axes, lines, summary.log_z_estimate, summary.log_z_estimate_se, "annealing")
 
     def gap(axes: Any) -> None:
         x, y, error = _columns(lines, "updates", "energy_gap", "energy_gap_se")
@@ -51,7 +51,7 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data
         axes.fill_between(x, y - 2 * error, y + 2 * error, color=LIGHT, lw=0)
         axes.plot(x, y, color=LINE, lw=1.3)
 
-    def plain(name: str, *limits: float, scale: float = 1.0) -> Callable[[Any], None]:
+    def series(name: str, *limits: float, scale: float = 1.0) -> Callable[[Any], None]:
         def drawing(axes: Any) -> None:
             _noisy(axes, lines, name, scale=scale)
             for limit in limits:
@@ -64,11 +64,11 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any], data: Data
         "exact_kl": ("exact KL(data‖model) (nats)", kl),
         "log_z": ("log Z", log_z),
         "energy_gap": ("mean energy, data − particles (nats)", gap),
-        "ess": ("effective particles, share of all", plain("ess", EFFECTIVE, scale=1 / particles)),
-        "lag": ("lag (deviations)", plain("lag", LAG)),
-        "acceptance": ("proposals accepted", plain("acceptance", *ACCEPTED)),
-        "step_size": ("step size", plain("step_size")),
-        "grad_norm": ("norm of the gradient Γ", plain("grad_norm")),
+        "ess": ("effective particles, share of all", series("ess", EFFECTIVE, scale=1 / particles)),
+        "lag": ("lag (deviations)", series("lag", LAG)),
+        "acceptance": ("proposals accepted", series("acceptance", *ACCEPTED)),
+        "step_size": ("step size", series("step_size")),
+        "grad_norm": ("norm of the gradient Γ", series("grad_norm")),
     }
     panels = {name: panel for name, panel in panels.items() if len(_columns(lines, "updates", name)[0]) > 1}
     if not panels:
@@ -117,15 +117,14 @@ def _points(axes: Any, lines: list[dict[str, Any]], name: str, label: str) -> No
         axes.plot(x, y, color=EXACT, marker=".", lw=1, label=label)
 
 
-def _level(axes: Any, summary: dict[str, Any], name: str, label: str, colour: str) -> None:
-    if name in summary:
-        value, error = summary[name], summary[f"{name}_se"]
+def _level(axes: Any, value: float | None, error: float | None, label: str, colour: str) -> None:
+    """A number that does not change, with two standard errors; nothing where there is none."""
+    if value is not None and error is not None:
         axes.axhline(value, color=colour, lw=1.1, ls=(0, (5, 3)), label=label)
         axes.axhspan(value - 2 * error, value + 2 * error, color=colour, alpha=0.12, lw=0)
 
 
-def _end(axes: Any, lines: list[dict[str, Any]], summary: dict[str, Any], name: str, label: str) -> None:
-    """A number that is known when training has ended."""
-    if name in summary:
-        style = {"fmt": "o", "ms": 4.5, "color": END, "zorder": 4}
-        axes.errorbar(lines[-1]["updates"], summary[name], 2 * summary[f"{name}_se"], label=label, **style)
+def _end(axes: Any, lines: list[dict[str, Any]], value: float, error: float, label: str) -> None:
+    """A number that is known when training has ended, with two standard errors."""
+    style = {"fmt": "o", "ms": 4.5, "color": END, "zorder": 4}
+    axes.errorbar(lines[-1]["updates"], value, 2 * error, label=label, **style)

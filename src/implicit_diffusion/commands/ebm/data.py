@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit_diffusion.commands.shared.array_files import read_table
-from implicit_diffusion.commands.shared.planar import LAWS, Law, law
+from implicit_diffusion.commands.shared.data_arrays import to_tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.lattice import LEVELS, Lattice, find_lattice
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.potentials.plane import LAWS, Law, law
 from implicit_diffusion.showing import Shown
 
 TRAIN, HELD_OUT, FILLED = 0, 1, 6  # streams of noise beside those of training
 SIZES = 20_000, 10_000  # of laws
 SHARE = 0.2  # of an array that is held out
 GREY_LEVELS = 17  # of the handwritten digits
-SHOWN = 10  # rows that are named
+MOST_NAMED = 10  # columns in a message
 COPIES = 20  # of dequantised data, with noise of their own: a network could learn a single draw by heart
-MOST_COPIED = 2**23  # numbers, that copies may add up to
+MOST_COPIED = 2**23  # numbers in all copies, at most
 GREY = Lattice(torch.ones(()), torch.zeros(()))  # of the digits
 
 
@@ -35,12 +35,12 @@ class Data(Shown):
         train, held_out: with shape (m, *event).
         shift, scale: mean and deviation of every coordinate of the training data, with the shape of an event; pixels
             that (nearly) never change get a hundredth of the largest deviation.
-        law: where the data come from, if that is known.
-        digits: whether they are the handwritten digits, which have a judge.
+        law: that the data come from; None where it is not known.
+        digits: whether they are the handwritten digits, which a classifier can judge.
         columns: what the coordinates are called, where the file says so.
         lattice: that the data lay on before they were dequantised, or lie on because they were not.
         dequantised: whether they were.
-        copies: of every training datum, one after the other, each with noise of its own.
+        copies: of the training data, one after the other, each with noise of its own.
     """
 
     train: Float[Tensor, "m *event"]
@@ -61,7 +61,7 @@ class Data(Shown):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the coordinates are called; x₁, x₂, … where nobody said."""
+        """What the coordinates are called; x₁, x₂, … where the file has no names."""
         return self.columns or tuple(f"$x_{{{i + 1}}}$" for i in range(math.prod(self.event_shape)))
 
     @property
@@ -71,7 +71,7 @@ class Data(Shown):
 
     @property
     def log_cell(self) -> float:
-        """Of dequantised data what to add to a log-density for the bound of a log-probability; zero of others."""
+        """What turns a log-density of dequantised data into a lower bound of a log-probability; zero for other data."""
         return self.lattice.log_volume(self.event_shape) if self.dequantised and self.lattice is not None else 0.0
 
     def standardised(self) -> tuple[Float[Tensor, "m *event"], Float[Tensor, "l *event"]]:
@@ -86,10 +86,10 @@ def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
     Args:
         name: see above.
         noise: of draws, of the split, and of dequantisation.
-        dequantise: add uniform noise as wide as the spacing of the values; digits have it in any case.
+        dequantise: add uniform noise as wide as the spacing of the values; to digits it is added in any case.
 
     Raises:
-        InvalidInputError: an unknown name; a file that is no array of finite numbers with shape (m, d) or
+        InvalidInputError: an unknown name; a file without an array of finite numbers with shape (m, d) or
             (m, channels, height, width), m ≥ 10, without a constant column; nothing to dequantise.
         MemoryLimitError: an array that does not fit into the memory that is free.
     """
@@ -99,7 +99,7 @@ def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
         return Data(train, held_out, *moments(train), target)
     columns, copies = None, 1
     if name == "digits":
-        from implicit_diffusion.digits.digits import load_digits
+        from implicit_diffusion.digits import load_digits
 
         digits = load_digits()
         train, held_out = (((x + 1) * 8).round() for x in (digits.train, digits.held_out))
@@ -127,7 +127,7 @@ def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
 
 
 def discrete(data: Data) -> str | None:
-    """What a density of these data is worth that lie on a lattice and were not dequantised, and what to do."""
+    """A warning about data that lie on a lattice and are not dequantised; None for other data."""
     if data.lattice is None or data.dequantised:
         return None
     spacing = data.lattice.spacing
@@ -135,17 +135,19 @@ def discrete(data: Data) -> str | None:
         where = f"all pixels are multiples of {spacing.item():.4g}"
     else:
         of = [i for i, s in enumerate(spacing.tolist()) if s]
-        shown = ", ".join(plain(data.names[i]) for i in of[:SHOWN])
+        names = ", ".join(column_name(data.names[i]) for i in of[:MOST_NAMED])
         steps = sorted({f"{spacing[i]:.4g}" for i in of}, key=float)
-        where = f"columns {shown}{', …' if len(of) > SHOWN else ''} hold multiples of {', '.join(steps[:SHOWN])}"
+        where = (
+            f"columns {names}{', …' if len(of) > MOST_NAMED else ''} hold multiples of {', '.join(steps[:MOST_NAMED])}"
+        )
     return (
         f"{where}: a density may pile up on such values without limit, so its likelihood means little. --dequantise "
         "fills the gaps with noise, and bounds the probability of the values"
     )
 
 
-def plain(name: str) -> str:
-    """A column's name without the formula of `Data.names`: x1, where nobody said."""
+def column_name(name: str) -> str:
+    """A column's name without the formula of `Data.names`: x1, where the file has no names."""
     return name.replace("$x_{", "x").replace("}$", "") if name.startswith("$x_{") else name
 
 
@@ -155,52 +157,28 @@ def moments(x: Float[Tensor, "m *event"]) -> tuple[Float[Tensor, "*event"], Floa
     return exact.mean(0).to(x.dtype), exact.std(0).to(x.dtype)
 
 
-def read_array(name: str) -> Float[Tensor, "m *event"]:
-    """An array of data from a file, in double precision where single would round it; errors as in `load`."""
-    return to_tensor(name, read_table(name).array)
-
-
-def to_tensor(name: str, array: np.ndarray) -> Float[Tensor, "m *event"]:
-    """An array of data, in double precision where single would round it; errors as in `load`."""
-    if array.ndim not in (2, 4):
-        raise InvalidInputError(
-            f"--data {name} must have shape (m, d) or (m, channels, height, width), got {array.shape}"
-        )
-    if array.ndim == 4 and array.shape[3] in (1, 3) and array.shape[1] not in (1, 3):
-        raise InvalidInputError(
-            f"--data {name} has shape {array.shape}, which looks like (m, height, width, channels); channels come "
-            "second: save array.transpose(0, 3, 1, 2)"
-        )
-    if array.size == 0:
-        raise InvalidInputError(f"--data {name} holds no data, got shape {array.shape}")
-    single = np.can_cast(array.dtype, np.float32)
-    x = torch.from_numpy(array.astype(np.float32 if single else np.float64, order="C"))
-    if array.dtype.kind in "iu" and not single and (x.abs() > 2**53).any():
-        raise InvalidInputError(
-            f"--data {name} holds integers beyond 2^53, which are rounded; subtract an offset first"
-        )
-    bad = (~(x.flatten(1).abs() <= torch.finfo(torch.float32).max).all(1)).nonzero().flatten().tolist()  # NaN, too
-    if bad:
-        rows = ", ".join(map(str, bad[:SHOWN])) + (", …" if len(bad) > SHOWN else "")
-        raise InvalidInputError(
-            f"--data {name}: {len(bad)} of {len(x)} rows hold NaN or infinity; remove or impute them (rows {rows})"
-        )
-    return x
-
-
 def split(x: Float[Tensor, "m *event"], noise: Noise, columns: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """A fifth held out, at random. Errors as in `load`, with the names of columns where there are some."""
+    """Training and held-out data; a fifth is held out, at random.
+
+    Args:
+        x: all data.
+        noise: of the choice.
+        columns: names for the messages, where there are some.
+
+    Raises:
+        InvalidInputError: fewer than ten data, a constant column, or images of a single value.
+    """
     if len(x) < 10:
         raise InvalidInputError(f"--data needs at least 10 rows, of which a fifth is held out, got {len(x)}")
     order = torch.randperm(len(x), generator=noise.generator(TRAIN))
-    held = round(SHARE * len(x))
-    train, held_out = x[order[held:]], x[order[:held]]
+    count = round(SHARE * len(x))
+    train, held_out = x[order[count:]], x[order[:count]]
     if x.ndim == 2:
         constant = _constant(train).nonzero().flatten().tolist()
         if constant:
             which = ", ".join(columns[i] for i in constant) if columns else constant
             raise InvalidInputError(
-                f"--data: columns {which} are constant, and a density of them is none; leave these columns out"
+                f"--data: columns {which} are constant, and so have no density; leave these columns out"
             )
     elif _constant(train.flatten()):
         raise InvalidInputError("--data: all pixels are the same")

@@ -20,27 +20,19 @@ from implicit_diffusion.commands.ebm.samples import (
     short,
     sides,
 )
-from implicit_diffusion.commands.finetune.result import Picture
-from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
-from implicit_diffusion.commands.shared.planar import Quadrature
+from implicit_diffusion.commands.ebm.summary import Summary
+from implicit_diffusion.commands.shared.drawing import WEIGHTED, finish, sheet, tile
+from implicit_diffusion.commands.shared.page import Picture
+from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.runs import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"weighted": "#2a9d5c", "hmc": "#7fb069", "implicit": "#1f6f8b", "cd": "#c1666b", "pcd": "#e8a33d"}
-NAMES = {
-    "weighted": "weighted",
-    "hmc": "the same, without weights",
-    "implicit": "implicit (one Langevin step)",
-    "cd": "CD-5",
-    "pcd": "PCD-5",
-}
 
-
-def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: RunDirectory) -> list[Picture]:
-    """Draw what there is into figures/.
+def draw(model: EnergyModel, data: Data, summary: Summary, directory: RunDirectory) -> list[Picture]:
+    """Draw into figures/ what the data and the model allow.
 
     Returns:
         The pictures in the order of the report: the density on the plane; images beside images; marginals and pairs of
@@ -48,10 +40,10 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
     """
     pictures: list[Picture] = []
 
-    def keep(name: str, figure: Figure | None, title: str, caption: str, plain: Any = ()) -> None:
+    def keep(name: str, figure: Figure | None, title: str, caption: str, gridded: Any = ()) -> None:
         path = directory.figure(name)
         if figure is not None:
-            finish(figure, path, plain)
+            finish(figure, path, gridded)
         pictures.append(Picture(name, path, title, caption))
 
     images, d = len(data.event_shape) == 3, math.prod(data.event_shape)
@@ -75,7 +67,7 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
     if d > PAIRED:
         components = draw_pairs(principal(shown, data.scale.double().expand(data.event_shape).flatten()))
         keep("components", components, "Principal components in pairs", f"{axes} {COMPONENTS} {PAIRS}")
-    if "chain_steps" in summary and directory.figure("chains").exists():
+    if summary.chain_steps is not None and directory.figure("chains").exists():
         keep("chains", None, "Long chains", CHAINS)
     if model.log_z is not None:
         draws = model.particles * model.scale + model.shift
@@ -87,7 +79,7 @@ def draw(model: EnergyModel, data: Data, summary: dict[str, Any], directory: Run
     return pictures
 
 
-IMAGES = "Left images that training did not see, right the particles: draws of the model. They should look alike."
+IMAGES = "Left images that training did not see, right the particles: draws of the model. The two should look the same."
 PLANE = (
     "The model's density, and its energy −log p above the minimum; where the law of the data is known, its density has "
     "the same colours. On the right grey are held-out data, green the particles."
@@ -98,18 +90,18 @@ PAIRS = (
 )
 LINE = "The line is the model's density."
 MARGINALS = (
-    "Columns are ordered by how far their Wasserstein-1 distance exceeds what two samples of one law have by chance."
+    "Columns are ordered by how far their Wasserstein-1 distance exceeds that of two samples of one law by chance."
 )
 COMPONENTS = "The directions in which the data, in deviations, vary most."
 CHAINS = "The same particles, moved on by the sampler long after training: they should go on looking like data."
 SCORES = (
-    "Dashed are the means, with two standard errors. Training right of held out says that data were learned by "
-    "heart; the model right of held out that it is narrower than the data, and left of it that it has mass where no "
-    "data are."
+    "Dashed are the means, with two standard errors. Training right of held out means that data were learned by "
+    "heart; the model right of held out, that it is narrower than the data; left of it, that it has mass where there "
+    "are no data."
 )
 CURVES = (
-    "Training's own numbers come from its particles. A band or bar is two standard errors; dotted lines are where "
-    "advice begins. What is known exactly, or by annealing after the training, is marked."
+    "Training's own numbers come from its particles. A band or bar is two standard errors; dotted lines are the limits "
+    "beyond which there is advice. What is known exactly, or by annealing after the training, is marked."
 )
 
 
@@ -119,7 +111,7 @@ def _draw_plane(model: EnergyModel, data: Data) -> Figure:
     log_q = quadrature.log_density(model.potential)[0] - model.scale.double().log().sum()
     x_low, y_low = (model.shift - half * model.scale).tolist()
     x_high, y_high = (model.shift + half * model.scale).tolist()
-    side, extent = len(quadrature.axis), (x_low, x_high, y_low, y_high)
+    side, extent = len(quadrature.grid.axis), (x_low, x_high, y_low, y_high)
     aspect = "equal" if model.scale.amax() < 3 * model.scale.amin() else "auto"  # units differ
 
     def image(values: torch.Tensor) -> Any:
@@ -131,7 +123,7 @@ def _draw_plane(model: EnergyModel, data: Data) -> Figure:
     shown = {"origin": "lower", "extent": extent, "cmap": "magma", "aspect": aspect}
     density = log_q.exp()
     if data.law is not None:
-        density_of_data = data.law.log_density(quadrature.grid * model.scale + model.shift).exp()
+        density_of_data = data.law.log_density(quadrature.grid.points * model.scale + model.shift).exp()
         top = density_of_data.max().item()
         axes[0].imshow(image(density_of_data), vmin=0, vmax=top, **shown)
         axes[0].set_title("data's density")
@@ -143,9 +135,9 @@ def _draw_plane(model: EnergyModel, data: Data) -> Figure:
     contours = axes[-2].imshow(image(energy.clamp(max=12)), **shown | {"cmap": "viridis_r"})
     axes[-2].set_title("energy above its minimum")
     figure.colorbar(contours, ax=axes[-2], shrink=0.75, label="nats")
-    held, particles = data.held_out[:1000], (model.particles * model.scale + model.shift)[:1000]
-    axes[-1].scatter(*held.T, s=3, color="0.7", lw=0, label="held-out data")
-    axes[-1].scatter(*particles.T, s=3, color=COLOURS["weighted"], lw=0, label="particles")
+    held_out, particles = data.held_out[:1000], (model.particles * model.scale + model.shift)[:1000]
+    axes[-1].scatter(*held_out.T, s=3, color="0.7", lw=0, label="held-out data")
+    axes[-1].scatter(*particles.T, s=3, color=WEIGHTED, lw=0, label="particles")
     axes[-1].set_title("particles")
     axes[-1].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
     for axis in axes:
@@ -163,45 +155,3 @@ def _draw_images(model: EnergyModel, data: Data) -> Figure:
         tile(axis, images[:64], low, high)
         axis.set_title(title)
     return figure
-
-
-def draw_comparison(name: str, curves: dict[str, list[list[dict[str, Any]]]], directory: RunDirectory) -> None:
-    """figures/comparison.png: exact KL against pulls and seconds, and log Z against exact, with bands over seeds."""
-    figure = sheet(12.5, 3.6)
-    axes = figure.subplots(1, 3)
-    for arm, runs in curves.items():
-        whole = [run for run in runs if len(run) == max(map(len, runs))]
-        if not whole:
-            continue
-        kl = torch.tensor([[p["kl"] for p in run] for run in whole])
-        for axis, key in zip(axes, ("gradient_evaluations", "seconds")):
-            x = torch.tensor([[float(p[key]) for p in run] for run in whole]).mean(0)
-            axis.plot(x, kl.log().mean(0).exp(), color=COLOURS[arm], marker=".", label=NAMES[arm])
-            axis.fill_between(x, kl.amin(0), kl.amax(0), color=COLOURS[arm], alpha=0.15, lw=0)
-    for axis, label in zip(axes, ("pulls through V at all particles", "seconds")):
-        axis.set(xlabel=label, ylabel="exact KL(data‖model), nats", yscale="log")
-    axes[0].set_title(f"{name}: geometric means and ranges over seeds", fontsize=10)
-    if any(curves.values()):
-        axes[0].legend(frameon=False, fontsize=8)
-    whole = [run for run in curves.get("weighted", []) if run]
-    if whole:
-        difference = torch.tensor([[p["log_z_particles"] - p["log_z"] for p in run] for run in whole])
-        updates = [p["updates"] for p in whole[0]]
-        axes[2].axhline(0, color="0.5", lw=1)
-        axes[2].plot(updates, difference.mean(0), color=COLOURS["weighted"], label="training's own weights")
-        axes[2].fill_between(
-            updates, difference.amin(0), difference.amax(0), color=COLOURS["weighted"], alpha=0.15, lw=0
-        )
-        ends = [(p["log_z_estimate"] - p["log_z"], 2 * p["log_z_estimate_se"]) for p in (run[-1] for run in whole)]
-        places = updates[-1] * (1.02 + 0.015 * torch.arange(len(ends)))
-        axes[2].errorbar(
-            places,
-            [d for d, _ in ends],
-            yerr=[e for _, e in ends],
-            fmt=".",
-            color=COLOURS["cd"],
-            label="annealing, ± 2 s.e.",
-        )
-        axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
-        axes[2].legend(frameon=False, fontsize=8)
-    finish(figure, directory.figure("comparison"), axes)

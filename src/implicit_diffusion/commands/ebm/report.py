@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.commands.ebm.config import Config
-from implicit_diffusion.commands.ebm.data import Data, plain
+from implicit_diffusion.commands.ebm.data import Data, column_name
 from implicit_diffusion.commands.ebm.samples import distances, most_different, sides
-from implicit_diffusion.commands.finetune.result import Picture
+from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.shared import ranges
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.commands.shared.formatting import number
-from implicit_diffusion.commands.shared.page import duration, figure, table, tile, write_page
+from implicit_diffusion.commands.shared.page import Picture, duration, figure, table, tile, write_page
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.runs import RunDirectory
 
-AS_IT_SHOULD_BE = "Γ is mostly noise"  # at the end of a training
+EXPECTED = "Γ is mostly noise"  # at the end of a training
 
 
 def write_report(
-    model: EnergyModel, data: Data, summary: dict[str, Any], pictures: Sequence[Picture], directory: RunDirectory
+    model: EnergyModel, data: Data, summary: Summary, pictures: Sequence[Picture], directory: RunDirectory
 ) -> Path:
     """Write report.html.
 
@@ -34,7 +35,7 @@ def write_report(
         model: with its log Z.
         data: that it was trained on.
         summary: the headline numbers.
-        pictures: from `ebm_figures.draw`.
+        pictures: from `figures.draw`.
         directory: of the run, with its config.json.
 
     Returns:
@@ -44,7 +45,7 @@ def write_report(
     title = f"{_name(config['data'])}, an energy-based model"
     body = [
         _headline(data, summary, config, title),
-        _concerns(summary),
+        _warning_cards(summary),
         *map(figure, pictures),
         _numbers(data, summary),
         _columns(model, data),
@@ -54,27 +55,27 @@ def write_report(
     return write_page(directory.path / "report.html", title, body)
 
 
-def _headline(data: Data, s: dict[str, Any], config: dict[str, Any], title: str) -> str:
+def _headline(data: Data, s: Summary, config: dict[str, Any], title: str) -> str:
     bound = "at least, as data are discrete and were dequantised" if data.dequantised else "per datum, in its own units"
     tiles = [
-        tile("Held-out log-likelihood in nats", number(-s["nll_held_out"], s["nll_held_out_se"]), bound),
+        tile("Held-out log-likelihood in nats", number(-s.nll_held_out, s.nll_held_out_se), bound),
         tile(
             "More than a Gaussian",
-            number(s["gain_over_gaussian"], s["gain_over_gaussian_se"], sign=True),
+            number(s.gain_over_gaussian, s.gain_over_gaussian_se, sign=True),
             "nats per held-out datum, a Gaussian of the same mean and covariance",
         ),
     ]
-    if "kl" in s:
-        tiles.append(tile("KL(data‖model)", number(s["kl"]), "nats, exact by quadrature"))
-    if "bits_per_dimension" in s:
-        error = s["nll_held_out_se"] / math.prod(data.event_shape) / math.log(2)
-        tiles.append(tile("Bits per dimension", number(s["bits_per_dimension"], error), "held out, lower is better"))
-    if "log_z" in s:
-        tiles.append(tile("log Z", number(s["log_z"], digits=4), "exact, of the standardised model"))
+    if s.kl is not None:
+        tiles.append(tile("KL(data‖model)", number(s.kl), "nats, exact by quadrature"))
+    if s.bits_per_dimension is not None:
+        error = s.nll_held_out_se / math.prod(data.event_shape) / math.log(2)
+        tiles.append(tile("Bits per dimension", number(s.bits_per_dimension, error), "held out, lower is better"))
+    if s.log_z is not None:
+        tiles.append(tile("log Z", number(s.log_z, digits=4), "exact, of the standardised model"))
     else:
-        tiles.append(tile("log Z", number(s["log_z_estimate"], s["log_z_estimate_se"]), "by annealing, standardised"))
-    cost = f"{s['updates']} updates, {s['gradient_evaluations']:,} pulls through V at all particles"
-    tiles.append(tile("Training time", duration(s["seconds"]), cost))
+        tiles.append(tile("log Z", number(s.log_z_estimate, s.log_z_estimate_se), "by annealing, standardised"))
+    cost = f"{s.updates} updates, {s.gradient_evaluations:,} pulls through V at all particles"
+    tiles.append(tile("Training time", duration(s.seconds), cost))
     shape = " × ".join(map(str, data.event_shape))
     events = f"images of {shape}" if len(data.event_shape) == 3 else f"{shape} column{'s' * (shape != '1')}"
     facts = [
@@ -94,10 +95,10 @@ def _headline(data: Data, s: dict[str, Any], config: dict[str, Any], title: str)
 """
 
 
-def _in_words(data: Data, s: dict[str, Any]) -> str:
-    gain, error = s["gain_over_gaussian"], s["gain_over_gaussian_se"]
+def _in_words(data: Data, s: Summary) -> str:
+    gain, error = s.gain_over_gaussian, s.gain_over_gaussian_se
     warnings = _warnings(s)
-    held_out = f"a held-out datum has a log-likelihood of {number(-s['nll_held_out'], s['nll_held_out_se'])} nats"
+    held_out = f"a held-out datum has a log-likelihood of {number(-s.nll_held_out, s.nll_held_out_se)} nats"
     if data.dequantised:
         held_out += " or more (a bound, since the data are discrete)"
     beside = f"{number(abs(gain), error)} nats"
@@ -113,35 +114,35 @@ def _in_words(data: Data, s: dict[str, Any]) -> str:
         text = f"<b>Something looks wrong: {escape(_short(warnings[0]))}.</b> {text}"
     elif gain > 2 * error:
         text += " Nothing looks wrong."
-    if "kl" in s:
-        text += f" The law of the data is known: KL(data‖model) is {number(s['kl'])} nats, exactly."
+    if s.kl is not None:
+        text += f" The law of the data is known: KL(data‖model) is {number(s.kl)} nats, exactly."
     return text + " Every ± here is one standard error."
 
 
 def _short(sentence: str) -> str:
-    """What is wrong, without what to change, which follows after a full stop or a colon."""
-    return sentence.split(". ")[0].split(": take")[0]
+    """What is wrong, without the advice after a full stop or a colon."""
+    return re.split(r"\. |: (?:take|use) ", sentence)[0]
 
 
-def _warnings(s: dict[str, Any]) -> list[str]:
-    return [line for line in s["advice"] if not line.startswith(AS_IT_SHOULD_BE)]
+def _warnings(s: Summary) -> list[str]:
+    return [line for line in s.advice if not line.startswith(EXPECTED)]
 
 
-def _concerns(s: dict[str, Any]) -> str:
+def _warning_cards(s: Summary) -> str:
     warnings = _warnings(s)
     cards = [f'<div class="concern warning"><p>{escape(line[0].upper() + line[1:])}.</p></div>' for line in warnings]
     if not warnings:
         checked = "log Z at half the annealing, effective particles, acceptance, data learned by heart, discrete values"
         cards.append(f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     cards += [
-        f'<div class="concern info"><p>{escape(line)}. At the end of a training this is how it should be.</p></div>'
-        for line in s["advice"]
+        f'<div class="concern info"><p>{escape(line)}. At the end of a training this is expected.</p></div>'
+        for line in s.advice
         if line not in warnings
     ]
     return f'<section class="concerns">{"".join(cards)}</section>'
 
 
-def _numbers(data: Data, s: dict[str, Any]) -> str:
+def _numbers(data: Data, s: Summary) -> str:
     """The table of figures, each with its error and what it means."""
     per = "lower is better, in nats per datum" + (", an upper bound" if data.dequantised else "")
     rows = [
@@ -153,25 +154,37 @@ def _numbers(data: Data, s: dict[str, Any]) -> str:
         ("the same, of the training", "nll_train", "of data that it saw, lower if it learned them by heart"),
         ("the same, of a Gaussian", "nll_gaussian", "mean and covariance of the training data, on the held-out ones"),
         ("the same, of the law itself", "nll_law", "the best that any model can do"),
-        ("KL(data‖model)", "kl", "exact, by quadrature: what is missing to the best"),
+        ("KL(data‖model)", "kl", "exact, by quadrature: the distance from the best"),
         ("log Z, exact", "log_z", "by quadrature, in standardised coordinates"),
-        ("log Z by annealing", "log_z_estimate", "after the training, from the Gaussian; it errs low if at all"),
+        (
+            "log Z by annealing",
+            "log_z_estimate",
+            "after the training, from the Gaussian; if it is wrong, it is too low",
+        ),
         ("log Z, half the steps", "log_z_half", "if lower by more than the errors, the line above is too low as well"),
-        ("log Z by training's weights", "log_z_particles", "the difference to the above is what the weights got wrong"),
+        (
+            "log Z by training's weights",
+            "log_z_particles",
+            "the difference to annealing is the error that the weights have accumulated",
+        ),
         ("effective particles", "ess", "how many the weighted ones are worth"),
         ("MMD² to held-out data", "mmd2", "of the particles; zero for equal laws"),
         ("error of the modes' masses", "mode_error", "total variation, exact"),
         ("bits per dimension", "bits_per_dimension", "−log-likelihood held out, over dimensions and log 2"),
     ]
-    shown = [[label, number(s[key], s.get(f"{key}_se")), meaning] for label, key, meaning in rows if key in s]
-    for name, baseline in s.get("baselines", {}).items():
-        value = number(baseline["nll"], baseline["nll_se"])
+    shown = [
+        [label, number(getattr(s, key), getattr(s, f"{key}_se", None)), meaning]
+        for label, key, meaning in rows
+        if getattr(s, key) is not None
+    ]
+    for name, baseline in (s.baselines or {}).items():
+        value = number(baseline.nll, baseline.nll_se)
         shown.append(
             [f"−log-likelihood, {name.replace('_', ' ')}", value, "of scikit-learn, on the same held-out data"]
         )
-    for name, value in s.get("auroc", {}).items():
+    for name, share in (s.auroc or {}).items():
         meaning = "chance that a held-out datum has the larger likelihood; one is best"
-        shown.append([f"AUROC against {name}", number(value), meaning])
+        shown.append([f"AUROC against {name}", number(share), meaning])
     return (
         f"<section><h2>Numbers</h2>\n{table(('', 'value', 'what it means'), shown, cls='plain meanings')}</section>\n"
     )
@@ -189,7 +202,7 @@ def _columns(model: EnergyModel, data: Data) -> str:
         x, y = shown.data[:, i], shown.draws[:, i]
         rows.append(
             [
-                plain(data.names[i]),
+                column_name(data.names[i]),
                 *(number(part.mean().item(), part.std().item() / math.sqrt(len(part))) for part in (x, y)),
                 *(number(part.std().item()) for part in (x, y)),
                 f"{apart[i]:.3f}",
@@ -215,7 +228,7 @@ def _use(data: Data, config: dict[str, Any], directory: RunDirectory) -> str:
         likelihood = "log_p = model.log_density(x)  # nats"
         draws = "draws = model.sample(100, Noise(1))"
     code = f"""from implicit_diffusion import Noise
-from implicit_diffusion.commands.ebm.data import read_array
+from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.models.energy_model import load_energy_model
 
 model = load_energy_model({model!r})
@@ -229,7 +242,7 @@ V = model.potential  # the energy, of (x − model.shift)/model.scale"""
     shell = f"""implicit-diffusion score --model {quoted} --data FILE.npy --out scores.npy
 implicit-diffusion sample --model {quoted} --num 1000 --out draws.npy"""
     return f"""<section><h2>Use the model</h2>
-<p>It lies in <code>{escape(model)}</code>. From the command line:</p>
+<p>It is in <code>{escape(model)}</code>. From the command line:</p>
 <pre><code>{escape(shell)}</code></pre>
 <p>From Python:</p>
 <pre><code>{escape(code)}</code></pre>
@@ -239,7 +252,7 @@ implicit-diffusion sample --model {quoted} --num 1000 --out draws.npy"""
 
 
 def command(config: dict[str, Any]) -> str:
-    """The command line with this configuration; the run directory, and what is as it is by default, are left out."""
+    """The command line with this configuration, without the run directory and without options at their defaults."""
     given = {field.name: config.get(field.name) for field in fields(Config) if field.name != "out"}
     defaults = {field.name: field.default for field in fields(Config)}
     return ranges.command("ebm", {k: v for k, v in given.items() if v is not None and v != defaults[k]})

@@ -12,16 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.shared.drawing import sheet
+from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown
 
-DATA, MODEL, TRAIN = "0.55", "#2a9d5c", "#7a5195"  # colours
-PAIRED = 8  # columns, of which all pairs are shown
-SHOWN = 12  # columns, at most, whose marginals or numbers are shown
-COMPONENTS = 4  # principal ones
-ENOUGH = 500  # held-out data that are shown alone
+DATA, MODEL, TRAIN = "0.55", WEIGHTED, "#7a5195"  # colours
+PAIRED = 8  # columns, up to which all pairs are shown
+MOST_COLUMNS = 12  # whose marginals or numbers are shown
+COMPONENTS = 4  # principal components that are shown
+ENOUGH = 500  # held-out data, from which on they are shown without the training data
 MOST = 2000  # data or draws that are looked at
 SHUFFLES, QUANTILE = 200, 0.95
 
@@ -43,7 +44,7 @@ class Sides(Shown):
 
 
 def sides(model: EnergyModel, data: Data) -> Sides:
-    """Held-out data where there are enough of them, else all, beside the particles of the model."""
+    """Held-out data, or all data where few are held out, beside the particles of the model."""
     enough = len(data.held_out) >= ENOUGH
     x = data.held_out if enough else torch.cat([data.once, data.held_out])
     y = model.particles * model.scale + model.shift
@@ -52,9 +53,9 @@ def sides(model: EnergyModel, data: Data) -> Sides:
 
 
 def distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """Wasserstein-1 distance ∫|F − G| of every column, and what 95 % of shuffles of the two samples stay below.
+    """Wasserstein-1 distance ∫|F − G| of every column, and the 95 % quantile of it over shuffles of the two samples.
 
-    Both in deviations of x. The second is how far apart two samples of one law come by chance.
+    Both in deviations of x. The second is how far apart two samples of one law are by chance.
     """
     deviation = x.std(0)
     pooled, order = torch.cat([x, y]).div(deviation).sort(0)
@@ -71,15 +72,13 @@ def distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Float[T
 
 
 def most_different(shown: Sides) -> list[int]:
-    """The columns whose distance exceeds that of chance the most, in that order, at most `SHOWN`."""
+    """The columns whose distance exceeds that of chance the most, in that order, at most `MOST_COLUMNS`."""
     apart, by_chance = distances(shown.data, shown.draws)
-    return (apart - by_chance).argsort(descending=True)[:SHOWN].tolist()
+    return (apart - by_chance).argsort(descending=True)[:MOST_COLUMNS].tolist()
 
 
 def principal(shown: Sides, scale: Float[Tensor, " d"]) -> Sides:
-    """Both in the first principal components of the data over `scale`, each turned such that it adds up to more than
-    zero.
-    """
+    """Both in the first principal components of the data over `scale`, each turned so that its sum is positive."""
     x, y = ((part - shown.data.mean(0)) / scale for part in (shown.data, shown.draws))
     _, values, directions = torch.linalg.svd(x, full_matrices=False)
     share = values.square() / values.square().sum()
@@ -153,17 +152,17 @@ def draw_scores(held_out: Tensor, train: Tensor, draws: Tensor) -> Any:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name that fits below an axis, of which matplotlib makes no formula unless it is one of ours."""
+    """A name that fits below an axis; matplotlib reads it as a formula only if it is one of `Data.names`."""
     if name.startswith("$x_"):
         return name
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
 def _limits(x: Float[Tensor, " n"], y: Float[Tensor, " m"]) -> tuple[float, float]:
-    """All of x, and of y what is not far out."""
+    """Limits of an axis: they hold all of x, and what of y is not far out."""
     low, high = x.amin().item(), x.amax().item()
-    inner = y[(y > low - (high - low)) & (y < high + (high - low))]
-    both = torch.cat([x, inner])
+    near = y[(y > low - (high - low)) & (y < high + (high - low))]
+    both = torch.cat([x, near])
     margin = 0.05 * (both.amax() - both.amin()).item()
     return both.amin().item() - margin, both.amax().item() + margin
 
@@ -183,6 +182,7 @@ def _marginal(axes: Any, x: Tensor, y: Tensor, limits: tuple[float, float]) -> N
 
 
 def _legend(figure: Any, shown: Sides) -> None:
+    require("matplotlib")
     from matplotlib.patches import Patch
 
     handles = [Patch(color=DATA, label=shown.words), Patch(color=MODEL, label="model")]

@@ -1,4 +1,4 @@
-"""One training of an energy-based model, in any arm, under a watch."""
+"""One training of an energy-based model, in any arm, stopped when it diverges."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from implicit_diffusion.commands.ebm.arms import Refresh, Settings, to_model
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.shared.planar import Quadrature
+from implicit_diffusion.commands.ebm.summary import CurvePoint
 from implicit_diffusion.commands.shared.ranges import WORDS
+from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
+from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.models.energy_model import EnergyModel
@@ -26,13 +28,21 @@ from implicit_diffusion.showing import Shown
 
 @dataclass(frozen=True, repr=False)
 class Trained(Shown):
-    """A training that has ended, with the exact figures on its way where these are known."""
+    """A training that has ended.
+
+    Args:
+        settings: what was asked for.
+        fit: how far it came.
+        loop: at the end.
+        model: the result.
+        curve: exact figures on the way, where the law of the data is known.
+    """
 
     settings: Settings
     fit: Fit
     loop: ParticleLoop
     model: EnergyModel
-    curve: list[dict[str, Any]]
+    curve: list[CurvePoint]
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,25 +63,32 @@ class Gap(Shown):
         assert isinstance(loop, ParticleLoop)
         with eval_mode(loop.model):
             data, energy = loop.model(self.data).double(), loop.model(loop.weighted_state.x).double()
-        held = loop.particles
-        mean = (held.weights * energy).sum()
-        variance = (held.weights * (energy - mean).square()).sum() / held.ess + data.var() / len(data)
+        weights, ess = loop.particles.weights, loop.particles.ess
+        mean = (weights * energy).sum()
+        variance = (weights * (energy - mean).square()).sum() / ess + data.var() / len(data)
         if mean.isfinite() and variance.isfinite():
             fit.metrics |= {"energy_gap": (data.mean() - mean).item(), "energy_gap_se": variance.sqrt().item()}
 
 
 def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
-    """Train under a watch; on the plane with exact figures along the way.
+    """Train under a watch; with exact figures along the way where the law of the data is known.
+
+    Args:
+        settings: what to do.
+        data: to train on.
+        loop: from `make_loop`.
+        directory: of the run, for its model and metrics; None leaves no trace.
+        looks: how many exact figures there are, about.
 
     Raises:
-        DivergenceError: see `Watch`, which has the last word; `directory.model` then holds the last sound model.
+        DivergenceError: `Watch` finds that the training diverges; `directory.model` then holds the last sound model.
         NonFiniteError: NaN or infinity; likewise.
     """
     standardised, _ = data.standardised()
     save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
     watch = Watch(standardised, save=save, words=WORDS)
     callbacks: list[Any] = [*[AdaptStep()] * settings.adapt, watch, Refresh(settings), Gap(standardised[:1000])]
-    curve: list[dict[str, Any]] = []
+    curve: list[CurvePoint] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)
         every = max(1, settings.updates // looks)
@@ -79,11 +96,13 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
         def look(state: Fit) -> None:
             if state.updates % every == 0 or state.updates == settings.updates:
                 with part("held-out checks"):
-                    figures = quadrature.figures(state.model)
-                work = {"updates": state.updates, "seconds": state.seconds} | loop.cost()
+                    figures = to_json(quadrature.exact_fit(state.model))
                 if loop.weighted:
                     figures["log_z_particles"] = float(loop.particles.log_z or 0.0)
-                curve.append(work | figures)
+                work = loop.cost()["gradient_evaluations"]
+                curve.append(
+                    CurvePoint(updates=state.updates, seconds=state.seconds, gradient_evaluations=work, **figures)
+                )
                 state.metrics |= {f"exact_{name}": value for name, value in figures.items()}
 
         callbacks.append(look)
@@ -94,7 +113,7 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
         if state.updates == settings.updates:
             watch.look(state)
     except (DivergenceError, NonFiniteError) as error:
-        change = ". Take a smaller --lr or --step-size, or add --weight-decay" if type(error) is NonFiniteError else ""
+        change = ". Use a smaller --lr or --step-size, or add --weight-decay" if type(error) is NonFiniteError else ""
         kept = f"; the last sound model is in {directory.model}" if directory is not None else ""
         raise type(error)(f"{error}{change}{kept}") from error
     if data.law is not None and not curve:  # resumed after its last update

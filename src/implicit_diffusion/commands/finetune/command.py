@@ -1,182 +1,199 @@
 """Fine-tune a diffusion model for a reward: from a diffusers checkpoint to a diffusers checkpoint.
 
-    load → read the chain off the scheduler → plan → one loop of sampling, adjoint and update → judge → export → report
+    setup → plan → one loop of sampling, adjoint and update → judge → export → report
 
-minimising J = −E R + β·KL(path) with the queue. Everything that can be wrong with the input is found before the loop
+minimising J = −E R + β·KL(path) with the queue. Everything that can be wrong with the input is reported before the loop
 starts. Before and after are judged on the same held-out noise.
+
+This file alone sees all options: it tells each stage what that stage needs (`specs`), and records the options as the
+stages resolve them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from implicit_diffusion.commands.finetune import judging, planning, stored
+from implicit_diffusion.commands.finetune import judging, planning
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.evaluation_cache import evaluate_pretrained
-from implicit_diffusion.commands.finetune.plan import Plan
-from implicit_diffusion.commands.finetune.planning import PROMPTS, planned
-from implicit_diffusion.commands.finetune.problem import AFTER, DURING, PLAN, Problem, build, ddim_eta, make_loop, scale
-from implicit_diffusion.commands.finetune.result import Outcome, keep_outcome, read_outcome
-from implicit_diffusion.commands.sample.command import write_chain
+from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
+from implicit_diffusion.commands.finetune.model_card import model_card
+from implicit_diffusion.commands.finetune.result import Result, keep_result, read_config, read_result
+from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
+from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
+from implicit_diffusion.commands.finetune.summary import Memory, ModelSummary, Summary, TrainingSummary
+from implicit_diffusion.commands.finetune.training import held_out_checks, make_loop, scale, train, weight_of_penalty
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.denoisers.lora import merged
-from implicit_diffusion.evaluation import Evaluation
+from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.judging import judge
+from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.global_generators import Draws
-from implicit_diffusion.loops.chain_loop import ChainLoop
-from implicit_diffusion.loops.memory import Memory, check_memory, predict_memory
-from implicit_diffusion.models.pretrained import adapter_usage, save_adapter, save_pipeline
-from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import DriftPenalty, PathKL
-from implicit_diffusion.runs import RunDirectory, clock, progress
+from implicit_diffusion.loops import memory
+from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
+from implicit_diffusion.models.chain_file import TrainedChain, write_chain
+from implicit_diffusion.models.pretrained import save_pipeline
+from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
-from implicit_diffusion.runs.callbacks.rise import Rise
-from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
-from implicit_diffusion.runs.callbacks.watch import Runaway
+from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
-from implicit_diffusion.runs.fit import Fit, fit
+from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.runs.provenance import is_recorded
-from implicit_diffusion.samplers.chain import Chain
 
 
 def run(
     config: Config, directory: RunDirectory | None = None, *, pretrained: Evaluation | None = None
 ) -> dict[str, Any]:
-    """The whole experiment; returns the summary.
+    """The whole command; returns the summary, as summary.json holds it, or that of the plan with --plan.
 
     Args:
-        config: see there.
-        directory: of an interrupted run to go on with; None begins a new one.
-        pretrained: what the plan is made of, where it has been drawn and shown before.
+        config: the options.
+        directory: of an interrupted run to continue; None begins a new one.
+        pretrained: the trajectories of the plan, where they have been drawn and shown before.
     """
     config.check()
-    begun = directory is not None
+    resumed = directory is not None
     config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
     assert config.out is not None
     directory = RunDirectory(config.out)
     with directory.held(), clock.run():
-        return _run(config, directory, begun, pretrained)
+        return _run(config, directory, resumed, pretrained)
 
 
-def _run(config: Config, directory: RunDirectory, begun: bool, pretrained: Evaluation | None) -> dict[str, Any]:
+def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if begun and config.prompts is not None and (directory.path / PROMPTS).is_file():
-        config = replace(config, prompts=directory.path / PROMPTS)
+    if resumed and config.prompts is not None and (directory.path / planning.PROMPTS).is_file():
+        config = replace(config, prompts=directory.path / planning.PROMPTS)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
-    if not begun:
+    if not resumed:
         directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
-    noise, rests_on = Noise(config.seed), inputs(config)
-    problem = build(config)
-    config = replace(config, guidance=problem.conditioning.guidance if problem.chain.condition else None)
-    config = replace(config, eta=ddim_eta(config) if problem.kind == "ddim" else None)
-    with Draws(noise, PLAN, 1, device=problem.chain.device):
-        loop = make_loop(config, problem, noise)
-        memory = predict_memory(loop)
-    check_memory(memory, problem.chain.device)
-    if problem.conditioning.prompts and not begun:  # from here on, nothing is refused
-        with replacing(directory.path / PROMPTS) as file:
-            file.write_text("\n".join(problem.conditioning.prompts) + "\n", encoding="utf-8")
-    if problem.conditioning.prompts:
-        rests_on |= {"prompts": directory.path / PROMPTS}
+    fingerprints = inputs(config)
+    setup = build(setup_spec(config))
+    config = replace(config, guidance=setup.guidance, eta=setup.eta)
+    spec, device = training_spec(config), setup.chain.device
+    with Draws(setup.spec.noise, PLAN, 1, device=device):
+        loop = make_loop(spec, setup, config.kl_weight)
+        predicted = memory.predict_memory(loop)
+    memory.check_memory(predicted, device)
+    if setup.conditioning.prompts:  # from here on, nothing is refused
+        fingerprints |= {"prompts": _keep_prompts(setup, directory, resumed)}
     trained = directory.has_state
     if not trained:
-        begin(directory, "finetune", config, rests_on, problem.chain.device)
+        begin(directory, "finetune", config, fingerprints, device)
     elif not is_recorded(directory):
-        record_inputs(directory, config, rests_on, device=problem.chain.device)
+        record_inputs(directory, config, fingerprints, device=device)
     with directory.resumable():
-        plan, samples = planned(config, problem, directory, rests_on, pretrained)
+        plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
-        return plan.summary()
-    started = plan_beta(plan) if config.kl_weight is None else config.kl_weight
-    scale(loop, started, config.max_grad_norm * plan.reward_std)
-    resolved_kind: Any = problem.kind
-    config = replace(config, scheduler=resolved_kind, kl_weight=started, device=str(problem.chain.device))
+        return plan.to_json()
+    beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
+    scale(loop, beta, config.max_grad_norm * plan.reward_std)
+    config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
     if not trained:
-        begin(directory, "finetune", config, rests_on, problem.chain.device)
-    print(f"memory predicted: {memory}")
+        begin(directory, "finetune", config, fingerprints, device)
+    print(f"memory predicted: {predicted}")
     with directory.resumable():
-        state = train(config, problem, loop, plan, samples, noise, directory)
-        finish(config, problem, state, plan, noise, directory, memory)
+        held_out = held_out_checks(spec, setup)
+        state = train(spec, loop, held_out, samples, plan.reward_std, directory)
+        facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
+        finish(setup, state, plan, facts, config.starts, directory)
         return report(directory)
 
 
-def train(
-    config: Config,
-    problem: Problem,
-    loop: ChainLoop,
-    plan: Plan,
-    samples: Evaluation,
-    noise: Noise,
-    directory: RunDirectory,
-) -> Fit:
-    """Train, until all updates are made or the run stops by itself.
+def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
+    """The run's own copy of its prompts, which a resumed run reads."""
+    path = directory.path / planning.PROMPTS
+    if not resumed:
+        with replacing(path) as file:
+            file.write_text("\n".join(setup.conditioning.prompts) + "\n", encoding="utf-8")
+    return path
 
-    Raises:
-        KeyboardInterrupt: interrupted; the checkpoint is there.
-    """
-    callbacks: list[Callable[[Fit], str | None]] = [
-        *_callbacks(config, problem, noise, samples),
-        Runaway(plan.reward_std),
-    ]
-    state = fit(loop, config.updates, callbacks=callbacks, directory=directory)
-    if state.stopped == "interrupted":
-        raise KeyboardInterrupt
-    return state
+
+def _training_summary(
+    state: Fit, held_out: HeldOut, beta: float, beta_at_start: float, predicted: int
+) -> TrainingSummary:
+    """What the training did."""
+    with part("judging"):
+        before = held_out.pretrained(state)
+    return TrainingSummary(
+        kl_weight=beta,
+        kl_weight_at_start=beta_at_start,
+        held_out_reward_before=before.reward.mean().item(),
+        seconds=state.seconds,
+        network_evaluations=state.loop.cost()["network_evaluations"],
+        updates=state.updates,
+        stopped=state.stopped,
+        reached_target=state.verdict is not None and state.verdict[0] == StopAtKL.__name__,
+        kept=state.kept,
+        staleness_max=state.metrics.get("staleness_max"),
+        predicted_memory_bytes=predicted,
+    )
 
 
 @part("judging")
 def finish(
-    config: Config, problem: Problem, state: Fit, plan: Plan, noise: Noise, directory: RunDirectory, memory: Memory
+    setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, starts: int, directory: RunDirectory
 ) -> None:
-    """Judge, export, and write the summary, after which only the report is left to be made."""
-    loop = state.loop
-    drift = config.penalty == "drift"
-    beta = loop.objective.weight(DriftPenalty if drift else PathKL)
-    before, after, exported = _judge(config, problem, state, noise, directory)
-    advise = "Try " not in (state.stopped or "")
-    found = judging.judge(before, after, exported, None if drift else beta, lr=config.lr, advise=advise)
-    with Draws(noise, DURING, 0, device=problem.chain.device):
-        held_out = evaluate_pretrained(
-            problem.chain, problem.reward, noise.stream(DURING), name=config.reward, starts=_held_out(config), repeats=1
-        )
-    summary = found.summary | {
-        "held_out_reward_before": held_out.reward.mean().item(),
-        "kl_weight": beta,
-        "kl_weight_at_start": config.kl_weight,
-        "seconds": state.seconds,
-        "network_evaluations": loop.cost()["network_evaluations"],
-        "updates": state.updates,
-        "stopped": state.stopped,
-        "kept": state.kept,
-        "staleness_max": state.metrics.get("staleness_max"),
-        "predicted_memory_bytes": memory.total,
-        "condition": problem.pretrained.condition,
-        "pipeline_class": (problem.pretrained.family.pipelines or (None,))[0],
-        "event_shape": problem.chain.event_shape,
-        "num_classes": problem.pretrained.num_classes,
-        "compiled": problem.compiled,
-        "adapter": None if config.lora_rank is None else adapter_usage(problem.pretrained.family),
-        **({"reward_std_before": plan.reward_std} if plan.conditional else {}),
-        "clipping": problem.clipping,
-        "pipeline": problem.exported[1].name,
-        "pipeline_is_the_chain": problem.chain.table.agrees_with(problem.exported[1]),
-        "memory": {"share": plan.memory, "se": plan.memory_se},
-        "plan": plan.summary()["rows"],
-        **judging.digits_quality(before, after, exported),
-    }
-    resolved = directory.read_config() or {}
-    card = judging.model_card(resolved, summary, problem.chain)
+    """Judge, export, and write the summary, after which only the report is left to be made.
+
+    Args:
+        setup: of the run.
+        state: at the end of the training.
+        plan: of the run.
+        training: what the training did.
+        starts: number of initial noises of the judgement.
+        directory: of the run.
+    """
+    config = read_config(directory)
+    judged = judging.evaluate_all(setup, state.chain, starts, directory)
+    judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
+    headline = headline_of(
+        judgement,
+        lr=config.lr,
+        advise=state.advice is None,
+        reward_std=plan.reward_std if plan.conditional else None,
+    )
+    looks = judging.qualities(judged)
+    memory_of_start = Memory(plan.memory, plan.memory_se)
+    summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
     with writing(directory.model):
-        _export(config, problem, state, directory, card)
-    decoded: Any = problem.decoded(before, after)
-    keep_outcome(Outcome(resolved, summary, plan, before, after, found.bound, [], decoded), directory)
-    stored.forget(directory)
-    directory.write_summary(summary)
+        _export(setup, state, directory, model_card(config, summary, setup.chain))
+    images = setup.decoded(judged.before, judged.after)
+    result = Result(config, summary, plan, judged.before, judged.after, judgement.bound, [], images)
+    keep_result(result, directory)
+    judging.forget(directory)
+    directory.write_summary(summary.to_json())
+
+
+def _model_summary(setup: Setup) -> ModelSummary:
+    """What was trained and exported."""
+    family = setup.pretrained.family
+    return ModelSummary(
+        condition=setup.pretrained.condition,
+        pipeline_class=(family.pipelines or (None,))[0],
+        event_shape=list(setup.chain.event_shape),
+        num_classes=setup.pretrained.num_classes,
+        compiled=setup.compiled,
+        adapter=None if setup.spec.network.lora_rank is None else adapter_usage(family),
+        clipping=setup.clipping,
+        pipeline=setup.exported.table.name,
+        pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
+    )
+
+
+@part("saving")
+def _export(setup: Setup, state: Fit, directory: RunDirectory, card: str) -> None:
+    """Write the pipeline with the trained network, adapters merged, and the adapters by themselves."""
+    save_pipeline(directory.model, merged(state.model), setup.exported.scheduler, card, original=setup.pretrained)
+    if setup.spec.network.lora_rank is not None:
+        save_adapter(directory.model / "lora", state.model, setup.pretrained)
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
+    write_chain(directory.model, chain)
 
 
 @part("drawing")
@@ -184,72 +201,12 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write report.html, from what is on disk; prints the headline and returns the summary.
 
     Raises:
-        InvalidInputError: a run that is not finished, or of another release.
+        InvalidInputError: the run is not finished, or of another release.
     """
     from implicit_diffusion.commands.finetune.report.figures import draw
     from implicit_diffusion.commands.finetune.report.report import write_report
 
-    outcome = read_outcome(directory)
-    page = write_report(outcome, draw(outcome, directory), directory)
-    judging.print_headline(outcome.summary, directory, page)
-    return outcome.summary
-
-
-def plan_beta(plan: Plan) -> float:
-    """The β whose bound promises about one standard deviation of reward."""
-    return min(plan.rows(), key=lambda row: abs(row["reward_gain_in_std"] - 1))["kl_weight"]
-
-
-@part("saving")
-def _export(config: Config, problem: Problem, state: Fit, directory: RunDirectory, card: str) -> None:
-    """The pipeline with the trained network, adapters merged; and the adapters by themselves."""
-    save_pipeline(directory.model, merged(state.model), problem.exported[0], card, original=problem.pretrained)
-    if config.lora_rank is not None:
-        save_adapter(directory.model / "lora", state.model, problem.pretrained)
-    options = {"eta": config.eta if problem.kind == "ddim" else None}
-    options |= {"guidance": config.guidance, "null_class": config.null_class}
-    given = {name: value for name, value in options.items() if value is not None}
-    write_chain(directory.model, problem.chain.table, **given)
-
-
-def _held_out(config: Config) -> int:
-    """Trajectories that are judged during training."""
-    return min(64, 8 * config.starts)
-
-
-def _callbacks(
-    config: Config, problem: Problem, noise: Noise, samples: Evaluation
-) -> list[Callable[[Fit], str | None]]:
-    every = max(1, config.updates // 10)
-    held_out = HeldOut(problem.reward, noise.stream(DURING), every=every, starts=_held_out(config))
-    if config.penalty == "drift":
-        return [held_out]
-
-    def rate(factor: int) -> str:
-        return f"--lr {config.lr / factor:.1g}, {factor} times smaller"
-
-    rise = Rise(held_out, pretrained=samples, rate=rate)
-    if config.target_kl is None:
-        return [held_out, rise]
-    if config.target_kl_mode == "stop":
-        return [held_out, StopAtKL(config.target_kl, held_out=held_out), rise]
-    return [AdaptKL(config.target_kl), held_out, rise]
-
-
-def _judge(
-    config: Config, problem: Problem, state: Fit, noise: Noise, directory: RunDirectory
-) -> tuple[Evaluation, Evaluation, Evaluation]:
-    """Before, after, and the exported pipeline with the trained network on all rows, on the same noise."""
-    chain, reward, noise = state.chain, problem.reward, noise.stream(AFTER)
-    network: Any = chain.denoiser
-    condition = chain.condition
-    everywhere = Chain(network, problem.exported[1], chain.event_shape, reference=network, condition=condition)
-    draws = Draws(noise, 0, device=chain.device)
-    parts = stored.judgements(directory, network.state_dict().values(), config.starts, draws)
-    with progress(3 * 8 * config.starts, "judging") as bar:
-        sizes: dict[str, Any] = {"starts": config.starts, "repeats": 8, "skip": bar.skip, "progress": bar.advance}
-        before = evaluate_pretrained(chain, reward, noise, name=config.reward, stored=parts[0], **sizes)
-        after, exported = (
-            part.evaluate(judged, reward, noise, **sizes) for part, judged in zip(parts[1:], (chain, everywhere))
-        )
-    return before, after, exported
+    result = read_result(directory)
+    page = write_report(result, draw(result, directory), directory)
+    print_headline(result.summary, directory, page)
+    return result.summary.to_json()

@@ -115,7 +115,7 @@ class Config:
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
         if self.penalty == "drift" and (self.kl_weight is None or self.plan):
-            raise InvalidInputError("--penalty drift is no KL, and has no plan: name its --kl-weight, without --plan")
+            raise InvalidInputError("--penalty drift is not a KL and has no plan: name its --kl-weight, without --plan")
         if self.lora_rank is None and self.lora_targets is not None:
             raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
         if self.starts < 4:

@@ -1,4 +1,4 @@
-"""What the device can compute in, and whether the network could be compiled: found out before any long work."""
+"""Whether the device computes in a precision, and whether the network compiles: tried before any long work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, inner
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
@@ -27,7 +27,7 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype | None:
     dtype, other = NAMES[precision], "fp16" if precision == "bf16" else "bf16"
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InvalidInputError(
-            f"--precision bf16: {torch.cuda.get_device_name(device)} does not compute in bfloat16; take fp16, or "
+            f"--precision bf16: {torch.cuda.get_device_name(device)} does not compute in bfloat16; use fp16, or "
             "float32, with --gradient-checkpointing where memory is short"
         )
     x = torch.ones(1, 1, 8, 8, device=device, requires_grad=True)
@@ -37,24 +37,22 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype | None:
             y = torch.nn.functional.conv2d(x @ x, x)
         y.float().sum().backward()
     except RuntimeError as error:
-        found = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
     else:
         if y.dtype is dtype:
             return dtype
-        found = f"its layers come out in {y.dtype}"
+        reason = f"its layers return {y.dtype}"
     raise InvalidInputError(
-        f"--precision {precision}: {device} does not compute in it ({found}); take float32 or {other}"
+        f"--precision {precision}: {device} does not compute in it ({reason}); use float32 or {other}"
     )
 
 
-def compiled(chain: Chain, wanted: bool) -> str | None:
-    """Compile u_θ and u_0, and try both; returns what became of it, None where nobody asked.
+def compiled(chain: Chain) -> str:
+    """Compile u_θ and u_0, and try both; returns in words whether that worked.
 
-    Weight averages, which are sampled from only at the end, are compiled when they are first called.
+    Weight averages, which sample only at the end, are compiled when they are first called.
     """
-    if not wanted:
-        return None
-    parts = [inner(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
+    parts = [unwrapped(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
     networks = [part for part in parts if isinstance(part, DiffusersDenoiser)]
     for network in networks:
         network.compiled = network.compiled or Compiled(network.model, differentiates=False, dynamic=None)

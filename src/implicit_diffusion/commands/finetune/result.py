@@ -3,53 +3,57 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.finetune.plan import Plan
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.summary import Summary
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import KINDS
+from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
+PATHS = ("out", "prompts")  # options that are paths
 
 
 @dataclass(frozen=True, repr=False)
-class Outcome(Shown):
+class Result(Shown):
     """All that a report shows.
 
     Args:
-        config: the resolved configuration, config.json.
-        summary: the headline numbers, summary.json; a number that does not exist (a path KL without noise) is None.
+        config: the resolved options, config.json.
+        summary: the headline numbers, summary.json.
         plan: what each β could buy.
-        before: the pretrained chain on held-out noise.
-        after: the fine-tuned chain on the same noise.
+        before: evaluation of the pretrained chain on held-out noise.
+        after: evaluation of the fine-tuned chain on the same noise.
         bound: J* and the law that attains it; None where the objective has no path KL.
         metrics: the lines of metrics.jsonl, one per update.
-        decoded: images before and after where these are not the samples: of the first starts where those are latents;
-            of every start where the outcome was read from disk.
+        decoded: images before and after where these are not the samples: images of the first starts where samples are
+            latents; of every start where the result was read from disk.
     """
 
-    config: dict[str, Any]
-    summary: dict[str, Any]
+    config: Config
+    summary: Summary
     plan: Plan
     before: Evaluation
     after: Evaluation
     bound: Bound | None
     metrics: list[dict[str, Any]]
-    decoded: tuple[Tensor, Tensor] | None = None
+    decoded: tuple[Tensor, ...] | None = None
 
     @property
-    def images(self) -> tuple[Tensor, Tensor] | None:
-        """Images before and after from the same noise, each of shape (n, C, H, W); None where samples are none."""
+    def images(self) -> tuple[Tensor, ...] | None:
+        """Images before and after from the same noise, of shape (n, C, H, W); None where samples are not images."""
         if self.decoded is not None or self.before.samples.ndim != 5:
             return self.decoded
         return self.before.samples[:, 0], self.after.samples[:, 0]
@@ -57,28 +61,23 @@ class Outcome(Shown):
     @property
     def beta(self) -> float:
         """The weight β at the end of the run."""
-        return float(self.summary.get("kl_weight", self.config["kl_weight"]))
+        return self.summary.training.kl_weight
 
     @property
     def drift(self) -> bool:
         """Whether β weighs the distance of the drifts, so that neither a path KL nor J has a place in the report."""
-        return self.config.get("penalty") == "drift"
+        return self.config.penalty == "drift"
 
     @property
     def adapted(self) -> bool:
-        """Whether β moved during the run, so that config.json, which says where it began, and `beta` differ."""
-        return self.beta != self.config["kl_weight"]
+        """Whether β moved during the run."""
+        return self.beta != self.summary.training.kl_weight_at_start
 
     @property
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
-        return f"{self.config['num_steps']} {KINDS[self.config['scheduler']].words} steps"
-
-    @property
-    def gain_in_std(self) -> float:
-        """Reward gained, in standard deviations of the pretrained reward between samples, those of the same noise."""
-        gained = float(self.summary["reward_after"] - self.summary["reward_before"])
-        return gained / float(self.summary.get("reward_std_before") or self.plan.reward_std)
+        assert self.config.scheduler is not None
+        return f"{self.config.num_steps} {NAMED_SAMPLERS[self.config.scheduler].words} steps"
 
     def column(self, name: str, *others: str) -> list[tuple[float, ...]]:
         """Rows (name, *others) of the updates that report all of them."""
@@ -86,46 +85,66 @@ class Outcome(Shown):
         return [tuple(float(m[n]) for n in wanted) for m in self.metrics if all(m.get(n) is not None for n in wanted)]
 
 
-class Picture(NamedTuple):
-    """A figure on disk: its name, its file, a title that serves as alternative text, and its caption."""
-
-    name: str
-    path: Path
-    title: str
-    caption: str
-
-
 def outside(images: Tensor, margin: float = 0.1) -> float:
     """Share of pixels outside [-1, 1] by more than `margin`, which an image file cannot show."""
     return (images.abs() > 1 + margin).to(torch.float64).mean().item()
 
 
-def keep_outcome(outcome: Outcome, directory: RunDirectory) -> None:
-    """Write what the JSON files of a run lack for its report: rewards, path KLs and images, not all the samples."""
+def keep_result(result: Result, directory: RunDirectory) -> None:
+    """Write what the JSON files of a run lack for its report: rewards, path KLs and images, but not all samples."""
     sides = {
-        side: {name: getattr(found, name) for name in ("reward", "path_kl", "log_ratio")}
-        for side, found in (("before", outcome.before), ("after", outcome.after))
+        side: {name: getattr(evaluation, name) for name in ("reward", "path_kl", "log_ratio")}
+        for side, evaluation in (("before", result.before), ("after", result.after))
     }
-    plan = asdict(outcome.plan)
-    bound = None if outcome.bound is None else asdict(outcome.bound)
-    save_state(directory.path / JUDGED, {**sides, "images": outcome.images, "plan": plan, "bound": bound})
+    bound = None if result.bound is None else asdict(result.bound)
+    state = {**sides, "images": result.images, "plan": result.plan.state_dict(), "bound": bound}
+    save_state(directory.path / JUDGED, state)
 
 
-def read_outcome(directory: RunDirectory) -> Outcome:
-    """The outcome of a finished run, on the CPU.
+def read_result(directory: RunDirectory) -> Result:
+    """The result of a finished run, on the CPU.
 
     Raises:
-        InvalidInputError: a run that is not finished, or of a release that kept less.
+        InvalidInputError: the run is not finished, or of a release that kept other numbers.
     """
     path = directory.path
     if not (path / "summary.json").is_file():
         raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` goes on with it")
     kept = load_state(path / JUDGED)
-    config = directory.read_config() or {}
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    plan = kept["plan"] | {"bounds": tuple(Bound(**bound) for bound in kept["plan"]["bounds"])}
     before, after = (
         Evaluation(**kept[side], samples=kept[side]["reward"][..., None][..., :0]) for side in ("before", "after")
     )
     bound = None if kept["bound"] is None else Bound(**kept["bound"])
-    return Outcome(config, summary, Plan(**plan), before, after, bound, directory.read_metrics(), kept["images"])
+    try:
+        plan = Plan.from_state(kept["plan"])
+    except (KeyError, TypeError) as error:
+        raise InvalidInputError(f"{path} was written by another release: its plan has other fields") from error
+    config, metrics = read_config(directory), directory.read_metrics()
+    return Result(config, read_summary(path), plan, before, after, bound, metrics, kept["images"])
+
+
+def read_config(directory: RunDirectory) -> Config:
+    """The options in config.json.
+
+    Raises:
+        InvalidInputError: they are not those of this release.
+    """
+    content: Mapping[str, Any] = directory.read_config() or {}
+    try:
+        values = {field.name: content[field.name] for field in fields(Config)}
+    except KeyError as error:
+        raise InvalidInputError(f"{directory.path}/config.json is not of this release: it lacks {error}") from error
+    paths = {name: Path(values[name]) for name in PATHS if values[name] is not None}
+    return Config(**values | paths)
+
+
+def read_summary(path: Path) -> Summary:
+    """The summary.json in the folder of a finished run.
+
+    Raises:
+        InvalidInputError: it is not of this release.
+    """
+    try:
+        return Summary.from_json(json.loads((path / "summary.json").read_text(encoding="utf-8")))
+    except (KeyError, TypeError) as error:
+        raise InvalidInputError(f"{path}/summary.json is not of this release: {error!r}") from error

@@ -1,137 +1,46 @@
-"""How every arm of the hexagon runs, and what is recorded on the way."""
+"""How every arm of the hexagon runs."""
 
 from __future__ import annotations
 
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.commands.hexagon.problem import Exact, hard_reward, mixture, smooth_reward
-from implicit_diffusion.commands.shared.ranges import WORDS, at_least, not_negative, positive
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.commands.hexagon.config import Setting
+from implicit_diffusion.commands.hexagon.trace import Trace, finite, logits_of, potential_of
+from implicit_diffusion.commands.shared.hexagon_problem import HexagonQuadrature, hard_reward, mixture
+from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Objective, Reward
-from implicit_diffusion.potentials import GaussianMixture, Guided
+from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.simulation import simulate
-from implicit_diffusion.showing import Shown
 
-INNER, UNROLL, RECORDS, TUNING_SEEDS = 20, 5, 100, 6
-WATCHED = 128  # particles whose mixing is looked at
-NARROWEST = 0.05  # σ that the coarse grid of `Exact` resolves: its cells are as wide, and the error e^{−2π²}
+NESTED_STEPS, UNROLLED_STEPS, TUNING_SEEDS = 20, 5, 6
 ENOUGH = 16  # particles for the noise of Γ: two in each of eight groups
 START, DATA, TRAIN, TUNE = range(4)  # streams of noise
 TRAINED = ("implicit", "weighted", "nested", "nested_tuned", "unrolled", "unrolled_tuned")
 ARMS = ("untrained", "implicit", "weighted", "guidance", "transfer", *TRAINED[2:])
-SHOWN = ("reward", "gradient_evaluations", "lag", "ess", "log_z", "grad_norm")
-COMPILED_FROM = 20_000  # iterations in all, above which compiling pays
-
-
-@dataclass(frozen=True)
-class Config:
-    """Reproduce section 5.1 of the paper: optimise the weights of six Gaussians through Langevin sampling."""
-
-    steps: int = 5000
-    """Number K of iterations of the single loop; the other methods get as many gradient evaluations."""
-    particles: int = 1000
-    """Number of particles."""
-    seeds: int = 10
-    """Number of runs of each method."""
-    seed: int = 0
-    """Seed of the first run; the other runs use the numbers after it."""
-    sigma: float = 1.0
-    """Standard deviation of the Gaussians, whose centres lie at radius 4."""
-    step_size: float | None = None
-    """Step size h of Langevin dynamics; 0.2 σ² by default, with σ from --sigma."""
-    lr: float = 0.1
-    """Step size η of gradient descent on the parameters θ."""
-    forward_kl: float = 0.0
-    """Weight of a penalty on KL(π_θ0‖π_θ), the divergence between the initial and the present model."""
-    guidance: float = 10.0
-    """Strength λ of guidance, the method that samples from V − λ R_smooth without training."""
-    grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-    """Step sizes η to try for the methods "nested" and "unrolled"."""
-    compile: bool | None = None
-    """Compile the update of the single loop; by default if --steps times --seeds is 20,000 or more."""
-    out: Path | None = None
-    """Folder for the run, new or empty. By default runs/hexagon-<time>."""
-
-    def check(self) -> None:
-        """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, steps=10, particles=2, seeds=1, seed=0)
-        positive(self, "sigma", "step_size", "lr")
-        not_negative(self, "forward_kl", "guidance")
-        if self.sigma < NARROWEST:
-            raise InvalidInputError(
-                f"--sigma must be at least {NARROWEST}, got {self.sigma}: narrower modes would be lost between the "
-                "points of the quadrature"
-            )
-        if not self.grid or min(self.grid) <= 0:
-            raise InvalidInputError(f"--grid must hold positive learning rates, got {self.grid}")
-
-    def resolved(self) -> Config:
-        """The same with defaults that depend on others filled in."""
-        return replace(
-            self,
-            step_size=0.2 * self.sigma**2 if self.step_size is None else self.step_size,
-            compile=self.steps * self.seeds >= COMPILED_FROM and shutil.which("c++") is not None
-            if self.compile is None
-            else self.compile,
-        )
-
-
-@dataclass(repr=False)
-class Trace(Shown):
-    """One run of one arm.
-
-    Args:
-        arm: its name.
-        seed: of its noise.
-        potential: the final one.
-        points: what happened, one dictionary per record.
-        clouds: particles at the beginning, half-way and at the end, with θ there.
-        seconds: spent sampling and training.
-        tail: rewards of the last tenth of the iterations.
-        history: first coordinate of some particles, one row per record.
-        diagnostics: of the loop at the end, and of the second half of the history.
-        advice: what they say, in words.
-    """
-
-    arm: str
-    seed: int
-    potential: nn.Module
-    points: list[dict[str, Any]] = field(default_factory=list)
-    clouds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    seconds: float = 0.0
-    tail: list[float] = field(default_factory=list)
-    history: list[Tensor] = field(default_factory=list)
-    diagnostics: dict[str, float] = field(default_factory=dict)
-    advice: list[str] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that summary, figures and later arms need, as `save_state` keeps it; `Arms.trace` is the way back."""
-        kept = ("arm", "seed", "points", "clouds", "seconds", "tail", "diagnostics", "advice")
-        return {name: getattr(self, name) for name in kept} | {"logits": logits_of(self.potential).detach()}
 
 
 class Arms:
-    """How every arm runs."""
+    """The arms of one study; "transfer" needs the θ_opt of "implicit", so that these runs come first.
 
-    def __init__(self, config: Config) -> None:
-        assert config.step_size is not None
-        self.config, self.kernel = config, ULA(config.step_size)
-        self.rates = dict.fromkeys(TRAINED, config.lr)
+    Args:
+        setting: what the arms share.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.kernel = setting, ULA(setting.step_size)
+        self.rates = dict.fromkeys(TRAINED, setting.lr)
         self.optimal: dict[int, Tensor] = {}  # θ_opt by seed
         self.compiled: dict[str, ParticleLoop] = {}  # by arm: compiling once serves all seeds
 
@@ -140,65 +49,57 @@ class Arms:
         noise = Noise(seed)
         if name in TRAINED:
             return self._train(name, seed, noise, self.rates[name])
-        return self._sample(
-            name, seed, noise, self._potential(name, self.optimal[seed] if name == "transfer" else None)
-        )
+        logits = self.optimal[seed] if name == "transfer" else None
+        return self._sample(name, seed, noise, potential_of(name, logits, self.setting.sigma, self.setting.guidance))
 
-    def trace(self, found: dict[str, Any]) -> Trace:
-        """The trace that a state tells of; other arms take its θ from there."""
-        values = dict(found)
-        logits = values.pop("logits")
-        if values["arm"] == "implicit":
-            self.optimal[values["seed"]] = logits.clone()
-        return Trace(potential=self._potential(values["arm"], logits), **values)
+    def restore(self, state: dict[str, Any]) -> Trace:
+        """The trace of a run that is finished; other arms use its θ from then on."""
+        if state["arm"] == "implicit":
+            self.optimal[state["seed"]] = state["logits"].clone()
+        return Trace.load(state, self.setting.sigma, self.setting.guidance)
 
-    def _potential(self, name: str, logits: Tensor | None) -> nn.Module:
-        """V of an arm at θ = logits, θ_0 where None."""
-        plain = mixture(logits, self.config.sigma)
-        return Guided(plain, smooth_reward, self.config.guidance) if name == "guidance" else plain
-
-    def tune(self, name: str, exact: Exact) -> tuple[float, dict[str, float]]:
+    def tune(self, name: str, exact: HexagonQuadrature) -> tuple[float, dict[str, float]]:
         """`best_rate` of the grid, and the mean final exact reward for every η of it, on seeds of their own."""
         rewards: dict[float, list[float]] = {}
-        for rate in self.config.grid:
+        for rate in self.setting.grid:
             runs = [self._train(name, seed, Noise(seed).stream(TUNE), rate) for seed in range(TUNING_SEEDS)]
             rewards[rate] = [exact.reward(logits_of(t.potential)) for t in runs]
         return best_rate(rewards), {f"{rate:g}": mean(values) for rate, values in rewards.items()}
 
-    def start(self, noise: Noise, exact: bool) -> Tensor:
-        """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes ask for them."""
-        n, initial = self.config.particles, mixture(None, self.config.sigma)
-        if exact or self.config.sigma < 1:
+    def start(self, noise: Noise, exact: bool) -> Float[Tensor, "n 2"]:
+        """X_0: N(0, I) as in the paper, or draws from π_θ0 where weights or narrow modes need them."""
+        n, initial = self.setting.particles, mixture(None, self.setting.sigma)
+        if exact or self.setting.sigma < 1:
             return initial.sample(n, noise, START)
         return noise.normal((n, 2), START)
 
     def loop(self, name: str, noise: Noise, rate: float) -> tuple[ParticleLoop, int]:
-        """The loop of an arm that trains, and its updates."""
-        config, potential = self.config, mixture(None, self.config.sigma)
+        """The loop of an arm that trains, and the number of its updates."""
+        setting, potential = self.setting, mixture(None, self.setting.sigma)
         objective: Objective = Reward(hard_reward)
-        if config.forward_kl:
-            data = mixture(None, config.sigma).sample(100_000, noise, DATA)
-            objective = objective + config.forward_kl * ForwardKL(data, batch=config.particles)
+        if setting.forward_kl:
+            data = mixture(None, setting.sigma).sample(100_000, noise, DATA)
+            objective = objective + setting.forward_kl * ForwardKL(data, batch=setting.particles)
         sgd = torch.optim.SGD([potential.logits], lr=rate)
         common: dict[str, Any] = {
             "particles": self.start(noise, exact=name == "weighted"),
             "noise": noise.stream(TRAIN),
         }
-        budget = 2 * config.steps
+        budget = 2 * setting.steps
         if name.startswith("nested"):
-            nested = NestedParticles(potential, self.kernel, objective, sgd, inner_steps=INNER, **common)
-            return nested, max(1, budget // (INNER + 1))
+            nested = NestedParticles(potential, self.kernel, objective, sgd, inner_steps=NESTED_STEPS, **common)
+            return nested, max(1, budget // (NESTED_STEPS + 1))
         if name.startswith("unrolled"):
-            unrolled = Unrolled(potential, self.kernel, objective, sgd, unrolled_steps=UNROLL, **common)
-            return unrolled, max(1, budget // (2 * UNROLL))
+            unrolled = Unrolled(potential, self.kernel, objective, sgd, unrolled_steps=UNROLLED_STEPS, **common)
+            return unrolled, max(1, budget // (2 * UNROLLED_STEPS))
         weighted = name == "weighted"
-        common |= {"weighted": weighted, "lag": not weighted, "compiled": bool(config.compile)}
+        common |= {"weighted": weighted, "lag": not weighted, "compiled": setting.compiled}
         fresh = Single(potential, self.kernel, objective, sgd, **common)
-        loop = self.compiled.setdefault(name, fresh) if config.compile else fresh
+        loop = self.compiled.setdefault(name, fresh) if setting.compiled else fresh
         if loop is not fresh:
             loop.noise, loop.objective = fresh.noise, fresh.objective
             loop.load_state_dict(fresh.state_dict())
-        return loop, config.steps
+        return loop, setting.steps
 
     def _train(self, name: str, seed: int, noise: Noise, rate: float) -> Trace:
         loop, updates = self.loop(name, noise, rate)
@@ -209,9 +110,10 @@ class Arms:
             for metrics in loop.run(updates):
                 yield metrics, loop.weighted_state.x
 
-        trace = _record(Trace(name, seed, potential), steps(), updates, lambda: potential.logits.detach().clone())
+        trace = Trace(name, seed, potential)
+        trace.record(steps(), updates, lambda: potential.logits.detach().clone())
         last = trace.points[-1]
-        trace.potential = mixture(potential.logits.detach(), self.config.sigma)
+        trace.potential = mixture(potential.logits.detach(), self.setting.sigma)
         diagnostics: dict[str, float] = statistics(loop)
         if loop.n >= ENOUGH:
             diagnostics["signal_to_noise"] = signal_to_noise(loop)
@@ -229,21 +131,26 @@ class Arms:
         return trace
 
     def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:
-        steps, per = self.config.steps, self.kernel.evaluations_per_step
+        steps, per_step = self.setting.steps, self.kernel.evaluations_per_step
         x = self.start(noise, exact=False)
 
         def moves() -> Iterator[tuple[dict[str, Any], Tensor]]:
             for k, (state, _) in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
-                yield {"reward": hard_reward(state.x).mean(), "gradient_evaluations": k * per}, state.x
+                yield {"reward": hard_reward(state.x).mean(), "gradient_evaluations": k * per_step}, state.x
 
-        return _record(Trace(name, seed, potential), moves(), steps, lambda: logits_of(potential).detach())
+        trace = Trace(name, seed, potential)
+        trace.record(moves(), steps, lambda: logits_of(potential).detach())
+        return trace
 
 
 def best_rate(rewards: dict[float, list[float]]) -> float:
     """The smallest rate whose mean reward is the best one's, within a standard error or a thousandth of it.
 
     A rate that jumps to one mode or another by chance would win by luck otherwise, and on a plateau the largest by the
-    last digit. The rewards are those of the same seeds, at least two.
+    last digit.
+
+    Args:
+        rewards: by rate, of the same seeds in the same order, at least two.
     """
     best = rewards[max(rewards, key=lambda rate: mean(rewards[rate]))]
 
@@ -252,35 +159,3 @@ def best_rate(rewards: dict[float, list[float]]) -> float:
         return mean(behind) <= max(stdev(behind) / math.sqrt(len(behind)), mean(best) / 1000)
 
     return min(rate for rate, values in rewards.items() if ties(values))
-
-
-def _record(
-    trace: Trace, steps: Iterator[tuple[dict[str, Any], Tensor]], total: int, logits: Callable[[], Tensor]
-) -> Trace:
-    """Drive `total` steps; keep a hundred records, three clouds of particles and the rewards of the last tenth."""
-    due = {round(total * (i + 1) / RECORDS) for i in range(RECORDS)}
-    start, clouds = time.perf_counter(), (1, (total + 1) // 2, total)
-    for k, (metrics, x) in enumerate(steps, 1):
-        trace.seconds += time.perf_counter() - start
-        if k > total - max(1, total // 10):
-            trace.tail.append(float(metrics["reward"]))
-        if k in due:
-            point = finite({name: float(metrics[name]) for name in SHOWN if name in metrics})
-            trace.history.append(x[:WATCHED, 0].detach().clone())
-            trace.points.append({"iteration": k, "seconds": trace.seconds, "logits": logits()} | point)
-        if k in clouds:
-            trace.clouds.append((x.detach().clone(), logits()))
-        start = time.perf_counter()
-    return trace
-
-
-def finite(numbers: dict[str, float]) -> dict[str, float]:
-    """Without ratios of nothing to nothing, which a saturated θ or too few particles leave: files hold numbers only."""
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
-
-
-def logits_of(potential: nn.Module) -> Tensor:
-    """θ of a mixture, guided or not."""
-    inner = potential.potential if isinstance(potential, Guided) else potential
-    assert isinstance(inner, GaussianMixture)
-    return inner.logits

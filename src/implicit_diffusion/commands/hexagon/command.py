@@ -10,63 +10,56 @@
 
 Arms that train get the same number of pulls through V at all particles. Nested and unrolled run with the same η as the
 single loop, and again with the η of a published grid at which their final exact reward is best (`…_tuned`): over six
-seeds of their own, and of rates that tie within the error the smallest.
+seeds of their own, and the smallest of the rates that tie within the error.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 
-from implicit_diffusion.commands.hexagon.arms import ARMS, TRAINED, Arms, Config, Trace, logits_of
-from implicit_diffusion.commands.hexagon.problem import LOGITS, Exact, mixture
-from implicit_diffusion.commands.shared.inputs import inputs, record_inputs
+from implicit_diffusion.commands.hexagon.arms import ARMS, Arms
+from implicit_diffusion.commands.hexagon.config import Config
+from implicit_diffusion.commands.hexagon.summary import Summary, add_exact, show, summarise
+from implicit_diffusion.commands.hexagon.trace import Trace
+from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature
+from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
-from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.study import Study
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
-    """All arms and seeds, summary, figures; returns the summary.
+    """All arms and seeds, summary, figures; returns what summary.json holds.
 
     Args:
-        config: see there.
+        config: the options.
         directory: of an interrupted study to go on with; None begins a new one.
 
     Raises:
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
-    begun = directory is not None
-    out = directory.path if directory else config.out or dated("hexagon")
-    directory = RunDirectory(out.absolute())
-    config = replace(config.resolved(), out=directory.path)
-    with directory.held():
-        if not begun:
-            directory.start("hexagon", config)
-        if not (begun and is_recorded(directory)):
-            record_inputs(directory, config, inputs(config))
-        with directory.resumable():
-            return _study(config, Study(directory), directory)
+    resumed = directory is not None
+    config, directory = in_folder(config.resolved(), directory, dated("hexagon"))
+    with directory.held(), opened("hexagon", config, directory, resumed=resumed):
+        return _study(config, directory)
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:
-    """Draw the figures again, and write and print the numbers, from what was found."""
+    """Draw the figures again, and write and print the numbers, from the runs that are kept."""
     values: dict[str, Any] = directory.read_config() or {}
-    config = Config(**values | {"grid": tuple(values["grid"]), "out": directory.path})
-    return _study(config, Study(directory), directory)
+    return _study(Config(**values | {"grid": tuple(values["grid"]), "out": directory.path}), directory)
 
 
-def _study(config: Config, study: Study, directory: RunDirectory) -> dict[str, Any]:
-    """Run what is not found yet, and tell of all of it."""
+def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """Make the runs that are missing, and summarise and draw all of them."""
     from implicit_diffusion.commands.hexagon.figures import draw
 
-    exact, arms = Exact(config.sigma), Arms(config)
+    study, exact, arms = Study(directory), HexagonQuadrature(config.sigma), Arms(config.setting())
     names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
     if len(names) < len(ARMS):
         print("unrolled: left out, since a forward KL has no derivative in the particles")
@@ -75,94 +68,30 @@ def _study(config: Config, study: Study, directory: RunDirectory) -> dict[str, A
 
     def make(name: str, seed: int) -> dict[str, Any]:
         trace = arms.run(name, seed)
-        describe(trace, exact)
+        add_exact(trace, exact)
         return trace.state_dict()
 
-    def lines(found: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"arm": found["arm"], "seed": found["seed"]} | point for point in found["points"]]
+    def lines(state: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"arm": state["arm"], "seed": state["seed"]} | point for point in state["points"]]
 
     with progress(len(names) * config.seeds, "hexagon") as bar:
         for name in names:
             if name.endswith("_tuned"):
                 arms.rates[name], grids[name] = study.once("tune", name, make=partial(arms.tune, name, exact))
             for seed in range(config.seed, config.seed + config.seeds):
-                found = study.once(name, seed, make=partial(make, name, seed), lines=lines)
-                traces.append(arms.trace(found))
+                state = study.once(name, seed, make=partial(make, name, seed), lines=lines)
+                traces.append(arms.restore(state))
                 bar.update()
-    summary = {
-        "arms": {name: summarise([t for t in traces if t.arm == name], exact) for name in names},
-        "grids": grids,
-        "tuned": arms.rates,
-        "reward_exact_initial": exact.reward(torch.tensor(LOGITS)),
-        "reward_exact_best": exact.per_mode.max().item(),
-        "advice": {t.arm: t.advice for t in traces if t.seed == config.seed and t.advice},
-    }
-    draw(config.sigma, traces, directory)
-    directory.write_summary(summary)  # the last file: with it, the run is finished
-    show(summary, directory)
-    return summary
-
-
-def describe(trace: Trace, exact: Exact) -> None:
-    """Add to every record what is known exactly under its θ; guidance has no θ of its own."""
-    initial = torch.tensor(LOGITS)
-    for point in trace.points:
-        logits = point.pop("logits")
-        if trace.arm != "guidance":
-            point["reward_exact"] = exact.reward(logits)
-            point["kl_from_initial"] = exact.coarse.kl_of_weights(logits, initial) if trace.arm in TRAINED else None
-            point["mode_probabilities"] = logits.softmax(0).tolist()
-
-
-def summarise(traces: list[Trace], exact: Exact) -> dict[str, Any]:
-    """One arm: means over its seeds."""
-    rewards = [mean(t.tail) for t in traces]
-    initial = mixture(None, exact.sigma, torch.float64)
-    finals = [t.potential.double() for t in traces]
-    arm: dict[str, Any] = {"reward": mean(rewards), "reward_std": stdev(rewards) if len(rewards) > 1 else None}
-    if traces[0].arm != "guidance":
-        arm["reward_exact"] = mean(exact.reward(logits_of(p)) for p in finals)
-        modes = torch.stack([logits_of(p).detach().double().softmax(0) for p in finals])
-    else:
-        modes = torch.tensor([exact.coarse.modes(p) for p in finals], dtype=torch.float64)
-    if traces[0].diagnostics:
-        arm["diagnostics"] = traces[0].diagnostics
-    return arm | {
-        "mode_probabilities": modes.mean(0).tolist(),
-        "kl_from_initial": mean(exact.coarse.kl(p, initial) for p in finals),
-        "seconds": mean(t.seconds for t in traces),
-        "gradient_evaluations": traces[0].points[-1]["gradient_evaluations"],
-    }
-
-
-def show(summary: dict[str, Any], directory: RunDirectory) -> None:
-    """Print the arms as a table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        box=SIMPLE_HEAD,
-        title="Reward of the particles (last tenth, ± over seeds) and exactly under π_θ",
-        caption=f"Exact at θ_0 {summary['reward_exact_initial']:.4f}, best possible "
-        f"{summary['reward_exact_best']:.4f}. KL: to π_θ0. ∇V: pulls through V at all particles.",
+    summary = Summary(
+        arms={name: summarise([t for t in traces if t.arm == name], exact) for name in names},
+        grids=grids,
+        tuned=arms.rates,
+        reward_exact_initial=exact.reward(torch.tensor(LOGITS)),
+        reward_exact_best=exact.per_mode.max().item(),
+        advice={t.arm: t.advice for t in traces if t.seed == config.seed and t.advice},
     )
-    for column in ("arm", "η", "reward", "±", "exact", "mode 2", "KL", "s", "∇V"):
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
-    for name, arm in summary["arms"].items():
-        table.add_row(
-            name,
-            f"{summary['tuned'][name]:g}" if name in summary["tuned"] else "",
-            f"{arm['reward']:.4f}",
-            "" if arm["reward_std"] is None else f"{arm['reward_std']:.4f}",
-            f"{arm['reward_exact']:.4f}" if "reward_exact" in arm else "",
-            f"{arm['mode_probabilities'][1]:.3f}",
-            f"{arm['kl_from_initial']:.3f}",
-            f"{arm['seconds']:.1f}",
-            f"{arm['gradient_evaluations']:.0f}",
-        )
-    Console().print(table)
-    for arm, lines in summary["advice"].items():
-        for line in lines:
-            print(f"{arm}: {line}")
-    print(f"run       {directory.path}")
+    draw(config.sigma, traces, directory)
+    written: dict[str, Any] = to_json(summary)
+    directory.write_summary(written)  # the last file: with it, the run is finished
+    show(summary, directory.path)
+    return written

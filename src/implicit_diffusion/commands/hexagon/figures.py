@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.hexagon.problem import MODES, mixture
-from implicit_diffusion.commands.shared.drawing import finish, sheet
+from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish, sheet
+from implicit_diffusion.commands.shared.hexagon_problem import MODES, mixture
 from implicit_diffusion.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from implicit_diffusion.commands.hexagon.arms import Trace
+    from implicit_diffusion.commands.hexagon.trace import Trace
 
 COLOURS = {
     "untrained": "#8a8f98",
-    "implicit": "#1f6f8b",
-    "weighted": "#2a9d5c",
+    "implicit": UNWEIGHTED,
+    "weighted": WEIGHTED,
     "guidance": "#b07aa1",
     "transfer": "#333333",
     "nested": "#e0a458",
@@ -26,9 +26,8 @@ COLOURS = {
     "unrolled": "#e59c8a",
     "unrolled_tuned": "#c8553d",
 }
-
-
 PICTURED = ("untrained", "implicit", "guidance", "transfer")  # more would be too small to see
+WITH_MODES = ("implicit", "weighted", "nested", "unrolled")  # arms whose softmax(θ) is drawn
 
 
 def draw(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -> None:
@@ -105,7 +104,7 @@ def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
 
 def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
     """softmax(θ) against iterations, one panel per arm that trains."""
-    names = [name for name in dict.fromkeys(t.arm for t in traces) if name in TRAINED_SHOWN]
+    names = [name for name in dict.fromkeys(t.arm for t in traces) if name in WITH_MODES]
     figure = sheet(3.1 * len(names), 3.3)
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)
     colours = [f"C{i}" for i in range(MODES)]
@@ -120,9 +119,6 @@ def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
     axes[0][0].set_ylabel("softmax(θ)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=MODES, frameon=False)
     finish(figure, directory.figure("modes"), axes.flat)
-
-
-TRAINED_SHOWN = ("implicit", "weighted", "nested", "unrolled")
 
 
 def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from implicit_diffusion.commands.pretrain.network import noise_schedule
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.tables.scheduler import read_table
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Config:
     batch: int = 64
     """Number of images per optimizer step."""
     lr: float = 2e-3
-    """Learning rate after a linear warm-up over 200 steps; then it decays to zero along a cosine."""
+    """Learning rate after a linear warm-up over 200 steps; it then decays to zero along a cosine."""
     ema_decay: float = 0.999
     """Decay rate, below 1, of the moving average of the weights; the average is what is saved."""
     dropout: float = 0.1
@@ -68,7 +66,7 @@ class Config:
             # each of the eight groups is one channel, less its own mean
             raise InvalidInputError(
                 f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
-                "take 16 or more for one level at least"
+                "give 16 or more to one level at least"
             )
         positive(self, "lr")
         for name in ("ema_decay", "dropout"):
@@ -76,22 +74,9 @@ class Config:
                 raise InvalidInputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
         if not self.chains or min(self.chains) < 1:
             raise InvalidInputError(f"--chains must be integers ≥ 1, got {' '.join(map(str, self.chains)) or 'none'}")
+        schedule = noise_schedule(self.train_timesteps, self.beta_schedule, self.prediction_type)
         for num_steps in self.chains:
             try:
-                read_table(noise_schedule(self), num_steps)
+                read_table(schedule, num_steps)
             except InvalidInputError as error:
                 raise InvalidInputError(f"--chains {num_steps}: {error}") from error
-
-
-def noise_schedule(config: Config) -> DDPMScheduler:
-    """The scheduler that the model is trained for."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        num_train_timesteps=config.train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        variance_type="fixed_small",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )

@@ -1,14 +1,14 @@
 """Images to pretrain on: the digits, a folder of image files, or a data set of the hub.
 
 Nothing is fetched unless a hub id `owner/name` is asked for by name, and then only after one request with a short
-timeout has found it, so that a closed network is an error after seconds. `HF_HUB_OFFLINE=1` takes a data set that is in
-the local cache without asking.
+timeout has found it, so that a closed network is an error after seconds. With `HF_HUB_OFFLINE=1`, a data set that is in
+the local cache is used without asking.
 
-Sizes: a U-Net of L levels halves height and width L − 1 times, so both must be multiples of 2^{L−1}. Images are taken
+Sizes: a U-Net of L levels halves height and width L − 1 times, so both must be multiples of 2^{L−1}. Images are used
 as they are where they fit. Otherwise height and width are rounded to the nearest multiples, and every image is scaled
 until it covers that rectangle and cropped around its centre (`PIL.ImageOps.fit`). Nothing is padded: a frame would be
 learnt as part of the images. Grey images have one channel, unless one image of the set is in colour; transparency is
-dropped, and of several frames the first is taken, both with a word.
+dropped, and of several frames the first is used; both are said.
 """
 
 from __future__ import annotations
@@ -29,9 +29,19 @@ from torch import Tensor
 
 from implicit_diffusion.commands.pretrain import image_classes
 from implicit_diffusion.commands.pretrain.image_classes import listed
-from implicit_diffusion.commands.pretrain.image_files import ARCHIVES, Found, Picture, Stream, decode, find, first_line
-from implicit_diffusion.digits import digits
+from implicit_diffusion.commands.pretrain.image_files import (
+    ARCHIVES,
+    FolderImages,
+    ImageFile,
+    Stream,
+    decode,
+    find,
+    first_line,
+)
+from implicit_diffusion.commands.pretrain.network import fitting_size
+from implicit_diffusion.digits import EVENT_SHAPE, load_digits
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
+from implicit_diffusion.extras import require
 from implicit_diffusion.models.checkpoints import HUB_ID, HUB_TIMEOUT
 from implicit_diffusion.showing import Shown
 
@@ -72,29 +82,6 @@ def as_floats(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
-def levels_for(height: int, width: int) -> int:
-    """Levels of the U-Net: as many as leave at least 4 pixels of the shorter side at the lowest, 2 to 5."""
-    return max(2, min(5, min(height, width).bit_length() - 2))
-
-
-def widths_for(height: int, width: int) -> tuple[int, ...]:
-    """Channels of the levels: w, 2w, 2w, …, with w = 24 up to 8 pixels of the shorter side, 32 up to 16, else 64.
-
-    One level less than `levels_for` where the longer side cannot be halved as often.
-    """
-    shorter, levels = min(height, width), levels_for(height, width)
-    while height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
-        levels -= 1
-    w = 24 if shorter <= 8 else 32 if shorter <= 16 else 64
-    return (w,) + (2 * w,) * (levels - 1)
-
-
-def fitting_size(height: int, width: int, levels: int | None = None) -> tuple[int, int]:
-    """The nearest height and width that `levels` levels (by default those of the rule) can halve."""
-    multiple = 2 ** ((levels or levels_for(height, width)) - 1)
-    return max(multiple, multiple * round(height / multiple)), max(multiple, multiple * round(width / multiple))
-
-
 def load_images(
     data: str, size: tuple[int, int] | None = None, levels: int | None = None, *, classes: bool = False
 ) -> Images:
@@ -113,9 +100,9 @@ def load_images(
         MemoryLimitError: the images do not fit into the memory that is free.
     """
     if data == "digits":
-        if size not in (None, digits.EVENT_SHAPE[1:]):
+        if size not in (None, EVENT_SHAPE[1:]):
             raise InvalidInputError(f"size: the digits have 8 by 8 pixels, got {size}; leave it out")
-        real = digits.load_digits()
+        real = load_digits()
         if not classes:
             return Images(real.train, real.held_out, "digits")
         names = tuple("0123456789")
@@ -123,52 +110,53 @@ def load_images(
     if size is not None and min(size) < 4:
         raise InvalidInputError(f"size: height and width must be at least 4 pixels, got {size}")
     if data and os.path.isdir(data):  # unlike Path.is_dir, it takes names of any length
-        found, name = _folder(Path(data)), Path(data).resolve().name
+        source, name = _folder(Path(data)), Path(data).resolve().name
     elif HUB_ID.fullmatch(data) and not os.path.exists(data):
         if classes:
             raise InvalidInputError(
                 f"--classes is for folders with class subfolders and for the digits, not for {data} of the hub"
             )
-        found, name = _hub(data), data.split("/")[1]
+        source, name = _hub(data), data.split("/")[1]
     else:
         archive = "; an archive has to be unpacked first" if data.lower().endswith(ARCHIVES) else ""
         raise InvalidInputError(
             f"data: {data!r} is neither 'digits', nor a folder of images, nor a hub id 'owner/name' such as "
             f"'ylecun/mnist' or 'uoft-cs/cifar10'{archive}"
         )
-    if found.left_out:
-        print(f"left out: {listed(found.left_out)}")
-    names, labels = image_classes.classes_of(found.pictures, data) if classes else ((), None)
-    line = None if classes else image_classes.mention(found.pictures)
+    if source.left_out:
+        print(f"left out: {listed(source.left_out)}")
+    names, labels = image_classes.classes_of(source.pictures, data) if classes else ((), None)
+    line = None if classes else image_classes.mention(source.pictures)
     if line is not None:
         print(line)
-    images = _tensor(found.pictures, data, size, levels)
+    images = _tensor(source.pictures, data, size, levels)
     if len(images) < 2:
         raise InvalidInputError(f"data: {data!r} holds {len(images)} image; at least 2 are needed, one is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     count = max(1, min(MOST_HELD_OUT, int(HELD_OUT * len(images))))
     train, held_out = order[count:], order[:count]
-    kept = Images(images[train], images[held_out], name, tuple(found.left_out), names)
+    kept = Images(images[train], images[held_out], name, tuple(source.left_out), names)
     if labels is None:
         return kept
     image_classes.check_split(names, labels[train])
     return replace(kept, train_labels=labels[train], held_out_labels=labels[held_out])
 
 
-def _folder(folder: Path) -> Found:
+def _folder(folder: Path) -> FolderImages:
     """The images of a folder."""
-    found = find(folder)
-    if not found.pictures:
-        left_out = f"; left out: {listed(found.left_out)}" if found.left_out else ""
+    images = find(folder)
+    if not images.pictures:
+        left_out = f"; left out: {listed(images.left_out)}" if images.left_out else ""
         raise InvalidInputError(f"data: {str(folder)!r} holds no images that can be read{left_out}")
-    return found
+    return images
 
 
-def _hub(hub_id: str) -> Found:
+def _hub(hub_id: str) -> FolderImages:
     """The images of a data set of the hub, or of the local cache under HF_HUB_OFFLINE=1.
 
     They are those of the split called train, else of the first, in its first column of images.
     """
+    require("datasets", "huggingface_hub")
     import huggingface_hub
     from datasets import Image, load_dataset
 
@@ -176,13 +164,13 @@ def _hub(hub_id: str) -> Found:
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT)  # one request that is not repeated
-        found = load_dataset(hub_id)
+        splits = load_dataset(hub_id)
     except Exception as error:  # whatever the HTTP library of the day raises
         raise InvalidInputError(
-            f"data: {hub_id!r} cannot be had from the hub ({first_line(error)}); {advice}"
+            f"data: {hub_id!r} cannot be loaded from the hub ({first_line(error)}); {advice}"
         ) from error
-    chosen = "train" if "train" in found else next(iter(found))
-    split = found[chosen]
+    chosen = "train" if "train" in splits else next(iter(splits))
+    split = splits[chosen]
     columns = [column for column, feature in split.features.items() if isinstance(feature, Image)]
     if not columns:
         raise InvalidInputError(
@@ -190,12 +178,12 @@ def _hub(hub_id: str) -> Found:
         )
     encoded = split.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
     pictures = [
-        Picture(f"image {i + 1} of {hub_id!r}", partial(_row, encoded, i, columns[0])) for i in range(len(split))
+        ImageFile(f"image {i + 1} of {hub_id!r}", partial(_row, encoded, i, columns[0])) for i in range(len(split))
     ]
     if not pictures:
         raise InvalidInputError(f"data: {hub_id!r} holds no images")
-    left_out = [f"the split {other!r}" for other in found if other != chosen]
-    return Found(pictures, left_out + [f"the column {other!r} of images" for other in columns[1:]])
+    left_out = [f"the split {other!r}" for other in splits if other != chosen]
+    return FolderImages(pictures, left_out + [f"the column {other!r} of images" for other in columns[1:]])
 
 
 def _row(rows: Any, i: int, column: str) -> Stream:
@@ -207,9 +195,10 @@ def _row(rows: Any, i: int, column: str) -> Stream:
 
 
 def _tensor(
-    pictures: Sequence[Picture], name: str, size: tuple[int, int] | None, levels: int | None
+    pictures: Sequence[ImageFile], name: str, size: tuple[int, int] | None, levels: int | None
 ) -> Shaped[Tensor, "n c h w"]:
     """All images as bytes, of one size, grey or in colour; all that cannot be read are named at once."""
+    require("PIL")
     from PIL import ImageOps
 
     images: list[Any] = []

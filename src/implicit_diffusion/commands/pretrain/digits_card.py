@@ -1,46 +1,47 @@
 """The model card of the pretrained digits: what the model is, how to make and use it, how good its samples are."""
 
-from typing import Any
+from __future__ import annotations
 
 from implicit_diffusion.commands.pretrain.image_classes import card_section, drawing
+from implicit_diffusion.commands.pretrain.summary import Summary
 from implicit_diffusion.commands.shared.formatting import markdown
+from implicit_diffusion.digits import Appearance
 
 
-def model_card(summary: dict[str, Any]) -> str:
+def model_card(summary: Summary) -> str:
     """The README.md of the model folder: what it is, how to make and use it, and how good its samples are."""
-    config, quality = summary["config"], summary["quality"]
-    real = next(iter(quality.values()))
-    held_out, reference = real["held_out"], real["mmd_reference"]
+    config, quality = summary.config, summary.quality
+    assert quality is not None and summary.classifier_accuracy is not None and summary.judge_accuracy is not None
+    beside = next(iter(quality.values()))
 
-    def row(name: str, q: dict[str, Any], mmd: str) -> str:
+    def row(name: str, appearance: Appearance, mmd: str) -> str:
         numbers = (
-            "classifier_confidence",
-            "judge_confidence",
-            "judge_agreement",
-            "nearest_distance",
-            "memorised",
+            appearance.classifier_confidence,
+            appearance.judge_confidence,
+            appearance.judge_agreement,
+            appearance.nearest_distance,
+            appearance.memorised,
         )
-        return f"| {name} | " + " | ".join(f"{q[key]:.3f}" for key in numbers) + f" | {mmd} |"
+        return f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + f" | {mmd} |"
 
-    rows = [row(f"{n} steps", q, f"{q['mmd']:.5f}") for n, q in quality.items()]
-    rows.append(row("held-out digits", held_out, f"{reference['mean']:.5f} (95 %: {reference['quantile_95']:.5f})"))
-    shares = [
-        f"| {n} steps | " + " | ".join(f"{h:.3f}" for h in q["class_histogram"]) + " |" for n, q in quality.items()
-    ]
-    classes = summary.get("images", {}).get("classes", ())
+    rows = [row(f"{n} steps", q, f"{q.mmd:.5f}") for n, q in quality.items()]
+    halves = f"{beside.mmd_reference.mean:.5f} (95 %: {beside.mmd_reference.quantile_95:.5f})"
+    rows.append(row("held-out digits", beside.held_out, halves))
+    shares = [f"| {n} steps | " + " | ".join(f"{h:.3f}" for h in q.class_histogram) + " |" for n, q in quality.items()]
+    classes = summary.images.classes
     drawn = DRAWN
     if classes:
-        lines = ['pipeline = DiffusionPipeline.from_pretrained("DIR/model")', *drawing(summary).splitlines()]
+        lines = ['pipeline = DiffusionPipeline.from_pretrained("DIR/model")', *drawing(summary.images).splitlines()]
         drawn = "\n".join(f"    {line}".rstrip() for line in lines)
     card = CARD.format(
         asked=" --classes" if classes else "",
         kind="class-conditional" if classes else "unconditional",
         drawn=drawn,
-        parameters=summary["parameters"],
+        parameters=summary.parameters,
         channels=", ".join(map(str, config["channels"])),
         steps=config["steps"],
         batch=config["batch"],
-        seconds=summary["seconds"],
+        seconds=summary.seconds,
         prediction_type=markdown(config["prediction_type"]),
         beta_schedule=markdown(config["beta_schedule"]),
         samples=config["samples"],
@@ -48,10 +49,10 @@ def model_card(summary: dict[str, Any]) -> str:
         rows="\n".join(rows),
         shares="\n".join(shares),
         classes=" | ".join(map(str, range(10))),
-        classifier_accuracy=summary["classifier_accuracy"],
-        judge_accuracy=summary["judge_accuracy"],
-        loss_train=summary["loss_train"],
-        loss_held_out=summary["loss_held_out"],
+        classifier_accuracy=summary.classifier_accuracy,
+        judge_accuracy=summary.judge_accuracy,
+        loss_train=summary.loss_train,
+        loss_held_out=summary.loss_held_out,
     )
     return card + card_section(classes)
 

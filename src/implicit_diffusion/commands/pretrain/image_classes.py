@@ -7,14 +7,15 @@ drawn with the classes in turn.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain.image_files import Picture
+from implicit_diffusion.commands.pretrain.image_files import ImageFile
+from implicit_diffusion.commands.pretrain.summary import ImagesSummary
 from implicit_diffusion.commands.shared.formatting import markdown
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
@@ -23,8 +24,8 @@ NAMED = 10  # files or classes that a line names
 ROWS, COLUMNS, LONG = 24, 12, 16  # classes that a picture has a row for, images in a row, letters of a name beside it
 
 
-def classes_of(pictures: Sequence[Picture], data: str) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
-    """The names of the classes, and the number of each picture's own: that of the subfolder that it lies in.
+def classes_of(pictures: Sequence[ImageFile], data: str) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
+    """The names of the classes, and the number of each picture's class: that of its subfolder.
 
     Raises:
         InvalidInputError: fewer than two such subfolders, or images outside of them.
@@ -44,14 +45,14 @@ def classes_of(pictures: Sequence[Picture], data: str) -> tuple[tuple[str, ...],
     return tuple(names), torch.tensor([names.index(picture.subfolder) for picture in pictures])
 
 
-def mention(pictures: Sequence[Picture]) -> str | None:
-    """A line on subfolders that look like classes and are not asked for; None where there are none."""
+def mention(pictures: Sequence[ImageFile]) -> str | None:
+    """A note on subfolders that look like classes but are not used as such; None without such subfolders."""
     names = sorted({picture.subfolder for picture in pictures})
     if len(names) < 2 or "" in names:
         return None
     return (
-        f"classes   the {len(names)} subfolders ({listed(names)}) are not used as classes: the model is of all images "
-        "alike; --classes conditions it on them"
+        f"classes   the {len(names)} subfolders ({listed(names)}) are not used as classes: the model does not "
+        "distinguish them; --classes conditions it on them"
     )
 
 
@@ -64,7 +65,7 @@ def check_split(names: Sequence[str], labels: Int[Tensor, " train"]) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of many, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
@@ -81,7 +82,7 @@ class InTurn:
         self.classes = classes
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:
-        """The labels, whatever the noise."""
+        """The labels; they do not depend on the noise."""
         return {"class_labels": in_turn(self.classes, batch)}
 
 
@@ -114,7 +115,7 @@ def card_section(classes: Sequence[str]) -> str:
     return f"""
 ## Classes
 
-The network takes the number of a class, `class_labels`. `implicit-diffusion finetune` and `sample` take the model as it
+The network takes the number of a class, `class_labels`. `implicit-diffusion finetune` and `sample` use the model as it
 is, and draw the classes in turn or at random. There is no label that stands for no class, so there is no guidance.
 
 | label | class |
@@ -123,12 +124,15 @@ is, and draw the classes in turn or at random. There is no label that stands for
 """
 
 
-def drawing(summary: Mapping[str, Any]) -> str:
-    """The lines that draw from the pipeline, after it is loaded."""
+def drawing(images: ImagesSummary) -> str:
+    """Lines of Python that draw from the pipeline, after it is loaded."""
     from implicit_diffusion.commands.shared.usage import usage
 
-    images = summary["images"]
-    classes = images.get("classes")
-    said: dict[str, Any] = {"condition": "classes" if classes else None, "pipeline_class": "DDPMPipeline"}
-    said |= {"num_classes": len(classes or ()), "event_shape": images["event_shape"]}
-    return usage({"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}, said)
+    config = {"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}
+    summary = {
+        "condition": "classes" if images.classes else None,
+        "pipeline_class": "DDPMPipeline",
+        "num_classes": len(images.classes),
+        "event_shape": images.event_shape,
+    }
+    return usage(config, summary)

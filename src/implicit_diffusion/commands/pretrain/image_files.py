@@ -1,10 +1,10 @@
 """The images of a folder: which files are images, and their pixels in eight bits.
 
 Every file below the folder is an image that is loaded, or is left out by name and with a reason, or is an image that
-cannot be read, which is an error. Names are names and mean nothing: brackets are no pattern, "test" is no split. Links
-to files and to folders are followed; what is reached by two ways is loaded once.
+cannot be read, which is an error. Names mean nothing: brackets are not a pattern, "test" is not a split. Links to files
+and to folders are followed; what is reached by two ways is loaded once.
 
-Pillow decodes. A file is an image if its contents say so, or if its suffix does: a picture.jpg that is none is an
+Pillow decodes. A file is an image if its contents say so, or if its suffix does: a picture.jpg without an image is an
 error, not a file of another kind.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
 from implicit_diffusion.showing import Shown
 
 # Formats that announce themselves in their first bytes. Left out: those that run another program, as EPS does, stubs
@@ -32,7 +33,7 @@ DEEP = ("I", "F")  # modes of Pillow with more than eight bits
 
 
 @dataclass(frozen=True, repr=False)
-class Picture(Shown):
+class ImageFile(Shown):
     """An image that can be decoded.
 
     Args:
@@ -49,24 +50,25 @@ class Picture(Shown):
 
 
 @dataclass
-class Found:
-    """What is in a folder: images in the order of their paths, and what is left out, with reasons."""
+class FolderImages:
+    """The images of a folder in the order of their paths, and what is left out, with reasons."""
 
-    pictures: list[Picture]
+    pictures: list[ImageFile]
     left_out: list[str]
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> FolderImages:
     """The images below a folder, links included.
 
     Raises:
         InvalidInputError: something in it that cannot be looked at.
     """
+    require("PIL")
     from PIL import Image
 
     Image.init()
-    kinds = Image.registered_extensions()
-    found, seen = Found([], []), dict[tuple[int, int], str]()
+    formats = Image.registered_extensions()
+    images, seen = FolderImages([], []), dict[tuple[int, int], str]()
     waiting = [folder]
     while waiting:
         path = waiting.pop()
@@ -80,14 +82,18 @@ def find(folder: Path) -> Found:
         except OSError as error:
             raise InvalidInputError(f"data: {str(path)!r} cannot be looked at ({first_line(error)})") from error
         above = path.relative_to(folder).parts[:-1]
-        picture = Picture(name, partial(_open, path), path.suffix.lower(), above[0] if above else "")
-        if reason is None and kinds.get(picture.suffix) not in (*FORMATS, *BY_SUFFIX, "MPO") and not _is_image(picture):
+        picture = ImageFile(name, partial(_open, path), path.suffix.lower(), above[0] if above else "")
+        if (
+            reason is None
+            and formats.get(picture.suffix) not in (*FORMATS, *BY_SUFFIX, "MPO")
+            and not _is_image(picture)
+        ):
             reason = "an archive: unpack it" if picture.suffix in ARCHIVES else "not an image"
         if reason is None:
-            found.pictures.append(picture)
+            images.pictures.append(picture)
         else:
-            found.left_out.append(f"{name} ({reason})")
-    return found
+            images.left_out.append(f"{name} ({reason})")
+    return images
 
 
 def _open(path: Path) -> Stream:
@@ -99,12 +105,12 @@ def _useless(path: Path) -> str | None:
     if path.name.startswith(".") or path.name == "__MACOSX":
         return "hidden"
     try:
-        kind = path.stat().st_mode
+        mode = path.stat().st_mode
     except OSError as error:
         if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
             return "a link to nothing"
         raise
-    return None if stat.S_ISREG(kind) or stat.S_ISDIR(kind) else "neither a file nor a folder"
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "neither a file nor a folder"
 
 
 def _again(path: Path, name: str, seen: dict[tuple[int, int], str]) -> str | None:
@@ -114,7 +120,8 @@ def _again(path: Path, name: str, seen: dict[tuple[int, int], str]) -> str | Non
     return None if before == name else f"the same as {before}"
 
 
-def _is_image(picture: Picture) -> bool:
+def _is_image(picture: ImageFile) -> bool:
+    require("PIL")
     from PIL import Image
 
     try:
@@ -124,7 +131,8 @@ def _is_image(picture: Picture) -> bool:
         return False
 
 
-def _formats(picture: Picture) -> list[str]:
+def _formats(picture: ImageFile) -> list[str]:
+    require("PIL")
     from PIL import Image
 
     Image.init()
@@ -132,7 +140,7 @@ def _formats(picture: Picture) -> list[str]:
     return [name for name in (*FORMATS, *BY_SUFFIX) if name in Image.OPEN and (name in FORMATS or name == own)]
 
 
-def decode(picture: Picture) -> tuple[Any, list[str]]:
+def decode(picture: ImageFile) -> tuple[Any, list[str]]:
     """The picture in mode "L" or "RGB", upright, and what of the file is not in it, in words.
 
     Grey are the modes of grey images and palettes of greys.
@@ -140,6 +148,7 @@ def decode(picture: Picture) -> tuple[Any, list[str]]:
     Raises:
         InvalidInputError: it cannot be read, or has more than eight bits per channel.
     """
+    require("PIL")
     from PIL import Image, ImageOps
 
     try:
@@ -148,10 +157,10 @@ def decode(picture: Picture) -> tuple[Any, list[str]]:
                 raise InvalidInputError(
                     f"{picture.name} has more than eight bits per channel (mode {image.mode}); convert it to 8 bits"
                 )
-            lost = [] if getattr(image, "n_frames", 1) == 1 else ["hold several frames, of which the first is taken"]
+            lost = [] if getattr(image, "n_frames", 1) == 1 else ["hold several frames, of which the first is used"]
             image.load()
             lost += ["have transparency, which is dropped"] * _is_transparent(image)
-            return _plain(ImageOps.exif_transpose(image)), lost
+            return _eight_bit(ImageOps.exif_transpose(image)), lost
     except InvalidInputError:
         raise
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
@@ -172,7 +181,7 @@ def _is_transparent(image: Any) -> bool:
     return "transparency" in image.info
 
 
-def _plain(image: Any) -> Any:
+def _eight_bit(image: Any) -> Any:
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode in ("LA", "La"):

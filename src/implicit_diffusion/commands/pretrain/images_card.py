@@ -1,10 +1,12 @@
 """The model card of a model that was pretrained on images of the user's own."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
-from typing import Any
 
 from implicit_diffusion.commands.pretrain.image_classes import card_section, drawing
+from implicit_diffusion.commands.pretrain.summary import Summary
 from implicit_diffusion.commands.shared.formatting import markdown
 
 
@@ -13,31 +15,31 @@ def title(data: str) -> str:
     return markdown(Path(data).name if os.path.isabs(data) else data)
 
 
-def model_card(summary: dict[str, Any]) -> str:
+def model_card(summary: Summary) -> str:
     """The README.md of the model folder: what it is, how it was made, and how to use it."""
-    config, images = summary["config"], summary["images"]
-    channels, height, width = images["event_shape"]
+    config, images = summary.config, summary.images
+    channels, height, width = images.event_shape
     colour = "grey" if channels == 1 else "colour"
-    size, seconds = f"--size {height} {width}", f"{summary['seconds']:.0f} s"
+    size, seconds = f"--size {height} {width}", f"{summary.seconds:.0f} s"
     data, asked = title(config["data"]), " --classes" if config.get("classes") else ""
     prediction, schedule = (markdown(config[key]) for key in ("prediction_type", "beta_schedule"))
     return f"""# A diffusion model of {data}
 
-A `UNet2DModel` with {summary["parameters"]} parameters (channels {", ".join(map(str, config["channels"]))}), trained by
+A `UNet2DModel` with {summary.parameters} parameters (channels {", ".join(map(str, config["channels"]))}), trained by
 denoising score matching ({prediction}, schedule {schedule}, {config["steps"]} steps of
-{config["batch"]} images, {seconds}) on {images["train"]} {colour} images of {height} by {width} pixels.
+{config["batch"]} images, {seconds}) on {images.train} {colour} images of {height} by {width} pixels.
 It is made for ancestral chains with trailing spacing and without clipping, which its scheduler says too. Made by
 
     implicit-diffusion pretrain --data DATA{asked} {size} --steps {config["steps"]} --batch {config["batch"]} \\
         --lr {config["lr"]:g} --seed {config["seed"]} --out DIR
 
-where DATA is {data}. The denoising loss is {summary["loss_train"]:.4f} on training images and
-{summary["loss_held_out"]:.4f} on {images["held_out"]} images held out.
+where DATA is {data}. The denoising loss is {summary.loss_train:.4f} on training images and
+{summary.loss_held_out:.4f} on {images.held_out} images held out.
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-{drawing(summary)}
+{drawing(images)}
 ```
-{card_section(images.get("classes", ()))}"""
+{card_section(images.classes)}"""

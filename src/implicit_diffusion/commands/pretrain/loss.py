@@ -1,6 +1,6 @@
 """The loss of a pretraining, image by image, and its means on images that were and were not trained on.
 
-The derivation stands in `pretrain`.
+The derivation is in `pretrain.training`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def image_losses(
     return (prediction - target).square().flatten(1).mean(1)
 
 
-def judged_losses(unet: UNet2DModel, scheduler: DDPMScheduler, data: Images) -> dict[str, float]:
+def judged_losses(unet: UNet2DModel, scheduler: DDPMScheduler, data: Images) -> tuple[float, float]:
     """On images that were trained on, and on those that were not."""
     few = 10 * len(data.held_out)
     some = None if data.train_labels is None else data.train_labels[:few]
-    parts = {"loss_train": (data.train[:few], some), "loss_held_out": (data.held_out, data.held_out_labels)}
-    with progress(REPEATS * sum(len(x) for x, _ in parts.values()), "judging") as bar:
-        return {name: denoising_loss(unet, scheduler, x, labels=c, tick=bar.advance) for name, (x, c) in parts.items()}
+    train, held_out = (data.train[:few], some), (data.held_out, data.held_out_labels)
+    with progress(REPEATS * (len(train[0]) + len(held_out[0])), "judging") as bar:
+        losses = [denoising_loss(unet, scheduler, x, labels=c, tick=bar.advance) for x, c in (train, held_out)]
+    return losses[0], losses[1]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""A pretraining so far: the network, its average, the optimizer, and all the randomness that is still to come.
+"""The state of a pretraining: the network, its average, the optimizer, and the generators of all random numbers.
 
-Images, times and noise come from a generator of the training's own. Dropout draws from the global one of its device,
-which is part of the state as well, while the training holds it in a fork.
+Images, times and noise come from a generator of the training's own. Dropout draws from the global generator of its
+device, whose state is kept as well; the training runs inside a fork of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain import config as pretrain_config
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.files.states import check_finite, load_state, save_state
 from implicit_diffusion.runs import RunDirectory
@@ -27,9 +27,26 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How the loss is minimised.
+
+    Args:
+        steps: of AdamW.
+        lr: learning rate after a linear warm-up over 200 steps, at most a tenth of all; it then decays along a cosine.
+        ema_decay: of the moving average of the weights.
+        seed: of the weights, dropout, images, times and noise.
+    """
+
+    steps: int
+    lr: float
+    ema_decay: float
+    seed: int
+
+
 @dataclass(repr=False)
 class Pretraining(Shown):
-    """What `begin` makes and every step moves on.
+    """What `begin` makes and every step changes.
 
     Args:
         unet: in training mode, on its device.
@@ -75,7 +92,7 @@ class Pretraining(Shown):
 
     @contextmanager
     def averaged(self) -> Iterator[UNet2DModel]:
-        """The network with its averaged weights for the block."""
+        """The network, with its averaged weights inside the block."""
         self.average.store(self.unet.parameters())
         self.average.copy_to(self.unet.parameters())
         try:
@@ -111,7 +128,7 @@ class Pretraining(Shown):
         save_state(directory.checkpoint, {"pretraining": state})
 
     def restore(self, directory: RunDirectory, images: list[str]) -> None:
-        """Go on from checkpoint/, and take back the lines of metrics.jsonl that came after it; missing ones are said.
+        """Go on from checkpoint/, and drop the lines of metrics.jsonl after it; a note says which lines are missing.
 
         Raises:
             InvalidInputError: no such checkpoint, one of another network, or one of other images.
@@ -140,7 +157,7 @@ class Pretraining(Shown):
         restore_metrics(directory, self.step, self.lines)
 
     def _generators(self) -> list[torch.Generator]:
-        """Its own, and the global ones of the CPU and of the device."""
+        """The training's own, and the global ones of the CPU and of the device."""
         device, on_device = self.unet.device, []
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -148,25 +165,26 @@ class Pretraining(Shown):
         return [self.generator, torch.default_generator, *on_device]
 
 
-def begin(config: pretrain_config.Config, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
-    """Before the first step."""
+def begin(descent: Descent, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
+    """The state before the first step."""
+    require("diffusers")
     from diffusers.training_utils import EMAModel
 
-    average = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = min(200, max(1, config.steps // 10))
+    average = EMAModel(unet.parameters(), decay=descent.ema_decay, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=descent.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(200, max(1, descent.steps // 10))
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps - warmup)),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, descent.steps - warmup)),
         ],
         [warmup],
     )
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(descent.seed)
     return Pretraining(unet, scheduler, average, optimizer, schedule, generator)
 
 
 def digests(data: Images) -> list[str]:
-    """Of all pixels to train on, and of all that are held out."""
+    """Digests of all pixels to train on, and of all that are held out."""
     return [fingerprint(part)["tensor"] for part in (data.train, data.held_out)]

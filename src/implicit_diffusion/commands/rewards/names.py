@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.rewards import shipped as rewards
 from implicit_diffusion.commands.rewards.arguments import Arguments, made, read_arguments
 from implicit_diffusion.commands.rewards.trust import Code, code_of, remember, spelled
-from implicit_diffusion.digits import digits
+from implicit_diffusion.digits import digit_log_probability
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, reason_of
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.reward_values import takes_condition
@@ -54,7 +54,7 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
     if shipped and not place:
         if call:
             raise InvalidInputError(f"`reward` {name}: {function} takes no arguments; name it without parentheses")
-        return digits.digit_log_probability(int(shipped[1])) if shipped[1] else getattr(rewards, function)
+        return digit_log_probability(int(shipped[1])) if shipped[1] else getattr(rewards, function)
     if not place:
         raise InvalidInputError(
             f"`reward` {name!r} is neither {SHIPPED}, nor of the form FILE.py:function or FILE.py:Class(weight=2)"

@@ -1,4 +1,4 @@
-"""Draw from a trained energy-based model: a picture, or an array of draws in the units of its data."""
+"""Draw from a trained energy-based model: a picture, or an array of samples in the units of its data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from implicit_diffusion.models.energy_model import EnergyModel, load_energy_mode
 from implicit_diffusion.noise import Noise
 
 
-def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> Path:
-    """Write `num` draws to `out`: FILE.npy takes them as they are, any other name a picture of images or of a plane.
+def sample_energy_model(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> Path:
+    """Write `num` samples to `out`: as an array where it ends in .npy, else as a picture of images or of the plane.
 
-    Draws of a model of dequantised data are rounded down to values that such data have.
+    Samples of a model of dequantised data are rounded down to values that such data have.
 
     Raises:
-        InvalidInputError: no such model, or draws that have no picture.
+        InvalidInputError: there is no such model, or its samples have no picture.
     """
     model = load_energy_model(folder)
     event = model.architecture.event_shape
@@ -34,12 +34,12 @@ def sample(folder: Path, num: int, out: Path, steps: int | None, seed: int) -> P
         with replacing(out) as file, file.open("wb") as stream:
             np.save(stream, x.numpy(), allow_pickle=False)
     else:
-        _draw(model, x, out)
+        _picture(model, x, out)
     print(out)
     return out
 
 
-def _draw(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
+def _picture(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
     from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
 
     figure = sheet(4.2, 4.2)

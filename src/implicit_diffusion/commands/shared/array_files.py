@@ -1,7 +1,8 @@
-"""Arrays of numbers in files: .npy, .npz, .csv and .safetensors, read without running anything that they hold.
+"""Arrays of numbers in files: .npy, .npz, .csv and .safetensors, read without running any code in them.
 
-A file says how large it is before anything is allocated: the header of a .npy array, the directory of an archive, the
-lines of a table. What a pickle holds is known only by running it, so pickles (.pt, .pkl, …) are refused.
+The size of an array is known before anything is allocated: from the header of a .npy array, the directory of an
+archive, or the lines of a table. The content of a pickle is known only by running it, so pickles (.pt, .pkl, …) are
+refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FORMATS = "FILE.npy, FILE.npz, FILE.csv, or FILE.safetensors"
 KEYED = (".npz", ".safetensors")  # hold arrays by name: FILE.npz:NAME is one of them
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
 HEADER = 2**16  # bytes, of an array in an archive; numpy reads no header of more than 10000
-SHOWN = 10  # names, rows, or columns in a message
+MOST_LISTED = 10  # names, rows, or columns in a message
 EXACT = 2**53  # integers up to here are doubles
 COMMA = re.compile(r"[+-]?\d*,\d+")  # a number with a decimal comma
 
@@ -55,7 +56,7 @@ def read_table(name: str, otherwise: str = "") -> Table:
 
     Args:
         name: of a file, or FILE.npz:NAME.
-        otherwise: what else the option takes, for the message about a file that is not there.
+        otherwise: other values of the option, for the message about a missing file.
 
     Raises:
         InvalidInputError: no such file, a pickle, or one that does not hold one array of real numbers.
@@ -63,12 +64,12 @@ def read_table(name: str, otherwise: str = "") -> Table:
     """
     file, key = place_of(name)
     path = Path(file)
-    if not os.path.isfile(path):  # no folder, pipe or device, whose reading might never end
+    if not os.path.isfile(path):  # a folder, pipe or device is refused: reading it might never end
         raise InvalidInputError(f"--data {name}: no such file; give {otherwise}{FORMATS}")
     suffix = path.suffix.lower()
     if suffix in PICKLES or (suffix not in KEYED and _is_torch_archive(path)):
         raise InvalidInputError(
-            f"--data {name} is a pickle, as torch.save writes it: to read one is to run what it holds, so none is "
+            f"--data {name} is a pickle, as torch.save writes it: reading one would run the code in it, so none is "
             f"read. In the program that has the array x, write numpy.save({path.stem + '.npy'!r}, x), with "
             f"x.numpy(force=True) for a tensor, and give that file"
         )
@@ -82,11 +83,11 @@ def read_table(name: str, otherwise: str = "") -> Table:
         return Table(_read_npy(name, path))
     except (InvalidInputError, MemoryLimitError):
         raise
-    except Exception as error:  # libraries raise what they like about a file: ValueError, EOFError, SyntaxError, ...
-        kind = suffix if suffix in (".csv", *KEYED) else ".npy"
-        what = {".csv": "table", ".npy": "array"}.get(kind, "archive of arrays")
+    except Exception as error:  # libraries raise errors of many types: ValueError, EOFError, SyntaxError, ...
+        form = suffix if suffix in (".csv", *KEYED) else ".npy"
+        what = {".csv": "table", ".npy": "array"}.get(form, "archive of arrays")
         unknown = "" if suffix in (".npy", ".csv", *KEYED) else f"; {FORMATS} are read"
-        raise InvalidInputError(f"--data {name} is no plain {kind} {what}: {one_line(error)}{unknown}") from error
+        raise InvalidInputError(f"--data {name} is not a sound {form} {what}: {one_line(error)}{unknown}") from error
 
 
 def _is_torch_archive(path: Path) -> bool:
@@ -109,7 +110,7 @@ def _read_npy(name: str, path: Path) -> np.ndarray:
 
 
 def _read_npz(name: str, path: Path, key: str | None) -> np.ndarray:
-    """An array of an archive; zipfile unpacks no more of it than its directory promises, which is checked first."""
+    """An array of an archive; its size in the directory, which is checked first, is the most that zipfile unpacks."""
     with ZipFile(path) as archive:
         members = [member for member in archive.namelist() if member.endswith(".npy")]
         member = _chosen(name, [m.removesuffix(".npy") for m in members], key) + ".npy"
@@ -126,7 +127,7 @@ def _read_safetensors(name: str, path: Path, key: str | None) -> np.ndarray:
     with safe_open(path, framework="pt") as file:
         chosen = _chosen(name, list(file.keys()), key)
         promised = file.get_slice(chosen)
-        # every type of theirs is F32, I64, BOOL and so on: the number is that of bits
+        # types are called F32, I64, BOOL and so on: the number is that of bits
         bits = int("".join(c for c in promised.get_dtype().split("_")[0] if c.isdigit()) or 8)
         _check_memory(name, math.prod(promised.get_shape()), bits // 8 or 1, single=bits <= 16)
         x = file.get_tensor(chosen)
@@ -138,8 +139,8 @@ def _read_safetensors(name: str, path: Path, key: str | None) -> np.ndarray:
 
 
 def _chosen(name: str, names: list[str], key: str | None) -> str:
-    """The name of the array that is asked for: the only one where none is."""
-    listed = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    """The name of the array that `key` asks for, or of the only one."""
+    listed = ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
     if not names:
         raise InvalidInputError(f"--data {name} holds no arrays")
     if key is None and len(names) > 1:
@@ -153,7 +154,7 @@ def _chosen(name: str, names: list[str], key: str | None) -> str:
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape and type that a .npy array promises, and where its numbers begin."""
+    """Shape and type in the header of a .npy array, and where its numbers begin."""
     version = np.lib.format.read_magic(file)
     # a header of version 3.0 differs from 2.0 in the names of fields alone, which no array of numbers has
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -167,7 +168,7 @@ def _header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
 
 
 def _check(name: str, shape: tuple[int, ...], dtype: np.dtype, behind: int) -> None:
-    """Refuse an array that is not of numbers, not what its header promises, or too large for this machine."""
+    """Refuse an array that does not hold numbers, does not have the size in its header, or is too large for memory."""
     if dtype.kind not in "fiub" or dtype.itemsize > 8:
         raise InvalidInputError(f"--data {name} must hold one array of numbers, got {dtype}")
     promised = math.prod(shape) * dtype.itemsize
@@ -184,14 +185,14 @@ def _check_memory(name: str, numbers: int, size: int, *, single: bool) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryLimitError(
-            f"--data {name}: {numbers} numbers need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; take fewer rows"
+            f"--data {name}: {numbers} numbers need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; use fewer rows"
         )
 
 
 def _read_csv(name: str, path: Path) -> Table:
     """A table of numbers. Its first line names the columns if no cell of it is a number.
 
-    Cells are parted by tabs, semicolons or commas, whichever of these the first line holds, in this order.
+    Cells are separated by tabs, semicolons or commas: the first of these that the first line contains.
     """
     with path.open("rb") as binary:
         lines = sum(chunk.count(b"\n") for chunk in iter(lambda: binary.read(2**20), b"")) + 1
@@ -232,14 +233,14 @@ def _read_csv(name: str, path: Path) -> Table:
 
 
 def _rows(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the numbers of their lines; blank lines are none."""
+    """Rows with the numbers of their lines, without blank lines."""
     for row in reader:
         if row and (len(row) > 1 or row[0].strip()):
             yield reader.line_num, row
 
 
 def _value(cell: str) -> float | None:
-    """The number in a cell; None where there is none, or an integer that a double would round."""
+    """The number in a cell; None for anything else, and for an integer that a double would round."""
     try:
         value = float(cell)
     except ValueError:
@@ -251,13 +252,13 @@ def _value(cell: str) -> float | None:
 
 
 def _listed(bad: dict[int, list[Any]], columns: tuple[str, ...] | None, count: int) -> str:
-    """Cells that are no numbers, by column: how many, and the first one."""
+    """Cells without numbers, by column: how many, and the first one."""
     parts = []
-    for column, (line, cell, times) in sorted(bad.items())[:SHOWN]:
+    for column, (line, cell, times) in sorted(bad.items())[:MOST_LISTED]:
         called = f" ({columns[column]})" if columns and columns[column] else ""
         what = repr(one_line(cell)) if cell else "empty"
         parts.append(f"column {column + 1}{called} holds no number in {times} of {count} rows, in line {line} {what}")
-    more = f"; and {len(bad) - SHOWN} more columns" if len(bad) > SHOWN else ""
+    more = f"; and {len(bad) - MOST_LISTED} more columns" if len(bad) > MOST_LISTED else ""
     change = "Leave such a column out, remove or impute such rows, or write them as numbers"
     if all(COMMA.fullmatch(cell) for _, cell, _ in bad.values()):
         change = "These look like decimal commas: write points"

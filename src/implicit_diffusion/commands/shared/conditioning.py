@@ -1,10 +1,10 @@
-"""What a model is sampled under, from the command line to the chain: prompts or class labels, guidance, images.
+"""The conditions that a model is sampled under, from the command line to the chain: prompts or labels, and guidance.
 
     prompts of a file        →  table of embeddings, computed once  →  Embedded(network)  ┐
     classes of the network   →  network                                                   ┴→  ClassifierFree(…, w)
     reward(images, prompts)  →  R(x, condition) of the chain's states, decoded where they are latents
 
-The chain draws the number of a prompt, or a class, for every trajectory (`Drawn`).
+For every trajectory the chain draws the number of a prompt, or a class (`Drawn`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.files.reading import read_bytes
@@ -30,10 +30,10 @@ from implicit_diffusion.reward_values import takes_condition
 from implicit_diffusion.showing import Shown
 
 PROMPT, CLASS = "prompt", "class_labels"
-MOST = 2**24  # bytes of a file of prompts
-MARKS = {
+MOST = 2**24  # largest size of a file of prompts, in bytes
+MARKS = {  # byte order marks, with the encodings that they announce
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, since it begins with the mark of that
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -42,15 +42,32 @@ MARK = "\ufeff"
 UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and separators of lines and paragraphs
 
 
+@dataclass(frozen=True)
+class ConditioningSpec:
+    """What a command is asked to sample a model under.
+
+    Args:
+        model: its name, for messages.
+        prompts: text file with one prompt per line; None for a model without prompts.
+        guidance: scale w of classifier-free guidance; None for that of the model's pipeline.
+        null_class: the label that stands for no class; None where the model has none.
+    """
+
+    model: str
+    prompts: Path | None = None
+    guidance: float | None = None
+    null_class: int | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Conditioning(Shown):
-    """What trajectories are sampled under.
+    """The conditions that trajectories are sampled under.
 
     Args:
         drawn: the chain's condition; None for an unconditional model.
-        prompts: the file's lines.
-        table: their embeddings, and those of the empty prompt in its last row.
-        guidance: w.
+        prompts: the prompts, in the order of the file.
+        table: their embeddings; the last row is that of the empty prompt.
+        guidance: scale w of classifier-free guidance.
         null: the value of the condition that stands for none, where guidance needs it.
     """
 
@@ -61,7 +78,7 @@ class Conditioning(Shown):
     null: int | None = None
 
     def around(self, network: nn.Module) -> nn.Module:
-        """The denoiser that the chain runs on: `network` with embeddings and guidance around it."""
+        """The denoiser that the chain runs: `network` within embeddings and guidance."""
         if self.table is not None:
             network = Embedded(network, self.table, PROMPT)
         if self.drawn is not None and self.guidance != 1:
@@ -72,15 +89,15 @@ class Conditioning(Shown):
     def of_states(self, reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor] | None) -> Callable[..., Any]:
         """R(x, condition) of the chain's states, from a reward of images, or of images and prompts or labels.
 
-        It returns what the reward does, in whatever form that is.
+        It returns whatever the reward returns.
         """
         if self.drawn is None:
             return reward
-        wants = takes_condition(reward)
+        conditional = takes_condition(reward)
 
         def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
             images = x if decoder is None else decoder(x)
-            if not wants:
+            if not conditional:
                 return reward(images)
             if self.prompts:
                 return reward(images, [self.prompts[i] for i in condition[PROMPT].tolist()])
@@ -89,38 +106,38 @@ class Conditioning(Shown):
         return of_states
 
 
-def conditioning(config: Config, pretrained: Pretrained, device: torch.device) -> Conditioning:
-    """What `config` samples this model under.
+def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:
+    """The conditions that `spec` asks for, checked against the model.
 
     Raises:
-        InvalidInputError: prompts for a model without text encoder, or none for one that has them; guidance of an
-            unconditional model, or without a class that stands for none; from `embed_prompts`.
+        InvalidInputError: prompts for a model without a text encoder, or no prompts for a model with one; guidance of
+            an unconditional model, or without a class that stands for none; from `embed_prompts`.
     """
-    kind, guidance = pretrained.condition, config.guidance
-    if kind != "prompts" and config.prompts is not None:
+    kind, guidance = pretrained.condition, spec.guidance
+    if kind != "prompts" and spec.prompts is not None:
         raise InvalidInputError(
-            f"--prompts: {config.model} has no text encoder, it is "
+            f"--prompts: {spec.model} has no text encoder, it is "
             + ("conditioned on class labels" if kind else "unconditional")
             + "; leave them out"
         )
-    if kind != "classes" and config.null_class is not None:
-        raise InvalidInputError(f"--null-class: {config.model} is not conditioned on classes; leave it out")
+    if kind != "classes" and spec.null_class is not None:
+        raise InvalidInputError(f"--null-class: {spec.model} is not conditioned on classes; leave it out")
     if kind is None:
         if guidance is not None:
-            raise InvalidInputError(f"--guidance: {config.model} is unconditional, there is nothing to guide towards")
+            raise InvalidInputError(f"--guidance: {spec.model} is unconditional, there is nothing to guide towards")
         return Conditioning()
     guidance = pretrained.family.guidance if guidance is None else guidance
     if kind == "prompts":
-        if config.prompts is None:
-            raise InvalidInputError(f"--model {config.model} is text-conditional: give --prompts FILE, one per line")
-        prompts = read_prompts(config.prompts)
+        if spec.prompts is None:
+            raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
+        prompts = read_prompts(spec.prompts)
         assert pretrained.checkpoint is not None
         table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, prompts, device)
         count = len(prompts)
         return Conditioning(Drawn(PROMPT, torch.arange(count)), tuple(prompts), table, guidance, null=count)
-    classes, null = pretrained.num_classes or 0, config.null_class
+    classes, null = pretrained.num_classes or 0, spec.null_class
     if null is None and pretrained.family is not PIXELS:
-        null = classes  # the row that DiT's training dropped labels to
+        null = classes  # DiT was trained with this row for dropped labels
     elif null is not None and not 0 <= null < classes:
         raise InvalidInputError(f"--null-class must lie in 0..{classes - 1}, got {null}")
     if null is None and guidance != 1:
@@ -132,27 +149,27 @@ def conditioning(config: Config, pretrained: Pretrained, device: torch.device) -
 
 
 def read_prompts(path: str | PathLike[str]) -> list[str]:
-    r"""The prompts of a file, one per line; blank lines do not count.
+    r"""The prompts of a file, one per line; blank lines are skipped.
 
     A line ends where a text editor ends it: at \n, \r\n or \r. The file is UTF-8, or begins with the byte order mark of
-    UTF-8, UTF-16 or UTF-32. What else may be taken for the end of a line (a form feed, U+0085, U+2028, …), and other
-    control characters, which no editor shows as they are, are refused.
+    UTF-8, UTF-16 or UTF-32. Other characters that may be read as the end of a line (a form feed, U+0085, U+2028, …),
+    and other control characters, which editors do not show, are refused.
 
     Raises:
-        InvalidInputError: no such file, none that is regular, one of more than `MOST` bytes, in another encoding, with
-            such a character (the message names the line), or with nothing in it.
+        InvalidInputError: there is no such file, it is not a regular file, has more than `MOST` bytes, another
+            encoding, such a character (the message names the line), or no prompts.
     """
     try:
         contents = read_bytes(check_path("--prompts", path), MOST)
     except InvalidInputError as error:
-        raise InvalidInputError(f"--prompts: {error}; it is a text file, a prompt a line") from error
+        raise InvalidInputError(f"--prompts: {error}; it must be a text file with one prompt per line") from error
     encoding = next((name for mark, name in MARKS.items() if contents.startswith(mark)), "utf-8")
     try:
         text = contents.decode(encoding)
     except UnicodeDecodeError as error:
         at = contents.count(b"\n", 0, error.start) + 1
         raise InvalidInputError(
-            f"--prompts {path} cannot be read: line {at} is no {encoding} ({error.reason}); save it as UTF-8"
+            f"--prompts {path} cannot be read: line {at} is not {encoding} ({error.reason}); save it as UTF-8"
         ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""What all pictures share: figures that know no window and no global state, plain axes, images side by side."""
+"""What all pictures share: figures without a window or global state, quiet axes, colours, images side by side."""
 
 from __future__ import annotations
 
@@ -6,36 +6,41 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WEIGHTED, UNWEIGHTED = "#2a9d5c", "#1f6f8b"  # colours of weighted and of plain particles
+
 
 def sheet(width: float | int, height: float | int) -> Figure:
     """An empty figure of that size in inches."""
+    require("matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def finish(figure: Figure, path: Path, plain: Iterable[Any] = ()) -> None:
-    """Write the figure as PNG; `plain` axes get a faint grid and no frame, titles stand at the left of their axes."""
+def finish(figure: Figure, path: Path, gridded: Iterable[Any] = ()) -> None:
+    """Write the figure as PNG; `gridded` axes get a faint grid and no frame, and titles begin where their axes do."""
     for axis in figure.axes:
         if axis.get_title():
             _title_left(axis)
-    for axis in plain:
+    for axis in gridded:
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, path, dpi=130)
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Write the figure in one step, in the format that its name ends in."""
+    """Write the figure in one step, in the format that the suffix of `path` names."""
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix("."), **options)
 
@@ -65,3 +70,11 @@ def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: fl
     picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     axis.imshow(picture.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)  # (rows H, columns W, RGB)
     axis.set_axis_off()
+
+
+def smooth(values: np.ndarray, radius: int) -> np.ndarray:
+    """Mean over a window of 2·radius + 1, cut off at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

@@ -1,4 +1,4 @@
-"""How numbers are written, to the digits that their standard errors leave standing, and words that are not ours."""
+"""How numbers are written, to the digits that their standard errors support, and how words of users are escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-DASH = "—"  # for what there is not
+DASH = "—"  # for a number that does not exist
 
 
 def decimals(scale: float, digits: int = 1) -> int:
@@ -35,7 +35,7 @@ def number(value: float | None, error: float | None = None, *, sign: bool = Fals
 
 
 def beside(value: float | None, error: float | None) -> str:
-    """`value` alone, to as many decimals as an `error` leaves standing that is written elsewhere."""
+    """`value` alone, to as many decimals as its `error`, written elsewhere, supports."""
     if value is None or error is None or not math.isfinite(error) or error <= 0:
         return number(value, digits=4)
     return f"{value:.{decimals(error)}f}".replace("-", "−")
@@ -50,16 +50,16 @@ def percent(share: float | None, error: float | None = None) -> str:
 
 
 def markdown(text: object) -> str:
-    """A string from elsewhere (a path, a name) as plain words of a Markdown document, in one line.
+    """A string of a user (a path, a name) as plain words of a Markdown document, in one line.
 
-    Neither HTML nor Markdown in it has an effect; what cannot be printed becomes U+FFFD.
+    HTML and Markdown in it are escaped; characters that cannot be printed become U+FFFD.
     """
     words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(words, quote=False))
 
 
 def distinct(values: Sequence[float], digits: int = 4) -> list[str]:
-    """Numbers in `digits` significant digits, or in as many as it takes for no two different ones to look the same."""
+    """Numbers in `digits` significant digits, or in as many as make all different numbers look different."""
     for enough in range(digits, 17):
         texts = [f"{value:.{enough}g}" for value in values]
         if len(set(texts)) == len(set(values)):
@@ -71,7 +71,7 @@ NAMELESS = {"model", "models", "pipeline", "checkpoint", "final", "last", "lates
 
 
 def model_name(model: object) -> str:
-    """A model for people: its hub id, or the last part of its folder; with the one above it where every run has such.
+    """A short name of a model: its hub id, or the last part of its path; the last two where the last is in `NAMELESS`.
 
     A folder of the hub's cache, `models--owner--name/snapshots/<revision>`, is `owner/name`.
     """

@@ -1,7 +1,7 @@
-"""What a run reads: where it lies, whatever the working directory becomes, and what it holds.
+"""What a run reads: absolute paths of its inputs, and fingerprints of what they hold.
 
-Paths are made absolute when a run begins, so that it is resumed from anywhere, and a reward that changes directory does
-not move it.
+Paths are made absolute when a run begins, so that it can be resumed from anywhere, and a reward that changes the
+working directory does not redirect it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.shared.array_files import place_of
-from implicit_diffusion.commands.shared.planar import LAWS
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import forget, record
 
@@ -27,12 +27,12 @@ NAMES = {
     "model": {"digits"},
     "reference": {"digits"},
     "data": {"digits", *LAWS},
-}  # that are no paths, whatever is there
+}  # that are not paths, whatever is there
 C = TypeVar("C")
 
 
 def absolute(config: C) -> C:
-    """A config whose paths are absolute: each `Path`, and the files and folders that a name stands for."""
+    """The config with absolute paths: each `Path`, and each name that stands for a file or a folder."""
     changed: dict[str, Any] = {}
     for field in fields(config):  # type: ignore[arg-type]  # a dataclass
         value = getattr(config, field.name)
@@ -46,63 +46,65 @@ def absolute(config: C) -> C:
 
 
 def inputs(config: Any) -> dict[str, Any]:
-    """Fingerprints of model, reference, data and reward, as `record` and `verify` take them; shipped ones have none.
+    """Fingerprints of model, reference, data and reward, for `record` and `verify`; what is shipped has none.
 
     Raises:
         InvalidInputError: there is no such model or reward, or a file that cannot be read.
     """
-    found: dict[str, Any] = {}
+    fingerprints: dict[str, Any] = {}
     for name in ("model", "reference"):
         value = getattr(config, name, None)
         if isinstance(value, Path) and value.is_dir():
-            found[name] = fingerprint(value, MODEL_FILES)
+            fingerprints[name] = fingerprint(value, MODEL_FILES)
         elif isinstance(value, str) and value not in NAMES[name]:
-            found[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
+            fingerprints[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
     data, reward = getattr(config, "data", None), getattr(config, "reward", "")
     if _is_place("data", data):
-        found["data"] = fingerprint(Path(place_of(str(data))[0]))
+        fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
     if reward_trust.is_own(reward):
-        found["reward"] = fingerprint(reward_trust.code_of(reward).files)
-    return found
+        fingerprints["reward"] = fingerprint(reward_trust.code_of(reward).files)
+    return fingerprints
 
 
 def record_inputs(
     directory: RunDirectory,
     options: Any,
-    found: dict[str, Any],
+    fingerprints: dict[str, Any],
     *,
     config: Any = None,
     device: torch.device | None = None,
     accepted: Collection[str] = (),
 ) -> None:
-    """`record` for a run whose reward is loaded by now: what it has imported from beside it counts too.
+    """`record` for a run whose reward is loaded: modules that it has imported from its own folder count as well.
 
     Args:
         directory: of the run.
         options: of the run, with the name of its reward where it has one.
-        found: by `inputs`, before anything was loaded, and further ones.
+        fingerprints: from `inputs`, before anything was loaded, and further ones.
         config: as it goes into config.json; by default the options.
         device: that the run computes on; None for the CPU.
         accepted: changes that were accepted before.
     """
     asked = options if config is None else config
-    record(directory, asked, with_imports(options, found), device=device, accepted=accepted)
+    record(directory, asked, with_imports(options, fingerprints), device=device, accepted=accepted)
 
 
-def begin(directory: RunDirectory, command: str, config: Any, found: dict[str, Any], device: torch.device) -> None:
-    """Write config.json, and `record_inputs`; an end in between leaves no provenance that would contradict it."""
+def begin(
+    directory: RunDirectory, command: str, config: Any, fingerprints: dict[str, Any], device: torch.device
+) -> None:
+    """Write config.json, then `record_inputs`; a run that ends in between has no provenance, not a wrong one."""
     accepted = forget(directory)
     directory.write_config(config, command)
-    record_inputs(directory, config, found, device=device, accepted=accepted)
+    record_inputs(directory, config, fingerprints, device=device, accepted=accepted)
 
 
-def with_imports(options: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprints, and those of what a reward that is loaded by now has imported from beside it."""
+def with_imports(options: Any, fingerprints: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprints, with those of the modules that a loaded reward has imported from its own folder."""
     if not reward_trust.is_own(getattr(options, "reward", "")):
-        return found
+        return fingerprints
     code = reward_trust.code_of(options.reward)
     beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
-    return found | ({"reward imports": fingerprint(beside)} if beside else {})
+    return fingerprints | ({"reward imports": fingerprint(beside)} if beside else {})
 
 
 def _is_place(name: str, value: object) -> bool:

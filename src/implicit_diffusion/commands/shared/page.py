@@ -1,6 +1,6 @@
-"""The HTML page of a report: one file that needs nothing else, neither network nor script.
+"""The HTML page of a report: one file that needs neither network nor script.
 
-Pictures are embedded, everything that a user named is escaped, and a content security policy forbids the rest.
+Pictures are embedded, words of users are escaped, and a content security policy forbids everything else.
 """
 
 from __future__ import annotations
@@ -11,13 +11,22 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
-from implicit_diffusion.commands.finetune.result import Picture
 from implicit_diffusion.commands.shared.formatting import DASH
 from implicit_diffusion.files.atomic import replacing
 
 CSS = Path(__file__).with_name("report.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+class Picture(NamedTuple):
+    """A figure on disk: its name, its file, a title that serves as alternative text, and its caption."""
+
+    name: str
+    path: Path
+    title: str
+    caption: str
 
 
 def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
@@ -52,10 +61,10 @@ def tile(label: str, value: str, note: str) -> str:
 
 
 def figures(pictures: Sequence[Picture]) -> str:
-    """Pictures in two columns that end as level as can be; a narrow screen shows one, in the order given.
+    """Pictures in two columns of nearly the same height; a narrow screen shows one column, in the order given.
 
-    Browsers balance columns of few tall boxes badly, up to an empty one. So we choose: the first picture is on the
-    left, the sum of heights differs least; a single picture takes all of the width.
+    Browsers balance columns of few tall boxes badly, and may leave one empty. So the columns are chosen here: the first
+    picture is on the left, the heights differ as little as possible; a single picture has all of the width.
     """
     if not pictures:
         return ""
@@ -73,7 +82,7 @@ def figures(pictures: Sequence[Picture]) -> str:
 
 
 def _height(picture: Picture) -> float:
-    """In widths of a column: the image, the caption at some 65 letters a line, title and padding."""
+    """Height in widths of a column: the image, the caption at about 65 letters a line, title and padding."""
     width, height = struct.unpack(">II", picture.path.read_bytes()[16:24])  # of a PNG file
     return float(height / width + 0.043 * (3 + len(picture.caption) / 65))
 
@@ -89,9 +98,9 @@ def figure(picture: Picture, place: int = 0) -> str:
 
 
 def table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | None = None, cls: str = "") -> str:
-    """Rows of plain text, the first cell of each its head; `chosen` is marked.
+    """Rows of plain text, the first cell of each its head; the row `chosen` is marked.
 
-    No cell stays empty: a column that has nothing is left out, elsewhere a dash stands for what there is not.
+    No cell stays empty: a column without content is left out, and other empty cells become a dash.
     """
     names, rows = list(columns), [[cell or DASH for cell in row] for row in rows]
     kept = [i for i in range(len(names)) if i == 0 or not rows or any(row[i] != DASH for row in rows)]
@@ -102,8 +111,8 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | N
         mark = ' class="chosen"' if index == chosen else ""
         tds = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll"><table class="{cls}">{inner}</table></div>'
+    content = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="{cls}">{content}</table></div>'
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""Options in their ranges: one wording for what is wrong with a number, whichever command it belongs to.
+"""Ranges of options: one wording for what is wrong with a number, in all commands.
 
-Options that are None have a default elsewhere, and pass.
+Options that are None have a default elsewhere, and are accepted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from implicit_diffusion.errors import LARGEST, InvalidInputError
+from implicit_diffusion.errors import LARGEST_INTEGER, InvalidInputError
 
 WORDS = {  # for `advice`
     "weigh": "--weighted",
@@ -25,7 +25,7 @@ WORDS = {  # for `advice`
 def at_least(config: Any, **least: int) -> None:
     """Raise `InvalidInputError` where an integer option is below its least value, or too large to count or to seed."""
     for name, lowest in least.items():
-        value, most = getattr(config, name), 2**63 - 1 if name == "seed" else LARGEST
+        value, most = getattr(config, name), 2**63 - 1 if name == "seed" else LARGEST_INTEGER
         if value is not None and value < lowest:
             raise InvalidInputError(f"{option(name)} must be an integer ≥ {lowest}, got {value}")
         if value is not None and value > most:
@@ -54,7 +54,7 @@ def option(name: str, value: object = None) -> str:
 
 
 def command(name: str, settings: Mapping[str, object]) -> str:
-    """The command line with these settings, to be pasted as it is."""
+    """The command line with these settings, quoted for a shell."""
     words = [f"implicit-diffusion {name}"]
     for key, value in settings.items():
         flag, join = option(key, value), "=" if str(value).startswith("-") else " "  # or it is taken for an option

@@ -1,4 +1,4 @@
-"""How plain diffusers draws from an exported pipeline, in the words of a Python program, for cards and reports."""
+"""A Python program that draws from an exported pipeline with plain diffusers, for model cards and reports."""
 
 from __future__ import annotations
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.commands.shared.planar import CELL, HALF, Quadrature
 from implicit_diffusion.errors import InvalidInputError, trying
+from implicit_diffusion.evaluation.quadrature import CELL, HALF, Quadrature
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.objectives.reward import TRIED, Reward
 from implicit_diffusion.particles import Particles
@@ -28,12 +29,34 @@ def half_plane(x: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
     return (x[:, 0] >= 0).to(x.dtype)
 
 
-class Exact:
+@dataclass(frozen=True)
+class Tradeoff:
+    """A law π beside π_0.
+
+    Args:
+        reward: E_π R.
+        kl: KL(π‖π_0), in nats.
+        objective: −reward + w kl.
+    """
+
+    reward: float
+    kl: float
+    objective: float
+
+
+@dataclass(frozen=True)
+class TrainedTradeoff(Tradeoff):
+    """The same of a trained model; `at_edge` is its mass in the outermost cells of the grid, none beyond is seen."""
+
+    at_edge: float
+
+
+class ExactTilt:
     """Expectations under π_0, the trained models and the optimum, by quadrature.
 
     Args:
         model: π_0.
-        reward: R of points in the data's units.
+        reward: R of points in the data's units, (n, 2) ↦ (n,).
 
     Raises:
         InvalidInputError: a reward of another shape or not finite, or a model that does not fit the quadrature's grid.
@@ -41,9 +64,9 @@ class Exact:
 
     def __init__(self, model: EnergyModel, reward: Callable[[Tensor], Tensor]) -> None:
         self.quadrature = Quadrature(model.shift, model.scale)
-        grid, judge = self.quadrature.grid.to(model.particles), Reward(reward)
-        with trying("--reward", f"points of shape {tuple(grid.shape)}"), torch.no_grad(), judge.evaluating():
-            values = judge.of(Particles(grid.clone()))
+        points, judge = self.quadrature.grid.points.to(model.particles), Reward(reward)
+        with trying("--reward", f"points of shape {tuple(points.shape)}"), torch.no_grad(), judge.evaluating():
+            values = judge.of(Particles(points.clone()))
         if not values.is_floating_point() or not values.isfinite().all():
             bad = int((~values.isfinite()).sum())
             given = f"NaN or infinity at {bad} points of the grid" if bad else f"{values.dtype}"
@@ -51,7 +74,7 @@ class Exact:
                 "--reward must return one finite number per point, a floating-point tensor with shape (n,) for input "
                 f"(n, 2), got {given}"
             )
-        judge.probe(Particles(grid[:: len(grid) // TRIED]))
+        judge.probe(Particles(points[:: len(points) // TRIED]))
         outside = (model.particles * model.scale + model.shift).abs().amax(1) > HALF
         if outside.double().mean() > 0.01 or model.scale.amin() < 2 * CELL:
             raise InvalidInputError(
@@ -62,37 +85,39 @@ class Exact:
         self.log_initial = self.quadrature.log_density(model.potential)[0]
         self.reward_initial = self._mean(self.log_initial, self.reward)
 
-    def optimum(self, weight: float) -> dict[str, float]:
-        """Of −E R + w KL: its reward, KL to π_0 and value.
+    def optimum(self, weight: float) -> Tradeoff:
+        """The minimum of −E R + `weight` KL.
 
         Raises:
-            InvalidInputError: an optimum that the grid does not hold.
+            InvalidInputError: an optimum that does not fit on the grid.
         """
         log_density = self._optimal(weight)
-        at_edge = self.quadrature.at_edge(log_density)
+        at_edge = self.quadrature.grid.mass_at_edge(log_density)
         if at_edge > AT_EDGE:
             raise InvalidInputError(
                 f"--kl-weights {weight:g}: the optimum has {at_edge:.2g} of its mass at the edge of [−{HALF:g}, "
-                f"{HALF:g}]², so the quadrature does not hold it; take a larger weight, or a reward that is bounded"
+                f"{HALF:g}]², so the quadrature does not hold it; use a larger weight, or a reward that is bounded"
             )
-        return self._describe(log_density, weight)
+        return Tradeoff(*self._figures(log_density, weight))
 
     def frontier(self, weights: Iterable[float]) -> list[tuple[float, float]]:
         """KL to π_0 and reward of the optima."""
-        return [(o["kl"], o["reward"]) for o in (self._describe(self._optimal(w), w) for w in weights)]
+        optima = (Tradeoff(*self._figures(self._optimal(w), w)) for w in weights)
+        return [(optimum.kl, optimum.reward) for optimum in optima]
 
-    def judge(self, trained: EnergyModel, weight: float) -> dict[str, float]:
-        """The same of a trained model, and how much of its mass is `at_edge` of the grid; none beyond is seen."""
+    def judge(self, trained: EnergyModel, weight: float) -> TrainedTradeoff:
+        """What a trained model reached."""
         log_density, _ = self.quadrature.log_density(trained.potential)
-        return self._describe(log_density, weight) | {"at_edge": self.quadrature.at_edge(log_density)}
+        return TrainedTradeoff(*self._figures(log_density, weight), self.quadrature.grid.mass_at_edge(log_density))
 
-    def _optimal(self, weight: float) -> Tensor:
+    def _optimal(self, weight: float) -> Float[Tensor, " points"]:
         log_density = self.log_initial + self.reward / weight
-        return log_density - log_density.logsumexp(0) - math.log(self.quadrature.area)
+        return log_density - log_density.logsumexp(0) - math.log(self.quadrature.grid.area)
 
-    def _describe(self, log_density: Tensor, weight: float) -> dict[str, float]:
+    def _figures(self, log_density: Float[Tensor, " points"], weight: float) -> tuple[float, float, float]:
+        """Reward, KL to π_0 and objective."""
         reward, kl = self._mean(log_density, self.reward), self._mean(log_density, log_density - self.log_initial)
-        return {"reward": reward, "kl": kl, "objective": weight * kl - reward}
+        return reward, kl, weight * kl - reward
 
-    def _mean(self, log_density: Tensor, values: Tensor) -> float:
-        return (log_density.exp() @ values).item() * self.quadrature.area
+    def _mean(self, log_density: Float[Tensor, " points"], values: Float[Tensor, " points"]) -> float:
+        return (log_density.exp() @ values).item() * self.quadrature.grid.area

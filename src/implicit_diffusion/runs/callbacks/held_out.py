@@ -77,7 +77,20 @@ class HeldOut(Shown):
             with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
-        return self._before
+        device = fit.chain.device
+        return Evaluation(*(value.to(device) for value in vars(self._before).values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The evaluation of the pretrained chain, so that a resumed run need not draw it again."""
+        before = self._before
+        columns = ("reward", "path_kl", "log_ratio")
+        return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        columns = state["pretrained"]
+        if columns is not None:
+            self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])
 
     def _score(self, fit: Fit) -> Reward:
         """The reward, checked once, on draws of its own: a resumed run checks it again."""

@@ -139,7 +139,8 @@ class Rise(Shown):
                 f"The model is that of update {seen['updates']}, the best one that was seen below the pretrained "
                 f"model's J, by {with_error(seen['fall'], seen['fall_se'])}. "
             )
-        return f"{ends}Try {self.rate(smaller_rate(self._excess, self._possible(fit)))}"
+        fit.advice = f"Try {self.rate(smaller_rate(self._excess, self._possible(fit)))}"
+        return f"{ends}{fit.advice}"
 
     def _reason(self, fit: Fit, look: Evaluation, before: Evaluation, last: bool, rise: float) -> str | None:
         """Why to stop now that J is above; None where the run may go on."""

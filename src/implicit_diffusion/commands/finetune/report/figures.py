@@ -1,8 +1,8 @@
-"""The pictures of a fine-tuning run, in one house style.
+"""The pictures of a fine-tuning run, in one style.
 
 A picture is five inches wide, so that its ten-point type is about ten pixels high on a phone. Colours are those of
-Okabe and Ito, which the colour-blind tell apart: grey is before, blue is after, vermilion is the bound, green is real
-data. Error bars are two standard errors.
+Okabe and Ito, which the colour-blind can tell apart: grey is before, blue is after, vermilion is the bound, green is
+real data. Error bars are two standard errors.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from implicit_diffusion.commands.finetune.result import Outcome, Picture
+from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import save, sheet
+from implicit_diffusion.commands.shared.page import Picture
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs import RunDirectory
 
 WIDTH = 5.0  # inches
@@ -46,17 +48,18 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
 }
 
-Drawing = Callable[[Outcome], tuple[Any, str, str] | None]
+Drawing = Callable[[Result], tuple[Any, str, str] | None]
 
 
-def draw(outcome: Outcome, directory: RunDirectory) -> list[Picture]:
-    """Draw what the outcome has data for into figures/.
+def draw(result: Result, directory: RunDirectory) -> list[Picture]:
+    """Draw what the result has data for into figures/.
 
     Returns:
-        The pictures in the order of the report: samples, frontier, training, hacking, cost, staleness. Samples that
-        are no images (C, H, W) are not shown, nor a frontier without a finite path KL, nor the staleness of a nested
+        The pictures in the order of the report: samples, frontier, training, hacking, cost, staleness. There are no
+        samples where they are not images (C, H, W), no frontier without a finite path KL, and no staleness of a nested
         loop.
     """
+    require("matplotlib")
     import matplotlib
 
     from implicit_diffusion.commands.finetune.report.frontier import frontier
@@ -66,7 +69,7 @@ def draw(outcome: Outcome, directory: RunDirectory) -> list[Picture]:
     pictures = []
     for drawing in (samples, frontier, training, hacking, cost, staleness):
         with matplotlib.rc_context(STYLE):
-            drawn = drawing(outcome)
+            drawn = drawing(result)
             if drawn is None:
                 continue
             figure, title, caption = drawn
@@ -77,5 +80,5 @@ def draw(outcome: Outcome, directory: RunDirectory) -> list[Picture]:
 
 
 def canvas(height: float) -> Any:
-    """An empty figure of the house's width."""
+    """An empty figure, as wide as all of them."""
     return sheet(WIDTH, height)

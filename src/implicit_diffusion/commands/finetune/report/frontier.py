@@ -1,4 +1,4 @@
-r"""Reward against path KL: what can be had, what was had.
+r"""Reward against path KL: what can be reached, and what was reached.
 
 For every β no control of the chain gets below J*_β = min(−E R + β·KL), so every point (KL, E R) obeys
 
@@ -20,51 +20,53 @@ from typing import Any
 import numpy as np
 
 from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, FAINT, INK, canvas
-from implicit_diffusion.commands.finetune.result import Outcome
+from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import legend_above
 from implicit_diffusion.commands.shared.formatting import number, percent
 from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.extras import require
 
 NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
 
 
-def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
+def frontier(result: Result) -> tuple[Any, str, str] | None:
     """The planned frontier with its errors, the training trajectory on held-out noise, and what is missing."""
-    s, best = outcome.summary, outcome.bound
-    if best is None or s["path_kl"] is None:
+    headline, best = result.summary.headline, result.bound
+    if best is None or headline.path_kl is None:
         return None
-    path = outcome.column("updates", "held_out_path_kl", "held_out_reward")
-    reach = 1.45 * max(best.path_kl, s["path_kl"], *(kl for _, kl, *_ in path), 1e-6)
-    plan = outcome.plan.reward
-    bounds = [b for b in outcome.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
-    path = [(n, kl, reward - s["held_out_reward_before"]) for n, kl, reward in path]
+    before, gain = headline.reward_before.mean, headline.reward_gain
+    path = result.column("updates", "held_out_path_kl", "held_out_reward")
+    reach = 1.45 * max(best.path_kl, headline.path_kl.mean, *(kl for _, kl, *_ in path), 1e-6)
+    plan = result.plan.reward
+    bounds = [b for b in result.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
+    path = [(n, kl, reward - result.summary.training.held_out_reward_before) for n, kl, reward in path]
     figure = canvas(5.1)
     axes = figure.subplots()
 
     kl = np.linspace(0, reach, 400)
-    trusted = [(b, plan) for b in bounds if b.trusted] + [(best, s["reward_before"])]
+    trusted = [(b, plan) for b in bounds if b.trusted] + [(best, before)]
     ceiling = np.min([-(b.j - 2 * b.j_se) - reward + b.beta * kl for b, reward in trusted], axis=0)
-    optimum = best.reward - s["reward_before"]
+    optimum = best.reward - before
     knots = [replace(b, reward=b.reward - plan) for b in bounds]
     knots += [replace(best, reward=optimum)] if best.path_kl > 0 else []
     curve = tangent_curve(0.0, sorted(knots, key=_path_kl), kl) if knots else np.full_like(kl, np.nan)
-    low = min(0.0, s["reward_gain"], *(gain for *_, gain in path))
-    high = max(optimum, s["reward_gain"], float(np.nanmax(curve, initial=optimum)))
+    low = min(0.0, gain.mean, *(gained for *_, gained in path))
+    high = max(optimum, gain.mean, float(np.nanmax(curve, initial=optimum)))
     limits = low - 0.12 * (high - low), high + 0.22 * (high - low)
     axes.fill_between(kl, ceiling, limits[1], color=FAINT, alpha=0.65, lw=0)
     axes.annotate("out of reach", (0.04, 0.93), xycoords="axes fraction", color="#5b626c", fontstyle="italic")
 
     axes.plot(kl, curve, color=BOUND, label="best possible, by KL weight")
-    errors = {b.beta: error for b, error in zip(outcome.plan.bounds, outcome.plan.gain_se)}
+    errors = {b.beta: error for b, error in zip(result.plan.bounds, result.plan.gain_se)}
     for certain in (True, False):
-        shown = [b for b in bounds if (b.trusted) is certain and b.path_kl < reach]
+        shown = [b for b in bounds if b.trusted is certain and b.path_kl < reach]
         colour = {"color": BOUND, "markerfacecolor": BOUND if certain else "white"}
         rows = [(b.path_kl, b.path_kl_se, b.reward - plan, errors[b.beta]) for b in shown]
         _points(axes, rows, fmt="o", ms=4.5, **colour)
         for b in shown:
             place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": BOUND}
             axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, b.reward - plan), **place)
-    line = -best.j - s["reward_before"] + best.beta * kl
+    line = -best.j - before + best.beta * kl
     axes.plot(kl, line, color=INK, lw=1, ls=(0, (5, 3)), label=f"best J at KL weight {best.beta:.3g}")
 
     if path:
@@ -79,23 +81,24 @@ def frontier(outcome: Outcome) -> tuple[Any, str, str] | None:
             bar.update_ticks()
     _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
     _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
-    final = (s["path_kl"], s["path_kl_se"], s["reward_gain"], s["reward_gain_se"])
+    final = (*headline.path_kl, *gain)
     _points(axes, [final], fmt="D", color=AFTER, ms=8, label="fine-tuned")
     axes.set(xlabel="path KL to the pretrained model (nats)", ylabel="mean reward gained", xlim=(-0.02 * reach, reach))
     axes.set_ylim(*limits)
     legend_above(axes, columns=2)
     pair = ("trained", "pretrained")
-    teller, other = reversed(pair) if s.get("j_bound_from") == "pretrained" else pair
+    source, other = reversed(pair) if headline.j_bound_from == "pretrained" else pair
+    assert headline.j_after is not None
     caption = (
         "Up is more reward than the pretrained model earns on the same noise, right is farther from it; bars are ± 2 "
         "standard errors. No sampler of this chain enters the grey region; means over few draws, such as the dots of "
-        "the training, may stray into it. The frontier comes from pretrained samples alone, but for the star, the "
-        f"optimum of this run's KL weight, which {teller} samples of the final noise tell more sharply than {other} "
-        "ones. The run ends "
-        f"{number(s['j_after'] - best.j, digits=2)} of reward below the dashed line"
+        "the training, may stray into it. The frontier comes from pretrained samples alone, except for the star, the "
+        f"optimum of this run's KL weight, which {source} samples of the final noise determine more sharply than "
+        f"{other} ones. The run ends "
+        f"{number(headline.j_after.mean - best.j, digits=2)} of reward below the dashed line"
     )
-    share = s["captured"]
-    caption += "." if share is None else f", {percent(share)} of the way from the pretrained model."
+    share = headline.captured
+    caption += "." if share is None else f", {percent(share.mean)} of the way from the pretrained model."
     return figure, "Reward against path KL", caption
 
 
@@ -138,6 +141,7 @@ def _points(axes: Any, rows: list[tuple[float, float, float, float]], **style: A
 
 
 def _few_ticks() -> Any:
+    require("matplotlib")
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(4, integer=True)

@@ -1,4 +1,4 @@
-"""What the samples look like, what they earn, and whether they earn it honestly."""
+"""What the samples look like, what rewards they earn, and whether they earn them honestly."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import numpy as np
 from torch import Tensor
 
 from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, EXPORTED, FAINT, INK, REAL, WIDTH, canvas
-from implicit_diffusion.commands.finetune.result import Outcome
+from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import legend_above
 from implicit_diffusion.commands.shared.formatting import decimals
+from implicit_diffusion.digits import Appearance, Quality
 
 COLUMNS, ROWS = 4, 5
+Series = tuple[Appearance, str, str]  # numbers of a set of images, with their colour and marker
 
 
-def samples(outcome: Outcome) -> tuple[Any, str, str] | None:
+def samples(result: Result) -> tuple[Any, str, str] | None:
     """Pairs of images from the same noise, each with its reward."""
-    if outcome.images is None:
+    if result.images is None:
         return None
-    before, after = outcome.images
+    before, after = result.images
     count = min(COLUMNS * ROWS, len(before), len(after))
     rows = -(-count // COLUMNS)
     height, width = before.shape[-2:]
@@ -31,10 +33,10 @@ def samples(outcome: Outcome) -> tuple[Any, str, str] | None:
     figure.set_layout_engine("none")  # forty tiles are placed faster by hand
     edges = {"left": 0, "right": 1, "top": 1 - header / total, "bottom": label / total}
     grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios, wspace=0, hspace=label / tile, **edges)
-    places = decimals(outcome.plan.reward_std)
+    places = decimals(result.plan.reward_std)
     for index in range(count):
         row, column = divmod(index, COLUMNS)
-        sides = (before, outcome.before, BEFORE), (after, outcome.after, AFTER)
+        sides = (before, result.before, BEFORE), (after, result.after, AFTER)
         for side, (images, evaluation, colour) in enumerate(sides):
             axes = figure.add_subplot(grid[row, 4 * column + 2 * side])
             axes.imshow(_pixels(images[index]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -60,29 +62,28 @@ def _pixels(x: Tensor) -> np.ndarray:
     return (image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)).numpy()
 
 
-def hacking(outcome: Outcome) -> tuple[Any, str, str]:
-    """Distribution of the reward; for digits also what judges say that were not optimised against."""
-    s = outcome.summary
-    looks = {"before": s.get("quality_before"), "after": s.get("quality_after"), "exported": s.get("quality_exported")}
+def hacking(result: Result) -> tuple[Any, str, str] | None:
+    """Distribution of the reward; for digits also the verdict of a judge that was not optimised against."""
+    before, after, exported = (getattr(result.summary, f"quality_{when}") for when in ("before", "after", "exported"))
     caption = (
-        f"Rewards of {outcome.before.reward.numel()} pretrained and {outcome.after.reward.numel()} fine-tuned samples "
+        f"Rewards of {result.before.reward.numel()} pretrained and {result.after.reward.numel()} fine-tuned samples "
         "from the same held-out noise; lines mark the means."
     )
-    if not (looks["before"] and looks["after"]):
+    if before is None or after is None:
         figure = canvas(2.7)
-        _rewards(figure.subplots(), outcome)
+        _rewards(figure.subplots(), result)
         return figure, "What the samples earn", caption
     figure = canvas(8.3)
     figure.get_layout_engine().set(hspace=0.05)
     grid = figure.add_gridspec(4, 2, height_ratios=[2.0, 1.8, 2.2, 0.9])
     first = figure.add_subplot(grid[0, :])
-    _rewards(first, outcome)
+    _rewards(first, result)
     first.set_title("What the samples earn")
-    _classes(figure.add_subplot(grid[1, :]), looks["before"], looks["after"], len(outcome.before.reward))
-    series = {"real, held out": (looks["before"]["held_out"], REAL, "D"), "before": (looks["before"], BEFORE, "o")}
-    series["after"] = looks["after"], AFTER, "o"
-    if looks["exported"]:
-        series["exported"] = looks["exported"], EXPORTED, "X"
+    _classes(figure.add_subplot(grid[1, :]), before, after, len(result.before.reward))
+    series: dict[str, Series] = {"real, held out": (before.held_out, REAL, "D"), "before": (before, BEFORE, "o")}
+    series["after"] = after, AFTER, "o"
+    if exported is not None:
+        series["exported"] = exported, EXPORTED, "X"
     shares = {"classifier\nis sure": "classifier_confidence", "judge\nis sure": "judge_confidence"}
     shares |= {"the two\nagree": "judge_agreement", "copies of\ntraining data": "memorised"}
     axes = figure.add_subplot(grid[2, :])
@@ -91,9 +92,9 @@ def hacking(outcome: Outcome) -> tuple[Any, str, str]:
     axes.set_title("Is it still a digit?")
     legend_above(axes, columns=len(series))
     mmd, distance = figure.add_subplot(grid[3, 0]), figure.add_subplot(grid[3, 1])
-    reference = looks["after"]["mmd_reference"]
-    mmd.axvspan(min(0.0, reference["mean"]), reference["quantile_95"], color=REAL, alpha=0.25, lw=0)
-    mmd.axvline(reference["quantile_95"], color=REAL, lw=1.2)
+    reference = after.mmd_reference
+    mmd.axvspan(min(0.0, reference.mean), reference.quantile_95, color=REAL, alpha=0.25, lw=0)
+    mmd.axvline(reference.quantile_95, color=REAL, lw=1.2)
     _dots(mmd, {name: one for name, one in series.items() if name != "real, held out"}, {"": "mmd"})
     mmd.set(xlabel="MMD² to real digits")
     mmd.set_xlim(left=min(0.0, *mmd.get_xlim()))
@@ -112,8 +113,8 @@ def hacking(outcome: Outcome) -> tuple[Any, str, str]:
     return figure, "Is the reward earned honestly?", caption
 
 
-def _rewards(axes: Any, outcome: Outcome) -> None:
-    both = [evaluation.reward.double().flatten().cpu().numpy() for evaluation in (outcome.before, outcome.after)]
+def _rewards(axes: Any, result: Result) -> None:
+    both = [evaluation.reward.double().flatten().cpu().numpy() for evaluation in (result.before, result.after)]
     edges = np.histogram_bin_edges(np.concatenate(both), bins=48)
     top = 0.0
     for values, colour in zip(both, (BEFORE, AFTER)):
@@ -132,12 +133,12 @@ def _rewards(axes: Any, outcome: Outcome) -> None:
     axes.grid(visible=False)
 
 
-def _classes(axes: Any, before: dict[str, Any], after: dict[str, Any], count: int) -> None:
+def _classes(axes: Any, before: Quality, after: Quality, count: int) -> None:
     """Shares of the digits among `count` samples, with bars of two standard errors."""
     digits = np.arange(10)
     for shift, name, colour, look in ((-0.2, "before", BEFORE, before), (0.2, "after", AFTER, after)):
-        shares = np.array(look["class_histogram"])
-        error = 200 * np.sqrt(shares * (1 - shares) / count)  # two binomial ones, in per cent
+        shares = np.array(look.class_histogram)
+        error = 200 * np.sqrt(shares * (1 - shares) / count)  # two binomial standard errors, in per cent
         bars = {"ecolor": INK, "elinewidth": 0.9}
         axes.bar(digits + shift, 100 * shares, 0.38, yerr=error, error_kw=bars, color=colour, label=name)
     axes.axhline(10, color=INK, lw=1, ls=(0, (4, 3)), label="balanced")
@@ -148,11 +149,11 @@ def _classes(axes: Any, before: dict[str, Any], after: dict[str, Any], count: in
     legend_above(axes, columns=3)
 
 
-def _dots(axes: Any, series: dict[str, Any], rows: dict[str, str], scale: float = 1.0) -> None:
+def _dots(axes: Any, series: dict[str, Series], rows: dict[str, str], scale: float = 1.0) -> None:
     """One line per number, one marker per source."""
     lines = np.arange(len(rows))
     for name, (look, colour, marker), shift in zip(series, series.values(), np.linspace(-0.24, 0.24, len(series))):
-        values = [scale * look[key] for key in rows.values()]
+        values = [scale * getattr(look, key) for key in rows.values()]
         hollow = (
             {"markerfacecolor": "white", "markeredgewidth": 1.8} if name == "before" else {"markeredgecolor": "white"}
         )

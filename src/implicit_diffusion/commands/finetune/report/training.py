@@ -1,4 +1,4 @@
-"""How a run got there: its curves, what they cost, and how stale the queue's gradients were."""
+"""The course of a run: its curves, their cost, and how stale the queue's gradients were."""
 
 from __future__ import annotations
 
@@ -7,44 +7,46 @@ from typing import Any
 import numpy as np
 
 from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, INK, canvas
-from implicit_diffusion.commands.finetune.result import Outcome
-from implicit_diffusion.commands.shared.drawing import legend_above
+from implicit_diffusion.commands.finetune.result import Result
+from implicit_diffusion.commands.shared.drawing import legend_above, smooth
+from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.evaluation.chains import Estimate
 
 LIGHT = "#9cc5e0"  # training noise
 
 
-def training(outcome: Outcome) -> tuple[Any, str, str] | None:
+def training(result: Result) -> tuple[Any, str, str] | None:
     """J, reward and path KL against updates, on training noise and on held-out noise."""
-    s, best, target = outcome.summary, outcome.bound, outcome.config.get("target_kl")
-    rows = [
-        ("objective", "J  (lower is better)", s.get("j_before"), s.get("j_before_se"), _law(best, "j")),
-        ("reward", "mean reward", s["reward_before"], s["reward_before_se"], _law(best, "reward")),
-        ("path_kl", "path KL (nats)", None, None, _law(best, "path_kl")),
+    headline, best, target = result.summary.headline, result.bound, result.config.target_kl
+    rows: list[tuple[str, str, Estimate | None, Estimate | None]] = [
+        ("objective", "J  (lower is better)", headline.j_before, _optimum(best, "j")),
+        ("reward", "mean reward", headline.reward_before, _optimum(best, "reward")),
+        ("path_kl", "path KL (nats)", None, _optimum(best, "path_kl")),
     ]
-    rows = [row for row in rows if row[0] == "reward" or not outcome.drift]
-    rows = [row for row in rows if outcome.column(row[0]) or outcome.column("held_out_" + row[0])]
+    rows = [row for row in rows if row[0] == "reward" or not result.drift]
+    rows = [row for row in rows if result.column(row[0]) or result.column("held_out_" + row[0])]
     if not rows:
         return None
     figure = canvas(0.55 + 1.95 * len(rows))
     panels = np.atleast_1d(figure.subplots(len(rows), 1, sharex=True))
-    for axes, (name, label, before, before_se, law) in zip(panels, rows):
+    for axes, (name, label, before, optimum) in zip(panels, rows):
         if before is not None:
-            _level(axes, before, before_se, BEFORE, "pretrained")
-        if law is not None:
-            _level(axes, *law, BOUND, "optimum")
+            _level(axes, *before, BEFORE, "pretrained")
+        if optimum is not None:
+            _level(axes, *optimum, BOUND, "optimum")
         if name == "path_kl" and target is not None:
             _level(axes, target, None, INK, "target")
-        noisy = outcome.column("updates", name)
+        noisy = result.column("updates", name)
         if noisy:
             x, y = np.array(noisy).T
             axes.plot(x, y, color=LIGHT, lw=0.6, alpha=0.55)
             axes.plot(x, smooth(y, max(1, len(y) // 20)), color=LIGHT, lw=1.8, label="training noise, smoothed")
-        held_out = outcome.column("updates", "held_out_" + name, f"held_out_{name}_se")
+        held_out = result.column("updates", "held_out_" + name, f"held_out_{name}_se")
         if held_out:
             x, y, error = np.array(held_out).T
             bars = {"fmt": "o", "ms": 5, "color": AFTER, "elinewidth": 1.3, "markeredgecolor": "white", "zorder": 4}
             axes.errorbar(x, y, 2 * error, label="held-out noise, ± 2 s.e.", **bars)
-        _limit(axes, noisy, held_out, [value for value in (before, law and law[0]) if value is not None])
+        _limit(axes, noisy, held_out, [level.mean for level in (before, optimum) if level is not None])
         axes.set_ylabel(label)
         axes.yaxis.set_label_coords(-0.13, 0.5)
     panels[-1].set_xlabel("updates")
@@ -56,27 +58,30 @@ def training(outcome: Outcome) -> tuple[Any, str, str] | None:
     )
     if best is not None:
         caption += " The optimum is the bound of this KL weight: no sampler of this chain has a lower J."
-    if outcome.column("staleness_max"):
+    if result.column("staleness_max"):
         caption += " The queue's batches set out some updates earlier; while it drains at the end, none arrive."
-    if outcome.column("kl_weight"):
+    if result.column("kl_weight"):
         caption += " The KL weight was adapted on the way, so J and the optimum belong to its last value."
     return figure, "How training went", caption
 
 
-def cost(outcome: Outcome) -> tuple[Any, str, str] | None:
+def cost(result: Result) -> tuple[Any, str, str] | None:
     """J on held-out noise against seconds and against network evaluations."""
-    s, best = outcome.summary, outcome.bound
-    if s.get("j_before") is None or s.get("j_after") is None:
+    headline, spent, best = result.summary.headline, result.summary.training, result.bound
+    if headline.j_before is None or headline.j_after is None:
         return None
     figure = canvas(3.0)
     panels = figure.subplots(1, 2, sharey=True)
-    units = ("seconds", 1.0, "seconds"), ("network_evaluations", _scale(float(s["network_evaluations"])), "evaluations")
+    units = (
+        ("seconds", 1.0, "seconds"),
+        ("network_evaluations", _scale(float(spent.network_evaluations)), "evaluations"),
+    )
     for axes, (name, scale, label) in zip(panels, units):
-        _level(axes, s["j_before"], s["j_before_se"], BEFORE, "pretrained")
+        _level(axes, *headline.j_before, BEFORE, "pretrained")
         if best is not None:
             _level(axes, best.j, best.j_se, BOUND, "best possible")
-        points = outcome.column(name, "held_out_objective", "held_out_objective_se")
-        start, end = (0.0, s["j_before"], s["j_before_se"]), (float(s[name]), s["j_after"], s["j_after_se"])
+        points = result.column(name, "held_out_objective", "held_out_objective_se")
+        start, end = (0.0, *headline.j_before), (float(getattr(spent, name)), *headline.j_after)
         x, y, error = np.array([start, *points, end]).T
         axes.plot(x / scale, y, color=AFTER, lw=1.4)
         bars = {"fmt": "none", "ecolor": AFTER, "elinewidth": 1.3}
@@ -97,9 +102,9 @@ def cost(outcome: Outcome) -> tuple[Any, str, str] | None:
     return figure, "What it cost", caption
 
 
-def staleness(outcome: Outcome) -> tuple[Any, str, str] | None:
-    """Age of the trajectories in each gradient of the queue."""
-    rows = outcome.column("updates", "staleness_mean", "staleness_max")
+def staleness(result: Result) -> tuple[Any, str, str] | None:
+    """Age of the trajectories in each gradient of the queue; None for the nested loop."""
+    rows = result.column("updates", "staleness_mean", "staleness_max")
     if not rows:
         return None
     x, mean, most = np.array(rows).T
@@ -110,7 +115,7 @@ def staleness(outcome: Outcome) -> tuple[Any, str, str] | None:
     axes.plot(x, mean, color=AFTER, drawstyle="steps-mid", label="mean")
     axes.set(xlabel="updates", ylabel="age (updates)", ylim=(0, 1.12 * max(1.0, most.max())))
     legend_above(axes, columns=2)
-    flight = -(-outcome.config["num_steps"] // outcome.config.get("stride", 1))
+    flight = -(-result.config.num_steps // (result.config.stride or 1))
     caption = (
         "Updates of the network between the injection of a trajectory and its contribution to a gradient. The queue "
         f"holds {flight} batches each way, fills at the start and drains at the end; the age is the price for an "
@@ -119,17 +124,9 @@ def staleness(outcome: Outcome) -> tuple[Any, str, str] | None:
     return figure, "Age of the queue's gradients", caption
 
 
-def smooth(values: np.ndarray, radius: int) -> np.ndarray:
-    """Mean over a window of 2·radius + 1, cut off at the ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
-
-
-def _law(best: Any, name: str) -> tuple[float, float] | None:
-    """The optimum's number and its standard error."""
-    return None if best is None else (getattr(best, name), getattr(best, name + "_se"))
+def _optimum(best: Bound | None, name: str) -> Estimate | None:
+    """A number of the optimum."""
+    return None if best is None else Estimate(getattr(best, name), getattr(best, name + "_se"))
 
 
 def _level(axes: Any, value: float, error: float | None, colour: str, label: str) -> None:
@@ -140,7 +137,7 @@ def _level(axes: Any, value: float, error: float | None, colour: str, label: str
 
 
 def _limit(axes: Any, noisy: list[tuple[float, ...]], held_out: list[tuple[float, ...]], levels: list[float]) -> None:
-    """Show every mean and 96 % of the noise: single batches must not set the scale."""
+    """Limits that show every mean and 96 % of the noise: single batches must not set the scale."""
     values = [*levels, *(y for _, y, _ in held_out)]
     if noisy:
         y = np.array(noisy)[:, 1]
@@ -151,5 +148,5 @@ def _limit(axes: Any, noisy: list[tuple[float, ...]], held_out: list[tuple[float
 
 
 def _scale(largest: float) -> float:
-    """1, a thousand, a million or a billion, such that numbers stay short."""
+    """1, a thousand, a million or a billion, so that numbers stay short."""
     return next(scale for scale in (1e9, 1e6, 1e3, 1.0) if largest >= scale or scale == 1.0)

@@ -2,7 +2,7 @@
 
     V(x; θ) = −log Σ_i softmax(θ)_i e^{−‖x − c_i‖²/(2σ²)},     c_i at radius 4, angles 0°, 60°, …
     R_hard(x) = 1[x_1 ≥ 0] e^{−‖x − (4, 3.8)‖²/20}/2.5         what is maximised, a black box with a jump
-    R_smooth(x) = sigmoid(x_1/0.5) e^{−‖x − (4, 3.8)‖²/20}/0.7  its differentiable sister, for guidance
+    R_smooth(x) = sigmoid(x_1/0.5) e^{−‖x − (4, 3.8)‖²/20}/0.7  its differentiable counterpart, for guidance
 
 (section 5.1 of Marion et al., arXiv 2402.05468). Expectations are sums over a grid of midpoints, of which the jump of
 R_hard is a cell boundary.
@@ -17,15 +17,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion.evaluation.quadrature import Grid
 from implicit_diffusion.potentials import GaussianMixture
 
 RADIUS, MODES = 4.0, 6
 LOGITS = (1.5, 0.0, 1.5, 0.0, 1.5, 0.0)  # θ_0
-CENTRE = (4.0, 3.8)
+CENTRE = (4.0, 3.8)  # of the reward
 
 
-def mixture(logits: Tensor | None = None, sigma: float = 1.0, dtype: torch.dtype = torch.float32) -> GaussianMixture:
-    """V(·; θ) with θ = logits, θ_0 where None; the centres are fixed."""
+def mixture(
+    logits: Float[Tensor, " modes"] | None = None, sigma: float = 1.0, dtype: torch.dtype = torch.float32
+) -> GaussianMixture:
+    """V(·; θ) with θ = logits, or θ_0 without them; the centres are fixed, with components of deviation `sigma`."""
     angles = torch.arange(MODES, dtype=torch.float64) * math.tau / MODES
     means = (RADIUS * torch.stack([angles.cos(), angles.sin()], 1)).to(dtype)
     logits = torch.tensor(LOGITS) if logits is None else logits
@@ -49,57 +52,54 @@ def smooth_reward(x: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
     return torch.sigmoid(x[:, 0] / 0.5) * bump(x) / 0.7
 
 
-class Exact:
-    """Expectations by quadrature in double precision.
+class HexagonQuadrature:
+    """Expectations under laws on the hexagon, in double precision.
 
     Args:
-        sigma: of the components.
-        points: of the grid, per axis.
+        sigma: deviation of the components.
+        cells: of the grid, per axis.
     """
 
-    def __init__(self, sigma: float = 1.0, points: int = 800) -> None:
-        self.sigma, half = sigma, RADIUS + 7 * sigma
-        self.cell = 2 * half / points
-        self.axis = -half + self.cell * (torch.arange(points, dtype=torch.float64) + 0.5)
-        self.grid = torch.cartesian_prod(self.axis, self.axis)
+    def __init__(self, sigma: float = 1.0, cells: int = 800) -> None:
+        self.sigma, self.grid = sigma, Grid(RADIUS + 7 * sigma, cells)
 
     @cached_property
-    def coarse(self) -> Exact:
-        """The same with a quarter of the points per axis: enough for what has no jump, and a sixteenth of the time."""
-        return Exact(self.sigma, len(self.axis) // 4)
+    def coarse(self) -> HexagonQuadrature:
+        """The same with a quarter of the cells per axis: enough for what has no jump, in a sixteenth of the time."""
+        return HexagonQuadrature(self.sigma, len(self.grid.axis) // 4)
 
     @cached_property
     def per_mode(self) -> Float[Tensor, " modes"]:
         """E[R_hard | mode], 0.1887, 0.2983, 0.0045, … at σ = 1."""
-        reward = hard_reward(self.grid)
+        reward = hard_reward(self.grid.points)
         return torch.stack(
             [
-                self.density(mixture(torch.eye(MODES)[i].log(), self.sigma, torch.float64)) @ reward * self.cell**2
+                self.density(mixture(torch.eye(MODES)[i].log(), self.sigma, torch.float64)) @ reward * self.grid.area
                 for i in range(MODES)
             ]
         )
 
     @torch.no_grad()
-    def density(self, potential: nn.Module) -> Float[Tensor, " cells"]:
-        """e^{−V}/Z on the grid."""
-        unnormalised = (-potential(self.grid)).exp()
-        return unnormalised / (unnormalised.sum() * self.cell**2)
+    def density(self, potential: nn.Module) -> Float[Tensor, " points"]:
+        """e^{−V}/Z at the midpoints."""
+        unnormalised = (-potential(self.grid.points)).exp()
+        return unnormalised / (unnormalised.sum() * self.grid.area)
 
     def reward(self, logits: Float[Tensor, " modes"]) -> float:
         """E R_hard under π_θ."""
         return (logits.detach().double().softmax(0) @ self.per_mode).item()
 
     def kl(self, p: nn.Module, q: nn.Module) -> float:
-        """KL(p‖q) of the laws of two potentials in double precision."""
-        ratio = self.density(p), self.density(q)
-        return torch.special.xlogy(ratio[0], ratio[0] / ratio[1].clamp(min=1e-300)).sum().item() * self.cell**2
+        """KL(p‖q) of the laws of two potentials in double precision, in nats."""
+        of_p, of_q = self.density(p), self.density(q)
+        return torch.special.xlogy(of_p, of_p / of_q.clamp(min=1e-300)).sum().item() * self.grid.area
 
     def kl_of_weights(self, logits: Float[Tensor, " modes"], reference: Float[Tensor, " modes"]) -> float:
-        """KL(π_θ‖π_θ′) of two mixtures."""
+        """KL(π_θ‖π_θ′) of two mixtures, in nats."""
         return self.kl(*(mixture(each.detach(), self.sigma, torch.float64) for each in (logits, reference)))
 
     def modes(self, potential: nn.Module) -> list[float]:
         """The mass nearest to each centre, for any potential."""
-        nearest = torch.cdist(self.grid, mixture(dtype=torch.float64).means.detach()).argmin(1)
-        mass = torch.zeros(MODES, dtype=torch.float64).index_add(0, nearest, self.density(potential) * self.cell**2)
-        return mass.tolist()
+        nearest = torch.cdist(self.grid.points, mixture(dtype=torch.float64).means.detach()).argmin(1)
+        density = self.density(potential)
+        return torch.zeros(MODES, dtype=torch.float64).index_add(0, nearest, density * self.grid.area).tolist()

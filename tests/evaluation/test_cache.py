@@ -1,11 +1,10 @@
-"""Remembered evaluations: the same numbers without a network call, and never those of another problem."""
+"""The evaluation cache: the same numbers without a network call, and never those of another evaluation."""
 
 import pytest
 import torch
 
-from implicit_diffusion.commands.finetune import evaluation_cache as remembered
 from implicit_diffusion.commands.rewards.shipped import brightness, darkness
-from implicit_diffusion.evaluation import evaluate
+from implicit_diffusion.evaluation import cache, evaluate
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
@@ -20,13 +19,13 @@ def ask(tmp_path, monkeypatch):
     """Evaluate with a cache in a fresh folder; also returns whether anything had to be computed."""
     monkeypatch.setenv("IMPLICIT_DIFFUSION_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(remembered, "evaluate", lambda *a, **k: calls.append(a) or evaluate(*a, **k))
+    monkeypatch.setattr(cache, "evaluate", lambda *a, **k: calls.append(a) or evaluate(*a, **k))
 
     def asked(chain, reward=brightness, noise=NOISE, name="brightness", **sizes):
         calls.clear()
-        found = remembered.evaluate_pretrained(chain, reward, noise, name=name, **(SIZES | sizes))
+        evaluation = cache.evaluate_pretrained(chain, reward, noise, name=name, **(SIZES | sizes))
         fresh = evaluate(chain.pretrained(), reward, noise, **(SIZES | sizes))
-        assert all(torch.equal(getattr(found, column), value) for column, value in vars(fresh).items())
+        assert all(torch.equal(getattr(evaluation, column), value) for column, value in vars(fresh).items())
         return bool(calls)
 
     return asked
@@ -60,18 +59,26 @@ def test_whatever_decides_the_numbers_is_in_the_key(ask):
     assert not ask(digits_chain())
 
 
+def test_the_key_names_what_it_holds(ask, monkeypatch):
+    """Not the way in which an object happens to be printed."""
+    assert ask(digits_chain())
+    monkeypatch.setattr(Noise, "__repr__", lambda noise: "Noise")
+    assert not ask(digits_chain())
+    assert ask(digits_chain(), noise=Noise(1)) and ask(digits_chain(), noise=Noise(1).stream(2))
+
+
 def test_code_and_versions_are_in_the_key(ask, monkeypatch):
     assert ask(digits_chain())
-    monkeypatch.setattr(remembered, "_software", lambda: "another torch")
+    monkeypatch.setattr(cache, "_software", lambda: "another torch")
     assert ask(digits_chain())
 
 
-def test_rewards_of_the_user_are_never_remembered(ask):
-    assert ask(digits_chain(), name="mine.py:bright") and ask(digits_chain(), name="mine.py:bright")
+def test_rewards_without_a_name_are_never_kept(ask):
+    assert ask(digits_chain(), name=None) and ask(digits_chain(), name=None)
 
 
 def test_neither_are_evaluations_too_large(ask, monkeypatch):
-    monkeypatch.setattr(remembered, "LIMIT", 100)
+    monkeypatch.setattr(cache, "LIMIT", 100)
     assert ask(digits_chain()) and ask(digits_chain())
 
 

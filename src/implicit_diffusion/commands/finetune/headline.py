@@ -1,0 +1,149 @@
+"""The headline of a run in words: on the terminal, and what the report and the model card say first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from implicit_diffusion.commands.finetune.summary import Headline, Summary
+from implicit_diffusion.commands.shared.formatting import beside, number, percent
+from implicit_diffusion.evaluation.chains import Estimate
+from implicit_diffusion.evaluation.judging import Judgement
+from implicit_diffusion.runs import RunDirectory, clock
+from implicit_diffusion.runs.callbacks.rise import smaller_rate
+
+
+def headline_of(judgement: Judgement, *, lr: float, advise: bool, reward_std: float | None = None) -> Headline:
+    """The numbers of a judgement, with sentences on what went wrong.
+
+    Args:
+        judgement: of the run.
+        lr: learning rate of the run, for what to change.
+        advise: whether to say what to change where J rose; not where the callback that stopped the run has said it.
+        reward_std: deviation of the pretrained reward; by default that of the judgement. A run under prompts or labels
+            has that within a prompt.
+    """
+    worse = _worse(judgement) if judgement.worse else None
+    if worse is not None and advise:
+        worse += f" {_advice(judgement, lr)}"
+    bound = judgement.bound
+    return Headline(
+        worse=worse,
+        reward_before=judgement.reward_before,
+        reward_after=judgement.reward_after,
+        reward_gain=judgement.reward_gain,
+        reward_exported=judgement.reward_exported,
+        exported_less_after=judgement.exported_less_after,
+        reward_std_before=judgement.reward_std_before if reward_std is None else reward_std,
+        path_kl=judgement.path_kl,
+        j_before=judgement.j_before,
+        j_after=judgement.j_after,
+        j_fall=judgement.j_fall,
+        j_bound=None if bound is None else Estimate(bound.j, bound.j_se),
+        j_bound_from=judgement.bound_from,
+        j_possible=judgement.possible,
+        captured=judgement.captured,
+        captured_unknown=_captured_unknown(judgement),
+    )
+
+
+def _worse(judgement: Judgement) -> str:
+    """That J rose, or without a J that the reward fell, and by how much."""
+    if judgement.beta is None:
+        fall, error = -judgement.reward_gain.mean, judgement.reward_gain.error
+        ends = (number(reward.mean, digits=4) for reward in (judgement.reward_before, judgement.reward_after))
+        return (
+            f"Fine-tuning made the model worse: the mean reward, which it raises, fell by {number(fall, error)}, from "
+            f"{' to '.join(ends)}."
+        )
+    fall_of_j = judgement.j_fall
+    words = "is not finite any more" if fall_of_j is None else f"rose by {number(-fall_of_j.mean, fall_of_j.error)}"
+    ends = (number(None if j is None else j.mean, digits=4) for j in (judgement.j_before, judgement.j_after))
+    return (
+        f"Fine-tuning made the model worse: J (KL weight × path KL − reward), which it lowers, {words}, from "
+        f"{' to '.join(ends)}."
+    )
+
+
+def _advice(judgement: Judgement, lr: float) -> str:
+    """What to change where J rose."""
+    factor = 10
+    if judgement.bound is not None:
+        old, new = (math.nan if j is None else j.mean for j in (judgement.j_before, judgement.j_after))
+        factor = smaller_rate(new - judgement.bound.j, old - judgement.bound.j)
+    return f"Try --lr {lr / factor:.1g}, {factor} times smaller."
+
+
+def _captured_unknown(judgement: Judgement) -> str | None:
+    """Why the captured share is not known; None where it is, and where there is none."""
+    if judgement.doubt == "rose":
+        return "J rose: nothing was captured."
+    if judgement.doubt == "nothing" and judgement.possible is not None:
+        return f"What could be gained, {number(*judgement.possible)} of J, may be nothing: judge more --starts."
+    if judgement.doubt == "vague" and judgement.share is not None:
+        error = percent(judgement.share.error)
+        return f"The captured share has a standard error of {error}: judge more --starts."
+    return None
+
+
+def opening(worse: str | None, stopped: str | None, updates: int) -> list[str]:
+    """What is said of a run before anything else.
+
+    Args:
+        worse: that J rose.
+        stopped: why the run stopped early, and which model it ended with.
+        updates: that were made.
+    """
+    ended = stopped and f"Stopped after update {updates}: {stopped}."
+    return [sentence for sentence in (worse, ended) if sentence]
+
+
+def opening_of(summary: Summary) -> list[str]:
+    """`opening` of a single run."""
+    return opening(summary.headline.worse, summary.training.stopped, summary.training.updates)
+
+
+def updates_in_words(summary: Summary) -> str:
+    """The number of updates."""
+    updates = summary.training.updates
+    return f"{updates} update{'s' * (updates != 1)}"
+
+
+def print_headline(summary: Summary, directory: RunDirectory, report: Path) -> None:
+    """Print the last lines of a run."""
+    print("\n".join([*opening_of(summary), *_lines(summary, directory), f"report    {report}"]))
+
+
+def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
+    headline, training = summary.headline, summary.training
+    before, after = (number(reward.mean, digits=4) for reward in (headline.reward_before, headline.reward_after))
+    deviations = number(headline.gain_in_std, sign=True)
+    yield f"reward    {before} → {after} ({number(*headline.reward_gain, sign=True)}, or {deviations} deviations)"
+    if headline.path_kl is not None:
+        yield f"path KL   {number(*headline.path_kl)} nats"
+    if headline.j_bound is not None:
+        yield from _lines_of_j(headline, training.kl_weight)
+    yield f"cost      {clock.in_words(clock.seconds(directory.path) or {'training': training.seconds})}"
+    yield f"          {updates_in_words(summary)} with {training.network_evaluations:,} network evaluations"
+    yield f"model     {directory.model}"
+    if summary.model.adapter:
+        yield f"adapter   {directory.model / 'lora'}: {summary.model.adapter}"
+
+
+def _lines_of_j(headline: Headline, beta: float) -> Iterator[str]:
+    """By how much J fell and could have fallen; a dash where J is not finite any more."""
+    assert headline.j_bound is not None
+    captured = percent(*(headline.captured or (None, None)))
+    result = headline.captured_unknown or f"captured {captured}"
+    source = ", from the pretrained chain" if headline.j_bound_from == "pretrained" else ""
+    fall, error = headline.j_fall or (None, None)
+    could, could_error = headline.j_possible or (None, None)
+    before, after = (beside(j and j.mean, error) for j in (headline.j_before, headline.j_after))
+    moved = "fell" if fall is None or fall >= 0 else "rose"
+    yield (
+        f"J         {before} → {after}, {beta:.4g} × path KL − reward: {moved} by "
+        f"{number(None if fall is None else abs(fall), error)}"
+    )
+    most = number(could, could_error)
+    yield f"bound     {beside(headline.j_bound.mean, could_error)}{source}: J could fall by {most}; {result}"

@@ -1,0 +1,86 @@
+"""The model card, README.md, of an exported pipeline."""
+
+from __future__ import annotations
+
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
+from implicit_diffusion.commands.finetune.summary import Headline, Summary
+from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.shared.formatting import markdown, model_name, number
+from implicit_diffusion.commands.shared.usage import usage
+from implicit_diffusion.evaluation.chains import Estimate
+from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.tables.named import NAMED_SAMPLERS
+
+
+def model_card(config: Config, summary: Summary, chain: Chain) -> str:
+    """README.md; strings of the user have no effect in it as Markdown or HTML.
+
+    Args:
+        config: the resolved options of the run.
+        summary: of the run.
+        chain: that was trained.
+    """
+    assert config.scheduler is not None
+    given = (short(config.reward), model_name(config.model), chain.table.name, summary.model.pipeline)
+    reward, model, table, pipeline = map(markdown, given)
+    rows = sorted(chain.pretrained_rows)
+    kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
+    kind = NAMED_SAMPLERS[config.scheduler]
+    spacing = "the checkpoint's noise levels" if kind.flow else "trailing spacing, clip_sample off"
+    runs = f"During training {kept}; this pipeline runs the trained network on all of them."
+    if not summary.model.pipeline_is_the_chain:
+        runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
+it runs {pipeline} with the trained network, and earns what the table says. The trained chain itself is
+in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
+    eta = f", eta={config.eta:g}" if config.eta is not None else ""
+    guidance = f", guidance {config.guidance:g}" if config.guidance else ""
+    beta = summary.training.kl_weight
+    if config.penalty == "drift":
+        leash, judged = "the squared distance of the drifts from those of the pretrained model", ""
+    else:
+        leash, judged = "KL of the sampling path to the pretrained model", _judged(summary.headline, beta)
+    worse = "".join(f"\n**{sentence}**\n" for sentence in opening_of(summary))
+    adapter = ""
+    if summary.model.adapter:
+        adapter = f"""
+The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank}, it is in `lora/`, to be
+added to {model}, loaded as `pipeline`: `{summary.model.adapter}`.
+"""
+    headline = summary.headline
+    return f"""# {model} fine-tuned for {reward}
+{worse}
+Trained by implicit-diffusion: E[reward] against {beta:.4g} × {leash},
+over a chain of {chain.num_steps} {kind.words} steps ({table}).
+
+| | before | after |
+|---|---|---|
+| reward, training chain | {headline.reward_before.mean:.4g} | {headline.reward_after.mean:.4g} |
+| reward, this pipeline (network on all rows) | | {headline.reward_exported.mean:.4g} |
+{judged}
+{runs}
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this folder")
+{usage(vars(config), vars(summary.model))}
+```
+{adapter}
+Chain: {config.scheduler}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
+β = {beta:.6g}, reward = {reward}, {updates_in_words(summary)}, seed {config.seed}.
+"""
+
+
+def _judged(headline: Headline, beta: float) -> str:
+    """The rows of the table that exist where the penalty is a path KL."""
+
+    def mean(estimate: Estimate | None) -> float | None:
+        return None if estimate is None else estimate.mean
+
+    return f"""| path KL (nats) | 0 | {number(mean(headline.path_kl), digits=4)} |
+| J = {beta:.4g} × path KL − reward | {number(mean(headline.j_before), digits=4)} | {
+        number(mean(headline.j_after), digits=4)
+    } |
+| share of the possible gain of J | 0 | {number(mean(headline.captured))} |
+"""

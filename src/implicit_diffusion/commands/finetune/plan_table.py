@@ -1,0 +1,80 @@
+"""A plan as a table on the terminal, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from implicit_diffusion.commands.shared.formatting import distinct, number, percent
+from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.plans import Plan
+from implicit_diffusion.extras import require
+from implicit_diffusion.runs.clock import part
+
+
+def show(plan: Plan) -> None:
+    """Print the plan as a table, or in a line where it has no bounds."""
+    require("rich")
+    from rich.console import Console
+    from rich.table import Table
+
+    statistics = f"pretrained reward {number(plan.reward, plan.reward_se)}"
+    statistics += f", deviation between samples {number(plan.reward_std)}"
+    if not plan.bounds:
+        print(statistics)
+        return
+    start = "x_0 and its condition decide" if plan.conditional else "x_0 decides"
+    table = Table(
+        title=f"What the KL weight buys ({statistics})",
+        caption=f"Best possible, not yet what N steps attain. {start} {percent(plan.memory, plan.memory_se)} of the "
+        "reward's variance (0 % = memoryless). A '?' marks numbers that rest on too few effective samples.",
+    )
+    for column in ("--kl-weight", "reward gain", "in deviations", "path KL (nats)", "gain of J"):
+        table.add_column(column, justify="right")
+    rows = plan.rows()
+    for weight, row in zip(distinct([row.kl_weight for row in rows], 3), rows):
+        mark = "" if row.trusted else " ?"
+        table.add_row(
+            weight,
+            number(row.reward_gain, row.reward_gain_se, sign=True) + mark,
+            f"{row.reward_gain_in_std:.2f}",
+            number(row.path_kl, row.path_kl_se) + mark,
+            number(row.j_gain, row.j_gain_se),
+        )
+    Console().print(table)
+
+
+@part("planning")
+def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
+    """Draw two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
+    from implicit_diffusion.commands.shared.drawing import finish, legend_above, sheet
+
+    figure = sheet(10.0, 4.0)
+    left, right = figure.subplots(1, 2)
+    left.errorbar(
+        [b.path_kl for b in plan.bounds],
+        [b.reward for b in plan.bounds],
+        xerr=[2 * b.path_kl_se for b in plan.bounds],
+        yerr=[2 * b.reward_se for b in plan.bounds],
+        fmt="o-",
+        capsize=2,
+        label="optimal path law, ± 2 s.e.",
+    )
+    left.plot([0], [plan.reward], "ks", label="pretrained")
+    for b in plan.bounds:
+        left.annotate(
+            f"β = {b.beta:.3g}",
+            (b.path_kl, b.reward),
+            xytext=(6, -10),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be had")
+    right.hist(evaluation.reward.flatten().cpu().numpy(), bins=40, color="0.6")
+    right.axvline(plan.reward, color="k", label="mean")
+    for b in plan.bounds:
+        right.axvline(b.reward, color="C0", alpha=0.5, lw=1)
+    right.plot([], [], color="C0", alpha=0.5, label="tilted means, by β")
+    right.set(xlabel="reward", ylabel="pretrained samples", title="Where the pretrained samples lie")
+    for axis in (left, right):
+        legend_above(axis, columns=2)
+    finish(figure, path, (left, right))

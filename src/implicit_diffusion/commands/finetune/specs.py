@@ -1,0 +1,169 @@
+"""What each stage of a fine-tuning run receives: the options of the command, split by stage.
+
+    SetupSpec      model, conditions, chain, reward   →  setup
+    PlanSpec       sizes of the plan                  →  planning
+    TrainingSpec   loop, optimizer, target            →  training
+
+Nothing but the command itself sees all options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
+from implicit_diffusion.noise import Noise
+
+ETA = 1.0  # noise of DDIM by default: as much as DDPM has
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The network that is trained, and how it computes.
+
+    Args:
+        model: "digits", a folder, or a hub id.
+        reference: the model that the KL refers to; None for `model` itself.
+        lora_rank: rank of the adapters; None to train all weights.
+        lora_targets: ends of the names of the layers that get adapters, separated by commas; None for the default.
+        gradient_checkpointing: whether activations are computed again for the gradient.
+        precision: of the network, by autocast.
+        compile: whether the network is compiled.
+    """
+
+    model: str
+    reference: str | None
+    lora_rank: int | None
+    lora_targets: str | None
+    gradient_checkpointing: bool
+    precision: Literal["float32", "bf16", "fp16"]
+    compile: bool
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """The chain that is trained.
+
+    Args:
+        sampler: name of the sampler, such as "ddpm"; None for the default of the checkpoint.
+        num_steps: N.
+        eta: noise of DDIM; other samplers do not use it.
+        no_clip: whether the scheduler's `clip_sample` is switched off.
+        noiseless_rows_pretrained: whether rows without noise keep the pretrained network.
+    """
+
+    sampler: str | None
+    num_steps: int
+    eta: float
+    no_clip: bool
+    noiseless_rows_pretrained: bool
+
+
+@dataclass(frozen=True)
+class SetupSpec:
+    """All that does not depend on β or on how the training goes.
+
+    Args:
+        network: see there.
+        conditions: see there.
+        chain: see there.
+        reward: its name.
+        noise: of the run.
+        device: its name, or "auto".
+    """
+
+    network: NetworkSpec
+    conditions: ConditioningSpec
+    chain: ChainSpec
+    reward: str
+    noise: Noise
+    device: str
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """The plan.
+
+    Args:
+        starts: number of initial noises.
+        asked: a KL weight that the plan should have, besides its own.
+        bounded: whether the penalty is a path KL, so that there are bounds.
+        alone: whether the plan is all that was asked for, so that pretrained samples are shown.
+    """
+
+    starts: int
+    asked: float | None
+    bounded: bool
+    alone: bool
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """The training.
+
+    Args:
+        loop: its algorithm.
+        stride: steps that a trajectory in the queue moves per iteration.
+        batch: trajectories that start in each iteration.
+        updates: number of optimizer steps.
+        lr: learning rate of Adam at the start.
+        accumulate: gradients that are averaged for one update.
+        ema: decay rate of the moving average of the weights; None without an average.
+        penalty: what β weighs.
+        target_kl: path KL to aim at, in nats; None without a target.
+        stop_at_target: whether to stop at the target, rather than adapt β.
+        held_out: trajectories of the checks on held-out noise.
+    """
+
+    loop: Literal["queue", "nested"]
+    stride: int
+    batch: int
+    updates: int
+    lr: float
+    accumulate: int
+    ema: float | None
+    penalty: Literal["path-kl", "drift"]
+    target_kl: float | None
+    stop_at_target: bool
+    held_out: int
+
+
+def setup_spec(config: Config) -> SetupSpec:
+    """The options that the setup uses."""
+    network = NetworkSpec(
+        config.model,
+        config.reference,
+        config.lora_rank,
+        config.lora_targets,
+        config.gradient_checkpointing,
+        config.precision,
+        config.compile,
+    )
+    conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
+    eta = ETA if config.eta is None else config.eta
+    chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
+    return SetupSpec(network, conditions, chain, config.reward, Noise(config.seed), config.device)
+
+
+def plan_spec(config: Config) -> PlanSpec:
+    """The options that the plan uses."""
+    return PlanSpec(config.starts, config.kl_weight, bounded=config.penalty == "path-kl", alone=config.plan)
+
+
+def training_spec(config: Config) -> TrainingSpec:
+    """The options that the training uses."""
+    return TrainingSpec(
+        loop=config.loop,
+        stride=config.stride or 1,
+        batch=config.batch,
+        updates=config.updates,
+        lr=config.lr,
+        accumulate=config.accumulate,
+        ema=config.ema,
+        penalty=config.penalty,
+        target_kl=config.target_kl,
+        stop_at_target=config.target_kl_mode == "stop",
+        held_out=min(64, 8 * config.starts),
+    )

@@ -1,0 +1,113 @@
+"""The training of a fine-tuning run: the loop, what watches it, and what stops it."""
+
+from __future__ import annotations
+
+import torch
+
+from implicit_diffusion.commands.finetune.setup import DURING, Setup
+from implicit_diffusion.commands.finetune.specs import TrainingSpec
+from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.loops import Nested, Queue, Update
+from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.rise import Rise
+from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
+from implicit_diffusion.runs.callbacks.watch import Runaway
+from implicit_diffusion.runs.clock import part
+from implicit_diffusion.runs.fit import Callback, Fit, fit
+
+
+@part("loading")
+def make_loop(spec: TrainingSpec, setup: Setup, beta: float | None = None) -> ChainLoop:
+    """The loop before the plan has decided β and the clip, which `scale` sets.
+
+    Args:
+        spec: of the training.
+        setup: what is trained.
+        beta: the KL weight, where it is known already.
+    """
+    penalty: Objective = PathKL() if spec.penalty == "path-kl" else DriftPenalty()
+    objective = setup.reward + (1.0 if beta is None else beta) * penalty
+    trained = [p for p in setup.pretrained.denoiser.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=spec.lr)
+    update = Update(
+        optimizer,
+        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.updates),
+        ema_decay=spec.ema,
+        accumulate=spec.accumulate,
+    )
+    noise = setup.spec.noise
+    if spec.loop == "nested":
+        return Nested(setup.chain, objective, update, batch=spec.batch, noise=noise)
+    return Queue(setup.chain, objective, update, batch=spec.batch, noise=noise, stride=spec.stride)
+
+
+def scale(loop: ChainLoop, beta: float, max_grad_norm: float) -> None:
+    """Set what the plan decides: β, and the clip, since the norm of Γ is in units of the reward."""
+    loop.objective = loop.objective.with_weight(PathKL, beta).with_weight(DriftPenalty, beta)
+    loop.update.max_grad_norm = max_grad_norm
+
+
+def weight_of_penalty(loop: ChainLoop, penalty: str) -> float:
+    """The present weight β of the penalty, which may have been adapted."""
+    return loop.objective.weight(DriftPenalty if penalty == "drift" else PathKL)
+
+
+def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
+    """Checks of reward and path KL on noise that training never sees, ten times in a run."""
+    noise, every = setup.spec.noise.stream(DURING), max(1, spec.updates // 10)
+    return HeldOut(setup.reward, noise, every=every, starts=spec.held_out)
+
+
+def callbacks(spec: TrainingSpec, held_out: HeldOut, samples: Evaluation, reward_std: float) -> list[Callback]:
+    """What looks at the run after every update.
+
+    Args:
+        spec: of the training.
+        held_out: checks on held-out noise.
+        samples: of the pretrained chain, that the plan is made of.
+        reward_std: standard deviation of the pretrained reward.
+    """
+    runaway = Runaway(reward_std)
+    if spec.penalty == "drift":
+        return [held_out, runaway]
+
+    def rate(factor: int) -> str:
+        return f"--lr {spec.lr / factor:.1g}, {factor} times smaller"
+
+    rise = Rise(held_out, pretrained=samples, rate=rate)
+    if spec.target_kl is None:
+        return [held_out, rise, runaway]
+    if spec.stop_at_target:
+        return [held_out, StopAtKL(spec.target_kl, held_out=held_out), rise, runaway]
+    return [AdaptKL(spec.target_kl), held_out, rise, runaway]
+
+
+def train(
+    spec: TrainingSpec,
+    loop: ChainLoop,
+    held_out: HeldOut,
+    samples: Evaluation,
+    reward_std: float,
+    directory: RunDirectory,
+) -> Fit:
+    """Train until all updates are made, or a callback stops the run.
+
+    Args:
+        spec: of the training.
+        loop: from `make_loop`, scaled.
+        held_out: checks on held-out noise.
+        samples: as in `callbacks`.
+        reward_std: as in `callbacks`.
+        directory: of the run.
+
+    Raises:
+        KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
+    """
+    watching = callbacks(spec, held_out, samples, reward_std)
+    state = fit(loop, spec.updates, callbacks=watching, directory=directory)
+    if state.stopped == "interrupted":
+        raise KeyboardInterrupt
+    return state

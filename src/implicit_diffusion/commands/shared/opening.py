@@ -1,0 +1,64 @@
+"""How every command begins a run, or goes on with one: its folder, and what is written before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.provenance import is_recorded
+
+C = TypeVar("C")
+
+
+def in_folder(config: C, directory: RunDirectory | None, otherwise: Path) -> tuple[C, RunDirectory]:
+    """The config with absolute paths, and the folder of its run, which is not made here.
+
+    Args:
+        config: a dataclass with a field `out`.
+        directory: of a run to go on with; None for a new one.
+        otherwise: where a new run goes whose config has no `out`.
+
+    Raises:
+        InvalidInputError: a path that is none.
+    """
+    out = directory.path if directory else getattr(config, "out") or otherwise  # noqa: B009
+    config = absolute(replace(config, out=out))  # type: ignore[type-var]
+    return config, RunDirectory(getattr(config, "out"))  # noqa: B009
+
+
+@contextmanager
+def opened(
+    command: str,
+    config: Any,
+    directory: RunDirectory,
+    *,
+    resumed: bool,
+    fingerprints: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Iterator[None]:
+    """Write config.json and provenance.json where they are not there yet; whatever stops the block says how to resume.
+
+    Args:
+        command: that begins the run.
+        config: resolved, as it goes into config.json.
+        directory: of the run, held.
+        resumed: whether the run goes on; a new one needs an empty folder.
+        fingerprints: of the inputs, taken before these were read; by default they are taken now.
+        device: that the run computes on; None for the CPU.
+
+    Raises:
+        InvalidInputError: a new run in a folder with something in it.
+    """
+    if not resumed:
+        directory.start(command, config)
+    if not (resumed and is_recorded(directory)):
+        record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
+    with directory.resumable():
+        yield

@@ -1,0 +1,110 @@
+"""The numbers of a study of reward training, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from implicit_diffusion.commands.tilt.config import ARMS
+from implicit_diffusion.commands.tilt.exact import AT_EDGE, ExactTilt, Tradeoff, TrainedTradeoff
+from implicit_diffusion.runs import RunDirectory
+
+
+@dataclass(frozen=True)
+class ArmSummary(TrainedTradeoff):
+    """Means over the seeds of one arm; `reward_std` is the reward's deviation over them, None for a single one."""
+
+    reward_std: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight: the optimum, and what the arms reached that were asked for."""
+
+    kl_weight: float
+    optimum: Tradeoff
+    unweighted: ArmSummary | None = None
+    weighted: ArmSummary | None = None
+
+    @property
+    def arms(self) -> dict[str, ArmSummary]:
+        """By name, those that there are."""
+        arms = {name: getattr(self, name) for name in ARMS}
+        return {name: arm for name, arm in arms.items() if arm is not None}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """E_π R before training, and a row for every weight."""
+
+    reward_initial: float
+    rows: list[Row]
+
+
+def over_seeds(results: list[TrainedTradeoff]) -> ArmSummary:
+    """The summary of an arm."""
+    rewards = [result.reward for result in results]
+    return ArmSummary(
+        reward=mean(rewards),
+        kl=mean(result.kl for result in results),
+        objective=mean(result.objective for result in results),
+        at_edge=mean(result.at_edge for result in results),
+        reward_std=stdev(rewards) if len(rewards) > 1 else None,
+    )
+
+
+def show(summary: Summary, kept_arm: str, directory: RunDirectory) -> None:
+    """Print rewards under the model beside the optimum.
+
+    Args:
+        summary: of the study.
+        kept_arm: whose models are kept.
+        directory: of the study.
+    """
+    print(f"expected reward under the model, by quadrature; {summary.reward_initial:.3f} before training")
+    print(f"  {'w':>6s} {'optimum':>9s} " + " ".join(f"{arm:>18s}" for arm in summary.rows[0].arms))
+    for row in summary.rows:
+        cells = (
+            f"{arm.reward:.3f}" + ("" if arm.reward_std is None else f" ± {arm.reward_std:.3f}")
+            for arm in row.arms.values()
+        )
+        print(f"  {row.kl_weight:6g} {row.optimum.reward:9.3f} " + " ".join(f"{cell:>18s}" for cell in cells))
+        for name, arm in row.arms.items():
+            if arm.at_edge > AT_EDGE:
+                print(f"         {name}: {arm.at_edge:.2g} of its mass is at the edge of the grid: not exact")
+    print(f"models    {directory.model}/w-<weight>, {kept_arm}, of the first seed")
+    print(f"run       {directory.path}")
+
+
+def plot(summary: Summary, exact: ExactTilt, path: Path) -> None:
+    """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
+    from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish, legend_above, sheet
+
+    figure = sheet(5.6, 4)
+    axis = figure.subplots()
+    rows = summary.rows
+    weights = torch.tensor([row.kl_weight for row in rows]).log()
+    curve = torch.linspace(weights.amax() + math.log(4), weights.amin(), 50).exp().tolist()
+    axis.plot(*zip(*exact.frontier(curve)), color="0.3", lw=1.2, label="optima of all w")
+    optima = [(row.optimum.kl, row.optimum.reward) for row in rows]
+    axis.plot(*zip(*optima), color="0.3", marker="x", ls="", label="optima of these w")
+    colours = {"unweighted": UNWEIGHTED, "weighted": WEIGHTED}
+    for name, marker in zip(rows[0].arms, "os"):
+        arms = [row.arms[name] for row in rows]
+        axis.errorbar(
+            [arm.kl for arm in arms],
+            [arm.reward for arm in arms],
+            yerr=[arm.reward_std or 0.0 for arm in arms],
+            fmt=marker,
+            ms=7 if marker == "o" else 4,
+            mfc="none",
+            color=colours[name],
+            label=f"{name}, ± deviation over seeds",
+        )
+    axis.set(xlabel="KL(π‖π_0), nats", ylabel="expected reward under the model")
+    legend_above(axis, columns=2)
+    finish(figure, path, [axis])

@@ -1,0 +1,176 @@
+"""Evaluations that are stored while they are drawn: an interrupted one continues where it stopped, bit for bit.
+
+A part of an evaluation depends on its number alone (`chains.evaluate_in_parts`), except that a reward of the user's own
+may draw from the global generators: their states after the last complete part are stored too. What is stored is valid
+as long as everything that the numbers depend on is the same; otherwise the differences are named, and everything is
+drawn again.
+
+    state.safetensors   rests   what the numbers depend on, by name
+                        parts   number of complete parts
+                        reward, path_kl, log_ratio   (starts so far, repeats)
+                        samples   the first sample of each start, for as many starts as are wanted
+                        draws   states of the global generators
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation.chains import Evaluation, evaluate_in_parts, joined
+from implicit_diffusion.files.states import FILE, load_state, save_state
+from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Reward
+from implicit_diffusion.samplers.chain import Chain
+
+EVERY, SHARE = 5.0, 0.05  # least seconds between two writes, and largest share of the time that writing takes
+DIFFERENCES = 3  # number of differences that are named
+COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An evaluation on disk, complete or in part.
+
+    Args:
+        folder: that holds it, now or later.
+        rests: what its numbers depend on, by name; names and values are shown to people.
+        starts: number of starts of the complete evaluation.
+        draws: the global generators that the reward may draw from.
+        shown: number of starts whose first sample is stored; None for all.
+    """
+
+    folder: Path
+    rests: Mapping[str, str]
+    starts: int
+    draws: Draws
+    shown: int | None = None
+
+    def read(self) -> dict[str, Any] | None:
+        """The stored state, if it is valid; None where nothing is stored.
+
+        Raises:
+            InvalidInputError: what is stored cannot be used; the message says why.
+        """
+        if not (self.folder / FILE).exists():
+            return None
+        state = load_state(self.folder)
+        if not isinstance(state, dict) or not {"rests", "parts", "draws", *COLUMNS} <= state.keys():
+            raise InvalidInputError("another release drew it")
+        different = list(_differences(state["rests"], self.rests))
+        if different:
+            more = f", and {len(different) - DIFFERENCES} more" if len(different) > DIFFERENCES else ""
+            raise InvalidInputError("; ".join(different[:DIFFERENCES]) + more)
+        return state
+
+    def is_whole(self, state: Mapping[str, Any]) -> bool:
+        """Whether the evaluation is complete."""
+        return len(state["reward"]) == self.starts
+
+    def write(self, evaluation: Evaluation, parts: int = -1, draws: Mapping[str, Any] | None = None) -> None:
+        """Replace what is stored.
+
+        Args:
+            evaluation: of the first `parts` parts; by default complete.
+            parts: number of parts.
+            draws: states of the generators after them; by default, nothing was drawn from the generators.
+        """
+        columns = {name: getattr(evaluation, name) for name in COLUMNS}
+        columns["samples"] = self._narrow(evaluation.samples, 0)
+        save_state(self.folder, {"rests": dict(self.rests), "parts": parts, "draws": draws, **columns})
+
+    def evaluate(
+        self,
+        chain: Chain,
+        reward: Callable[..., Any] | Reward,
+        noise: Noise,
+        *,
+        starts: int,
+        repeats: int,
+        progress: Callable[[int], None] = lambda done: None,
+        skip: Callable[[int], None] = lambda done: None,
+    ) -> Evaluation:
+        """`evaluate`, continued where it was interrupted; the result has only the samples that are stored.
+
+        Args:
+            chain: as in `evaluate`.
+            reward: as in `evaluate`.
+            noise: as in `evaluate`.
+            starts: as in `evaluate`.
+            repeats: as in `evaluate`.
+            progress: called with the number of trajectories just completed.
+            skip: called with the number of trajectories that are stored already.
+        """
+        state: dict[str, Any] | None = None
+        with suppress(InvalidInputError):  # a caller that reports the reason has called `read`
+            state = self.read()
+        parts: list[Evaluation] = []
+        written, after = 0, self.draws.state_dict()
+        if state is not None:
+            parts, written = [from_state(state, chain.device)], state["parts"]
+            after = state["draws"] or after
+            self.draws.load_state_dict(after)
+            skip(parts[0].reward.numel())
+            if self.is_whole(state):
+                return parts[0]
+        count, due = written, time.monotonic() + EVERY
+        rest = evaluate_in_parts(chain, reward, noise, starts=starts, repeats=repeats, first=count)
+        try:
+            for part in _inside(self.draws, rest):
+                there = sum(len(before.reward) for before in parts)
+                parts.append(replace(part, samples=self._narrow(part.samples, there)))
+                count, after = count + 1, self.draws.state_dict()
+                progress(part.reward.numel())
+                began = time.monotonic()
+                if began > due:
+                    self.write(joined(parts), count, after)
+                    written, due = count, time.monotonic() + max(EVERY, (time.monotonic() - began) / SHARE)
+        finally:  # complete, or interrupted
+            if written < count:
+                self.write(joined(parts), count, after)
+        return joined(parts)
+
+    def _narrow(self, samples: Tensor, there: int) -> Tensor:
+        """The samples to store of some starts, when `there` starts are stored already."""
+        wanted = len(samples) if self.shown is None else max(0, self.shown - there)
+        return samples[:wanted, :1].clone()
+
+
+def from_state(state: Mapping[str, Any], device: torch.device) -> Evaluation:
+    """The evaluation in a state that `Stored.read` returned, as far as it was drawn."""
+    return Evaluation(*(state[name].to(device) for name in COLUMNS))
+
+
+def _inside(draws: Draws, parts: Iterator[Evaluation]) -> Iterator[Evaluation]:
+    """The parts, each drawn with the global generators of the run in place."""
+    while True:
+        with draws:
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
+
+
+def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:
+    if not isinstance(before, dict):
+        yield "it does not say what it rests on"
+        return
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            was, is_now = (_in_short(side.get(name, "not there")) for side in (before, now))
+            yield f"{name} was {was} and is {is_now}"
+
+
+def _in_short(value: object) -> str:
+    """A value for a line; a digest is cut."""
+    text = str(value)
+    return f"{text[:19]}…" if text.startswith("sha256 ") else text
