@@ -190,6 +190,16 @@ def test_the_test_sees_wrong_factors(score_gradients, factor):
         assert abs(z) > 4
 
 
+@pytest.mark.parametrize("kind", [Nested, Queue])
+def test_a_term_of_weight_zero_needs_no_slope(kind):
+    """It is only reported: a black box may be watched beside the reward that is optimised."""
+    chain, reward = affine_chain(N, 2)
+    watched = Reward(lambda x: torch.from_numpy(x.detach().numpy().round().sum(1)), name="watched")
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
+    loop = kind(chain, Reward(reward) + 0 * watched, sgd, batch=BATCH, noise=Noise(0))
+    assert any("watched" in loop.step() for _ in range(N))
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_an_estimator_of_another_type_is_refused():
     chain, reward = affine_chain(N, 2)
