@@ -98,7 +98,7 @@ def problem(config: Config) -> tuple[Problem, dict[str, Any]]:
 
     made = chain(config.num_steps)
     facts = {"parameters": sum(p.numel() for p in denoiser.parameters()), "pretrained": config.model is not None}
-    facts |= {"event_shape": shape, "compiled": compiled(made, config.compile)}
+    facts |= {"event_shape": shape, "compiled": compiled(made) if config.compile else None}
     spread = evaluate(made, redness, Noise(0).stream(2), starts=config.held_out).reward.std().item()
     return Problem(chain, redness, beta=spread, deviation=spread), facts | {"beta": spread}
 

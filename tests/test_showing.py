@@ -17,7 +17,7 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
-from implicit_diffusion.gradients import Gibbs
+from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
@@ -218,7 +218,7 @@ EXAMPLES = {
     "Lattice": lambda: find_lattice(torch.arange(40.0).reshape(20, 2)),
     "EnergyModel": energy_model,
     "Data": lambda: Data(DATA, DATA, DATA[0], DATA[0], law("moons")),
-    "Plan": lambda: make_plan(evaluation()),
+    "Plan": lambda: idf.make_plan(evaluation()),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
     "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),

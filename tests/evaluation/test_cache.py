@@ -59,6 +59,14 @@ def test_whatever_decides_the_numbers_is_in_the_key(ask):
     assert not ask(digits_chain())
 
 
+def test_the_key_names_what_it_holds(ask, monkeypatch):
+    """Not the way in which an object happens to be printed."""
+    assert ask(digits_chain())
+    monkeypatch.setattr(Noise, "__repr__", lambda noise: "Noise")
+    assert not ask(digits_chain())
+    assert ask(digits_chain(), noise=Noise(1)) and ask(digits_chain(), noise=Noise(1).stream(2))
+
+
 def test_code_and_versions_are_in_the_key(ask, monkeypatch):
     assert ask(digits_chain())
     monkeypatch.setattr(cache, "_software", lambda: "another torch")

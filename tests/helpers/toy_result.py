@@ -79,6 +79,7 @@ def digits_result(shift=0.93, waste=0.15, **config):
         network_evaluations=120_000,
         updates=UPDATES,
         stopped=None,
+        reached_target=False,
         kept=None,
         staleness_max=18,
         predicted_memory_bytes=10**7,

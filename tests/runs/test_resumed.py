@@ -74,8 +74,11 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("library", DRAWS)
-def test_a_reward_that_draws_at_random_is_resumed_bit_for_bit(library, tmp_path):
-    """Normal numbers come in pairs, of which one is kept: five draws per call leave a half one behind."""
+def test_a_reward_that_draws_at_random_is_resumed_bit_for_bit(library, tmp_path, as_users_run):
+    """Normal numbers come in pairs, of which one is kept: five draws per call leave a half one behind.
+
+    The type checks of the tests draw from Python's own generator, to choose the item of a list that they look at.
+    """
 
     def reward(x):
         return x.flatten(1).sum(1) * (1 + 0.1 * sum(DRAWS[library]() for _ in range(5)))

@@ -35,7 +35,7 @@ SMALLEST = 2.0**-100  # ‖v‖₁ below this is not scaled up to T: S stays a f
 
 
 def computes_in_float16(denoiser: object) -> TypeGuard[nn.Module]:
-    """Whether the network says so, by an attribute `precision` like that of `DiffusersDenoiser`."""
+    """Whether the network inside says so, by an attribute `precision` as that of `DiffusersDenoiser`."""
     return isinstance(denoiser, nn.Module) and getattr(unwrapped(denoiser), "precision", None) is torch.float16
 
 

@@ -157,7 +157,7 @@ def test_target_kl_stops(tmp_path):
     options = ["--target-kl", "1e-6", "--target-kl-mode", "stop", "--updates", "60", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, *options]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["updates"] < 60 and "reached the target" in summary["stopped"]
+    assert summary["updates"] < 60 and "reached the target" in summary["stopped"] and summary["reached_target"]
     assert summary["path_kl"] == pytest.approx(1e-6, rel=0.5)  # however small beside a single step
 
 

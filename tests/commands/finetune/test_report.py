@@ -309,7 +309,7 @@ def test_a_lucky_bound(good):
 @pytest.mark.parametrize(
     ("summary", "title"),
     [
-        ({"stopped": "path KL 0.5 nats reached the target 0.5"}, "The run stopped early"),
+        ({"stopped": "path KL 0.5 nats reached the target 0.5", "reached_target": True}, "The run stopped early"),
         ({"captured": None, "captured_unknown": "It may be nothing."}, "The captured share is unknown"),
         ({"quality_after": quality(mmd=0.2)}, "As a set, the samples are far from real digits"),
         ({"quality_after": quality(class_histogram=[0.9] + 9 * [0.1 / 9])}, "One class took over"),

@@ -77,7 +77,7 @@ def test_subfolders_that_are_not_used_are_mentioned(tmp_path, capsys):
     load_images(str(folder))
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.startswith("classes")] == [
-        "classes   the 3 subfolders (left, right, t*p) are not used as classes: the model is of all images alike; "
+        "classes   the 3 subfolders (left, right, t*p) are not used as classes: the model does not distinguish them; "
         "--classes conditions it on them"
     ]
     load_images(str(folder), classes=True)

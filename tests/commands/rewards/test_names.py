@@ -251,6 +251,16 @@ def test_what_is_uncertain_is_said_once_under_the_rewards_name(tmp_path, capsys)
         assert capsys.readouterr().out.count(f"reward    my.py:{name} {said}") == 1
 
 
+def test_a_warning_of_a_reward_itself_stays_one(tmp_path, capsys):
+    """Whatever its words are."""
+    (tmp_path / "my.py").write_text(
+        "import warnings\ndef slow(x):\n    warnings.warn('reward is slow')\n    return x.flatten(1).mean(1)"
+    )
+    with pytest.warns(UserWarning, match="reward is slow"):
+        setup.build(setup_spec(Config(reward=f"{tmp_path}/my.py:slow", num_steps=2)))
+    assert "is slow" not in capsys.readouterr().out
+
+
 def test_a_reward_of_its_batch_is_refused_in_any_form(tmp_path):
     (tmp_path / "my.py").write_text(UNSTEADY)
     with pytest.raises(InvalidInputError, match="reward mixes samples"):

@@ -141,7 +141,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
     call = ["sweep", *model, *TINY, "--kl-weights", "2", "4", "--out", str(out)]
 
     def interrupt(fit):
-        if fit.updates == 2 and fit.loop.objective.weight(finetune.PathKL) == 4:
+        if fit.updates == 2 and fit.loop.objective.weight(training.PathKL) == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:

@@ -50,6 +50,7 @@ def test_too_large_a_rate_stops_and_a_good_one_does_not():
         else:
             assert found.updates == 1 and "above the" in found.stopped and len(said) == 1
             assert "no sampler beyond" in found.stopped and "Try a learning rate 1" in found.stopped
+            assert found.advice.startswith("Try a learning rate 1") and found.stopped.endswith(found.advice)
             assert found.kept is None and objective(loop.chain, reward) > objective(loop.chain.pretrained(), reward)
 
 

@@ -1,6 +1,6 @@
 """How an energy-based model is trained, in every arm.
 
-    weighted    the single loop with weighted particles: exact up to O(1/n) though θ moves
+    weighted    the single loop with weighted particles: exact up to O(1/n), although θ moves
     hmc         the same kernel and loop without weights
     implicit    the single loop as in the paper: one Langevin step, one step on θ, both from one backward pass
     cd          contrastive divergence: k Langevin steps from data, then one step on θ
@@ -64,7 +64,7 @@ class Settings:
 
     @property
     def description(self) -> str:
-        """In a word or two: arms that use `moves` are called by their sampler."""
+        """A name in a word or two: that of the sampler for arms that use `moves`."""
         weighted = "weighted " if self.arm == "weighted" else ""
         return f"{weighted}{self.moves.sampler}" if self.arm in ("weighted", "hmc") else self.arm
 
@@ -106,10 +106,9 @@ def make_loop(settings: Settings, data: Data) -> ParticleLoop:
 
 def pulls_per_update(arm: str, moves: Moves) -> int:
     """Pulls through V at all particles that one update of an arm costs."""
-    kernel = moves.kernel().evaluations
-    return {"weighted": kernel + 1, "hmc": kernel, "implicit": 1, "cd": LANGEVIN_STEPS + 1, "pcd": LANGEVIN_STEPS + 1}[
-        arm
-    ]
+    if arm in ("weighted", "hmc"):
+        return moves.kernel().evaluations + (arm == "weighted")
+    return 1 if arm == "implicit" else LANGEVIN_STEPS + 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def moved(settings: Settings, loop: ParticleLoop) -> Moves:
 
 
 def to_model(settings: Settings, loop: ParticleLoop, data: Data) -> EnergyModel:
-    """The model as it stands; weighted particles are resampled to equal weights."""
+    """The model at present; weighted particles are resampled to equal weights."""
     potential = loop.model
     assert isinstance(potential, Tilted)
     x, log_weights = loop.particles.x, loop.particles.log_weights

@@ -19,10 +19,10 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown
 
 DATA, MODEL, TRAIN = "0.55", WEIGHTED, "#7a5195"  # colours
-PAIRED = 8  # columns, of which all pairs are shown
+PAIRED = 8  # columns, up to which all pairs are shown
 MOST_COLUMNS = 12  # whose marginals or numbers are shown
-COMPONENTS = 4  # principal ones
-ENOUGH = 500  # held-out data that are shown alone
+COMPONENTS = 4  # principal components that are shown
+ENOUGH = 500  # held-out data, from which on they are shown without the training data
 MOST = 2000  # data or draws that are looked at
 SHUFFLES, QUANTILE = 200, 0.95
 
@@ -44,7 +44,7 @@ class Sides(Shown):
 
 
 def sides(model: EnergyModel, data: Data) -> Sides:
-    """Held-out data where there are enough of them, else all, beside the particles of the model."""
+    """Held-out data, or all data where few are held out, beside the particles of the model."""
     enough = len(data.held_out) >= ENOUGH
     x = data.held_out if enough else torch.cat([data.once, data.held_out])
     y = model.particles * model.scale + model.shift

@@ -1,4 +1,4 @@
-"""One training of an energy-based model, in any arm, under a watch."""
+"""One training of an energy-based model, in any arm, stopped when it diverges."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Trained(Shown):
     """A training that has ended.
 
     Args:
-        settings: what it was asked.
-        fit: its driver, at the end.
-        loop: its loop, at the end.
+        settings: what was asked for.
+        fit: how far it came.
+        loop: at the end.
         model: the result.
         curve: exact figures on the way, where the law of the data is known.
     """

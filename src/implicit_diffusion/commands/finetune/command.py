@@ -37,6 +37,7 @@ from implicit_diffusion.models.chain_file import TrainedChain, write_chain
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.fit import Fit
@@ -127,6 +128,7 @@ def _training_summary(
         network_evaluations=state.loop.cost()["network_evaluations"],
         updates=state.updates,
         stopped=state.stopped,
+        reached_target=state.verdict is not None and state.verdict[0] == StopAtKL.__name__,
         kept=state.kept,
         staleness_max=state.metrics.get("staleness_max"),
         predicted_memory_bytes=predicted,

@@ -52,7 +52,7 @@ def compiled(chain: Chain) -> str:
 
     Weight averages, which sample only at the end, are compiled when they are first called.
     """
-    parts = [inner(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
+    parts = [unwrapped(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
     networks = [part for part in parts if isinstance(part, DiffusersDenoiser)]
     for network in networks:
         network.compiled = network.compiled or Compiled(network.model, differentiates=False, dynamic=None)

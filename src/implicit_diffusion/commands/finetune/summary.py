@@ -74,6 +74,7 @@ class TrainingSummary:
         network_evaluations: of the training.
         updates: that were made.
         stopped: why the run stopped early; None where it did not.
+        reached_target: whether it stopped since the path KL reached its target.
         kept: what was seen of an earlier model that was put back; None where none was.
         staleness_max: largest age of a gradient in the queue, in updates; None for the nested loop.
         predicted_memory_bytes: the prediction before the run.
@@ -86,6 +87,7 @@ class TrainingSummary:
     network_evaluations: int
     updates: int
     stopped: str | None
+    reached_target: bool
     kept: dict[str, float | int] | None
     staleness_max: int | None
     predicted_memory_bytes: int

@@ -25,7 +25,7 @@ ROWS, COLUMNS, LONG = 24, 12, 16  # classes that a picture has a row for, images
 
 
 def classes_of(pictures: Sequence[ImageFile], data: str) -> tuple[tuple[str, ...], Int[Tensor, " n"]]:
-    """The names of the classes, and the number of each picture's own: that of the subfolder that it lies in.
+    """The names of the classes, and the number of each picture's class: that of its subfolder.
 
     Raises:
         InvalidInputError: fewer than two such subfolders, or images outside of them.
@@ -46,13 +46,13 @@ def classes_of(pictures: Sequence[ImageFile], data: str) -> tuple[tuple[str, ...
 
 
 def mention(pictures: Sequence[ImageFile]) -> str | None:
-    """A line on subfolders that look like classes and are not asked for; None where there are none."""
+    """A note on subfolders that look like classes but are not used as such; None without such subfolders."""
     names = sorted({picture.subfolder for picture in pictures})
     if len(names) < 2 or "" in names:
         return None
     return (
-        f"classes   the {len(names)} subfolders ({listed(names)}) are not used as classes: the model is of all images "
-        "alike; --classes conditions it on them"
+        f"classes   the {len(names)} subfolders ({listed(names)}) are not used as classes: the model does not "
+        "distinguish them; --classes conditions it on them"
     )
 
 
@@ -65,7 +65,7 @@ def check_split(names: Sequence[str], labels: Int[Tensor, " train"]) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of many, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
@@ -82,7 +82,7 @@ class InTurn:
         self.classes = classes
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:
-        """The labels, whatever the noise."""
+        """The labels; they do not depend on the noise."""
         return {"class_labels": in_turn(self.classes, batch)}
 
 
@@ -125,7 +125,7 @@ is, and draw the classes in turn or at random. There is no label that stands for
 
 
 def drawing(images: ImagesSummary) -> str:
-    """The lines that draw from the pipeline, after it is loaded."""
+    """Lines of Python that draw from the pipeline, after it is loaded."""
     from implicit_diffusion.commands.shared.usage import usage
 
     config = {"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}

@@ -36,7 +36,20 @@ def sampled(
     event: tuple[int, ...],
     classes: int = 0,
 ) -> dict[int, Tensor]:
-    """`count` images of the chain of each length, of classes in turn, under a progress line."""
+    """Images of chains of several lengths, with the classes in turn.
+
+    Args:
+        chains: numbers of steps.
+        unet: the network.
+        scheduler: its noise schedule.
+        count: images of each chain.
+        seed: of the noise.
+        event: (channels, height, width).
+        classes: number of classes; 0 for a model without.
+
+    Returns:
+        Images with shape (count, *event), by the number of steps.
+    """
     with progress(sum(chains), f"sampling {count} images by chains of {', '.join(map(str, chains))} steps") as bar:
         return {n: sample_images(unet, scheduler, n, count, seed, event, classes, bar.update) for n in chains}
 
@@ -52,9 +65,17 @@ def sample_images(
     classes: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "n *event"]:
-    """Samples (n, *event) of the chain that `scheduler` runs in `num_steps` steps, on the CPU; of classes in turn.
+    """Samples of the chain that `scheduler` runs, on the CPU, with the classes in turn.
 
-    It calls `tick` at every step.
+    Args:
+        unet: the network.
+        scheduler: its noise schedule.
+        num_steps: of the chain.
+        n: number of samples.
+        seed: of the noise.
+        event_shape: (channels, height, width).
+        classes: number of classes; 0 for a model without.
+        tick: is called after every step.
     """
     condition = image_classes.InTurn(classes) if classes else None
     chain = Chain(DiffusersDenoiser(unet), read_table(scheduler, num_steps), event_shape, condition=condition)
@@ -69,7 +90,10 @@ def sample_images(
 def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] = ()) -> None:
     """Draw the first images of each group as one grid beside the others; black is -1, white is +1.
 
-    With `classes`, the rows are theirs, and named.
+    Args:
+        groups: images with shape (n, *event), by the title of their grid.
+        path: of the PNG file.
+        classes: names of the rows, where each row is of one class.
     """
     from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
 

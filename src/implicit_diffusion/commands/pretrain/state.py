@@ -1,7 +1,7 @@
-"""A pretraining so far: the network, its average, the optimizer, and all the randomness that is still to come.
+"""The state of a pretraining: the network, its average, the optimizer, and the generators of all random numbers.
 
-Images, times and noise come from a generator of the training's own. Dropout draws from the global one of its device,
-which is part of the state as well, while the training holds it in a fork.
+Images, times and noise come from a generator of the training's own. Dropout draws from the global generator of its
+device, whose state is kept as well; the training runs inside a fork of it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Pretraining(Shown):
 
     @contextmanager
     def averaged(self) -> Iterator[UNet2DModel]:
-        """The network with its averaged weights for the block."""
+        """The network, with its averaged weights inside the block."""
         self.average.store(self.unet.parameters())
         self.average.copy_to(self.unet.parameters())
         try:
@@ -128,7 +128,7 @@ class Pretraining(Shown):
         save_state(directory.checkpoint, {"pretraining": state})
 
     def restore(self, directory: RunDirectory, images: list[str]) -> None:
-        """Go on from checkpoint/, and take back the lines of metrics.jsonl that came after it; missing ones are said.
+        """Go on from checkpoint/, and drop the lines of metrics.jsonl after it; a note says which lines are missing.
 
         Raises:
             InvalidInputError: no such checkpoint, one of another network, or one of other images.
@@ -157,7 +157,7 @@ class Pretraining(Shown):
         restore_metrics(directory, self.step, self.lines)
 
     def _generators(self) -> list[torch.Generator]:
-        """Its own, and the global ones of the CPU and of the device."""
+        """The training's own, and the global ones of the CPU and of the device."""
         device, on_device = self.unet.device, []
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -186,5 +186,5 @@ def begin(descent: Descent, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pret
 
 
 def digests(data: Images) -> list[str]:
-    """Of all pixels to train on, and of all that are held out."""
+    """Digests of all pixels to train on, and of all that are held out."""
     return [fingerprint(part)["tensor"] for part in (data.train, data.held_out)]

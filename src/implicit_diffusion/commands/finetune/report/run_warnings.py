@@ -61,9 +61,8 @@ def _worse(result: Result) -> Iterator[RunWarning]:
 def _stopped(result: Result) -> Iterator[RunWarning]:
     training = result.summary.training
     if training.stopped:
-        planned = f"after {training.updates} of {result.config.updates} updates"
-        reached = "reached the target" in training.stopped
-        yield RunWarning(not reached, "The run stopped early", f"It ended {planned}: {training.stopped}.")
+        text = f"It ended after {training.updates} of {result.config.updates} updates: {training.stopped}."
+        yield RunWarning(not training.reached_target, "The run stopped early", text)
 
 
 def _gain(result: Result) -> Iterator[RunWarning]:
