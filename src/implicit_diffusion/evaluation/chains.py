@@ -28,7 +28,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.showing import Shown, estimate, of_tensor
+from implicit_diffusion.showing import Shown, estimate, of_tensor, with_error
 
 NUMBERS = 2**18  # in the states of one network call
 
@@ -73,6 +73,9 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float
+
+    def __repr__(self) -> str:
+        return f"Estimate({with_error(self.mean, self.error)})"
 
 
 def mean_and_error(values: Float[Tensor, "starts *repeats"]) -> Estimate:

@@ -12,12 +12,13 @@ from torch import Tensor
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 SAMPLES = 128
 
 
-@dataclass(frozen=True)
-class ClippingEffect:
+@dataclass(frozen=True, repr=False)
+class ClippingEffect(Shown):
     """Changes that switching `clip_sample` off makes to samples of the same noise.
 
     Args:

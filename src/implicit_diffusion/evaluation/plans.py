@@ -24,8 +24,8 @@ from implicit_diffusion.showing import Shown, brief, with_error
 GAINS = (0.25, 0.5, 1.0, 1.5, 2.0)  # in standard deviations of the pretrained reward
 
 
-@dataclass(frozen=True)
-class PlanRow:
+@dataclass(frozen=True, repr=False)
+class PlanRow(Shown):
     """What one β can buy: gains relative to the pretrained chain, J in units of reward, standard errors as `…_se`."""
 
     kl_weight: float

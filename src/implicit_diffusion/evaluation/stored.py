@@ -31,14 +31,15 @@ from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 EVERY, SHARE = 5.0, 0.05  # least seconds between two writes, and largest share of the time that writing takes
 DIFFERENCES = 3  # number of differences that are named
 COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
 
 
-@dataclass(frozen=True)
-class Stored:
+@dataclass(frozen=True, repr=False)
+class Stored(Shown):
     """An evaluation on disk, complete or in part.
 
     Args:
