@@ -142,7 +142,7 @@ def theirs(config: Config, arm: str, n: int, lr: float, seed: int) -> Training:
     sampled = Model(function if arm == COMPILED[0] else potential)
     sampler = LangevinDynamics(sampled, step_size=H, noise_scale=1.0, device="cpu")
     if "HMC" in arm:
-        step_size, leapfrogs = WEIGHTED.step(0), WEIGHTED.leapfrogs
+        step_size, leapfrogs = WEIGHTED.step_size_at(0), WEIGHTED.leapfrogs
         sampler = HamiltonianMonteCarlo(sampled, step_size=step_size, n_leapfrog_steps=leapfrogs, device="cpu")
     loss_of = ContrastiveDivergence(
         Model(function),

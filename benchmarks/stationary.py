@@ -24,7 +24,7 @@ from common import DEVICE, hardware, interleaved, ratio, save
 from implicit_diffusion import ULA, Noise, Reward, Single
 from implicit_diffusion.commands.shared.hexagon_problem import hard_reward, mixture
 from implicit_diffusion.compiled import SETTINGS
-from implicit_diffusion.samplers.kernel import innermost
+from implicit_diffusion.samplers.draws import innermost
 
 H, LR = 0.2, 0.1
 

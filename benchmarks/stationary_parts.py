@@ -20,7 +20,7 @@ from stationary import H, ours, start
 
 from implicit_diffusion.commands.shared.hexagon_problem import hard_reward, mixture
 from implicit_diffusion.compiled import SETTINGS
-from implicit_diffusion.samplers.kernel import innermost
+from implicit_diffusion.samplers.draws import innermost
 
 RUNGS = ("forward, two pulls, draw", "+ reward and centring", "+ Langevin step")
 

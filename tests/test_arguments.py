@@ -9,8 +9,8 @@ from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, sig
 from implicit_diffusion.objectives import Functional, gaussian_kernel
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Guided, Tilted, conv, mlp
-from implicit_diffusion.samplers.followers import annealed
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.replicas import annealed
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles_gibbs import Banana
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
@@ -95,7 +95,7 @@ CALLS = {
     ("particles", "Single"): (lambda x: loop(particles=x), (*DATA, 1, True, X[:1])),
     ("particles", "warm_up"): (lambda x: idf.samplers.warm_up(idf.MALA(0.1), Banana(), x, NOISE), DATA),
     ("particles", "simulate"): (lambda x: next(simulate(KERNEL, Banana(), x, NOISE, 1)), DATA),
-    ("particles", "Followers"): (lambda x: idf.samplers.Followers(KERNEL, Banana(), x, NOISE), DATA),
+    ("particles", "Replicas"): (lambda x: idf.samplers.Replicas(KERNEL, Banana(), x, NOISE), DATA),
     ("particles", "refresh"): (lambda x: loop().refresh(x), (None, X)),
     ("refresh", "x"): (lambda x: loop().refresh(Particles(x)), (X[:5], X.float(), X.long(), X * float("nan"))),
     ("log_weights", "Particles"): (lambda a: Particles(X, a), (X[:5, 0], X, X[:, 0].long())),
@@ -120,9 +120,9 @@ CALLS = {
         (*POSITIVE[1:], 1.0),
     ),
     ("potential", "warm_up"): (lambda v: idf.samplers.warm_up(idf.MALA(0.1), v, X, NOISE), FUNCTIONS),
-    ("potential", "Followers"): (lambda v: idf.samplers.Followers(KERNEL, v, X, NOISE, groups=2), FUNCTIONS),
-    ("groups", "Followers"): (lambda n: idf.samplers.Followers(KERNEL, Banana(), X, NOISE, groups=n), COUNTS),
-    ("log_z", "Followers"): (lambda z: idf.samplers.Followers(KERNEL, Banana(), X, NOISE, groups=2, log_z=z), NUMBERS),
+    ("potential", "Replicas"): (lambda v: idf.samplers.Replicas(KERNEL, v, X, NOISE, groups=2), FUNCTIONS),
+    ("groups", "Replicas"): (lambda n: idf.samplers.Replicas(KERNEL, Banana(), X, NOISE, groups=n), COUNTS),
+    ("log_z", "Replicas"): (lambda z: idf.samplers.Replicas(KERNEL, Banana(), X, NOISE, groups=2, log_z=z), NUMBERS),
     ("path", "annealed"): (lambda path: annealed(path, KERNEL, 8, NOISE), (None, 3, "path")),
     ("steps", "annealed"): (lambda n: annealed(lambda t: idf.GaussianMixture(X), KERNEL, 8, NOISE, steps=n), COUNTS),
     ("steps", "simulate"): (lambda n: next(simulate(KERNEL, Banana(), X, NOISE, n)), COUNTS[:4]),
@@ -160,5 +160,5 @@ def test_what_a_potential_or_objective_raises_is_one_line_about_it():
 def test_numbers_of_other_libraries_are_numbers():
     import numpy as np
 
-    assert idf.ULA(np.float32(0.5)).step(0) == idf.ULA(torch.tensor(0.5)).step(0) == 0.5
+    assert idf.ULA(np.float32(0.5)).step_size_at(0) == idf.ULA(torch.tensor(0.5)).step_size_at(0) == 0.5
     assert idf.HMC(0.1, np.int64(3)).leapfrogs == 3 and idf.objectives.Sinkhorn(X, np.float64(1.0)).epsilon == 1.0

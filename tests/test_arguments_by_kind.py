@@ -13,7 +13,7 @@ import implicit_diffusion as idf
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.loops.memory import check_memory
 from implicit_diffusion.objectives import Sum
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles_gibbs import Banana
 
 pytestmark = pytest.mark.usefixtures("as_users_run")

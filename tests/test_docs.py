@@ -1,9 +1,11 @@
-"""The documentation builds without a warning, and its Python examples run.
+"""The documentation builds without a warning, and its Python examples run, those in docstrings among them.
 
 The ```python blocks of a page run in order, in one namespace and in an empty folder; `<!-- skip: next -->` before a
 block leaves it out.
 """
 
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+import implicit_diffusion
 
 ROOT = Path(__file__).parents[1]
 GENERATED = {"_build", "api"}
@@ -56,6 +60,32 @@ def test_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_examples(ROOT / "README.md")
     check_printed(ROOT / "README.md", capsys.readouterr().out)
+
+
+SOURCE = ROOT / "src" / "implicit_diffusion"
+WITH_EXAMPLES = [
+    file for file in sorted(SOURCE.rglob("*.py")) if re.search(r"^ +>>> ", file.read_text("utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=lambda file: file.relative_to(SOURCE).as_posix())
+def test_examples_in_docstrings_print_what_they_say(file):
+    """A ">>>" line to run, what it prints below it; each docstring by itself, with all that it imports."""
+    module = importlib.import_module(".".join(file.relative_to(SOURCE.parent).with_suffix("").parts))
+    examples = [found for found in doctest.DocTestFinder().find(module, globs={}) if found.examples]
+    assert examples
+    for example in examples:
+        printed = []
+        result = doctest.DocTestRunner(verbose=False).run(example, out=printed.append)
+        assert result.attempted and not result.failed, "".join(printed)
+
+
+def test_every_kernel_and_particle_loop_shows_itself_running():
+    kernels, particle_loops = ("ULA", "MALA", "HMC", "Underdamped"), ("Single", "NestedParticles", "Unrolled")
+    for name in kernels:
+        assert ">>> kernel = " in getattr(implicit_diffusion.samplers, name).__doc__, name
+    for name in particle_loops:
+        assert ">>> loop = " in getattr(implicit_diffusion.loops, name).__doc__, name
 
 
 def test_examples_share_a_namespace_and_may_be_skipped(tmp_path):

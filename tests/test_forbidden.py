@@ -46,8 +46,6 @@ TO_NAME = {  # files that still have some
     "gradients/adjoint.py",
     "gradients/half.py",
     "lazily.py",
-    "loops/diagnostics.py",
-    "loops/divergence.py",
     "loops/queue.py",
     "loops/undo.py",
     "loops/update.py",
@@ -55,9 +53,7 @@ TO_NAME = {  # files that still have some
     "models/decoders.py",
     "models/parts.py",
     "models/pipeline_files.py",
-    "potentials/energy.py",
     "samplers/chain.py",
-    "samplers/followers.py",
     "tables/refusals.py",
 }
 

@@ -25,7 +25,7 @@ from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.loops.memory import check_memory
 from implicit_diffusion.objectives import Sum
 from implicit_diffusion.potentials.energy import check_potential
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers import tiny
 
 CALLS, SEED, SECONDS = 1200, 0, 20
@@ -145,7 +145,7 @@ def queue():
 
 def kernel(kind, **more):
     def use(made):
-        return [move.x for move in simulate(made, V(), X, NOISE, 2)]
+        return [state.x for state, _ in simulate(made, V(), X, NOISE, 2)]
 
     return Call(kind, {"step_size": lambda: 0.1} | more, use)
 
@@ -471,8 +471,8 @@ PUBLIC = {
     "warm_up": Call(
         idf.samplers.warm_up, {"kernel": lambda: idf.MALA(0.1)} | TUNED | {"steps": lambda: 20, "target": lambda: 0.5}
     ),
-    "Followers": Call(
-        idf.samplers.Followers,
+    "Replicas": Call(
+        idf.samplers.Replicas,
         {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"groups": lambda: 4, "log_z": lambda: 0.0},
         lambda made: (made.step(V()), made.log_z(V())),
     ),

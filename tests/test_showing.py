@@ -32,8 +32,8 @@ from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.watch import Runaway, Watch
 from implicit_diffusion.runs.fit import fit
-from implicit_diffusion.samplers import Kernel
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers import Kernel, State
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles import table
 
 SOURCE = Path(idf.__file__).parent
@@ -82,10 +82,8 @@ class Effort(RunningCost):
 
 
 class Stays(Kernel):
-    def move(self, x, momentum, here, energy, draws, h):
+    def move(self, step):
         raise NotImplementedError
-
-    owe = repay = move
 
 
 def mixture():
@@ -145,7 +143,10 @@ EXAMPLES = {
     "ULA": lambda: idf.ULA(idf.samplers.power_law(0.5, 1 / 3)),
     "Underdamped": lambda: idf.samplers.Underdamped(0.1),
     "Kernel": lambda: Stays(0.1),
-    "Move": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1)),
+    "MetropolisKernel": lambda: idf.HMC(0.1),
+    "State": lambda: next(simulate(idf.ULA(0.1), mixture(), DATA, NOISE, 1))[0],
+    "Info": lambda: next(simulate(idf.MALA(0.1), mixture(), DATA, NOISE, 1))[1],
+    "Step": lambda: idf.ULA(0.1).prepare(mixture(), State(DATA), NOISE.generator()),
     "MMD": lambda: idf.MMD(DATA),
     "Sinkhorn": lambda: idf.objectives.Sinkhorn(DATA, 0.5),
     "ForwardKL": lambda: idf.ForwardKL(DATA, 8),
@@ -188,7 +189,7 @@ EXAMPLES = {
     "Evaluation": evaluation,
     "Bound": lambda: idf.evaluation.bound(evaluation(), 0.5),
     "Particles": lambda: weighted().particles,
-    "Followers": lambda: idf.samplers.annealed(
+    "Replicas": lambda: idf.samplers.annealed(
         idf.potentials.Tilted(idf.potentials.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2
     ),
     "Noise": lambda: NOISE.stream(1),
@@ -202,7 +203,7 @@ EXAMPLES = {
     "RunDirectory": lambda: RunDirectory("runs/sharp"),
     "Stop": Stop,
     # What public functions return and public objects hold:
-    "Walkers": lambda: weighted().walkers,
+    "WeightedState": lambda: weighted().weighted_state,
     "Slot": lambda: on_chain(idf.Queue).slots[0],
     "Memory": lambda: idf.loops.predict_memory(on_chain(idf.Queue)),
     "Compiled": lambda: Compiled(reward),

@@ -8,7 +8,7 @@ import implicit_diffusion as idf
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs.devices import find_device
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles_gibbs import Banana
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
@@ -62,10 +62,10 @@ BAD = {
         lambda: idf.Chain(net(), TABLE, (2,)).sample(0, 2),
         lambda: idf.evaluate(idf.Chain(net(), TABLE, (2,)), reward, 0, starts=2),
         lambda: idf.samplers.warm_up(idf.MALA(0.1), Banana(), X, 0),
-        lambda: idf.samplers.Followers(idf.ULA(0.1), Banana(), X, 0, groups=2),
+        lambda: idf.samplers.Replicas(idf.ULA(0.1), Banana(), X, 0, groups=2),
         lambda: next(simulate(idf.ULA(0.1), Banana(), X, 0, 3)),
     ],
-    r"kernel must be of type Kernel, got the class ULA; take ULA\(0\.1\)": [lambda: single(kernel=idf.ULA)],
+    r"kernel must be of type Kernel, got the class ULA; use ULA\(0\.1\)": [lambda: single(kernel=idf.ULA)],
     "chain must be of type Chain, got Banana": [lambda: queue(chain=Banana())],
     "the potential must be of type Module, got function": [lambda: single(potential=lambda x: x.square().sum(1))],
     "the denoiser must be of type Module, got function": [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import energy_of
+from implicit_diffusion.samplers import State
 
 
 class Quartic(nn.Module):
@@ -165,14 +165,11 @@ def estimate(potential, objective, x, log_weights=None, seed: int = 0) -> Tensor
 
 
 def advance(kernel, potential, x, steps: int, seed: int, momentum=None):
-    """Some steps of a kernel; returns the last `Move`."""
-    generator = torch.Generator().manual_seed(seed)
+    """Some steps of a kernel; returns the last state and the diagnostics of the last step."""
+    generator, state = torch.Generator().manual_seed(seed), State(x, momentum)
     for k in range(steps):
-        draws = tuple(d[0] for d in kernel.draws(generator, 1, x))
-        here, h = energy_of(potential, x), x.new_tensor(kernel.step(k))
-        move = kernel.move(x, momentum, here, lambda y: energy_of(potential, y), draws, h)
-        x, momentum = move.x, move.momentum
-    return move
+        state, info = kernel.move(kernel.prepare(potential, state, generator, k))
+    return state, info
 
 
 def z_scores(samples: Tensor, expected: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, DriftPenalty, ForwardKL, Functional, PathKL, ReverseKL, Reward, Sinkhorn
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
+from tests.helpers.gibbs_loops import F64, build
 from tests.helpers.oracles_gibbs import Harmonic, Location, estimate
-from tests.loops.gibbs_loops import F64, build
 
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
 THETA = torch.tensor([0.4, -0.2], dtype=F64)
@@ -50,7 +50,7 @@ def test_unrolled_gradient_by_hand(name, steps):
     x, r = X, 1 - h * s
     for xi in noise:
         x = r * x + h * s * THETA + math.sqrt(2 * h) * xi
-    torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
     x = x.requires_grad_()
     total = sum(c * term.value(Particles(x)) for c, term in SMOOTH[name].terms)
     slopes = torch.autograd.grad(total, x)[0].sum(0)
@@ -63,7 +63,7 @@ def test_unrolled_underdamped_by_hand():
     h, s, friction = 0.3, 1.5, 0.7
     loop = location_loop(Unrolled, Underdamped(h, friction), SMOOTH["reward"], unrolled_steps=3)
     theta = THETA.clone().requires_grad_()
-    x, p, kept = X, loop.walkers.momentum, math.exp(-friction * h)
+    x, p, kept = X, loop.weighted_state.momentum, math.exp(-friction * h)
     for k in range(3):
         p = p - h * s * (x - theta)
         x = x + h / 2 * p
@@ -71,10 +71,10 @@ def test_unrolled_underdamped_by_hand():
         x = x + h / 2 * p
     (gradient,) = torch.autograd.grad(-x.sin().sum(1).mean(), theta)
     loop.step()
-    torch.testing.assert_close(loop.walkers.x, x.detach(), rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(loop.walkers.momentum, p.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(loop.weighted_state.x, x.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(loop.weighted_state.momentum, p.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(loop.model.theta.data, THETA - 0.1 * gradient, rtol=1e-10, atol=1e-12)
-    assert not loop.walkers.x.requires_grad and not loop.walkers.momentum.requires_grad
+    assert not loop.weighted_state.x.requires_grad and not loop.weighted_state.momentum.requires_grad
 
 
 @pytest.mark.parametrize("begin", ["initial", "last"])
@@ -89,7 +89,7 @@ def test_nested_by_hand(begin):
             x = x - h * s * (x - theta) + math.sqrt(2 * h) * loop._draws(k)[0]
         theta = theta - 0.1 * estimate(Location(theta, s), SMOOTH["reward"], x)
         metrics = loop.step()
-        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(loop.model.theta.data, theta, rtol=1e-11, atol=1e-13)
     assert metrics["gradient_evaluations"] == 3 * (inner + 1) and metrics["updates"] == 3
 
@@ -104,7 +104,9 @@ def test_runs_make_as_many_updates_as_asked():
 def test_compiled_equals_eager():
     """In a process of its own: the tests' type checks cannot be traced."""
     names = ["plain", "ula", "weighted ula", "weighted mala", "underdamped", "weighted x-first"]
-    done = subprocess.run([sys.executable, "-m", "tests.loops.compiled", *names], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.compiled_loops", *names], capture_output=True, text=True
+    )
     if "compiler" in done.stderr and "not compiled" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0 and done.stdout.count("agrees") == len(names), done.stderr
@@ -121,7 +123,7 @@ def test_a_reward_that_leaves_torch_falls_back_with_a_reason():
     plain.step()
     for a, b in ((loop.step(), plain.step()),):
         assert all(a[k] == b[k] for k in a)
-    assert torch.equal(loop.walkers.x, plain.walkers.x)
+    assert torch.equal(loop.weighted_state.x, plain.weighted_state.x)
 
 
 def test_errors_of_the_function_itself_are_not_swallowed(monkeypatch):
@@ -210,8 +212,6 @@ BAD = {
     "DriftPenalty is paid along a denoising chain": lambda: single(objective=SMOOTH["reward"] + DriftPenalty()),
     "inner_steps must be": lambda: single(kind=NestedParticles, inner_steps=0),
     "unrolled_steps must be": lambda: single(kind=Unrolled, unrolled_steps=0),
-    "NestedParticles carries no weights": lambda: single(kind=NestedParticles, inner_steps=2, weighted=True),
-    "Unrolled carries no weights": lambda: single(kind=Unrolled, unrolled_steps=2, lag=True),
     "MALA accepts or rejects": lambda: single(kind=Unrolled, unrolled_steps=2, kernel=MALA(0.1)),
     "HMC accepts or rejects": lambda: single(kind=Unrolled, unrolled_steps=2, kernel=HMC(0.1)),
     "ForwardKL has no derivative in the particles": lambda: single(
@@ -227,6 +227,23 @@ BAD = {
 def test_bad_input_is_refused_by_name(message):
     with pytest.raises(InvalidInputError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize("kind", [ParticleLoop, Single, NestedParticles, Unrolled, ULA, MALA, HMC, Underdamped])
+def test_constructors_are_written_out(kind):
+    """Every argument by name and type, described in the docstring: `help` teaches."""
+    parameters = inspect.signature(kind).parameters
+    assert not {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    for name, parameter in parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert re.search(rf"^ +{name}: ", inspect.getdoc(kind), re.MULTILINE), name
+
+
+@pytest.mark.parametrize("option", ["weighted", "lag"])
+@pytest.mark.parametrize(("kind", "steps"), [(NestedParticles, "inner_steps"), (Unrolled, "unrolled_steps")])
+def test_loops_without_weights_have_no_argument_for_them(kind, steps, option):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        single(kind=kind, **{steps: 2, option: True})
 
 
 def test_what_the_run_time_type_checks_of_the_tests_would_catch_first():

@@ -5,8 +5,8 @@ import torch
 
 from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.noise import Noise
+from tests.helpers import gibbs_loops
 from tests.helpers.oracles import affine_chain
-from tests.loops import gibbs_loops
 
 
 def rude(x):
@@ -20,7 +20,7 @@ def test_a_reward_that_writes_into_its_argument(name):
     polite, other = gibbs_loops.build(name), gibbs_loops.build(name, reward=rude)
     for _ in range(4):
         a, b = polite.step(), other.step()
-    assert torch.equal(polite.walkers.x, other.walkers.x)
+    assert torch.equal(polite.weighted_state.x, other.weighted_state.x)
     assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
@@ -30,7 +30,7 @@ def test_a_caller_that_writes_into_the_particles(name):
     for _ in range(4):
         other.particles.x.fill_(7.0)
         polite.step(), other.step()
-    assert torch.equal(polite.walkers.x, other.walkers.x)
+    assert torch.equal(polite.weighted_state.x, other.weighted_state.x)
 
 
 def test_an_evaluation_keeps_the_samples_that_were_judged():

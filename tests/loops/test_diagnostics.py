@@ -11,8 +11,8 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import HMC, MALA, ULA
+from tests.helpers.gibbs_loops import F64, along_path, build, path
 from tests.helpers.oracles_gibbs import Location
-from tests.loops.gibbs_loops import F64, build, follower, path
 
 
 def autoregressive(phi, time, chains, seed=0, means=None):
@@ -69,7 +69,8 @@ def test_signal_to_noise_against_its_closed_form():
     loop = location(t)
     before = loop.state_dict()
     signal_to_noise(loop)
-    assert loop.iteration == 0 and torch.equal(before["walkers"]["x"], loop.walkers.x) and loop.model.theta.grad is None
+    assert loop.iteration == 0 and loop.model.theta.grad is None
+    assert torch.equal(before["weighted_state"]["x"], loop.weighted_state.x)
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.3, 2.0])
@@ -94,8 +95,8 @@ def test_signal_below_the_noise_is_told_apart(truth):
 def test_statistics():
     loop = location(1.0)
     found = statistics(loop)
-    assert found["mean_norm"] == pytest.approx(loop.walkers.x.abs().mean().item())
-    assert found["mean_energy"] == pytest.approx((loop.walkers.x.square() / 2).mean().item())
+    assert found["mean_norm"] == pytest.approx(loop.weighted_state.x.abs().mean().item())
+    assert found["mean_energy"] == pytest.approx((loop.weighted_state.x.square() / 2).mean().item())
 
 
 def lags(loop, steps):
@@ -109,8 +110,8 @@ def lag_of(loop, steps):
 def test_no_lag_where_theta_is_still_or_particles_mix_fast():
     still = path(1)[:1].repeat(200, 1)
     for kernel in (MALA(0.4), ULA(0.05)):
-        assert lag_of(follower(kernel, still, 1000, 0, lag=True), 60) < 0.15
-    moving = lags(follower(HMC(0.5, 6), path(150), 1000, 0, lag=True), 150)
+        assert lag_of(along_path(kernel, still, 1000, 0, lag=True), 60) < 0.15
+    moving = lags(along_path(HMC(0.5, 6), path(150), 1000, 0, lag=True), 150)
     assert 0 < max(moving) < 0.15  # weights were given up on the way, and did not speak of a lag
 
 
@@ -141,7 +142,7 @@ def test_lag_is_for_information_and_changes_nothing():
     with_lag, without = build("ula with lag"), build("ula")
     for _ in range(10):
         with_lag.step(), without.step()
-    torch.testing.assert_close(with_lag.walkers.x, without.walkers.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(with_lag.weighted_state.x, without.weighted_state.x, rtol=1e-12, atol=1e-12)
 
 
 def test_advice():

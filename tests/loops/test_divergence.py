@@ -9,15 +9,15 @@ from torch import nn
 from implicit_diffusion.errors import DivergenceError, InvalidInputError
 from implicit_diffusion.loops import NestedParticles, Single
 from implicit_diffusion.loops.diagnostics import advice
-from implicit_diffusion.loops.divergence import distance, diverged, limit
+from implicit_diffusion.loops.diagnostics.divergence import distance, diverged, limit
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
 from implicit_diffusion.runs.callbacks.watch import Watch
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers import HMC, ULA
+from tests.helpers.gibbs_loops import BUILDS, F64, build
 from tests.helpers.oracles_gibbs import Harmonic
-from tests.loops.gibbs_loops import BUILDS, F64, build
 
 
 class Away(nn.Module):
@@ -165,7 +165,8 @@ def test_looking_changes_nothing_and_says_nothing_where_it_knows_nothing():
     for _ in range(12):
         alone.step()
     assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), alone.model.parameters()))
-    assert torch.equal(watched.walkers.x, alone.walkers.x) and watched.evaluations == alone.evaluations
+    assert torch.equal(watched.weighted_state.x, alone.weighted_state.x)
+    assert watched.gradient_evaluations == alone.gradient_evaluations
     assert distance(watched) == distance(watched)
     assert distance(still(Harmonic(), 100 + normal(15, 1))) == -math.inf
     assert distance(still(Harmonic(), torch.ones(40, 2, dtype=F64))) == -math.inf

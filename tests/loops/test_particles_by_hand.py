@@ -10,7 +10,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers import HMC, MALA, ULA, power_law
-from implicit_diffusion.samplers.walkers import Walkers, resample
+from implicit_diffusion.samplers.weighted_state import WeightedState, resample
 from tests.helpers.oracles_gibbs import Location, estimate
 
 F64 = torch.float64
@@ -53,9 +53,9 @@ def test_log_weights_are_ratios_of_densities(name, order):
     kernel = KERNELS[name]
     loop, log_weights = build(Single, kernel, lr=0.1, weighted=True, order=order), torch.zeros(60, dtype=F64)
     for k in range(4):
-        x, theta, h = loop.walkers.x.clone(), loop.model.theta.detach().clone(), kernel.step(k)
+        x, theta, h = loop.weighted_state.x.clone(), loop.model.theta.detach().clone(), kernel.step_size_at(k)
         loop.step()
-        y, new = loop.walkers.x, loop.model.theta.detach()
+        y, new = loop.weighted_state.x, loop.model.theta.detach()
         assert (new - theta).norm() > 0.02 and (y != x).any()
         if not isinstance(kernel, ULA):
             log_weights = log_weights + energy(y, theta) - energy(y, new)
@@ -85,7 +85,7 @@ def test_nested_steps_take_the_step_sizes_in_their_order(begin):
             x = x - h * S * (x - theta) + math.sqrt(2 * h) * loop._draws(k)[0]
         theta = theta - 0.5 * estimate(Location(theta, S), objective, x)
         loop.step()
-        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(loop.model.theta.data, theta, rtol=1e-11, atol=1e-13)
 
 
@@ -99,7 +99,7 @@ def test_unrolled_steps_take_the_step_sizes_in_their_order():
         (gradient,) = torch.autograd.grad(-sine(x).mean(), moving)
         x, theta = x.detach(), theta - 0.5 * gradient
         loop.step()
-        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(loop.model.theta.data, theta, rtol=1e-11, atol=1e-13)
 
 
@@ -131,23 +131,23 @@ def test_the_lag_by_hand(lr, alike):
         loop.objective = -loop.objective
     log_weights, record, anew = torch.zeros(60, dtype=F64), 0.0, 0
     for _ in range(12):
-        x, theta = loop.walkers.x.clone(), loop.model.theta.detach().clone()
+        x, theta = loop.weighted_state.x.clone(), loop.model.theta.detach().clone()
         w, each = log_weights.softmax(0), [energy(x, theta)] + [sine(x)] * (not alike)
         lags = [((w @ values - values.mean()).abs() / values.std()).item() for values in each]
         assert loop.step()["lag"].item() == pytest.approx(max(*lags, record), rel=1e-9, abs=1e-9)
         if 1 / w.square().sum() < 30:
             log_weights, record, anew = torch.zeros_like(log_weights), max(lags), anew + 1
-        y, new = loop.walkers.x, loop.model.theta.detach()
+        y, new = loop.weighted_state.x, loop.model.theta.detach()
         log_weights = log_weights + log_flow(y, x, new, h) - log_flow(x, y, theta, h)
     assert anew > 1 or abs(lr) < 1
 
 
 class Kept(MALA):
-    """Remembers its last move."""
+    """Remembers what its last step said of itself."""
 
-    def move(self, *args):
-        self.last = super().move(*args)
-        return self.last
+    def move(self, step):
+        state, self.last = super().move(step)
+        return state, self.last
 
 
 @pytest.mark.parametrize("kind", ["single", "x-first", "nested"])
@@ -156,7 +156,7 @@ def test_the_acceptance_reported_is_the_mean_probability(kind):
     kernel = Kept(0.9)
     settings = {"inner_steps": 1} if kind == "nested" else {"order": "x-first" if kind == "x-first" else "paper"}
     loop = build(NestedParticles if kind == "nested" else Single, kernel, **settings)
-    x, h = loop.walkers.x.clone(), 0.9
+    x, h = loop.weighted_state.x.clone(), 0.9
     xi = loop._draws(0)[0]
     y = x - h * S * (x - THETA) + math.sqrt(2 * h) * xi
     expected = (log_flow(y, x, THETA, h) - log_flow(x, y, THETA, h)).exp().clamp(max=1)
@@ -170,8 +170,8 @@ def test_momenta_go_with_their_particles():
     """Where weighted particles have some: those of the chosen ones."""
     n, zero = 40, torch.zeros((), dtype=F64)
     x, logs = torch.arange(n, dtype=F64)[:, None], torch.linspace(-8, 0, n, dtype=F64)
-    walkers = Walkers(x, 10 * x, logs, zero, x, logs, zero, zero)
-    taken, here = resample(walkers, Energy(x[:, 0], 2 * x), zero + 0.3)
+    weighted_state = WeightedState(x, 10 * x, logs, zero, x, logs, zero, zero)
+    taken, here = resample(weighted_state, Energy(x[:, 0], 2 * x), zero + 0.3)
     assert len(taken.x.unique()) < n / 2
     for found, factor in ((taken.momentum, 10), (here.value[:, None], 1), (here.grad, 2)):
         assert torch.equal(found, factor * taken.x)
@@ -183,5 +183,5 @@ def test_particles_that_only_tell_their_lag_are_not_resampled(order):
     for k in range(12):
         x = x - 0.2 * S * (x - loop.model.theta.detach()) + math.sqrt(0.4) * loop._draws(k)[0]
         loop.step()
-        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-11, atol=1e-12)
-    assert loop.walkers.lag > 0  # weights were exhausted on the way
+        torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-11, atol=1e-12)
+    assert loop.weighted_state.lag > 0  # weights were exhausted on the way

@@ -12,10 +12,10 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, ForwardKL, ReverseKL, Reward, Sinkhorn
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import GaussianMixture
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, warm_up
-from implicit_diffusion.samplers.followers import Followers, annealed
-from implicit_diffusion.samplers.kernel import CHECKED, check_resolved
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, resolution, warm_up
+from implicit_diffusion.samplers.replicas import Replicas, annealed
+from implicit_diffusion.samplers.resolution import CHECKED, check_resolved
+from implicit_diffusion.samplers.simulation import simulate
 
 F32, F64 = torch.float32, torch.float64
 KERNELS = {"ula": ULA(0.1), "mala": MALA(0.3), "hmc": HMC(0.4, 2), "underdamped": Underdamped(0.1)}
@@ -63,7 +63,7 @@ def test_a_large_constant_in_v_changes_nothing_that_it_need_not(name, weights, o
         high = leveled(2.0**20, KERNELS[name], order=order, **weights)
     for _ in range(12):
         a, b = plain.step(), high.step()
-    torch.testing.assert_close(high.walkers.x, plain.walkers.x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(high.weighted_state.x, plain.weighted_state.x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(high.particles.weights, plain.particles.weights, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(high.model.pull, plain.model.pull, rtol=1e-4, atol=1e-5)
     assert a.keys() == b.keys()
@@ -81,7 +81,7 @@ def test_gradients_need_no_word_about_a_constant_but_values_do():
             loop = single(Level(2.0**20), objective=Reward(lambda x: x[:, 0]), **settings)
         assert any("subtract a constant" in said for said in advice(loop, loop.step()))
     with pytest.warns(UserWarning, match=WORD):
-        Followers(MALA(0.1), Level(2.0**20), normal(), Noise(0))
+        Replicas(MALA(0.1), Level(2.0**20), normal(), Noise(0))
     with pytest.warns(UserWarning, match=WORD):
         warm_up(MALA(0.5), Level(2.0**20), normal(), Noise(0))
     loop = single(Level(64.0), MALA(0.1), Reward(lambda x: x[:, 0]))
@@ -112,9 +112,9 @@ def test_the_drift_survives_far_from_zero(kernel):
         def forward(self, x):
             return (x - self.centre).square().sum(1) / 2
 
-    *_, last = simulate(kernel, Far(), torch.full((2000, 2), 1e5 + 1), Noise(0), 300)
+    *_, (last, info) = simulate(kernel, Far(), torch.full((2000, 2), 1e5 + 1), Noise(0), 300)
     moved = (last.x.to(F64) - 1e5).flatten()
-    decay, kept = 0.999**300, float((last.acceptance if last.acceptance is not None else torch.ones(1)).mean())
+    decay, kept = 0.999**300, float((info.acceptance if info.acceptance is not None else torch.ones(1)).mean())
     error = (1 - decay**2) ** 0.5 / len(moved) ** 0.5
     assert abs(moved.mean() - decay) < 4 * error + 0.01 * (1 - kept) < 0.25 * (1 - decay)
     assert moved.var() == pytest.approx(1 - decay**2, rel=4 * (2 / len(moved)) ** 0.5 + 0.01)
@@ -128,7 +128,7 @@ def test_steps_below_the_spacing_are_refused_and_later_a_word(name):
         "simulate": lambda: next(simulate(kernel, potential, x, Noise(0), 3)),
     }
     if kernel.weighted:
-        begin["followers"] = lambda: Followers(kernel, potential, x, Noise(0))
+        begin["replicas"] = lambda: Replicas(kernel, potential, x, Noise(0))
     for call in begin.values():
         with pytest.raises(InvalidInputError, match=r"steps of \w+ move particles by about .*shift the data towards"):
             call()
@@ -141,9 +141,7 @@ def test_steps_below_the_spacing_are_refused_and_later_a_word(name):
 
 
 def test_a_run_that_drifts_away_is_told_now_and_then(monkeypatch):
-    from implicit_diffusion.samplers import kernel
-
-    monkeypatch.setattr(kernel, "CHECKED", 4)
+    monkeypatch.setattr(resolution, "CHECKED", 4)
     loop = single(Level(), ULA(lambda k: 0.1 if k < 3 else 1e-20), Reward(lambda x: x[:, 0]))
     for _ in range(4):
         loop.step()
@@ -167,10 +165,10 @@ def test_every_floating_dtype_runs_and_states_are_single_at_least(objective, dty
     wide = torch.promote_types(dtype, F32)
     for kernel in KERNELS.values():
         loop = single(Level().to(dtype), kernel, OBJECTIVES[objective](normal(12, 1, dtype)), x=normal(dtype=dtype))
-        assert loop.walkers.x.dtype == loop.particles.x.dtype == wide
+        assert loop.weighted_state.x.dtype == loop.particles.x.dtype == wide
         loop.step()
         metrics = loop.step()
-        assert loop.walkers.x.dtype == wide and loop.model.pull.dtype == dtype
+        assert loop.weighted_state.x.dtype == wide and loop.model.pull.dtype == dtype
         assert all(torch.as_tensor(v).isfinite() for v in metrics.values())
     for kind, steps in ((NestedParticles, {"inner_steps": 2}), (Unrolled, {"unrolled_steps": 2})):
         if kind is NestedParticles or objective in ("reward", "mmd", "sinkhorn"):
@@ -184,10 +182,10 @@ def test_every_floating_dtype_runs_and_states_are_single_at_least(objective, dty
 def test_half_precision_particles_outside_of_loops(dtype):
     x, potential = normal(dtype=dtype), Level().to(dtype)
     _, moved = warm_up(MALA(0.3), potential, x, Noise(0), steps=20)
-    followers = Followers(ULA(0.1), potential, x, Noise(0), groups=4)
-    followers.step(potential)
-    held = followers.particles(potential)
-    *_, last = simulate(HMC(0.3), potential, x, Noise(0), 2)
+    replicas = Replicas(ULA(0.1), potential, x, Noise(0), groups=4)
+    replicas.step(potential)
+    held = replicas.particles(potential)
+    *_, (last, _) = simulate(HMC(0.3), potential, x, Noise(0), 2)
     assert moved.dtype == held.x.dtype == last.x.dtype == F32
     mixture = GaussianMixture(torch.zeros(1, 2, dtype=dtype))
     assert annealed(lambda t: mixture, ULA(0.1), 16, Noise(0), steps=2).particles(mixture).x.dtype == F32
@@ -207,7 +205,7 @@ def test_what_is_no_floating_point_number_is_refused_by_name(dtype):
     x = torch.ones(8, 2).to(dtype)
     for call in (
         lambda: single(Level(), ULA(0.1), Reward(lambda x: x[:, 0]), x=x),
-        lambda: Followers(ULA(0.1), Level(), x, Noise(0), groups=2),
+        lambda: Replicas(ULA(0.1), Level(), x, Noise(0), groups=2),
         lambda: warm_up(MALA(0.1), Level(), x, Noise(0)),
         lambda: next(simulate(ULA(0.1), Level(), x, Noise(0), 1)),
     ):
@@ -232,7 +230,7 @@ def test_data_terms_that_cancel(coefficients, n):
         loop._draws = lambda k: (normal(n, 5, dtype), torch.zeros(()))
         metrics = loop.step()
         assert metrics["gradient_evaluations"] == (1 if coefficients[0] == 1 and coefficients[1] == 0.5 else 2)
-        return torch.cat([p.detach().flatten() for p in mixture.parameters()]).to(F64), loop.walkers.x.to(F64)
+        return torch.cat([p.detach().flatten() for p in mixture.parameters()]).to(F64), loop.weighted_state.x.to(F64)
 
     for found, right in zip(after(F32), after(F64)):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)

@@ -14,9 +14,9 @@ from implicit_diffusion.objectives import MMD, ForwardKL, ReverseKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import Tilted, energy_of, mlp
 from implicit_diffusion.samplers import HMC, MALA, ULA
-from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.samplers.replicas import annealed
+from tests.helpers.gibbs_loops import F64, along_path, build, path, wave
 from tests.helpers.oracles_gibbs import Location, Quartic, estimate, line, z_scores
-from tests.loops.gibbs_loops import F64, build, follower, path, wave
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
 DATA = torch.randn(60, 2, generator=torch.Generator().manual_seed(1), dtype=F64) + 1
@@ -31,7 +31,7 @@ def tilted_loop(kernel, lr=0.02, n=64, **settings):
 
 
 def fresh(loop, seed=5):
-    """Followers of an annealing from the Gaussian to the loop's present potential."""
+    """Replicas of an annealing from the Gaussian to the loop's present potential."""
     return annealed(loop.model.tempered, HMC(0.5, 2), loop.n, Noise(seed), steps=10, groups=4)
 
 
@@ -41,15 +41,15 @@ def test_weights_and_log_z_belong_to_the_present_theta(name):
     loop, h = tilted_loop(KERNELS[name]), 0.12
     for _ in range(4):
         loop.step()
-    w, before = loop.walkers, loop.model(loop.walkers.x)
+    w, before = loop.weighted_state, loop.model(loop.weighted_state.x)
     held, log_z0 = loop.particles, math.log(2 * math.pi)
     assert loop.log_z0 == pytest.approx(log_z0)
     if name == "ula":
         there, here = energy_of(loop.model, w.x), w.previous
-        expected = w.log_weights + w.debt - there.value
+        expected = w.log_weights + w.forward_part - there.value
         expected -= (there.grad * (here - w.x)).sum(1) / 2 + h / 4 * there.grad.square().sum(1)
     else:
-        expected = w.log_weights + w.debt - before.detach()
+        expected = w.log_weights + w.forward_part - before.detach()
     torch.testing.assert_close(held.log_weights, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(held.x, w.x)
     assert held.log_z.item() == pytest.approx(log_z0 + w.log_z.item() + expected.exp().mean().log().item(), rel=1e-12)
@@ -75,7 +75,7 @@ def test_a_refreshed_loop_holds_what_it_was_given(name):
     torch.testing.assert_close(held.x, given.x, rtol=0, atol=0)
     torch.testing.assert_close(held.weights, given.weights, rtol=1e-12, atol=1e-14)
     assert held.log_z.item() == pytest.approx(found.log_z(loop.model)[0], abs=1e-12)
-    assert loop.walkers.log_weights.exp().mean().item() == pytest.approx(1, rel=1e-12)
+    assert loop.weighted_state.log_weights.exp().mean().item() == pytest.approx(1, rel=1e-12)
     given.x.zero_()  # the loop keeps particles of its own
     torch.testing.assert_close(loop.particles.weights, held.weights, rtol=0, atol=0)
     metrics = loop.step()
@@ -89,7 +89,7 @@ def test_particles_without_weights_or_log_z():
     before = loop.particles.log_z.item()
     assert before != pytest.approx(loop.log_z0, abs=1e-3)
     loop.refresh(Particles(torch.zeros(64, 2, dtype=F64)))
-    assert not loop.walkers.log_weights.any() and loop.particles.log_z.item() == pytest.approx(before, rel=1e-12)
+    assert not loop.weighted_state.log_weights.any() and loop.particles.log_z.item() == pytest.approx(before, rel=1e-12)
     plain = tilted_loop(MALA(0.3), weighted=False)
     plain.refresh(Particles(torch.ones(64, 2, dtype=F64)))
     assert (plain.particles.x == 1).all() and plain.particles.log_weights is None
@@ -147,10 +147,10 @@ def test_a_reward_that_writes_into_its_argument_moves_no_particle():
 
     ends = []
     for reward in (careless, careful):
-        loop = follower(ULA(0.2), path(4), 64, 0, objective=Reward(reward))
+        loop = along_path(ULA(0.2), path(4), 64, 0, objective=Reward(reward))
         for _ in range(3):
             loop.step()
-        ends.append(loop.walkers.x)
+        ends.append(loop.weighted_state.x)
     assert torch.equal(*ends)
 
 
@@ -160,7 +160,7 @@ def test_averages_stay_exact_through_a_refreshment(name):
     """Weighted particles along a fast path, replaced half-way by weighted draws from another law."""
     thetas, rows, middle = path(8), [], 4
     for seed in range(16):
-        loop = follower(KERNELS[name], thetas, 500, seed, weighted=True)
+        loop = along_path(KERNELS[name], thetas, 500, seed, weighted=True)
         for k in range(9):
             if k == middle:
                 here, proposal = loop.model, Quartic((0.2, 0.0))
@@ -187,7 +187,7 @@ def test_a_refreshed_state_continues_bit_for_bit_through_a_file(name, tmp_path):
     for _ in range(6):
         a, b = whole.step(), second.step()
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
-    for one, other in zip(whole.walkers, second.walkers, strict=True):
+    for one, other in zip(whole.weighted_state, second.weighted_state, strict=True):
         assert one is other is None or torch.equal(one, other)
     assert torch.equal(whole.particles.log_z, second.particles.log_z)
 
@@ -203,15 +203,15 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_what_refresh_refuses(message):
     loop = tilted_loop(HMC(0.3, 2))
-    before = loop.walkers
+    before = loop.weighted_state
     with pytest.raises(InvalidInputError, match=message):
         loop.refresh(BAD[message])
-    assert loop.walkers is before
+    assert loop.weighted_state is before
 
 
 def test_weights_are_refused_where_the_loop_does_not_weigh():
     weighted = Particles(torch.zeros(64, 2, dtype=F64), torch.zeros(64, dtype=F64))
-    with pytest.raises(InvalidInputError, match="with weights only where the loop weighs"):
+    with pytest.raises(InvalidInputError, match="with weights only in a loop with weighted=True"):
         tilted_loop(HMC(0.3, 2), weighted=False).refresh(weighted)
 
 
@@ -236,7 +236,7 @@ def test_contrastive_divergence_by_hand(batch):
             x = x - 0.2 * 1.5 * (x - theta) + math.sqrt(0.4) * loop._draws(k)[0]
         theta = theta - 0.1 * 1.5 * (x.mean(0) - drawn.mean(0))
         metrics = loop.step()
-        torch.testing.assert_close(loop.walkers.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(loop.weighted_state.x, x, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(loop.model.theta.data, theta, rtol=1e-11, atol=1e-13)
     assert metrics["gradient_evaluations"] == 3 * (inner + 1) and metrics["updates"] == 3
     if batch is None:
@@ -262,8 +262,6 @@ def test_what_contrastive_divergence_refuses():
     for objective in (Reward(wave), MMD(DATA)):
         with pytest.raises(InvalidInputError, match=r'begin="data" needs an objective with data, such as ForwardKL'):
             contrastive(objective)
-    with pytest.raises(InvalidInputError, match="NestedParticles carries no weights"):
-        contrastive(ForwardKL(DATA, batch=40), weighted=True)
 
 
 def test_begins_are_these_three():
@@ -273,5 +271,5 @@ def test_begins_are_these_three():
     with pytest.raises(InvalidInputError, match=r"begin must be one of initial, last, data, got 'end'"):
         inspect.unwrap(NestedParticles.__init__)(
             NestedParticles.__new__(NestedParticles), loop.model, ULA(0.1), Reward(wave), loop.update.optimizer,
-            particles=loop.walkers.x, noise=Noise(0), inner_steps=1, begin="end",
+            particles=loop.weighted_state.x, noise=Noise(0), inner_steps=1, begin="end",
         )  # fmt: skip

@@ -15,10 +15,10 @@ from implicit_diffusion.objectives import ForwardKL, Functional, ReverseKL, Rewa
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.potentials.energy import Energy
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
-from implicit_diffusion.samplers.walkers import Walkers, log_mean_exp, resample
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, draws
+from implicit_diffusion.samplers.weighted_state import WeightedState, log_mean_exp, resample
+from tests.helpers.gibbs_loops import BUILDS, F64, along_path, build, path, wave
 from tests.helpers.oracles_gibbs import Banana, Harmonic, Location, Quartic, estimate, line, z_scores
-from tests.loops.gibbs_loops import BUILDS, F64, build, follower, path, wave
 
 KERNELS = {"ula": ULA(0.12), "mala": MALA(0.4), "hmc": HMC(0.6, 2)}
 STEPS = 12
@@ -29,10 +29,10 @@ def replicates(kernel, count=40, n=1000, **settings):
     thetas, rows, resampled = path(STEPS), [], False
     start = line().law(Quartic(tuple(thetas[0].tolist())))[1]
     for seed in range(count):
-        loop = follower(kernel, thetas, n, seed, **settings)
+        loop = along_path(kernel, thetas, n, seed, **settings)
         for _ in range(STEPS + 1):
             metrics = loop.step()
-            resampled |= loop.walkers.log_z != 0
+            resampled |= loop.weighted_state.log_z != 0
         growth = metrics.get("log_z_growth", torch.zeros(()))
         rows.append(torch.stack([metrics["reward"], growth.exp()]))
     return torch.stack(rows), line().law(Quartic(tuple(thetas[-1].tolist())))[1] - start, bool(resampled)
@@ -65,16 +65,16 @@ def test_resampling_keeps_the_weighted_law_and_log_z():
     n, generator = 50, torch.Generator().manual_seed(0)
     x, a = torch.randn(n, 1, generator=generator, dtype=F64), 2 * torch.randn(n, generator=generator, dtype=F64)
     zero = torch.zeros((), dtype=F64)
-    walkers = Walkers(x, None, a, zero + 0.7, x, a, zero, zero)
+    weighted_state = WeightedState(x, None, a, zero + 0.7, x, a, zero, zero)
     here, means = Energy(x[:, 0] ** 2, 2 * x), []
     for u in (torch.arange(1000, dtype=F64) + 0.5) / 1000:
-        taken, there = resample(walkers, here, u)
+        taken, there = resample(weighted_state, here, u)
         assert torch.equal(there.value, taken.x[:, 0] ** 2) and torch.equal(there.grad, 2 * taken.x)
         assert (taken.log_weights == 0).all()
         means.append(taken.x.mean())
     assert torch.stack(means).mean().item() == pytest.approx((a.softmax(0) @ x[:, 0]).item(), abs=2e-3)
     assert taken.log_z.item() == pytest.approx(0.7 + log_mean_exp(a).item())
-    even = walkers._replace(log_weights=a / 100)  # nothing is due
+    even = weighted_state._replace(log_weights=a / 100)  # nothing is due
     taken, there = resample(even, here, zero)
     assert torch.equal(taken.x, x) and torch.equal(taken.log_weights, a / 100) and taken.log_z == 0.7
 
@@ -94,7 +94,7 @@ def test_one_iteration_by_hand(order):
     at = x if order == "paper" else moved
     sine, n = at.sin(), len(at)
     gamma = -((at - at.mean()) * (sine - sine.mean())).sum(0) / (n - 1)
-    torch.testing.assert_close(loop.walkers.x, moved, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(loop.weighted_state.x, moved, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(potential.theta.data, theta - 0.1 * gamma, rtol=1e-12, atol=1e-13)
     assert metrics["reward"].item() == pytest.approx(sine.mean().item())
     assert metrics["gradient_evaluations"] == (2 if order == "paper" else 3)
@@ -106,8 +106,8 @@ def test_gamma_of_the_loop_is_that_of_the_estimator():
     for _ in range(5):
         loop.step()
     theta = torch.cat([p.detach().flatten().clone() for p in loop.parameters])
-    w = loop.walkers
-    logs = w.log_weights + w.debt - loop.kernel.repay(w.previous, w.x, energy_of(loop.model, w.x), w.h)
+    w = loop.weighted_state
+    logs = w.log_weights + w.forward_part - loop.kernel.backward_part(w.previous, w.x, energy_of(loop.model, w.x), w.h)
     seed_points = loop._points(5)
     loop._points = lambda k: seed_points
     fixed = 1.0 * loop.objective
@@ -167,17 +167,15 @@ def test_state_continues_bit_for_bit_through_a_file(name, tmp_path):
     for _ in range(9):
         metrics = second.step()
     assert torch.equal(trained(whole), trained(second))
-    for a, b in zip(whole.walkers, second.walkers, strict=True):
+    for a, b in zip(whole.weighted_state, second.weighted_state, strict=True):
         assert a is b is None or torch.equal(a, b)
     assert metrics.keys() == expected.keys() and all(metrics[k] == expected[k] for k in metrics)
-    assert second.evaluations == whole.evaluations and second.iteration == 17
+    assert second.gradient_evaluations == whole.gradient_evaluations and second.iteration == 17
 
 
 @pytest.mark.parametrize("name", ["weighted mala", "weighted ula", "nested, persistent", "underdamped", "unrolled"])
 def test_blocks_of_noise_do_not_change_with_where_a_run_resumes(name, monkeypatch):
-    from implicit_diffusion.loops import particle
-
-    monkeypatch.setattr(particle, "BLOCK", 5 * 64 * 2)  # five iterations to a block
+    monkeypatch.setattr(draws, "BLOCK", 5 * 64 * 2)  # five iterations to a block
     whole, second = build(name), build(name)
     for _ in range(7):
         whole.step()
@@ -185,7 +183,7 @@ def test_blocks_of_noise_do_not_change_with_where_a_run_resumes(name, monkeypatc
     for loop in (whole, second):
         for _ in range(6):
             loop.step()
-    assert torch.equal(whole.walkers.x, second.walkers.x) and torch.equal(trained(whole), trained(second))
+    assert torch.equal(whole.weighted_state.x, second.weighted_state.x) and torch.equal(trained(whole), trained(second))
 
 
 def test_a_loop_that_loads_a_state_under_other_noise_forgets_what_it_drew():
@@ -203,18 +201,18 @@ def test_an_explosion_stops_before_the_update(name):
     loop.kernel.step_size = 1e160
     with pytest.raises(NonFiniteError, match=r"(NaN or infinit|overflow).*θ was left"):
         for _ in range(6):
-            before, walkers = trained(loop), loop.walkers
+            before, weighted_state = trained(loop), loop.weighted_state
             loop.step()
     assert torch.equal(trained(loop), before) and trained(loop).isfinite().all()
-    assert loop.walkers is walkers
+    assert loop.weighted_state is weighted_state
 
 
 def test_kernels_that_reject_stay_where_they_are():
     loop = build("weighted mala")
     loop.step()
     loop.kernel.step_size = 1e160
-    x = loop.walkers.x
-    assert loop.step()["acceptance"] == 0 and torch.equal(loop.walkers.x, x)
+    x = loop.weighted_state.x
+    assert loop.step()["acceptance"] == 0 and torch.equal(loop.weighted_state.x, x)
 
 
 @pytest.mark.parametrize("order", ["paper", "x-first"])
@@ -235,7 +233,7 @@ def test_several_iterations_to_a_step_are_the_same_iterations(order):
     for _ in range(3):
         b = many.step()
     torch.testing.assert_close(trained(many), trained(one), rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(many.walkers.x, one.walkers.x, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(many.weighted_state.x, one.weighted_state.x, rtol=1e-10, atol=1e-11)
     assert a["updates"] == b["updates"] == 12 and a["gradient_evaluations"] == b["gradient_evaluations"]
     torch.testing.assert_close(b["log_z_growth"], a["log_z_growth"])
     many.kernel.step_size = 1e160

@@ -8,8 +8,8 @@ import torch
 from implicit_diffusion.loops import Nested, Queue, Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from tests.helpers import gibbs_loops
 from tests.helpers.oracles import affine_chain
-from tests.loops import gibbs_loops
 
 
 def chain_loop(kind, beta):
@@ -41,7 +41,7 @@ def test_counts_and_log_z_come_with_the_state():
         whole.step()
     second.load_state_dict(copy.deepcopy(whole.state_dict()))
     assert isinstance(second, Single) and second.log_z0 == 2.5
-    assert (second.iteration, second.evaluations, second.update.updates) == (5, whole.evaluations, 5)
+    assert (second.iteration, second.gradient_evaluations, second.update.updates) == (5, whole.gradient_evaluations, 5)
     assert torch.equal(second.particles.log_z, whole.particles.log_z)
 
 

@@ -13,8 +13,8 @@ from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
 from implicit_diffusion.potentials.plane import LAWS, law
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
-from implicit_diffusion.samplers.followers import Followers, annealed
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.replicas import Replicas, annealed
+from implicit_diffusion.samplers.simulation import simulate
 from implicit_diffusion.samplers.warmup import warm_up
 from tests.helpers import energy_models
 from tests.helpers.oracles import affine_chain
@@ -105,9 +105,9 @@ class Recorded(ULA):
         super().__init__(h)
         self.seen = []
 
-    def move(self, x, momentum, here, energy, draws, h):
-        self.seen.append(draws[0].clone())
-        return super().move(x, momentum, here, energy, draws, h)
+    def move(self, step):
+        self.seen.append(step.draws[0].clone())
+        return super().move(step)
 
 
 @pytest.mark.parametrize("kind", [Single, NestedParticles, Unrolled, "simulate"])
@@ -143,13 +143,13 @@ class Normal(ForwardKL):
 def test_data_starts_and_moves_share_no_number(kind, n):
     kernel, term = Recorded(0.1), Normal(n)
     made = loop(kind, kernel, Noise(0), n, term, **({"inner_steps": 1} if kind is NestedParticles else {}))
-    start = made.walkers.x.flatten()
+    start = made.weighted_state.x.flatten()
     steps(made, 3)
     numbers = torch.cat([start, *(x.flatten() for x in (*kernel.seen, *term.seen))])
     assert len(numbers.unique()) == len(numbers) == 7 * 2 * n
 
 
-def test_followers_start_and_move_by_different_numbers():
+def test_replicas_start_and_move_by_different_numbers():
     kernel, starts = Recorded(0.1), []
 
     class Keeps(Tilted):
@@ -163,13 +163,13 @@ def test_followers_start_and_move_by_different_numbers():
     assert len(numbers.unique()) == len(numbers) == 4 * 128
 
 
-def test_groups_of_followers_are_resampled_independently():
+def test_groups_of_replicas_are_resampled_independently():
     """Groups with the same particles under the same weights: a number in common would choose the same ones in all."""
     start = GaussianMixture(torch.zeros(1, 2, dtype=F64))
     end = GaussianMixture(torch.full((1, 2), 0.8, dtype=F64))
     n, groups = 200, 16
     x = start.sample(n, Noise(1))
-    found = Followers(ULA(1e-12), start, x.repeat(groups, 1), Noise(0), groups=groups)
+    found = Replicas(ULA(1e-12), start, x.repeat(groups, 1), Noise(0), groups=groups)
     found.step(end)  # moves by 10⁻⁶, so that a particle is where the chosen one was
     counts = [torch.cdist(group.x, x).argmin(1).bincount(minlength=n) for group in found.groups]
     assert all(kept.sum() == n and kept.max() > 1 for kept in counts)  # all were resampled

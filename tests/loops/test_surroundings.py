@@ -16,7 +16,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, ReverseKL, Reward
 from implicit_diffusion.samplers import ULA
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles import table
 
 N = 3
@@ -109,7 +109,7 @@ def test_samples_evaluations_and_the_caller_see_the_present_weights():
     looks = {
         "sample": lambda: chain.sample(Noise(1), 4),
         "evaluate": lambda: evaluate(chain, reward, Noise(1), starts=4).path_kl,
-        "simulate": lambda: list(simulate(ULA(0.1), potential, x, Noise(1), 2))[-1].x,
+        "simulate": lambda: list(simulate(ULA(0.1), potential, x, Noise(1), 2))[-1][0].x,
     }
     potential = V()
     with cast():

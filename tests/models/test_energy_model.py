@@ -110,7 +110,7 @@ def test_draws_are_the_models_and_replay(sampler):
 def test_kernels_by_name():
     for name, kind in {"ula": ULA, "mala": MALA, "underdamped": Underdamped, "hmc": HMC}.items():
         kernel = Moves(name, 0.3, 7).kernel()
-        assert type(kernel) is kind and kernel.step(0) == 0.3
+        assert type(kernel) is kind and kernel.step_size_at(0) == 0.3
     assert kernel.leapfrogs == 7
 
 

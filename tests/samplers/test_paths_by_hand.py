@@ -1,4 +1,4 @@
-"""Plain sampling and followers step by step: step sizes in their order, momenta kept, potentials at their times."""
+"""Plain sampling and replicas step by step: step sizes in their order, momenta kept, potentials at their times."""
 
 import math
 
@@ -8,8 +8,8 @@ import torch
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import MALA, ULA, Underdamped, power_law
-from implicit_diffusion.samplers.followers import Followers, annealed
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.replicas import Replicas, annealed
+from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles_gibbs import Harmonic, Location
 
 F64 = torch.float64
@@ -20,9 +20,9 @@ def recorded(kernel):
     """The kernel, and a list of (x, momentum, ξ, h) of every step that it makes."""
     seen, move = [], kernel.move
 
-    def watching(x, momentum, here, energy, draws, h):
-        seen.append((x.clone(), momentum, draws[0].clone(), h.item()))
-        return move(x, momentum, here, energy, draws, h)
+    def watching(step):
+        seen.append((step.x.clone(), step.momentum, step.draws[0].clone(), step.h.item()))
+        return move(step)
 
     kernel.move = watching
     return kernel, seen
@@ -31,18 +31,18 @@ def recorded(kernel):
 def test_simulating_overdamped():
     kernel, seen = recorded(ULA(power_law(0.3, 0.5)))
     x = X
-    for k, move in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
+    for k, (state, _) in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
         h = 0.3 * (k + 1) ** -0.5
         x = x - h * x + math.sqrt(2 * h) * seen[k][2]
         assert seen[k][3] == pytest.approx(h, rel=1e-12)
-        torch.testing.assert_close(move.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(state.x, x, rtol=1e-12, atol=1e-13)
     assert len(seen) == 5
 
 
 def test_simulating_underdamped_keeps_the_momentum():
     kernel, seen = recorded(Underdamped(power_law(0.4, 0.3), friction=0.7))
     x, p = X, None
-    for k, move in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
+    for k, (state, _) in enumerate(simulate(kernel, Harmonic(), X, Noise(0), 5)):
         h = 0.4 * (k + 1) ** -0.3
         p = seen[0][1] if p is None else p
         kept = math.exp(-0.7 * h)
@@ -50,15 +50,15 @@ def test_simulating_underdamped_keeps_the_momentum():
         x = x + h / 2 * p
         p = kept * p + math.sqrt(1 - kept**2) * seen[k][2]
         x = x + h / 2 * p
-        torch.testing.assert_close(move.x, x, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(state.x, x, rtol=1e-12, atol=1e-13)
     assert torch.cat([seen[0][1], *(xi for _, _, xi, _ in seen)]).unique().numel() == 6 * X.numel()
 
 
-def test_followers_by_hand():
+def test_replicas_by_hand():
     """Two groups of six over three potentials: weights, positions and log Z of unit Gaussians that move."""
     potentials = [Location(torch.tensor([t, -t], dtype=F64)) for t in (0.0, 0.1, 0.15, 0.3)]
     kernel, seen = recorded(ULA(power_law(0.2, 0.4)))
-    found = Followers(kernel, potentials[0], X, Noise(0), groups=2, log_z=1.7)
+    found = Replicas(kernel, potentials[0], X, Noise(0), groups=2, log_z=1.7)
     log_weights, x = torch.zeros(12, dtype=F64), X
 
     def log_flow(a, b, theta, h):
@@ -94,8 +94,8 @@ def test_annealing_visits_every_time_once_and_ends_at_one(monkeypatch):
         potential.t = t
         return potential
 
-    step = Followers.step
-    monkeypatch.setattr(Followers, "step", lambda self, potential: stepped.append(potential.t) or step(self, potential))
+    step = Replicas.step
+    monkeypatch.setattr(Replicas, "step", lambda self, potential: stepped.append(potential.t) or step(self, potential))
     found = annealed(law, kernel, 16, Noise(0), steps=5, groups=2)
     assert stepped == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and found.steps == 5
     assert found.log_z0 == pytest.approx(math.log(2 * math.pi))

@@ -8,7 +8,7 @@ import torch
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import MALA, warm_up
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.weighted_state import systematic
 from tests.helpers.oracles_gibbs import Harmonic
 
 F64 = torch.float64

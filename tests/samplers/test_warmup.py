@@ -6,7 +6,7 @@ import torch
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers import HMC, MALA, ULA, power_law, warm_up
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.weighted_state import systematic
 from tests.helpers.oracles_gibbs import Banana, Harmonic, Quartic, advance
 
 F64 = torch.float64
@@ -19,7 +19,7 @@ def test_reaches_the_target(kernel, target, start):
     x = potential.draw(500, torch.Generator().manual_seed(0))
     tuned, x = warm_up(kernel(start), potential, x, Noise(0), target=target)
     target = target or {MALA: 0.574, HMC: 0.8}[kernel]
-    measured = [advance(tuned, potential, x, 1, seed=k).acceptance.mean() for k in range(20)]
+    measured = [advance(tuned, potential, x, 1, seed=k)[1].acceptance.mean() for k in range(20)]
     assert abs(torch.stack(measured).mean().item() - target) < 0.02
     assert isinstance(tuned, kernel) and tuned.step_size != start
 
@@ -44,15 +44,13 @@ def test_the_search_may_begin_in_other_units(kernel, ratio):
     right = warm_up(kernel(1.0), unit, x, Noise(0))[0].step_size
     tuned, moved = warm_up(kernel(1.0), Wide(scale), scale * x, Noise(0))
     assert tuned.step_size / ratio == pytest.approx(right, rel=0.05)
-    accepted = [advance(tuned, Wide(scale), moved, 1, seed=k).acceptance.mean() for k in range(10)]
+    accepted = [advance(tuned, Wide(scale), moved, 1, seed=k)[1].acceptance.mean() for k in range(10)]
     assert abs(torch.stack(accepted).mean().item() - kernel.target_acceptance) < 0.02
 
 
 def test_a_target_that_is_not_met_is_said():
     flat, x = Odd(lambda x: 0 * x.sum(1)), torch.zeros(40, 2, dtype=F64)
-    with pytest.warns(
-        UserWarning, match=r"did not reach its target: 100% of the proposals .* not 57%; take more steps"
-    ):
+    with pytest.warns(UserWarning, match=r"did not reach its target: 100% of the proposals .* not 57%; use more steps"):
         tuned, _ = warm_up(MALA(1.0), flat, x, Noise(0))
     assert tuned.step_size > 2.0**100
 

@@ -22,7 +22,7 @@ from implicit_diffusion.gradients.adjoint_measure import AdjointSolver, Terms
 from implicit_diffusion.gradients.gibbs import Gibbs
 from implicit_diffusion.objectives import Density
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, evaluate
+from implicit_diffusion.potentials.energy import Energy, value_of
 from implicit_diffusion.showing import of_tuple
 
 CANCELLED = 0.1  # share of Σ|c_j| that Σc_j must keep for the sum to be divided by
@@ -87,7 +87,7 @@ def fused_pass(
     others = [y for y in points if y is not None]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        energies = evaluate(potential, torch.cat([x, *others]) if others else x)
+        energies = value_of(potential, torch.cat([x, *others]) if others else x)
         energy, *rest = energies.split([len(x), *map(len, others)])
         one = weigh is None and one_pull(terms, solver)
         if not one:

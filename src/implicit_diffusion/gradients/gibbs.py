@@ -31,20 +31,30 @@ from implicit_diffusion.showing import Shown
 class Gibbs(Shown, AdjointSolver):
     """ν = −(μ − (∫dμ) p), the solution for laws π_θ ∝ e^{−V_θ}.
 
-    >>> variation = Reward(r).first_variation(Particles(x))
-    >>> charges = Gibbs()(variation, Particles(x)).on_particles
-    >>> gradients = torch.autograd.grad(charges @ V(x), list(V.parameters()))
+    >>> import torch
+    >>> from implicit_diffusion import GaussianMixture, Noise, Reward
+    >>> from implicit_diffusion.gradients import Gibbs
+    >>> from implicit_diffusion.particles import Particles
+    >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
+    >>> particles = Particles(potential.sample(1000, Noise(0)))
+    >>> variation = Reward(lambda x: x[:, 0]).first_variation(particles)
+    >>> charges = Gibbs()(variation, particles).on_particles
+    >>> (gradient,) = torch.autograd.grad(charges @ potential(particles.x), [potential.logits])
+    >>> bool(gradient[1] < 0)  # descent raises the weight of the right mode
+    True
     """
 
     def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:
         """ν on the particles and on the outside points; see the module's text for the factor on the particles."""
         function, on_points = variation.function, variation.on_points
-        charges = particles.x.new_zeros(len(particles))
+        if on_points is None:
+            if function is None:
+                return AdjointMeasure(particles.x.new_zeros(len(particles)))
+            return AdjointMeasure(-unbiased_centred(function, particles).to(particles.x.dtype))
+        charges = variation.mass_on_points * particles.weights
         if function is not None:
             charges = charges - unbiased_centred(function, particles).to(charges.dtype)
-        if on_points is not None:
-            charges = charges + variation.mass_on_points * particles.weights
-        return AdjointMeasure(charges, None if on_points is None else -on_points)
+        return AdjointMeasure(charges, -on_points)
 
     def same_charges(self, terms: Terms) -> bool:
         """True where all measures lie on points outside, whose total is spread evenly over uniform particles."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
     from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
-    from implicit_diffusion.loops.divergence import distance
+    from implicit_diffusion.loops.diagnostics.divergence import distance
     from implicit_diffusion.loops.memory import predict_memory
     from implicit_diffusion.loops.nested import Nested
     from implicit_diffusion.loops.queue import Queue

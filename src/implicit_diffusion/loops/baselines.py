@@ -1,7 +1,7 @@
 """What the single loop is compared with: the nested loop and the unrolled sampler, over the same particles and kernels.
 
 They exist to be compared with at equal work (`gradient_evaluations`, pulls through V at all the particles) and at equal
-seconds, and are no defaults.
+wall-clock time, and are not defaults.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn, optim
 
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
 from implicit_diffusion.gradients.fused import dense, fused_pass
-from implicit_diffusion.loops.particle import ParticleLoop
-from implicit_diffusion.objectives import TerminalObjective
+from implicit_diffusion.loops.particle_loop import ParticleLoop
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import Energy, energy_of, evaluate
-from implicit_diffusion.samplers.kernel import innermost
+from implicit_diffusion.potentials.energy import Energy, energy_of, value_of
+from implicit_diffusion.samplers.draws import innermost
+from implicit_diffusion.samplers.kernel import Kernel, Step
 
 Begin = Literal["initial", "last", "data"]
 
@@ -27,20 +31,49 @@ Begin = Literal["initial", "last", "data"]
 class NestedParticles(ParticleLoop):
     """Run the sampler first, then make one update: T steps of the kernel under one θ, and Γ at the last particles.
 
-    Args:
-        inner_steps: T ≥ 1.
-        begin: every inner run at "initial", X_0; at "last", where the one before ended (persistent contrastive
-            divergence); or at "data", the draw of the objective that has data (contrastive divergence, Hinton, 2002).
+        >>> import torch
+        >>> from implicit_diffusion import ULA, GaussianMixture, Noise, Reward
+        >>> from implicit_diffusion.loops import NestedParticles
+        >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
+        >>> sgd, reward = torch.optim.SGD([potential.logits], lr=0.5), Reward(lambda x: x[:, 0])
+        >>> loop = NestedParticles(
+        ...     potential, ULA(0.1), reward, sgd, particles=1000, noise=Noise(0), inner_steps=10, begin="last"
+        ... )
+        >>> loop.step()["gradient_evaluations"]  # ten for the sampler and one for Γ
+        11
 
-    The other arguments are those of `ParticleLoop`; the particles carry no weights.
+    Args:
+        potential: V, an `nn.Module` (n, *event) → (n,), trained in place.
+        kernel: the sampler's step, e.g. `ULA(0.1)`.
+        objective: F, which is minimised, e.g. `Reward(r)` or `ForwardKL(data)`.
+        update: a torch optimizer of the potential's parameters, or an `Update` around one.
+        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+        noise: source of every random number.
+        inner_steps: T ≥ 1.
+        begin: where each run of the sampler starts. "initial": at X_0; "last": where the run before ended (persistent
+            contrastive divergence); "data": at the draw of the objective that has data (contrastive divergence,
+            Hinton, 2002).
+
+    Raises:
+        InvalidInputError: an argument that does not fit the others; the message says which.
     """
 
-    def __init__(self, *args: Any, inner_steps: int, begin: Begin = "initial", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        potential: nn.Module,
+        kernel: Kernel,
+        objective: Objective,
+        update: Update | optim.Optimizer,
+        *,
+        particles: Float[Tensor, "n *event"] | int,
+        noise: Noise,
+        inner_steps: int,
+        begin: Begin = "initial",
+    ) -> None:
+        super().__init__(potential, kernel, objective, update, particles=particles, noise=noise)
         inner_steps = check_integer("inner_steps", inner_steps)
         check_choice("begin", begin, get_args(Begin))
-        _refuse_weights(self)
-        self.inner_steps, self.begin, self.initial = inner_steps, begin, self.walkers
+        self.inner_steps, self.begin, self.initial = inner_steps, begin, self.weighted_state
         if begin == "data" and len(self._data(self._points(0))) != self.n:
             raise InvalidInputError(
                 f'begin="data" needs as many particles as data per estimate, got {self.n} and '
@@ -54,19 +87,19 @@ class NestedParticles(ParticleLoop):
         self.update.begin()
         start = self.iteration * self.inner_steps
         points = self._points(self.iteration)
-        walkers = self.initial if self.begin == "initial" else self.walkers
+        state = self.initial if self.begin == "initial" else self.weighted_state
         if self.begin == "data":
-            walkers = walkers._replace(x=innermost(self._data(points)))
+            state = state._replace(x=innermost(self._data(points)))
         with self.evaluating():
             for k in range(start, start + self.inner_steps):
-                walkers, move = self._take(walkers, energy_of(self.model, walkers.x), self._draws(k), self._h(k))
-            fused = fused_pass(self.model, self.parameters, self.objective.stationary, walkers.x, points)
+                state, info = self._move(state, energy_of(self.model, state.x), self._draws(k), self._h(k))
+            fused = fused_pass(self.model, self.parameters, self.objective.stationary, state.x, points)
         self._hand_over(fused.gradients)
         self.iteration += 1
-        self.evaluations += self.inner_steps * self.kernel.evaluations + 1
-        moved = self.update.step([walkers.x.sum(), fused.total], lambda: self._diagnose(walkers, fused.values))
-        self.walkers = walkers
-        acceptance = {} if move.acceptance is None else {"acceptance": move.acceptance.mean()}
+        self.gradient_evaluations += self.inner_steps * self.kernel.evaluations_per_step + 1
+        moved = self.update.step([state.x.sum(), fused.total], lambda: self._diagnose(state, fused.values))
+        self.weighted_state = state
+        acceptance = {} if info.acceptance is None else {"acceptance": info.acceptance.mean()}
         return self._metrics(fused.values) | acceptance | moved
 
     def _like(self) -> dict[str, Any]:
@@ -86,19 +119,42 @@ class Unrolled(ParticleLoop):
     gradient, and the graph is K steps deep. It needs an objective that is differentiable in the particles: jumps of a
     reward do not show. Kernels that reject are refused, since their choices have no derivative.
 
+        >>> import torch
+        >>> from implicit_diffusion import ULA, GaussianMixture, Noise, Reward
+        >>> from implicit_diffusion.loops import Unrolled
+        >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
+        >>> sgd, reward = torch.optim.SGD([potential.logits], lr=0.5), Reward(lambda x: x[:, 0])
+        >>> loop = Unrolled(potential, ULA(0.1), reward, sgd, particles=1000, noise=Noise(0), unrolled_steps=10)
+        >>> loop.step()["gradient_evaluations"]  # ten forth and ten back
+        20
+
     Args:
+        potential: V, an `nn.Module` (n, *event) → (n,), trained in place.
+        kernel: the sampler's step, `ULA` or `Underdamped`.
+        objective: F, which is minimised, differentiable in the particles.
+        update: a torch optimizer of the potential's parameters, or an `Update` around one.
+        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+        noise: source of every random number.
         unrolled_steps: K ≥ 1.
 
-    The other arguments are those of `ParticleLoop`; the particles carry no weights.
-
     Raises:
-        InvalidInputError: a kernel that rejects; an objective that is not differentiable in the particles.
+        InvalidInputError: a kernel that rejects; an objective that is not differentiable in the particles; else an
+            argument that does not fit the others.
     """
 
-    def __init__(self, *args: Any, unrolled_steps: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        potential: nn.Module,
+        kernel: Kernel,
+        objective: Objective,
+        update: Update | optim.Optimizer,
+        *,
+        particles: Float[Tensor, "n *event"] | int,
+        noise: Noise,
+        unrolled_steps: int,
+    ) -> None:
+        super().__init__(potential, kernel, objective, update, particles=particles, noise=noise)
         unrolled_steps = check_integer("unrolled_steps", unrolled_steps)
-        _refuse_weights(self)
         if self.kernel.target_acceptance is not None:
             raise InvalidInputError(
                 f"{type(self.kernel).__name__} accepts or rejects, which has no derivative; unroll ULA or Underdamped"
@@ -115,15 +171,16 @@ class Unrolled(ParticleLoop):
 
     def step(self) -> dict[str, Any]:
         self.update.begin()
-        start, walkers = self.iteration * self.unrolled_steps, self.walkers
-        x, momentum, heights = walkers.x, walkers.momentum, list[Tensor]()
+        start, state = self.iteration * self.unrolled_steps, self.weighted_state
+        x, momentum, totals = state.x, state.momentum, list[Tensor]()
         with self.evaluating(), torch.enable_grad():
             for k in range(start, start + self.unrolled_steps):
                 *numbers, _ = self._draws(k)
                 here = self._differentiable_energy(x)
-                heights.append(here.value.detach().sum())
-                move = self.kernel.move(x, momentum, here, self._differentiable_energy, tuple(numbers), self._h(k))
-                x, momentum = move.x, move.momentum
+                totals.append(here.value.detach().sum())
+                step = Step(x, momentum, here, self._differentiable_energy, tuple(numbers), self._h(k))
+                after, _ = self.kernel.move(step)
+                x, momentum = after.x, after.momentum
             values = {
                 term.name: term.value(Particles(x))
                 for _, term in self.objective.stationary
@@ -136,12 +193,12 @@ class Unrolled(ParticleLoop):
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
         self._hand_over(dense(gradients))
         self.iteration += 1
-        self.evaluations += 2 * self.unrolled_steps * self.kernel.evaluations
-        moved = innermost(x.detach()), None if momentum is None else momentum.detach()
-        after = walkers._replace(x=moved[0], momentum=moved[1])
+        self.gradient_evaluations += 2 * self.unrolled_steps * self.kernel.evaluations_per_step
+        momentum = None if momentum is None else momentum.detach()
+        moved = state._replace(x=innermost(x.detach()), momentum=momentum)
         values = {name: value.detach() for name, value in values.items()}
-        info = self.update.step([after.x.sum(), *heights], lambda: self._diagnose(after, values))
-        self.walkers = after
+        info = self.update.step([moved.x.sum(), *totals], lambda: self._diagnose(moved, values))
+        self.weighted_state = moved
         return self._metrics(values) | info
 
     def _like(self) -> dict[str, Any]:
@@ -150,11 +207,6 @@ class Unrolled(ParticleLoop):
     def _differentiable_energy(self, x: Tensor) -> Energy:
         """V and ∇V as functions of x and θ."""
         x = x if x.requires_grad else x.detach().requires_grad_()
-        value = evaluate(self.model, x)
+        value = value_of(self.model, x)
         (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         return Energy(value, grad)
-
-
-def _refuse_weights(loop: ParticleLoop) -> None:
-    if loop.weighted or loop.lag:
-        raise InvalidInputError(f"{type(loop).__name__} carries no weights; leave weighted and lag out, or use Single")

@@ -5,67 +5,100 @@
 
 In the paper's order (Marion et al., arXiv 2402.05468, algorithm 2) both read (p_k, θ_k), so that one forward of V
 serves both. The authors' released code moves the particles first and takes Γ at the new ones, `order="x-first"`, which
-costs a second forward.
+costs a second forward. `single_compiled` says how several iterations become one compiled call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn, optim
 
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
+from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.rounding import exact
-from implicit_diffusion.samplers.walkers import Walkers, close, exhausted
+from implicit_diffusion.samplers.kernel import Info, Kernel
+from implicit_diffusion.samplers.weighted_state import WeightedState, exhausted, reweighted, settled
 
 
 class Single(ParticleLoop):
     """One kernel step and one optimizer step per iteration.
 
+        >>> import torch
+        >>> from implicit_diffusion import ULA, GaussianMixture, Noise, Reward, Single
+        >>> potential = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]))
+        >>> sgd = torch.optim.SGD([potential.logits], lr=0.5)
+        >>> loop = Single(potential, ULA(0.1), Reward(lambda x: x[:, 0]), sgd, particles=1000, noise=Noise(0))
+        >>> for _ in range(100):
+        ...     metrics = loop.step()
+        >>> print(f"{potential.weights[1]:.1f}")  # the right mode has the larger reward
+        1.0
+
     Args:
+        potential: V, an `nn.Module` (n, *event) → (n,), trained in place.
+        kernel: the sampler's step, e.g. `ULA(0.1)`.
+        objective: F, which is minimised, e.g. `Reward(r)` or `ForwardKL(data)`.
+        update: a torch optimizer of the potential's parameters, or an `Update` around one.
+        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+        noise: source of every random number.
+        weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
+            of them are effective, and keep log Z. X_0 must then be draws from π_θ.
+        lag: also report by how much unweighted particles lag behind π_θ.
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
-        compiled: compile the inner update with `torch.compile`, in full or not at all (`loop.compiled.reason`). Where
-            an update is the optimizer's step and nothing else, it is compiled along, from the second call on: the
-            first creates the optimizer's state.
-        iterations: made by one `step()`, whose metrics are those of the last; for small problems, where the cost is
-            that of the calls. θ moves in each of them.
-
-    The other arguments are those of `ParticleLoop`.
+        compiled: compile the iteration with `torch.compile`, in full or not at all (`loop.compiled.reason` says why
+            not). Where an update is the optimizer's step and nothing else, it is compiled along, from the second call
+            on: the first one creates the optimizer's state.
+        iterations: how many one `step()` makes; its metrics are those of the last one. For small problems, where the
+            calls themselves are what costs. θ moves in each iteration.
 
     Raises:
-        InvalidInputError: also where several iterations per step would skip a schedule, average or accumulation.
+        InvalidInputError: an argument that does not fit the others; several iterations per step that would skip a
+            schedule, average or accumulation.
     """
 
     def __init__(
         self,
-        *args: Any,
+        potential: nn.Module,
+        kernel: Kernel,
+        objective: Objective,
+        update: Update | optim.Optimizer,
+        *,
+        particles: Float[Tensor, "n *event"] | int,
+        noise: Noise,
+        weighted: bool = False,
+        lag: bool = False,
         order: Literal["paper", "x-first"] = "paper",
         compiled: bool = False,
         iterations: int = 1,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            potential, kernel, objective, update, particles=particles, noise=noise, weighted=weighted, lag=lag
+        )
         if not isinstance(order, str) or order not in ("paper", "x-first"):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
-        check_type("compiled", compiled, bool, "take True or False")
+        check_type("compiled", compiled, bool, "use True or False")
         iterations = check_integer("iterations", iterations, 0, 10**6)
-        if iterations < 1 or (iterations > 1 and not self.update.plain):
+        if iterations < 1 or (iterations > 1 and not self.update.optimizer_only):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
                 "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
             )
         self.order, self.iterations = order, iterations
-        self._inner = self._paper if order == "paper" else self._x_first
-        self._plain = iterations > 1 or (compiled and self.update.plain)
-        function: Callable[..., Any] = self._several if self._plain else self._inner
+        self._iterate = self._paper_order if order == "paper" else self._x_first
+        self._updates_inside = iterations > 1 or (compiled and self.update.optimizer_only)
+        function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function
 
@@ -82,86 +115,85 @@ class Single(ParticleLoop):
         first, count = self.iteration, self.iterations
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
         self.iteration += count
-        self.evaluations += count * (self.kernel.evaluations + (not self._one_pull) + (self.order == "x-first"))
+        self.gradient_evaluations += count * self._evaluations_per_iteration
+        done, moved = self._iterations_in_one_call(inputs) if self._updates_inside else self._one_iteration(*inputs)
+        self.weighted_state = done.state
+        return self._metrics(done.values) | done.info | moved
+
+    def _one_iteration(self, inputs: Inputs) -> tuple[Iteration, dict[str, Any]]:
+        """An iteration, then its update of θ."""
+        self.update.begin()
         with self.evaluating():
-            if not self._plain:
-                self.update.begin()
-                walkers, gradients, info = self._function(self.walkers, *inputs[0])
-                self._hand_over(gradients)
-            elif self.update.updates == 0:
-                walkers, info = self._several(self.walkers, inputs)
-            else:
-                walkers, info = self._function(self.walkers, inputs)
-        values, alarm, norm = info.pop("values"), info.pop("alarm"), info.pop("norm")
-        if self._plain:
-            overflow = info.pop("overflow")
-            moved = self.update.account(alarm, lambda: self._diagnose(walkers, values), norm, count, overflow)
-        else:
-            moved = self.update.step([alarm], lambda: self._diagnose(walkers, values), norm)
-        self.walkers = walkers
-        return self._metrics(values) | info | moved
+            done = self._function(self.weighted_state, *inputs)
+        self._hand_over(done.gradients)
+        return done, self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values), done.norm)
+
+    def _iterations_in_one_call(self, inputs: list[Inputs]) -> tuple[Iteration, dict[str, Any]]:
+        """Iterations with their updates of θ. The first call creates the optimizer's state, and is not compiled."""
+        function = self._in_one_call if self.update.updates == 0 else self._function
+        with self.evaluating():
+            done = function(self.weighted_state, inputs)
+        moved = self.update.account(
+            done.alarm, lambda: self._diagnose(done.state, done.values), done.norm, len(inputs), done.overflow
+        )
+        return done, moved
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"order": self.order}
 
     @property
-    def _one_pull(self) -> bool:
-        return not self.tracked and one_pull(self.objective.stationary)
+    def _evaluations_per_iteration(self) -> int:
+        """Pulls through V: the kernel's, one for Γ where it needs its own, and one at the particles of x-first."""
+        shared = not self.keeps_weights and one_pull(self.objective.stationary)
+        return self.kernel.evaluations_per_step + (not shared) + (self.order == "x-first")
 
-    def _several(
-        self, walkers: Walkers, inputs: list[tuple[tuple[Tensor, ...], list[Tensor | None], Tensor]]
-    ) -> tuple[Walkers, dict[str, Any]]:
-        """Iterations with their updates of θ, none of which is made once something is not finite."""
-        alarm = overflow = torch.zeros_like(walkers.log_z)
-        for draws, points, h in inputs:
-            walkers, gradients, info = self._inner(walkers, draws, points, h)
-            alarm = alarm + info["alarm"] + info["norm"]
-            overflow = overflow + self.update.masked(self.parameters, gradients, alarm.isfinite())
-            alarm = alarm + overflow
-        return walkers, info | {"alarm": alarm, "overflow": overflow}
+    def _in_one_call(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
+        return in_one_call(self._iterate, self.update, self.parameters, state, inputs)
 
-    def _paper(
-        self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
-    ) -> tuple[Walkers, tuple[Tensor | None, ...], dict[str, Any]]:
-        walkers, fused, values = self._charge(walkers, points)
-        moved, move = self._take(walkers, fused.here, draws, h)
-        return moved, fused.gradients, values | _info(moved, fused, move.acceptance)
+    def _paper_order(
+        self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
+    ) -> Iteration:
+        """Γ and the move, both at (p_k, θ_k)."""
+        state, fused, info = self._gradient(state, points)
+        moved, of_move = self._move(state, fused.here, draws, h)
+        return _iteration(moved, fused, info, of_move)
 
     def _x_first(
-        self, walkers: Walkers, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
-    ) -> tuple[Walkers, tuple[Tensor | None, ...], dict[str, Any]]:
-        here = energy_of(self.model, walkers.x)
-        if self.tracked:
-            walkers = close(self.kernel, walkers, here)
-        walkers, move = self._take(walkers, here, draws, h)
-        walkers, fused, values = self._charge(walkers, points)
-        # The next increment is that of θ alone, at particles that stay where they are.
-        settled = walkers._replace(previous=walkers.x, debt=exact(fused.here.value), h=torch.zeros_like(h))
-        return settled, fused.gradients, values | _info(settled, fused, move.acceptance)
+        self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
+    ) -> Iteration:
+        """The move, then Γ at the new particles."""
+        here = energy_of(self.model, state.x)
+        if self.keeps_weights:
+            state = reweighted(self.kernel, state, here)
+        state, of_move = self._move(state, here, draws, h)
+        state, fused, info = self._gradient(state, points)
+        return _iteration(settled(state, fused.here.value), fused, info, of_move)
 
-    def _charge(self, walkers: Walkers, points: list[Tensor | None]) -> tuple[Walkers, Fused, dict[str, Any]]:
-        """One fused pass at the walkers, whose weights it closes, and what these tell."""
+    def _gradient(
+        self, state: WeightedState, points: list[Tensor | None]
+    ) -> tuple[WeightedState, Fused, dict[str, Any]]:
+        """V, ∇V and Γ from one pass, the weights under the present θ on the way, and what these say."""
         terms = self.objective.stationary
-        if not self.tracked:
-            return walkers, fused_pass(self.model, self.parameters, terms, walkers.x, points), {}
-        closed = walkers
+        if not self.keeps_weights:
+            return state, fused_pass(self.model, self.parameters, terms, state.x, points), {}
+        under = state
 
         def weigh(here: Energy) -> Particles:
-            nonlocal closed
-            closed = close(self.kernel, walkers, here)
-            return self._held(closed)
+            nonlocal under
+            under = reweighted(self.kernel, state, here)
+            return self._as_particles(under)
 
-        fused = fused_pass(self.model, self.parameters, terms, walkers.x, points, weigh)
-        if self.weighted:
-            held = fused.particles
-            values = {"log_z_growth": held.log_z_growth} if held.log_z is None else {"log_z": held.log_z}
-            return closed, fused, {"ess": held.ess} | values
-        closed, lag = forget(closed, fused, same_charges=GIBBS.same_charges(terms))
-        return closed, fused, {"lag": lag}
+        fused = fused_pass(self.model, self.parameters, terms, state.x, points, weigh)
+        if not self.weighted:
+            under, lag = lag_of(under, fused, same_charges=GIBBS.same_charges(terms))
+            return under, fused, {"lag": lag}
+        particles = fused.particles
+        log_z = {"log_z_growth": particles.log_z_growth} if particles.log_z is None else {"log_z": particles.log_z}
+        return under, fused, {"ess": particles.ess} | log_z
 
 
-def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str, Any]:
-    """Values of the terms, the norm of Γ, and one number that is finite if the particles, and V at them, are.
+def _iteration(state: WeightedState, fused: Fused, info: dict[str, Any], of_move: Info) -> Iteration:
+    """One iteration's results, with the norm of Γ and one number that is finite if the particles, and V at them, are.
 
     Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
     pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
@@ -169,35 +201,34 @@ def _info(walkers: Walkers, fused: Fused, acceptance: Tensor | None) -> dict[str
     """
     foreach = False if torch.compiler.is_compiling() else None
     norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
-    alarm = torch.nn.utils.get_total_norm([walkers.x.sum() + fused.total])
-    info: dict[str, Any] = {"values": fused.values, "norm": norm, "alarm": alarm}
-    return info if acceptance is None else info | {"acceptance": acceptance.mean()}
+    alarm = torch.nn.utils.get_total_norm([state.x.sum() + fused.total])
+    if of_move.acceptance is not None:
+        info = info | {"acceptance": of_move.acceptance.mean()}
+    return Iteration(state, fused.gradients, fused.values, info, norm, alarm)
 
 
-def forget(walkers: Walkers, fused: Fused, same_charges: bool) -> tuple[Walkers, Tensor]:
-    """For particles that carry weights for information only: their lag, and the weights given up once exhausted.
+def lag_of(state: WeightedState, fused: Fused, same_charges: bool) -> tuple[WeightedState, Tensor]:
+    """The lag of particles whose weights only inform about it; the weights are reset once they are exhausted.
 
     The lag is by how many standard deviations the weighted mean of V, or of the charges, differs from the plain one.
     Particles that keep up have weights that say nothing about where they are, and no lag however spread the weights.
-    Weights begin anew when fewer than half of the particles are effective; the lag that they told then stays on record
-    until the next time.
+    Weights start anew when fewer than half of the particles are effective; the lag that they showed then stays on
+    record until the next time.
 
     Args:
-        walkers: with weights closed under the present θ.
+        state: with weights under the present θ.
         fused: V and charges there.
-        same_charges: whether all charges are the same, and tell nothing.
+        same_charges: whether all charges are equal, so that they say nothing.
     """
-    w = torch.softmax(exact(walkers.log_weights), 0)
+    w = torch.softmax(exact(state.log_weights), 0)
 
     def difference(values: Tensor) -> Tensor:
         values = exact(values)
-        return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).to(walkers.lag)
+        return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).to(state.lag)
 
     lag = difference(fused.here.value)
     if not same_charges:
         lag = torch.maximum(lag, difference(fused.charges.detach()))
-    due = exhausted(walkers.log_weights)
-    kept = walkers._replace(
-        log_weights=torch.where(due, 0.0, walkers.log_weights), lag=torch.where(due, lag, walkers.lag)
-    )
-    return kept, torch.maximum(lag, walkers.lag)
+    due = exhausted(state.log_weights)
+    kept = state._replace(log_weights=torch.where(due, 0.0, state.log_weights), lag=torch.where(due, lag, state.lag))
+    return kept, torch.maximum(lag, state.lag)

@@ -188,7 +188,7 @@ class Update(Shown):
         return {"grad_norm": norm, "lr": lr}
 
     @property
-    def plain(self) -> bool:
+    def optimizer_only(self) -> bool:
         """Whether an update is the optimizer's step and nothing else, so that it may be compiled along (`masked`)."""
         hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", {}) or getattr(
             self.optimizer, "_optimizer_step_post_hooks", {}

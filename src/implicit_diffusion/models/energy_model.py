@@ -30,7 +30,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 from implicit_diffusion.showing import Shown, brief, with_error
 
 FORMAT = "implicit-diffusion energy model"
@@ -188,8 +188,8 @@ class EnergyModel(Shown):
         generator = noise.generator(0)
         chosen = torch.randint(len(self.particles), (n,), generator=generator)
         z = self.particles[chosen]
-        for move in simulate(self.moves.kernel(), self.potential, z, noise.stream(1), steps):
-            z = move.x
+        for state, _ in simulate(self.moves.kernel(), self.potential, z, noise.stream(1), steps):
+            z = state.x
         if not z.isfinite().all():
             raise NonFiniteError(f"the {self.moves.sampler} sampler ran away within {steps} steps; take fewer steps")
         return z * self.scale + self.shift

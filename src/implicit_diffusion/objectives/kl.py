@@ -21,7 +21,7 @@ from implicit_diffusion.objectives.base import GibbsObjective, changed, check_na
 from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials.energy import evaluate, known_log_z, precision
+from implicit_diffusion.potentials.energy import known_log_z, precision, value_of
 from implicit_diffusion.rounding import at_least_single, exact
 
 
@@ -104,7 +104,7 @@ class ReverseKL(GibbsObjective):
     def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
         energy = density.energy
         with torch.no_grad():
-            excess = exact(energy) - exact(evaluate(self.potential, particles.x))
+            excess = exact(energy) - exact(value_of(self.potential, particles.x))
             log_weights = None if particles.log_weights is None else exact(particles.log_weights)
             if self.log_z is not None and particles.log_z is not None:
                 log_ratio = self.log_z - particles.log_z
@@ -142,6 +142,6 @@ class ReverseKL(GibbsObjective):
         with.
         """
         with torch.no_grad():
-            at_start = evaluate(self.potential, particles.x.clone())
+            at_start = value_of(self.potential, particles.x.clone())
         is_start = torch.equal(at_start, energy)
         return self if is_start == self.is_start else changed(self, is_start=is_start)

@@ -1,7 +1,7 @@
 """V and ∇V at the particles, and what a module must satisfy to be a potential.
 
 Particles are kept in single precision at least, as the states of chains are: steps of a sampler are far below the
-spacing of float16 and bfloat16. A potential in half precision is called in its own, on particles rounded to it.
+spacing of float16 and bfloat16. A potential in half precision is called in that, on particles rounded to it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from implicit_diffusion.particles import states
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import of_tuple
 
-COARSE = 0.02  # nats that V must resolve where its values count
-TRIED = 8  # particles, to see whether they influence each other
+COARSE = 0.02  # nats that V must resolve where its values matter
+TRIED = 8  # particles that are checked for influence on each other
 
 
 class Energy(NamedTuple):
@@ -46,7 +46,7 @@ def precision(potential: object, x: Float[Tensor, "n *event"]) -> torch.dtype:
     return first.dtype if fits else x.dtype
 
 
-def evaluate(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+def value_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
     """V at x, called in its own `precision` and returned in that of x."""
     return potential(x.to(precision(potential, x))).to(x.dtype)
 
@@ -55,7 +55,7 @@ def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"
     """V and ∇V at x: one forward and one pull. V(x)_i depends on x_i alone, so ∇ Σ_i V_i holds all the ∇V_i."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = evaluate(potential, x)
+        value = value_of(potential, x)
         (grad,) = torch.autograd.grad(value.sum(), x)
     return Energy(value.detach(), grad)
 
@@ -66,22 +66,22 @@ def known_log_z(potential: object) -> float | None:
     Raises:
         InvalidInputError: an attribute of that name that is something else.
     """
-    found = getattr(potential, "log_z", None)
-    number = isinstance(found, (int, float)) or (isinstance(found, Tensor) and found.ndim == 0)
-    if found is not None and (not number or isinstance(found, nn.Parameter)):
+    log_z = getattr(potential, "log_z", None)
+    number = isinstance(log_z, (int, float)) or (isinstance(log_z, Tensor) and log_z.ndim == 0)
+    if log_z is not None and (not number or isinstance(log_z, nn.Parameter)):
         raise InvalidInputError(
-            f"potential.log_z must be log ∫ e^(−V) as a number, got {type(found).__name__}; call anything else "
-            "by another name"
+            f"potential.log_z must be log ∫ e^(−V) as a number, got {type(log_z).__name__}; give anything else "
+            "another name"
         )
-    return None if found is None else float(found)
+    return None if log_z is None else float(log_z)
 
 
 def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> None:
-    """Try a potential: its form and its gradient on two points, whether it is finite on all.
+    """Try a potential: its form and its gradient on two points, and whether it is finite on all of them.
 
     Raises:
-        InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, or
-            points that influence each other (BatchNorm in training mode, say), or whatever the potential raises.
+        InvalidInputError: another shape than (n,), another dtype or device, NaN or infinity, no gradient in x, points
+            that influence each other (e.g. by BatchNorm in training mode), or an error of the potential's own.
     """
     check_call("potential", potential, "x")
     x = states(x, 1)
@@ -109,19 +109,24 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             f"operations; {BY_TORCH}"
         )
     with torch.no_grad():
-        everywhere = evaluate(potential, x)
+        everywhere = value_of(potential, x)
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
             raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
     check_own_gradient("potential", grad, of="particles")
     with torch.no_grad():
         few = x[:TRIED].detach()
-        values = evaluate(potential, few.clone())
-        check_separate("potential", lambda index: evaluate(potential, few[index]), values, of="particles")
+        values = value_of(potential, few.clone())
+        check_separate("potential", lambda index: value_of(potential, few[index]), values, of="particles")
 
 
 def coarse(values: Float[Tensor, " n"], dtype: torch.dtype) -> str | None:
-    """What to say where V is so large that its dtype leaves too little of its differences; None where it is not."""
+    """A warning where V is so large that its dtype resolves differences of V too coarsely; None elsewhere.
+
+    Args:
+        values: V at the particles.
+        dtype: that V is computed in.
+    """
     largest = float(values.abs().amax())
     step = torch.finfo(dtype).eps * largest
     if not step > COARSE:

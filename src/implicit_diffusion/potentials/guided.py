@@ -2,7 +2,7 @@
 
     V_guided(x) = V(x) − λ R(x),        density ∝ π(x) e^{λ R(x)}
 
-A sampler driven by it needs ∇R in every step, for every sample drawn, for ever; training pays once.
+A sampler that is driven by it needs ∇R in every step, for every sample that is ever drawn; training pays once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Guided(ShownModule):
 
     Args:
         potential: V, (n, *event) → (n,).
-        reward: R, (n, *event) → (n,), differentiable, in any of the forms that `Reward` takes.
+        reward: R, (n, *event) → (n,), differentiable, in any of the forms that `Reward` accepts.
         weight: λ; finite.
 
     Raises:
-        InvalidInputError: a potential or reward that is no function of one argument; a weight that is NaN or infinite.
+        InvalidInputError: a potential or reward that is not a function of one argument; a weight that is NaN or
+            infinite.
     """
 
     def __init__(self, potential: nn.Module, reward: Callable[[Tensor], Tensor], weight: float) -> None:
@@ -39,4 +40,5 @@ class Guided(ShownModule):
         return brief(self.potential), f"reward={brief(self.reward)}", f"weight={self.weight:g}"
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+        """V(x) − λR(x)."""
         return self.potential(x) - self.weight * scores_of(self.reward(x), x)

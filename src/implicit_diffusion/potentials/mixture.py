@@ -24,16 +24,16 @@ from implicit_diffusion.showing import ShownModule
 class GaussianMixture(ShownModule):
     """V(x) = −log Σ_i softmax(logits)_i exp(−‖x − means_i‖²/(2 std²)) over vectors x.
 
-    Args:
-        means: the centres c_i, with shape (modes, d).
-        logits: θ, with shape (modes,); zeros, i.e. equal weights, where None.
-        std: σ > 0 of every component, fixed.
-
     The parameters are `logits` and `means`; freeze either with `.requires_grad_(False)`.
 
+    Args:
+        means: the centres c_i, with shape (modes, d).
+        logits: θ, with shape (modes,); by default zeros, i.e. equal weights.
+        std: σ > 0 of every component, fixed.
+
     Raises:
-        InvalidInputError: no tensors of floating-point numbers, shapes that do not fit, means that are not finite, or
-            std ≤ 0.
+        InvalidInputError: arguments that are not tensors of floating-point numbers, shapes that do not fit, means that
+            are not finite, or std ≤ 0.
     """
 
     def __init__(
@@ -60,6 +60,11 @@ class GaussianMixture(ShownModule):
         return f"{modes} modes in {d} dimensions", f"std={self.std:g}"
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """V(x).
+
+        Raises:
+            InvalidInputError: vectors of another dimension than the means.
+        """
         if x.shape[1:] != self.means.shape[1:]:
             raise InvalidInputError(
                 f"a mixture of means with shape {tuple(self.means.shape[1:])} has no density on events of shape "
@@ -80,8 +85,14 @@ class GaussianMixture(ShownModule):
 
     @torch.no_grad()
     def sample(self, n: int, noise: Noise, *key: int) -> Float[Tensor, "n d"]:
-        """N exact draws from π_θ; the same key gives the same draws."""
-        check_type("noise", noise, Noise, "take Noise(0), say")
+        """Exact draws from π_θ, with shape (n, d); the same key gives the same draws.
+
+        Args:
+            n: how many.
+            noise: source of the random numbers.
+            key: which draw of this noise.
+        """
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         check_integer("n", n)
         generator = noise.generator(*key, 0, device=self.means.device)
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)

@@ -3,8 +3,8 @@
     V(x; θ) = ‖x‖²/2 + f(x; θ),        π_θ(x) ∝ N(x; 0, I) e^{−f(x; θ)}
 
 With f = 0 at the start (a last layer of zeros) π_θ0 is N(0, I): X_0 is drawn exactly and log Z_θ0 = (d/2) log 2π, which
-is what weighted particles need. The Gaussian also confines the particles where f has nothing to say; f must not fall
-faster than ‖x‖²/2 grows. Data are standardised first.
+is what weighted particles need. The Gaussian also confines the particles far from the data, where f is not trained; f
+must not fall faster than ‖x‖²/2 grows. Data are standardised first.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from implicit_diffusion.showing import ShownModule, brief
 class Tilted(ShownModule):
     """V(x) = ‖x‖²/2 + f(x).
 
+    While f is zero, `log_z` is log ∫ e^{−V} and `sample` draws from π_θ. Neither is known for a network that is not
+    zero: loops then need particles from elsewhere (e.g. `annealed`), and report by how much log Z grows.
+
     Args:
-        network: f, from (n, *event) to (n,) or (n, 1); `mlp` and `conv` build some whose last layer is zero.
+        network: f, from (n, *event) to (n,) or (n, 1); `mlp` and `conv` build networks whose last layer is zero.
         event_shape: of x.
 
     Raises:
-        InvalidInputError: a network that is no module; an event shape that does not hold positive sizes.
-
-    While f is zero, `log_z` is log ∫ e^{−V} and `sample` draws from π_θ. A network that is not zero has neither; loops
-    then take particles from elsewhere (`annealed`, say) and tell by how much log Z grows.
+        InvalidInputError: a network that is not a module; an event shape that does not hold positive sizes.
     """
 
     def __init__(self, network: nn.Module, event_shape: Sequence[int]) -> None:
         super().__init__()
-        check_type("network", network, nn.Module, "mlp and conv build some")
+        check_type("network", network, nn.Module, "mlp and conv build one")
         check_type("event_shape", event_shape, Iterable, "it holds the sizes of one x, e.g. (2,)")
         if isinstance(event_shape, str | bytes) or getattr(event_shape, "ndim", 1) == 0:
             raise InvalidInputError(f"event_shape must hold the sizes of one x, e.g. (2,), got {shown(event_shape)}")
@@ -51,6 +51,11 @@ class Tilted(ShownModule):
         return brief(self.network), f"event_shape={self.event_shape}"
 
     def forward(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+        """V(x).
+
+        Raises:
+            InvalidInputError: a network whose values do not have the shape (n,) or (n, 1).
+        """
         f = self.network(x)
         if f.numel() != len(x):
             raise InvalidInputError(
@@ -60,19 +65,28 @@ class Tilted(ShownModule):
 
     @property
     def log_z(self) -> float:
-        """(d/2) log 2π. Raises AttributeError where f is not zero: log Z is not known then."""
+        """(d/2) log 2π.
+
+        Raises:
+            AttributeError: f is not zero, so that log Z is not known.
+        """
         if not self._is_gaussian(self._draw(8, Noise(0))):
             raise AttributeError("log Z is known only while the network is zero")
         return math.prod(self.event_shape) / 2 * math.log(2 * math.pi)
 
     @torch.no_grad()
     def sample(self, n: int, noise: Noise, *key: int) -> Float[Tensor, "n *event"]:
-        """N exact draws from π_θ while f is zero; the same key gives the same draws.
+        """Exact draws from π_θ while f is zero, with shape (n, *event); the same key gives the same draws.
+
+        Args:
+            n: how many.
+            noise: source of the random numbers.
+            key: which draw of this noise.
 
         Raises:
             InvalidInputError: f is not zero.
         """
-        check_type("noise", noise, Noise, "take Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         x = self._draw(check_integer("n", n), noise, *key)
         if not self._is_gaussian(x):
             raise InvalidInputError(
@@ -82,7 +96,7 @@ class Tilted(ShownModule):
         return x
 
     def tempered(self, t: float) -> Tilted:
-        """‖x‖²/2 + t f(x), sharing the network: a path from N(0, I) at t = 0 to this potential at t = 1."""
+        """‖x‖²/2 + t f(x) with the same network: a path from N(0, I) at t = 0 to this potential at t = 1."""
         t = check_number("t", t)
         return Tilted(Scaled(self.network, t), self.event_shape)
 
@@ -97,7 +111,12 @@ class Tilted(ShownModule):
 
 
 class Scaled(nn.Module):
-    """t f(x)."""
+    """t f(x), a network times a number.
+
+    Args:
+        network: f, which is shared.
+        factor: t.
+    """
 
     def __init__(self, network: nn.Module, factor: float) -> None:
         super().__init__()
@@ -110,9 +129,18 @@ class Scaled(nn.Module):
 def mlp(dimension: int, noise: Noise, *, width: int = 128, depth: int = 3) -> nn.Sequential:
     """A smooth perceptron from (n, dimension) to (n, 1): `depth` hidden layers with SiLU and a last layer of zeros.
 
-    Smooth, because ∇f moves the particles: a kink in f is a jump of their drift.
+    It is smooth because ∇f moves the particles: a kink in f is a jump in their drift.
+
+    Args:
+        dimension: of x.
+        noise: of the initial weights.
+        width: of the hidden layers.
+        depth: number of hidden layers.
+
+    Raises:
+        InvalidInputError: sizes that are not positive integers.
     """
-    check_type("noise", noise, Noise, "take Noise(0), say")
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     for name, size in (("dimension", dimension), ("width", width), ("depth", depth)):
         check_integer(name, size)
     generator, sizes = noise.generator(0), itertools.chain([dimension], itertools.repeat(width, depth))
@@ -127,12 +155,17 @@ def mlp(dimension: int, noise: Noise, *, width: int = 128, depth: int = 3) -> nn
 def conv(event_shape: Sequence[int], noise: Noise, *, width: int = 32) -> nn.Sequential:
     """A smooth convolutional network from images (n, C, H, W) to (n, 1), with a last layer of zeros.
 
-    Three convolutions, the last two of which halve height and width, then a hidden layer over all that is left.
+    Three convolutions, the last two of which halve height and width, then one hidden layer over all that is left.
+
+    Args:
+        event_shape: (channels, height, width).
+        noise: of the initial weights.
+        width: channels of the first convolution.
 
     Raises:
-        InvalidInputError: an event that is no image (channels, height, width).
+        InvalidInputError: an event that is not an image (channels, height, width).
     """
-    check_type("noise", noise, Noise, "take Noise(0), say")
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     check_integer("width", width)
     check_type("event_shape", event_shape, Sequence, "it holds (channels, height, width)")
     if len([check_integer("event_shape", size) for size in event_shape]) != 3:

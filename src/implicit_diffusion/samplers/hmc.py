@@ -1,27 +1,32 @@
-"""Hamiltonian Monte Carlo (Duane et al., 1987; Neal, arXiv 1206.1901).
+"""Hamiltonian Monte Carlo (Duane et al., 1987; Neal, *MCMC Using Hamiltonian Dynamics*, arXiv 1206.1901).
 
 A fresh momentum p ~ N(0, I), L leapfrog steps of size h on H = V(x) + ‖p‖²/2, and a Metropolis test on the change of H.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from jaxtyping import Float
-from torch import Tensor
-
 from implicit_diffusion.errors import check_integer
-from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
-from implicit_diffusion.samplers.kernel import ExactKernel, Move, Schedule, inner, metropolis
+from implicit_diffusion.samplers.kernel import Info, Schedule, State, Step, inner_product
+from implicit_diffusion.samplers.metropolis import MetropolisKernel, accept_or_reject
 
 
-class HMC(ExactKernel):
-    """Leaves π_θ invariant exactly.
+class HMC(MetropolisKernel):
+    """Hamiltonian Monte Carlo with unit mass. It leaves π_θ invariant exactly.
+
+        >>> import torch
+        >>> from implicit_diffusion import HMC, GaussianMixture, Noise
+        >>> potential, generator = GaussianMixture(torch.zeros(1, 2)), Noise(0).generator()  # N(0, I)
+        >>> kernel = HMC(0.5, leapfrogs=3)
+        >>> state = kernel.start(torch.zeros(10_000, 2), generator)
+        >>> for k in range(20):
+        ...     state, info = kernel.move(kernel.prepare(potential, state, generator, k))
+        >>> print(f"{state.x.var():.1f}", bool(info.acceptance.mean() > 0.9))
+        1.0 True
 
     Args:
-        step_size: h of the leapfrog.
-        leapfrogs: L ≥ 1 of them per step.
+        step_size: h > 0 of the leapfrog, or a function k ↦ h_k of the iteration k = 0, 1, … (`power_law`).
+        leapfrogs: L ≥ 1, the number of leapfrog steps in one step of the kernel.
 
     Raises:
         InvalidInputError: a step size that is not positive and finite, or no leapfrog.
@@ -29,30 +34,24 @@ class HMC(ExactKernel):
 
     target_acceptance = 0.8
 
-    def reach(self, h: float) -> float:
-        return h
-
     def __init__(self, step_size: Schedule, leapfrogs: int = 5) -> None:
         super().__init__(step_size)
         self.leapfrogs = check_integer("leapfrogs", leapfrogs)
-        self.evaluations = 1 + self.leapfrogs
+        self.evaluations_per_step = 1 + self.leapfrogs
 
-    def move(
-        self,
-        x: Float[Tensor, "n *event"],
-        momentum: Tensor | None,
-        here: Energy,
-        energy: Callable[[Tensor], Energy],
-        draws: tuple[Tensor, ...],
-        h: Float[Tensor, ""],
-    ) -> Move:
-        p, uniform = draws
-        y, there = x, here
-        before = exact(here.value) + inner(p, p) / 2
+    def reach(self, h: float) -> float:
+        """h: a leapfrog moves a position by about its step size."""
+        return h
+
+    def move(self, step: Step) -> tuple[State, Info]:
+        """L leapfrogs from a fresh momentum, then accept or reject."""
+        p, uniform = step.draws
+        y, there, h = step.x, step.here, step.h
+        before = exact(there.value) + inner_product(p, p) / 2
         for _ in range(self.leapfrogs):
             p = p - h / 2 * there.grad
             y = y + h * p
-            there = energy(y)
+            there = step.energy(y)
             p = p - h / 2 * there.grad
-        after = exact(there.value) + inner(p, p) / 2
-        return metropolis(before - after, uniform, (x, here.value), (y, there.value))
+        after = exact(there.value) + inner_product(p, p) / 2
+        return accept_or_reject(step, y, there.value, before - after, uniform)

@@ -14,66 +14,59 @@ N(0, 1 − h²/4).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_number
+from implicit_diffusion.errors import check_number
 from implicit_diffusion.potentials.energy import Energy
-from implicit_diffusion.samplers.kernel import Kernel, Move, Schedule, normals
-
-NO_WEIGHTS = "underdamped Langevin has no increment of weights; take ULA, MALA or HMC"
+from implicit_diffusion.samplers.draws import normals
+from implicit_diffusion.samplers.kernel import Info, Kernel, Schedule, State, Step
 
 
 class Underdamped(Kernel):
-    """BAOAB with unit mass.
+    """Underdamped Langevin dynamics with unit mass, discretised by BAOAB.
+
+        >>> import torch
+        >>> from implicit_diffusion import GaussianMixture, Noise
+        >>> from implicit_diffusion.samplers import Underdamped
+        >>> potential, generator = GaussianMixture(torch.zeros(1, 2)), Noise(0).generator()  # N(0, I)
+        >>> kernel = Underdamped(0.5)
+        >>> state = kernel.start(torch.zeros(10_000, 2), generator)
+        >>> for k in range(40):
+        ...     state, info = kernel.move(kernel.prepare(potential, state, generator, k))
+        >>> print(f"{state.x.var():.1f}")
+        1.0
 
     Args:
-        step_size: h.
+        step_size: h > 0, or a function k ↦ h_k of the iteration k = 0, 1, … (`power_law`).
         friction: γ > 0, in units of inverse time.
 
     Raises:
         InvalidInputError: a step size or friction that is not positive and finite.
     """
 
-    weighted = False
-
     def __init__(self, step_size: Schedule, friction: float = 1.0) -> None:
         super().__init__(step_size)
         self.friction = check_number("friction", friction, 0.0)
 
     def reach(self, h: float) -> float:
+        """h/2: a position moves by half a step at a time."""
         return h / 2
 
-    def momentum(self, generator: torch.Generator, x: Float[Tensor, "n *event"]) -> Float[Tensor, "n *event"]:
-        return normals(generator, 1, x)[0]
+    def start(self, x: Float[Tensor, "n *event"], generator: torch.Generator) -> State:
+        """The particles with a momentum from N(0, I)."""
+        return State(x, normals(generator, 1, x)[0])
 
-    def move(
-        self,
-        x: Float[Tensor, "n *event"],
-        momentum: Tensor | None,
-        here: Energy,
-        energy: Callable[[Tensor], Energy],
-        draws: tuple[Tensor, ...],
-        h: Float[Tensor, ""],
-    ) -> Move:
-        (xi,) = draws
-        assert momentum is not None
+    def move(self, step: Step) -> tuple[State, Info]:
+        """B (two halves at once), A, O, A."""
+        assert step.momentum is not None
+        (xi,), h = step.draws, step.h
         kept = (-self.friction * h).exp()
-        p = momentum - h * here.grad
-        x = x + h / 2 * p
+        p = step.momentum - h * step.here.grad
+        x = step.x + h / 2 * p
         p = kept * p + (1 - kept**2).sqrt() * xi
-        return Move(x + h / 2 * p, p)
-
-    def owe(self, x: Float[Tensor, "n *event"], here: Energy, move: Move, h: Float[Tensor, ""]) -> Float[Tensor, " n"]:
-        raise InvalidInputError(NO_WEIGHTS)
-
-    def repay(
-        self, previous: Float[Tensor, "n *event"], x: Float[Tensor, "n *event"], here: Energy, h: Float[Tensor, ""]
-    ) -> Float[Tensor, " n"]:
-        raise InvalidInputError(NO_WEIGHTS)
+        return State(x + h / 2 * p, p), Info()
 
     def velocity(self, momentum: Float[Tensor, "n *event"], here: Energy, h: float) -> Float[Tensor, "n *event"]:
         """BAOAB's velocity after a full step: the stored momentum with its closing half-kick."""

@@ -1,9 +1,9 @@
 """Warm-up: find the step size at which a kernel accepts as often as it should.
 
-Where nearly all proposals are accepted, or nearly none, h is doubled, or halved, at every step until that changes: the
-search may begin in other units than the potential's. Then follows a stochastic approximation of the root of
-log h ↦ E[acceptance] − target (Robbins and Monro, 1951; Andrieu and Thoms, *A tutorial on adaptive MCMC*, 2008): log h
-moves by (acceptance − target)·k^{−1/2}, and its average over the second half is kept (Polyak and Ruppert).
+Where nearly all proposals are accepted, or nearly none, h is doubled or halved at every step until that changes: the
+search may start in other units than the potential's. A stochastic approximation of the root of
+log h ↦ E[acceptance] − target follows (Robbins and Monro, 1951; Andrieu and Thoms, *A tutorial on adaptive MCMC*,
+2008): log h moves by (acceptance − target)·k^{−1/2}, and its average over the second half is kept (Polyak and Ruppert).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import states
 from implicit_diffusion.potentials.energy import check_potential, coarse, energy_of, precision
-from implicit_diffusion.samplers.kernel import Kernel, Move
+from implicit_diffusion.samplers.kernel import Kernel, State
 
 K = TypeVar("K", bound=Kernel)
-DOUBLINGS = 100  # at most, of the step size or of its inverse
-MISSED = 0.1  # of the target, in acceptance, that is worth a word
+DOUBLINGS = 100  # of the step size or of its inverse, at most
+MISSED = 0.1  # of the target, in acceptance, that is worth a warning
 
 
 def warm_up(
@@ -40,23 +40,23 @@ def warm_up(
     """The same kernel with a tuned step size, and the particles where the warm-up left them.
 
     Args:
-        kernel: MALA or HMC; its step size, a number, is where the search begins.
+        kernel: MALA or HMC; its step size, a number, is where the search starts.
         potential: V under the θ to tune at.
         x: particles; the acceptance is averaged over them.
         noise: of the warm-up alone.
-        steps: of the approximation, after as many doublings as it takes.
+        steps: of the approximation, which follows as many doublings as are needed.
         target: acceptance to aim at; by default the kernel's own, 0.574 for MALA (optimal scaling, Roberts and
             Rosenthal, 1998) and 0.8 for HMC.
 
     Raises:
         InvalidInputError: a kernel that never rejects, or whose step size is a schedule; fewer than 20 steps; a target
-            outside (0, 1); from `check_potential`.
+            outside (0, 1); a potential that `check_potential` refuses.
         NonFiniteError: V became infinite at some of the particles.
 
     It warns where the target is not met.
     """
-    check_type("kernel", kernel, Kernel, "take MALA(0.1), say")
-    check_type("noise", noise, Noise, "take Noise(0), say")
+    check_type("kernel", kernel, Kernel, "use MALA(0.1), for example")
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
     target = kernel.target_acceptance if target is None else target
     if kernel.target_acceptance is None or target is None:
@@ -70,32 +70,31 @@ def warm_up(
         )
     steps, target, x = check_integer("steps", steps, 20), check_number("target", target, 0.0, 1.0), states(x)
 
-    def step(x: Tensor, log_h: float, *key: int) -> tuple[Move, float]:
-        draws = tuple(d[0] for d in kernel.draws(noise.generator(*key, device=x.device), 1, x))
-        h = x.new_tensor(math.exp(log_h))
-        move = kernel.move(x, None, energy_of(potential, x), lambda y: energy_of(potential, y), draws, h)
-        assert move.acceptance is not None
-        return move, move.acceptance.nan_to_num(0.0).mean().item()
+    def step(x: Tensor, log_h: float, *key: int) -> tuple[State, float]:
+        generator, h = noise.generator(*key, device=x.device), x.new_tensor(math.exp(log_h))
+        state, info = kernel.move(kernel.prepare(potential, State(x), generator)._replace(h=h))
+        assert info.acceptance is not None
+        return state, info.acceptance.nan_to_num(0.0).mean().item()
 
-    log_h, kept, few, many = math.log(kernel.step(0)), [], target / 2, (1 + target) / 2
+    log_h, kept, few, many = math.log(kernel.step_size_at(0)), [], target / 2, (1 + target) / 2
     with eval_mode(potential):
         check_potential(potential, x)
-        if said := coarse(energy_of(potential, x).value, precision(potential, x)):
-            warnings.warn(said, stacklevel=2)
-        move, acceptance = step(x, log_h, 0, 0)
+        if warning := coarse(energy_of(potential, x).value, precision(potential, x)):
+            warnings.warn(warning, stacklevel=2)
+        state, acceptance = step(x, log_h, 0, 0)
         up = acceptance > many
         for doublings in range(1, DOUBLINGS + 1):
             if not (acceptance > many if up else acceptance < few):
                 break
-            x, log_h = move.x, log_h + (math.log(2) if up else -math.log(2))
-            move, acceptance = step(x, log_h, 0, doublings)
+            x, log_h = state.x, log_h + (math.log(2) if up else -math.log(2))
+            state, acceptance = step(x, log_h, 0, doublings)
         for k in range(steps):
-            move, acceptance = step(x, log_h, k)
-            x = move.x
+            state, acceptance = step(x, log_h, k)
+            x = state.x
             log_h += (acceptance - target) / math.sqrt(k / 10 + 1)
             if 2 * k >= steps:
                 kept.append((log_h, acceptance))
-    if move.energy is None or not move.energy.isfinite().all():  # NaN is never accepted, −∞ always
+    if state.value is None or not state.value.isfinite().all():  # NaN is never accepted, −∞ always
         raise NonFiniteError("warm-up: V is infinite at some of the particles; check that it is bounded below")
     tuned = copy.copy(kernel)
     tuned.step_size = math.exp(sum(h for h, _ in kept) / len(kept))
@@ -103,7 +102,7 @@ def warm_up(
     if abs(reached - target) > MISSED:
         warnings.warn(
             f"warm-up did not reach its target: {reached:.0%} of the proposals were accepted on the way to the step "
-            f"size {tuned.step_size:.3g}, not {target:.0%}; take more steps, begin nearer, or check that the potential "
+            f"size {tuned.step_size:.3g}, not {target:.0%}; use more steps, start closer, or check that the potential "
             "confines the particles",
             stacklevel=2,
         )

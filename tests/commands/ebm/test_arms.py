@@ -24,7 +24,7 @@ from implicit_diffusion.commands.ebm.data import load
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.loops import NestedParticles, Single
-from implicit_diffusion.loops.divergence import diverged
+from implicit_diffusion.loops.diagnostics.divergence import diverged
 from implicit_diffusion.models.energy_model import Architecture, Moves, load_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
@@ -62,7 +62,7 @@ def test_arms_are_what_they_say(data):
     assert made["cd"].begin == "data" and made["pcd"].begin == "last"
     first = [torch.cat([p.flatten() for p in loop.parameters]) for loop in made.values()]
     assert all(torch.equal(first[0], other) for other in first[1:])  # one network, and the same first particles
-    assert all(torch.equal(made["hmc"].walkers.x, loop.walkers.x) for loop in made.values())
+    assert all(torch.equal(made["hmc"].weighted_state.x, loop.weighted_state.x) for loop in made.values())
     for arm, loop in made.items():
         assert to_model(dataclasses.replace(SETTINGS, arm=arm), loop, data).moves == (
             HMC3 if arm in ("weighted", "hmc") else LANGEVIN
@@ -72,12 +72,12 @@ def test_arms_are_what_they_say(data):
 def test_a_model_holds_particles_of_equal_weight(data):
     """Weighted particles are resampled: means are those of the weights, and no particle without weight is left."""
     loop = make_loop(dataclasses.replace(SETTINGS, particles=512), data)
-    log_weights = torch.where(loop.walkers.x[:, 0] > 0, 1.0, -1.0)
-    loop.walkers = loop.walkers._replace(log_weights=log_weights)
+    log_weights = torch.where(loop.weighted_state.x[:, 0] > 0, 1.0, -1.0)
+    loop.weighted_state = loop.weighted_state._replace(log_weights=log_weights)
     model = to_model(SETTINGS, loop, data)
     share = (model.particles[:, 0] > 0).float().mean().item()
     weights = loop.particles.weights
-    assert share == pytest.approx(weights[loop.walkers.x[:, 0] > 0].sum().item(), abs=2 / 512)
+    assert share == pytest.approx(weights[loop.weighted_state.x[:, 0] > 0].sum().item(), abs=2 / 512)
     assert torch.equal(model.shift, data.shift) and torch.equal(model.scale, data.scale)
 
 
@@ -86,11 +86,11 @@ def test_refreshing_begins_anew_on_time(data):
     loop, refreshed = make_loop(settings, data), []
 
     def look(state):
-        refreshed.append((state.updates, bool(loop.walkers.h == 0)))
+        refreshed.append((state.updates, bool(loop.weighted_state.h == 0)))
 
     fit(loop, 12, callbacks=[Refresh(settings), look])
     assert [k for k, fresh in refreshed if fresh] == [4, 8]  # at the end there is nothing left to train
-    annealing = 2 * 50 * HMC3.kernel().evaluations
+    annealing = 2 * 50 * HMC3.kernel().evaluations_per_step
     assert loop.cost()["gradient_evaluations"] == 12 * pulls_per_update("weighted", HMC3) + annealing
     never = make_loop(SETTINGS, data)
     fit(never, 10, callbacks=[Refresh(SETTINGS)])
@@ -115,9 +115,9 @@ def test_a_watch_sees_particles_that_leave(data):
     saved = []
     state, watch = watched(data, every=1, patience=2, save=lambda fit: saved.append(fit.updates))
     state.loop.step()
-    few = state.loop.walkers.x.clone()
+    few = state.loop.weighted_state.x.clone()
     few[:1] *= 1e3  # one of 64 is more than a hundredth
-    state.loop.walkers = state.loop.walkers._replace(x=few)
+    state.loop.weighted_state = state.loop.weighted_state._replace(x=few)
     watch(state)
     assert watch.bad == 1 and saved == []  # once may be chance
     message = r"update 1: 1 of 64 particles .*V is not bounded below.*--lr or --step-size, or add --weight-decay"
@@ -125,10 +125,10 @@ def test_a_watch_sees_particles_that_leave(data):
         watch(state)
     sound, _ = watched(data)
     assert diverged(sound.loop) is None
-    x, radius = sound.loop.walkers.x, data.standardised()[0][:1000].norm(dim=1).max()
+    x, radius = sound.loop.weighted_state.x, data.standardised()[0][:1000].norm(dim=1).max()
     out = x / x.norm(dim=1, keepdim=True) * radius
     for times in (9.99, 10.01):
-        sound.loop.walkers = sound.loop.walkers._replace(x=times * out)
+        sound.loop.weighted_state = sound.loop.weighted_state._replace(x=times * out)
         said = diverged(sound.loop, data=data.standardised()[0][:1000])
         assert ("64 of 64 particles are more than ten times" in (said or "")) == (times > 10)
 
@@ -147,9 +147,9 @@ def test_a_watch_sees_energies_run_apart(data):
 
 def test_one_bad_look_is_forgiven(data):
     state, watch = watched(data, every=1, patience=2)
-    sound = state.loop.walkers
+    sound = state.loop.weighted_state
     for x in (1e3 * sound.x, sound.x, 1e3 * sound.x):
-        state.loop.walkers = sound._replace(x=x)
+        state.loop.weighted_state = sound._replace(x=x)
         watch(state)
     assert watch.bad == 1
     resumed = Watch(watch.data)

@@ -282,7 +282,7 @@ def test_the_gap_of_energies_is_that_of_the_weights(as_users_run):
         def forward(self, x):
             return x[:, 0]
 
-    loop = SimpleNamespace(model=Model(), walkers=SimpleNamespace(x=x), particles=Particles(x, log_weights))
+    loop = SimpleNamespace(model=Model(), weighted_state=SimpleNamespace(x=x), particles=Particles(x, log_weights))
     fit = SimpleNamespace(updates=20, loop=loop, metrics={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("implicit_diffusion.commands.ebm.training.ParticleLoop", SimpleNamespace)

@@ -156,6 +156,6 @@ def test_the_driver_of_runs_serves_particles_and_resumes_bit_for_bit(tmp_path):
     )
     resumed = fit(build(), 30, directory=RunDirectory(tmp_path / "part")).loop
     assert torch.equal(whole.model.logits, resumed.model.logits)
-    assert torch.equal(whole.walkers.x, resumed.walkers.x)
+    assert torch.equal(whole.weighted_state.x, resumed.weighted_state.x)
     lines = [RunDirectory(tmp_path / name).read_metrics() for name in ("whole", "part")]
     assert [m["reward"] for m in lines[0]] == [m["reward"] for m in lines[1]]

@@ -15,8 +15,8 @@ from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.watch import Watch
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers import HMC, MALA
+from tests.helpers.gibbs_loops import F64, Follow, along_path, build, path
 from tests.helpers.oracles_gibbs import Quartic, line, z_scores
-from tests.loops.gibbs_loops import F64, Follow, build, follower, path
 from tests.loops.test_single import STEPS, expected
 
 
@@ -81,10 +81,10 @@ def test_the_step_size_comes_to_the_acceptance_that_it_aims_at(name):
     loop = loop_at(kernel, torch.zeros(1, 1, dtype=F64))
     adapt = AdaptStep(target, rate=0.1)
     sizes = [adapt.move(loop, loop.step()) for _ in range(160)]
-    assert sizes[0] == kernel.step(0)
+    assert sizes[0] == kernel.step_size_at(0)
     found = torch.tensor(sizes[80:]).log().mean().item()
     assert abs(found - math.log(h)) < 0.03
-    assert kernel.step(0) == KERNELS[name][0].step(0)  # the kernel itself, which may be shared, is as it was
+    assert kernel.step_size_at(0) == KERNELS[name][0].step_size_at(0)  # the kernel, which may be shared, is unchanged
 
 
 def test_it_adapts_anew_when_theta_moves():
@@ -117,7 +117,7 @@ def test_weighted_averages_stay_exact_while_the_step_size_adapts(name):
     start = line().law(Quartic(tuple(thetas[0].tolist())))[1]
     for seed in range(20):
         loop, adapt = (
-            follower({"mala": MALA(0.02), "hmc": HMC(1.6, 2)}[name], thetas, 1000, seed, weighted=True),
+            along_path({"mala": MALA(0.02), "hmc": HMC(1.6, 2)}[name], thetas, 1000, seed, weighted=True),
             AdaptStep(),
         )
         for _ in range(STEPS + 1):
@@ -141,7 +141,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, tmp_path):
     fit(first, 9, callbacks=[AdaptStep(), Watch(every=3)], directory=directory)
     fit(second, 20, callbacks=[AdaptStep(), Watch(every=3)], directory=directory)
     assert second.step_scale == whole.step_scale != 1 and second.step_size == whole.step_size
-    assert torch.equal(second.walkers.x, whole.walkers.x)
+    assert torch.equal(second.weighted_state.x, whole.weighted_state.x)
     assert all(torch.equal(a, b) for a, b in zip(second.parameters, whole.parameters))
     earlier = {k: v for k, v in build(name).state_dict().items() if k != "step_scale"}
     second.load_state_dict(earlier)  # of a version without

@@ -18,14 +18,14 @@ import torch
 
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.loops import NestedParticles, Single, Update
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.models.energy_model import Architecture, EnergyModel, Moves
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs.fit import Fit
-from implicit_diffusion.samplers.followers import annealed
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.replicas import annealed
+from implicit_diffusion.samplers.weighted_state import systematic
 
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
 LANGEVIN_STEPS = 5  # per update, of cd and pcd
@@ -107,7 +107,7 @@ def make_loop(settings: Settings, data: Data) -> ParticleLoop:
 def pulls_per_update(arm: str, moves: Moves) -> int:
     """Pulls through V at all particles that one update of an arm costs."""
     if arm in ("weighted", "hmc"):
-        return moves.kernel().evaluations + (arm == "weighted")
+        return moves.kernel().evaluations_per_step + (arm == "weighted")
     return 1 if arm == "implicit" else LANGEVIN_STEPS + 1
 
 
@@ -128,8 +128,7 @@ class Refresh:
         began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
         path, kernel = loop.model.tempered, moved(self.settings, loop).kernel()
         replicas = annealed(path, kernel, loop.n, noise, steps=REFRESH_STEPS, groups=GROUPS)
-        loop.refresh(replicas.particles(loop.model))
-        loop.evaluations += replicas.evaluations
+        loop.refresh(replicas.particles(loop.model), gradient_evaluations=replicas.gradient_evaluations)
         fit.seconds += time.monotonic() - began
 
 

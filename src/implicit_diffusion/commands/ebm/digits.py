@@ -25,7 +25,7 @@ from implicit_diffusion.extras import require
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 
 CHAINS = 64
 COMPONENTS, BANDWIDTHS = (5, 10, 20, 40), (0.25, 0.35, 0.5, 0.7)
@@ -157,11 +157,11 @@ def long_chains(model: EnergyModel, data: Data, directory: RunDirectory, steps: 
     looks = sorted({0, steps // 100, steps // 10, steps})
     shown, energies = [(0, z)], [_energy(model, z)]
     with progress(steps, "long chains") as bar:
-        for k, move in enumerate(simulate(model.moves.kernel(), model.potential, z, noise, steps), start=1):
+        for k, (state, _) in enumerate(simulate(model.moves.kernel(), model.potential, z, noise, steps), start=1):
             bar.update()
             if k in looks:
-                shown.append((k, move.x))
-                energies.append(_energy(model, move.x))
+                shown.append((k, state.x))
+                energies.append(_energy(model, state.x))
     _draw_chains(model, data, shown, directory)
     return LongChains(looks, energies, [confidence(model, x) for _, x in shown] if data.digits else None)
 

@@ -30,7 +30,7 @@ from implicit_diffusion.objectives import MMD
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs import clock, progress
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.samplers.followers import annealed
+from implicit_diffusion.samplers.replicas import annealed
 from implicit_diffusion.showing import with_error
 
 PARTICLES = {"vectors": 1600, "images": 400}  # of the annealing

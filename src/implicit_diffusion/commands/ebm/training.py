@@ -16,7 +16,7 @@ from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.frozen import eval_mode
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
@@ -62,7 +62,7 @@ class Gap(Shown):
         loop = fit.loop
         assert isinstance(loop, ParticleLoop)
         with eval_mode(loop.model):
-            data, energy = loop.model(self.data).double(), loop.model(loop.walkers.x).double()
+            data, energy = loop.model(self.data).double(), loop.model(loop.weighted_state.x).double()
         weights, ess = loop.particles.weights, loop.particles.ess
         mean = (weights * energy).sum()
         variance = (weights * (energy - mean).square()).sum() / ess + data.var() / len(data)

@@ -17,12 +17,12 @@ from implicit_diffusion.commands.shared.hexagon_problem import HexagonQuadrature
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise, statistics
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL, Objective, Reward
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.samplers import ULA
-from implicit_diffusion.samplers.simulate import simulate
+from implicit_diffusion.samplers.simulation import simulate
 
 NESTED_STEPS, UNROLLED_STEPS, TUNING_SEEDS = 20, 5, 6
 ENOUGH = 16  # particles for the noise of Γ: two in each of eight groups
@@ -108,7 +108,7 @@ class Arms:
 
         def steps() -> Iterator[tuple[dict[str, Any], Tensor]]:
             for metrics in loop.run(updates):
-                yield metrics, loop.walkers.x
+                yield metrics, loop.weighted_state.x
 
         trace = Trace(name, seed, potential)
         trace.record(steps(), updates, lambda: potential.logits.detach().clone())
@@ -131,12 +131,12 @@ class Arms:
         return trace
 
     def _sample(self, name: str, seed: int, noise: Noise, potential: nn.Module) -> Trace:
-        steps, per_step = self.setting.steps, self.kernel.evaluations
+        steps, per_step = self.setting.steps, self.kernel.evaluations_per_step
         x = self.start(noise, exact=False)
 
         def moves() -> Iterator[tuple[dict[str, Any], Tensor]]:
-            for k, move in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
-                yield {"reward": hard_reward(move.x).mean(), "gradient_evaluations": k * per_step}, move.x
+            for k, (state, _) in enumerate(simulate(self.kernel, potential, x, noise.stream(TRAIN), steps), 1):
+                yield {"reward": hard_reward(state.x).mean(), "gradient_evaluations": k * per_step}, state.x
 
         trace = Trace(name, seed, potential)
         trace.record(moves(), steps, lambda: logits_of(potential).detach())

@@ -16,8 +16,8 @@ from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ReverseKL, Reward
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.samplers.followers import annealed
-from implicit_diffusion.samplers.resampling import systematic
+from implicit_diffusion.samplers.replicas import annealed
+from implicit_diffusion.samplers.weighted_state import systematic
 
 START, TRAIN, CHOOSE = range(3)  # streams of noise
 ANNEALING = 200  # steps
@@ -87,8 +87,8 @@ def train(training: Training, model: EnergyModel, start: Particles, reward: Call
 
 def at_model(model: EnergyModel, n: int, noise: Noise) -> Particles:
     """Particles that annealing brings to π_0, with their weights, without log Z."""
-    followers = annealed(model.potential.tempered, model.moves.kernel(), n, noise.stream(START), steps=ANNEALING)
-    particles = followers.particles(model.potential)
+    replicas = annealed(model.potential.tempered, model.moves.kernel(), n, noise.stream(START), steps=ANNEALING)
+    particles = replicas.particles(model.potential)
     return Particles(particles.x, particles.log_weights)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError, check_number
 from implicit_diffusion.loops.base import Loop
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.runs.state import Fit
 
 DECAY = 2 / 3  # of the gain: Σ γ_k = ∞, Σ γ_k² < ∞

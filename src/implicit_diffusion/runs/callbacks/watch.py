@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import DivergenceError, check_type
-from implicit_diffusion.loops.diagnostics import unfit
-from implicit_diffusion.loops.divergence import DATA, WORDS, distance, diverged
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.diagnostics import acceptance_advice
+from implicit_diffusion.loops.diagnostics.divergence import DATA, WORDS, distance, diverged
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.fit import Fit
@@ -187,7 +187,7 @@ class Watch(Shown):
     def _notice(self, fit: Fit) -> None:
         """Report that the acceptance was too low twice in a row, and that it fits again."""
         acceptance = fit.metrics.get("acceptance")
-        misfit = None if acceptance is None else unfit(float(acceptance), self.words, low=True)
+        misfit = None if acceptance is None else acceptance_advice(float(acceptance), self.words, low=True)
         if misfit and self.stiff == 1:
             self.say(f"update {fit.updates}: the step size no longer fits, {misfit}")
         elif not misfit and self.stiff > 1:

@@ -1,6 +1,6 @@
 """Compiled loops beside eager ones, in a process without the tests' type checks, which no compiler can trace.
 
-python -m tests.loops.compiled NAME...      # of gibbs_loops.BUILDS, or "plain": the optimizer's step along
+python -m tests.helpers.compiled_loops NAME...      # of gibbs_loops.BUILDS, or "plain": the optimizer's step along
 """
 
 import sys
@@ -11,8 +11,8 @@ from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.samplers import ULA
+from tests.helpers.gibbs_loops import build, wave
 from tests.helpers.oracles_gibbs import Banana
-from tests.loops.gibbs_loops import build, wave
 
 
 def plain(compiled=False):
@@ -30,7 +30,7 @@ def main(names):
             a, b = eager.step(), compiled.step()
         if compiled.compiled.reason is not None:
             sys.exit(f"{name} was not compiled: {compiled.compiled.reason}")
-        torch.testing.assert_close(compiled.walkers.x, eager.walkers.x, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(compiled.weighted_state.x, eager.weighted_state.x, rtol=1e-8, atol=1e-8)
         for p, q in zip(compiled.model.parameters(), eager.model.parameters()):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8)
         for key, value in a.items():

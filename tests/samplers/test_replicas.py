@@ -1,4 +1,4 @@
-"""Followers: E Ẑ = Z along any path of θ, an honest standard error, weighted averages; and that a mutation shows."""
+"""Replicas: E Ẑ = Z along any path of θ, an honest standard error, weighted averages; and that a mutation shows."""
 
 import copy
 import math
@@ -11,11 +11,11 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials import GaussianMixture, Tilted, mlp
-from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, followers
-from implicit_diffusion.samplers.followers import Followers, annealed
-from implicit_diffusion.samplers.walkers import log_mean_exp
+from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped, replicas
+from implicit_diffusion.samplers.replicas import Replicas, annealed
+from implicit_diffusion.samplers.weighted_state import log_mean_exp
+from tests.helpers.gibbs_loops import path, wave
 from tests.helpers.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
-from tests.loops.gibbs_loops import path, wave
 
 F64 = torch.float64
 KERNELS = {
@@ -28,19 +28,19 @@ FAST, MILD = (12, 13), (16, 5)  # paths: θ moves so fast that groups are resamp
 
 
 def followed(kernel, way=FAST, groups=40, size=150, seed=0):
-    """Followers along a path of θ, fixed in advance, from exact draws with the exact log Z_0."""
+    """Replicas along a path of θ, fixed in advance, from exact draws with the exact log Z_0."""
     steps, made = way
     potentials = [Quartic(tuple(theta.tolist())) for theta in path(steps)[:made]]
     generator = torch.Generator().manual_seed(seed)
     x, log_z = potentials[0].draw(groups * size, generator), line().law(potentials[0])[1]
-    found = Followers(kernel, potentials[0], x, Noise(seed), groups=groups, log_z=log_z)
+    found = Replicas(kernel, potentials[0], x, Noise(seed), groups=groups, log_z=log_z)
     for potential in potentials:
         found.step(potential)
     return found, potentials[-1]
 
 
 def parts(whole, groups):
-    """The same followers as many of `groups` groups: replicates, since groups share nothing."""
+    """The same replicas as many of `groups` groups: replicates, since groups share nothing."""
     for i in range(0, len(whole.groups), groups):
         part = copy.copy(whole)
         part.groups = whole.groups[i : i + groups]
@@ -65,17 +65,17 @@ def test_the_mean_of_z_is_unbiased_while_theta_moves(name):
     z, error = z_of_log_z(found, potential)
     assert abs(z) < four_deviations(39) and error < 0.05
     assert sum(w.log_z != 0 for w in found.groups) > (5 if name == "hmc" else 35)
-    assert found.steps == 13 and found.evaluations == 13 * KERNELS[name].evaluations
+    assert found.steps == 13 and found.gradient_evaluations == 13 * KERNELS[name].evaluations_per_step
 
 
 @pytest.mark.parametrize("name", ["ula", "mala"])
 def test_a_resampling_that_forgets_log_z_is_seen(name, monkeypatch):
-    def forgetful(walkers, here, uniform):
-        taken, there = followers_resample(walkers, here, uniform)
-        return taken._replace(log_z=walkers.log_z), there
+    def forgetful(weighted_state, here, uniform):
+        taken, there = replicas_resample(weighted_state, here, uniform)
+        return taken._replace(log_z=weighted_state.log_z), there
 
-    followers_resample = followers.resample
-    monkeypatch.setattr(followers, "resample", forgetful)
+    replicas_resample = replicas.resample
+    monkeypatch.setattr(replicas, "resample", forgetful)
     assert abs(z_of_log_z(*followed(KERNELS[name]))[0]) > 8
 
 
@@ -84,14 +84,15 @@ MUTATIONS = [(k, m) for k in (ULA, MALA) for m in ("signs", "a step late")] + [(
 
 @pytest.mark.parametrize(("kernel", "mutation"), MUTATIONS)
 def test_a_wrong_increment_is_seen(kernel, mutation, monkeypatch):
-    owe, repay = kernel.owe, kernel.repay
+    forward, backward = kernel.forward_part, kernel.backward_part
     if mutation == "signs":
-        monkeypatch.setattr(kernel, "owe", lambda *a: -owe(*a))
-        monkeypatch.setattr(kernel, "repay", lambda *a: -repay(*a))
+        monkeypatch.setattr(kernel, "forward_part", lambda *a: -forward(*a))
+        monkeypatch.setattr(kernel, "backward_part", lambda *a: -backward(*a))
     elif mutation == "α without its last term":
-        monkeypatch.setattr(kernel, "owe", lambda self, x, here, move, h: owe(self, x, here, move, 0 * h))
+        shortened = lambda self, step, after: forward(self, step._replace(h=0 * step.h), after)  # noqa: E731
+        monkeypatch.setattr(kernel, "forward_part", shortened)
     else:  # V at the particles before the move
-        monkeypatch.setattr(kernel, "owe", lambda self, x, here, move, h: here.value)
+        monkeypatch.setattr(kernel, "forward_part", lambda self, step, after: step.here.value)
     assert abs(z_of_log_z(*followed(kernel(0.2), MILD, size=400))[0]) > 8
 
 
@@ -126,8 +127,8 @@ def test_weighted_averages_are_exact_while_theta_moves(name):
 def test_groups_count_by_their_own_z():
     """Weights of all particles, and log Z, by hand from the groups'."""
     found, potential = followed(ULA(0.09), groups=6, size=40)
-    closed = found._closed(potential)
-    z = torch.stack([(w.log_z + w.log_weights).exp() for w in closed])  # (groups, size)
+    groups = found._under(potential)
+    z = torch.stack([(w.log_z + w.log_weights).exp() for w in groups])  # (groups, size)
     held = found.particles(potential)
     assert isinstance(held, Particles) and len(held) == 240
     torch.testing.assert_close(held.weights, (z / z.sum()).flatten(), rtol=1e-10, atol=1e-14)
@@ -163,7 +164,7 @@ def test_annealing_finds_log_z_and_averages_on_the_plane(kernel):
     functions = (lambda x: x[:, 0], lambda x: x.square().sum(1))
     truth = torch.tensor([fine.mean(potential, f) for f in functions], dtype=F64)
     assert (z_scores(means, truth).abs() < four_deviations(7)).all()
-    assert found.steps == 25 and found.evaluations == 25 * kernel.evaluations
+    assert found.steps == 25 and found.gradient_evaluations == 25 * kernel.evaluations_per_step
 
 
 def test_annealing_along_mixtures_replays_and_leaves_the_model_as_it_was():
@@ -184,11 +185,13 @@ def test_annealing_along_mixtures_replays_and_leaves_the_model_as_it_was():
 
 def test_what_is_refused():
     x = torch.zeros(16, 1, dtype=F64)
-    with pytest.raises(InvalidInputError, match="Underdamped has no increment of weights; take ULA, MALA or HMC"):
-        Followers(Underdamped(0.1), Harmonic(), x, Noise(0))
-    for n, groups in ((16, 1), (16, 3), (16, 16), (16, 0)):
-        with pytest.raises(InvalidInputError, match=rf"{n} particles do not make {groups} groups of equal size ≥ 2"):
-            Followers(ULA(0.1), Harmonic(), x, Noise(0), groups=groups)
+    with pytest.raises(InvalidInputError, match="Underdamped has no increment of weights; use ULA, MALA or HMC"):
+        Replicas(Underdamped(0.1), Harmonic(), x, Noise(0))
+    for groups in (1, 3, 16, 0):
+        with pytest.raises(
+            InvalidInputError, match=rf"16 particles do not split into {groups} groups of equal size ≥ 2"
+        ):
+            Replicas(ULA(0.1), Harmonic(), x, Noise(0), groups=groups)
     with pytest.raises(InvalidInputError, match=r"path\(0\) must have sample\(n, noise\) and log_z"):
         annealed(lambda t: Harmonic(), ULA(0.1), 16, Noise(0), steps=2)
     potential = tilted()
@@ -207,14 +210,14 @@ def test_potentials_that_are_none_and_weights_that_turn_nan():
     x = torch.linspace(-2, 0, 16, dtype=F64)[:, None]
     gauss = GaussianMixture(torch.zeros(1, 1, dtype=F64))
     for call in (
-        lambda: Followers(ULA(0.1), Flawed(), -x, Noise(0)),
+        lambda: Replicas(ULA(0.1), Flawed(), -x, Noise(0)),
         lambda: annealed(lambda t: Flawed() if t == 1 else gauss, ULA(0.1), 64, Noise(0), steps=2),
     ):
         with pytest.raises(InvalidInputError, match="NaN or infinite on the initial particles"):
             call()
-    found = Followers(ULA(0.5), Flawed(), x, Noise(0))
+    found = Replicas(ULA(0.5), Flawed(), x, Noise(0))
     for _ in range(5):
         found.step(Flawed())
     for ask in (found.log_z, found.particles):
-        with pytest.raises(NonFiniteError, match="weights of followers are NaN after 5 steps, or infinite"):
+        with pytest.raises(NonFiniteError, match="weights of replicas are NaN or infinite after 5 steps"):
             ask(Flawed())

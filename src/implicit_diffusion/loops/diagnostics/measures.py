@@ -1,10 +1,12 @@
 """Are the particles where π_θ is, and does Γ know where it goes? Numbers, and plain words on what to change.
 
 - *divergence*: whether the particles can still stand for π_θ, see `divergence`;
-- *lag*: by how many deviations the mean of V (or of the charges) over the particles is off, told by the weights;
-- *signal-to-noise* of Γ: its norm over the standard error of it, from groups of particles;
+- *lag*: by how many deviations the mean of V (or of the charges) over the particles is off, according to the weights;
+- *signal-to-noise* of Γ: its norm over its standard error, from groups of particles;
 - *effective samples in time* and *R-hat* of a statistic recorded along the run (Vehtari et al., arXiv 1903.08008):
   whether chains that started apart have come together.
+
+Diagnostics evaluate V, but nothing in a loop changes, its count of gradient evaluations included.
 """
 
 from __future__ import annotations
@@ -20,12 +22,11 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_tensor, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.fused import fused_pass
-from implicit_diffusion.loops.divergence import WORDS as WORDS
-from implicit_diffusion.loops.divergence import diverged
-from implicit_diffusion.loops.particle import ParticleLoop
+from implicit_diffusion.loops.diagnostics.divergence import WORDS, diverged
+from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.potentials.energy import coarse, energy_of, precision
 
-LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # where `advice` speaks up
+LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # beyond these `advice` says something
 
 
 GROUPS = 8  # of particles, for the noise of Γ
@@ -35,10 +36,13 @@ def signal_to_noise(loop: ParticleLoop, groups: int = GROUPS) -> float:
     """‖E Γ‖ over the standard error of Γ, from `groups` groups of the present particles, without their weights.
 
     ‖mean‖² holds the squared error besides ‖E Γ‖², so it is subtracted; 0 where nothing is left, or Γ is zero. Below
-    one, the step on θ is mostly noise. Every group has a draw of data of its own. It changes nothing in the loop.
+    one, the step on θ is mostly noise. Every group has its own draw of data.
+
+    Raises:
+        InvalidInputError: a loop without particles; fewer than two particles per group.
     """
     check_type("loop", loop, ParticleLoop, "loops over chains have no particles")
-    x = loop.walkers.x
+    x = loop.weighted_state.x
     if len(x) < 2 * check_integer("groups", groups, 2):
         raise InvalidInputError(f"groups must be at most half of the {len(x)} particles, got {groups}")
     with loop.evaluating():
@@ -53,14 +57,19 @@ def signal_to_noise(loop: ParticleLoop, groups: int = GROUPS) -> float:
 
 
 def statistics(loop: ParticleLoop) -> dict[str, float]:
-    """Mean ‖x‖ and mean V of the particles."""
+    """Mean ‖x‖ and mean V of the particles, without their weights."""
+    x = loop.weighted_state.x
     with eval_mode(loop.model):
-        energy = energy_of(loop.model, loop.walkers.x).value
-    return {"mean_norm": loop.walkers.x.flatten(1).norm(dim=1).mean().item(), "mean_energy": energy.mean().item()}
+        energy = energy_of(loop.model, x).value
+    return {"mean_norm": x.flatten(1).norm(dim=1).mean().item(), "mean_energy": energy.mean().item()}
 
 
 def r_hat(values: Float[Tensor, "time chains"]) -> float:
-    """Split R-hat of a statistic: the deviation over all chains against that within them; 1 where they agree."""
+    """Split R-hat of a statistic: the deviation over all chains against that within them; 1 where they agree.
+
+    Raises:
+        InvalidInputError: fewer than four times of at least one chain.
+    """
     _check_record(values)
     halves = torch.cat(values.double()[: len(values) // 2 * 2].chunk(2), 1)
     within = halves.var(0).mean()
@@ -68,7 +77,11 @@ def r_hat(values: Float[Tensor, "time chains"]) -> float:
 
 
 def ess_in_time(values: Float[Tensor, "time chains"]) -> float:
-    """Effective number of independent draws in each chain's `time` values, by Geyer's initial positive sequence."""
+    """Effective number of independent draws in each chain's `time` values, by Geyer's initial positive sequence.
+
+    Raises:
+        InvalidInputError: fewer than four times of at least one chain.
+    """
     _check_record(values)
     centred = values.double() - values.double().mean()
     time = len(centred)
@@ -102,49 +115,56 @@ def advice(
         history: a statistic of some particles along the run, for R-hat; resampling breaks chains, so weighted loops
             have none.
         words: what to call the things to change, with the keys of `WORDS`; a command line names its options.
+
+    Raises:
+        InvalidInputError: a loop without particles; metrics that are not a mapping.
     """
     check_type("loop", loop, ParticleLoop, "advice is for loops over particles")
-    check_type("metrics", metrics, Mapping, "take what the last step returned")
-    found = []
-    if gone := diverged(loop, metrics, words=words):
-        found.append(gone)
+    check_type("metrics", metrics, Mapping, "use what the last step returned")
+    messages = []
+    if divergence := diverged(loop, metrics, words=words):
+        messages.append(divergence)
     with eval_mode(loop.model):
-        said = coarse(energy_of(loop.model, loop.walkers.x).value, precision(loop.model, loop.walkers.x))
-    if said and loop.values_count:
-        found.append(said)
+        value = energy_of(loop.model, loop.weighted_state.x).value
+    rounding = coarse(value, precision(loop.model, loop.weighted_state.x))
+    if rounding and loop.values_matter:
+        messages.append(rounding)
     if float(metrics.get("lag", 0.0)) > LAG:
-        found.append(
+        messages.append(
             f"the particles lag behind θ: weighted and plain means differ by {float(metrics['lag']):.2f} deviations. "
-            f"Take {words['weigh']}, a smaller {words['rate']}, or more sampler steps per update"
+            f"Use {words['weigh']}, a smaller {words['rate']}, or more sampler steps per update"
         )
     if loop.weighted and float(metrics["ess"]) < EFFECTIVE * loop.n:
-        found.append(
-            f"{float(metrics['ess']):.0f} of {loop.n} particles carry the weight: θ moves too far per step. Take a "
+        messages.append(
+            f"{float(metrics['ess']):.0f} of {loop.n} particles carry the weight: θ moves too far per step. Use a "
             f"smaller {words['rate']} or more {words['particles']}"
         )
-    if "acceptance" in metrics and (said := unfit(float(metrics["acceptance"]), words)):
-        found.append(said)
-    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS and not gone else math.inf
+    if "acceptance" in metrics and (acceptance := acceptance_advice(float(metrics["acceptance"]), words)):
+        messages.append(acceptance)
+    noise = signal_to_noise(loop) if loop.n >= 2 * GROUPS and not divergence else math.inf
     if math.isfinite(noise) and noise < NOISE:
-        found.append(
-            f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, take more "
+        messages.append(
+            f"Γ is mostly noise (signal-to-noise {noise:.2f}): θ may have arrived. If not, use more "
             f"{words['particles']} or a smaller {words['rate']}"
         )
     if history is not None and not loop.weighted and r_hat(history) > MIXED:
-        found.append(
+        messages.append(
             f"chains have not come together (R-hat {r_hat(history):.2f}): either the record is short, or particles "
-            "stay in the modes where they began. If a longer run says the same, take "
+            "stay in the modes where they began. If a longer run says the same, use "
             f"{words['weigh']} with X_0 from π_θ"
         )
-    return found
+    return messages
 
 
-def unfit(acceptance: float, words: Mapping[str, str] = WORDS, *, low: bool = False) -> str | None:
+def acceptance_advice(acceptance: float, words: Mapping[str, str] = WORDS, *, low: bool = False) -> str | None:
     """What to say of a step size by the share of its proposals that are accepted; None where it fits.
 
-    With `low` a share that is too high passes: that costs time alone.
+    Args:
+        acceptance: the share.
+        words: what to call the things to change.
+        low: only object to a share that is too low; one that is too high costs nothing but time.
     """
     if ACCEPTED[0] < acceptance and (low or acceptance < ACCEPTED[1]):
         return None
     change = "smaller" if acceptance < ACCEPTED[0] else "larger"
-    return f"{acceptance:.0%} of the proposals are accepted: take a {change} {words['step']}, or {words['tune']}"
+    return f"{acceptance:.0%} of the proposals are accepted: use a {change} {words['step']}, or {words['tune']}"

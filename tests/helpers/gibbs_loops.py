@@ -30,7 +30,7 @@ def wave(x):
     return torch.tanh(x[:, 0])
 
 
-def follower(kernel, path, n, seed, objective=None, **settings):
+def along_path(kernel, path, n, seed, objective=None, **settings):
     """A single loop on `Quartic` whose θ follows a path and whose X_0 is drawn exactly."""
     potential = Quartic(tuple(path[0].tolist()))
     x = potential.draw(n, torch.Generator().manual_seed(seed))

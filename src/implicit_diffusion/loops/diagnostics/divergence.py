@@ -9,16 +9,16 @@ so that log Ẑ > log Z + t has probability e^{−t} at most (Markov). So
 
     E_p V + log Ẑ − ½ Σ_j log(2πe σ_j²)  −  t   ≤   KL(p‖π_θ)
 
-with probability 1 − e^{−t}: what stands on the left cannot be large by chance, whatever q is. It is the same for
-V + const, and in any units of x. (The particles' own noise, of E_p V and σ_j², is small beside the limit.) q is a
-mixture of Gaussians around the particles' mean, from an eighth of their deviations to sixty-four of them: where a
-network is low outside of the data, where no particle has come, log Ẑ says so. Contrastive divergence, whose particles
-begin at data, is blind to such places, and so are the energies of its particles. In many dimensions q hits few of them:
-the bound holds, and sees less.
+with probability 1 − e^{−t}: the left-hand side cannot be large by chance, whatever q is. It is the same for V + const,
+and in any units of x. (The particles' own noise, of E_p V and σ_j², is small beside the limit.) q is a mixture of
+Gaussians around the particles' mean, from an eighth of their deviations to sixty-four of them: where a network is low
+outside of the data, where no particle has come, log Ẑ says so. Contrastive divergence, whose particles start at data,
+is blind to such places, and so are the energies of its particles. In many dimensions q hits few of them: the bound
+holds, but detects less.
 
-Where the objective is maximum likelihood alone, three more signs are looked at, which need no log Z: particles more
-than ten times as far out as any datum, mean energies of data and particles that differ by more than ten of their
-deviations, and a Γ that is exactly zero.
+Where the objective is maximum likelihood alone, three more signs are checked, which need no log Z: particles more than
+ten times as far out as any datum, mean energies of data and particles that differ by more than ten of their deviations,
+and a Γ that is exactly zero.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch import Tensor
 
 from implicit_diffusion.errors import check_type
 from implicit_diffusion.frozen import eval_mode
-from implicit_diffusion.loops.particle import CHECK, ParticleLoop
+from implicit_diffusion.loops.particle_loop import CHECK, ParticleLoop
 from implicit_diffusion.objectives import ForwardKL
-from implicit_diffusion.potentials.energy import evaluate
+from implicit_diffusion.potentials.energy import value_of
 
 SCALES = tuple(2.0**k for k in range(-3, 7))  # of the particles' deviations
 EACH = 64  # points of each scale
@@ -58,21 +58,24 @@ def limit(loop: ParticleLoop) -> float:
 
     They allow for a bias or a lag of √2 deviations in every coordinate, and masses of modes that are off by e^{10}.
     """
-    return 10.0 + math.prod(loop.walkers.x.shape[1:])
+    return 10.0 + math.prod(loop.weighted_state.x.shape[1:])
 
 
 @torch.no_grad()
 def distance(loop: ParticleLoop) -> float:
     """A lower bound of KL(particles‖π_θ) in nats, up to chance: by t too large with probability e^{−t} at most.
 
-    It is below zero where nothing can be said, as where fewer than 16 particles are effective. Its noise is the loop's,
-    by iteration, and it changes nothing there.
+    It is −∞ where nothing can be said, e.g. where fewer than 16 particles are effective. Its noise is the loop's, by
+    iteration, and nothing changes there.
+
+    Raises:
+        InvalidInputError: a loop without a potential.
     """
     check_type("loop", loop, ParticleLoop, "loops over chains have no potential")
-    held = loop.particles
-    x = held.x.flatten(1).double()
-    w = held.weights.double()
-    if not held.ess >= ENOUGH:
+    particles = loop.particles
+    x = particles.x.flatten(1).double()
+    w = particles.weights.double()
+    if not particles.ess >= ENOUGH:
         return -math.inf
     mean = w @ x
     deviation = (w @ (x - mean).square()).sqrt()
@@ -84,19 +87,19 @@ def distance(loop: ParticleLoop) -> float:
     radii = scales[:, None, None] * xi  # (y − mean)/deviation
     squares = radii.square().sum(2).flatten()
     log_q = torch.logsumexp(-squares[:, None] / (2 * scales**2) - x.shape[1] * scales.log(), 1) - math.log(len(SCALES))
-    y = (mean + radii.flatten(0, 1) * deviation).view(-1, *held.x.shape[1:]).to(held.x)
+    y = (mean + radii.flatten(0, 1) * deviation).view(-1, *particles.x.shape[1:]).to(particles.x)
     with eval_mode(loop.model):
-        height = held.mean(evaluate(loop.model, held.x)).double()
-        there = evaluate(loop.model, y).double().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
+        at_particles = particles.mean(value_of(loop.model, particles.x)).double()
+        there = value_of(loop.model, y).double().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
     log_z = torch.logsumexp(-there - log_q, 0) - math.log(len(y))  # each less ½ Σ log 2πσ_j²
-    return (height + log_z - x.shape[1] / 2).item()
+    return (at_particles + log_z - x.shape[1] / 2).item()
 
 
 def data_of(loop: ParticleLoop) -> Tensor | None:
-    """The data, a thousand at most, where maximum likelihood is all that the loop is after; None elsewhere."""
-    weighty = [term for weight, term in loop.objective.stationary if weight != 0]
-    known = [term.data for term in weighty if isinstance(term, ForwardKL)]
-    return known[0][:DATA] if known and len(known) == len(weighty) else None
+    """The data, a thousand at most, where maximum likelihood is the loop's only objective; None elsewhere."""
+    terms = [term for weight, term in loop.objective.stationary if weight != 0]
+    data = [term.data for term in terms if isinstance(term, ForwardKL)]
+    return data[0][:DATA] if data and len(data) == len(terms) else None
 
 
 def diverged(
@@ -113,46 +116,46 @@ def diverged(
         loop: as it stands.
         metrics: of its last step, where there are any.
         data: to compare with; by default those of the objective, where it is maximum likelihood alone.
-        nats: from `distance`, where it is known already.
+        nats: what `distance` returned, where it is known already.
         words: what to call the things to change, with the keys of `WORDS`.
     """
     data = data_of(loop) if data is None else data
-    found = None if data is None else _against(loop, data, words)
-    if found is None and data is not None and float(metrics.get("grad_norm", 1.0)) == 0:
-        found = (
+    reason = None if data is None else _against(loop, data, words)
+    if reason is None and data is not None and float(metrics.get("grad_norm", 1.0)) == 0:
+        reason = (
             "Γ is exactly zero: V no longer depends on θ at particles and data, as where all units of a network have "
-            f"died. Begin anew with a smaller {words['rate']}"
+            f"died. Start again with a smaller {words['rate']}"
         )
     nats = distance(loop) if nats is None else nats
-    if found is None and nats > limit(loop):
-        found = (
+    if reason is None and nats > limit(loop):
+        reason = (
             f"the particles are at least {nats:.3g} nats from the law of V (KL): V is low where none of them "
-            f"are, or they have left where it is. Take a smaller {words['rate']}, more sampler steps per update, or "
-            f"{words['decay']}"
+            f"are, or they have left the place where it is low. Use a smaller {words['rate']}, more sampler steps per "
+            f"update, or {words['decay']}"
         )
-    return found
+    return reason
 
 
 @torch.no_grad()
 def _against(loop: ParticleLoop, data: Tensor, words: Mapping[str, str]) -> str | None:
     """Particles and their energies against data and theirs."""
-    x = loop.walkers.x
+    x = loop.weighted_state.x
     radius = data.flatten(1).norm(dim=1).amax()
     far = int((x.flatten(1).norm(dim=1) > 10 * radius).sum())
     if far > 0.01 * len(x):
         return (
             f"{far} of {len(x)} particles are more than ten times as far out as any datum: V is not bounded below, or "
-            f"the sampler is unstable. Take a smaller {words['rate']} or {words['step']}, or add {words['decay']}"
+            f"the sampler is unstable. Use a smaller {words['rate']} or {words['step']}, or add {words['decay']}"
         )
     with eval_mode(loop.model):
-        at_data, at_particles = evaluate(loop.model, data), evaluate(loop.model, x)
+        at_data, at_particles = value_of(loop.model, data), value_of(loop.model, x)
     gap = at_data.mean() - loop.particles.mean(at_particles)
     usual = math.sqrt(math.prod(x.shape[1:]) / 2)  # deviation of −log p under p, of a Gaussian of that dimension
-    spread = min(max(at_data.std().item(), usual), 10 * usual)  # of a sound model; it would grow with what runs away
+    spread = min(max(at_data.std().item(), usual), 10 * usual)  # of a sound model; that of a run-away one would hide it
     if not gap.abs() < 10 * spread:
         return (
             f"the mean energy of the data is {gap:.3g} from that of the particles, {gap.abs() / spread:.0f} times its "
-            f"spread: particles are not where the model is. Take a smaller {words['rate']}, {words['weigh']}, or more "
+            f"spread: particles are not where the model is. Use a smaller {words['rate']}, {words['weigh']}, or more "
             f"{words['particles']}"
         )
     return None

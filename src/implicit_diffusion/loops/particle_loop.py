@@ -1,0 +1,266 @@
+"""What the loops over stationary samplers share: particles, their weights, and the noise that moves them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn, optim
+
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
+from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
+from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.given_particles import initial_particles, replacing_particles
+from implicit_diffusion.loops.nonfinite import what_failed
+from implicit_diffusion.loops.update import Update
+from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import GibbsObjective, Objective, ReverseKL
+from implicit_diffusion.particles import Particles
+from implicit_diffusion.potentials.energy import Energy, check_potential, coarse, energy_of, known_log_z, precision
+from implicit_diffusion.rounding import exact
+from implicit_diffusion.samplers.draws import Blocks, innermost
+from implicit_diffusion.samplers.kernel import Info, Kernel, Step
+from implicit_diffusion.samplers.resolution import check_resolved
+from implicit_diffusion.samplers.weighted_state import WeightedState, exact_draws, log_mean_exp, resample, reweighted
+from implicit_diffusion.showing import of_tensor
+
+KERNEL, DATA, START, CHECK = range(4)  # streams of noise
+
+
+class ParticleLoop(Loop):
+    """A loop over particles that a Markov kernel moves.
+
+    Args:
+        potential: V, an `nn.Module` (n, *event) → (n,), trained in place.
+        kernel: the sampler's step, e.g. `ULA(0.1)`.
+        objective: F, which is minimised, e.g. `Reward(r)` or `ForwardKL(data)`.
+        update: a torch optimizer of the potential's parameters, or an `Update` around one.
+        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+        noise: source of every random number.
+        weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
+            of them are effective, and keep log Z. X_0 must then be draws from π_θ.
+        lag: also report by how much unweighted particles lag behind π_θ.
+
+    Attributes:
+        weighted_state: the particles between two iterations, with their weights where the loop keeps them.
+        gradient_evaluations: how often this loop has pulled through V at all the particles, for the sampler or for Γ.
+            What else evaluates V (diagnostics, other loops) is not counted here.
+        inner_steps: steps of the kernel per iteration.
+        step_scale: a factor of the kernel's step sizes, which `AdaptStep` moves.
+        log_z0: log Z at the start; None where it is not known.
+
+    Raises:
+        InvalidInputError: an argument that does not fit the others; the message says which.
+    """
+
+    def __init__(
+        self,
+        potential: nn.Module,
+        kernel: Kernel,
+        objective: Objective,
+        update: Update | optim.Optimizer,
+        *,
+        particles: Float[Tensor, "n *event"] | int,
+        noise: Noise,
+        weighted: bool = False,
+        lag: bool = False,
+    ) -> None:
+        check_type("kernel", kernel, Kernel, "use ULA(0.1), for example")
+        check_type("weighted", weighted, bool, "use True or False")
+        check_type("lag", lag, bool, "use True or False")
+        super().__init__(potential, "potential", objective, update, noise)
+        self.kernel, self.weighted, self.lag = kernel, weighted, lag
+        self.inner_steps = 1
+        self.step_scale = 1.0
+        if (weighted or lag) and not kernel.weighted:
+            raise InvalidInputError(
+                f"{type(kernel).__name__} has no increment of weights; use ULA, MALA or HMC, or weighted=False"
+            )
+        if objective.running:
+            names = ", ".join(type(term).__name__ for _, term in objective.running)
+            raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
+        x = initial_particles(self.model, particles, noise.stream(START, 0))
+        check_resolved(kernel, x, 0)
+        self.parameters = [p for p in self.update.parameters if p.requires_grad]
+        with self.evaluating():
+            check_potential(potential, x)
+            value = energy_of(potential, x).value
+            for _, term in objective.stationary:
+                with trying(term.name, "the initial particles"):  # it may write into what it is given
+                    term.check_stationary(Particles(x.clone()), value)
+            self.objective = objective.starting_at(Particles(x.clone()), value)
+        if (warning := coarse(value, precision(potential, x))) and self.values_matter:
+            warnings.warn(warning, stacklevel=3)
+        self.weighted_state = exact_draws(kernel.start(x, noise.generator(START, 1, device=x.device)), value)
+        self.log_z0 = known_log_z(potential)
+        self.gradient_evaluations = 0
+        self._blocks = Blocks(KERNEL)
+        self._step_sizes: dict[float, Tensor] = {}
+
+    def _words(self) -> Iterable[str]:
+        yield f"{self.n} particles {of_tensor(self.weighted_state.x[0])}"
+        yield from (name for name in ("weighted", "lag") if getattr(self, name))
+        if self.step_scale != 1:
+            yield f"step size={self.step_size:.3g}"
+        yield from super()._words()
+
+    def _parts(self) -> dict[str, object]:
+        return {"potential": self.model, "kernel": self.kernel} | super()._parts()
+
+    @property
+    def n(self) -> int:
+        """The number of particles."""
+        return len(self.weighted_state.x)
+
+    @property
+    def particles(self) -> Particles:
+        """The present particles; with the weights and the log Z of the present θ in a weighted loop."""
+        if not self.weighted:
+            return self._as_particles(self.weighted_state)
+        with eval_mode(self.model):
+            here = energy_of(self.model, self.weighted_state.x)
+            return self._as_particles(reweighted(self.kernel, self.weighted_state, here))
+
+    @property
+    def step_size(self) -> float:
+        """The scaled step size of the kernel's last step; of its first one where none has been made."""
+        return self.step_scale * self.kernel.step_size_at(max(0, self.iteration * self.inner_steps - 1))
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether log-weights are kept, to weigh the particles with or to report their lag."""
+        return self.weighted or self.lag
+
+    @property
+    def values_matter(self) -> bool:
+        """Whether V itself matters, beside its gradients: for acceptance, weights or the objective."""
+        in_objective = any(isinstance(term, ReverseKL) for _, term in self.objective.stationary)
+        return self.keeps_weights or in_objective or self.kernel.target_acceptance is not None
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Context in which V and the objective are deterministic functions (eval mode), restored on exit."""
+        refuse_inference_mode()
+        return eval_mode(self.model, *(network for _, term in self.objective.terms for network in term.networks()))
+
+    def refresh(self, particles: Particles, *, gradient_evaluations: int = 0) -> None:
+        """Go on from other particles that stand for the present π_θ: draws, weighted or not, e.g. from `annealed`.
+
+        What the old ones accumulated (weights, errors of log Z and of the masses of modes) ends with them. Log Z goes
+        on from the new ones' log Z, or from that of the old ones where the new ones carry none.
+
+        Args:
+            particles: the new particles, with the number, shape, dtype and device of the old ones.
+            gradient_evaluations: what the new particles have cost, which is added to the loop's own work.
+
+        Raises:
+            InvalidInputError: particles of another number, shape, dtype or device, or not finite; weights in a loop
+                without weights.
+        """
+        check_integer("gradient_evaluations", gradient_evaluations, 0)
+        x, log_weights = replacing_particles(particles, self.weighted_state.x, self.weighted)
+        with eval_mode(self.model):
+            value = energy_of(self.model, x).value
+        log_weights = log_weights - log_mean_exp(log_weights)
+        growth = self.particles.log_z_growth if self.weighted else self.weighted_state.log_z
+        assert growth is not None
+        if particles.log_z is not None:
+            self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
+            growth = (particles.log_z - self.log_z0).to(growth)
+        zero = x.new_zeros(())
+        self.weighted_state = WeightedState(
+            x, self.weighted_state.momentum, log_weights, growth, x, exact(value), h=zero, lag=zero
+        )
+        self.gradient_evaluations += gradient_evaluations
+
+    def cost(self) -> dict[str, int]:
+        return {"gradient_evaluations": self.gradient_evaluations}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("log_z0", "gradient_evaluations", "step_scale")
+        own = {name: getattr(self, name) for name in names}
+        return super().state_dict() | {"weighted_state": self.weighted_state._asdict()} | own
+
+    def _like(self) -> dict[str, Any]:
+        own = {"particles": list(self.weighted_state.x.shape), "kernel": type(self.kernel).__name__}
+        return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({"step_scale": 1.0} | dict(state) if isinstance(state, Mapping) else state)
+        old, new = self.weighted_state._asdict(), state["weighted_state"]
+        saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
+        self.weighted_state = WeightedState(**saved)
+        self.log_z0, self.gradient_evaluations = state["log_z0"], state["gradient_evaluations"]
+        self.step_scale = state.get("step_scale", 1.0)
+        self._blocks.forget()
+
+    def _as_particles(self, state: WeightedState) -> Particles:
+        """The state as particles, weighted where the loop is; a copy, since objectives may write into it.
+
+        Args:
+            state: with weights under the present θ.
+        """
+        x = state.x.clone()
+        if not self.weighted:
+            return Particles(x)
+        growth = state.log_z + log_mean_exp(state.log_weights)
+        log_z = None if self.log_z0 is None else exact(growth) + self.log_z0
+        return Particles(x, state.log_weights, log_z, growth)
+
+    def _draws(self, iteration: int) -> tuple[Tensor, ...]:
+        """The random numbers of one step of the sampler: the kernel's, and one U(0, 1) for resampling."""
+        return self._blocks.at(iteration, self.kernel.draws, self.noise, self.weighted_state.x)
+
+    def _points(self, iteration: int) -> list[Tensor | None]:
+        """For every term of the objective the points besides the particles that it charges."""
+        if not any(type(term).draw is not GibbsObjective.draw for _, term in self.objective.stationary):
+            return [None for _ in self.objective.stationary]
+        generator = self.noise.generator(DATA, iteration, device=self.weighted_state.x.device)
+        return [term.draw(generator) for _, term in self.objective.stationary]
+
+    def _h(self, k: int) -> Tensor:
+        """The step size of the kernel's k-th step as a tensor."""
+        h = self.step_scale * self.kernel.step_size_at(k)
+        check_resolved(self.kernel, self.weighted_state.x, k, self.step_scale)
+        if h not in self._step_sizes:
+            self._step_sizes = {h: self.weighted_state.x.new_tensor(h)}
+        return self._step_sizes[h]
+
+    def _move(
+        self, state: WeightedState, here: Energy, draws: tuple[Tensor, ...], h: Tensor
+    ) -> tuple[WeightedState, Info]:
+        """One step of the kernel, after resampling where the weights call for it.
+
+        Args:
+            state: with weights under the present θ, where the loop keeps any.
+            here: V and ∇V at the particles.
+            draws: as `_draws` returned them.
+            h: the step size.
+        """
+        *numbers, uniform = draws
+        if self.weighted:
+            state, here = resample(state, here, uniform)
+        step = Step(state.x, state.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h)
+        after, info = self.kernel.move(step)
+        momentum = None if after.momentum is None else innermost(after.momentum)
+        moved = state._replace(x=innermost(after.x), momentum=momentum)  # one layout: a resumed run rounds the same
+        if self.keeps_weights:
+            forward = self.kernel.forward_part(step, after)
+            moved = moved._replace(previous=state.x, forward_part=forward, h=h.clone())
+        return moved, info
+
+    def _hand_over(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add Γ to the parameters' `.grad`."""
+        for p, g in zip(self.parameters, gradients):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad + g
+
+    def _diagnose(self, state: WeightedState, values: dict[str, Tensor]) -> str | None:
+        """What was NaN or infinite in the last iteration, which led to `state`, in words; None where nothing was."""
+        terms = zip(self.objective.stationary, self._points(self.iteration - 1), strict=True)
+        places = [("particles", self.weighted_state.x), ("particles", state.x)]
+        places += [(f"data of {term.name}", y) for (_, term), y in terms if y is not None]
+        reason = what_failed(self.model, state.x, places, self.particles.ess if self.weighted else None)
+        return f"iteration {self.iteration - 1}: {reason}" if reason else self._bad_value(values)

@@ -1,0 +1,88 @@
+"""Random numbers of the samplers: drawn for many steps at once, laid out for short vectors, addressed by iteration.
+
+Random numbers are drawn outside of what may be compiled, for a block of iterations at once. Blocks, or short spans of
+them, are addressed by number, so that a loop that is restored from disk draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.noise import Noise
+
+Draw = Callable[[torch.Generator, int, Tensor], tuple[Tensor, ...]]  # `Kernel.draws`
+
+BLOCK = 2**17  # numbers drawn at once: those of several steps of few particles, or of one step of many
+SPAN = 32  # iterations, about, that one generator serves: seeding it costs as much as thousands of numbers
+
+
+def short(x: Tensor) -> bool:
+    """Whether x holds vectors so short that loops over their coordinates do not vectorise."""
+    return x.ndim == 2 and x.shape[1] <= 16
+
+
+def innermost(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same numbers; short vectors are laid out with the particles innermost, which does vectorise."""
+    return x.mT.contiguous().mT if short(x) else x.contiguous()
+
+
+def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
+    """N(0, 1) with shape (count, *x.shape), for short vectors with the particles innermost.
+
+    The numbers depend on the shape of x alone, not on its layout in memory: a resumed run draws the same.
+    """
+    if short(x):
+        shape = (count, x.shape[1], x.shape[0])
+        return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
+    return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
+
+
+class Blocks:
+    """The random numbers of every iteration of a loop, drawn block by block.
+
+    What is kept is the block that was drawn last, and the generator that goes on to the next one.
+
+    Args:
+        stream: of the noise that the numbers come from.
+    """
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the block that was drawn last: for a loop that goes on from another state or with other noise."""
+        self._block = -1
+        self._generator: torch.Generator | None = None
+        self._numbers: tuple[Tensor, ...] = ()
+
+    def at(self, iteration: int, draw: Draw, noise: Noise, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
+        """The random numbers of one iteration: the kernel's `draws`, then one U(0, 1) for resampling.
+
+        Args:
+            iteration: counted from 0.
+            draw: the kernel's `draws`.
+            noise: source of the numbers, of which the stream is used.
+            x: particles of the same shape, dtype and device as those that will be moved.
+        """
+        count = max(1, BLOCK // x.numel())  # iterations in a block
+        block, i = divmod(iteration, count)
+        if self._block != block:
+            self._next(block, count, draw, noise, x)
+        return tuple(part[i] for part in self._numbers)
+
+    def _next(self, block: int, count: int, draw: Draw, noise: Noise, x: Tensor) -> None:
+        length = max(1, SPAN // count)  # blocks in a span
+        first, last, generator = block - block % length, self._block, self._generator
+        self.forget()
+        if block == first or last != block - 1:
+            generator, last = noise.generator(self.stream, block // length, device=x.device), first - 1
+        assert generator is not None
+        for _ in range(last, block):  # a loop that begins within a span draws what came before, and drops it
+            uniform = torch.rand(count, generator=generator, device=x.device, dtype=x.dtype)
+            self._numbers = (*draw(generator, count, x), uniform)
+        self._block, self._generator = block, generator
