@@ -10,7 +10,7 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.precision import check_precision
 from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.finetune.training import make_loop
-from implicit_diffusion.denoisers.adapter import inner
+from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.denoisers.lora import WithoutAdapter
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
@@ -125,7 +125,7 @@ def test_a_compiled_network_is_the_same_function(place, rank, quick_compiler):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     x = made.chain.sample(Noise(0), 3)  # another batch, without gradient
     torch.testing.assert_close(x, plain.chain.sample(Noise(0), 3), rtol=1e-3, atol=1e-3)
-    twin = copy.deepcopy(inner(made.chain.denoiser))
+    twin = copy.deepcopy(unwrapped(made.chain.denoiser))
     assert twin.compiled.function is twin.model  # a weight average compiles its own network
 
 
@@ -149,7 +149,7 @@ def test_every_network_of_convolutions_is_channels_last_and_transformers_are_not
         (False, {"model": str(tiny.dit(tmp_path / "dit"))}),
     ):
         chain = setup.build(setup_spec(Config(**options, **given))).chain
-        for network in (inner(chain.denoiser), inner(chain.reference)):
+        for network in (unwrapped(chain.denoiser), unwrapped(chain.reference)):
             weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
             wide = [w for w in weights if w.shape[1] > 1 and w.shape[2] > 1]
             assert wide and all(w.is_contiguous(memory_format=torch.channels_last) == convolutional for w in wide), (
