@@ -36,7 +36,7 @@ held_out, data = data[: len(data) // 5], data[len(data) // 5 :]
 mean, std = data.mean(0), data.std(0)
 train, test = (data - mean) / std, (held_out - mean) / std
 
-potential = idf.Tilted(idf.mlp(data.shape[1], noise.stream(3), width=32, depth=2), data.shape[1:])
+potential = idf.potentials.Tilted(idf.potentials.mlp(data.shape[1], noise.stream(3), width=32, depth=2), data.shape[1:])
 adam = torch.optim.Adam(potential.parameters(), lr=2e-2, betas=(0.9, 0.99))
 update = idf.Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, options.updates))
 kernel, likelihood = idf.HMC(0.12, leapfrogs=4), idf.ForwardKL(train, batch=512)
@@ -45,7 +45,7 @@ for metrics in loop.run(options.updates):
     if metrics["updates"] % (options.updates // 4) == 0:
         print("{updates:4} updates: nll {nll:.3f}, {ess:.0f} effective particles".format(**metrics))
 
-log_z, log_z_se = idf.annealed(potential.tempered, kernel, 800, noise.stream(5), steps=60).log_z(potential)
+log_z, log_z_se = idf.samplers.annealed(potential.tempered, kernel, 800, noise.stream(5), steps=60).log_z(potential)
 with torch.no_grad():
     scores = -potential(test).double() - log_z - std.log().sum()
 gaussian = torch.distributions.MultivariateNormal(mean, data.T.cov()).log_prob(held_out)

@@ -29,7 +29,7 @@ def symmetry(images: torch.Tensor) -> torch.Tensor:
 
 noise = idf.Noise(0)
 pretrained = idf.load_pretrained(options.model)
-scheduler = idf.scheduler_for(pretrained.scheduler, "ddpm")
+scheduler = idf.tables.scheduler_for(pretrained.scheduler, "ddpm")
 table = idf.read_table(scheduler, options.steps)
 chain = idf.Chain(pretrained.denoiser, table, pretrained.event_shape, pretrained_rows="noiseless")
 

@@ -46,8 +46,8 @@ N, h, gammas = 8, 0.25, []  # Euler's scheme for the reverse SDE of data N(mean,
 gain = sum(2 * h * (1 - h) ** (j - 1) * math.exp(-j * h) for j in range(1, N + 1))
 v = (1 - h) ** (2 * N) + (1 - (1 - h) ** (2 * N)) / (1 - h / 2)
 for seed in seeds:
-    net = idf.GaussianDenoiser.ornstein_uhlenbeck(torch.tensor([mean], dtype=torch.float64), 1.0)
-    chain, still = idf.Chain(net, idf.ou_reverse_sde(N, N * h), (1,)), torch.optim.SGD(net.parameters(), lr=0.0)
+    net = idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.tensor([mean], dtype=torch.float64), 1.0)
+    chain, still = idf.Chain(net, idf.tables.ou_reverse_sde(N, N * h), (1,)), torch.optim.SGD(net.parameters(), lr=0.0)
     idf.Nested(chain, SoftMaximum(), still, batch=n, noise=idf.Noise(seed)).step()
     gammas.append(net.mean.grad)
 report("chain", gammas, gain * (gain * mean + a * v / 2 - c))

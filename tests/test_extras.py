@@ -119,8 +119,8 @@ PLACES = [
     ('idf.load_pretrained("digits")', "transformers", "diffusers"),
     ('idf.load_pretrained("nobody/nothing")', "huggingface_hub", "diffusers"),
     ("idf.denoisers.add_lora(torch.nn.Linear(2, 2), 2, idf.Noise(0), ['weight'])", "peft", "diffusers"),
-    ("from implicit_diffusion.digits.digits import load_digits; load_digits()", "sklearn", "data"),
-    ('from implicit_diffusion.commands.shared.planar import law; law("moons")', "sklearn", "data"),
+    ("from implicit_diffusion.digits.data import load_digits; load_digits()", "sklearn", "data"),
+    ('from implicit_diffusion.potentials.plane import law; law("moons")', "sklearn", "data"),
     ("from implicit_diffusion.commands.shared.drawing import sheet; sheet(1, 1)", "matplotlib", "cli"),
 ]
 

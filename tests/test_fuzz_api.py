@@ -495,13 +495,13 @@ PUBLIC = {
 # Public names that are no calls of their own: errors, results, and terms without arguments.
 NAMESPACES = [idf, *(value for name in idf.__all__ if isinstance(value := getattr(idf, name), ModuleType))]
 NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstance(getattr(space, name), ModuleType)}
-RESULTS = {*idf.errors.__all__, "Bound", "Evaluation", "Pretrained", "PathKL", "DriftPenalty", "EnergyModel", "Fit"}
-CONTRACTS = {
-    "GibbsObjective",
-    "Kernel",
-    "RunningCost",
-    "TerminalObjective",
-}  # that users fulfil with classes of their own
+RESULTS = {
+    *idf.errors.__all__,
+    *("Bound", "DriftPenalty", "EnergyModel", "Evaluation", "Fit", "PathKL", "Plan", "Pretrained"),
+}
+CONTRACTS = {  # users fulfil them with classes of their own
+    *("Estimator", "GibbsObjective", "Kernel", "RowEstimator", "RunningCost", "TerminalObjective"),
+}
 PARTS = {  # for those who write such a class, or look inside a loop
     *(
         "AdjointMeasure",
@@ -515,12 +515,13 @@ PARTS = {  # for those who write such a class, or look inside a loop
         "Sum",
         "Term",
     ),
-    *("NAMED_SAMPLERS", "Transition", "alpha", "energy_of", "fused_pass"),
+    *("NAMED_SAMPLERS", "Timetable", "Transition", "alpha", "energy_of", "fused_pass"),
     *("ou_marginal", "pull_back", "systematic", "terminal_adjoint", "statistics", "eval_mode", "frozen_copy"),
 }
 OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
-    *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL", "Watch"),
-    *("distance", "fit", "graceful", "load_energy_model", "load_reward", "load_state", "make_plan", "most_kl"),
+    *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL"),
+    *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
+    *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl"),
     *("pipeline_for", "progress", "save_adapter", "save_state", "sharpest"),
 }
 

@@ -17,7 +17,6 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
-from implicit_diffusion.evaluation import make_plan
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
@@ -220,8 +219,8 @@ EXAMPLES = {
     "Lattice": lambda: find_lattice(torch.arange(40.0).reshape(20, 2)),
     "EnergyModel": energy_model,
     "Data": lambda: Data(DATA, DATA, DATA[0], DATA[0], law("moons")),
-    "Plan": lambda: make_plan(evaluation()),
-    "PlanRow": lambda: make_plan(evaluation()).rows()[0],
+    "Plan": lambda: idf.make_plan(evaluation()),
+    "PlanRow": lambda: idf.make_plan(evaluation()).rows()[0],
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
     "ClippingEffect": lambda: idf.evaluation.ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),

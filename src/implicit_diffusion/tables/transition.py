@@ -19,8 +19,8 @@ class Transition(Shown):
         u: the network's prediction on the slots' rows (the pretrained one where the row is not trained), as `x`.
         u0: the pretrained network's prediction, as `x`; None where it was not asked for.
         a, b, s, h: the rows' coefficients, broadcastable to `x`, i.e. with shape (slots, 1, ...).
-        trained: whether the row's network is the one with parameters θ, shaped as `a`.
-        evaluations: network calls × samples that were made for it, u_θ and u_0 alike.
+        trained: whether the network of the row is the one with parameters θ, shaped as `a`.
+        evaluations: network calls × samples that it took, of both u_θ and u_0.
     """
 
     x: Float[Tensor, "slots batch *event"]
