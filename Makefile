@@ -6,10 +6,8 @@ READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 OLDEST := .venv-oldest
-# Without the verified grid, which is that of the pinned diffusers: older ones draw some noise without a generator.
 OLDEST_TESTS := tests/test_extras.py tests/test_showing.py tests/tables tests/denoisers tests/models tests/digits \
-	tests/files tests/evaluation tests/commands/finetune/test_finetune.py tests/commands/sample \
-	--ignore tests/tables/test_verified.py
+	tests/files tests/evaluation tests/commands/finetune/test_finetune.py tests/commands/sample
 
 .PHONY: demo test test-all test-oldest lint types docs bench clean
 

@@ -35,7 +35,7 @@ chain = idf.Chain(pretrained.denoiser, table, pretrained.event_shape, pretrained
 
 before = idf.evaluate(chain.pretrained(), symmetry, noise.stream(1), starts=options.starts, repeats=4)
 plan = idf.make_plan(before)  # what each KL weight can buy, before any training
-kl_weight = plan.rows()[1]["kl_weight"]  # for a gain of half a standard deviation
+kl_weight = plan.rows()[1].kl_weight  # for a gain of half a standard deviation
 print(f"reward {before.reward.mean():.2f}, standard deviation {plan.reward_std:.2f}; KL weight {kl_weight:.2f}")
 
 adam = torch.optim.Adam(pretrained.denoiser.parameters(), lr=5e-5)

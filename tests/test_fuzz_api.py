@@ -497,7 +497,8 @@ NAMESPACES = [idf, *(value for name in idf.__all__ if isinstance(value := getatt
 NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstance(getattr(space, name), ModuleType)}
 RESULTS = {
     *idf.errors.__all__,
-    *("Bound", "DriftPenalty", "EnergyModel", "Evaluation", "Fit", "PathKL", "Plan", "Pretrained"),
+    *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
+    *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
     *("Estimator", "GibbsObjective", "Kernel", "RowEstimator", "RunningCost", "TerminalObjective"),
@@ -519,7 +520,7 @@ PARTS = {  # for those who write such a class, or look inside a loop
     *("ou_marginal", "pull_back", "systematic", "terminal_adjoint", "statistics", "eval_mode", "frozen_copy"),
 }
 OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
-    *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL"),
+    *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL", "Stored"),
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl"),
     *("pipeline_for", "progress", "save_adapter", "save_state", "sharpest"),

@@ -52,8 +52,8 @@ def test_the_citation_names_software_and_paper():
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/architecture.md"])
 def test_files_and_targets_that_a_page_names_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"make ([a-z-]+)\b", " ".join(re.findall(r"`([^`]+)`", text))))
-    assert named <= targets()
+    commands = re.findall(r"^make [a-z -]+", text, re.MULTILINE) + re.findall(r"`(make [a-z -]+)`", text)
+    assert {name for command in commands for name in command.split()[1:]} <= targets()
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
     for path in re.findall(r"`((?:src|tests|docs(?!/_build)|benchmarks|examples)/[\w./-]*)`", text):

@@ -15,7 +15,7 @@ def test_a_file_is_read_up_to_its_bound(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_bytes(path, 5) == read_bytes(path) == b"12345"
-    with pytest.raises(InvalidInputError, match="is larger than the 4 bytes"):
+    with pytest.raises(InvalidInputError, match="is larger than 4 bytes"):
         read_bytes(path, 4)
     path.unlink()
     with path.open("wb") as file:

@@ -1,13 +1,13 @@
-"""The floor map of docs/architecture.md, made from the table that the architecture test enforces.
+"""The floor maps of docs/architecture.md, made from the tables that the architecture test enforces.
 
-`python -m tests.helpers.floor_map` writes it into the page; `tests/test_architecture_page.py` compares.
+`python -m tests.helpers.floor_map` writes them into the page; `tests/test_architecture_page.py` compares.
 """
 
 import ast
 import re
 from pathlib import Path
 
-from tests.test_architecture import FLOORS, SOURCE
+from tests.test_architecture import ARROWS, COMMAND_FLOORS, FLOORS, SOURCE
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 MARKED = re.compile(r"(<!-- floors: begin -->\n).*?(<!-- floors: end -->)", re.DOTALL)
@@ -31,9 +31,19 @@ def floor_map():
     return "\n".join(lines)
 
 
+def command_map():
+    """The same inside `commands`, with the rooms that each floor imports besides `shared`."""
+    lines = ["| floor of `commands` | rooms | import, besides `shared` |", "|---|---|---|"]
+    for level, rooms in reversed(list(enumerate(COMMAND_FLOORS))):
+        names = ", ".join(f"`{room}`" for room in sorted(rooms - {"__init__"}))
+        arrows = ", ".join(f"`{room}` → `{other}`" for room, other in sorted(ARROWS) if room in rooms)
+        lines.append(f"| {level} | {names} | {arrows} |")
+    return "\n".join(lines)
+
+
 def with_map(page):
-    """The text of the page with the present map between its marks."""
-    return MARKED.sub(lambda marks: f"{marks.group(1)}\n{floor_map()}\n\n{marks.group(2)}", page)
+    """The text of the page with the present maps between its marks."""
+    return MARKED.sub(lambda marks: f"{marks.group(1)}\n{floor_map()}\n\n{command_map()}\n\n{marks.group(2)}", page)
 
 
 if __name__ == "__main__":

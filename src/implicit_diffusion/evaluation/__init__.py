@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.evaluation.bounds import Bound, bound, most_kl, sharpest
     from implicit_diffusion.evaluation.cache import evaluate_pretrained
-    from implicit_diffusion.evaluation.chains import Evaluation, evaluate, mean_and_error
-    from implicit_diffusion.evaluation.clipping import effect_of_clipping
+    from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error
+    from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
     from implicit_diffusion.evaluation.gains import captured, gain, gain_of_j, memory_of_start, possible
-    from implicit_diffusion.evaluation.judging import judge
-    from implicit_diffusion.evaluation.plans import Plan, make_plan
+    from implicit_diffusion.evaluation.judging import Judgement, judge
+    from implicit_diffusion.evaluation.plans import Plan, PlanRow, make_plan
+    from implicit_diffusion.evaluation.stored import Stored
 else:
 
     def __getattr__(name: str) -> object:
@@ -23,8 +24,13 @@ else:
 
 __all__ = [
     "Bound",
+    "ClippingEffect",
+    "Estimate",
     "Evaluation",
+    "Judgement",
     "Plan",
+    "PlanRow",
+    "Stored",
     "bound",
     "captured",
     "effect_of_clipping",
