@@ -124,6 +124,19 @@ def test_truncated_trajectories_are_not_wasted_either(random, stride):
         assert loop.update.updates == total
 
 
+@pytest.mark.parametrize("total", [9, 10, 11, 12, 13, 20])
+def test_trajectories_of_random_depth_leave_no_iteration_idle(total):
+    """Where the next one would bring too many updates whenever it set out, it sets out at once: none but it is cut."""
+    chain, reward = affine_chain(6, 2)
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.0)
+    estimator = TruncatedBackprop(4, random=True)
+    loop = Queue(chain, Reward(reward), sgd, batch=2, noise=Noise(3), estimator=estimator)
+    assert len(list(loop.run(total))) == total
+    assert loop.iteration == total + 5  # the stages on the way forward, except the one that turns round
+    cut = [slot for slot in loop.slots if gradients_to_come([(slot.timetable, slot.stage)])]
+    assert len(cut) <= 1
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("depth", [1, 3, 6])
 def test_staleness_is_what_the_timetable_says(stride, depth):

@@ -120,6 +120,10 @@ class Estimator(Shown, ABC):
         """The rows that may be pulled back, the last ones of the chain; all of them by default."""
         return range(chain.num_steps)
 
+    def reports_costs(self, chain: Chain) -> bool:
+        """Whether the running costs of every trajectory are known, because all of its rows are pulled back."""
+        return len(self.rows(chain)) == chain.num_steps
+
     @abstractmethod
     def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
         """Add the gradient of trajectory `index`, of `batch` samples, to the parameters' `.grad`.

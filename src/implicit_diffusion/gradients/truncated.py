@@ -59,6 +59,10 @@ class TruncatedBackprop(Adjoint):
         """The last K."""
         return range(chain.num_steps - self.depth, chain.num_steps)
 
+    def reports_costs(self, chain: Chain) -> bool:
+        """Whether even the shortest depth is that of the whole chain."""
+        return (_least(chain) if self.random else self.depth) == chain.num_steps
+
     def rows_of(self, chain: Chain, noise: Noise, index: int) -> range:
         """The last K, where K may be random."""
         if not self.random:

@@ -88,6 +88,12 @@ class ChainLoop(Loop):
             self._timetables[rows] = Timetable(self.chain.num_steps, self.stride, rows, self.chain.pretrained_rows)
         return self._timetables[rows]
 
+    @property
+    def unreported(self) -> list[str]:
+        """Names of the running costs that metrics lack: all of them where the estimator leaves out rows."""
+        known = self.estimator.reports_costs(self.chain)
+        return [] if known else [cost.name for _, cost in self.objective.running]
+
     def _words(self) -> Iterable[str]:
         return f"batch={self.batch}", *super()._words()
 

@@ -131,15 +131,25 @@ def gradients_to_come(slots: Iterable[tuple[Timetable, int]]) -> int:
     Args:
         slots: the timetable of each, and its next stage.
     """
-    return len({stage - now for timetable, now in slots for stage in timetable.moving if stage >= now})
+    return len(_coming(slots))
 
 
 def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Timetable) -> bool:
     """Whether one more trajectory sets out now: none is wasted, if so many gradients are still wanted.
 
-    If it is the last one, every trajectory in flight has come home when these gradients are made, and it as well. An
-    empty queue injects in any case, because only a trajectory can bring what is still wanted.
+    If it is the last one, every trajectory in flight has come home when these gradients are made, and it as well.
+    Where those in flight bring too few, and one more would bring too many whenever it sets out, it does so at once:
+    only a trajectory can bring what is still wanted.
     """
-    if not present or wanted >= next_one.length:
+    if wanted >= next_one.length:
         return True
-    return gradients_to_come([*present, (next_one, 0)]) <= wanted
+    coming = _coming(present)
+    totals = [
+        len(coming | {stage + delay for stage in next_one.moving}) for delay in range(1 + max(coming, default=0))
+    ]
+    return totals[0] <= wanted or len(coming) < wanted < min(totals)
+
+
+def _coming(slots: Iterable[tuple[Timetable, int]]) -> set[int]:
+    """The iterations from now on that bring a gradient."""
+    return {stage - now for timetable, now in slots for stage in timetable.moving if stage >= now}
