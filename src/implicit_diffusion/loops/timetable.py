@@ -144,9 +144,7 @@ def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Tim
     if wanted >= next_one.length:
         return True
     coming = _coming(present)
-    totals = [
-        len(coming | {stage + delay for stage in next_one.moving}) for delay in range(1 + max(coming, default=0))
-    ]
+    totals = [len(coming | {stage + delay for stage in next_one.moving}) for delay in range(1 + max(coming, default=0))]
     return totals[0] <= wanted or len(coming) < wanted < min(totals)
 
 

@@ -26,7 +26,7 @@ def _kl_weight(fit: Fit, name: str, held_out: HeldOut | None = None) -> float:
     if held_out is None and isinstance(fit.loop, ChainLoop) and PathKL.name in fit.loop.unreported:
         advice = ", or pass held_out" if name == "StopAtKL" else ""
         raise InvalidInputError(
-            f"{name} needs the path KL of whole trajectories, but the estimator {fit.loop.estimator.name} does not pull "
+            f"{name} needs the path KL of whole trajectories, but {fit.loop.estimator.name} does not pull "
             f"back all {fit.chain.num_steps} rows, so that no step reports it; use Adjoint(){advice}"
         )
     return weight
