@@ -40,7 +40,7 @@ apidoc_modules = [
 autodoc_default_options = {"ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-suppress_warnings = ["ref.python"]  # several commands have a Config and a Summary: the short name of a type is ambiguous
+suppress_warnings = ["ref.python"]  # commands each have a Config and a Summary: their short names are ambiguous
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
