@@ -31,17 +31,6 @@ IN_PLACE_DRAWS = {"bernoulli_", "exponential_", "log_normal_", "normal_", "rando
 # Names that say nothing of what they stand for.
 NAMELESS = {"alike", "found", "told"}
 TO_NAME = {  # files that still have some
-    "commands/finetune/command.py",
-    "commands/finetune/evaluation_cache.py",
-    "commands/finetune/plan.py",
-    "commands/finetune/precision.py",
-    "commands/finetune/problem.py",
-    "commands/finetune/report/report.py",
-    "commands/finetune/report/run_warnings.py",
-    "commands/finetune/result.py",
-    "commands/finetune/stored.py",
-    "commands/sweep/command.py",
-    "evaluation/bounds.py",
     "frozen.py",
     "gradients/adjoint.py",
     "gradients/half.py",

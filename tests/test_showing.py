@@ -17,7 +17,8 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
-from implicit_diffusion.evaluation import make_plan
+from implicit_diffusion.evaluation.clipping import ClippingEffect
+from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.global_generators import Draws
 from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
@@ -221,12 +222,12 @@ EXAMPLES = {
     "Lattice": lambda: find_lattice(torch.arange(40.0).reshape(20, 2)),
     "EnergyModel": energy_model,
     "Data": lambda: Data(DATA, DATA, DATA[0], DATA[0], law("moons")),
-    "Plan": lambda: make_plan(evaluation()),
-    "PlanRow": lambda: make_plan(evaluation()).rows()[0],
+    "Plan": lambda: idf.make_plan(evaluation()),
+    "PlanRow": lambda: idf.make_plan(evaluation()).rows()[0],
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
-    "ClippingEffect": lambda: idf.evaluation.ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),
-    "Stored": lambda: idf.evaluation.Stored(Path("plan"), {"--seed": "0"}, 4, Draws(NOISE)),
+    "ClippingEffect": lambda: ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),
+    "Stored": lambda: Stored(Path("plan"), {"--seed": "0"}, 4, Draws(NOISE)),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
     "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),

@@ -13,6 +13,7 @@ forgets what happens inside, to compute it once more on the way back (gradient c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch

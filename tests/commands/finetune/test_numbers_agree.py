@@ -14,7 +14,8 @@ from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.report.report import write_report
 from implicit_diffusion.commands.sweep import command as sweep
 from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary
-from implicit_diffusion.evaluation import Estimate, judge
+from implicit_diffusion.evaluation import judge
+from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.toy_result import BETA, changed, digits_result, evaluation
 

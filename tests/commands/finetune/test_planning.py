@@ -40,8 +40,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def place(model, tmp_path, monkeypatch):
-    """A model and a reward that draws at random, in parts of two starts: eight starts are four parts."""
+def place(model, tmp_path, monkeypatch, as_users_run):
+    """A model and a reward that draws at random, in parts of two starts: eight starts are four parts.
+
+    The type checks of the tests draw from the generator of Python as well, to choose which item of a list to check.
+    """
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "my.py").write_text(REWARD)
     (tmp_path / "scale_of_reward.py").write_text("scale = 2.0\n")

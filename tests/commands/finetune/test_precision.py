@@ -125,7 +125,7 @@ def test_a_compiled_network_is_the_same_function(place, rank, quick_compiler):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     x = made.chain.sample(Noise(0), 3)  # another batch, without gradient
     torch.testing.assert_close(x, plain.chain.sample(Noise(0), 3), rtol=1e-3, atol=1e-3)
-    twin = copy.deepcopy(inner(made.chain.denoiser))
+    twin = copy.deepcopy(unwrapped(made.chain.denoiser))
     assert twin.compiled.function is twin.model  # a weight average compiles its own network
 
 

@@ -23,8 +23,9 @@ from implicit_diffusion.commands.finetune.report.training import cost, staleness
 from implicit_diffusion.commands.finetune.summary import Summary
 from implicit_diffusion.commands.shared.drawing import smooth
 from implicit_diffusion.commands.shared.formatting import number, percent
-from implicit_diffusion.evaluation import ClippingEffect, Estimate, bound, judge
-from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.evaluation import Bound, bound, judge
+from implicit_diffusion.evaluation.chains import Estimate
+from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.oracles import affine_chain
 from tests.helpers.toy_result import BETA, MEAN, STD, changed, colour_result, digits_result, evaluation, quality

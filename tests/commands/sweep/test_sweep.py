@@ -15,7 +15,7 @@ from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.sweep import command as sweep
 from implicit_diffusion.commands.sweep import folders
 from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary
-from implicit_diffusion.evaluation import Estimate
+from implicit_diffusion.evaluation.chains import Estimate
 from tests.helpers import tiny
 from tests.helpers.toy_model import folder
 from tests.helpers.toy_result import changed, digits_result

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain

@@ -106,7 +106,8 @@ class Runaway(Shown):
 class Watch(Shown):
     """Callback: stop a run over particles when it diverges, and report when its step size no longer fits.
 
-    See `loops.divergence` for what divergence is. Particles that began far away, and come nearer from one check to the
+    See `loops.diagnostics.divergence` for what divergence is. Particles that began far away, and come nearer from one
+    check to the
     next, are accepted. An acceptance that falls too low is reported, once until it fits again; below one per cent, the
     run stops.
 
