@@ -204,6 +204,7 @@ class RowEstimator(Estimator):
     def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
         """Sample the trajectory under the present θ, then pull it back, one row per call."""
         rows = self.rows_of(chain, noise, index)
+        check_rows(self, chain, rows)
         states: dict[int, Tensor] = {}
         evaluations, x = 0, chain.initial(noise, batch, index)
         condition = chain.conditions(noise, batch, [index])
@@ -224,6 +225,18 @@ class RowEstimator(Estimator):
                 for name, cost in paid.items():
                     costs[name] = costs.get(name, 0) + cost.sum()
         return TrajectoryResult(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
+
+
+def check_rows(estimator: Estimator, chain: Chain, rows: range) -> None:
+    """Raise `InvalidInputError` unless the rows over which a trajectory is pulled back are the last ones of the chain,
+    and among `Estimator.rows`.
+    """
+    first, last = max(estimator.rows(chain).start, 0), chain.num_steps
+    if not rows or rows != range(rows.start, last) or rows.start < first:
+        raise InvalidInputError(
+            f"estimator {estimator.name} pulls back {rows}, and trajectories are pulled back over the last rows of the "
+            f"chain: range(k, {last}) with k in {first}..{last - 1}"
+        )
 
 
 def require_rows(estimator: Estimator, loop: str) -> RowEstimator:
