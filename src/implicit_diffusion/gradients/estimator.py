@@ -137,7 +137,10 @@ class Estimator(Shown, ABC):
         """What one sample takes, measured on a trial that leaves no trace."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next call depends on, besides the arguments; empty by default."""
+        """All that the next call depends on, besides the arguments; empty by default.
+
+        An estimator that has a state serves one loop; the others may be shared.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
