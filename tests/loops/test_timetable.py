@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import TruncatedBackprop
 from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
@@ -122,6 +123,22 @@ def test_truncated_trajectories_are_not_wasted_either(random, stride):
     for total in (15, 30):
         assert list(loop.run(total)) and not loop.slots
         assert loop.update.updates == total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1, range(0)), "num_steps must be an integer ≥ 1"),
+        ((3, 0, range(3)), r"stride must lie in 1\.\.3"),
+        ((3, 4, range(3)), r"stride must lie in 1\.\.3"),
+        ((3, 1, [1, 2]), "rows must be of type range"),
+        *(((3, 1, rows), "rows must be the last of 3") for rows in (range(2), range(3, 3), range(-1, 3), range(1, 4))),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run")
+def test_a_timetable_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(InvalidInputError, match=message):
+        Timetable(*arguments)
 
 
 @pytest.mark.parametrize("total", [9, 10, 11, 12, 13, 20])

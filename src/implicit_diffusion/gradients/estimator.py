@@ -195,7 +195,8 @@ class RowEstimator(Estimator):
         """One call with gradient: add the part of Γ that these rows contribute to `.grad`.
 
         It records gradients by `torch.enable_grad()` itself, and calls `.backward()` on one scalar per call of the
-        network, so that distributed wrappers see it.
+        network, so that distributed wrappers see it; where the network computes in float16, through
+        `implicit_diffusion.gradients.loss_scaling`.
 
         Args:
             chain: the sampler.

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.showing import Shown, brief
 
 
@@ -33,12 +34,24 @@ class Timetable(Shown):
         stride: S, rows per iteration.
         rows: those that are pulled back, the last K.
         silent: rows that bring no gradient when they are pulled back, because they keep the pretrained network.
+
+    Raises:
+        InvalidInputError: a stride outside of 1..N; rows that are not the last ones.
     """
 
     num_steps: int
     stride: int
     rows: range
     silent: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        last = check_integer("num_steps", self.num_steps)
+        check_integer("stride", self.stride, 1, last, note=" (the chain's steps)")
+        check_type("rows", self.rows, range, f"use range(k, {last})")
+        if not self.rows or self.rows != range(max(self.rows.start, 0), last):
+            raise InvalidInputError(
+                f"rows must be the last of {last}, range(k, {last}) with 0 ≤ k < {last}, got {self.rows}"
+            )
 
     def _words(self) -> Iterable[str]:
         yield f"num_steps={self.num_steps}"
