@@ -172,7 +172,7 @@ class RowEstimator(Estimator):
     def rows_of(self, chain: Chain, noise: Noise, index: int) -> range:
         """The rows over which trajectory `index` is pulled back, the last ones; all of `rows` by default.
 
-        The same arguments must give the same rows.
+        The same arguments must give the same rows. Where they may be fewer than `rows`, `reports_costs` must say so.
         """
         return self.rows(chain)
 
