@@ -18,12 +18,13 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 
-SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
+ROUNDING_SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
 ALONE = (
     "each value must depend on its own sample alone. Put batch norm into eval mode, and leave means and ranks over the "
     "batch out"
 )
 BY_TORCH = "write it with torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
+TRIED = 8  # samples, or particles, that are tried for influence on each other
 ROUNDINGS = 16  # units in the last place of the largest value: smaller changes may be rounding
 
 
@@ -52,7 +53,7 @@ def check_separate(
     n, order = len(values), torch.arange(len(values), device=values.device)
     spread, rounding = values.max() - values.min(), ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().max()
     noise = (judge(order) - values).abs().max()
-    if not noise <= SHARE * spread + rounding:
+    if not noise <= ROUNDING_SHARE * spread + rounding:
         warnings.warn(
             f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
             "dropout and random augmentations in it; otherwise its noise is in every gradient, and runs do not repeat",
@@ -65,7 +66,7 @@ def check_separate(
         index = order.clone()
         index[others] = kept.flip(0)[torch.arange(len(others), device=order.device) % len(kept)]
         change = (judge(index) - values)[kept].abs().max()
-        if not change <= SHARE * spread + rounding + 10 * noise:
+        if not change <= ROUNDING_SHARE * spread + rounding + 10 * noise:
             raise InvalidInputError(
                 f"{what} mixes {of}: in another batch, values of the same ones differ by {float(change):.2g}; {ALONE}"
             )

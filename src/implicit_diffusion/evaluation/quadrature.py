@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.potentials.plane import Law
 
-HALF, CELL = 8.0, 1 / 16  # the default grid covers [−8, 8]² in cells of this side
+HALF_SIDE, CELL = 8.0, 1 / 16  # the default grid covers [−8, 8]² in cells of this side
 
 
 class Grid:
@@ -77,7 +77,7 @@ class Quadrature:
         shift: Float[Tensor, "2"],
         scale: Float[Tensor, "2"],
         target: Law | None = None,
-        half: float = HALF,
+        half: float = HALF_SIDE,
         cell: float = CELL,
     ) -> None:
         self.grid = Grid(half, round(2 * half / cell))

@@ -30,7 +30,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.files.atomic import replacing, writing
 
-FILE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 WITHOUT_DIGESTS = "implicit-diffusion state"  # of releases before 0.2
 HEADER = "implicit-diffusion state 2"
 DIGESTS = "sha256"
@@ -56,7 +56,7 @@ def save_state(folder: str | PathLike[str], state: Any) -> None:
     folder = check_path("folder", folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / FILE, tensors, {HEADER: tree})
+    save_tensors(folder / STATE_FILE, tensors, {HEADER: tree})
 
 
 def load_state(folder: str | PathLike[str]) -> Any:
@@ -65,7 +65,7 @@ def load_state(folder: str | PathLike[str]) -> Any:
     Raises:
         InvalidInputError: there is no state, or the file is damaged, not a state, or without checksums.
     """
-    path = check_path("folder", folder) / FILE
+    path = check_path("folder", folder) / STATE_FILE
     if not path.is_file():
         raise InvalidInputError(f"no state to continue from: {path} does not exist")
     tensors, header = load_tensors(path)

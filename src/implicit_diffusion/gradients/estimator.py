@@ -84,7 +84,7 @@ class Pulled(NamedTuple):
         return of_tuple(self)
 
 
-class Estimate(NamedTuple):
+class TrajectoryResult(NamedTuple):
     """What one trajectory tells, besides the gradient that was added to `.grad`.
 
     Args:
@@ -121,7 +121,7 @@ class Estimator(Shown, ABC):
         return range(chain.num_steps)
 
     @abstractmethod
-    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
         """Add the gradient of trajectory `index`, of `batch` samples, to the parameters' `.grad`.
 
         Raises:
@@ -197,7 +197,7 @@ class RowEstimator(Estimator):
             carry: what the slots carry from their rows k + 1, or from `turn`; each entry (slots, batch, ...).
         """
 
-    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
         """Sample the trajectory under the present θ, then pull it back, one row per call."""
         rows = self.rows_of(chain, noise, index)
         states: dict[int, Tensor] = {}
@@ -219,7 +219,7 @@ class RowEstimator(Estimator):
                 evaluations += made
                 for name, cost in paid.items():
                     costs[name] = costs.get(name, 0) + cost.sum()
-        return Estimate(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
+        return TrajectoryResult(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
 
 
 def require_rows(estimator: Estimator, loop: str) -> RowEstimator:

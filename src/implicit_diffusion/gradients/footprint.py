@@ -72,10 +72,10 @@ def saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
     """
 
     def saved(n: int) -> tuple[int, list[int]]:
-        again: list[int] = []
-        WATCHING.append(lambda block: again.append(_saved(block)))
+        recomputed: list[int] = []
+        WATCHING.append(lambda block: recomputed.append(_saved(block)))
         try:
-            return _saved(lambda: function(n)), again
+            return _saved(lambda: function(n)), recomputed
         finally:
             WATCHING.pop()
 

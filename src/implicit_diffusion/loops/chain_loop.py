@@ -52,7 +52,7 @@ class ChainLoop(Loop):
         batch = check_integer("batch", batch)
         check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape); a potential is trained by Single")
         self.estimator: Estimator = Adjoint() if estimator is None else estimator
-        check_type("estimator", self.estimator, Estimator, "use Adjoint(), say")
+        check_type("estimator", self.estimator, Estimator, "use Adjoint(), for example")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
         self.stride = chain.num_steps

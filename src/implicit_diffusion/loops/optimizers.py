@@ -21,7 +21,7 @@ Schedule = torch.optim.lr_scheduler.LRScheduler
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise `InvalidInputError` for anything but a first-order optimizer of dense gradients."""
-    check_type("update", optimizer, torch.optim.Optimizer, "use torch.optim.Adam(model.parameters()), say")
+    check_type("update", optimizer, torch.optim.Optimizer, "use torch.optim.Adam(model.parameters()), for example")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; use torch.optim.Adam")
@@ -36,13 +36,13 @@ def check_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer) -> None
     """Raise `InvalidInputError` for a schedule that needs a metric, or belongs to another optimizer."""
     known = (Schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     if not isinstance(schedule, known) and not hasattr(schedule, "step"):
-        check_type("schedule", schedule, Schedule, "use CosineAnnealingLR(optimizer, updates), say")
+        check_type("schedule", schedule, Schedule, "use CosineAnnealingLR(optimizer, updates), for example")
     try:
         inspect.signature(schedule.step).bind()
     except TypeError as error:
         raise InvalidInputError(
-            f"schedule {type(schedule).__name__} does not step by itself ({error}); use one that does, say "
-            "CosineAnnealingLR"
+            f"schedule {type(schedule).__name__} does not step by itself ({error}); use one that does, "
+            "such as CosineAnnealingLR"
         ) from error
     if getattr(schedule, "optimizer", optimizer) is not optimizer:
         raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")

@@ -17,14 +17,14 @@ from implicit_diffusion.loops.optimizers import Before, Schedule, check_optimize
 from implicit_diffusion.showing import Shown, brief
 
 
-def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
+def trained_state(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
     """The state of a model without its frozen parameters: those that are frozen in `like`, under a prefix."""
     frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `moving` kept; what it left out must be there already."""
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `trained_state` kept; what it left out must be there already."""
     model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
 
 
@@ -244,7 +244,7 @@ class Update(Shown):
         """All that the next update depends on, except the model's own parameters."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
-        state["ema"] = None if self.ema is None else moving(self.ema, like=self.model, prefix="module.")
+        state["ema"] = None if self.ema is None else trained_state(self.ema, like=self.model, prefix="module.")
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
 

@@ -34,7 +34,7 @@ from implicit_diffusion.samplers.simulation import simulate
 from implicit_diffusion.showing import Shown, brief, with_error
 
 FORMAT = "implicit-diffusion energy model"
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHTS, DESCRIPTION_FILE = "model.safetensors", "model.json"
 SPACING, OFFSET = "lattice.spacing", "lattice.offset"
 
 
@@ -214,13 +214,13 @@ class EnergyModel(Shown):
             "log_z": self.log_z,
             "log_z_se": self.log_z_se,
         }
-        with replacing(folder / DESCRIPTION) as file:
+        with replacing(folder / DESCRIPTION_FILE) as file:
             file.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def is_energy_model(folder: str | PathLike[str]) -> bool:
     """Whether a folder holds an energy-based model."""
-    return (Path(folder).expanduser() / DESCRIPTION).is_file()
+    return (Path(folder).expanduser() / DESCRIPTION_FILE).is_file()
 
 
 def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
@@ -236,7 +236,7 @@ def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
     folder = check_path("model", model)
     if not is_energy_model(folder):
         raise InvalidInputError(
-            f"model: {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
+            f"model: {folder} holds no {DESCRIPTION_FILE}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
         energy_model = _read(folder)
@@ -251,7 +251,7 @@ def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
 
 def _read(folder: Path) -> EnergyModel:
     """The model in a folder; any error says that there is none."""
-    description = read_json(folder / DESCRIPTION)
+    description = read_json(folder / DESCRIPTION_FILE)
     if description.get("format") != FORMAT:
         raise ValueError(f"its format is {description.get('format')!r}")
     built = description["architecture"]

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.function_checks import BY_TORCH, check_own_gradient, check_separate, check_slope
+from implicit_diffusion.function_checks import BY_TORCH, TRIED, check_own_gradient, check_separate, check_slope
 from implicit_diffusion.objectives.base import TerminalObjective, changed, check_name
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from implicit_diffusion.showing import brief
-
-TRIED = 8  # samples on which a reward is tried for mixing; its form is checked on all of them
 
 
 class Reward(TerminalObjective):

@@ -32,12 +32,12 @@ from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.files.lock import LOCK, hold, make
-from implicit_diffusion.files.states import FILE
+from implicit_diffusion.files.states import STATE_FILE
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
 
-BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
+BEGUN = ("config.json", f"checkpoint/{STATE_FILE}")  # written before the first update
 
 
 class Origin(NamedTuple):
@@ -85,14 +85,17 @@ class RunDirectory(Shown):
                 nothing can be written.
         """
         path = check_path("path", path)
-        left_over = {LOCK, clock.FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
+        left_over = {LOCK, clock.SECONDS_FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"`path` {path} is a file; name a new folder")
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
             if not files <= {*may_hold, *left_over}:
                 holds = "exists and is not empty"
-                judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
+                judged, reported = (
+                    "summary.json" in files,
+                    "report.html" in files or f"judged/{STATE_FILE}" not in files,
+                )
                 if files.issuperset(BEGUN) and not (judged and reported):
                     holds = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
@@ -171,7 +174,7 @@ class RunDirectory(Shown):
     @property
     def has_state(self) -> bool:
         """Whether there is a state to go on from."""
-        return (self.checkpoint / FILE).is_file()
+        return (self.checkpoint / STATE_FILE).is_file()
 
     @property
     def resume_command(self) -> str:
@@ -200,8 +203,8 @@ class RunDirectory(Shown):
 
     def confirm(self) -> None:
         """Let the state that waits replace the one in `checkpoint`, in one step."""
-        with writing(self.checkpoint / FILE):
-            (self.unconfirmed / FILE).replace(self.checkpoint / FILE)
+        with writing(self.checkpoint / STATE_FILE):
+            (self.unconfirmed / STATE_FILE).replace(self.checkpoint / STATE_FILE)
 
     @contextmanager
     def resumable(self) -> Iterator[None]:

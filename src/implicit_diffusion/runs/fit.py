@@ -113,7 +113,7 @@ def _drive(
                 state.seconds += time.monotonic() - start
                 if "grad_norm" in metrics:
                     state.metrics = metrics | {"seconds": state.seconds}
-                    with state.draws:
+                    with state.generators:
                         state.verdict = verdict(state, callbacks)
                     state.stopped = state.verdict and state.verdict[1]
                     bar.update(_shown(metrics), advance=state.updates - bar.done)
@@ -168,7 +168,7 @@ def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
     """The steps of the loop, with the generators of the run in place during each."""
     steps = state.loop.steps(updates)
     while True:
-        with state.draws, part("training"):
+        with state.generators, part("training"):
             metrics = next(steps, None)
         if metrics is None:
             return

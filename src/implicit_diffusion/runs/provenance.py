@@ -20,12 +20,12 @@ import torch
 from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.files.fingerprints import Input, again, fingerprint, is_fingerprint, relative
+from implicit_diffusion.files.fingerprints import Input, fingerprint, fingerprint_now, is_fingerprint, relative
 from implicit_diffusion.runs import differences, records, surroundings
 from implicit_diffusion.runs.differences import Difference
 from implicit_diffusion.runs.directory import RunDirectory
 
-FILE = "provenance.json"
+PROVENANCE_FILE = "provenance.json"
 
 Change = Literal["config", "model", "reference", "reward", "prompts", "data", "versions", "device", "provenance"]
 """What may be accepted as changed."""
@@ -55,7 +55,7 @@ def record(
     prints = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
     device = device or torch.device("cpu")
     records.write(
-        directory.path / FILE,
+        directory.path / PROVENANCE_FILE,
         {
             "config": config,
             "inputs": prints,
@@ -74,14 +74,14 @@ def forget(directory: RunDirectory) -> list[str]:
         The changes that were accepted in it.
     """
     accepted = _accepted(directory)
-    with writing(directory.path / FILE):
-        (directory.path / FILE).unlink(missing_ok=True)
+    with writing(directory.path / PROVENANCE_FILE):
+        (directory.path / PROVENANCE_FILE).unlink(missing_ok=True)
     return accepted
 
 
 def is_recorded(directory: RunDirectory) -> bool:
     """Whether provenance.json is there."""
-    return (directory.path / FILE).is_file()
+    return (directory.path / PROVENANCE_FILE).is_file()
 
 
 def check_version(directory: RunDirectory, accept_changes: Collection[str] = (), advice: str | None = None) -> None:
@@ -143,7 +143,7 @@ def verify(
         InvalidInputError: a difference that is not accepted, or a damaged provenance.json.
     """
     if not is_recorded(directory):
-        missing = f"it has no {FILE}, which says what that was: an earlier release began it"
+        missing = f"it has no {PROVENANCE_FILE}, which says what that was: an earlier release began it"
         trained = (directory.path / "metrics.jsonl", *directory.path.glob("beta-*/checkpoint/*"))
         if directory.has_state or any(path.exists() for path in trained):
             _refuse_or_accept(directory, [Difference("provenance", missing)], accept_changes, advice)
@@ -157,7 +157,7 @@ def verify(
     ]
     _refuse_or_accept(directory, changed, accept_changes, advice)
     if changed:
-        records.write(directory.path / FILE, _renewed(directory, saved, now, changed))
+        records.write(directory.path / PROVENANCE_FILE, _renewed(directory, saved, now, changed))
     return int(saved["threads"])
 
 
@@ -177,7 +177,7 @@ def _now(name: str, entry: dict[str, Any], directory: RunDirectory, given: Mappi
     """The fingerprint of an input that had the fingerprint `entry`."""
     if name in given:
         return relative(fingerprint(given[name]), directory.path)
-    return entry if "tensor" in entry else again(entry, directory.path)
+    return entry if "tensor" in entry else fingerprint_now(entry, directory.path)
 
 
 def _refuse_or_accept(
@@ -212,7 +212,7 @@ def _renewed(
 
 
 def _read(directory: RunDirectory) -> dict[str, Any]:
-    path = directory.path / FILE
+    path = directory.path / PROVENANCE_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         known = {"config": dict, "inputs": dict, "versions": dict, "threads": int, "device": dict, "accepted": list}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import check_finite, load_state, save_state
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.runs.directory import RunDirectory
@@ -42,7 +42,7 @@ class Fit(Shown):
         total: number of updates that the run is to make in all; 0 where that is not known.
         kept: where a callback put back an earlier model, its numbers, with `updates`.
         advice: what to change, from the callback that stopped the run; it is also in `stopped`.
-        draws: the global generators that rewards of the user's own may draw from.
+        generators: the global generators that rewards of the user's own may draw from.
     """
 
     loop: Loop
@@ -55,10 +55,12 @@ class Fit(Shown):
     total: int = 0
     kept: dict[str, float] | None = None
     advice: str | None = None
-    draws: Draws = field(init=False)
+    generators: GlobalGenerators = field(init=False)
 
     def __post_init__(self) -> None:
-        self.draws = Draws(self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device)
+        self.generators = GlobalGenerators(
+            self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device
+        )
 
     def _words(self) -> Iterable[str]:
         yield type(self.loop).__name__
@@ -113,7 +115,7 @@ def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *
         "verdict": state.verdict,
         "metrics": state.metrics,
         "lines": state.lines,
-        "generators": state.draws.state_dict(),
+        "generators": state.generators.state_dict(),
     }
     buffers = [name for name, _ in state.loop.model.named_buffers()]  # masks among them
     try:
@@ -140,7 +142,7 @@ def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> N
         state.loop.load_state_dict(saved["loop"])
         _restore_callbacks(callbacks, saved.get("callbacks", []))
         if "generators" in saved:
-            state.draws.load_state_dict(saved["generators"])
+            state.generators.load_state_dict(saved["generators"])
         if saved.get("verdict") and saved["verdict"][0] in map(_name, callbacks):
             state.verdict = saved["verdict"]
             state.stopped = saved["verdict"][1]
@@ -169,7 +171,7 @@ def verdict(state: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
 def begin(state: Fit, callbacks: list[Callback]) -> None:
     """Call `begin` of the callbacks that have one, before the first step."""
     asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "begin")]
-    with state.draws:
+    with state.generators:
         for callback in asked:
             callback.begin(state)
 
@@ -184,7 +186,7 @@ def settle(state: Fit, callbacks: list[Callback]) -> None:
     """Let the callback that has stopped the run put back what it kept, and add to its reason."""
     put_back = settling(state, callbacks)
     if put_back is not None and state.verdict is not None and state.stopped != "interrupted":
-        with state.draws:
+        with state.generators:
             added = put_back(state)
         state.stopped = f"{state.verdict[1]}. {added}" if added else state.verdict[1]
 

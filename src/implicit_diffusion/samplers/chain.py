@@ -151,21 +151,23 @@ class Chain(Shown):
         """
         c, given = self._rows(tuple(rows)), condition or {}
         u0 = self._predict(self.reference, x, c, given) if reference else None
-        if c.kept.numel() == 0:
+        if c.pretrained_slots.numel() == 0:
             u = self._predict(self.denoiser, x, c, given)
         else:
-            parts = [self._predict(self.reference, x, c, given, c.kept) if u0 is None else u0[c.kept]]
-            if c.own.numel():
-                parts.append(self._predict(self.denoiser, x, c, given, c.own))
+            parts = [
+                self._predict(self.reference, x, c, given, c.pretrained_slots) if u0 is None else u0[c.pretrained_slots]
+            ]
+            if c.trained_slots.numel():
+                parts.append(self._predict(self.denoiser, x, c, given, c.trained_slots))
             u = torch.cat(parts)
             if c.order.numel():
                 u = u[c.order]
-        calls = len(c.own) + len(rows) if reference else len(rows)
+        calls = len(c.trained_slots) + len(rows) if reference else len(rows)
         return Transition(x, u, u0, c.a, c.b, c.s, c.h, c.trained, calls * x.shape[1])
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
-        check_type("noise", noise, Noise, "use Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         batch = check_integer("batch", batch)
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
         return self.table.initial_std * x
@@ -244,7 +246,7 @@ class Chain(Shown):
     ) -> Particles:
         """The particles that end trajectory `index` at x_N = `x`, with what they were sampled under; see `walk`."""
         check_type("x", x, Tensor, "it holds the states that end a trajectory")
-        check_type("noise", noise, Noise, "use Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         if self.condition is None:
             return Particles(x)
         condition = self.conditions(noise, len(x) // check_integer("repeats", repeats), [index])

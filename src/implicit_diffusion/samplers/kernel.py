@@ -30,7 +30,7 @@ from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.samplers.draws import normals
 from implicit_diffusion.showing import Shown, named, of_tuple
 
-Schedule = float | Callable[[int], float]
+StepSize = float | Callable[[int], float]
 
 
 class State(NamedTuple):
@@ -107,7 +107,7 @@ class Kernel(Shown, ABC):
     evaluations_per_step: int = 1
     target_acceptance: float | None = None
 
-    def __init__(self, step_size: Schedule) -> None:
+    def __init__(self, step_size: StepSize) -> None:
         if callable(step_size):
             check_call("step_size", step_size, "k")
         self.step_size = step_size

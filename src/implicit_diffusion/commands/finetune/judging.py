@@ -22,7 +22,7 @@ from implicit_diffusion.evaluation.cache import evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.files.fingerprints import fingerprint
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.runs import RunDirectory, progress, provenance
 from implicit_diffusion.samplers.chain import Chain
 
@@ -56,7 +56,7 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
     network: Any = trained.denoiser
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
-    draws = Draws(noise, 0, device=trained.device)
+    draws = GlobalGenerators(noise, 0, device=trained.device)
     stored = _storage(directory, network.state_dict().values(), starts, draws)
     name = None if is_own(setup.spec.reward) else setup.spec.reward
     with progress(3 * REPEATS * starts, "judging") as bar:
@@ -76,7 +76,7 @@ class _Storage(NamedTuple):
     exported: Stored
 
 
-def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int, draws: Draws) -> _Storage:
+def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int, draws: GlobalGenerators) -> _Storage:
     """Storage in the run's folder; prints how far an interrupted judgement has come.
 
     Args:
@@ -86,9 +86,9 @@ def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int, dr
         draws: of all three, one after the other.
     """
     digests = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in weights).encode())
-    inputs = hashlib.sha256((directory.path / provenance.FILE).read_bytes())
-    rests = {"the trained weights": digests.hexdigest(), provenance.FILE: inputs.hexdigest()}
-    storage = _Storage(*(Stored(directory.path / JUDGED / side, rests, starts, draws) for side in Judged._fields))
+    inputs = hashlib.sha256((directory.path / provenance.PROVENANCE_FILE).read_bytes())
+    depends_on = {"the trained weights": digests.hexdigest(), provenance.PROVENANCE_FILE: inputs.hexdigest()}
+    storage = _Storage(*(Stored(directory.path / JUDGED / side, depends_on, starts, draws) for side in Judged._fields))
     done = 0
     for each in storage:
         with suppress(InvalidInputError):

@@ -29,7 +29,7 @@ from implicit_diffusion.evaluation.plans import Plan, make_plan
 from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.states import load_state
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -148,7 +148,7 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
-    draws = Draws(setup.spec.noise, PLAN, 2, device=setup.chain.device)
+    draws = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
     return Stored(directory.path / PLANNED, rests_on(setup, starts, fingerprints), starts, draws, SHOWN)
 
 

@@ -41,7 +41,7 @@ from implicit_diffusion.potentials.energy import value_of
 SCALES = tuple(2.0**k for k in range(-3, 7))  # of the particles' deviations
 EACH = 64  # points of each scale
 ENOUGH = 16  # effective particles, to know their variances
-DATA = 1000  # at most, to compare with
+MOST_DATA = 1000  # at most, to compare with
 
 WORDS = {  # what messages call the things to change, from Python
     "weigh": "weighted=True",
@@ -99,7 +99,7 @@ def data_of(loop: ParticleLoop) -> Tensor | None:
     """The data, a thousand at most, where maximum likelihood is the loop's only objective; None elsewhere."""
     terms = [term for weight, term in loop.objective.stationary if weight != 0]
     data = [term.data for term in terms if isinstance(term, ForwardKL)]
-    return data[0][:DATA] if data and len(data) == len(terms) else None
+    return data[0][:MOST_DATA] if data and len(data) == len(terms) else None
 
 
 def diverged(

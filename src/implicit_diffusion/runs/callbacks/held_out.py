@@ -9,10 +9,11 @@ from typing import Any
 
 from implicit_diffusion.evaluation import Evaluation, evaluate
 from implicit_diffusion.evaluation.chains import mean_and_error
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.function_checks import TRIED
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.objectives.reward import TRIED, as_reward
+from implicit_diffusion.objectives.reward import as_reward
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.samplers.chain import TRIAL
@@ -74,7 +75,7 @@ class HeldOut(Shown):
         if self._before is None:
             score = self._score(fit)
             # the draws of the run go on as if this had not happened
-            with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
+            with part("held-out checks"), GlobalGenerators(self.noise, 0, device=fit.chain.device):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
         device = fit.chain.device
@@ -98,7 +99,7 @@ class HeldOut(Shown):
         if not score.checked:
             terms = [term for _, term in fit.loop.objective.terms if isinstance(term, Reward)]
             if not any(term.function is score.function for term in terms):  # those were checked by the loop
-                with Draws(self.noise, TRIAL, device=chain.device):
+                with GlobalGenerators(self.noise, TRIAL, device=chain.device):
                     score.probe(chain.endpoint(chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
             self.reward = score = score.as_checked()
         return score

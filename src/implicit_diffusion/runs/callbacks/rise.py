@@ -14,6 +14,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import bound, most_kl
 from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.evaluation.judging import CLEAR
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.kept import Kept
@@ -22,7 +23,7 @@ from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.showing import Shown, with_error
 
-ERRORS, CLEAR = 4.0, 2.0  # standard errors by which J must have risen, before the last update and after it
+ERRORS = 4.0  # standard errors by which J must have risen, before the last update; `CLEAR` after it
 FAR = 10.0  # times the path KL beyond which no sampler is as good as the pretrained one
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import DivergenceError, check_type
 from implicit_diffusion.loops.diagnostics import acceptance_advice
-from implicit_diffusion.loops.diagnostics.divergence import DATA, WORDS, distance, diverged
+from implicit_diffusion.loops.diagnostics.divergence import MOST_DATA, WORDS, distance, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.console import Say, say_on_stderr
@@ -138,7 +138,7 @@ class Watch(Shown):
     stiff: int = field(default=0, init=False)  # checks in a row at which the step size was too large
 
     def __post_init__(self) -> None:
-        self.data = None if self.data is None else self.data[:DATA]
+        self.data = None if self.data is None else self.data[:MOST_DATA]
 
     def __call__(self, fit: Fit) -> None:
         if fit.updates % self.every == 0:
