@@ -169,7 +169,7 @@ with torch.random.fork_rng(devices=[]):
     )
 FAULTS |= {
     "batch norm": (lambda x: TRAINING(x), "Put batch norm into eval mode", lambda x: EVALUATING(x)),
-    "a mean over the batch": (lambda x: plain(x) - plain(x).mean(), "leave means", plain),
+    "a mean over the batch": (lambda x: plain(x) - plain(x).mean(), "do not use means", plain),
     "rounding": (lambda x: plain(8 * x.round()) + 0 * plain(x), "avoid that", lambda x: plain(8 * x)),
     "arguments in another order": (
         lambda prompts, images: plain(images),

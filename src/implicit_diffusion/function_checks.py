@@ -20,8 +20,8 @@ from implicit_diffusion.errors import InvalidInputError
 
 ROUNDING_SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
 ALONE = (
-    "each value must depend on its own sample alone. Put batch norm into eval mode, and leave means and ranks over the "
-    "batch out"
+    "each value must depend on its own sample alone. Put batch norm into eval mode, and do not use means or ranks "
+    "over the batch"
 )
 BY_TORCH = "write it with torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
 TRIED = 8  # samples, or particles, that are tried for influence on each other

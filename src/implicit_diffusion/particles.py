@@ -26,8 +26,8 @@ class Particles(Shown):
         log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
         log_z: log ∫ e^{−V} of the law that they represent, if it is known.
         log_z_growth: growth of log Z since their loop began, which weights estimate even where log Z is unknown.
-        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None if it was
-            nothing.
+        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None without a
+            condition.
 
     Raises:
         InvalidInputError: `x` is not a tensor, or has no particles; log-weights do not have shape (n,).
@@ -88,7 +88,7 @@ class Particles(Shown):
 
 
 def checked_particles(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
-    """Particles as samplers keep them: detached, in single precision at least, which holds float16 and bfloat16.
+    """Positions x, checked, as samplers keep them: detached, in single precision at least, which holds half precision.
 
     Raises:
         InvalidInputError: not a tensor; fewer than `least` particles, or events without a dimension; not floating-point

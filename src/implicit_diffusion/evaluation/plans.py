@@ -49,8 +49,8 @@ class Plan(Shown):
         reward_se: its standard error.
         reward_std: standard deviation of R between samples.
         bounds: the optimum for each β, the largest β first. They are unconditional bounds, which are never too
-            pessimistic and are tight where `memory_of_start` is small, or bounds given the start where `conditional` is set.
-            Empty where the plan was asked for no β.
+            pessimistic and are tight where `memory_of_start` is small, or bounds given the start where `conditional` is
+            set. Empty where the plan was asked for no β.
         gain_se: standard error of each bound's gain of reward.
         j_gain_se: standard error of each bound's gain of J.
         memory_of_start: share of the reward's variance that x_0 decides; 0 for a memoryless chain.

@@ -6,10 +6,10 @@ as long as everything that the numbers depend on is the same; otherwise the diff
 drawn again.
 
     state.safetensors   depends_on   what the numbers depend on, by name
-                        parts   number of complete parts
+                        parts        number of complete parts
                         reward, path_kl, log_ratio   (starts so far, repeats)
-                        samples   the first sample of each start, for as many starts as are wanted
-                        draws   states of the global generators
+                        samples      the first sample of each start, for as many starts as are wanted
+                        generators   states of the global generators
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ from implicit_diffusion.objectives import Reward
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 
-WRITE_EVERY, WRITING_SHARE = (
-    5.0,
-    0.05,
-)  # least seconds between two writes, and largest share of the time that writing takes
+WRITE_EVERY = 5.0  # seconds between two writes, at least
+WRITING_SHARE = 0.05  # of the time, that writing takes at most
 DIFFERENCES = 3  # number of differences that are named
 STORED_COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
 
@@ -80,17 +78,19 @@ class Stored(Shown):
         """Whether the evaluation is complete."""
         return len(state["reward"]) == self.starts
 
-    def write(self, evaluation: Evaluation, parts: int = -1, draws: Mapping[str, Any] | None = None) -> None:
+    def write(self, evaluation: Evaluation, parts: int = -1, generators: Mapping[str, Any] | None = None) -> None:
         """Replace what is stored.
 
         Args:
             evaluation: of the first `parts` parts; by default complete.
             parts: number of parts.
-            draws: states of the generators after them; by default, nothing was drawn from the generators.
+            generators: states of the global generators after them; by default, nothing was drawn from these.
         """
         columns = {name: getattr(evaluation, name) for name in STORED_COLUMNS}
         columns["samples"] = self._narrow(evaluation.samples, 0)
-        save_state(self.folder, {"depends_on": dict(self.depends_on), "parts": parts, "generators": draws, **columns})
+        save_state(
+            self.folder, {"depends_on": dict(self.depends_on), "parts": parts, "generators": generators, **columns}
+        )
 
     def evaluate(
         self,

@@ -97,5 +97,5 @@ def _hashes(base: Path, files: Sequence[str]) -> dict[str, str]:
 
 
 def short_digest(digest: str | None) -> str:
-    """A digest for a message."""
+    """A digest, shortened for a message."""
     return "not there" if digest is None else f"sha256 {digest[:12]}…"

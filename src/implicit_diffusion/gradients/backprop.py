@@ -34,7 +34,7 @@ class FullBackprop(Estimator):
         check_slopes(objective, end)
 
     def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
-        """Add the gradient of trajectory `index` to the parameters' `.grad`; tells the same values as `Adjoint`.
+        """Add the gradient of trajectory `index` to the parameters' `.grad`; returns the same values as `Adjoint`.
 
         Raises:
             InvalidInputError: the network computes in float16; a term that does not depend on the samples.

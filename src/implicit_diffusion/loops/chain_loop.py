@@ -75,7 +75,7 @@ class ChainLoop(Loop):
                 )
         self._timetables: dict[range, Timetable] = {}
         self.injected = 0  # trajectories begun
-        self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
+        self.evaluations = 0  # network calls × samples, of u_θ and of u_0
 
     @property
     def timetable(self) -> Timetable:

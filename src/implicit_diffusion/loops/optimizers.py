@@ -1,4 +1,4 @@
-"""The optimizer of an update: what it must be, how a step is taken back, and what is said of one that went wrong.
+"""The optimizer of an update: what it must be, how a step is undone, and the message for one that failed.
 
 An optimizer may turn a sound gradient into NaN: Adam's eps of 1e−8 is 0 in float16, and a gradient of zero gives 0/0.
 So θ is checked after the step, through the one number that is read anyway, and restored unless it is finite.
@@ -75,7 +75,7 @@ def failed_step(optimizer: torch.optim.Optimizer, moved: Sequence[Tensor], count
 
 
 class Before:
-    """θ and the optimizer's state as they are before a step, to return to.
+    """θ and the optimizer's state as they are before a step, to be restored if it fails.
 
     Args:
         optimizer: whose state it is.
@@ -92,7 +92,7 @@ class Before:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Return to them; whatever else the step put into the state is dropped."""
+        """Restore them; anything else that the step put into the state is dropped."""
         for t, copy in zip(self.held, self.copies):
             t.copy_(copy)
         self.optimizer.state.clear()

@@ -18,13 +18,13 @@ from implicit_diffusion.showing import Shown, brief
 
 
 def trained_state(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
-    """The state of a model without its frozen parameters: those that are frozen in `like`, under a prefix."""
+    """The state of a model without its frozen parameters; those are the frozen ones of `like`, with a prefix."""
     frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `trained_state` kept; what it left out must be there already."""
+    """Load what `trained_state` returned; the frozen parameters, which it leaves out, stay as they are."""
     model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
 
 
@@ -104,7 +104,7 @@ class Update(Shown):
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(
-                f"optimizer holds none of the {role}'s parameters: build it from the parameters of the very module "
+                f"optimizer holds none of the {role}'s parameters: build it from the parameters of the same module "
                 "that the sampler runs on"
             )
         if not any(p.requires_grad for p in held):

@@ -191,7 +191,7 @@ class EnergyModel(Shown):
         for state, _ in simulate(self.moves.kernel(), self.potential, z, noise.stream(1), steps):
             z = state.x
         if not z.isfinite().all():
-            raise NonFiniteError(f"the {self.moves.sampler} sampler ran away within {steps} steps; take fewer steps")
+            raise NonFiniteError(f"the {self.moves.sampler} sampler ran away within {steps} steps; use fewer steps")
         return z * self.scale + self.shift
 
     def with_log_z(self, log_z: float, log_z_se: float) -> EnergyModel:
@@ -250,7 +250,7 @@ def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
 
 
 def _read(folder: Path) -> EnergyModel:
-    """The model in a folder; any error says that there is none."""
+    """The model in a folder; where there is none, it raises errors of many kinds."""
     description = read_json(folder / DESCRIPTION_FILE)
     if description.get("format") != FORMAT:
         raise ValueError(f"its format is {description.get('format')!r}")

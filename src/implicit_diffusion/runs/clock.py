@@ -62,7 +62,7 @@ def begin_command() -> None:
 
 @contextmanager
 def run() -> Iterator[Clock]:
-    """A clock for the block. When that ends, in whatever way, the seconds are written where `Clock.keep` said."""
+    """A clock for the block. However the block ends, the seconds are then written to the folder of `Clock.keep`."""
     global _begun
     clock = Clock()
     _count()

@@ -1,7 +1,7 @@
-"""What a run prints of its progress, on stderr: a progress bar on a terminal, elsewhere a plain line now and then.
+"""What a run prints of its progress, on stderr: a progress bar on a terminal, plain lines elsewhere.
 
-Printing never ends a run: where nobody reads any more (`| head`, a closed terminal, a full disk behind `>`), it goes on
-in silence.
+Printing never ends a run: where nobody reads any more (`| head`, a closed terminal, a full disk behind `>`), the run
+continues without output.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class RunDirectory(Shown):
         self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
     def start(self, command: str, config: Any, may_hold: Collection[str] = ()) -> None:
-        """Write config.json into a new folder, or into what is left of the very same run, which begins anew.
+        """Write config.json into a new folder, or into what is left of the same run, which begins anew.
 
         Args:
             command: that begins the run.
@@ -173,12 +173,12 @@ class RunDirectory(Shown):
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to continue from."""
         return (self.checkpoint / STATE_FILE).is_file()
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, in backquotes."""
+        """The command that continues the run, in backquotes."""
         return f"`implicit-diffusion resume {shlex.quote(str(self.path))}`"
 
     @property
@@ -208,9 +208,9 @@ class RunDirectory(Shown):
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Add how to go on to whatever ends the block early, as soon as there is a config to begin from.
+        """Add the command that continues the run to an error that ends the block early, once config.json is there.
 
-        That is an interruption, a file that cannot be written, memory that is used up, or a reward that raises.
+        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises.
         """
         command = self.resume_command
         try:

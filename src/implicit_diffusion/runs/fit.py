@@ -16,8 +16,8 @@ They may read everything, sample from `fit.chain`, and replace `fit.loop.objecti
 
 The reason that stopped a run is saved too: a resumed run that has the same callback does not train on.
 
-What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and goes on
-with the run; when `fit` returns, the caller's own generators are as they were.
+What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and its
+state is saved with the run; when `fit` returns, the caller's own generators are as they were.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a run rests on, written down when it begins and compared when it goes on.
+"""What a run depends on, recorded when it begins and compared when it is resumed.
 
     provenance.json   the options; sha256 of every input; versions; threads; device; changes accepted since
 
-A run that goes on with another model, reward, file of data or version of torch is neither the old run nor a new one,
+A run that is resumed with another model, reward, file of data or version of torch is neither the old run nor a new one,
 and nothing in its results would say so. `verify` names what was and what is, and refuses a change unless it is
 accepted. For the same bits the number of threads counts too: it decides how sums are rounded, and is set back to what
 it was.
@@ -68,7 +68,7 @@ def record(
 
 
 def forget(directory: RunDirectory) -> list[str]:
-    """Take provenance.json away before config.json is written anew: an end in between must not look like a change.
+    """Remove provenance.json before config.json is written again: a run that ends in between must not look changed.
 
     Returns:
         The changes that were accepted in it.
@@ -97,7 +97,7 @@ def check_version(directory: RunDirectory, accept_changes: Collection[str] = (),
     """
     origin = directory.read_origin()
     if origin is not None and origin.version != __version__ and "versions" not in accept_changes:
-        other = advice or "go on bit for bit with that version, or add `accept_changes=['versions']`"
+        other = advice or "continue bit for bit with that version, or add `accept_changes=['versions']`"
         raise InvalidInputError(
             f"{directory.path} was begun by {surroundings.OURS} {origin.version}; this is {__version__}: {other}"
         )
@@ -128,11 +128,11 @@ def verify(
     inputs: Mapping[str, Input] | None = None,
     advice: str | None = None,
 ) -> int:
-    """Compare what a run rests on with what is there now; nothing is read but files, and nothing is executed.
+    """Compare what a run depends on with what is there now; only files are read, and nothing is executed.
 
     Args:
         directory: of the run.
-        accept_changes: names of `Change`; such differences are printed and recorded, and the run goes on.
+        accept_changes: names of `Change`; such differences are printed and recorded, and the run continues.
         inputs: what the run would read now; what is not among them is looked at where it was.
         advice: what to do about a difference, in place of accepting it.
 
@@ -162,7 +162,7 @@ def verify(
 
 
 def device_of(directory: RunDirectory) -> str | None:
-    """The device that the run goes on with, where provenance.json says one."""
+    """The device that the run continues on, where provenance.json names one."""
     return _read(directory)["device"]["name"] if is_recorded(directory) else None
 
 
@@ -187,8 +187,8 @@ def _refuse_or_accept(
     if refused:
         names = [name for name in get_args(Change) if name in {difference.change for difference in refused}]
         raise InvalidInputError(
-            f"{directory.path} does not rest on what it began with: {'; '.join(d.line for d in refused)}. Put that "
-            f"back for the run to go on bit for bit, or {advice or f'add `accept_changes={names}`'}"
+            f"{directory.path} depends on what has changed since it began: {'; '.join(d.line for d in refused)}. Put "
+            f"that back to continue the run bit for bit, or {advice or f'add `accept_changes={names}`'}"
         )
     for difference in changed:
         print(f"accepted  {difference.line}")
@@ -197,7 +197,7 @@ def _refuse_or_accept(
 def _renewed(
     directory: RunDirectory, saved: dict[str, Any], inputs: dict[str, Any], changed: list[Difference]
 ) -> dict[str, Any]:
-    """What the run rests on from now on, and what was accepted."""
+    """What the run depends on from now on, and what was accepted."""
     names = {difference.change for difference in changed}
     now = dict(saved) | {"accepted": [*saved["accepted"], *(difference.line for difference in changed)]}
     if "config" in names:

@@ -13,8 +13,8 @@ same ones, and so do u_0 and terminal objectives.
 
 Networks run in eval mode: with dropout u_θ would be a random function, and the adjoint would belong to another draw.
 
-Nothing that a chain computes changes what it computes next, so loops and evaluations may share one. How much work a
-transition was, it says itself (`Transition.evaluations`); whoever needs a sum keeps it.
+Nothing that a chain computes changes what it computes next, so loops and evaluations may share one. A transition
+reports its own work (`Transition.evaluations`); callers that need a total add it up.
 
 States, times, coefficients, adjoints and path costs have at least single precision. A network whose weights have less
 is called in its own precision, and its output is converted back: half precision rounds u alone.
@@ -54,7 +54,7 @@ class Chain(Shown):
             Trainable where it is an `nn.Module`. Under a condition it is called as u(x, t, **condition).
         table: the rows (a, b, s, m, t); see `read_table`, `ou_reverse_sde`.
         event_shape: shape of one sample, e.g. (1, 8, 8).
-        reference: the pretrained u_0. Where None, a frozen copy of `denoiser` as it stands now.
+        reference: the pretrained u_0; if None, a frozen copy of `denoiser` as it is now.
         pretrained_rows: rows on which u_0 acts in place of u_θ; "noiseless" means those whose noise vanishes, on
             which a path KL would be infinite.
         condition: (noise, batch, index) → what trajectory `index` is sampled under, tensors with leading dimension

@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step tells about itself; nothing continues from it.
+    """Diagnostics of a step; nothing continues from them.
 
     Args:
         acceptance: the probability that each proposal had of being accepted, with shape (n,); None for kernels that
@@ -126,7 +126,7 @@ class Kernel(Shown, ABC):
         return check_number("step_size", h, 0.0, note=f" for iteration {k}")
 
     def reach(self, h: float) -> float:
-        """About how far one addition moves a coordinate of a particle, under V whose scale is one or more."""
+        """About how far one addition moves a coordinate of a particle, for a V whose length scale is at least one."""
         return math.sqrt(2 * h)
 
     def start(self, x: Float[Tensor, "n *event"], generator: torch.Generator) -> State:

@@ -23,7 +23,7 @@ class RowCoefficients(Shown):
         trained: whether u_θ acts on the row, shaped as `a`.
         pretrained_slots: the slots on pretrained rows.
         trained_slots: the other slots.
-        order: puts the concatenation of the two in order; empty where it is in order.
+        order: puts the concatenation of these two in the order of the slots; empty where it is in order already.
     """
 
     a: Float[Tensor, "slots ..."]
@@ -40,7 +40,7 @@ class RowCoefficients(Shown):
 
 @dataclass(repr=False)
 class RowCache(Shown):
-    """The coefficients of every combination of rows that has been asked for: an index by a list would be copied to the
+    """The coefficients of every combination of rows that was used so far: an index by a list would be copied to the
     device at every call.
 
     Args:

@@ -79,8 +79,9 @@ class ExactTilt:
         outside = (model.particles * model.scale + model.shift).abs().amax(1) > HALF_SIDE
         if outside.double().mean() > 0.01 or model.scale.amin() < 2 * CELL:
             raise InvalidInputError(
-                f"--model: the quadrature covers [−{HALF_SIDE:g}, {HALF_SIDE:g}]² in cells of {CELL:g}, which does not fit "
-                f"data of mean {model.shift.tolist()} and deviation {model.scale.tolist()}; train on standardised data"
+                f"--model: the quadrature covers [−{HALF_SIDE:g}, {HALF_SIDE:g}]² in cells of {CELL:g}, which does not "
+                f"fit data of mean {model.shift.tolist()} and deviation {model.scale.tolist()}; train on standardised "
+                "data"
             )
         self.reward = values.double()
         self.log_initial = self.quadrature.log_density(model.potential)[0]

@@ -1,4 +1,4 @@
-"""Whether particles can still stand for π_θ, from the loop alone: V, the particles, and the data where there are any.
+"""Whether particles can still represent π_θ, from the loop alone: V, the particles, and the data where there are any.
 
 For the law p of the particles, with mean weights and variances σ_j² of its d coordinates,
 
@@ -54,7 +54,7 @@ WORDS = {  # what messages call the things to change, from Python
 
 
 def limit(loop: ParticleLoop) -> float:
-    """Nats beyond which particles do not stand for π_θ: ten, and one for every number of an event.
+    """Nats beyond which particles do not represent π_θ: ten, and one for every number of an event.
 
     They allow for a bias or a lag of √2 deviations in every coordinate, and masses of modes that are off by e^{10}.
     """

@@ -50,7 +50,8 @@ class HeldOut(Shown):
         if self._last is not None and self._last[0] == which:
             return self._last[1]
         result = self.evaluate(fit)
-        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
+        # of this line of the metrics, even if a later callback changes it
+        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))
         for name, values in (
             ("reward", result.reward),
             ("path_kl", result.path_kl),
@@ -74,7 +75,7 @@ class HeldOut(Shown):
         """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""
         if self._before is None:
             score = self._score(fit)
-            # the draws of the run go on as if this had not happened
+            # the random numbers of the run are not shifted by this
             with part("held-out checks"), GlobalGenerators(self.noise, 0, device=fit.chain.device):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
@@ -88,7 +89,7 @@ class HeldOut(Shown):
         return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from such a state."""
         columns = state["pretrained"]
         if columns is not None:
             self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])

@@ -198,7 +198,7 @@ class Rise(Shown):
         return seen | {"excess": self._excess if math.isfinite(self._excess) else None, "lowest": self._lowest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.above, self._count, self._looked = state["above"], state.get("count", 0), state.get("looked", 0)
         self._kept.numbers, self._lowest = state.get("kept"), state.get("lowest", math.inf)
         self._excess = math.nan if state.get("excess") is None else state["excess"]

@@ -87,7 +87,7 @@ class Runaway(Shown):
         return {"began": self.began, "bad": self.bad, "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.began, self.bad, self.seen = state["began"], state["bad"], state.get("seen", {})
 
     def _see(self, fit: Fit) -> bool:
@@ -107,9 +107,8 @@ class Watch(Shown):
     """Callback: stop a run over particles when it diverges, and report when its step size no longer fits.
 
     See `loops.diagnostics.divergence` for what divergence is. Particles that began far away, and come nearer from one
-    check to the
-    next, are accepted. An acceptance that falls too low is reported, once until it fits again; below one per cent, the
-    run stops.
+    check to the next, are accepted. An acceptance that falls too low is reported, once until it fits again; below one
+    per cent, the run stops.
 
     Args:
         data: to compare with; by default those of the objective, if it is maximum likelihood alone.
@@ -169,7 +168,7 @@ class Watch(Shown):
         return {"bad": self.bad, "nats": self.nats, "at": self.at, "before": self.before, "stiff": self.stiff}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.bad, self.nats, self.at = state["bad"], state.get("nats"), state.get("at", 0)
         self.before, self.stiff = state.get("before"), state.get("stiff", 0)
 
