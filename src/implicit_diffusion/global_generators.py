@@ -1,7 +1,7 @@
 """The global generators of torch, NumPy and Python, from which reward functions of the user may draw.
 
 This package itself does not. Inside `GlobalGenerators` their states follow from the run's noise, so that the same seed
-gives the same run whatever was drawn before; outside they have the states of the caller. A checkpoint keeps the states.
+gives the same run regardless of earlier draws; outside they have the caller's states. A checkpoint keeps the states.
 """
 
 from __future__ import annotations

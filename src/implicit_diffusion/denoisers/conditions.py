@@ -115,7 +115,7 @@ class ClassifierFree(ShownModule):
     Args:
         denoiser: called with x, t and the condition.
         scale: w; 1 gives the conditional network, 0 the unconditional one.
-        null: the values that mean no condition, by name of the condition.
+        null: the number that means no condition, by name of the condition.
 
     Raises:
         InvalidInputError: a scale that is not finite, or an empty `null`.
@@ -131,7 +131,8 @@ class ClassifierFree(ShownModule):
             named = False
         if not named or not null:
             raise InvalidInputError(
-                f"guidance needs a finite scale and the value of no condition, got {shown(scale)} and {shown(null)}"
+                f"guidance needs a finite scale, and in null the number that means no condition, e.g. "
+                f"{{'class_labels': 10}}, got {shown(scale)} and {shown(null)}"
             )
         self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
 

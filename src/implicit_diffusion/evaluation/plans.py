@@ -2,7 +2,7 @@
 
 A few trajectories from each of many x_0, scored once, give for every β the reward gain and the path KL of the tilted
 law dP* ∝ e^{R/β} dP_0, which no fine-tuning can beat in J = −E R + β·KL (`implicit_diffusion.evaluation.bounds`). They
-also tell how far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β, so the
+also show how far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β, so the
 plan tries those β that would gain round multiples of σ.
 
 Where samples are drawn under prompts or class labels, the sampler does not control these either: the bound is then the

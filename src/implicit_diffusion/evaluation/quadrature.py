@@ -39,7 +39,7 @@ class Grid:
         self.points = torch.cartesian_prod(self.axis, self.axis)
 
     def mass_at_edge(self, log_density: Float[Tensor, " points"]) -> float:
-        """The mass in the outermost cells, which tells whether the law fits on the grid."""
+        """The mass in the outermost cells, which shows whether the law fits on the grid."""
         interior = log_density.view(len(self.axis), -1)[1:-1, 1:-1]
         return (log_density.logsumexp(0).exp() - interior.flatten().logsumexp(0).exp()).item() * self.area
 

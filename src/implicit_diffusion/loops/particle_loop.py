@@ -81,7 +81,10 @@ class ParticleLoop(Loop):
             )
         if objective.running:
             names = ", ".join(type(term).__name__ for _, term in objective.running)
-            raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
+            raise InvalidInputError(
+                f"{names} is paid along a denoising chain, and a stationary sampler has none; to stay near the initial "
+                "potential use ReverseKL.to_initial(potential)"
+            )
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]

@@ -108,7 +108,9 @@ class Update(Shown):
                 "that the sampler runs on"
             )
         if not any(p.requires_grad for p in held):
-            raise InvalidInputError(f"every parameter of the {role} that the optimizer holds is frozen")
+            raise InvalidInputError(
+                f"every parameter of the {role} that the optimizer holds is frozen; call requires_grad_() on some"
+            )
         module: nn.Module = model
         check_complete(module)
         self.model, self.bound, self.parametrized = module, True, parametrizations(module)

@@ -140,7 +140,10 @@ class EnergyModel(Shown):
                 whose log Z is not known.
         """
         if self.log_z is None:
-            raise InvalidInputError("this model does not know its log Z: its training was interrupted, or diverged")
+            raise InvalidInputError(
+                "this model does not know its log Z: its training was interrupted, or diverged; resume the training, "
+                "or set it with with_log_z"
+            )
         event = self._event_of(x)
         z = self.standardise(x)
         energy = torch.cat([self.potential(part) for part in z.split(2**14)]).double()

@@ -63,7 +63,7 @@ def known_log_z(potential: object) -> float | None:
     """Log ∫ e^{−V} of a potential that has it as a number, `potential.log_z`; None where it has none.
 
     Raises:
-        InvalidInputError: an attribute of that name that is something else.
+        InvalidInputError: an attribute of that name that is not a number.
     """
     log_z = getattr(potential, "log_z", None)
     number = isinstance(log_z, (int, float)) or (isinstance(log_z, Tensor) and log_z.ndim == 0)

@@ -268,5 +268,5 @@ class RunDirectory(Shown):
 
 
 def dated(name: str) -> Path:
-    """The folder of a run that nobody named: runs/`name`-<UTC time>."""
+    """The default folder of a run: runs/`name`-<UTC time>."""
     return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")

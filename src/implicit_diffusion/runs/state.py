@@ -84,7 +84,9 @@ class Fit(Shown):
     def chain(self) -> Chain:
         """The denoising chain of `model`; only loops over chains have one."""
         if not isinstance(self.loop, ChainLoop):
-            raise InvalidInputError(f"a {type(self.loop).__name__} samples from a potential: it has no denoising chain")
+            raise InvalidInputError(
+                f"a {type(self.loop).__name__} samples from a potential, and has no denoising chain; use fit.model"
+            )
         averaged = self.model is not self.loop.model
         return self.loop.chain if not averaged else self.loop.chain.replace(denoiser=self.model)
 

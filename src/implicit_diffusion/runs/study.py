@@ -32,7 +32,7 @@ class Study:
         self.directory = directory
         state = load_state(directory.checkpoint) if directory.has_state else {"study": {}}
         if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
-            raise InvalidInputError(f"{directory.checkpoint} does not hold a study")
+            raise InvalidInputError(f"{directory.checkpoint} does not hold a study; choose another folder")
         self.results: dict[str, Any] = state["study"]
         with replacing(directory.path / "metrics.jsonl") as file:
             file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before

@@ -77,7 +77,9 @@ class Replicas(Shown):
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; use ULA, MALA or HMC")
         x = checked_particles(x)
         if check_integer("groups", groups, 0) < 2 or len(x) % groups or len(x) < 2 * groups:
-            raise InvalidInputError(f"{len(x)} particles do not split into {groups} groups of equal size ≥ 2")
+            raise InvalidInputError(
+                f"{len(x)} particles do not split into {groups} groups of equal size ≥ 2; use a divisor"
+            )
         check_resolved(kernel, x, 0)
         self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, check_number("log_z", log_z), 0
         self.gradient_evaluations = 0

@@ -61,7 +61,7 @@ def warm_up(
     target = kernel.target_acceptance if target is None else target
     if kernel.target_acceptance is None or target is None:
         raise InvalidInputError(
-            f"{type(kernel).__name__} never rejects: there is no acceptance to tune its step size to"
+            f"{type(kernel).__name__} never rejects, so its step size cannot be tuned to an acceptance; use MALA or HMC"
         )
     if callable(kernel.step_size):
         raise InvalidInputError(

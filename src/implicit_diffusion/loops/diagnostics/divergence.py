@@ -113,7 +113,7 @@ def diverged(
     """What has gone wrong, in plain words with what to change; None where nothing has.
 
     Args:
-        loop: as it stands.
+        loop: in its present state.
         metrics: of its last step, where there are any.
         data: to compare with; by default those of the objective, where it is maximum likelihood alone.
         nats: what `distance` returned, where it is known already.

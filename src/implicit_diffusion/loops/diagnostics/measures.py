@@ -110,7 +110,7 @@ def advice(
     """What looks wrong, in plain words with what to change; empty where nothing does.
 
     Args:
-        loop: as it stands.
+        loop: in its present state.
         metrics: of its last step.
         history: a statistic of some particles along the run, for R-hat; resampling breaks chains, so weighted loops
             have none.

@@ -65,7 +65,7 @@ class Rise(Shown):
 
     Args:
         held_out: evaluations on held-out noise, whether or not they are also a callback of the run; ≥ 2 starts.
-        pretrained: samples of the pretrained chain, such as those of a plan, which tell what can be gained; by default
+        pretrained: samples of the pretrained chain, such as those of a plan, which show what can be gained; by default
             the few of `held_out`.
         patience: number of evaluations.
         rate: says in words what to try, if the learning rate should be so many times smaller.
