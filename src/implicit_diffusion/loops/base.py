@@ -121,7 +121,7 @@ class Loop(Shown, ABC):
             other.append(f"{name} in the model had shape {before.get(name)}, has {now.get(name)}")
         if other:
             raise InvalidInputError(f"state is that of another loop: {'; '.join(other)}; build from the same arguments")
-        restore(self.model, state["model"])
+        load_trained_state(self.model, state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)
         self.objective = Sum(tuple(zip(state["weights"], terms, strict=True)))

@@ -265,7 +265,7 @@ class Update(Shown):
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.ema is not None:
-            restore(self.ema, state["ema"])
+            load_trained_state(self.ema, state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient if gradient is None else gradient.to(p)
