@@ -46,7 +46,7 @@ class Drawn(Shown):
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise InvalidInputError(f"name must be the name of an argument of the denoiser, got {shown(self.name)}")
         if isinstance(self.values, Tensor) and self.values.ndim and not len(self.values):
-            raise InvalidInputError(f"condition: there are no values of {self.name} to draw from")
+            raise InvalidInputError(f"condition: there are no values of {self.name} to draw from; give at least one")
         check_tensor("values", self.values, "m", integers=True)
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:

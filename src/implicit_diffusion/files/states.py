@@ -67,12 +67,14 @@ def load_state(folder: str | PathLike[str]) -> Any:
     """
     path = check_path("folder", folder) / STATE_FILE
     if not path.is_file():
-        raise InvalidInputError(f"no state to continue from: {path} does not exist")
+        raise InvalidInputError(
+            f"no state to continue from: {path} does not exist; give a folder that save_state wrote"
+        )
     tensors, header = load_tensors(path)
     if HEADER not in header or DIGESTS not in header:
         if WITHOUT_DIGESTS in header:
             raise InvalidInputError(f"{path} is from an earlier release, without checksums; only that can continue it")
-        raise InvalidInputError(f"{path} is a safetensors file, but not a state")
+        raise InvalidInputError(f"{path} is a safetensors file, but not a state; give a folder that save_state wrote")
     try:
         return _decode(json.loads(header[HEADER]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -177,7 +179,10 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
 def _storable(tensor: Tensor, where: str) -> Tensor:
     """A dense, contiguous copy on the CPU, with its own storage."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype == torch.complex128:
-        raise InvalidInputError(f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}: not storable")
+        raise InvalidInputError(
+            f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}, which cannot be stored; use a dense "
+            "tensor of another dtype"
+        )
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
 
 

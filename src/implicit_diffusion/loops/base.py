@@ -114,7 +114,10 @@ class Loop(Shown, ABC):
         check_type("state", state, Mapping, "use the state_dict() of a loop like this one")
         own = self._like()  # what a state does not say is assumed to agree
         if missing := self.state_dict().keys() - own.keys() - state.keys():
-            raise InvalidInputError(f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}")
+            raise InvalidInputError(
+                f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}; use what "
+                "state_dict() of a loop like this one returned"
+            )
         other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
         before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], trained_state(self.model)))
         if name := next((name for name in before | now if before.get(name) != now.get(name)), None):

@@ -243,7 +243,9 @@ class TerminalObjective(GibbsObjective):
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         variation = self.first_variation(particles, Density(energy)).function
         if variation is None or not variation.isfinite().all():
-            raise InvalidInputError(f"the first variation of {self.name} is NaN or infinite on the initial particles")
+            raise InvalidInputError(
+                f"the first variation of {self.name} is NaN or infinite on the initial particles; it must be finite"
+            )
 
 
 class RunningCost(Term):

@@ -135,7 +135,9 @@ class Reward(TerminalObjective):
             _check_dtype(reward, x)
             gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
             if gradient is None:
-                raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
+                raise InvalidInputError(
+                    f"reward is not differentiable: its result does not depend on the samples; {BY_TORCH}"
+                )
             of_first = torch.autograd.grad(reward[0], x)[0]
         _check_finite("a gradient", gradient)
         check_own_gradient("reward", of_first)
@@ -202,4 +204,6 @@ def _check_dtype(reward: Tensor, x: Tensor) -> None:
 
 def _check_finite(what: str, tensor: Tensor) -> None:
     if not tensor.isfinite().all():
-        raise InvalidInputError(f"reward gives {what} that are NaN or infinite on samples of the initial model")
+        raise InvalidInputError(
+            f"reward gives {what} that are NaN or infinite on samples of the initial model; they must be finite"
+        )

@@ -111,7 +111,9 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
         everywhere = value_of(potential, x)
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
-            raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
+            raise InvalidInputError(
+                f"potential gives {what} that are NaN or infinite on the initial particles; they must be finite there"
+            )
     check_own_gradient("potential", grad, of="particles")
     with torch.no_grad():
         few = x[:TRIED].detach()
