@@ -180,8 +180,8 @@ def _storable(tensor: Tensor, where: str) -> Tensor:
     """A dense, contiguous copy on the CPU, with its own storage."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype == torch.complex128:
         raise InvalidInputError(
-            f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}, which cannot be stored; use a dense "
-            "tensor of another dtype"
+            f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}, which cannot be stored; use a "
+            "dense tensor of another dtype"
         )
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
 

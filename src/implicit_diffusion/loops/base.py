@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.frozen import refuse_inference_mode
-from implicit_diffusion.loops.update import Update, trained_state
+from implicit_diffusion.loops.update import Update, load_trained_state, trained_state
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, Sum
 from implicit_diffusion.showing import Shown, brief
