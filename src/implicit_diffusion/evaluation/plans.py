@@ -93,7 +93,7 @@ class Plan(Shown):
         ]
 
     def beta_for_gain(self, deviations: float = 1.0) -> float:
-        """The β, among those of the plan, whose optimum gains most nearly so many standard deviations of reward.
+        """The β, among those of the plan, whose optimum gains most nearly `deviations` standard deviations of reward.
 
         Raises:
             InvalidInputError: the plan has no β.

@@ -96,7 +96,7 @@ class Quadrature:
         return -energy - log_z - self.log_jacobian, log_z
 
     def exact_fit(self, potential: nn.Module) -> ExactFit:
-        """The figures of a potential beside the target, which there must be."""
+        """The figures of a potential compared with the target; only for a `Quadrature` that has one."""
         log_p, target = self.log_target, self.target
         assert log_p is not None and target is not None
         log_q, log_z = self.log_density(potential)

@@ -41,7 +41,7 @@ def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[i
     """Bytes per sample of the activations of network and running costs on one row, and of those of the largest block
     that is computed again in the backward pass.
 
-    The first trained row stands for all of them.
+    The first trained row represents all of them.
     """
 
     def row(n: int) -> object:

@@ -118,5 +118,5 @@ def _off(log_c: Tensor, b: Tensor) -> float:
 
 
 def _goal(cost: Tensor) -> float:
-    """`SOLVED`, or what exponents as large as these leave of it."""
+    """`SOLVED`, or the rounding of exponents as large as these where that is larger."""
     return max(SOLVED, 4 * torch.finfo(cost.dtype).eps * float(cost.amax()))

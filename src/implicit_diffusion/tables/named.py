@@ -232,7 +232,7 @@ def pipeline_for(scheduler: Any, sampler: str) -> tuple[Any, str]:
 def clipped_for(scheduler: Any, sampler: str, *, noisy: bool, eta: float = 1.0) -> tuple[Any, dict[str, float]]:
     """The same sampler with clipping switched on: a scheduler, and the options of its step.
 
-    Only DDPM and DDIM clip; the other samplers are one of them in other coordinates.
+    Only DDPM and DDIM clip; every other sampler is one of these two in other coordinates.
 
     Args:
         scheduler: the checkpoint's own, of a diffusion model.

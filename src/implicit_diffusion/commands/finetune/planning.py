@@ -148,8 +148,8 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
-    draws = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
-    return Stored(directory.path / PLANNED, rests_on(setup, starts, fingerprints), starts, draws, SHOWN)
+    generators = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
+    return Stored(directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, SHOWN)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
@@ -167,7 +167,7 @@ def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> N
         print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
 
 
-def rests_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any]) -> dict[str, str]:
+def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any]) -> dict[str, str]:
     """All that decides the bits of pretrained trajectories and their rewards, by name.
 
     What is trained, and how, is not part of it: neither β nor adapters, which are off in the pretrained network.

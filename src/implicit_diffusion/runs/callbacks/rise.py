@@ -68,7 +68,7 @@ class Rise(Shown):
         pretrained: samples of the pretrained chain, such as those of a plan, which show what can be gained; by default
             the few of `held_out`.
         patience: number of evaluations.
-        rate: says in words what to try, if the learning rate should be so many times smaller.
+        rate: describes a learning rate that is smaller by a given factor, as advice.
         say: gets each sentence while the run goes on; by default it is printed to stderr.
 
     Raises:
