@@ -35,7 +35,7 @@ class FunctionWarning(UserWarning):
 @torch.no_grad()
 def check_separate(
     what: str,
-    judge: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]],
+    value_at: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]],
     values: Float[Tensor, " n"],
     of: str = "samples",
 ) -> None:
@@ -46,13 +46,13 @@ def check_separate(
 
     Args:
         what: name of the function in messages.
-        judge: from n sample numbers, some of which may be equal, to the values at these samples.
-        values: judge(0, 1, …, n − 1).
+        value_at: from n sample numbers, some of which may be equal, to the values at these samples.
+        values: value_at(0, 1, …, n − 1).
         of: name of the samples in messages.
     """
     n, order = len(values), torch.arange(len(values), device=values.device)
     spread, rounding = values.max() - values.min(), ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().max()
-    noise = (judge(order) - values).abs().max()
+    noise = (value_at(order) - values).abs().max()
     if not noise <= ROUNDING_SHARE * spread + rounding:
         warnings.warn(
             f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
@@ -65,7 +65,7 @@ def check_separate(
     for kept, others in ((even, odd), (odd, even), (best, order)) if n > 1 else ():
         index = order.clone()
         index[others] = kept.flip(0)[torch.arange(len(others), device=order.device) % len(kept)]
-        change = (judge(index) - values)[kept].abs().max()
+        change = (value_at(index) - values)[kept].abs().max()
         if not change <= ROUNDING_SHARE * spread + rounding + 10 * noise:
             raise InvalidInputError(
                 f"{what} mixes {of}: in another batch, values of the same ones differ by {float(change):.2g}; {ALONE}"

@@ -187,5 +187,5 @@ def _part(
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
             if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers
                 score.probe(end)
-            judged = score.judge(end)
-        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))
+            rewards = score.finite_values(end)
+        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (rewards, kl, log_ratio, x)))

@@ -71,7 +71,7 @@ class Reward(TerminalObjective):
             )
         return scores_of(self.function(particles.x, particles.condition), particles.x)
 
-    def judge(self, particles: Particles) -> Float[Tensor, " n"]:
+    def finite_values(self, particles: Particles) -> Float[Tensor, " n"]:
         """R at samples, as floating-point numbers; it need not be differentiable.
 
         Raises:
@@ -111,7 +111,7 @@ class Reward(TerminalObjective):
             values = self._numbers(_chosen(few, slice(None)))
             _check_finite("values", values)
             if not self.checked:
-                check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+                check_separate("reward", lambda index: self.finite_values(_chosen(few, index)), values)
 
     def check_slope(self, particles: Particles) -> None:
         """Call the reward on samples once, with its gradient.
@@ -175,8 +175,8 @@ class Reward(TerminalObjective):
         """
         few = _chosen(particles, slice(TRIED))
         with self.evaluating():
-            values = self.judge(_chosen(few, slice(None)))
-            check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+            values = self.finite_values(_chosen(few, slice(None)))
+            check_separate("reward", lambda index: self.finite_values(_chosen(few, index)), values)
 
     def _numbers(self, particles: Particles) -> Float[Tensor, " n"]:
         reward = self.of(particles)
