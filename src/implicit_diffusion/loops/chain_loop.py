@@ -17,7 +17,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 
-FLOAT16 = "; the network computes in float16, which ends at 65504: use `precision=torch.bfloat16`, or float32"
+FLOAT16_ADVICE = "; the network computes in float16, which ends at 65504: use `precision=torch.bfloat16`, or float32"
 
 
 class ChainLoop(Loop):
@@ -58,7 +58,7 @@ class ChainLoop(Loop):
         self.stride = chain.num_steps
         if stride is not None:
             self.stride = check_integer("stride", stride, 1, chain.num_steps, note=" (the chain's steps)")
-        self.update.advice = FLOAT16 if computes_in_float16(chain.denoiser) else ""
+        self.update.advice = FLOAT16_ADVICE if computes_in_float16(chain.denoiser) else ""
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
         with trying("denoiser", f"states of shape {(2, *chain.event_shape)}"):
