@@ -121,7 +121,7 @@ class ModelSummary:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryOfStart:
     """Share of the reward's variance that x_0 decides, with its standard error."""
 
     share: float
@@ -136,7 +136,7 @@ class Summary:
         headline: what the judgement says.
         training: what the training did.
         model: what was trained and exported.
-        memory: of the start, by the plan.
+        memory_of_start: that of the plan.
         plan: the rows of the plan.
         quality_before: of the pretrained chain's samples, where they are digits.
         quality_after: of the trained chain's samples.
@@ -146,7 +146,7 @@ class Summary:
     headline: Headline
     training: TrainingSummary
     model: ModelSummary
-    memory: Memory
+    memory_of_start: MemoryOfStart
     plan: list[PlanRow]
     quality_before: Quality | None
     quality_after: Quality | None
@@ -156,7 +156,7 @@ class Summary:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
         content = to_json(self.headline) | to_json(self.training) | to_json(self.model)
-        content |= {"memory": asdict(self.memory), "plan": [asdict(row) for row in self.plan]}
+        content |= {"memory_of_start": asdict(self.memory_of_start), "plan": [asdict(row) for row in self.plan]}
         content |= {f"quality_{when}": quality and asdict(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
@@ -177,7 +177,7 @@ class Summary:
             from_json(Headline, content),
             from_json(TrainingSummary, content),
             from_json(ModelSummary, content),
-            from_json(Memory, content["memory"]),
+            from_json(MemoryOfStart, content["memory_of_start"]),
             [from_json(PlanRow, row) for row in content["plan"]],
             *(_value(Quality, content[look]) for look in looks),
         )
