@@ -151,9 +151,8 @@ def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Tim
     """Whether to inject one more trajectory now, so that none is wasted if `wanted` more gradients are to be made.
 
     If it is the last one, it and every trajectory in flight have been pulled back completely once these gradients are
-    made.
-    Where those in flight bring too few, and one more would bring too many whenever it sets out, it does so at once:
-    only a trajectory can bring what is still wanted.
+    made. Where those in flight bring too few, and one more would bring too many whenever it sets out, it does so at
+    once: only a trajectory can bring what is still wanted.
     """
     if wanted >= next_one.length:
         return True
