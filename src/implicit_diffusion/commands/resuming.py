@@ -1,4 +1,4 @@
-"""Go on with an interrupted run, or write its report again, whichever command it belongs to."""
+"""Continue an interrupted run, or write its report again, whichever command it belongs to."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from implicit_diffusion import __version__
 from implicit_diffusion.commands.registry import COMMANDS, Command
 from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.shared.inputs import inputs
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
@@ -24,7 +25,7 @@ PARTS = ("model", "figures", "checkpoint", "judged", "plan")  # folders in that 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
+    """Continue an interrupted run, bit for bit as if it had not been interrupted."""
 
     run: Path = field(metadata={"positional": True})
     """The folder of the run."""
@@ -55,7 +56,7 @@ def run_report(config: Report) -> dict[str, Any]:
 def resume(
     path: str | PathLike[str], accept_changes: Collection[str] = (), *, trust_reward: bool = False
 ) -> dict[str, Any]:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
+    """Continue an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
 
     Args:
         path: the run directory.
@@ -78,7 +79,7 @@ def resume(
                     f"`finetune --out {shlex.quote(str(path))}` trains"
                 )
             raise InvalidInputError(
-                f"{path} is not an interrupted run: nothing had begun; give the first command again"
+                f"{path} is not an interrupted run: no run has begun in it; repeat the command that was to begin one"
             )
         command, values = _command(directory)
         if values.get("plan") and (path / "plan.json").exists():
@@ -95,7 +96,7 @@ def resume(
         if finished:
             _adopt(directory, command, values)
             return command.report(directory)
-        config = _config(command, values, path)
+        config = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
             check_trust(str(values.get("reward", "")), path)
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
@@ -125,10 +126,10 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         if not (path / "summary.json").exists():
             if not (path / "config.json").exists():
                 raise InvalidInputError(
-                    f"{path} is not a finished run: nothing had begun; give the first command again"
+                    f"{path} is not a finished run: no run has begun in it; repeat the command that was to begin one"
                 )
             raise InvalidInputError(
-                f"{path} is not finished: it has no summary.json; {directory.resume_command} goes on with it"
+                f"{path} is not finished: it has no summary.json; {directory.resume_command} continues it"
             )
         command, _ = _command(directory)
         check_version(directory, advice="draw its report with that version")
@@ -150,7 +151,7 @@ def _open(path: Path) -> RunDirectory:
     directory = RunDirectory(path)
     origin = directory.read_origin()
     if any(path.glob("beta-*")) or (origin is not None and origin.command == "sweep"):
-        raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it goes on with it")
+        raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it continues it")
     if not (path / "config.json").exists() and path.name in PARTS and (path.parent / "config.json").exists():
         raise InvalidInputError(f"{path} is a part of a run; name the run itself, {path.parent}")
     return directory
@@ -178,26 +179,3 @@ def _adopt(directory: RunDirectory, command: Command, values: Mapping[str, Any])
     """Make a run that another version began one of this version, when the change of versions has been accepted."""
     if directory.read_origin() != (command.name, __version__):
         directory.write_config(values, command.name)
-
-
-def _config(command: Command, values: Mapping[str, Any], path: Path) -> Any:
-    """The options as the command takes them, with the folder of the run wherever that lies now.
-
-    Raises:
-        InvalidInputError: options that the command does not have, or lacks.
-    """
-    types = {field.name: str(field.type) for field in dataclasses.fields(command.config)}
-    if values.keys() != types.keys():
-        unknown, missing = sorted(values.keys() - types.keys()), sorted(types.keys() - values.keys())
-        wrong = [f"{word} {', '.join(names)}" for word, names in (("has", unknown), ("lacks", missing)) if names]
-        raise InvalidInputError(
-            f"{path}/config.json {' and '.join(wrong)}: these are not the options of `{command.name}` in version "
-            f"{__version__}, which cannot go on with this run"
-        )
-    changed: dict[str, Any] = {"out": path}
-    for name, value in values.items():
-        if "Path" in types[name] and value is not None and name != "out":
-            changed[name] = Path(value)
-        elif isinstance(value, list):
-            changed[name] = tuple(value)
-    return command.config(**dict(values) | changed)

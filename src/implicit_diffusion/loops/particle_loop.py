@@ -146,7 +146,7 @@ class ParticleLoop(Loop):
         return eval_mode(self.model, *(network for _, term in self.objective.terms for network in term.networks()))
 
     def refresh(self, particles: Particles, *, gradient_evaluations: int = 0) -> None:
-        """Go on from other particles that stand for the present π_θ: draws, weighted or not, e.g. from `annealed`.
+        """Continue from other particles that stand for the present π_θ: draws, weighted or not, e.g. from `annealed`.
 
         What the old ones accumulated (weights, errors of log Z and of the masses of modes) ends with them. Log Z goes
         on from the new ones' log Z, or from that of the old ones where the new ones carry none.

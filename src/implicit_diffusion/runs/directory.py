@@ -94,7 +94,7 @@ class RunDirectory(Shown):
                 holds = "exists and is not empty"
                 judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
                 if files.issuperset(BEGUN) and not (judged and reported):
-                    holds = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
+                    holds = f"holds a run that was interrupted: continue with {RunDirectory(path).resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -170,12 +170,12 @@ class RunDirectory(Shown):
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to continue from."""
         return (self.checkpoint / FILE).is_file()
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, in backquotes."""
+        """The command that continues the run, in backquotes."""
         return f"`implicit-diffusion resume {shlex.quote(str(self.path))}`"
 
     @property
@@ -205,7 +205,7 @@ class RunDirectory(Shown):
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Add how to go on to whatever ends the block early, as soon as there is a config to begin from.
+        """Add how to continue to whatever ends the block early, as soon as there is a config to begin from.
 
         That is an interruption, a file that cannot be written, memory that is used up, or a reward that raises.
         """
@@ -216,11 +216,11 @@ class RunDirectory(Shown):
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
-            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; go on with {command}") from error
+            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; continue with {command}") from error
         except (StorageError, MemoryLimitError, RewardError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
-            raise type(error)(f"{error}; then {command} goes on") from error
+            raise type(error)(f"{error}; then {command} continues the run") from error
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""

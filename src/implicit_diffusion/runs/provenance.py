@@ -1,9 +1,9 @@
-"""What a run rests on, written down when it begins and compared when it goes on.
+"""What a run rests on, written down when it begins and compared when it is continued.
 
     provenance.json   the options; sha256 of every input; versions; threads; device; changes accepted since
 
-A run that goes on with another model, reward, file of data or version of torch is neither the old run nor a new one,
-and nothing in its results would say so. `verify` names what was and what is, and refuses a change unless it is
+A run that is continued with another model, reward, file of data or version of torch is neither the old run nor a new
+one, and nothing in its results would say so. `verify` names what was and what is, and refuses a change unless it is
 accepted. For the same bits the number of threads counts too: it decides how sums are rounded, and is set back to what
 it was.
 """
@@ -97,7 +97,7 @@ def check_version(directory: RunDirectory, accept_changes: Collection[str] = (),
     """
     origin = directory.read_origin()
     if origin is not None and origin.version != __version__ and "versions" not in accept_changes:
-        other = advice or "go on bit for bit with that version, or add `accept_changes=['versions']`"
+        other = advice or "continue bit for bit with that version, or add `accept_changes=['versions']`"
         raise InvalidInputError(
             f"{directory.path} was begun by {surroundings.OURS} {origin.version}; this is {__version__}: {other}"
         )
@@ -132,7 +132,7 @@ def verify(
 
     Args:
         directory: of the run.
-        accept_changes: names of `Change`; such differences are printed and recorded, and the run goes on.
+        accept_changes: names of `Change`; such differences are printed and recorded, and the run continues.
         inputs: what the run would read now; what is not among them is looked at where it was.
         advice: what to do about a difference, in place of accepting it.
 
@@ -162,7 +162,7 @@ def verify(
 
 
 def device_of(directory: RunDirectory) -> str | None:
-    """The device that the run goes on with, where provenance.json says one."""
+    """The device that the run continues with, where provenance.json says one."""
     return _read(directory)["device"]["name"] if is_recorded(directory) else None
 
 
@@ -188,7 +188,7 @@ def _refuse_or_accept(
         names = [name for name in get_args(Change) if name in {difference.change for difference in refused}]
         raise InvalidInputError(
             f"{directory.path} does not rest on what it began with: {'; '.join(d.line for d in refused)}. Put that "
-            f"back for the run to go on bit for bit, or {advice or f'add `accept_changes={names}`'}"
+            f"back for the run to continue bit for bit, or {advice or f'add `accept_changes={names}`'}"
         )
     for difference in changed:
         print(f"accepted  {difference.line}")

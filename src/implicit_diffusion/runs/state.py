@@ -91,7 +91,7 @@ Callback = Callable[[Fit], str | None]
 
 
 def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True) -> None:
-    """Save all that the run goes on from.
+    """Save all that the run continues from.
 
     Args:
         state: of the run.
@@ -132,7 +132,7 @@ def unsound(state: Fit, callbacks: list[Callback]) -> str | None:
 
 
 def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
-    """Go on from the checkpoint, unless the loop is further already; a callback that was not saved begins anew."""
+    """Continue from the checkpoint, unless the loop is further already; a callback that was not saved begins anew."""
     saved = load_state(directory.checkpoint)
     behind = saved["loop"]["iteration"] < state.loop.iteration
     state.seconds = saved["seconds"]

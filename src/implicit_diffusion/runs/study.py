@@ -1,4 +1,4 @@
-"""Results of a study, run by run, so that it can go on after an interruption.
+"""Results of a study, run by run, so that it can be continued after an interruption.
 
 The runs of a study depend on its config and their own seeds only. A run that is repeated after an interruption gives
 the same bits, so that only the results of finished runs have to be kept.

@@ -44,7 +44,7 @@ def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
 class Blocks:
     """The random numbers of every iteration of a loop, drawn block by block.
 
-    What is kept is the block that was drawn last, and the generator that goes on to the next one.
+    What is kept is the block that was drawn last, and the generator of the next one.
 
     Args:
         stream: of the noise that the numbers come from.
@@ -55,7 +55,7 @@ class Blocks:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the block that was drawn last: for a loop that goes on from another state or with other noise."""
+        """Drop the block that was drawn last: for a loop that continues from another state or with other noise."""
         self._block = -1
         self._generator: torch.Generator | None = None
         self._numbers: tuple[Tensor, ...] = ()

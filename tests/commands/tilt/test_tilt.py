@@ -219,7 +219,7 @@ def test_forms_of_rewards_are_one_reward(form):
 
 MODELS = {
     "a model of the plane is needed": lambda: gaussian((3,), torch.zeros(3), torch.ones(3)),
-    "its sampler underdamped knows no weights": lambda: gaussian(moves=Moves("underdamped", 0.1)),
+    "its sampler underdamped does not support weights": lambda: gaussian(moves=Moves("underdamped", 0.1)),
     r"the quadrature covers \[−8, 8\]²": lambda: gaussian(shift=torch.tensor([100.0, 0.0])),
     r"the quadrature covers .* in cells of 0.0625": lambda: gaussian(scale=torch.tensor([0.01, 1.0])),
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
-from implicit_diffusion.commands.finetune.summary import Headline, Summary
+from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.formatting import markdown, model_name, number
-from implicit_diffusion.commands.shared.usage import usage
+from implicit_diffusion.commands.shared.usage import PipelineUse, usage
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
@@ -64,12 +64,26 @@ over a chain of {chain.num_steps} {kind.words} steps ({table}).
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-{usage(vars(config), vars(summary.model))}
+{usage(pipeline_use(config, summary.model))}
 ```
 {adapter}
 Chain: {config.scheduler}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 β = {beta:.6g}, reward = {reward}, {updates_in_words(summary)}, seed {config.seed}.
 """
+
+
+def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
+    """What a program needs to know of the exported pipeline, from the resolved options and the summary of a run."""
+    return PipelineUse(
+        num_steps=config.num_steps,
+        condition=model.condition,
+        pipeline_class=model.pipeline_class,
+        event_shape=model.event_shape,
+        eta=config.eta,
+        guidance=config.guidance,
+        num_classes=model.num_classes,
+        null_class=config.null_class,
+    )
 
 
 def _judged(headline: Headline, beta: float) -> str:

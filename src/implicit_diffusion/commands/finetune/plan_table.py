@@ -46,7 +46,7 @@ def show(plan: Plan) -> None:
 @part("planning")
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Draw two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
-    from implicit_diffusion.commands.shared.drawing import finish, legend_above, sheet
+    from implicit_diffusion.commands.shared.drawing import finish_figure, legend_above, sheet
 
     figure = sheet(10.0, 4.0)
     left, right = figure.subplots(1, 2)
@@ -77,4 +77,4 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     right.set(xlabel="reward", ylabel="pretrained samples", title="Where the pretrained samples lie")
     for axis in (left, right):
         legend_above(axis, columns=2)
-    finish(figure, path, (left, right))
+    finish_figure(figure, path, (left, right))

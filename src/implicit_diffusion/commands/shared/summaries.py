@@ -78,7 +78,7 @@ def part_from_json(kind: type[S], content: Mapping[str, Any]) -> S:
         KeyError: a field is missing.
     """
     hints = get_type_hints(kind)
-    keys = [key for name, hint in hints.items() for key in (name, f"{name}_se")[: 1 + (_without_none(hint) is Estimate)]]
+    keys = [*hints, *(f"{name}_se" for name, hint in hints.items() if _without_none(hint) is Estimate)]
     part: S = from_json(kind, {key: content[key] for key in keys})
     return part
 

@@ -81,5 +81,5 @@ class AdaptStep:
         return {"moves": self.moves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.moves = state["moves"]

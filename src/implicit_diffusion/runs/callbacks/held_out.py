@@ -73,7 +73,7 @@ class HeldOut(Shown):
         """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""
         if self._before is None:
             score = self._score(fit)
-            # the draws of the run go on as if this had not happened
+            # the draws of the run continue as if this had not happened
             with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
@@ -87,7 +87,7 @@ class HeldOut(Shown):
         return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         columns = state["pretrained"]
         if columns is not None:
             self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])

@@ -22,7 +22,7 @@ from implicit_diffusion.runs.state import Fit
 class Kept:
     """The trained part of the model, and of its average, at one update; on disk where the run has a directory.
 
-    Its file is written at the evaluation; its numbers go with the checkpoint. A run that goes on from an earlier
+    Its file is written at the evaluation; its numbers go with the checkpoint. A run that is continued from an earlier
     checkpoint makes the same evaluations, and so the same file, before it needs it.
 
     Args:

@@ -68,7 +68,7 @@ class Rise(Shown):
             the few of `held_out`.
         patience: number of evaluations.
         rate: says in words what to try, if the learning rate should be so many times smaller.
-        say: gets each sentence while the run goes on; by default it is printed to stderr.
+        say: gets each sentence while the run continues; by default it is printed to stderr.
 
     Raises:
         InvalidInputError: a single start; when called, for a chain whose path KL is infinite, since it has trained rows
@@ -143,7 +143,7 @@ class Rise(Shown):
         return f"{ends}{fit.advice}"
 
     def _reason(self, fit: Fit, look: Evaluation, before: Evaluation, last: bool, rise: float) -> str | None:
-        """Why to stop now that J is above; None where the run may go on."""
+        """Why to stop now that J is above; None where the run may continue."""
         kl, most = mean_and_error(look.path_kl)[0], self.most(fit)
         if not kl <= FAR * most:
             return f"the path KL is {kl:.3g} nats, and no sampler beyond {most:.3g} is as good as the pretrained model"
@@ -197,7 +197,7 @@ class Rise(Shown):
         return seen | {"excess": self._excess if math.isfinite(self._excess) else None, "lowest": self._lowest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.above, self._count, self._looked = state["above"], state.get("count", 0), state.get("looked", 0)
         self._kept.numbers, self._lowest = state.get("kept"), state.get("lowest", math.inf)
         self._excess = math.nan if state.get("excess") is None else state["excess"]

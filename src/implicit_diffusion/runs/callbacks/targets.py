@@ -129,7 +129,7 @@ class StopAtKL(Shown):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.average = state["average"]
         self._due, self._scale = state.get("due", self._due), state.get("scale", self._scale)
         self._kept.numbers, self._reached = state.get("kept"), state.get("reached", math.inf)

@@ -87,7 +87,7 @@ class Runaway(Shown):
         return {"began": self.began, "bad": self.bad, "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.began, self.bad, self.seen = state["began"], state["bad"], state.get("seen", {})
 
     def _see(self, fit: Fit) -> bool:
@@ -169,7 +169,7 @@ class Watch(Shown):
         return {"bad": self.bad, "nats": self.nats, "at": self.at, "before": self.before, "stiff": self.stiff}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.bad, self.nats, self.at = state["bad"], state.get("nats"), state.get("at", 0)
         self.before, self.stiff = state.get("before"), state.get("stiff", 0)
 
