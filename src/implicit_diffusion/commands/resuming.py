@@ -96,7 +96,7 @@ def resume(
         if finished:
             _adopt(directory, command, values)
             return command.report(directory)
-        config = dataclasses.replace(read_options(command.config, directory), out=path)
+        config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
             check_trust(str(values.get("reward", "")), path)
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):

@@ -258,10 +258,7 @@ OPTIONS = {
     "--weight-decay": {"weight_decay": -0.1},
     "--data circle: no such file": {"data": "circle"},
     "--sampler underdamped does not support weights; .*--no-weighted": {"sampler": "underdamped"},
-    "--sampler underdamped does not support weights; use ula, mala or hmc$": {
-        "sampler": "underdamped",
-        "compare": True,
-    },
+    "underdamped does not support weights; use ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
     "--lr has no effect: --compare searches": {"compare": True, "lr": 1e-3},
     "--refresh has no effect: --compare never": {"compare": True, "refresh": 10},
     "--no-weighted has no effect": {"compare": True, "weighted": False},

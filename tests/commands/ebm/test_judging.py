@@ -103,7 +103,7 @@ def test_the_picture_of_ones_own_plane_is_where_the_data_are(shift, scale, tmp_p
     shift, scale = torch.tensor(shift), torch.tensor(scale)
     x = Noise(0).normal((400, 2)) * scale + shift
     drawn = []
-    monkeypatch.setattr(figures, "finish", lambda figure, path, gridded=(): drawn.append(figure))
+    monkeypatch.setattr(figures, "finish_figure", lambda figure, path, gridded=(): drawn.append(figure))
     model = gaussian(shift=shift, scale=scale)
     figures.draw(model, Data(x[:300], x[300:], shift, scale), summary(), RunDirectory(tmp_path))
     density = drawn[0].axes[0]
