@@ -484,7 +484,7 @@ def test_a_finished_run_names_only_results_that_are_there(name, has, tmp_path, c
     assert again is (name not in ("compare", "own"))
 
 
-def test_a_part_of_a_run_and_one_that_never_began_are_not_gone_on_with(tmp_path, capsys):
+def test_a_part_of_a_run_and_one_that_never_began_are_not_continued(tmp_path, capsys):
     run = RunDirectory.create(tmp_path / "run")
     for command in ("resume", "report"):
         assert cli.main([command, str(run.path)]) == 2
@@ -495,4 +495,4 @@ def test_a_part_of_a_run_and_one_that_never_began_are_not_gone_on_with(tmp_path,
         assert cli.main([command, str(run.model)]) == 2
         assert f"name the run itself, {run.path}\n" in capsys.readouterr().err
     assert cli.main(["report", str(run.path)]) == 2
-    assert f"`implicit-diffusion resume {run.path}` continues the run" in capsys.readouterr().err
+    assert f"`implicit-diffusion resume {run.path}` continues it" in capsys.readouterr().err

@@ -53,7 +53,8 @@ def test_escaped_words_are_shown_as_they_are(words):
 
 
 def images(words):
-    config = PretrainConfig(data=words, channels=(8, 8), prediction_type=words, beta_schedule=words)
+    config = PretrainConfig(data=words, channels=(8, 8))
+    vars(config).update(prediction_type=words, beta_schedule=words)  # as if the types allowed it
     numbers = ImagesSummary(5, 2, (3, 8, 16), (), ())
     return images_card.model_card(config, Summary({}, numbers, 9, loss_train=0.1, loss_held_out=0.2, seconds=1.0))
 
@@ -83,7 +84,8 @@ def test_the_digits_card_escapes_its_settings():
         mmd_reference=MMDBetweenHalves(0.1, 0.2),
         held_out=numbers,
     )
-    config = PretrainConfig(channels=(8,), prediction_type="<script>", beta_schedule="<img src=x>")
+    config = PretrainConfig(channels=(8,))
+    vars(config).update(prediction_type="<script>", beta_schedule="<img src=x>")  # as if the types allowed it
     images = ImagesSummary(5, 2, (1, 8, 8), (), ())
     accuracies = {"classifier_accuracy": 0.5, "judge_accuracy": 0.5}
     summary = Summary({}, images, 1, 0.5, 0.5, 1.0, quality={"10": quality}, **accuracies)

@@ -30,7 +30,7 @@ SHIPPED = digits.ASSETS / "digits"
 
 
 def train(config, data=None, directory=None):
-    data = data or pretrain.load(config)
+    data = data or pretrain.images_of(config)
     return training.train(pretrain.training_of(config, data), data, directory)
 
 
@@ -284,7 +284,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
 
 def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
     directory = RunDirectory.create(tmp_path / "run")
-    tiny = pretrain.training_of(TINY, pretrain.load(TINY))
+    tiny = pretrain.training_of(TINY, pretrain.images_of(TINY))
     unet, scheduler = tiny.network.build()
     state = begin_pretraining(tiny.descent, unet, scheduler)
     state.descend(sum(p.square().sum() for p in unet.parameters()))
@@ -297,7 +297,7 @@ def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
 
 
 def default_network():
-    return pretrain.training_of(pretrain.Config(), pretrain.load(pretrain.Config())).network
+    return pretrain.training_of(pretrain.Config(), pretrain.images_of(pretrain.Config())).network
 
 
 def test_the_shipped_model_is_small_and_loads_offline():

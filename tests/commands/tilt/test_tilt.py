@@ -98,7 +98,7 @@ def test_the_model_itself_is_left_alone(monkeypatch):
     model = bent()
     before = {k: v.clone() for k, v in model.potential.state_dict().items()}
     start = training.at_model(model, 64, Noise(1))
-    spec = training.Training(0.5, weighted=True, steps=3, lr=2e-2, seed=1)
+    spec = training.TiltRun(0.5, weighted=True, steps=3, lr=2e-2, seed=1)
     trained = [training.train(spec, model, start, half_plane) for _ in range(2)]
     first, again = (each.potential for each in trained)
     assert all(torch.equal(v, before[k]) for k, v in model.potential.state_dict().items())
