@@ -501,7 +501,7 @@ RESULTS = {
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
-    *("Estimator", "GibbsObjective", "Kernel", "RowEstimator", "RunningCost", "TerminalObjective"),
+    *("Estimator", "GibbsObjective", "Kernel", "MetropolisKernel", "RowEstimator", "RunningCost", "TerminalObjective"),
 }
 PARTS = {  # for those who write such a class, or look inside a loop
     *(
@@ -512,7 +512,9 @@ PARTS = {  # for those who write such a class, or look inside a loop
         "FirstVariation",
         "Fused",
         "Gibbs",
-        "Move",
+        "Info",
+        "State",
+        "Step",
         "Sum",
         "Term",
     ),

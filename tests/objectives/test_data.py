@@ -59,7 +59,7 @@ OTHERS = {
     ),
     "on the particles, got torch.float32": lambda: single(ReverseKL(lambda x: x.float().sum(1))),
     "on the particles, got float": lambda: single(ReverseKL(lambda x: 1.0)),
-    r"particles must be of type Tensor, got ndarray; take torch\.as_tensor": lambda: single(
+    r"particles must be of type Tensor, got ndarray; use torch\.as_tensor": lambda: single(
         Reward(lambda x: x.sum(1)), X.numpy()
     ),
     r"network of Tilted must return shape \(n,\) or \(n, 1\), got \(2, 3\) for 2 particles": lambda: single(

@@ -234,7 +234,7 @@ def test_a_folder_that_vanishes_is_named(tmp_path):
     run = RunDirectory.create(tmp_path / "run")
     shutil.rmtree(run.path)
     for write in (lambda: run.append_metrics({"k": 1}), lambda: run.write_summary({}), lambda: run.figure("x")):
-        with pytest.raises(files.StorageError, match=r"cannot be written .No such file.*see that the folder exists"):
+        with pytest.raises(files.StorageError, match=r"cannot be written .No such file.*check that the folder exists"):
             write()
 
 
