@@ -215,7 +215,7 @@ def test_options_of_another_version_are_named(half, nothing_runs):
         ({"command": "finetune", "version": 3}, "does not say which command"),
         ({"command": "nothing", "version": __version__}, "names the command 'nothing', whose runs .* finetune, "),
         ({"command": "sample", "version": __version__}, "names the command 'sample', whose runs"),
-        ({"command": "sweep", "version": __version__}, "is a sweep: the `sweep` command that began it continues"),
+        ({"command": "sweep", "version": __version__}, "is a sweep; to continue it, repeat the `sweep` command"),
     ],
 )
 def test_what_no_command_can_go_on_with_is_refused(origin, message, tmp_path):

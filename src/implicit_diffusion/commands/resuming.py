@@ -75,18 +75,14 @@ def resume(
         if not finished and not (path / "config.json").exists():
             if (path / "plan.json").exists():
                 raise InvalidInputError(
-                    f"{path} is not an interrupted run: it holds a plan; "
-                    f"`finetune --out {shlex.quote(str(path))}` trains"
+                    f"{path} is not an interrupted run: it holds a plan; to train, use "
+                    f"`finetune --out {shlex.quote(str(path))}`"
                 )
             raise InvalidInputError(
                 f"{path} is not an interrupted run: no run has begun in it; repeat the command that was to begin one"
             )
         command, values = _command(directory)
-        if values.get("plan") and (path / "plan.json").exists():
-            raise InvalidInputError(
-                f"{path} is not an interrupted run: it holds a whole plan; `finetune --out {path}`, with the other "
-                "options of the plan, trains"
-            )
+        _check_no_plan(path, values)
         assert command.last_file is not None
         if finished and (path / command.last_file).exists():
             raise InvalidInputError(
@@ -128,6 +124,7 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
                 raise InvalidInputError(
                     f"{path} is not a finished run: no run has begun in it; repeat the command that was to begin one"
                 )
+            _check_no_plan(path, directory.read_config() or {})
             raise InvalidInputError(
                 f"{path} is not finished: it has no summary.json; {directory.resume_command} continues it"
             )
@@ -136,9 +133,18 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         return command.report(directory)
 
 
+def _check_no_plan(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a folder with a finished plan, which there is nothing to continue or to draw again of."""
+    if values.get("plan") and (path / "plan.json").exists():
+        raise InvalidInputError(
+            f"{path} holds a finished plan and no training; to train, use `finetune --out {shlex.quote(str(path))}` "
+            "with the other options of the plan"
+        )
+
+
 def _results(path: Path, command: Command, values: Mapping[str, Any]) -> str:
     """Where the results of a finished run are, by what is there, and whether `report` would draw them again."""
-    there = " and ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
+    there = ", ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
     own = command.name == "tilt" and values.get("reward") != "half-plane"
     compared = values.get("compare")  # neither a tilt for a reward of the user's own nor a comparison is drawn again
     again = "" if own or compared else f"; `implicit-diffusion report {shlex.quote(str(path))}` draws it again"
@@ -151,9 +157,9 @@ def _open(path: Path) -> RunDirectory:
     directory = RunDirectory(path)
     origin = directory.read_origin()
     if any(path.glob("beta-*")) or (origin is not None and origin.command == "sweep"):
-        raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it continues it")
+        raise InvalidInputError(f"{path} is a sweep; to continue it, repeat the `sweep` command that began it")
     if not (path / "config.json").exists() and path.name in PARTS and (path.parent / "config.json").exists():
-        raise InvalidInputError(f"{path} is a part of a run; name the run itself, {path.parent}")
+        raise InvalidInputError(f"{path} is part of a run; name the run itself, {path.parent}")
     return directory
 
 

@@ -169,7 +169,7 @@ def test_a_model_worse_than_a_gaussian_and_one_that_learned_by_heart_are_said(mo
     (worse,) = advice(gain_over_gaussian=-0.4, overfit=0.0)
     assert worse.startswith("held-out data are less likely than under a Gaussian") and "by 0.4 ± 0.1 nats" in worse
     (heart,) = advice(gain_over_gaussian=1.0, overfit=0.4)
-    assert "learned by heart" in heart and "by 0.4 ± 0.1 nats" in heart
+    assert "partly memorised" in heart and "by 0.4 ± 0.1 nats" in heart
 
 
 def test_the_gaussian_is_that_of_maximum_likelihood_for_many_data():

@@ -245,7 +245,9 @@ def test_resume_of_a_folder_with_a_plan_alone(place, parts, capsys):
     """Whole it is no interrupted run; an interrupted one rests on what it began with, as any run."""
     assert main(words("run", "--plan")) == 0
     assert main(["resume", "run"]) == 2
-    assert f"it holds a whole plan; `finetune --out {place}/run`" in capsys.readouterr().err
+    assert (
+        f"holds a finished plan and no training; to train, use `finetune --out {place}/run`" in capsys.readouterr().err
+    )
     parts.drawn, parts.left = 0, 2
     assert main(words("run", "--plan", "--seed", "1")) == 130
     assert not (place / "run/plan.json").exists()

@@ -169,12 +169,12 @@ class Config:
             idle |= {"adapt_step": f"--sampler {self.sampler} accepts everything"}
         if not self.compare:
             idle |= {"seeds": "it is the number of runs of --compare"}
-            return idle if self.weighted else idle | {"refresh": "particles without weights are not drawn anew"}
+            return idle if self.weighted else idle | {"refresh": "particles without weights are not drawn afresh"}
         return idle | {
-            "lr": "--compare searches the rate of every arm",
+            "lr": "--compare searches the learning rate of every method",
             "adapt_step": "--compare holds the step size fixed",
-            "refresh": "--compare never draws particles anew",
-            "weighted": "--compare runs arms with weights and without",
+            "refresh": "--compare never draws particles afresh",
+            "weighted": "--compare runs methods with weights and without",
             "long_chains": "--compare is for laws of the plane",
         }
 

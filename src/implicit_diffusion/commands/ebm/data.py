@@ -22,7 +22,7 @@ SIZES = 20_000, 10_000  # of laws
 SHARE = 0.2  # of an array that is held out
 GREY_LEVELS = 17  # of the handwritten digits
 MOST_NAMED = 10  # columns in a message
-COPIES = 20  # of dequantised data, with noise of their own: a network could learn a single draw by heart
+COPIES = 20  # of dequantised data, with noise of their own: a network could memorise a single draw
 MOST_COPIED = 2**23  # numbers in all copies, at most
 GREY = Lattice(torch.ones(()), torch.zeros(()))  # of the digits
 

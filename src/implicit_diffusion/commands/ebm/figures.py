@@ -95,9 +95,9 @@ MARGINALS = (
 COMPONENTS = "The directions in which the data, in deviations, vary most."
 CHAINS = "The same particles, moved on by the sampler long after training: they should still look like data."
 SCORES = (
-    "Dashed are the means, with two standard errors. Training right of held out means that data were learned by "
-    "heart; the model right of held out, that it is narrower than the data; left of it, that it has mass where there "
-    "are no data."
+    "Dashed are the means, with two standard errors. Training right of held out means that data were "
+    "memorised; the model right of held out, that it is narrower than the data; left of it, that it has mass where "
+    "there are no data."
 )
 CURVES = (
     "Training's own numbers come from its particles. A band or bar is two standard errors; dotted lines are the limits "

@@ -131,7 +131,7 @@ def _warning_cards(s: Summary) -> str:
     warnings = _warnings(s)
     cards = [f'<div class="concern warning"><p>{escape(line[0].upper() + line[1:])}.</p></div>' for line in warnings]
     if not warnings:
-        checked = "log Z at half the annealing, effective particles, acceptance, data learned by heart, discrete values"
+        checked = "log Z at half the annealing, effective particles, acceptance, memorised data, discrete values"
         cards.append(f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     cards += [
         f'<div class="concern info"><p>{escape(line)}. At the end of a training this is expected.</p></div>'
@@ -150,7 +150,7 @@ def _numbers(data: Data, s: Summary) -> str:
             "nll_held_out",
             f"of data that training did not see; {per}. The error counts log Z",
         ),
-        ("the same, of the training", "nll_train", "of data that it saw, lower if it learned them by heart"),
+        ("the same, of the training", "nll_train", "of data that it saw, lower if it memorised them"),
         ("the same, of a Gaussian", "nll_gaussian", "mean and covariance of the training data, on the held-out ones"),
         ("the same, of the law itself", "nll_law", "the best that any model can do"),
         ("KL(data‖model)", "kl", "exact, by quadrature: the distance from the best"),

@@ -31,7 +31,7 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
     runs = f"During training {kept}; this pipeline runs the trained network on all of them."
     if not summary.model.pipeline_is_the_chain:
         runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
-it runs {pipeline} with the trained network, and earns what the table says. The trained chain itself is
+it runs {pipeline} with the trained network; the table has its reward. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config.eta:g}" if config.eta is not None else ""
     guidance = f", guidance {config.guidance:g}" if config.guidance else ""

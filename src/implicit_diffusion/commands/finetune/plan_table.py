@@ -68,7 +68,7 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
             textcoords="offset points",
             fontsize=8,
         )
-    left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be had")
+    left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be reached")
     right.hist(evaluation.reward.flatten().cpu().numpy(), bins=40, color="0.6")
     right.axvline(plan.reward, color="k", label="mean")
     for b in plan.bounds:

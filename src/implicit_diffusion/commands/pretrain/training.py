@@ -12,7 +12,7 @@ with the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672, eq. 17) and the
 
 The velocity suits short chains: x itself is recovered without a division by sqrt(abar_t), which is nearly zero at the
 first step of a chain with trailing spacing. The loss is E|u_theta(x_t, t) - v_t|^2; the weights kept are their
-exponential moving average. Dropout keeps the network from learning the 1437 training digits by heart.
+exponential moving average. Dropout keeps the network from memorising the 1437 training digits.
 """
 
 from __future__ import annotations

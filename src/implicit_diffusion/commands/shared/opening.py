@@ -26,7 +26,7 @@ def in_folder(config: C, directory: RunDirectory | None, otherwise: Path) -> tup
         otherwise: where a new run goes whose config has no `out`.
 
     Raises:
-        InvalidInputError: a path that is none.
+        InvalidInputError: a path that cannot be used.
     """
     out = directory.path if directory else getattr(config, "out") or otherwise  # noqa: B009
     config = absolute(replace(config, out=out))  # type: ignore[type-var]
@@ -43,7 +43,7 @@ def opened(
     fingerprints: dict[str, Any] | None = None,
     device: torch.device | None = None,
 ) -> Iterator[None]:
-    """Write config.json and provenance.json where they are not there yet; whatever stops the block says how to resume.
+    """Write config.json and provenance.json where they are missing; errors and interruptions then say how to resume.
 
     Args:
         command: that begins the run.

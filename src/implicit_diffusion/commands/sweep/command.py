@@ -144,9 +144,8 @@ def show(summary: SweepSummary) -> None:
     before = number(*rows[0].headline.reward_before)
     table = Table(
         title=f"{summary.reward} against path KL (pretrained reward {before})",
-        caption="J is KL weight × path KL − reward, before training minus the pretrained reward. How far it "
-        "fell and could have fallen, of which captured is the share, is known to the digits shown. Every ± is one "
-        "standard error.",
+        caption="J is KL weight × path KL − reward; before training it is minus the pretrained reward. Captured is "
+        "the share of its possible fall, from there to the best J, that a run made. Every ± is one standard error.",
     )
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")

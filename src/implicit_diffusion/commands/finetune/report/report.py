@@ -154,8 +154,8 @@ all steps. A dash stands for what was not measured.</p>
 
 
 QUALITY = {
-    "classifier is sure": "classifier_confidence",
-    "judge is sure": "judge_confidence",
+    "confidence of the classifier": "classifier_confidence",
+    "confidence of the judge": "judge_confidence",
     "classifier and judge agree": "judge_agreement",
     "copies of training data": "memorised",
     "distance to the nearest digit": "nearest_distance",
