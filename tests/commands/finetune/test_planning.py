@@ -244,10 +244,10 @@ class Kill(BaseException):
 def test_resume_of_a_folder_with_a_plan_alone(place, parts, capsys):
     """Whole it is no interrupted run; an interrupted one rests on what it began with, as any run."""
     assert main(words("run", "--plan")) == 0
-    assert main(["resume", "run"]) == 2
-    assert (
-        f"holds a finished plan and no training; to train, use `finetune --out {place}/run`" in capsys.readouterr().err
-    )
+    for command, option in (("resume", "`finetune --out"), ("report", "with the other options of the plan")):
+        assert main([command, "run"]) == 2
+        said = capsys.readouterr().err
+        assert "holds a finished plan and no training; to train, use" in said and option in said
     parts.drawn, parts.left = 0, 2
     assert main(words("run", "--plan", "--seed", "1")) == 130
     assert not (place / "run/plan.json").exists()
