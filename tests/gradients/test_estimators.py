@@ -5,7 +5,7 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint, FullBackprop, TruncatedBackprop
-from implicit_diffusion.gradients.estimator import Estimate
+from implicit_diffusion.gradients.estimator import TrajectoryResult
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -204,7 +204,7 @@ def test_a_term_of_weight_zero_needs_no_slope(kind):
 def test_an_estimator_of_another_type_is_refused():
     chain, reward = affine_chain(N, 2)
     for kind in (Nested, Queue):
-        for other in (lambda *a: {}, Adjoint, Estimate({}, 0)):
+        for other in (lambda *a: {}, Adjoint, TrajectoryResult({}, 0)):
             sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
             with pytest.raises(InvalidInputError, match="estimator must be of type Estimator"):
                 kind(chain, Reward(reward), sgd, batch=BATCH, noise=Noise(0), estimator=other)

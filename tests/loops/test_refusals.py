@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.loops import Queue, Unrolled, Update
+from implicit_diffusion.gradients import Adjoint
+from implicit_diffusion.loops import Nested, Queue, Unrolled, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, Functional, Reward
 from implicit_diffusion.samplers import ULA
@@ -48,6 +49,50 @@ def test_objectives_without_a_derivative_in_the_samples(name, build):
         message = "functional (must be a 0-d tensor that depends|is not differentiable)|MMD: data have event shape"
     with pytest.raises(InvalidInputError, match=message):
         build(objective())
+
+
+class Rows(Adjoint):
+    """Pulls back rows of its own choice."""
+
+    def __init__(self, rows, own=None):
+        self.longest, self.own = rows, rows if own is None else own
+
+    def rows(self, chain):
+        return self.longest
+
+    def rows_of(self, chain, noise, index):
+        return self.own
+
+
+@pytest.mark.parametrize("loop", [Nested, Queue])
+def test_a_chain_on_whose_rows_nothing_is_trained(loop):
+    """A queue would wait for its first gradient for ever."""
+    for kept, estimator in ((range(6), None), ((4, 5), Rows(range(4, 6)))):
+        chain, reward = affine_chain(6, 2, pretrained_rows=kept)
+        sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
+        with pytest.raises(InvalidInputError, match=r"nothing would be trained: .*\.\.5 .* pretrained_rows"):
+            loop(chain, Reward(reward), sgd, batch=4, noise=Noise(0), estimator=estimator)
+
+
+@pytest.mark.parametrize("loop", [Nested, Queue])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Rows(range(3)),
+        Rows(range(6, 6)),
+        Rows(range(2, 8)),
+        Rows(range(-1, 6)),
+        Rows(range(0, 6, 5)),
+        Rows(range(3, 6), range(1, 6)),
+        Rows(range(3, 6), range(3, 5)),
+    ],
+    ids=lambda estimator: f"{estimator.longest}, {estimator.own}",
+)
+def test_an_estimator_whose_rows_are_not_the_last_ones(loop, estimator):
+    chain, reward = affine_chain(6, 2)
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
+    with pytest.raises(InvalidInputError, match=r"Rows pulls back range.*last rows of the chain: range\(k, 6"):
+        loop(chain, Reward(reward), sgd, batch=4, noise=Noise(0), estimator=estimator).step()
 
 
 def test_schedules_that_an_update_cannot_step():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import TruncatedBackprop
 from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
@@ -122,6 +123,35 @@ def test_truncated_trajectories_are_not_wasted_either(random, stride):
     for total in (15, 30):
         assert list(loop.run(total)) and not loop.slots
         assert loop.update.updates == total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1, range(0)), "num_steps must be an integer ≥ 1"),
+        ((3, 0, range(3)), r"stride must lie in 1\.\.3"),
+        ((3, 4, range(3)), r"stride must lie in 1\.\.3"),
+        ((3, 1, [1, 2]), "rows must be of type range"),
+        *(((3, 1, rows), "rows must be the last of 3") for rows in (range(2), range(3, 3), range(-1, 3), range(1, 4))),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run")
+def test_a_timetable_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(InvalidInputError, match=message):
+        Timetable(*arguments)
+
+
+@pytest.mark.parametrize("total", [9, 10, 11, 12, 13, 20])
+def test_trajectories_of_random_depth_leave_no_iteration_idle(total):
+    """Where the next one would bring too many updates whenever it set out, it sets out at once: none but it is cut."""
+    chain, reward = affine_chain(6, 2)
+    sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.0)
+    estimator = TruncatedBackprop(4, random=True)
+    loop = Queue(chain, Reward(reward), sgd, batch=2, noise=Noise(3), estimator=estimator)
+    assert len(list(loop.run(total))) == total
+    assert loop.iteration == total + 5  # the stages on the way forward, except the one that turns round
+    cut = [slot for slot in loop.slots if gradients_to_come([(slot.timetable, slot.stage)])]
+    assert len(cut) <= 1
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])

@@ -10,14 +10,18 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import load_state
-from implicit_diffusion.loops import Queue, Update
+from implicit_diffusion.gradients import TruncatedBackprop
+from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.rise import Rise
 from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
+from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.fit import fit
 from tests.helpers.oracles import affine_chain, exact_terms, riccati
+from tests.helpers.score_function import ScoreFunction
 
 BETA = 0.3
 
@@ -207,6 +211,30 @@ def test_aiming_at_a_path_kl_that_is_not_there(callback, beta):
     loop.objective = Reward(reward) if beta is None else Reward(reward) + beta * PathKL()
     with pytest.raises(InvalidInputError, match=r"KL needs a path KL to aim at.*add beta \* PathKL"):
         fit(loop, 3, callbacks=[callback])
+
+
+@pytest.mark.parametrize("callback", [StopAtKL(1.0), AdaptKL(1.0), Runaway(reward_std=1.0)])
+@pytest.mark.parametrize("estimator", [TruncatedBackprop(2), TruncatedBackprop(6, random=True)])
+@pytest.mark.parametrize("kind", [Nested, Queue])
+def test_a_path_kl_that_the_estimator_leaves_unknown_is_refused_before_the_first_step(callback, estimator, kind):
+    """With rows left out no step reports the path KL: a callback that aims at it would never act."""
+    chain, reward = affine_chain(6, 2)
+    adam = torch.optim.Adam(chain.denoiser.parameters(), lr=0.01)
+    loop = kind(chain, Reward(reward) + 0.5 * PathKL(), adam, batch=4, noise=Noise(0), estimator=estimator)
+    with pytest.raises(InvalidInputError, match=r"needs .* TruncatedBackprop\(.* does not pull back all 6 rows"):
+        fit(loop, 40, callbacks=[callback])
+    assert loop.iteration == 0
+    held_out = HeldOut(reward, Noise(1), starts=64)
+    assert fit(loop, 4, callbacks=[StopAtKL(1e9, held_out=held_out), Rise(held_out)]).updates == 4
+
+
+@pytest.mark.parametrize("estimator", [TruncatedBackprop(6), ScoreFunction()])
+def test_a_path_kl_that_the_estimator_knows_is_aimed_at(estimator):
+    chain, reward = affine_chain(6, 2)
+    adam = torch.optim.Adam(chain.denoiser.parameters(), lr=0.01)
+    loop = Queue(chain, Reward(reward) + 0.5 * PathKL(), adam, batch=4, noise=Noise(0), estimator=estimator)
+    fit(loop, 20, callbacks=[AdaptKL(1.0), Runaway(reward_std=10.0)])
+    assert loop.objective.weight(PathKL) != 0.5
 
 
 def test_one_held_out_start_has_no_error(tmp_path):

@@ -6,7 +6,8 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint import Adjoint, pull_back, terminal_adjoint
     from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
-    from implicit_diffusion.gradients.estimator import Estimator, RowEstimator
+    from implicit_diffusion.gradients.estimator import Estimator, Pulled, RowEstimator, RowStates, TrajectoryResult
+    from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
     from implicit_diffusion.gradients.truncated import TruncatedBackprop
@@ -26,12 +27,19 @@ __all__ = [
     "AdjointMeasure",
     "AdjointSolver",
     "Estimator",
+    "Footprint",
     "FullBackprop",
     "Fused",
     "Gibbs",
+    "Pulled",
     "RowEstimator",
+    "RowStates",
+    "TrajectoryResult",
     "TruncatedBackprop",
+    "bytes_of",
+    "end_activations",
     "fused_pass",
     "pull_back",
+    "row_activations",
     "terminal_adjoint",
 ]

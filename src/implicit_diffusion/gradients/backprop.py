@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.adjoint import LOST, check_slopes
-from implicit_diffusion.gradients.estimator import Estimate, Estimator
+from implicit_diffusion.gradients.estimator import Estimator, TrajectoryResult
 from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
 from implicit_diffusion.gradients.loss_scaling import computes_in_float16
 from implicit_diffusion.noise import Noise
@@ -33,7 +33,7 @@ class FullBackprop(Estimator):
         self._check_precision(chain)
         check_slopes(objective, end)
 
-    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
         """Add the gradient of trajectory `index` to the parameters' `.grad`; tells the same values as `Adjoint`.
 
         Raises:
@@ -59,7 +59,7 @@ class FullBackprop(Estimator):
                 total = total + weight * value
                 values[term.name] = value.detach()
             total.backward()
-        return Estimate(values, evaluations)
+        return TrajectoryResult(values, evaluations)
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
         """The activations of all rows at once."""

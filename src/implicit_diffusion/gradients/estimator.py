@@ -84,8 +84,8 @@ class Pulled(NamedTuple):
         return of_tuple(self)
 
 
-class Estimate(NamedTuple):
-    """What one trajectory tells, besides the gradient that was added to `.grad`.
+class TrajectoryResult(NamedTuple):
+    """What one trajectory yields besides the gradient, which was added to `.grad`.
 
     Args:
         values: of every term whose value is known, unweighted, by name; running costs summed over the rows.
@@ -120,8 +120,12 @@ class Estimator(Shown, ABC):
         """The rows that may be pulled back, the last ones of the chain; all of them by default."""
         return range(chain.num_steps)
 
+    def reports_costs(self, chain: Chain) -> bool:
+        """Whether the running costs of every trajectory are known, because all of its rows are pulled back."""
+        return len(self.rows(chain)) == chain.num_steps
+
     @abstractmethod
-    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
         """Add the gradient of trajectory `index`, of `batch` samples, to the parameters' `.grad`.
 
         Raises:
@@ -133,7 +137,10 @@ class Estimator(Shown, ABC):
         """What one sample takes, measured on a trial that leaves no trace."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next call depends on, besides the arguments; empty by default."""
+        """All that the next call depends on, besides the arguments; empty by default.
+
+        An estimator that has a state serves one loop; the others may be shared.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,7 +172,7 @@ class RowEstimator(Estimator):
     def rows_of(self, chain: Chain, noise: Noise, index: int) -> range:
         """The rows over which trajectory `index` is pulled back, the last ones; all of `rows` by default.
 
-        The same arguments must give the same rows.
+        The same arguments must give the same rows. Where they may be fewer than `rows`, `reports_costs` must say so.
         """
         return self.rows(chain)
 
@@ -188,7 +195,8 @@ class RowEstimator(Estimator):
         """One call with gradient: add the part of Γ that these rows contribute to `.grad`.
 
         It records gradients by `torch.enable_grad()` itself, and calls `.backward()` on one scalar per call of the
-        network, so that distributed wrappers see it.
+        network, so that distributed wrappers see it; where the network computes in float16, through
+        `implicit_diffusion.gradients.loss_scaling`.
 
         Args:
             chain: the sampler.
@@ -197,9 +205,10 @@ class RowEstimator(Estimator):
             carry: what the slots carry from their rows k + 1, or from `turn`; each entry (slots, batch, ...).
         """
 
-    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> Estimate:
+    def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
         """Sample the trajectory under the present θ, then pull it back, one row per call."""
         rows = self.rows_of(chain, noise, index)
+        check_rows(self, chain, rows)
         states: dict[int, Tensor] = {}
         evaluations, x = 0, chain.initial(noise, batch, index)
         condition = chain.conditions(noise, batch, [index])
@@ -219,7 +228,19 @@ class RowEstimator(Estimator):
                 evaluations += made
                 for name, cost in paid.items():
                     costs[name] = costs.get(name, 0) + cost.sum()
-        return Estimate(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
+        return TrajectoryResult(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
+
+
+def check_rows(estimator: Estimator, chain: Chain, rows: range) -> None:
+    """Raise `InvalidInputError` unless the rows over which a trajectory is pulled back are the last ones of the chain,
+    and among `Estimator.rows`.
+    """
+    first, last = max(estimator.rows(chain).start, 0), chain.num_steps
+    if not rows or rows != range(rows.start, last) or rows.start < first:
+        raise InvalidInputError(
+            f"estimator {estimator.name} pulls back {rows}, and trajectories are pulled back over the last rows of the "
+            f"chain: range(k, {last}) with k in {first}..{last - 1}"
+        )
 
 
 def require_rows(estimator: Estimator, loop: str) -> RowEstimator:

@@ -27,7 +27,8 @@ DEPTH = 2**32 - 2  # key of a trajectory's depth, in the place of a row's: no ch
 class TruncatedBackprop(Adjoint):
     """The adjoint over the last K rows only; with K = N it is `Adjoint`.
 
-    A queue frees a trajectory after K pulls, and keeps no state before x_{N−K}.
+    A queue frees a trajectory after K pulls, and keeps no state before x_{N−K}. With K < N, metrics lack the running
+    costs, since those of the earlier rows are unknown.
 
     Args:
         depth: K, the rows that are pulled back.
@@ -58,6 +59,10 @@ class TruncatedBackprop(Adjoint):
     def rows(self, chain: Chain) -> range:
         """The last K."""
         return range(chain.num_steps - self.depth, chain.num_steps)
+
+    def reports_costs(self, chain: Chain) -> bool:
+        """Whether even the shortest depth is that of the whole chain."""
+        return (_least(chain) if self.random else self.depth) == chain.num_steps
 
     def rows_of(self, chain: Chain, noise: Noise, index: int) -> range:
         """The last K, where K may be random."""

@@ -9,6 +9,7 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
 from implicit_diffusion.gradients import Adjoint, Estimator
+from implicit_diffusion.gradients.estimator import check_rows
 from implicit_diffusion.gradients.loss_scaling import computes_in_float16
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.timetable import Timetable
@@ -33,9 +34,10 @@ class ChainLoop(Loop):
         stride: rows of the chain per iteration; all of them if None.
 
     Raises:
-        InvalidInputError: a batch below one; a stride outside of 1..N; an optimizer that does not move the denoiser; a
-            chain or an objective that lacks what the estimator needs, a running cost without a finite value on the
-            chain's rows, or a term that needs a density.
+        InvalidInputError: a batch below one; a stride outside of 1..N; an optimizer that does not move the denoiser;
+            rows that all keep the pretrained network; an estimator whose rows are not the last ones; a chain or an
+            objective that lacks what the estimator needs, a running cost without a finite value on the chain's rows, or
+            a term that needs a density.
     """
 
     def __init__(
@@ -74,6 +76,12 @@ class ChainLoop(Loop):
                     "on a chain use PathKL to stay near the pretrained model, MMD or Sinkhorn to approach data"
                 )
         self._timetables: dict[range, Timetable] = {}
+        if not self.timetable.moving:
+            first = self.timetable.rows.start
+            raise InvalidInputError(
+                f"nothing would be trained: the rows that {self.estimator.name} pulls back, {first}.."
+                f"{chain.num_steps - 1} of the chain, keep the pretrained network; leave a row out of pretrained_rows"
+            )
         self.injected = 0  # trajectories begun
         self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
 
@@ -85,8 +93,15 @@ class ChainLoop(Loop):
     def _timetable(self, rows: range) -> Timetable:
         """That of a trajectory which is pulled back over these rows; made once."""
         if rows not in self._timetables:
+            check_rows(self.estimator, self.chain, rows)
             self._timetables[rows] = Timetable(self.chain.num_steps, self.stride, rows, self.chain.pretrained_rows)
         return self._timetables[rows]
+
+    @property
+    def unreported(self) -> list[str]:
+        """Names of the running costs that metrics lack: all of them where the estimator leaves out rows."""
+        known = self.estimator.reports_costs(self.chain)
+        return [] if known else [cost.name for _, cost in self.objective.running]
 
     def _words(self) -> Iterable[str]:
         return f"batch={self.batch}", *super()._words()

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.showing import Shown, brief
 
 
@@ -33,12 +34,24 @@ class Timetable(Shown):
         stride: S, rows per iteration.
         rows: those that are pulled back, the last K.
         silent: rows that bring no gradient when they are pulled back, because they keep the pretrained network.
+
+    Raises:
+        InvalidInputError: a stride outside of 1..N; rows that are not the last ones.
     """
 
     num_steps: int
     stride: int
     rows: range
     silent: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        last = check_integer("num_steps", self.num_steps)
+        check_integer("stride", self.stride, 1, last, note=" (the chain's steps)")
+        check_type("rows", self.rows, range, f"use range(k, {last})")
+        if not self.rows or self.rows != range(max(self.rows.start, 0), last):
+            raise InvalidInputError(
+                f"rows must be the last of {last}, range(k, {last}) with 0 ≤ k < {last}, got {self.rows}"
+            )
 
     def _words(self) -> Iterable[str]:
         yield f"num_steps={self.num_steps}"
@@ -131,15 +144,23 @@ def gradients_to_come(slots: Iterable[tuple[Timetable, int]]) -> int:
     Args:
         slots: the timetable of each, and its next stage.
     """
-    return len({stage - now for timetable, now in slots for stage in timetable.moving if stage >= now})
+    return len(_coming(slots))
 
 
 def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Timetable) -> bool:
     """Whether one more trajectory sets out now: none is wasted, if so many gradients are still wanted.
 
-    If it is the last one, every trajectory in flight has come home when these gradients are made, and it as well. An
-    empty queue injects in any case, because only a trajectory can bring what is still wanted.
+    If it is the last one, every trajectory in flight has come home when these gradients are made, and it as well.
+    Where those in flight bring too few, and one more would bring too many whenever it sets out, it does so at once:
+    only a trajectory can bring what is still wanted.
     """
-    if not present or wanted >= next_one.length:
+    if wanted >= next_one.length:
         return True
-    return gradients_to_come([*present, (next_one, 0)]) <= wanted
+    coming = _coming(present)
+    totals = [len(coming | {stage + delay for stage in next_one.moving}) for delay in range(1 + max(coming, default=0))]
+    return totals[0] <= wanted or len(coming) < wanted < min(totals)
+
+
+def _coming(slots: Iterable[tuple[Timetable, int]]) -> set[int]:
+    """The iterations from now on that bring a gradient."""
+    return {stage - now for timetable, now in slots for stage in timetable.moving if stage >= now}

@@ -13,7 +13,14 @@ from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step
 
 
 class MetropolisKernel(Kernel):
-    """A kernel that leaves π_θ itself invariant: weights change with θ at fixed particles, A += V_θ(x) − V_θ′(x)."""
+    """A kernel that leaves π_θ itself invariant: weights change with θ at fixed particles, A += V_θ(x) − V_θ′(x).
+
+    Args:
+        step_size: h > 0, or a function k ↦ h_k of the iteration k = 0, 1, … (`power_law`).
+
+    Raises:
+        InvalidInputError: a step size that is not positive and finite.
+    """
 
     weighted = True
 

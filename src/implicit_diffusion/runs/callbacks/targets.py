@@ -8,6 +8,7 @@ from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.kept import Kept
@@ -15,12 +16,18 @@ from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.showing import Shown, with_error
 
 
-def _kl_weight(fit: Fit, name: str) -> float:
-    """The weight β of the path KL, which a callback needs."""
+def _kl_weight(fit: Fit, name: str, held_out: HeldOut | None = None) -> float:
+    """The weight β of the path KL, which a callback needs, and which metrics or held-out noise must know."""
     weight = fit.loop.objective.weight(PathKL)
     if weight == 0:
         raise InvalidInputError(
             f"{name} needs a path KL to aim at, but the objective is {fit.loop.objective!r}; add beta * PathKL()"
+        )
+    if held_out is None and isinstance(fit.loop, ChainLoop) and PathKL.name in fit.loop.unreported:
+        advice = ", or pass held_out" if name == "StopAtKL" else ""
+        raise InvalidInputError(
+            f"{name} needs the path KL of whole trajectories, but {fit.loop.estimator.name} does not pull "
+            f"back all {fit.chain.num_steps} rows, so that no step reports it; use Adjoint(){advice}"
         )
     return weight
 
@@ -50,7 +57,8 @@ class StopAtKL(Shown):
         held_out: evaluations on held-out noise, whether or not they are also a callback of the run.
 
     Raises:
-        InvalidInputError: when called, for an objective in which the path KL has no weight.
+        InvalidInputError: at the start, for an objective in which the path KL has no weight; without `held_out`, for an
+            estimator that does not pull back all rows, so that the training's own path KL is unknown.
     """
 
     target: float
@@ -63,7 +71,7 @@ class StopAtKL(Shown):
     _reached: float = field(default=math.inf, init=False, repr=False)  # path KL at which it was stopped
 
     def __call__(self, fit: Fit) -> str | None:
-        _kl_weight(fit, "StopAtKL")
+        _kl_weight(fit, "StopAtKL", self.held_out)
         now = float(fit.metrics["path_kl"]) if "path_kl" in fit.metrics else None
         if self.held_out is not None:
             return self._in_time(fit, self.held_out, now)
@@ -75,6 +83,7 @@ class StopAtKL(Shown):
 
     def begin(self, fit: Fit) -> None:
         """Keep the model that the run begins with, to have one below the target."""
+        _kl_weight(fit, "StopAtKL", self.held_out)
         if self.held_out is not None and self._kept.numbers is None:
             self._keep(fit, *mean_and_error(self.held_out.evaluate(fit).path_kl))
 
@@ -147,11 +156,16 @@ class AdaptKL:
         rate: per update.
 
     Raises:
-        InvalidInputError: when called, for an objective in which the path KL has no weight.
+        InvalidInputError: at the start, for an objective in which the path KL has no weight, or an estimator that does
+            not pull back all rows, so that the path KL is unknown.
     """
 
     target: float
     rate: float = 0.02
+
+    def begin(self, fit: Fit) -> None:
+        """Raise `InvalidInputError` before the first step where there is no path KL to aim at."""
+        _kl_weight(fit, "AdaptKL")
 
     def __call__(self, fit: Fit) -> None:
         beta = _kl_weight(fit, "AdaptKL")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import DivergenceError, check_type
+from implicit_diffusion.errors import DivergenceError, InvalidInputError, check_type
+from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.diagnostics import acceptance_advice
 from implicit_diffusion.loops.diagnostics.divergence import DATA, WORDS, distance, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
@@ -49,6 +50,8 @@ class Runaway(Shown):
 
     Raises:
         DivergenceError: when called; the message says what to change.
+        InvalidInputError: at the start, for an objective with running costs under an estimator that does not pull back
+            all rows: neither the path KL nor J is known then.
     """
 
     reward_std: float
@@ -57,6 +60,15 @@ class Runaway(Shown):
     began: float | None = field(default=None, init=False)
     bad: int = field(default=0, init=False)
     seen: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def begin(self, fit: Fit) -> None:
+        """Raise `InvalidInputError` before the first step where there are no numbers to check."""
+        if isinstance(fit.loop, ChainLoop) and (costs := fit.loop.unreported):
+            raise InvalidInputError(
+                f"Runaway needs {', '.join(costs)} of whole trajectories, but the estimator {fit.loop.estimator.name} "
+                f"does not pull back all {fit.chain.num_steps} rows, so that no step reports it; use Adjoint(), or "
+                "watch held-out noise by Rise"
+            )
 
     def __call__(self, fit: Fit) -> None:
         new = self._see(fit)
