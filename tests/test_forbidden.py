@@ -30,21 +30,6 @@ IN_PLACE_DRAWS = {"bernoulli_", "exponential_", "log_normal_", "normal_", "rando
 
 # Names that say nothing of what they stand for.
 NAMELESS = {"alike", "found", "told"}
-TO_NAME = {  # files that still have some
-    "frozen.py",
-    "gradients/adjoint.py",
-    "gradients/half.py",
-    "lazily.py",
-    "loops/queue.py",
-    "loops/undo.py",
-    "loops/update.py",
-    "models/checkpoints.py",
-    "models/decoders.py",
-    "models/parts.py",
-    "models/pipeline_files.py",
-    "samplers/chain.py",
-    "tables/refusals.py",
-}
 
 # Words with dashes in the strings of the library that are not flags of ours.
 OTHERS_FLAGS = {"--local-dir"}  # of the program `hf`
@@ -93,8 +78,8 @@ def violations(tree, name=""):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_forbidden(file):
     allowed = OF_GENERATORS if name_of(file) in KEEPS_GENERATORS else ()
-    found = [(line, what) for line, what in violations(parse(file), name_of(file)) if what not in allowed]
-    assert [f"{name_of(file)}:{line}: {what}" for line, what in found] == []
+    offences = [(line, what) for line, what in violations(parse(file), name_of(file)) if what not in allowed]
+    assert [f"{name_of(file)}:{line}: {what}" for line, what in offences] == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +138,7 @@ def names_given(tree):
             yield node.name
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if name_of(file) not in TO_NAME], ids=name_of)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_names_say_what_they_stand_for(file):
     assert not NAMELESS & set(names_given(parse(file)))
 

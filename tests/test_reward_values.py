@@ -69,8 +69,8 @@ WITHOUT = {
 def test_black_boxes_may_leave_torch(form):
     """Their values are of the samples' dtype; where a gradient is needed, that is what the message is about."""
     reward = Reward(lambda x: WITHOUT[form](plain(x.detach())))
-    assert torch.equal(reward.judge(Particles(X)), plain(X))
-    assert reward.judge(Particles(X.float())).dtype == torch.float32
+    assert torch.equal(reward.finite_values(Particles(X)), plain(X))
+    assert reward.finite_values(Particles(X.float())).dtype == torch.float32
     reward.check_stationary(Particles(X), X.sum((1, 2, 3)))
     with pytest.raises(InvalidInputError, match="not differentiable, and fine-tuning follows its gradient"):
         check(reward, Particles(X))
@@ -118,7 +118,7 @@ def test_a_batch_of_one_may_lose_its_dimension():
     """As `.squeeze()` does, in the last batch of an evaluation."""
     reward = Reward(lambda x: (x**3).mean((1, 2, 3), keepdim=True).squeeze())
     for n in (1, 3):
-        assert torch.equal(reward.judge(Particles(X[:n])), plain(X[:n]))
+        assert torch.equal(reward.finite_values(Particles(X[:n])), plain(X[:n]))
 
 
 # ------------------------------------------------------------------------------------------- the advice of messages
@@ -169,7 +169,7 @@ with torch.random.fork_rng(devices=[]):
     )
 FAULTS |= {
     "batch norm": (lambda x: TRAINING(x), "Put batch norm into eval mode", lambda x: EVALUATING(x)),
-    "a mean over the batch": (lambda x: plain(x) - plain(x).mean(), "leave means", plain),
+    "a mean over the batch": (lambda x: plain(x) - plain(x).mean(), "do not use means", plain),
     "rounding": (lambda x: plain(8 * x.round()) + 0 * plain(x), "avoid that", lambda x: plain(8 * x)),
     "arguments in another order": (
         lambda prompts, images: plain(images),

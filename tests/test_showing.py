@@ -19,7 +19,7 @@ from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.evaluation.stored import Stored
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
@@ -231,7 +231,7 @@ EXAMPLES = {
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
     "ClippingEffect": lambda: ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),
-    "Stored": lambda: Stored(Path("plan"), {"--seed": "0"}, 4, Draws(NOISE)),
+    "Stored": lambda: Stored(Path("plan"), {"--seed": "0"}, 4, GlobalGenerators(NOISE)),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
     "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),
@@ -299,7 +299,7 @@ SAID = {
     "Fit": "Fit(Queue, updates=2, seconds=",
     "RunDirectory": "RunDirectory(path=runs/sharp)",
     "Noise": "Noise(seed=0, prefix=(1,))",
-    "Stored": "Stored(folder=plan, rests={'--seed': '0'}, starts=4",
+    "Stored": "Stored(folder=plan, depends_on={'--seed': '0'}, starts=4",
     "ClippingEffect": "ClippingEffect(mean_absolute_change=0.3333, largest_change=0.6667",
     "Watch": "Watch(data=(40, 2) float32, every=20, patience=2, bad=0",
     "EnergyModel": "40 particles, log_z=1.84 ± 0.01, of dequantised data)",

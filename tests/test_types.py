@@ -56,7 +56,7 @@ BAD = {
         lambda: queue(objective=reward),
     ],
     "objective must be of type Objective, got the class PathKL": [lambda: queue(objective=idf.PathKL)],
-    r"noise must be of type Noise, got int; (use|take) Noise\(0\)": [
+    r"noise must be of type Noise, got int; use Noise\(0\), for example": [
         lambda: single(noise=0),
         lambda: queue(noise=0),
         lambda: idf.Chain(net(), TABLE, (2,)).sample(0, 2),

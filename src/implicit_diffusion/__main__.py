@@ -11,7 +11,7 @@ def main() -> int:
     try:
         from implicit_diffusion.runs import clock
 
-        clock.begin()
+        clock.begin_command()
         from implicit_diffusion.errors import MissingExtraError
         from implicit_diffusion.extras import require
 

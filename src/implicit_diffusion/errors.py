@@ -1,4 +1,6 @@
-"""Errors, and checks of arguments. Every error is an `ImplicitDiffusionError` and the built-in error that it is like.
+"""Errors, and checks of arguments.
+
+Every error is an `ImplicitDiffusionError`, and also the built-in error that is closest to it.
 
 A message names the argument, what was given and what would work. The checks below word it in the same way for all
 arguments of a type; those that convert return the converted argument.
@@ -38,7 +40,7 @@ class InvalidInputError(ImplicitDiffusionError, ValueError):
 
 
 class NonAffineError(InvalidInputError):
-    """A scheduler whose step is not affine in (x, u, ξ), or has hidden state: it cannot be written as a table."""
+    """A scheduler whose step is not affine in (x, u, ξ), or has hidden state: no table can express it."""
 
 
 class NonFiniteError(ImplicitDiffusionError, ArithmeticError):
@@ -187,8 +189,8 @@ def check_tensor(name: str, value: Any, shape: str, *, finite: bool = False, int
 
 
 def check_call(name: str, function: Any, *arguments: str, more: bool = False) -> None:
-    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments, or with these and
-    `more` by name.
+    """Raise `InvalidInputError` where `function` cannot be called with these positional arguments; with `more`, other
+    arguments may follow by name.
     """
     form = f"{name} must be a function that is called with {' and '.join(arguments)}"
     if isinstance(function, type) or not callable(function):

@@ -1,8 +1,8 @@
 """Libraries that only parts of this package use, and the command that installs each.
 
 `pip install implicit-diffusion` brings what sampling and training need. Diffusers' models, data sets and the command
-line use more: whoever imports such a library calls `require` first, so that a missing one is a line that says what to
-install, and not a traceback.
+line use more. Code that imports such a library calls `require` first, so that a missing one is an error of one line
+that says what to install, and not a traceback.
 """
 
 from __future__ import annotations

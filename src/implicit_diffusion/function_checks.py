@@ -18,13 +18,14 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 
-SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
+ROUNDING_SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
 ALONE = (
-    "each value must depend on its own sample alone. Put batch norm into eval mode, and leave means and ranks over the "
-    "batch out"
+    "each value must depend on its own sample alone. Put batch norm into eval mode, and do not use means or ranks "
+    "over the batch"
 )
 REPEATS = 4  # calls on the same samples before a change is put down to mixing: two calls of a random function may agree
 BY_TORCH = "write it with torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
+TRIED = 8  # samples, or particles, that are tried for influence on each other
 ROUNDINGS = 16  # units in the last place of the largest value: smaller changes may be rounding
 
 
@@ -35,7 +36,7 @@ class FunctionWarning(UserWarning):
 @torch.no_grad()
 def check_separate(
     what: str,
-    judge: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]],
+    value_at: Callable[[Int[Tensor, " n"]], Float[Tensor, " n"]],
     values: Float[Tensor, " n"],
     of: str = "samples",
 ) -> None:
@@ -46,8 +47,8 @@ def check_separate(
 
     Args:
         what: name of the function in messages.
-        judge: from n sample numbers, some of which may be equal, to the values at these samples.
-        values: judge(0, 1, …, n − 1).
+        value_at: from n sample numbers, some of which may be equal, to the values at these samples.
+        values: value_at(0, 1, …, n − 1).
         of: name of the samples in messages.
     """
     n, order = len(values), torch.arange(len(values), device=values.device)
@@ -56,8 +57,8 @@ def check_separate(
 
     def is_random() -> bool:
         nonlocal noise
-        noise = (judge(order) - values).abs().max()
-        if noise <= SHARE * spread + rounding:
+        noise = (value_at(order) - values).abs().max()
+        if noise <= ROUNDING_SHARE * spread + rounding:
             return False
         warnings.warn(
             f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
@@ -73,8 +74,8 @@ def check_separate(
     for kept, others in ((even, odd), (odd, even), (best, order)) if n > 1 else ():
         index = order.clone()
         index[others] = kept.flip(0)[torch.arange(len(others), device=order.device) % len(kept)]
-        change = (judge(index) - values)[kept].abs().max()
-        if not change <= SHARE * spread + rounding + 10 * noise:
+        change = (value_at(index) - values)[kept].abs().max()
+        if not change <= ROUNDING_SHARE * spread + rounding + 10 * noise:
             if any(is_random() for _ in range(REPEATS)):
                 return
             raise InvalidInputError(

@@ -1,7 +1,7 @@
 """The global generators of torch, NumPy and Python, from which reward functions of the user may draw.
 
-This package does not. Inside `Draws` they have states that follow from the run's noise, so that the same seed gives the
-same run whatever was drawn before; outside they have the states of the caller. A checkpoint keeps the states.
+This package itself does not. Inside `GlobalGenerators` their states follow from the run's noise, so that the same seed
+gives the same run regardless of earlier draws; outside they have the caller's states. A checkpoint keeps the states.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GLOBAL = 2**31 + 1  # first key of their seeds, which no trajectory and no trial
 States = tuple[Tensor, Tensor | None, Any, Any]  # of torch, of the device, of NumPy, of Python
 
 
-class Draws:
+class GlobalGenerators:
     """States of the global generators for a run, in use inside `with draws:`.
 
     Only code that draws for the run belongs inside: a library that draws when it is imported, or for its output, would

@@ -14,7 +14,7 @@ from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import Shown, brief, of_kind, with_error
 
-FEW = 3  # coordinates up to which `repr` shows means
+FEW_COORDINATES = 3  # coordinates up to which `repr` shows means
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,8 +26,8 @@ class Particles(Shown):
         log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
         log_z: log ∫ e^{−V} of the law that they represent, if it is known.
         log_z_growth: growth of log Z since their loop began, which weights estimate even where log Z is unknown.
-        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None if it was
-            nothing.
+        condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None without a
+            condition.
 
     Raises:
         InvalidInputError: `x` is not a tensor, or has no particles; log-weights do not have shape (n,).
@@ -68,7 +68,7 @@ class Particles(Shown):
 
     def _words(self) -> Iterable[str]:
         yield f"{len(self)} of {tuple(self.x.shape[1:])} {of_kind(self.x.dtype, self.x.device)}"
-        if self.x.is_floating_point() and 1 <= self.x[0].numel() <= FEW:
+        if self.x.is_floating_point() and 1 <= self.x[0].numel() <= FEW_COORDINATES:
             yield f"mean={self._mean()}"
         if self.log_weights is not None:
             yield f"ess={brief(self.ess)}"
@@ -87,8 +87,8 @@ class Particles(Shown):
         return values.mean() if self.log_weights is None else self.weights @ values
 
 
-def states(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
-    """Particles as samplers keep them: detached, in single precision at least, which holds float16 and bfloat16.
+def checked_particles(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:
+    """Positions x, checked, as samplers keep them: detached, in single precision at least, which holds half precision.
 
     Raises:
         InvalidInputError: not a tensor; fewer than `least` particles, or events without a dimension; not floating-point

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError
 
 KEYS = ("reward", "rewards", "score", "scores")  # of a dict of scores, in this order
-WORDS = {"prompt", "prompts", "caption", "captions", "text", "texts", "label", "labels", "class_labels", "condition"}
+CONDITION_NAMES = {
+    "prompt",
+    "prompts",
+    "caption",
+    "captions",
+    "text",
+    "texts",
+    "label",
+    "labels",
+    "class_labels",
+    "condition",
+}
 
 
 def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Shaped[Tensor, " n"]:
@@ -65,7 +76,7 @@ def takes_condition(function: Callable[..., Any]) -> bool:
             + ", and let the samples come by position"
             * bool(named)
         )
-    if len(given) == 2 and given[0] in WORDS and given[1] not in WORDS:
+    if len(given) == 2 and given[0] in CONDITION_NAMES and given[1] not in CONDITION_NAMES:
         raise InvalidInputError(
             f"reward is called with the samples first and what they were sampled under second, but its arguments are "
             f"({', '.join(given)}); exchange them"

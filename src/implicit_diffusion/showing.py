@@ -114,7 +114,7 @@ def named(function: Callable[..., Any], name: str) -> Any:
     return function
 
 
-def estimate(values: Tensor) -> str:
+def mean_with_error(values: Tensor) -> str:
     """Mean ± standard error over the first dimension, whose entries are independent."""
     rows = values.detach().reshape(len(values), -1).double().mean(1)
     error = (rows.std() / math.sqrt(len(rows))).item() if len(rows) > 1 else math.nan

@@ -131,7 +131,7 @@ CHANGES = {
 def test_what_has_changed_is_named_before_anything_runs(kind, half, nothing_runs, capsys):
     change, message = CHANGES[kind]
     change(half.parent)
-    with pytest.raises(InvalidInputError, match=f"half does not rest on what it began with: .*{message}"):
+    with pytest.raises(InvalidInputError, match=f"half depends on what has changed since it began: .*{message}"):
         resuming.resume(half)
     assert cli.main(["resume", str(half)]) == 2
     assert f"--accept-changes {kind}" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_what_has_changed_is_named_before_anything_runs(kind, half, nothing_runs
 
 def test_the_model_of_an_adapter_counts_as_well(half, nothing_runs):
     model(half.parent / "model", shift=0.1)
-    with pytest.raises(InvalidInputError, match=f"adapters does not rest on .*model/{WEIGHTS} was sha256"):
+    with pytest.raises(InvalidInputError, match=f"adapters depends on what has changed .*model/{WEIGHTS} was sha256"):
         resuming.resume(half.parent / "adapters")
 
 

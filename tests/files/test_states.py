@@ -14,7 +14,7 @@ from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files import states as checkpoint
-from implicit_diffusion.files.states import FILE, HEADER, load_state, save_state
+from implicit_diffusion.files.states import HEADER, STATE_FILE, load_state, save_state
 
 
 def assert_same(given, loaded):
@@ -173,7 +173,7 @@ def test_a_failure_leaves_the_previous_state(tmp_path, monkeypatch, moment):
     assert_same({"step": 1, "x": torch.ones(3)}, load_state(tmp_path))
     save_state(tmp_path, {"step": 3})
     assert load_state(tmp_path) == {"step": 3}
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 
 
 KILLED = """
@@ -188,7 +188,7 @@ for k in range(10**6):
 def test_a_killed_process_leaves_a_whole_state(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120
-    while not (tmp_path / FILE).exists() and time.monotonic() < deadline:
+    while not (tmp_path / STATE_FILE).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.03)  # it does nothing but write: this is in the middle of a later state
     process.kill()
@@ -224,16 +224,16 @@ def header(tree):
     ],
 )
 def test_foreign_files_are_refused(tmp_path, metadata):
-    save_file({"0": torch.ones(2)}, tmp_path / FILE, metadata=metadata)
+    save_file({"0": torch.ones(2)}, tmp_path / STATE_FILE, metadata=metadata)
     with pytest.raises(InvalidInputError, match="not a state"):
         load_state(tmp_path)
 
 
 def test_damaged_files_are_refused(tmp_path):
     save_state(tmp_path, {"x": torch.ones(1000)})
-    whole = (tmp_path / FILE).read_bytes()
+    whole = (tmp_path / STATE_FILE).read_bytes()
     for damaged in (b"", whole[:50], whole[:-1], b"\x80\x04K\x01."):
-        (tmp_path / FILE).write_bytes(damaged)
+        (tmp_path / STATE_FILE).write_bytes(damaged)
         with pytest.raises(InvalidInputError, match="damaged"):
             load_state(tmp_path)
 
@@ -242,9 +242,9 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     """One bit of every byte of the file, header and tensors, in turn."""
     state = {"x": torch.tensor([1.5, -2.0]), "k": 7, "best": math.inf, "moments": [torch.ones(2, 2).double()]}
     save_state(tmp_path, state)
-    whole, silent = (tmp_path / FILE).read_bytes(), 0
+    whole, silent = (tmp_path / STATE_FILE).read_bytes(), 0
     for place in range(len(whole)):
-        (tmp_path / FILE).write_bytes(
+        (tmp_path / STATE_FILE).write_bytes(
             whole[:place] + bytes([whole[place] ^ 1 << (5 * place + 3) % 8]) + whole[place + 1 :]
         )
         try:
@@ -257,14 +257,14 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
 
 def test_a_damaged_tensor_is_named(tmp_path):
     save_state(tmp_path, {"a": torch.ones(3), "b": torch.zeros(3)})
-    whole = (tmp_path / FILE).read_bytes()
-    (tmp_path / FILE).write_bytes(whole[:-1] + b"\x01")
+    whole = (tmp_path / STATE_FILE).read_bytes()
+    (tmp_path / STATE_FILE).write_bytes(whole[:-1] + b"\x01")
     with pytest.raises(InvalidInputError, match="tensor '1' is not what was written: its checksum differs"):
         load_state(tmp_path)
 
 
 def test_a_state_without_checksums_is_of_an_earlier_release(tmp_path):
-    save_file({}, tmp_path / FILE, metadata={"implicit-diffusion state": "1"})
+    save_file({}, tmp_path / STATE_FILE, metadata={"implicit-diffusion state": "1"})
     with pytest.raises(InvalidInputError, match="earlier release, without checksums"):
         load_state(tmp_path)
 
@@ -281,7 +281,7 @@ def test_nesting_without_end_is_refused_both_ways(tmp_path, monkeypatch):
         save_state(tmp_path / "deep", nested(10**5))
     assert not (tmp_path / "deep").exists()
     monkeypatch.setattr(checkpoint, "_digest_of_header", lambda header: "")
-    save_file({}, tmp_path / FILE, metadata={HEADER: 10**5 * '{"list": [', checkpoint.DIGESTS: '["", {}]'})
+    save_file({}, tmp_path / STATE_FILE, metadata={HEADER: 10**5 * '{"list": [', checkpoint.DIGESTS: '["", {}]'})
     with pytest.raises(InvalidInputError, match="damaged, or not a state"):
         load_state(tmp_path)
 
@@ -296,7 +296,7 @@ def test_nesting_without_end_is_refused_both_ways(tmp_path, monkeypatch):
 )
 def test_sizes_that_a_header_claims(header, size, tmp_path):
     text = json.dumps({"__metadata__": {HEADER: '{"tensor": "0"}'}} | header).encode()
-    (tmp_path / FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    (tmp_path / STATE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
     with pytest.raises(InvalidInputError, match="not a state"):
         load_state(tmp_path)
 

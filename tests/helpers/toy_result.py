@@ -13,7 +13,7 @@ import torch
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import headline_of
 from implicit_diffusion.commands.finetune.result import Result
-from implicit_diffusion.commands.finetune.summary import Memory, ModelSummary, Summary, TrainingSummary
+from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.digits import Appearance, Quality, load_digits
 from implicit_diffusion.digits.quality import MMDBetweenHalves
 from implicit_diffusion.evaluation import Evaluation, judge, make_plan
@@ -87,7 +87,9 @@ def digits_result(shift=0.93, waste=0.15, **config):
     model = ModelSummary(None, None, [1, 8, 8], None, None, None, None, "DDPM", pipeline_is_the_chain=True)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))
     looks = quality(), quality(mmd=0.013, judge_confidence=0.935), quality(mmd=0.0135)
-    summary = Summary(headline, training, model, Memory(plan.memory, plan.memory_se), plan.rows(), *looks)
+    summary = Summary(
+        headline, training, model, MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se), plan.rows(), *looks
+    )
     options = {"kl_weight": BETA, "scheduler": "ddpm", "stride": 1, "lr": 1e-4, "no_clip": True, "eta": None}
     options |= {"updates": UPDATES, "device": "cpu", "out": Path("runs/toy")}
     resolved = Config(**options | config)

@@ -136,7 +136,7 @@ def test_the_plan_is_given_the_prompt():
     plain, given = make_plan(spread), make_plan(spread, conditional=True)
     within = spread.reward.var(1).mean().sqrt().item()
     assert plain.reward_std > 5 > given.reward_std and given.reward_std == pytest.approx(within)
-    assert given.memory > 0.9
+    assert given.memory_of_start > 0.9
     gains = [row.reward_gain / given.reward_std for row in given.rows()]
     assert gains == sorted(gains) and gains[0] == pytest.approx(0.25, abs=0.1)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.gradients import loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
@@ -92,8 +92,8 @@ def test_a_scale_for_float16_waits_for_nothing():
 def test_a_run_waits_once_an_update_and_reads_its_metrics_together(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "checkpoint", lambda *arguments, **options: None)  # would read the weights
     monkeypatch.setattr(driver, "unsound", lambda *arguments: None)  # likewise, before a checkpoint
-    on_cpu = lambda noise, *key, device: Draws(noise, *key)  # noqa: E731
-    monkeypatch.setattr(state, "Draws", on_cpu)  # the device has no generators
+    on_cpu = lambda noise, *key, device: GlobalGenerators(noise, *key)  # noqa: E731
+    monkeypatch.setattr(state, "GlobalGenerators", on_cpu)  # the device has no generators
     monkeypatch.setattr(driver, "READ_EVERY", float("inf"))
     monkeypatch.setattr(console.Progress, "_is_due", lambda self: False)
     monkeypatch.setattr(console.Progress, "close", lambda self: None)

@@ -52,7 +52,7 @@ def test_pieces_of_an_interrupted_run_add_up(now, tmp_path):
         with part("drawing"):
             now[0] += 5
             assert clock.seconds(tmp_path) == {"the rest": 2.0, "training": 6.0, "drawing": 5.0}
-    assert clock.seconds(tmp_path) == json.loads((tmp_path / clock.FILE).read_text())
+    assert clock.seconds(tmp_path) == json.loads((tmp_path / clock.SECONDS_FILE).read_text())
     assert sum(clock.seconds(tmp_path).values()) == 13.0
 
 
@@ -79,7 +79,7 @@ def test_a_run_within_a_run_counts_in_both(now, tmp_path):
 
 
 def test_a_command_counts_from_its_beginning_and_only_its_own_run(now):
-    clock.begin()
+    clock.begin_command()
     now[0] += 7
     for loading in (7.0, None):
         with clock.run() as spent:
@@ -93,13 +93,13 @@ def test_a_run_that_is_refused_leaves_nothing_and_one_that_ended_early_may_begin
         now[0] += 10
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / clock.FILE).write_text("{}")
+    (tmp_path / "run" / clock.SECONDS_FILE).write_text("{}")
     RunDirectory.check(tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", "nonsense", '{"training": "long"}', '{"training": null}'])
 def test_a_damaged_file_is_no_reason_to_stop(now, tmp_path, damage):
-    (tmp_path / clock.FILE).write_text(damage)
+    (tmp_path / clock.SECONDS_FILE).write_text(damage)
     assert clock.seconds(tmp_path) == {}
     with clock.run():
         clock.keep(tmp_path)
@@ -115,7 +115,7 @@ def test_outside_a_run_nothing_is_counted(now):
 
 def test_shares_of_all(now, tmp_path):
     assert clock.shares(tmp_path) == []
-    (tmp_path / clock.FILE).write_text('{"training": 3.0, "judging": 9.0}')
+    (tmp_path / clock.SECONDS_FILE).write_text('{"training": 3.0, "judging": 9.0}')
     assert clock.shares(tmp_path) == [("judging", 9.0, 0.75), ("training", 3.0, 0.25), ("all", 12.0, 1.0)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from implicit_diffusion.files.states import load_state, save_state
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -132,14 +132,14 @@ def test_generators_follow_from_noise_and_key_and_survive_the_disk(tmp_path):
         with draws:
             return [draw() for draw in DRAWS.values()]
 
-    draws = Draws(Noise(5), 1)
+    draws = GlobalGenerators(Noise(5), 1)
     first = drawn(draws)
     save_state(tmp_path / "state", draws.state_dict())
     then = drawn(draws)
-    assert drawn(Draws(Noise(5), 1)) == first
+    assert drawn(GlobalGenerators(Noise(5), 1)) == first
     for noise, key in ((Noise(6), 1), (Noise(5), 2), (Noise(5).stream(1), 1)):
-        assert not set(drawn(Draws(noise, key))) & set(first)
-    other = Draws(Noise(9))
+        assert not set(drawn(GlobalGenerators(noise, key))) & set(first)
+    other = GlobalGenerators(Noise(9))
     other.load_state_dict(load_state(tmp_path / "state"))
     assert drawn(other) == then
 

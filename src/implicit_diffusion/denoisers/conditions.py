@@ -46,7 +46,7 @@ class Drawn(Shown):
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise InvalidInputError(f"name must be the name of an argument of the denoiser, got {shown(self.name)}")
         if isinstance(self.values, Tensor) and self.values.ndim and not len(self.values):
-            raise InvalidInputError(f"condition: there are no values of {self.name} to draw from")
+            raise InvalidInputError(f"condition: there are no values of {self.name} to draw from; give at least one")
         check_tensor("values", self.values, "m", integers=True)
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:
@@ -115,7 +115,7 @@ class ClassifierFree(ShownModule):
     Args:
         denoiser: called with x, t and the condition.
         scale: w; 1 gives the conditional network, 0 the unconditional one.
-        null: the values that mean no condition, by name of the condition.
+        null: the number that means no condition, by name of the condition.
 
     Raises:
         InvalidInputError: a scale that is not finite, or an empty `null`.
@@ -131,7 +131,8 @@ class ClassifierFree(ShownModule):
             named = False
         if not named or not null:
             raise InvalidInputError(
-                f"guidance needs a finite scale and the value of no condition, got {shown(scale)} and {shown(null)}"
+                f"guidance needs a finite scale, and in null the number that means no condition, e.g. "
+                f"{{'class_labels': 10}}, got {shown(scale)} and {shown(null)}"
             )
         self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
 

@@ -4,8 +4,8 @@ A linear (or convolutional) layer W of the network becomes W + B A, where only A
 (Hu et al., *LoRA*, arXiv 2106.09685). B starts at zero, so u_θ starts as u_0; and since W does not change, u_0 is the
 same module with its adapters switched off (`WithoutAdapter`).
 
-With gradient checkpointing the network is recomputed in the backward pass, when the adapters may be switched otherwise
-than in the forward pass. So every checkpoint stores whether they were on.
+With gradient checkpointing the network is recomputed in the backward pass, when the adapters may be on although they
+were off in the forward pass, or the reverse. So every checkpoint stores whether they were on.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class WithoutAdapter(ShownModule):
 
 
 def _layers(module: nn.Module) -> list[Any]:
-    """The layers with adapters, found without importing peft."""
+    """The layers with adapters, by their attributes, without importing peft."""
     return [part for part in module.modules() if hasattr(part, "lora_A") and hasattr(part, "enable_adapters")]
 
 

@@ -1,7 +1,7 @@
 """Two classifiers of the digits that look at samples, and a reward that one of them gives.
 
-The small convolutional network is differentiable, so it can serve as a reward; whatever is optimised against it may
-learn to fool it. The *judge* is a support vector machine, another kind of classifier, and nothing is ever optimised
+The small convolutional network is differentiable, so it can serve as a reward; a model that is optimised against it
+may learn to fool it. The *judge* is a support vector machine, another kind of classifier, and nothing is ever optimised
 against it: samples on which the network is sure and the judge is not have hacked the reward.
 """
 

@@ -107,7 +107,7 @@ class MMDBetweenHalves:
 
 @dataclass(frozen=True)
 class Quality(Appearance):
-    """How much a set of samples looks like the real digits; every number stands beside that of real digits.
+    """How much a set of samples looks like the real digits; each number is given for real digits too.
 
     Args:
         class_histogram: share of the samples in each of the ten classes, by the network.

@@ -28,7 +28,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward, as_reward
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.showing import Shown, estimate, of_tensor, with_error
+from implicit_diffusion.showing import Shown, mean_with_error, of_tensor, with_error
 
 NUMBERS = 2**18  # in the states of one network call
 
@@ -52,8 +52,8 @@ class Evaluation(Shown):
     def _words(self) -> Iterable[str]:
         starts, repeats = self.reward.shape
         yield f"{starts} starts × {repeats}"
-        yield f"reward={estimate(self.reward)}"
-        yield f"path_kl={estimate(self.path_kl)} nats"
+        yield f"reward={mean_with_error(self.reward)}"
+        yield f"path_kl={mean_with_error(self.path_kl)} nats"
         yield f"samples={of_tensor(self.samples[0, 0])}"
 
     def objective(self, beta: float, *, control_variate: bool = False) -> Float[Tensor, "starts repeats"]:
@@ -187,5 +187,5 @@ def _part(
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
             if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers
                 score.probe(end)
-            judged = score.judge(end)
-        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (judged, kl, log_ratio, x)))
+            rewards = score.finite_values(end)
+        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (rewards, kl, log_ratio, x)))

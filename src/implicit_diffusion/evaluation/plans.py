@@ -2,7 +2,7 @@
 
 A few trajectories from each of many x_0, scored once, give for every β the reward gain and the path KL of the tilted
 law dP* ∝ e^{R/β} dP_0, which no fine-tuning can beat in J = −E R + β·KL (`implicit_diffusion.evaluation.bounds`). They
-also tell how far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β, so the
+also show how far the chain is from memoryless. For a Gaussian reward of standard deviation σ the gain is σ²/β, so the
 plan tries those β that would gain round multiples of σ.
 
 Where samples are drawn under prompts or class labels, the sampler does not control these either: the bound is then the
@@ -49,12 +49,12 @@ class Plan(Shown):
         reward_se: its standard error.
         reward_std: standard deviation of R between samples.
         bounds: the optimum for each β, the largest β first. They are unconditional bounds, which are never too
-            pessimistic and are tight where `memory` is small, or bounds given the start where `conditional` is set.
-            Empty where the plan was asked for no β.
+            pessimistic and are tight where `memory_of_start` is small, or bounds given the start where `conditional` is
+            set. Empty where the plan was asked for no β.
         gain_se: standard error of each bound's gain of reward.
         j_gain_se: standard error of each bound's gain of J.
-        memory: share of the reward's variance that x_0 decides; 0 for a memoryless chain.
-        memory_se: its standard error.
+        memory_of_start: share of the reward's variance that x_0 decides; 0 for a memoryless chain.
+        memory_of_start_se: its standard error.
         conditional: whether the bounds are given the start.
     """
 
@@ -64,15 +64,15 @@ class Plan(Shown):
     bounds: tuple[Bound, ...]
     gain_se: tuple[float, ...]
     j_gain_se: tuple[float, ...]
-    memory: float
-    memory_se: float
+    memory_of_start: float
+    memory_of_start_se: float
     conditional: bool = False
 
     def _words(self) -> Iterable[str]:
         yield f"reward={with_error(self.reward, self.reward_se)}"
         yield f"reward_std={self.reward_std:.3g}"
         yield f"betas={brief([b.beta for b in self.bounds])}"
-        yield f"memory={with_error(self.memory, self.memory_se)}"
+        yield f"memory_of_start={with_error(self.memory_of_start, self.memory_of_start_se)}"
 
     def rows(self) -> list[PlanRow]:
         """The table: one row per β."""
@@ -93,7 +93,7 @@ class Plan(Shown):
         ]
 
     def beta_for_gain(self, deviations: float = 1.0) -> float:
-        """The β, among those of the plan, whose optimum gains most nearly so many standard deviations of reward.
+        """The β, among those of the plan, whose optimum gains most nearly `deviations` standard deviations of reward.
 
         Raises:
             InvalidInputError: the plan has no β.
@@ -105,7 +105,8 @@ class Plan(Shown):
     def to_json(self) -> dict[str, Any]:
         """The statistics of the reward and the table, as plain numbers."""
         statistics = {
-            name: getattr(self, name) for name in ("reward", "reward_se", "reward_std", "memory", "memory_se")
+            name: getattr(self, name)
+            for name in ("reward", "reward_se", "reward_std", "memory_of_start", "memory_of_start_se")
         }
         return statistics | {"rows": [asdict(row) for row in self.rows()]}
 
@@ -149,7 +150,7 @@ def make_plan(
         raise InvalidInputError(f"reward is {reward:g} for every pretrained sample; fine-tuning needs one that varies")
     tried = [std / share for share in GAINS] if betas is None else betas
     chosen = sorted({*tried, *([asked] if asked else [])}, reverse=True)
-    memory, memory_se = memory_of_start(evaluation.reward)
+    share, share_se = memory_of_start(evaluation.reward)
     bounds = [bound(evaluation, beta, conditional=False) for beta in chosen]
     if conditional:  # from rewards less the mean of their start: a tilt given the start shifts with it
         centred = replace(evaluation, reward=evaluation.reward - evaluation.reward.mean(1, keepdim=True))
@@ -158,4 +159,4 @@ def make_plan(
     gain_se, j_gain_se = (
         tuple(of(evaluation, beta, conditional=conditional)[1] for beta in chosen) for of in (gain, gain_of_j)
     )
-    return Plan(reward, reward_se, std, tuple(bounds), gain_se, j_gain_se, memory, memory_se, conditional)
+    return Plan(reward, reward_se, std, tuple(bounds), gain_se, j_gain_se, share, share_se, conditional)

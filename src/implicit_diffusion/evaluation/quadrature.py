@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.potentials.plane import Law
 
-HALF, CELL = 8.0, 1 / 16  # the default grid covers [−8, 8]² in cells of this side
+HALF_SIDE, CELL = 8.0, 1 / 16  # the default grid covers [−8, 8]² in cells of this side
 
 
 class Grid:
@@ -39,7 +39,7 @@ class Grid:
         self.points = torch.cartesian_prod(self.axis, self.axis)
 
     def mass_at_edge(self, log_density: Float[Tensor, " points"]) -> float:
-        """The mass in the outermost cells, which tells whether the law fits on the grid."""
+        """The mass in the outermost cells, which shows whether the law fits on the grid."""
         interior = log_density.view(len(self.axis), -1)[1:-1, 1:-1]
         return (log_density.logsumexp(0).exp() - interior.flatten().logsumexp(0).exp()).item() * self.area
 
@@ -77,7 +77,7 @@ class Quadrature:
         shift: Float[Tensor, "2"],
         scale: Float[Tensor, "2"],
         target: Law | None = None,
-        half: float = HALF,
+        half: float = HALF_SIDE,
         cell: float = CELL,
     ) -> None:
         self.grid = Grid(half, round(2 * half / cell))
@@ -96,7 +96,7 @@ class Quadrature:
         return -energy - log_z - self.log_jacobian, log_z
 
     def exact_fit(self, potential: nn.Module) -> ExactFit:
-        """The figures of a potential beside the target, which there must be."""
+        """The figures of a potential compared with the target; only for a `Quadrature` that has one."""
         log_p, target = self.log_target, self.target
         assert log_p is not None and target is not None
         log_q, log_z = self.log_density(potential)

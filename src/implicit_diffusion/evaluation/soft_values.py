@@ -27,7 +27,9 @@ def log_weights_of(evaluation: Evaluation, beta: float) -> Float[Tensor, "starts
     """
     check_type("evaluation", evaluation, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     if evaluation.reward.shape[1] < 2:
-        raise InvalidInputError("evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, say")
+        raise InvalidInputError(
+            "evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, for example"
+        )
     if not evaluation.log_ratio.isfinite().all():
         raise InvalidInputError(
             "evaluation holds path KLs that are infinite or NaN: a trained row of its chain has no noise; keep the "

@@ -5,11 +5,11 @@ may draw from the global generators: their states after the last complete part a
 as long as everything that the numbers depend on is the same; otherwise the differences are named, and everything is
 drawn again.
 
-    state.safetensors   rests   what the numbers depend on, by name
-                        parts   number of complete parts
+    state.safetensors   depends_on   what the numbers depend on, by name
+                        parts        number of complete parts
                         reward, path_kl, log_ratio   (starts so far, repeats)
-                        samples   the first sample of each start, for as many starts as are wanted
-                        draws   states of the global generators
+                        samples      the first sample of each start, for as many starts as are wanted
+                        generators   states of the global generators
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate_in_parts, joined
-from implicit_diffusion.files.states import FILE, load_state, save_state
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.files.states import STATE_FILE, load_state, save_state
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 
-EVERY, SHARE = 5.0, 0.05  # least seconds between two writes, and largest share of the time that writing takes
+WRITE_EVERY = 5.0  # seconds between two writes, at least
+WRITING_SHARE = 0.05  # of the time, that writing takes at most
 DIFFERENCES = 3  # number of differences that are named
-COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
+STORED_COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,16 +45,16 @@ class Stored(Shown):
 
     Args:
         folder: that holds it, now or later.
-        rests: what its numbers depend on, by name; names and values are shown to people.
+        depends_on: what its numbers depend on, by name; names and values are shown to people.
         starts: number of starts of the complete evaluation.
-        draws: the global generators that the reward may draw from.
+        generators: the global generators that the reward may draw from.
         shown: number of starts whose first sample is stored; None for all.
     """
 
     folder: Path
-    rests: Mapping[str, str]
+    depends_on: Mapping[str, str]
     starts: int
-    draws: Draws
+    generators: GlobalGenerators
     shown: int | None = None
 
     def read(self) -> dict[str, Any] | None:
@@ -62,12 +63,12 @@ class Stored(Shown):
         Raises:
             InvalidInputError: what is stored cannot be used; the message says why.
         """
-        if not (self.folder / FILE).exists():
+        if not (self.folder / STATE_FILE).exists():
             return None
         state = load_state(self.folder)
-        if not isinstance(state, dict) or not {"rests", "parts", "draws", *COLUMNS} <= state.keys():
+        if not isinstance(state, dict) or not {"depends_on", "parts", "generators", *STORED_COLUMNS} <= state.keys():
             raise InvalidInputError("another release drew it")
-        different = list(_differences(state["rests"], self.rests))
+        different = list(_differences(state["depends_on"], self.depends_on))
         if different:
             more = f", and {len(different) - DIFFERENCES} more" if len(different) > DIFFERENCES else ""
             raise InvalidInputError("; ".join(different[:DIFFERENCES]) + more)
@@ -77,17 +78,19 @@ class Stored(Shown):
         """Whether the evaluation is complete."""
         return len(state["reward"]) == self.starts
 
-    def write(self, evaluation: Evaluation, parts: int = -1, draws: Mapping[str, Any] | None = None) -> None:
+    def write(self, evaluation: Evaluation, parts: int = -1, generators: Mapping[str, Any] | None = None) -> None:
         """Replace what is stored.
 
         Args:
             evaluation: of the first `parts` parts; by default complete.
             parts: number of parts.
-            draws: states of the generators after them; by default, nothing was drawn from the generators.
+            generators: states of the global generators after them; by default, nothing was drawn from these.
         """
-        columns = {name: getattr(evaluation, name) for name in COLUMNS}
+        columns = {name: getattr(evaluation, name) for name in STORED_COLUMNS}
         columns["samples"] = self._narrow(evaluation.samples, 0)
-        save_state(self.folder, {"rests": dict(self.rests), "parts": parts, "draws": draws, **columns})
+        save_state(
+            self.folder, {"depends_on": dict(self.depends_on), "parts": parts, "generators": generators, **columns}
+        )
 
     def evaluate(
         self,
@@ -115,26 +118,29 @@ class Stored(Shown):
         with suppress(InvalidInputError):  # a caller that reports the reason has called `read`
             state = self.read()
         parts: list[Evaluation] = []
-        written, after = 0, self.draws.state_dict()
+        written, after = 0, self.generators.state_dict()
         if state is not None:
             parts, written = [from_state(state, chain.device)], state["parts"]
-            after = state["draws"] or after
-            self.draws.load_state_dict(after)
+            after = state["generators"] or after
+            self.generators.load_state_dict(after)
             skip(parts[0].reward.numel())
             if self.is_whole(state):
                 return parts[0]
-        count, due = written, time.monotonic() + EVERY
+        count, due = written, time.monotonic() + WRITE_EVERY
         rest = evaluate_in_parts(chain, reward, noise, starts=starts, repeats=repeats, first=count)
         try:
-            for part in _inside(self.draws, rest):
+            for part in _inside(self.generators, rest):
                 there = sum(len(before.reward) for before in parts)
                 parts.append(replace(part, samples=self._narrow(part.samples, there)))
-                count, after = count + 1, self.draws.state_dict()
+                count, after = count + 1, self.generators.state_dict()
                 progress(part.reward.numel())
                 began = time.monotonic()
                 if began > due:
                     self.write(joined(parts), count, after)
-                    written, due = count, time.monotonic() + max(EVERY, (time.monotonic() - began) / SHARE)
+                    written, due = (
+                        count,
+                        time.monotonic() + max(WRITE_EVERY, (time.monotonic() - began) / WRITING_SHARE),
+                    )
         finally:  # complete, or interrupted
             if written < count:
                 self.write(joined(parts), count, after)
@@ -148,13 +154,13 @@ class Stored(Shown):
 
 def from_state(state: Mapping[str, Any], device: torch.device) -> Evaluation:
     """The evaluation in a state that `Stored.read` returned, as far as it was drawn."""
-    return Evaluation(*(state[name].to(device) for name in COLUMNS))
+    return Evaluation(*(state[name].to(device) for name in STORED_COLUMNS))
 
 
-def _inside(draws: Draws, parts: Iterator[Evaluation]) -> Iterator[Evaluation]:
+def _inside(generators: GlobalGenerators, parts: Iterator[Evaluation]) -> Iterator[Evaluation]:
     """The parts, each drawn with the global generators of the run in place."""
     while True:
-        with draws:
+        with generators:
             part = next(parts, None)
         if part is None:
             return
@@ -163,7 +169,7 @@ def _inside(draws: Draws, parts: Iterator[Evaluation]) -> Iterator[Evaluation]:
 
 def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:
     if not isinstance(before, dict):
-        yield "it does not say what it rests on"
+        yield "it does not say what it depends_on on"
         return
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

@@ -55,7 +55,7 @@ def is_fingerprint(entry: object) -> bool:
     return (named and placed) or isinstance(entry.get("tensor"), str)
 
 
-def again(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
+def fingerprint_now(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """The fingerprint of the same files or folder now, without those that no longer exist."""
     if "folder" in entry:
         folder = base / entry["folder"]
@@ -96,6 +96,6 @@ def _hashes(base: Path, files: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-def short(digest: str | None) -> str:
-    """A digest for a message."""
+def short_digest(digest: str | None) -> str:
+    """A digest, shortened for a message."""
     return "not there" if digest is None else f"sha256 {digest[:12]}…"

@@ -30,7 +30,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.files.atomic import replacing, writing
 
-FILE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 WITHOUT_DIGESTS = "implicit-diffusion state"  # of releases before 0.2
 HEADER = "implicit-diffusion state 2"
 DIGESTS = "sha256"
@@ -56,7 +56,7 @@ def save_state(folder: str | PathLike[str], state: Any) -> None:
     folder = check_path("folder", folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / FILE, tensors, {HEADER: tree})
+    save_tensors(folder / STATE_FILE, tensors, {HEADER: tree})
 
 
 def load_state(folder: str | PathLike[str]) -> Any:
@@ -65,14 +65,16 @@ def load_state(folder: str | PathLike[str]) -> Any:
     Raises:
         InvalidInputError: there is no state, or the file is damaged, not a state, or without checksums.
     """
-    path = check_path("folder", folder) / FILE
+    path = check_path("folder", folder) / STATE_FILE
     if not path.is_file():
-        raise InvalidInputError(f"no state to continue from: {path} does not exist")
+        raise InvalidInputError(
+            f"no state to continue from: {path} does not exist; give a folder that save_state wrote"
+        )
     tensors, header = load_tensors(path)
     if HEADER not in header or DIGESTS not in header:
         if WITHOUT_DIGESTS in header:
             raise InvalidInputError(f"{path} is from an earlier release, without checksums; only that can continue it")
-        raise InvalidInputError(f"{path} is a safetensors file, but not a state")
+        raise InvalidInputError(f"{path} is a safetensors file, but not a state; give a folder that save_state wrote")
     try:
         return _decode(json.loads(header[HEADER]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -177,7 +179,10 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
 def _storable(tensor: Tensor, where: str) -> Tensor:
     """A dense, contiguous copy on the CPU, with its own storage."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype == torch.complex128:
-        raise InvalidInputError(f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}: not storable")
+        raise InvalidInputError(
+            f"{where} is a tensor of layout {tensor.layout} and dtype {tensor.dtype}, which cannot be stored; use a "
+            "dense tensor of another dtype"
+        )
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
 
 

@@ -139,6 +139,6 @@ class Adjoint(RowEstimator):
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
         """An adjoint per sample, and the activations of a single row."""
-        row, again = row_activations(chain, objective, noise)
+        row, recomputed = row_activations(chain, objective, noise)
         end = end_activations(chain, objective, noise)
-        return Footprint(carry=bytes_of(chain.event_shape, chain.dtype), turn=end, pull=row + again)
+        return Footprint(carry=bytes_of(chain.event_shape, chain.dtype), turn=end, pull=row + recomputed)

@@ -34,7 +34,7 @@ class FullBackprop(Estimator):
         check_slopes(objective, end)
 
     def gradient(self, chain: Chain, objective: Objective, noise: Noise, batch: int, index: int) -> TrajectoryResult:
-        """Add the gradient of trajectory `index` to the parameters' `.grad`; tells the same values as `Adjoint`.
+        """Add the gradient of trajectory `index` to the parameters' `.grad`; returns the same values as `Adjoint`.
 
         Raises:
             InvalidInputError: the network computes in float16; a term that does not depend on the samples.
@@ -63,10 +63,10 @@ class FullBackprop(Estimator):
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
         """The activations of all rows at once."""
-        row, again = row_activations(chain, objective, noise)
+        row, recomputed = row_activations(chain, objective, noise)
         end = end_activations(chain, objective, noise)
         return Footprint(
-            carry=bytes_of(chain.event_shape, chain.dtype), turn=end, pull=again, held=chain.num_steps * row
+            carry=bytes_of(chain.event_shape, chain.dtype), turn=end, pull=recomputed, held=chain.num_steps * row
         )
 
     def _check_precision(self, chain: Chain) -> None:

@@ -4,7 +4,7 @@ A loop asks its estimator for Γ, an estimate of ∇_θ of the objective, and kn
 
     check     what it needs of the chain and of the objective, before the first trajectory
     rows      which rows of a trajectory it pulls back
-    turn      what a trajectory carries when it turns round at x_N: λ_N, a return
+    turn      what a trajectory carries back once it has reached x_N: λ_N, a return
     pull      one call with gradient on several trajectories, each on a row of its own: adds to `.grad`, and moves what
               they carry back by a row
     memory    what that takes, per sample
@@ -129,7 +129,7 @@ class Estimator(Shown, ABC):
         """Add the gradient of trajectory `index`, of `batch` samples, to the parameters' `.grad`.
 
         Raises:
-            InvalidInputError: a term that has stopped to depend on the samples.
+            InvalidInputError: a term that no longer depends on the samples.
         """
 
     @abstractmethod
@@ -187,7 +187,7 @@ class RowEstimator(Estimator):
             end: x_N, with shape (batch, *event), and what it was sampled under.
 
         Raises:
-            InvalidInputError: a term that has stopped to depend on the samples.
+            InvalidInputError: a term that no longer depends on the samples.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """What one sample costs an estimator in memory, measured on two and on three samples.
 
 Activations are what autograd saves: what grows by a sample is an activation, and what does not, parameters and
-constants, is counted elsewhere. Blocks whose activations are computed again on the way back (gradient checkpointing)
-keep their inputs, and one of them at a time its activations: those of the largest block are added.
+constants, is counted elsewhere. Blocks whose activations are computed again in the backward pass (gradient
+checkpointing) keep their inputs, and one block at a time has its activations: those of the largest block are added.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Footprint(Shown):
 
 
 def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[int, int]:
-    """Of the network and the running costs on one row, and of the largest block that is computed again on the way back.
+    """Bytes per sample of the activations of network and running costs on one row, and of those of the largest block
+    that is computed again in the backward pass.
 
-    The first trained row stands for all of them.
+    The first trained row represents all of them.
     """
 
     def row(n: int) -> object:
@@ -55,7 +56,7 @@ def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[i
 
 
 def end_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
-    """Of the terminal terms at the end of a trajectory."""
+    """Bytes per sample of the activations of the terminal terms at the end of a trajectory."""
 
     def end(n: int) -> object:
         x = torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
@@ -68,14 +69,14 @@ def end_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
 
 def saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
     """Bytes that autograd saves for each sample that `function` is given, and those of its largest block that is
-    computed again on the way back.
+    computed again in the backward pass.
     """
 
     def saved(n: int) -> tuple[int, list[int]]:
-        again: list[int] = []
-        WATCHING.append(lambda block: again.append(_saved(block)))
+        recomputed: list[int] = []
+        WATCHING.append(lambda block: recomputed.append(_saved(block)))
         try:
-            return _saved(lambda: function(n)), again
+            return _saved(lambda: function(n)), recomputed
         finally:
             WATCHING.pop()
 
@@ -84,7 +85,7 @@ def saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
 
 
 def bytes_of(event_shape: Iterable[int], dtype: torch.dtype) -> int:
-    """Of one event."""
+    """Bytes of one event."""
     return torch.empty(tuple(event_shape), dtype=dtype, device="meta").nbytes
 
 
@@ -97,5 +98,5 @@ def _saved(function: Callable[[], object]) -> int:
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _graph = function()  # held until all is counted: no address is given out twice
+        _graph = function()  # held until everything is counted: no address is used twice
     return sum(storages.values())

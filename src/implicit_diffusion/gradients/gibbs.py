@@ -11,7 +11,7 @@ the second form F′ itself is not needed: outside of the particles, μ alone is
 **Unbiasedness.** Let x_1..x_n be independent draws from π_θ. Where μ lies on the particles, the plug-in estimate
 Σ_i w_i (F′_i − Σ_j w_j F′_j) V_θ(x_i) is a covariance with a mean estimated from the same draws: it is too small by the
 factor 1 − Σ w_i², which is 1 − 1/n for uniform weights, and is divided by it. Where μ lies on points that do not depend
-on the particles, (∫dμ) p is an unbiased estimate as it stands. (Weighted particles keep a bias of O(1/n), since their
+on the particles, (∫dμ) p is an unbiased estimate already. (Weighted particles keep a bias of O(1/n), since their
 weights are normalised, and so do functionals whose F′ depends on p.)
 """
 

@@ -21,7 +21,7 @@ from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
 
-DEPTH = 2**32 - 2  # key of a trajectory's depth, in the place of a row's: no chain has so many rows
+DEPTH = 2**32 - 2  # key of a trajectory's depth, in place of a row's: no chain has as many rows
 
 
 class TruncatedBackprop(Adjoint):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.frozen import refuse_inference_mode
-from implicit_diffusion.loops.update import Update, moving, restore
+from implicit_diffusion.loops.update import Update, load_trained_state, trained_state
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, Sum
 from implicit_diffusion.showing import Shown, brief
@@ -35,7 +35,7 @@ class Loop(Shown, ABC):
         self, model: Any, role: str, objective: Objective, update: Update | torch.optim.Optimizer, noise: Noise
     ) -> None:
         check_type("objective", objective, Objective, "a reward function becomes one by Reward(f)")
-        check_type("noise", noise, Noise, "use Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         refuse_inference_mode()
         self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
@@ -89,7 +89,7 @@ class Loop(Shown, ABC):
         Frozen parameters (all except the adapter's, under LoRA) are not part of it: they are those of the arguments.
         """
         return {
-            "model": moving(self.model),
+            "model": trained_state(self.model),
             "update": self.update.state_dict(),
             "weights": [weight for weight, _ in self.objective.terms],
             "iteration": self.iteration,
@@ -114,14 +114,17 @@ class Loop(Shown, ABC):
         check_type("state", state, Mapping, "use the state_dict() of a loop like this one")
         own = self._like()  # what a state does not say is assumed to agree
         if missing := self.state_dict().keys() - own.keys() - state.keys():
-            raise InvalidInputError(f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}")
+            raise InvalidInputError(
+                f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}; use what "
+                "state_dict() of a loop like this one returned"
+            )
         other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
-        before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], moving(self.model)))
+        before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], trained_state(self.model)))
         if name := next((name for name in before | now if before.get(name) != now.get(name)), None):
             other.append(f"{name} in the model had shape {before.get(name)}, has {now.get(name)}")
         if other:
             raise InvalidInputError(f"state is that of another loop: {'; '.join(other)}; build from the same arguments")
-        restore(self.model, state["model"])
+        load_trained_state(self.model, state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)
         self.objective = Sum(tuple(zip(state["weights"], terms, strict=True)))

@@ -1,6 +1,6 @@
 """What the single loop is compared with: the nested loop and the unrolled sampler, over the same particles and kernels.
 
-They exist to be compared with at equal work (`gradient_evaluations`, pulls through V at all the particles) and at equal
+They exist for comparisons at equal work (`gradient_evaluations`, pulls through V at all the particles) and at equal
 wall-clock time, and are not defaults.
 """
 

@@ -18,7 +18,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 
-FLOAT16 = "; the network computes in float16, which ends at 65504: use `precision=torch.bfloat16`, or float32"
+FLOAT16_ADVICE = "; the network computes in float16, which ends at 65504: use `precision=torch.bfloat16`, or float32"
 
 
 class ChainLoop(Loop):
@@ -54,13 +54,13 @@ class ChainLoop(Loop):
         batch = check_integer("batch", batch)
         check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape); a potential is trained by Single")
         self.estimator: Estimator = Adjoint() if estimator is None else estimator
-        check_type("estimator", self.estimator, Estimator, "use Adjoint(), say")
+        check_type("estimator", self.estimator, Estimator, "use Adjoint(), for example")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
         self.chain, self.batch = chain, batch
         self.stride = chain.num_steps
         if stride is not None:
             self.stride = check_integer("stride", stride, 1, chain.num_steps, note=" (the chain's steps)")
-        self.update.advice = FLOAT16 if computes_in_float16(chain.denoiser) else ""
+        self.update.advice = FLOAT16_ADVICE if computes_in_float16(chain.denoiser) else ""
         for _, cost in objective.running:
             cost.check(chain.table, chain.trained_rows)
         with trying("denoiser", f"states of shape {(2, *chain.event_shape)}"):
@@ -83,7 +83,7 @@ class ChainLoop(Loop):
                 f"{chain.num_steps - 1} of the chain, keep the pretrained network; leave a row out of pretrained_rows"
             )
         self.injected = 0  # trajectories begun
-        self.evaluations = 0  # network calls × samples, u_θ and u_0 alike
+        self.evaluations = 0  # network calls × samples, of u_θ and of u_0
 
     @property
     def timetable(self) -> Timetable:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, memory_for, trying
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.particles import Particles, states
+from implicit_diffusion.particles import Particles, checked_particles
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.samplers.draws import innermost
 
@@ -43,7 +43,7 @@ def initial_particles(potential: nn.Module, particles: Tensor | int, noise: Nois
             f"particles are {x.dtype} on {x.device}, the potential's parameters {first.dtype} on {first.device}; use "
             "particles.to(device, dtype)"
         )
-    return innermost(states(x).clone())
+    return innermost(checked_particles(x).clone())
 
 
 def _drawn(potential: Any, number: Any, noise: Noise) -> Tensor:

@@ -37,7 +37,7 @@ class Memory(Shown):
         activations: kept by autograd during the largest call with gradient.
         parameters: θ, its gradient, the optimizer's moments, its moving average, and u_0.
         resident: the part of `parameters` that is in memory already.
-        undo: the copy of θ and of the moments that an update can return to, made when the activations are gone.
+        undo: the copy of θ and of the moments that undoes a failed update, made when the activations are freed.
     """
 
     states: int
@@ -86,7 +86,7 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
 
     Args:
         memory: see `predict_memory`.
-        device: where it is to run; "cpu" and "cuda" tell what is free, on others nothing is refused.
+        device: where it is to run; "cpu" and "cuda" report what is free; on others nothing is refused.
         available: free bytes, in place of what the device reports.
 
     Raises:
@@ -136,6 +136,6 @@ def _moments(optimizer: torch.optim.Optimizer) -> float:
 
 
 def _size(count: int) -> str:
-    """Bytes for human eyes."""
+    """Bytes with a unit, to three digits."""
     power = max(0, min(3, (len(str(count)) - 1) // 3))
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.potentials.energy import value_of
 
-ALONE = 1.001  # effective particles: one carries all the weight
+SINGLE_PARTICLE = 1.001  # effective particles: one carries all the weight
 
 
 def what_failed(
@@ -34,7 +34,7 @@ def what_failed(
             f"{bad} of {len(particles)} particles became NaN or infinite; use a smaller step size, or check that the "
             "potential confines them"
         )
-    if effective is not None and effective < ALONE:
+    if effective is not None and effective < SINGLE_PARTICLE:
         return (
             "one particle carries all the weight, since θ moved too far in one step; use a smaller learning rate or "
             "more particles"

@@ -1,4 +1,4 @@
-"""The optimizer of an update: what it must be, how a step is taken back, and what is said of one that went wrong.
+"""The optimizer of an update: what it must be, how a step is undone, and the message for one that failed.
 
 An optimizer may turn a sound gradient into NaN: Adam's eps of 1e−8 is 0 in float16, and a gradient of zero gives 0/0.
 So θ is checked after the step, through the one number that is read anyway, and restored unless it is finite.
@@ -21,7 +21,7 @@ Schedule = torch.optim.lr_scheduler.LRScheduler
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise `InvalidInputError` for anything but a first-order optimizer of dense gradients."""
-    check_type("update", optimizer, torch.optim.Optimizer, "use torch.optim.Adam(model.parameters()), say")
+    check_type("update", optimizer, torch.optim.Optimizer, "use torch.optim.Adam(model.parameters()), for example")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise InvalidInputError("SparseAdam takes sparse gradients alone, and Γ is dense; use torch.optim.Adam")
@@ -36,13 +36,13 @@ def check_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer) -> None
     """Raise `InvalidInputError` for a schedule that needs a metric, or belongs to another optimizer."""
     known = (Schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     if not isinstance(schedule, known) and not hasattr(schedule, "step"):
-        check_type("schedule", schedule, Schedule, "use CosineAnnealingLR(optimizer, updates), say")
+        check_type("schedule", schedule, Schedule, "use CosineAnnealingLR(optimizer, updates), for example")
     try:
         inspect.signature(schedule.step).bind()
     except TypeError as error:
         raise InvalidInputError(
-            f"schedule {type(schedule).__name__} does not step by itself ({error}); use one that does, say "
-            "CosineAnnealingLR"
+            f"schedule {type(schedule).__name__} does not step by itself ({error}); use one that does, "
+            "such as CosineAnnealingLR"
         ) from error
     if getattr(schedule, "optimizer", optimizer) is not optimizer:
         raise InvalidInputError("schedule is that of another optimizer; build it around the one of this update")
@@ -75,7 +75,7 @@ def failed_step(optimizer: torch.optim.Optimizer, moved: Sequence[Tensor], count
 
 
 class Before:
-    """θ and the optimizer's state as they are before a step, to return to.
+    """θ and the optimizer's state as they are before a step, to be restored if it fails.
 
     Args:
         optimizer: whose state it is.
@@ -92,7 +92,7 @@ class Before:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Return to them; whatever else the step put into the state is dropped."""
+        """Restore them; anything else that the step put into the state is dropped."""
         for t, copy in zip(self.held, self.copies):
             t.copy_(copy)
         self.optimizer.state.clear()

@@ -81,7 +81,10 @@ class ParticleLoop(Loop):
             )
         if objective.running:
             names = ", ".join(type(term).__name__ for _, term in objective.running)
-            raise InvalidInputError(f"{names} is paid along a denoising chain, and a stationary sampler has none")
+            raise InvalidInputError(
+                f"{names} is paid along a denoising chain, and a stationary sampler has none; to stay near the initial "
+                "potential use ReverseKL.to_initial(potential)"
+            )
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
@@ -146,10 +149,10 @@ class ParticleLoop(Loop):
         return eval_mode(self.model, *(network for _, term in self.objective.terms for network in term.networks()))
 
     def refresh(self, particles: Particles, *, gradient_evaluations: int = 0) -> None:
-        """Continue from other particles that stand for the present π_θ: draws, weighted or not, e.g. from `annealed`.
+        """Continue from other particles that represent the present π_θ: draws, weighted or not, e.g. from `annealed`.
 
-        What the old ones accumulated (weights, errors of log Z and of the masses of modes) ends with them. Log Z goes
-        on from the new ones' log Z, or from that of the old ones where the new ones carry none.
+        What the old ones accumulated (weights, errors of log Z and of the masses of modes) ends with them. Log Z
+        continues from the new ones' log Z, or from that of the old ones where the new ones carry none.
 
         Args:
             particles: the new particles, with the number, shape, dtype and device of the old ones.

@@ -99,7 +99,7 @@ class Queue(ChainLoop):
             require_rows(estimator, "queue")
         super().__init__(chain, objective, update, batch=batch, noise=noise, estimator=estimator, stride=stride)
         self.slots: list[Slot] = []
-        self.values: dict[str, Tensor] = {}  # terminal values of the batch that came home last
+        self.values: dict[str, Tensor] = {}  # terminal values of the batch that reached x_N last
 
     def _words(self) -> Iterable[str]:
         return f"stride={self.stride}", *super()._words(), f"batches in flight={len(self.slots)}"
@@ -108,7 +108,7 @@ class Queue(ChainLoop):
         """One iteration; without `inject`, only what is in flight moves on.
 
         Returns:
-            metrics: the terminal terms of the batch that came home in this iteration, and the running costs where it
+            metrics: the terminal terms of the batch that reached x_N in this iteration, and the running costs where it
             pulled every row, each of another batch. `phase` is "draining" without `inject`, and "filling" while rows
             are still missing; a full queue has none.
         """
@@ -153,7 +153,8 @@ class Queue(ChainLoop):
     def steps(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
 
-        Injection stops in time for every trajectory to come home, except where no number of trajectories brings
+        Injection stops in time for every trajectory to be pulled back completely, except where no number of trajectories
+        brings
         exactly what is wanted: then the last one is left with rows to pull back. See `timetable.injects`.
         """
         updates = check_integer("updates", updates, 0)
@@ -241,7 +242,7 @@ class Queue(ChainLoop):
 
     def _retire(self) -> None:
         """Free what slots hold that have been pulled back over all of their rows. Those that leave early, where their
-        number of rows is random, are remembered until the longest would leave.
+        number of rows is random, stay in the list until the longest one would leave.
         """
         for slot in self.slots:
             if slot.stage >= slot.timetable.length:

@@ -172,7 +172,7 @@ class Single(ParticleLoop):
     def _gradient(
         self, state: WeightedState, points: list[Tensor | None]
     ) -> tuple[WeightedState, Fused, dict[str, Any]]:
-        """V, ∇V and Γ from one pass, the weights under the present θ on the way, and what these say."""
+        """V, ∇V and Γ from one pass, the weights under the present θ, and their diagnostics."""
         terms = self.objective.stationary
         if not self.keeps_weights:
             return state, fused_pass(self.model, self.parameters, terms, state.x, points), {}

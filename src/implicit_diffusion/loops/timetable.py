@@ -148,9 +148,10 @@ def gradients_to_come(slots: Iterable[tuple[Timetable, int]]) -> int:
 
 
 def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Timetable) -> bool:
-    """Whether one more trajectory sets out now: none is wasted, if so many gradients are still wanted.
+    """Whether to inject one more trajectory now, so that none is wasted if `wanted` more gradients are to be made.
 
-    If it is the last one, every trajectory in flight has come home when these gradients are made, and it as well.
+    If it is the last one, it and every trajectory in flight have been pulled back completely once these gradients are
+    made.
     Where those in flight bring too few, and one more would bring too many whenever it sets out, it does so at once:
     only a trajectory can bring what is still wanted.
     """

@@ -17,14 +17,14 @@ from implicit_diffusion.loops.optimizers import Before, Schedule, check_optimize
 from implicit_diffusion.showing import Shown, brief
 
 
-def moving(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
-    """The state of a model without its frozen parameters: those that are frozen in `like`, under a prefix."""
+def trained_state(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
+    """The state of a model without its frozen parameters; those are the frozen ones of `like`, with a prefix."""
     frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `moving` kept; what it left out must be there already."""
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `trained_state` returned; the frozen parameters, which it leaves out, stay as they are."""
     model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
 
 
@@ -104,11 +104,13 @@ class Update(Shown):
         held = [p for p in self.parameters if id(p) in own]
         if not held:
             raise InvalidInputError(
-                f"optimizer holds none of the {role}'s parameters: build it from the parameters of the very module "
+                f"optimizer holds none of the {role}'s parameters: build it from the parameters of the same module "
                 "that the sampler runs on"
             )
         if not any(p.requires_grad for p in held):
-            raise InvalidInputError(f"every parameter of the {role} that the optimizer holds is frozen")
+            raise InvalidInputError(
+                f"every parameter of the {role} that the optimizer holds is frozen; call requires_grad_() on some"
+            )
         module: nn.Module = model
         check_complete(module)
         self.model, self.bound, self.parametrized = module, True, parametrizations(module)
@@ -244,7 +246,7 @@ class Update(Shown):
         """All that the next update depends on, except the model's own parameters."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
-        state["ema"] = None if self.ema is None else moving(self.ema, like=self.model, prefix="module.")
+        state["ema"] = None if self.ema is None else trained_state(self.ema, like=self.model, prefix="module.")
         state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
         return state | {"pending": self.pending}
 
@@ -263,7 +265,7 @@ class Update(Shown):
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.ema is not None:
-            restore(self.ema, state["ema"])
+            load_trained_state(self.ema, state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
         for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
             p.grad = gradient if gradient is None else gradient.to(p)

@@ -55,7 +55,7 @@ class Checkpoint(Shown):
         scheduler: where the scheduler is.
         scheduler_class: its class in diffusers.
         family: of its pipeline.
-        folder: of all of it.
+        folder: of the whole pipeline.
         index: the pipeline's parts and options in its model_index.json; nothing else is kept of that file.
         files: all files of the pipeline except the index, in diffusers' layout: "unet/config.json" → where it is.
     """

@@ -7,7 +7,7 @@ judges is what the pipeline shows.
 
 The reward is a function of images, so the chain's terminal objective is R ∘ D, differentiated through the decoder,
 whose weights are frozen. A decoder's activations dwarf those of the rest: it works on a few samples at a time and
-forgets what happens inside, to compute it once more on the way back (gradient checkpointing).
+does not keep what happens inside, to compute it again in the backward pass (gradient checkpointing).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from implicit_diffusion.samplers.simulation import simulate
 from implicit_diffusion.showing import Shown, brief, with_error
 
 FORMAT = "implicit-diffusion energy model"
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHTS, DESCRIPTION_FILE = "model.safetensors", "model.json"
 SPACING, OFFSET = "lattice.spacing", "lattice.offset"
 
 
@@ -140,7 +140,10 @@ class EnergyModel(Shown):
                 whose log Z is not known.
         """
         if self.log_z is None:
-            raise InvalidInputError("this model does not know its log Z: its training was interrupted, or diverged")
+            raise InvalidInputError(
+                "this model does not know its log Z: its training was interrupted, or diverged; resume the training, "
+                "or set it with with_log_z"
+            )
         event = self._event_of(x)
         z = self.standardise(x)
         energy = torch.cat([self.potential(part) for part in z.split(2**14)]).double()
@@ -191,7 +194,7 @@ class EnergyModel(Shown):
         for state, _ in simulate(self.moves.kernel(), self.potential, z, noise.stream(1), steps):
             z = state.x
         if not z.isfinite().all():
-            raise NonFiniteError(f"the {self.moves.sampler} sampler ran away within {steps} steps; take fewer steps")
+            raise NonFiniteError(f"the {self.moves.sampler} sampler ran away within {steps} steps; use fewer steps")
         return z * self.scale + self.shift
 
     def with_log_z(self, log_z: float, log_z_se: float) -> EnergyModel:
@@ -214,13 +217,13 @@ class EnergyModel(Shown):
             "log_z": self.log_z,
             "log_z_se": self.log_z_se,
         }
-        with replacing(folder / DESCRIPTION) as file:
+        with replacing(folder / DESCRIPTION_FILE) as file:
             file.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def is_energy_model(folder: str | PathLike[str]) -> bool:
     """Whether a folder holds an energy-based model."""
-    return (Path(folder).expanduser() / DESCRIPTION).is_file()
+    return (Path(folder).expanduser() / DESCRIPTION_FILE).is_file()
 
 
 def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
@@ -236,7 +239,7 @@ def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
     folder = check_path("model", model)
     if not is_energy_model(folder):
         raise InvalidInputError(
-            f"model: {folder} holds no {DESCRIPTION}; give the model/ folder of an `implicit-diffusion ebm` run"
+            f"model: {folder} holds no {DESCRIPTION_FILE}; give the model/ folder of an `implicit-diffusion ebm` run"
         )
     try:
         energy_model = _read(folder)
@@ -250,8 +253,8 @@ def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
 
 
 def _read(folder: Path) -> EnergyModel:
-    """The model in a folder; any error says that there is none."""
-    description = read_json(folder / DESCRIPTION)
+    """The model in a folder; where there is none, it raises errors of many kinds."""
+    description = read_json(folder / DESCRIPTION_FILE)
     if description.get("format") != FORMAT:
         raise ValueError(f"its format is {description.get('format')!r}")
     built = description["architecture"]

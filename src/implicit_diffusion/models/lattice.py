@@ -20,7 +20,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.showing import Shown
 
 LEVELS = 2**16  # a lattice of more counts as a continuum: single precision has 2^24 numbers itself
-FEW = 256  # levels that count as a lattice even if hardly a value occurs twice
+FEW_LEVELS = 256  # levels that count as a lattice even if hardly a value occurs twice
 LOOKED_AT = 2**17  # values of a column from which its spacing is computed
 ROUNDED = 1e-9  # of the spacing, by which a value in double precision may lie below the lattice
 OFF = 0.01  # of the spacing, that a value may lie off the lattice: more than single precision rounds
@@ -102,7 +102,7 @@ def _spacing(column: Float[Tensor, " m"]) -> float:
         if spacing < finest:
             return 0.0
     levels = round(span / spacing)
-    if levels >= FEW and 2 * len(values) > len(some):
+    if levels >= FEW_LEVELS and 2 * len(values) > len(some):
         return 0.0
     spacing = span / levels  # without the rounding of single gaps
     steps = (column.double() - values[0]) / spacing

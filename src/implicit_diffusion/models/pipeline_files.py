@@ -2,7 +2,7 @@
 
     names in a part's folder  →  those that are needed (`needed`)  →  where these files are (`located`)
     {"unet/config.json": where it is, …}  →  `laid_out`: a temporary folder of links to them, for diffusers to read
-                                          →  `copied`: regular files beside a trained network
+                                          →  `copy_files`: regular files beside a trained network
 
 A model folder may come from anywhere, so nothing else in it is read or copied: every file must lie inside the folder
 after links are followed, or be in the hub's cache, whose snapshots are links to its blobs. Weights that were saved as a
@@ -204,7 +204,7 @@ def laid_out(files: Mapping[str, Source]) -> Iterator[Path]:
         yield Path(place)
 
 
-def copied(files: Mapping[str, Source], folder: Path) -> None:
+def copy_files(files: Mapping[str, Source], folder: Path) -> None:
     """Copy these files into `folder`, each in one step, with the user's default permissions.
 
     Raises:

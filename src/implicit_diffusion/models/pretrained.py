@@ -29,7 +29,7 @@ from implicit_diffusion.models.checkpoints import INDEX, Checkpoint, find_checkp
 from implicit_diffusion.models.decoders import Decoder, check_latents
 from implicit_diffusion.models.families import PIXELS, WIDTHS, PipelineFamily
 from implicit_diffusion.models.parts import load_model, load_scheduler
-from implicit_diffusion.models.pipeline_files import copied
+from implicit_diffusion.models.pipeline_files import copy_files
 from implicit_diffusion.models.prompts import assembled
 from implicit_diffusion.showing import Shown
 
@@ -186,7 +186,7 @@ def _save_beside(folder: Path, denoiser: Any, scheduler: Any, checkpoint: Checkp
     index = checkpoint.index | {"scheduler": ["diffusers", type(scheduler).__name__]}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     kept = {name: source for name, source in checkpoint.files.items() if name.split("/")[0] not in (part, "scheduler")}
-    copied(kept, folder)
+    copy_files(kept, folder)
 
 
 def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:

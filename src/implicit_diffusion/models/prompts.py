@@ -51,7 +51,9 @@ def embed_prompts(
         raise InvalidInputError(f"prompts must be a list of strings, got {one_line(repr(prompts))[:80]}")
     encoders = [part for part in checkpoint.parts if part.startswith("text_encoder")]
     if not encoders:
-        raise InvalidInputError(f"prompts: {checkpoint.folder} has no text encoder to encode them")
+        raise InvalidInputError(
+            f"prompts: {checkpoint.folder} has no text encoder to encode them; use a text-conditional pipeline"
+        )
     family = checkpoint.family
     pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED))
     for encoder in encoders:

@@ -238,12 +238,14 @@ class TerminalObjective(GibbsObjective):
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
-            by_autograd.check_slope(self.name, self.value(Particles(x, condition=particles.condition)), x)
+            by_autograd.check_differentiable(self.name, self.value(Particles(x, condition=particles.condition)), x)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         variation = self.first_variation(particles, Density(energy)).function
         if variation is None or not variation.isfinite().all():
-            raise InvalidInputError(f"the first variation of {self.name} is NaN or infinite on the initial particles")
+            raise InvalidInputError(
+                f"the first variation of {self.name} is NaN or infinite on the initial particles; it must be finite"
+            )
 
 
 class RunningCost(Term):

@@ -48,7 +48,7 @@ def check_finite_scalar(name: str, value: object) -> None:
         raise InvalidInputError(f"{name} is {value.item()} on samples of the initial model; it must be finite")
 
 
-def check_slope(name: str, value: object, x: Float[Tensor, "n *event"]) -> None:
+def check_differentiable(name: str, value: object, x: Float[Tensor, "n *event"]) -> None:
     """Raise `InvalidInputError` for a value of an objective that has no gradient in the positions x."""
     if not isinstance(value, Tensor) or value.ndim != 0:
         raise InvalidInputError(f"{name} must be a 0-d tensor, got {_form(value)}")

@@ -95,7 +95,7 @@ class ReverseKL(GibbsObjective):
 
     @classmethod
     def to_initial(cls, potential: nn.Module, name: str = "kl_to_initial") -> ReverseKL:
-        """KL to the law of `potential` as it stands now."""
+        """KL to the law of `potential` as it is now."""
         return cls(frozen_copy(potential), name, known_log_z(potential))
 
     def networks(self) -> Iterable[nn.Module]:

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.function_checks import BY_TORCH, check_own_gradient, check_separate, check_slope
+from implicit_diffusion.function_checks import BY_TORCH, TRIED, check_own_gradient, check_separate, check_slope
 from implicit_diffusion.objectives.base import TerminalObjective, changed, check_name
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.reward_values import scores_of, takes_condition
 from implicit_diffusion.showing import brief
-
-TRIED = 8  # samples on which a reward is tried for mixing; its form is checked on all of them
 
 
 class Reward(TerminalObjective):
@@ -73,7 +71,7 @@ class Reward(TerminalObjective):
             )
         return scores_of(self.function(particles.x, particles.condition), particles.x)
 
-    def judge(self, particles: Particles) -> Float[Tensor, " n"]:
+    def finite_values(self, particles: Particles) -> Float[Tensor, " n"]:
         """R at samples, as floating-point numbers; it need not be differentiable.
 
         Raises:
@@ -113,7 +111,7 @@ class Reward(TerminalObjective):
             values = self._numbers(_chosen(few, slice(None)))
             _check_finite("values", values)
             if not self.checked:
-                check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+                check_separate("reward", lambda index: self.finite_values(_chosen(few, index)), values)
 
     def check_slope(self, particles: Particles) -> None:
         """Call the reward on samples once, with its gradient.
@@ -137,7 +135,9 @@ class Reward(TerminalObjective):
             _check_dtype(reward, x)
             gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
             if gradient is None:
-                raise InvalidInputError("reward is not differentiable: its result does not depend on the samples")
+                raise InvalidInputError(
+                    f"reward is not differentiable: its result does not depend on the samples; {BY_TORCH}"
+                )
             of_first = torch.autograd.grad(reward[0], x)[0]
         _check_finite("a gradient", gradient)
         check_own_gradient("reward", of_first)
@@ -175,8 +175,8 @@ class Reward(TerminalObjective):
         """
         few = _chosen(particles, slice(TRIED))
         with self.evaluating():
-            values = self.judge(_chosen(few, slice(None)))
-            check_separate("reward", lambda index: self.judge(_chosen(few, index)), values)
+            values = self.finite_values(_chosen(few, slice(None)))
+            check_separate("reward", lambda index: self.finite_values(_chosen(few, index)), values)
 
     def _numbers(self, particles: Particles) -> Float[Tensor, " n"]:
         reward = self.of(particles)
@@ -204,4 +204,6 @@ def _check_dtype(reward: Tensor, x: Tensor) -> None:
 
 def _check_finite(what: str, tensor: Tensor) -> None:
     if not tensor.isfinite().all():
-        raise InvalidInputError(f"reward gives {what} that are NaN or infinite on samples of the initial model")
+        raise InvalidInputError(
+            f"reward gives {what} that are NaN or infinite on samples of the initial model; they must be finite"
+        )

@@ -35,8 +35,8 @@ class Sinkhorn(TerminalObjective):
 
     Args:
         data: draws from the reference, with shape (m, *event).
-        epsilon: ε > 0, in units of squared distance. The smaller it is beside the typical one, the longer the solver
-            runs; below a thousandth of it plans are nearly unregularised, and may not be found.
+        epsilon: ε > 0, in units of squared distance. The smaller it is compared with the typical one, the
+            longer the solver runs; below a thousandth of it plans are nearly unregularised, and the solver may fail.
         name: under which metrics report it.
 
     Raises:

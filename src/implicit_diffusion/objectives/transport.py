@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 SWEEPS, PRODUCTS = 300, 200  # at most: in total, and per step of Newton's method
-EXACT = 1e-11  # misplaced mass of a marginal, of one
+SOLVED = 1e-11  # misplaced mass of a marginal, of one
 
 
 def within(a: Float[Tensor, " n"], cost: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], float]:
@@ -118,5 +118,5 @@ def _off(log_c: Tensor, b: Tensor) -> float:
 
 
 def _goal(cost: Tensor) -> float:
-    """`EXACT`, or what exponents as large as these leave of it."""
-    return max(EXACT, 4 * torch.finfo(cost.dtype).eps * float(cost.amax()))
+    """`SOLVED`, or the rounding of exponents as large as these where that is larger."""
+    return max(SOLVED, 4 * torch.finfo(cost.dtype).eps * float(cost.amax()))

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_call, trying
 from implicit_diffusion.frozen import refuse_inference_mode
-from implicit_diffusion.function_checks import BY_TORCH, check_own_gradient, check_separate
-from implicit_diffusion.particles import states
+from implicit_diffusion.function_checks import BY_TORCH, TRIED, check_own_gradient, check_separate
+from implicit_diffusion.particles import checked_particles
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import of_tuple
 
 COARSE = 0.02  # nats that V must resolve where its values matter
-TRIED = 8  # particles that are checked for influence on each other
 
 
 class Energy(NamedTuple):
@@ -64,7 +63,7 @@ def known_log_z(potential: object) -> float | None:
     """Log ∫ e^{−V} of a potential that has it as a number, `potential.log_z`; None where it has none.
 
     Raises:
-        InvalidInputError: an attribute of that name that is something else.
+        InvalidInputError: an attribute of that name that is not a number.
     """
     log_z = getattr(potential, "log_z", None)
     number = isinstance(log_z, (int, float)) or (isinstance(log_z, Tensor) and log_z.ndim == 0)
@@ -84,7 +83,7 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
             that influence each other (e.g. by BatchNorm in training mode), or an error of the potential's own.
     """
     check_call("potential", potential, "x")
-    x = states(x, 1)
+    x = checked_particles(x, 1)
     refuse_inference_mode()
     own = precision(potential, x)
     with torch.enable_grad(), trying("potential", f"particles of shape {tuple(x[:2].shape)} in {own}"):
@@ -112,7 +111,9 @@ def check_potential(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *
         everywhere = value_of(potential, x)
     for what, tensor in (("values", everywhere), ("gradients", grad)):
         if not tensor.isfinite().all():
-            raise InvalidInputError(f"potential gives {what} that are NaN or infinite on the initial particles")
+            raise InvalidInputError(
+                f"potential gives {what} that are NaN or infinite on the initial particles; they must be finite there"
+            )
     check_own_gradient("potential", grad, of="particles")
     with torch.no_grad():
         few = x[:TRIED].detach()

@@ -2,7 +2,7 @@
 
     V_guided(x) = V(x) − λ R(x),        density ∝ π(x) e^{λ R(x)}
 
-A sampler that is driven by it needs ∇R in every step, for every sample that is ever drawn; training pays once.
+A sampler that is driven by it needs ∇R in every step, for every sample that is drawn; training needs it once.
 """
 
 from __future__ import annotations

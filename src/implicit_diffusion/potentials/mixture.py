@@ -68,7 +68,7 @@ class GaussianMixture(ShownModule):
         if x.shape[1:] != self.means.shape[1:]:
             raise InvalidInputError(
                 f"a mixture of means with shape {tuple(self.means.shape[1:])} has no density on events of shape "
-                f"{tuple(x.shape[1:])}"
+                f"{tuple(x.shape[1:])}; x must have shape (n, {self.means.shape[1]})"
             )
         squares = (x.mT - self.means[:, :, None]).square().sum(1)
         return -(self.logits.log_softmax(0)[:, None] - squares / (2 * self.std * self.std)).logsumexp(0)

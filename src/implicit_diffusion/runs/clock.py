@@ -17,7 +17,7 @@ from pathlib import Path
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.files.lock import LOCK
 
-FILE = "seconds.json"
+SECONDS_FILE = "seconds.json"
 REST = "the rest"
 SAVE_EVERY = 5.0  # seconds: a run that is killed loses at most that, and its last part
 
@@ -39,8 +39,8 @@ class Clock:
     def save(self) -> None:
         """Write the seconds, unless the folder holds nothing yet: a run that is refused leaves nothing."""
         self._saved = time.monotonic()
-        if self.path is not None and any(file.name not in (LOCK, FILE) for file in self.path.glob("*")):
-            with replacing(self.path / FILE) as file:
+        if self.path is not None and any(file.name not in (LOCK, SECONDS_FILE) for file in self.path.glob("*")):
+            with replacing(self.path / SECONDS_FILE) as file:
                 file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 
     def is_due(self) -> bool:
@@ -54,7 +54,7 @@ _last = 0.0  # when the seconds of the running part were counted last
 _begun: float | None = None  # when a command began that has not reached its run yet
 
 
-def begin() -> None:
+def begin_command() -> None:
     """Say that a command begins: its run will count the time from here on, such as that of imports, as loading."""
     global _begun
     _begun = time.monotonic()
@@ -62,7 +62,7 @@ def begin() -> None:
 
 @contextmanager
 def run() -> Iterator[Clock]:
-    """A clock for the block. When that ends, in whatever way, the seconds are written where `Clock.keep` said."""
+    """A clock for the block. However the block ends, the seconds are then written to the folder of `Clock.keep`."""
     global _begun
     clock = Clock()
     _count()
@@ -116,7 +116,7 @@ def shares(path: Path) -> list[tuple[str, float, float]]:
 def read(path: Path) -> dict[str, float]:
     """What a clock has kept in a folder."""
     with suppress(OSError, ValueError, AttributeError):
-        kept = json.loads((path / FILE).read_text(encoding="utf-8"))
+        kept = json.loads((path / SECONDS_FILE).read_text(encoding="utf-8"))
         return {str(name): float(spent) for name, spent in kept.items() if isinstance(spent, int | float)}
     return {}
 

@@ -1,7 +1,7 @@
-"""What a run prints of its progress, on stderr: a progress bar on a terminal, elsewhere a plain line now and then.
+"""What a run prints of its progress, on stderr: a progress bar on a terminal, plain lines elsewhere.
 
-Printing never ends a run: where nobody reads any more (`| head`, a closed terminal, a full disk behind `>`), it goes on
-in silence.
+Printing never ends a run: where the reader is gone (`| head`, a closed terminal, a full disk behind `>`), the run
+continues without output.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Silenceable:
 
 @contextmanager
 def never_failing_output() -> Iterator[None]:
-    """Within the block, printing never raises: neither where nobody reads, nor where a letter cannot be encoded."""
+    """Within the block, printing never raises, even if the reader is gone or a character cannot be encoded."""
     before = sys.stdout, sys.stderr
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)

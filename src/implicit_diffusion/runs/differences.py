@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.files.fingerprints import short
+from implicit_diffusion.files.fingerprints import short_digest
 from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 
@@ -62,12 +62,16 @@ def of_inputs(folder: Path, before: Mapping[str, Any], after: Mapping[str, Any])
     for name, was in before.items():
         now, change = after[name], name.partition(" ")[0]
         if was.get("tensor") != now.get("tensor"):
-            yield Difference(change, f"{name} was {short(was.get('tensor'))} and is {short(now.get('tensor'))}")
+            yield Difference(
+                change, f"{name} was {short_digest(was.get('tensor'))} and is {short_digest(now.get('tensor'))}"
+            )
         old, new = was.get("files", {}), now.get("files", {})
         different = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
         for file in different[:NAMED]:
             path = folder / now.get("folder", "") / file
-            yield Difference(change, f"{name}: {path} was {short(old.get(file))} and is {short(new.get(file))}")
+            yield Difference(
+                change, f"{name}: {path} was {short_digest(old.get(file))} and is {short_digest(new.get(file))}"
+            )
         if len(different) > NAMED:
             yield Difference(change, f"{name}: {len(different) - NAMED} more files differ")
 

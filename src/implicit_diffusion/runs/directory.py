@@ -32,12 +32,12 @@ from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.files.lock import LOCK, hold, make
-from implicit_diffusion.files.states import FILE
+from implicit_diffusion.files.states import STATE_FILE
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
 
-BEGUN = ("config.json", f"checkpoint/{FILE}")  # written before the first update
+BEGUN = ("config.json", f"checkpoint/{STATE_FILE}")  # written before the first update
 
 
 class Origin(NamedTuple):
@@ -85,14 +85,17 @@ class RunDirectory(Shown):
                 nothing can be written.
         """
         path = check_path("path", path)
-        left_over = {LOCK, clock.FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
+        left_over = {LOCK, clock.SECONDS_FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"`path` {path} is a file; name a new folder")
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
             if not files <= {*may_hold, *left_over}:
                 holds = "exists and is not empty"
-                judged, reported = "summary.json" in files, "report.html" in files or f"judged/{FILE}" not in files
+                judged, reported = (
+                    "summary.json" in files,
+                    "report.html" in files or f"judged/{STATE_FILE}" not in files,
+                )
                 if files.issuperset(BEGUN) and not (judged and reported):
                     holds = f"holds a run that was interrupted: continue with {RunDirectory(path).resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
@@ -121,7 +124,7 @@ class RunDirectory(Shown):
         self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
     def start(self, command: str, config: Any, may_hold: Collection[str] = ()) -> None:
-        """Write config.json into a new folder, or into what is left of the very same run, which begins anew.
+        """Write config.json into a new folder, or into what is left of the same run, which begins anew.
 
         Args:
             command: that begins the run.
@@ -171,7 +174,7 @@ class RunDirectory(Shown):
     @property
     def has_state(self) -> bool:
         """Whether there is a state to continue from."""
-        return (self.checkpoint / FILE).is_file()
+        return (self.checkpoint / STATE_FILE).is_file()
 
     @property
     def resume_command(self) -> str:
@@ -200,14 +203,14 @@ class RunDirectory(Shown):
 
     def confirm(self) -> None:
         """Let the state that waits replace the one in `checkpoint`, in one step."""
-        with writing(self.checkpoint / FILE):
-            (self.unconfirmed / FILE).replace(self.checkpoint / FILE)
+        with writing(self.checkpoint / STATE_FILE):
+            (self.unconfirmed / STATE_FILE).replace(self.checkpoint / STATE_FILE)
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Add how to continue to whatever ends the block early, as soon as there is a config to begin from.
+        """Add the command that continues the run to an error that ends the block early, once config.json is there.
 
-        That is an interruption, a file that cannot be written, memory that is used up, or a reward that raises.
+        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises.
         """
         command = self.resume_command
         try:
@@ -265,5 +268,5 @@ class RunDirectory(Shown):
 
 
 def dated(name: str) -> Path:
-    """The folder of a run that nobody named: runs/`name`-<UTC time>."""
+    """The default folder of a run: runs/`name`-<UTC time>."""
     return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")

@@ -16,8 +16,8 @@ They may read everything, sample from `fit.chain`, and replace `fit.loop.objecti
 
 The reason that stopped a run is saved too: a resumed run that has the same callback does not train on.
 
-What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and goes on
-with the run; when `fit` returns, the caller's own generators are as they were.
+What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and its
+state is saved with the run; when `fit` returns, the caller's own generators are as they were.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def fit(
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
     if directory is not None and not isinstance(directory, RunDirectory):
         directory = RunDirectory(check_path("directory", directory))
-    state = Fit(loop, directory=directory, total=updates)
+    result = Fit(loop, directory=directory, total=updates)
     with nullcontext() if directory is None else directory.held():
-        _drive(state, updates, list(callbacks), directory, checkpoint_every, description)
-    return state
+        _drive(result, updates, list(callbacks), directory, checkpoint_every, description)
+    return result
 
 
 def _drive(
-    state: Fit,
+    fit: Fit,
     updates: int,
     callbacks: list[Callback],
     directory: RunDirectory | None,
@@ -92,42 +92,42 @@ def _drive(
 ) -> None:
     if directory is not None:
         if directory.has_state:
-            restore(state, directory, callbacks)
-        checkpoint(state, directory, callbacks)
-    if not state.stopped:
-        begin(state, callbacks)
+            restore(fit, directory, callbacks)
+        checkpoint(fit, directory, callbacks)
+    if not fit.stopped:
+        begin(fit, callbacks)
     lines: list[dict[str, Any]] = []
 
     def write() -> None:
         waiting, lines[:] = list(lines), []
         if directory is not None:
             directory.append_metrics(*waiting)
-            state.lines += len(waiting)
+            fit.lines += len(waiting)
 
-    saved_at: int = state.updates  # update of the last checkpoint
+    saved_at: int = fit.updates  # update of the last checkpoint
     waits: int | None = None  # update of a checkpoint that waits: the next update says whether it is sound
     last_saved = last_read = start = time.monotonic()
-    with graceful() as stop, progress(updates, description, state.updates) as bar, part("saving"):
+    with graceful() as stop, progress(updates, description, fit.updates) as bar, part("saving"):
         try:
-            for metrics in () if state.stopped else _steps(state, updates):
-                state.seconds += time.monotonic() - start
+            for metrics in () if fit.stopped else _steps(fit, updates):
+                fit.seconds += time.monotonic() - start
                 if "grad_norm" in metrics:
-                    state.metrics = metrics | {"seconds": state.seconds}
-                    with state.draws:
-                        state.verdict = verdict(state, callbacks)
-                    state.stopped = state.verdict and state.verdict[1]
-                    bar.update(_shown(metrics), advance=state.updates - bar.done)
-                    lines.append(state.metrics)
+                    fit.metrics = metrics | {"seconds": fit.seconds}
+                    with fit.generators:
+                        fit.verdict = verdict(fit, callbacks)
+                    fit.stopped = fit.verdict and fit.verdict[1]
+                    bar.update(_shown(metrics), advance=fit.updates - bar.done)
+                    lines.append(fit.metrics)
                     if waits is not None and directory is not None:  # it is known now what that state led to
-                        if unsound(state, callbacks) is None:
+                        if unsound(fit, callbacks) is None:
                             directory.confirm()
                             saved_at = waits
                         waits = None
                 else:
                     bar.update(_shown(metrics), advance=0)
                 if stop.requested:
-                    state.stopped = "interrupted"
-                if state.stopped:
+                    fit.stopped = "interrupted"
+                if fit.stopped:
                     break
                 save = directory is not None and time.monotonic() - last_saved > checkpoint_every
                 if save or time.monotonic() - last_read > READ_EVERY:
@@ -135,40 +135,40 @@ def _drive(
                     last_read = time.monotonic()
                 if save and directory is not None:
                     last_saved = time.monotonic()
-                    if unsound(state, callbacks) is None:
-                        checkpoint(state, directory, callbacks, known=False)
-                        waits = state.updates
+                    if unsound(fit, callbacks) is None:
+                        checkpoint(fit, directory, callbacks, known=False)
+                        waits = fit.updates
                 start = time.monotonic()
             if stop.requested:  # in the last step, or while it was saved
-                state.stopped = "interrupted"
+                fit.stopped = "interrupted"
             write()
-            reason = unsound(state, callbacks)
-            ends = settling(state, callbacks)  # in a state that its callback has judged already
-            if reason is not None and not ends and state.stopped != "interrupted":
-                raise DivergenceError(f"after update {state.updates}: {reason}")
+            reason = unsound(fit, callbacks)
+            ends = settling(fit, callbacks)  # in a state that its callback has judged already
+            if reason is not None and not ends and fit.stopped != "interrupted":
+                raise DivergenceError(f"after update {fit.updates}: {reason}")
             if (reason is None or ends) and directory is not None:
-                checkpoint(state, directory, callbacks)
-            settle(state, callbacks)
+                checkpoint(fit, directory, callbacks)
+            settle(fit, callbacks)
         except (NonFiniteError, DivergenceError) as error:
             kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
             raise type(error)(f"{error}{kept}") from error
         except RewardError as error:
-            raise RewardError(f"after update {state.updates}: {error}") from error
+            raise RewardError(f"after update {fit.updates}: {error}") from error
         finally:
             write()
     if stop.requested:  # also while its model was put back
-        state.stopped = "interrupted"
+        fit.stopped = "interrupted"
 
 
 def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: metrics[name] for name in IN_PROGRESS if name in metrics}
 
 
-def _steps(state: Fit, updates: int) -> Iterator[dict[str, Any]]:
+def _steps(fit: Fit, updates: int) -> Iterator[dict[str, Any]]:
     """The steps of the loop, with the generators of the run in place during each."""
-    steps = state.loop.steps(updates)
+    steps = fit.loop.steps(updates)
     while True:
-        with state.draws, part("training"):
+        with fit.generators, part("training"):
             metrics = next(steps, None)
         if metrics is None:
             return

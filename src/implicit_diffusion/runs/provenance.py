@@ -1,9 +1,9 @@
-"""What a run rests on, written down when it begins and compared when it is continued.
+"""What a run depends on, recorded when it begins and compared when it is resumed.
 
     provenance.json   the options; sha256 of every input; versions; threads; device; changes accepted since
 
-A run that is continued with another model, reward, file of data or version of torch is neither the old run nor a new
-one, and nothing in its results would say so. `verify` names what was and what is, and refuses a change unless it is
+A run that is resumed with another model, reward, file of data or version of torch is neither the old run nor a new one,
+and nothing in its results would say so. `verify` names what was and what is, and refuses a change unless it is
 accepted. For the same bits the number of threads counts too: it decides how sums are rounded, and is set back to what
 it was.
 """
@@ -20,12 +20,12 @@ import torch
 from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.files.fingerprints import Input, again, fingerprint, is_fingerprint, relative
+from implicit_diffusion.files.fingerprints import Input, fingerprint, fingerprint_now, is_fingerprint, relative
 from implicit_diffusion.runs import differences, records, surroundings
 from implicit_diffusion.runs.differences import Difference
 from implicit_diffusion.runs.directory import RunDirectory
 
-FILE = "provenance.json"
+PROVENANCE_FILE = "provenance.json"
 
 Change = Literal["config", "model", "reference", "reward", "prompts", "data", "versions", "device", "provenance"]
 """What may be accepted as changed."""
@@ -55,7 +55,7 @@ def record(
     prints = {name: relative(fingerprint(source), directory.path) for name, source in inputs.items()}
     device = device or torch.device("cpu")
     records.write(
-        directory.path / FILE,
+        directory.path / PROVENANCE_FILE,
         {
             "config": config,
             "inputs": prints,
@@ -68,20 +68,20 @@ def record(
 
 
 def forget(directory: RunDirectory) -> list[str]:
-    """Take provenance.json away before config.json is written anew: an end in between must not look like a change.
+    """Remove provenance.json before config.json is written again: a run that ends in between must not look changed.
 
     Returns:
         The changes that were accepted in it.
     """
     accepted = _accepted(directory)
-    with writing(directory.path / FILE):
-        (directory.path / FILE).unlink(missing_ok=True)
+    with writing(directory.path / PROVENANCE_FILE):
+        (directory.path / PROVENANCE_FILE).unlink(missing_ok=True)
     return accepted
 
 
 def is_recorded(directory: RunDirectory) -> bool:
     """Whether provenance.json is there."""
-    return (directory.path / FILE).is_file()
+    return (directory.path / PROVENANCE_FILE).is_file()
 
 
 def check_version(directory: RunDirectory, accept_changes: Collection[str] = (), advice: str | None = None) -> None:
@@ -128,7 +128,7 @@ def verify(
     inputs: Mapping[str, Input] | None = None,
     advice: str | None = None,
 ) -> int:
-    """Compare what a run rests on with what is there now; nothing is read but files, and nothing is executed.
+    """Compare what a run depends on with what is there now; only files are read, and nothing is executed.
 
     Args:
         directory: of the run.
@@ -143,7 +143,7 @@ def verify(
         InvalidInputError: a difference that is not accepted, or a damaged provenance.json.
     """
     if not is_recorded(directory):
-        missing = f"it has no {FILE}, which says what that was: an earlier release began it"
+        missing = f"it has no {PROVENANCE_FILE}, which says what that was: an earlier release began it"
         trained = (directory.path / "metrics.jsonl", *directory.path.glob("beta-*/checkpoint/*"))
         if directory.has_state or any(path.exists() for path in trained):
             _refuse_or_accept(directory, [Difference("provenance", missing)], accept_changes, advice)
@@ -157,12 +157,12 @@ def verify(
     ]
     _refuse_or_accept(directory, changed, accept_changes, advice)
     if changed:
-        records.write(directory.path / FILE, _renewed(directory, saved, now, changed))
+        records.write(directory.path / PROVENANCE_FILE, _renewed(directory, saved, now, changed))
     return int(saved["threads"])
 
 
 def device_of(directory: RunDirectory) -> str | None:
-    """The device that the run continues with, where provenance.json says one."""
+    """The device that the run continues on, where provenance.json names one."""
     return _read(directory)["device"]["name"] if is_recorded(directory) else None
 
 
@@ -177,7 +177,7 @@ def _now(name: str, entry: dict[str, Any], directory: RunDirectory, given: Mappi
     """The fingerprint of an input that had the fingerprint `entry`."""
     if name in given:
         return relative(fingerprint(given[name]), directory.path)
-    return entry if "tensor" in entry else again(entry, directory.path)
+    return entry if "tensor" in entry else fingerprint_now(entry, directory.path)
 
 
 def _refuse_or_accept(
@@ -187,8 +187,8 @@ def _refuse_or_accept(
     if refused:
         names = [name for name in get_args(Change) if name in {difference.change for difference in refused}]
         raise InvalidInputError(
-            f"{directory.path} does not rest on what it began with: {'; '.join(d.line for d in refused)}. Put that "
-            f"back for the run to continue bit for bit, or {advice or f'add `accept_changes={names}`'}"
+            f"{directory.path} depends on what has changed since it began: {'; '.join(d.line for d in refused)}. Put "
+            f"that back to continue the run bit for bit, or {advice or f'add `accept_changes={names}`'}"
         )
     for difference in changed:
         print(f"accepted  {difference.line}")
@@ -197,7 +197,7 @@ def _refuse_or_accept(
 def _renewed(
     directory: RunDirectory, saved: dict[str, Any], inputs: dict[str, Any], changed: list[Difference]
 ) -> dict[str, Any]:
-    """What the run rests on from now on, and what was accepted."""
+    """What the run depends on from now on, and what was accepted."""
     names = {difference.change for difference in changed}
     now = dict(saved) | {"accepted": [*saved["accepted"], *(difference.line for difference in changed)]}
     if "config" in names:
@@ -212,7 +212,7 @@ def _renewed(
 
 
 def _read(directory: RunDirectory) -> dict[str, Any]:
-    path = directory.path / FILE
+    path = directory.path / PROVENANCE_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         known = {"config": dict, "inputs": dict, "versions": dict, "threads": int, "device": dict, "accepted": list}

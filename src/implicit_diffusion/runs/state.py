@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import check_finite, load_state, save_state
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.runs.directory import RunDirectory
@@ -42,7 +42,7 @@ class Fit(Shown):
         total: number of updates that the run is to make in all; 0 where that is not known.
         kept: where a callback put back an earlier model, its numbers, with `updates`.
         advice: what to change, from the callback that stopped the run; it is also in `stopped`.
-        draws: the global generators that rewards of the user's own may draw from.
+        generators: the global generators that rewards of the user's own may draw from.
     """
 
     loop: Loop
@@ -55,10 +55,12 @@ class Fit(Shown):
     total: int = 0
     kept: dict[str, float] | None = None
     advice: str | None = None
-    draws: Draws = field(init=False)
+    generators: GlobalGenerators = field(init=False)
 
     def __post_init__(self) -> None:
-        self.draws = Draws(self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device)
+        self.generators = GlobalGenerators(
+            self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device
+        )
 
     def _words(self) -> Iterable[str]:
         yield type(self.loop).__name__
@@ -82,7 +84,9 @@ class Fit(Shown):
     def chain(self) -> Chain:
         """The denoising chain of `model`; only loops over chains have one."""
         if not isinstance(self.loop, ChainLoop):
-            raise InvalidInputError(f"a {type(self.loop).__name__} samples from a potential: it has no denoising chain")
+            raise InvalidInputError(
+                f"a {type(self.loop).__name__} samples from a potential, and has no denoising chain; use fit.model"
+            )
         averaged = self.model is not self.loop.model
         return self.loop.chain if not averaged else self.loop.chain.replace(denoiser=self.model)
 
@@ -90,11 +94,11 @@ class Fit(Shown):
 Callback = Callable[[Fit], str | None]
 
 
-def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True) -> None:
+def checkpoint(fit: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True) -> None:
     """Save all that the run continues from.
 
     Args:
-        state: of the run.
+        fit: the run so far.
         directory: of the run.
         callbacks: those of the run.
         known: whether the state replaces the previous one at once. The metrics of an update are taken before its step:
@@ -103,50 +107,50 @@ def checkpoint(state: Fit, directory: RunDirectory, callbacks: list[Callback], *
     Raises:
         NonFiniteError: NaN or infinity in anything that would be saved; the previous checkpoint is kept.
     """
-    if not all(p.isfinite().all() for p in state.loop.update.parameters):
-        raise NonFiniteError(f"after update {state.updates}: the parameters hold NaN or infinity")
-    state.metrics = {k: v.item() if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in state.metrics.items()}
+    if not all(p.isfinite().all() for p in fit.loop.update.parameters):
+        raise NonFiniteError(f"after update {fit.updates}: the parameters hold NaN or infinity")
+    fit.metrics = {k: v.item() if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in fit.metrics.items()}
     whole = {
-        "loop": state.loop.state_dict(),
-        "seconds": state.seconds,
+        "loop": fit.loop.state_dict(),
+        "seconds": fit.seconds,
         "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in _stateful(callbacks)],
-        "verdict": state.verdict,
-        "metrics": state.metrics,
-        "lines": state.lines,
-        "generators": state.draws.state_dict(),
+        "verdict": fit.verdict,
+        "metrics": fit.metrics,
+        "lines": fit.lines,
+        "generators": fit.generators.state_dict(),
     }
-    buffers = [name for name, _ in state.loop.model.named_buffers()]  # masks among them
+    buffers = [name for name, _ in fit.loop.model.named_buffers()]  # masks among them
     try:
         check_finite(whole, ("log_weights", *buffers, *(f"module.{name}" for name in buffers)))
     except NonFiniteError as error:
-        raise NonFiniteError(f"after update {state.updates}: {error}") from error
+        raise NonFiniteError(f"after update {fit.updates}: {error}") from error
     save_state(directory.checkpoint if known else directory.unconfirmed, whole)
     if known:
         shutil.rmtree(directory.unconfirmed, ignore_errors=True)
 
 
-def unsound(state: Fit, callbacks: list[Callback]) -> str | None:
+def unsound(fit: Fit, callbacks: list[Callback]) -> str | None:
     """The first reason of a callback not to keep the state; None where there is none."""
     asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "unsound")]
-    return next(filter(None, (callback.unsound(state) for callback in asked)), None)
+    return next(filter(None, (callback.unsound(fit) for callback in asked)), None)
 
 
-def restore(state: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
+def restore(fit: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
     """Continue from the checkpoint, unless the loop is further already; a callback that was not saved begins anew."""
     saved = load_state(directory.checkpoint)
-    behind = saved["loop"]["iteration"] < state.loop.iteration
-    state.seconds = saved["seconds"]
+    behind = saved["loop"]["iteration"] < fit.loop.iteration
+    fit.seconds = saved["seconds"]
     if not behind:
-        state.loop.load_state_dict(saved["loop"])
+        fit.loop.load_state_dict(saved["loop"])
         _restore_callbacks(callbacks, saved.get("callbacks", []))
         if "generators" in saved:
-            state.draws.load_state_dict(saved["generators"])
+            fit.generators.load_state_dict(saved["generators"])
         if saved.get("verdict") and saved["verdict"][0] in map(_name, callbacks):
-            state.verdict = saved["verdict"]
-            state.stopped = saved["verdict"][1]
+            fit.verdict = saved["verdict"]
+            fit.stopped = saved["verdict"][1]
     rows = restore_metrics(directory, saved["loop"]["update"]["updates"], saved.get("lines"))
-    state.lines = len(rows)
-    state.metrics = saved.get("metrics") or next(reversed(rows), {})
+    fit.lines = len(rows)
+    fit.metrics = saved.get("metrics") or next(reversed(rows), {})
 
 
 def _restore_callbacks(callbacks: list[Callback], saved: list[list[Any]]) -> None:
@@ -158,35 +162,35 @@ def _restore_callbacks(callbacks: list[Callback], saved: list[list[Any]]) -> Non
             callback.load_state_dict(left.pop(names.index(type(callback).__name__))[1])
 
 
-def verdict(state: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
+def verdict(fit: Fit, callbacks: list[Callback]) -> tuple[str, str] | None:
     """Name and reason of the first callback that stops the run; None where none does."""
     for callback in callbacks:
-        if reason := callback(state):
+        if reason := callback(fit):
             return _name(callback), reason
     return None
 
 
-def begin(state: Fit, callbacks: list[Callback]) -> None:
+def begin(fit: Fit, callbacks: list[Callback]) -> None:
     """Call `begin` of the callbacks that have one, before the first step."""
     asked: list[Any] = [callback for callback in callbacks if hasattr(callback, "begin")]
-    with state.draws:
+    with fit.generators:
         for callback in asked:
-            callback.begin(state)
+            callback.begin(fit)
 
 
-def settling(state: Fit, callbacks: list[Callback]) -> Callable[[Fit], str] | None:
+def settling(fit: Fit, callbacks: list[Callback]) -> Callable[[Fit], str] | None:
     """The `settle` of the callback that has stopped the run, if it has one."""
-    asked: list[Any] = [c for c in callbacks if state.verdict and hasattr(c, "settle") and _name(c) == state.verdict[0]]
+    asked: list[Any] = [c for c in callbacks if fit.verdict and hasattr(c, "settle") and _name(c) == fit.verdict[0]]
     return asked[0].settle if asked else None
 
 
-def settle(state: Fit, callbacks: list[Callback]) -> None:
+def settle(fit: Fit, callbacks: list[Callback]) -> None:
     """Let the callback that has stopped the run put back what it kept, and add to its reason."""
-    put_back = settling(state, callbacks)
-    if put_back is not None and state.verdict is not None and state.stopped != "interrupted":
-        with state.draws:
-            added = put_back(state)
-        state.stopped = f"{state.verdict[1]}. {added}" if added else state.verdict[1]
+    put_back = settling(fit, callbacks)
+    if put_back is not None and fit.verdict is not None and fit.stopped != "interrupted":
+        with fit.generators:
+            added = put_back(fit)
+        fit.stopped = f"{fit.verdict[1]}. {added}" if added else fit.verdict[1]
 
 
 def _name(callback: Callback) -> str:

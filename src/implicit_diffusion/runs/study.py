@@ -1,4 +1,4 @@
-"""Results of a study, run by run, so that it can be continued after an interruption.
+"""Results of a study, run by run, so that it can continue after an interruption.
 
 The runs of a study depend on its config and their own seeds only. A run that is repeated after an interruption gives
 the same bits, so that only the results of finished runs have to be kept.
@@ -32,7 +32,7 @@ class Study:
         self.directory = directory
         state = load_state(directory.checkpoint) if directory.has_state else {"study": {}}
         if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
-            raise InvalidInputError(f"{directory.checkpoint} does not hold a study")
+            raise InvalidInputError(f"{directory.checkpoint} does not hold a study; choose another folder")
         self.results: dict[str, Any] = state["study"]
         with replacing(directory.path / "metrics.jsonl") as file:
             file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before

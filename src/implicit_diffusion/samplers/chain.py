@@ -13,8 +13,8 @@ same ones, and so do u_0 and terminal objectives.
 
 Networks run in eval mode: with dropout u_θ would be a random function, and the adjoint would belong to another draw.
 
-Nothing that a chain computes changes what it computes next, so loops and evaluations may share one. How much work a
-transition was, it says itself (`Transition.evaluations`); whoever needs a sum keeps it.
+Nothing that a chain computes changes what it computes next, so loops and evaluations may share one. A transition
+reports its own work (`Transition.evaluations`); callers that need a total add it up.
 
 States, times, coefficients, adjoints and path costs have at least single precision. A network whose weights have less
 is called in its own precision, and its output is converted back: half precision rounds u alone.
@@ -54,7 +54,7 @@ class Chain(Shown):
             Trainable where it is an `nn.Module`. Under a condition it is called as u(x, t, **condition).
         table: the rows (a, b, s, m, t); see `read_table`, `ou_reverse_sde`.
         event_shape: shape of one sample, e.g. (1, 8, 8).
-        reference: the pretrained u_0. Where None, a frozen copy of `denoiser` as it stands now.
+        reference: the pretrained u_0; if None, a frozen copy of `denoiser` as it is now.
         pretrained_rows: rows on which u_0 acts in place of u_θ; "noiseless" means those whose noise vanishes, on
             which a path KL would be infinite.
         condition: (noise, batch, index) → what trajectory `index` is sampled under, tensors with leading dimension
@@ -151,21 +151,23 @@ class Chain(Shown):
         """
         c, given = self._rows(tuple(rows)), condition or {}
         u0 = self._predict(self.reference, x, c, given) if reference else None
-        if c.kept.numel() == 0:
+        if c.pretrained_slots.numel() == 0:
             u = self._predict(self.denoiser, x, c, given)
         else:
-            parts = [self._predict(self.reference, x, c, given, c.kept) if u0 is None else u0[c.kept]]
-            if c.own.numel():
-                parts.append(self._predict(self.denoiser, x, c, given, c.own))
+            parts = [
+                self._predict(self.reference, x, c, given, c.pretrained_slots) if u0 is None else u0[c.pretrained_slots]
+            ]
+            if c.trained_slots.numel():
+                parts.append(self._predict(self.denoiser, x, c, given, c.trained_slots))
             u = torch.cat(parts)
             if c.order.numel():
                 u = u[c.order]
-        calls = len(c.own) + len(rows) if reference else len(rows)
+        calls = len(c.trained_slots) + len(rows) if reference else len(rows)
         return Transition(x, u, u0, c.a, c.b, c.s, c.h, c.trained, calls * x.shape[1])
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
-        check_type("noise", noise, Noise, "use Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         batch = check_integer("batch", batch)
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
         return self.table.initial_std * x
@@ -244,7 +246,7 @@ class Chain(Shown):
     ) -> Particles:
         """The particles that end trajectory `index` at x_N = `x`, with what they were sampled under; see `walk`."""
         check_type("x", x, Tensor, "it holds the states that end a trajectory")
-        check_type("noise", noise, Noise, "use Noise(0), say")
+        check_type("noise", noise, Noise, "use Noise(0), for example")
         if self.condition is None:
             return Particles(x)
         condition = self.conditions(noise, len(x) // check_integer("repeats", repeats), [index])

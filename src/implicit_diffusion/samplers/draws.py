@@ -17,17 +17,17 @@ from implicit_diffusion.noise import Noise
 Draw = Callable[[torch.Generator, int, Tensor], tuple[Tensor, ...]]  # `Kernel.draws`
 
 BLOCK = 2**17  # numbers drawn at once: those of several steps of few particles, or of one step of many
-SPAN = 32  # iterations, about, that one generator serves: seeding it costs as much as thousands of numbers
+SPAN = 32  # iterations, approximately, that one generator serves: seeding it costs as much as thousands of numbers
 
 
-def short(x: Tensor) -> bool:
+def has_short_vectors(x: Tensor) -> bool:
     """Whether x holds vectors so short that loops over their coordinates do not vectorise."""
     return x.ndim == 2 and x.shape[1] <= 16
 
 
 def innermost(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The same numbers; short vectors are laid out with the particles innermost, which does vectorise."""
-    return x.mT.contiguous().mT if short(x) else x.contiguous()
+    return x.mT.contiguous().mT if has_short_vectors(x) else x.contiguous()
 
 
 def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
 
     The numbers depend on the shape of x alone, not on its layout in memory: a resumed run draws the same.
     """
-    if short(x):
+    if has_short_vectors(x):
         shape = (count, x.shape[1], x.shape[0])
         return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
     return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
@@ -44,7 +44,7 @@ def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
 class Blocks:
     """The random numbers of every iteration of a loop, drawn block by block.
 
-    What is kept is the block that was drawn last, and the generator of the next one.
+    What is kept is the block that was drawn last, and the generator that draws the next one.
 
     Args:
         stream: of the noise that the numbers come from.

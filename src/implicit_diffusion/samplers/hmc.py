@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.rounding import exact
-from implicit_diffusion.samplers.kernel import Info, Schedule, State, Step, inner_product
+from implicit_diffusion.samplers.kernel import Info, State, Step, StepSize, inner_product
 from implicit_diffusion.samplers.metropolis import MetropolisKernel, accept_or_reject
 
 
@@ -34,7 +34,7 @@ class HMC(MetropolisKernel):
 
     target_acceptance = 0.8
 
-    def __init__(self, step_size: Schedule, leapfrogs: int = 5) -> None:
+    def __init__(self, step_size: StepSize, leapfrogs: int = 5) -> None:
         super().__init__(step_size)
         self.leapfrogs = check_integer("leapfrogs", leapfrogs)
         self.evaluations_per_step = 1 + self.leapfrogs

@@ -30,7 +30,7 @@ from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.samplers.draws import normals
 from implicit_diffusion.showing import Shown, named, of_tuple
 
-Schedule = float | Callable[[int], float]
+StepSize = float | Callable[[int], float]
 
 
 class State(NamedTuple):
@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step tells about itself; nothing continues from it.
+    """Diagnostics of a step; nothing continues from them.
 
     Args:
         acceptance: the probability that each proposal had of being accepted, with shape (n,); None for kernels that
@@ -107,7 +107,7 @@ class Kernel(Shown, ABC):
     evaluations_per_step: int = 1
     target_acceptance: float | None = None
 
-    def __init__(self, step_size: Schedule) -> None:
+    def __init__(self, step_size: StepSize) -> None:
         if callable(step_size):
             check_call("step_size", step_size, "k")
         self.step_size = step_size
@@ -126,7 +126,7 @@ class Kernel(Shown, ABC):
         return check_number("step_size", h, 0.0, note=f" for iteration {k}")
 
     def reach(self, h: float) -> float:
-        """About how far one addition moves a coordinate of a particle, under V whose scale is one or more."""
+        """About how far one addition moves a coordinate of a particle, for a V whose length scale is at least one."""
         return math.sqrt(2 * h)
 
     def start(self, x: Float[Tensor, "n *event"], generator: torch.Generator) -> State:

@@ -29,7 +29,7 @@ from implicit_diffusion.errors import (
 )
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.particles import Particles, states
+from implicit_diffusion.particles import Particles, checked_particles
 from implicit_diffusion.potentials.energy import Energy, check_potential, coarse, energy_of, precision
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.draws import innermost
@@ -75,9 +75,11 @@ class Replicas(Shown):
         check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
         if not kernel.weighted:
             raise InvalidInputError(f"{type(kernel).__name__} has no increment of weights; use ULA, MALA or HMC")
-        x = states(x)
+        x = checked_particles(x)
         if check_integer("groups", groups, 0) < 2 or len(x) % groups or len(x) < 2 * groups:
-            raise InvalidInputError(f"{len(x)} particles do not split into {groups} groups of equal size ≥ 2")
+            raise InvalidInputError(
+                f"{len(x)} particles do not split into {groups} groups of equal size ≥ 2; use a divisor"
+            )
         check_resolved(kernel, x, 0)
         self.kernel, self.noise, self.log_z0, self.steps = kernel, noise, check_number("log_z", log_z), 0
         self.gradient_evaluations = 0

@@ -16,7 +16,7 @@ CHECKED = 1024  # iterations from one check of the spacing of numbers to the nex
 
 
 def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int, scale: float = 1.0) -> None:
-    """Check every now and then that the particles' dtype does not round steps away.
+    """Check, in one of every `CHECKED` iterations, that the particles' dtype does not round steps away.
 
     Sums of a particle and its step are rounded by up to half a spacing u of the numbers there, which adds a variance of
     u²/12 to that of the step. It may be one per cent of that at most, for coordinates as large as they are on average.

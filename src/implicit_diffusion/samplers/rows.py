@@ -21,9 +21,9 @@ class RowCoefficients(Shown):
         a, b, s, h, m: the rows' coefficients, with shape (slots, 1, ...) that broadcasts to states.
         t: the network's times.
         trained: whether u_θ acts on the row, shaped as `a`.
-        kept: the slots on pretrained rows.
-        own: the other slots.
-        order: puts the concatenation of `kept` and `own` in order; empty where it is in order.
+        pretrained_slots: the slots on pretrained rows.
+        trained_slots: the other slots.
+        order: puts the concatenation of these two in the order of the slots; empty where it is in order already.
     """
 
     a: Float[Tensor, "slots ..."]
@@ -33,14 +33,14 @@ class RowCoefficients(Shown):
     m: Float[Tensor, "slots ..."]
     t: Float[Tensor, " slots"]
     trained: Bool[Tensor, "slots ..."]
-    kept: Int[Tensor, " kept"]
-    own: Int[Tensor, " own"]
+    pretrained_slots: Int[Tensor, " pretrained"]
+    trained_slots: Int[Tensor, " trained"]
     order: Int[Tensor, " order"]
 
 
 @dataclass(repr=False)
 class RowCache(Shown):
-    """The coefficients of every combination of rows that has been asked for: an index by a list would be copied to the
+    """The coefficients of every combination of rows that was used so far: an index by a list would be copied to the
     device at every call.
 
     Args:
@@ -69,9 +69,13 @@ class RowCache(Shown):
         c = {name: getattr(self.table, name)[index].to(self.device, self.dtype) for name in "abshmt"}
         c["trained"] = torch.tensor([row not in self.pretrained_rows for row in rows], device=self.device)
         shaped = {name: value if name == "t" else value.view(-1, *(1,) * self.dims) for name, value in c.items()}
-        kept = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
-        own = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
-        order = sorted(range(len(rows)), key=(kept + own).__getitem__)
-        slots = {"kept": kept, "own": own, "order": [] if order == sorted(order) else order}
+        pretrained = [slot for slot, row in enumerate(rows) if row in self.pretrained_rows]
+        trained = [slot for slot, row in enumerate(rows) if row not in self.pretrained_rows]
+        order = sorted(range(len(rows)), key=(pretrained + trained).__getitem__)
+        slots = {
+            "pretrained_slots": pretrained,
+            "trained_slots": trained,
+            "order": [] if order == sorted(order) else order,
+        }
         where = {name: torch.tensor(which, dtype=torch.long, device=self.device) for name, which in slots.items()}
         return RowCoefficients(**shaped, **where)

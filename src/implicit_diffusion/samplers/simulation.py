@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import check_integer, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.particles import states
+from implicit_diffusion.particles import checked_particles
 from implicit_diffusion.potentials.energy import check_potential, energy_of
 from implicit_diffusion.samplers.draws import BLOCK
 from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step
@@ -44,7 +44,7 @@ def simulate(
     check_type("kernel", kernel, Kernel, "use ULA(0.1), for example")
     check_type("noise", noise, Noise, "use Noise(0), for example")
     check_type("potential", potential, nn.Module, "it is a module from (n, *event) to (n,)")
-    x, steps = states(x, 1), check_integer("steps", steps, 0)
+    x, steps = checked_particles(x, 1), check_integer("steps", steps, 0)
     check_resolved(kernel, x, 0)
     with eval_mode(potential):
         check_potential(potential, x)

@@ -21,7 +21,7 @@ from torch import Tensor
 from implicit_diffusion.errors import check_number
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.samplers.draws import normals
-from implicit_diffusion.samplers.kernel import Info, Kernel, Schedule, State, Step
+from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step, StepSize
 
 
 class Underdamped(Kernel):
@@ -46,7 +46,7 @@ class Underdamped(Kernel):
         InvalidInputError: a step size or friction that is not positive and finite.
     """
 
-    def __init__(self, step_size: Schedule, friction: float = 1.0) -> None:
+    def __init__(self, step_size: StepSize, friction: float = 1.0) -> None:
         super().__init__(step_size)
         self.friction = check_number("friction", friction, 0.0)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.particles import states
+from implicit_diffusion.particles import checked_particles
 from implicit_diffusion.potentials.energy import check_potential, coarse, energy_of, precision
 from implicit_diffusion.samplers.kernel import Kernel, State
 
@@ -61,14 +61,14 @@ def warm_up(
     target = kernel.target_acceptance if target is None else target
     if kernel.target_acceptance is None or target is None:
         raise InvalidInputError(
-            f"{type(kernel).__name__} never rejects: there is no acceptance to tune its step size to"
+            f"{type(kernel).__name__} never rejects, so its step size cannot be tuned to an acceptance; use MALA or HMC"
         )
     if callable(kernel.step_size):
         raise InvalidInputError(
             "step_size is a function of the iteration, and warm-up finds a number; warm up a kernel with a number, and "
             "scale the schedule by what it finds"
         )
-    steps, target, x = check_integer("steps", steps, 20), check_number("target", target, 0.0, 1.0), states(x)
+    steps, target, x = check_integer("steps", steps, 20), check_number("target", target, 0.0, 1.0), checked_particles(x)
 
     def step(x: Tensor, log_h: float, *key: int) -> tuple[State, float]:
         generator, h = noise.generator(*key, device=x.device), x.new_tensor(math.exp(log_h))

@@ -5,8 +5,8 @@ For a path of potentials V_0, V_1, … fixed in advance, a kernel's step under V
     A_{k+1} = A_k + forward_k − backward_{k+1}        (see `Kernel`)
 
 keep  E_{π_k} φ = E[φ(X_k) e^{A_k}]/E[e^{A_k}]  and  log Z_k = log Z_0 + log E e^{A_k}  exact at any step size
-(Jarzynski, cond-mat/9610209; Neal, physics/9803008). When fewer than half of the particles are effective they are drawn
-anew by their weights, systematically, and log E e^A is carried on as a number.
+(Jarzynski, cond-mat/9610209; Neal, physics/9803008). When fewer than half of the particles are effective they are
+resampled by their weights, systematically, and log E e^A is kept as a number.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def systematic(log_weights: Float[Tensor, " n"], uniform: Float[Tensor, ""]) -> 
 
 
 def resample(state: WeightedState, here: Energy, uniform: Float[Tensor, ""]) -> tuple[WeightedState, Energy]:
-    """Where fewer than half of the particles are effective, draw them anew by their weights and carry log Z on.
+    """Where fewer than half of the particles are effective, resample them by their weights and update log Z.
 
     Free of branches, so that it compiles and no device is waited for.
 

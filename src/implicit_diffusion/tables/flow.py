@@ -43,7 +43,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.tables.refusals import check_num_steps, check_scheduler, check_shift
 from implicit_diffusion.tables.table import ChainTable
 
-SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+FLOW_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -91,7 +91,7 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     alpha, alpha_after = 1 - sigma, 1 - after
     rho = alpha * after / (alpha_after * sigma)
     ones = torch.ones_like(sigma)
-    shift, spacing = scheduler.config.shift, [key for key in SIGMAS if scheduler.config.get(key)]
+    shift, spacing = scheduler.config.shift, [key for key in FLOW_SIGMAS if scheduler.config.get(key)]
     return ChainTable(
         a=alpha_after + after * rho,
         b=alpha * rho * after - alpha_after * sigma,

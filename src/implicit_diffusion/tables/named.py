@@ -112,7 +112,7 @@ def scheduler_for(
     check_choice("spacing", spacing, SPACINGS)
     scheduler_class = type(scheduler)
     if sampler is not None:
-        check_fits(scheduler, sampler)
+        check_sampler_fits(scheduler, sampler)
         unusual = sampler == "flow-memoryless" and any(scheduler.config.get(option) for option in UNUSUAL_FLOWS)
         scheduler_class = getattr(diffusers, NAMED_SAMPLERS["flow-euler" if unusual else sampler].scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
@@ -123,7 +123,7 @@ def scheduler_for(
     return scheduler_class(**{key: value for key, value in (dict(scheduler.config) | options).items() if key in known})
 
 
-def check_fits(scheduler: Any, sampler: str) -> None:
+def check_sampler_fits(scheduler: Any, sampler: str) -> None:
     """Raise `InvalidInputError` where one of sampler and scheduler is for flow models and the other is not."""
     flow = default_sampler(scheduler) == "flow-memoryless"
     if NAMED_SAMPLERS[sampler].flow == flow:
@@ -232,7 +232,7 @@ def pipeline_for(scheduler: Any, sampler: str) -> tuple[Any, str]:
 def clipped_for(scheduler: Any, sampler: str, *, noisy: bool, eta: float = 1.0) -> tuple[Any, dict[str, float]]:
     """The same sampler with clipping switched on: a scheduler, and the options of its step.
 
-    Only DDPM and DDIM clip; the other samplers are one of them in other coordinates.
+    Only DDPM and DDIM clip; every other sampler is one of these two in other coordinates.
 
     Args:
         scheduler: the checkpoint's own, of a diffusion model.

@@ -14,7 +14,9 @@ GIVEN_BY_THE_CHAIN = ("model_output", "timestep", "sample", "generator", "varian
 def check_scheduler(scheduler: Any) -> None:
     """Raise `InvalidInputError` unless `scheduler` has the interface of a diffusers scheduler."""
     if isinstance(scheduler, type) or not all(hasattr(scheduler, name) for name in ("config", "set_timesteps", "step")):
-        raise InvalidInputError(f"scheduler must be a diffusers scheduler, got {shown(scheduler)}.")
+        raise InvalidInputError(
+            f"scheduler must be a diffusers scheduler, got {shown(scheduler)}; use one such as DDPMScheduler()."
+        )
 
 
 def check_num_steps(scheduler: Any, num_steps: Any) -> int:
@@ -103,7 +105,9 @@ def check_shift(scheduler: Any, mu: float | None) -> None:
             "use_dynamic_shifting=False and a fixed shift."
         )
     if mu is not None and not config.get("use_dynamic_shifting"):
-        raise InvalidInputError(f"mu={mu:g} needs a scheduler with use_dynamic_shifting=True, got {name} without.")
+        raise InvalidInputError(
+            f"mu={mu:g} needs a scheduler with use_dynamic_shifting=True, got {name} without; leave mu out."
+        )
 
 
 def wrong_number_of_timesteps(scheduler: Any, num_steps: int) -> str:

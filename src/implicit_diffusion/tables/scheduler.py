@@ -51,9 +51,9 @@ from implicit_diffusion.tables.table import ChainTable
 EVENT = (2, 8, 8)  # an image to the scheduler, 128 equations to least squares
 PROBES = (0.0, 1.0, 1e-2, 1.0, 1e2)  # scale of x and u in each sample
 TOLERANCE = 1e-5  # relative; float32 inside a scheduler makes 1e−7, a clip or a second order 1e−2 and more
-NOISE = Noise(seed=0)
+PROBE_NOISE = Noise(seed=0)
 STATE, OUTPUT, XI = range(3)  # keys of a probe's x, u and ξ
-SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
+ALL_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas")
 
 
 class Row(NamedTuple):
@@ -198,7 +198,7 @@ class _Probe:
         t = self.timesteps[k]
         options = dict(self.step_options)
         if self.takes_generator:
-            options["generator"] = NOISE.generator(k, XI)
+            options["generator"] = PROBE_NOISE.generator(k, XI)
         try:
             # Before the step, as pipelines do: some schedulers look up their row here; some have no scaling.
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -223,8 +223,8 @@ def _residual(y: Tensor, *terms: Tensor) -> float:
 
 
 def _normal(*key: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Drawn as the scheduler draws it from `NOISE.generator(*key)`."""
-    return NOISE.normal((len(PROBES), *EVENT), *key, dtype=dtype)
+    """Drawn as the scheduler draws it from `PROBE_NOISE.generator(*key)`."""
+    return PROBE_NOISE.normal((len(PROBES), *EVENT), *key, dtype=dtype)
 
 
 def _fit(y: Tensor, x: Tensor, u: Tensor) -> tuple[float, float]:
@@ -248,7 +248,7 @@ def _name(scheduler: Any, num_steps: int, mu: float | None, step_options: Mappin
     parts = [type(scheduler).__name__.removesuffix("Scheduler"), f"{num_steps} steps"]
     options = (config.get(key) for key in ("timestep_spacing", "variance_type", "prediction_type", "algorithm_type"))
     parts += [option for option in options if option]
-    parts += [key.removeprefix("use_").removesuffix("_sigmas") + " sigmas" for key in SIGMAS if config.get(key)]
+    parts += [key.removeprefix("use_").removesuffix("_sigmas") + " sigmas" for key in ALL_SIGMAS if config.get(key)]
     parts += [f"shift={config[key]:g}" for key in ("shift", "flow_shift") if config.get(key, 1.0) != 1.0]
     parts += [] if mu is None else [f"mu={mu:g}"]
     parts += [f"{option}={value}" for option, value in step_options.items()]

@@ -154,7 +154,7 @@ class ChainTable(Shown):
             keys = set(saved) if isinstance(saved, Mapping) else set()
             raise InvalidInputError(
                 f"ChainTable.from_dict: missing keys {sorted(expected - keys)}, "
-                f"unknown keys {sorted(map(str, keys - expected))}."
+                f"unknown keys {sorted(map(str, keys - expected))}; use the dict that to_dict() returned."
             )
         try:
             columns = {column: torch.tensor(saved[column], dtype=torch.float64) for column in COLUMNS}

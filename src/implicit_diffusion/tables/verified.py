@@ -24,21 +24,21 @@ def _axis(option: str, *values: Any) -> Axis:
     return tuple({option: value} for value in values)
 
 
-SPACINGS = _axis("timestep_spacing", "trailing", "leading", "linspace")
-PREDICTIONS = _axis("prediction_type", "epsilon", "sample", "v_prediction")
+SPACING_AXIS = _axis("timestep_spacing", "trailing", "leading", "linspace")
+PREDICTION_AXIS = _axis("prediction_type", "epsilon", "sample", "v_prediction")
 KARRAS, EXPONENTIAL, BETA = ({f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta"))
-SIGMAS: Axis = ({}, KARRAS, EXPONENTIAL, BETA)
+SIGMA_AXIS: Axis = ({}, KARRAS, EXPONENTIAL, BETA)
 DATA_FORM = _axis("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
 NOISE_FORM = _axis("algorithm_type", "dpmsolver", "sde-dpmsolver")
 FIRST_ORDER = _axis("solver_order", 1)
 TO_SIGMA_MIN = _axis("final_sigmas_type", "sigma_min")
-DPM_TIMES: Axis = (*SPACINGS, KARRAS, EXPONENTIAL, BETA, {"use_lu_lambdas": True})
+DPM_TIMES: Axis = (*SPACING_AXIS, KARRAS, EXPONENTIAL, BETA, {"use_lu_lambdas": True})
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 DPM_FLOW: Axis = (FLOW, FLOW | {"flow_shift": 3.0})
 
 
 @dataclass(frozen=True)
-class Grid:
+class VerifiedGrid:
     """A scheduler with axes of options: every combination of one choice per axis is verified.
 
     Args:
@@ -81,58 +81,58 @@ class Case:
 
 
 VERIFIED = (
-    Grid(
+    VerifiedGrid(
         "DDPMScheduler",
-        (PREDICTIONS, SPACINGS, _axis("variance_type", "fixed_small", "fixed_large", "fixed_small_log")),
+        (PREDICTION_AXIS, SPACING_AXIS, _axis("variance_type", "fixed_small", "fixed_large", "fixed_small_log")),
         note="the default for checkpoints with a noise schedule",
     ),
-    Grid(
+    VerifiedGrid(
         "DDIMScheduler",
-        (PREDICTIONS, SPACINGS),
+        (PREDICTION_AXIS, SPACING_AXIS),
         step=({"eta": 0.0}, {"eta": 0.3}, {"eta": 1.0}),
         note="eta = 1 is DDPM, eta = 0 has no noise",
     ),
-    Grid(
+    VerifiedGrid(
         "EulerDiscreteScheduler",
-        (PREDICTIONS, SPACINGS, (*SIGMAS, {"final_sigmas_type": "sigma_min"})),
+        (PREDICTION_AXIS, SPACING_AXIS, (*SIGMA_AXIS, {"final_sigmas_type": "sigma_min"})),
         note="no noise; is DDIM with eta = 0",
     ),
-    Grid(
+    VerifiedGrid(
         "EulerDiscreteScheduler",
-        (PREDICTIONS, ({"interpolation_type": "log_linear"}, {"timestep_type": "continuous"})),
+        (PREDICTION_AXIS, ({"interpolation_type": "log_linear"}, {"timestep_type": "continuous"})),
         note="its other interpolation and timesteps",
     ),
-    Grid(
+    VerifiedGrid(
         "EulerAncestralDiscreteScheduler",
-        (_axis("prediction_type", "epsilon", "v_prediction"), SPACINGS),
+        (_axis("prediction_type", "epsilon", "v_prediction"), SPACING_AXIS),
         note="is DDPM with variance fixed_small",
     ),
-    Grid(
+    VerifiedGrid(
         "DPMSolverMultistepScheduler",
-        (FIRST_ORDER, PREDICTIONS, DPM_TIMES, DATA_FORM),
+        (FIRST_ORDER, PREDICTION_AXIS, DPM_TIMES, DATA_FORM),
         note="dpmsolver++ has no noise and is DDIM with eta = 0, sde-dpmsolver++ is DDPM",
     ),
-    Grid(
+    VerifiedGrid(
         "DPMSolverMultistepScheduler",
         (FIRST_ORDER, _axis("prediction_type", "epsilon"), DPM_TIMES, NOISE_FORM, TO_SIGMA_MIN),
         note="for other predictions diffusers itself loses five digits to cancellation in float32",
     ),
-    Grid(
+    VerifiedGrid(
         "DPMSolverSinglestepScheduler",
-        (FIRST_ORDER, PREDICTIONS, SIGMAS, DATA_FORM, _axis("lower_order_final", True)),
+        (FIRST_ORDER, PREDICTION_AXIS, SIGMA_AXIS, DATA_FORM, _axis("lower_order_final", True)),
         note="the same rows",
     ),
-    Grid(
+    VerifiedGrid(
         "DPMSolverMultistepScheduler",
         (FIRST_ORDER, DPM_FLOW, DATA_FORM),
         note="flow models; sde-dpmsolver++ has the rows of `memoryless_flow`, at times of its own",
     ),
-    Grid(
+    VerifiedGrid(
         "FlowMatchEulerDiscreteScheduler",
-        (_axis("shift", 1.0, 3.0), SIGMAS, _axis("stochastic_sampling", False, True)),
+        (_axis("shift", 1.0, 3.0), SIGMA_AXIS, _axis("stochastic_sampling", False, True)),
         note="no noise; stochastic_sampling renoises the predicted data, whose law is not the model's",
     ),
-    Grid(
+    VerifiedGrid(
         "FlowMatchEulerDiscreteScheduler",
         (({"use_dynamic_shifting": True},), _axis("time_shift_type", "exponential", "linear")),
         mu=(0.5, 1.15),

@@ -218,8 +218,8 @@ def test_an_interrupted_plan_goes_on_bit_for_bit(plan, way, place, parts, capsys
 
 def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypatch):
     """A kill leaves no time to write: what was written before it is gone on with."""
-    monkeypatch.setattr(stored, "EVERY", 0)
-    monkeypatch.setattr(stored, "SHARE", 1e9)
+    monkeypatch.setattr(stored, "WRITE_EVERY", 0)
+    monkeypatch.setattr(stored, "WRITING_SHARE", 1e9)
     assert main(words("whole", "--plan")) == 0
     total, parts.drawn, parts.left, parts.error = parts.drawn, 0, 3, Kill
     written, original = [], stored.Stored.write

@@ -280,7 +280,7 @@ def test_of_decoded_images_and_prompts_as_well():
         scores = reward(images, prompts)[0]
         return {"scores": scores - scores.mean(0).detach()}
 
-    found = Reward(given.of_states(reward, lambda z: 2 * z)).judge(Particles(x, condition=condition))
+    found = Reward(given.of_states(reward, lambda z: 2 * z)).finite_values(Particles(x, condition=condition))
     assert torch.equal(found, torch.tensor([-2.0, 2.0, 2.0, -2.0]) * x.sum(1))
     check(Reward(given.of_states(reward, torch.sin)), Particles(x, condition=condition))
     with pytest.raises(InvalidInputError, match="reward mixes samples"):

@@ -22,7 +22,7 @@ from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
-from implicit_diffusion.commands.finetune.summary import Memory, ModelSummary, Summary, TrainingSummary
+from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import held_out_checks, make_loop, scale, train, weight_of_penalty
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
@@ -31,7 +31,7 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.judging import judge
 from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import replacing, writing
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
@@ -77,7 +77,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     setup = build(setup_spec(config))
     config = replace(config, guidance=setup.guidance, eta=setup.eta)
     spec, device = training_spec(config), setup.chain.device
-    with Draws(setup.spec.noise, PLAN, 1, device=device):
+    with GlobalGenerators(setup.spec.noise, PLAN, 1, device=device):
         loop = make_loop(spec, setup, config.kl_weight)
         predicted = memory.predict_memory(loop)
     memory.check_memory(predicted, device)
@@ -157,7 +157,7 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
         reward_std=plan.reward_std if plan.conditional else None,
     )
     looks = judging.qualities(judged)
-    memory_of_start = Memory(plan.memory, plan.memory_se)
+    memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
     with writing(directory.model):
         _export(setup, state, directory, model_card(config, summary, setup.chain))

@@ -25,7 +25,8 @@ def show(plan: Plan) -> None:
     start = "x_0 and its condition decide" if plan.conditional else "x_0 decides"
     table = Table(
         title=f"What the KL weight buys ({statistics})",
-        caption=f"Best possible, not yet what N steps attain. {start} {percent(plan.memory, plan.memory_se)} of the "
+        caption=f"Best possible, not yet what N steps attain. {start} "
+        f"{percent(plan.memory_of_start, plan.memory_of_start_se)} of the "
         "reward's variance (0 % = memoryless). A '?' marks numbers that rest on too few effective samples.",
     )
     for column in ("--kl-weight", "reward gain", "in deviations", "path KL (nats)", "gain of J"):

@@ -29,7 +29,7 @@ from implicit_diffusion.evaluation.plans import Plan, make_plan
 from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.states import load_state
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -148,8 +148,8 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
-    draws = Draws(setup.spec.noise, PLAN, 2, device=setup.chain.device)
-    return Stored(directory.path / PLANNED, rests_on(setup, starts, fingerprints), starts, draws, SHOWN)
+    generators = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
+    return Stored(directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, SHOWN)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
@@ -167,7 +167,7 @@ def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> N
         print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
 
 
-def rests_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any]) -> dict[str, str]:
+def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any]) -> dict[str, str]:
     """All that decides the bits of pretrained trajectories and their rewards, by name.
 
     What is trained, and how, is not part of it: neither β nor adapters, which are off in the pretrained network.

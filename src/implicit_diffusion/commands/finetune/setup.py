@@ -24,7 +24,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
 from implicit_diffusion.function_checks import FunctionWarning
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.noise import Noise
@@ -106,7 +106,7 @@ def build(spec: SetupSpec) -> Setup:
             `conditioning`, `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
-    with Draws(spec.noise, PLAN, 0, device=device):
+    with GlobalGenerators(spec.noise, PLAN, 0, device=device):
         return _build(spec, device)
 
 
@@ -189,7 +189,7 @@ def _say_if_unsteady(reward: Reward, name: str, trial: Particles, noise: Noise) 
     """Print that a reward has a state of its own: other values from the same samples and the same global generators."""
     values: list[Tensor] = []
     for _ in range(2):
-        with Draws(noise, PLAN, 3, device=trial.x.device):
+        with GlobalGenerators(noise, PLAN, 3, device=trial.x.device):
             values.append(reward.of(trial))
     if not torch.allclose(values[0], values[1]):
         print(

@@ -118,7 +118,7 @@ class ModelSummary:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryOfStart:
     """Share of the reward's variance that x_0 decides, with its standard error."""
 
     share: float
@@ -133,7 +133,7 @@ class Summary:
         headline: what the judgement says.
         training: what the training did.
         model: what was trained and exported.
-        memory: of the start, by the plan.
+        memory_of_start: that of the plan.
         plan: the rows of the plan.
         quality_before: of the pretrained chain's samples, where they are digits.
         quality_after: of the trained chain's samples.
@@ -143,7 +143,7 @@ class Summary:
     headline: Headline
     training: TrainingSummary
     model: ModelSummary
-    memory: Memory
+    memory_of_start: MemoryOfStart
     plan: list[PlanRow]
     quality_before: Quality | None
     quality_after: Quality | None
@@ -153,7 +153,7 @@ class Summary:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
         content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
-        content |= {"memory": to_json(self.memory), "plan": to_json(self.plan)}
+        content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
         content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
@@ -175,7 +175,7 @@ class Summary:
             part_from_json(Headline, content),
             part_from_json(TrainingSummary, content),
             part_from_json(ModelSummary, content),
-            from_json(Memory, content["memory"]),
+            from_json(MemoryOfStart, content["memory_of_start"]),
             from_json(list[PlanRow], content["plan"]),
             *(from_json(Quality, content[look]) for look in looks),
         )

@@ -13,13 +13,13 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED
 from implicit_diffusion.files.lock import LOCK
 from implicit_diffusion.runs import RunDirectory, clock
-from implicit_diffusion.runs.provenance import FILE
+from implicit_diffusion.runs.provenance import PROVENANCE_FILE
 from implicit_diffusion.runs.records import as_json
 
 LEFT_BY_AN_EARLY_END = {
     LOCK,
-    FILE,
-    clock.FILE,
+    PROVENANCE_FILE,
+    clock.SECONDS_FILE,
     "config.json",
     "plan.json",
     PLANNED,

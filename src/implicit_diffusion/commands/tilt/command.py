@@ -30,7 +30,7 @@ from implicit_diffusion.commands.tilt.exact import ExactTilt, Tradeoff, TrainedT
 from implicit_diffusion.commands.tilt.summary import Row, Summary, over_seeds, plot, show
 from implicit_diffusion.commands.tilt.training import START, TiltRun, at_model, train
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
@@ -57,7 +57,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         fingerprints = inputs(config)
         model = load_energy_model(config.model)
         check_model(model)
-        with Draws(Noise(config.seed), START, 0):
+        with GlobalGenerators(Noise(config.seed), START, 0):
             reward = read_reward(config.reward)
             exact = ExactTilt(model, reward)
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, trying
-from implicit_diffusion.evaluation.quadrature import CELL, HALF, Quadrature
+from implicit_diffusion.evaluation.quadrature import CELL, HALF_SIDE, Quadrature
+from implicit_diffusion.function_checks import TRIED
 from implicit_diffusion.models.energy_model import EnergyModel
-from implicit_diffusion.objectives.reward import TRIED, Reward
+from implicit_diffusion.objectives.reward import Reward
 from implicit_diffusion.particles import Particles
 
 AT_EDGE = 1e-5  # mass in the outermost cells above which a law does not fit on the grid
@@ -75,11 +76,12 @@ class ExactTilt:
                 f"(n, 2), got {given}"
             )
         judge.probe(Particles(points[:: len(points) // TRIED]))
-        outside = (model.particles * model.scale + model.shift).abs().amax(1) > HALF
+        outside = (model.particles * model.scale + model.shift).abs().amax(1) > HALF_SIDE
         if outside.double().mean() > 0.01 or model.scale.amin() < 2 * CELL:
             raise InvalidInputError(
-                f"--model: the quadrature covers [−{HALF:g}, {HALF:g}]² in cells of {CELL:g}, which does not fit "
-                f"data of mean {model.shift.tolist()} and deviation {model.scale.tolist()}; train on standardised data"
+                f"--model: the quadrature covers [−{HALF_SIDE:g}, {HALF_SIDE:g}]² in cells of {CELL:g}, which does not "
+                f"fit data of mean {model.shift.tolist()} and deviation {model.scale.tolist()}; train on standardised "
+                "data"
             )
         self.reward = values.double()
         self.log_initial = self.quadrature.log_density(model.potential)[0]
@@ -95,8 +97,8 @@ class ExactTilt:
         at_edge = self.quadrature.grid.mass_at_edge(log_density)
         if at_edge > AT_EDGE:
             raise InvalidInputError(
-                f"--kl-weights {weight:g}: the optimum has {at_edge:.2g} of its mass at the edge of [−{HALF:g}, "
-                f"{HALF:g}]², so the quadrature does not hold it; use a larger weight, or a reward that is bounded"
+                f"--kl-weights {weight:g}: the optimum has {at_edge:.2g} of its mass at the edge of [−{HALF_SIDE:g}, "
+                f"{HALF_SIDE:g}]², so the quadrature does not hold it; use a larger weight, or a reward that is bounded"
             )
         return Tradeoff(*self._figures(log_density, weight))
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import NonFiniteError
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Single, Update
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.noise import Noise
@@ -64,7 +64,7 @@ def train(training: TiltRun, model: EnergyModel, start: Particles, reward: Calla
 
     adam = torch.optim.Adam(potential.parameters(), lr=training.lr, betas=(0.9, 0.99))
     try:
-        with Draws(noise, TRAIN, 0):
+        with GlobalGenerators(noise, TRAIN, 0):
             loop = Single(
                 potential,
                 model.moves.kernel(),

@@ -1,4 +1,4 @@
-"""Whether particles can still stand for π_θ, from the loop alone: V, the particles, and the data where there are any.
+"""Whether particles can still represent π_θ, from the loop alone: V, the particles, and the data where there are any.
 
 For the law p of the particles, with mean weights and variances σ_j² of its d coordinates,
 
@@ -41,7 +41,7 @@ from implicit_diffusion.potentials.energy import value_of
 SCALES = tuple(2.0**k for k in range(-3, 7))  # of the particles' deviations
 EACH = 64  # points of each scale
 ENOUGH = 16  # effective particles, to know their variances
-DATA = 1000  # at most, to compare with
+MOST_DATA = 1000  # at most, to compare with
 
 WORDS = {  # what messages call the things to change, from Python
     "weigh": "weighted=True",
@@ -54,7 +54,7 @@ WORDS = {  # what messages call the things to change, from Python
 
 
 def limit(loop: ParticleLoop) -> float:
-    """Nats beyond which particles do not stand for π_θ: ten, and one for every number of an event.
+    """Nats beyond which particles do not represent π_θ: ten, and one for every number of an event.
 
     They allow for a bias or a lag of √2 deviations in every coordinate, and masses of modes that are off by e^{10}.
     """
@@ -99,7 +99,7 @@ def data_of(loop: ParticleLoop) -> Tensor | None:
     """The data, a thousand at most, where maximum likelihood is the loop's only objective; None elsewhere."""
     terms = [term for weight, term in loop.objective.stationary if weight != 0]
     data = [term.data for term in terms if isinstance(term, ForwardKL)]
-    return data[0][:DATA] if data and len(data) == len(terms) else None
+    return data[0][:MOST_DATA] if data and len(data) == len(terms) else None
 
 
 def diverged(
@@ -113,7 +113,7 @@ def diverged(
     """What has gone wrong, in plain words with what to change; None where nothing has.
 
     Args:
-        loop: as it stands.
+        loop: in its present state.
         metrics: of its last step, where there are any.
         data: to compare with; by default those of the objective, where it is maximum likelihood alone.
         nats: what `distance` returned, where it is known already.

@@ -1,6 +1,6 @@
-"""Are the particles where π_θ is, and does Γ know where it goes? Numbers, and plain words on what to change.
+"""Whether the particles follow π_θ, and whether Γ is more than noise: numbers, and advice in plain words.
 
-- *divergence*: whether the particles can still stand for π_θ, see `divergence`;
+- *divergence*: whether the particles can still represent π_θ, see `divergence`;
 - *lag*: by how many deviations the mean of V (or of the charges) over the particles is off, according to the weights;
 - *signal-to-noise* of Γ: its norm over its standard error, from groups of particles;
 - *effective samples in time* and *R-hat* of a statistic recorded along the run (Vehtari et al., arXiv 1903.08008):
@@ -110,7 +110,7 @@ def advice(
     """What looks wrong, in plain words with what to change; empty where nothing does.
 
     Args:
-        loop: as it stands.
+        loop: in its present state.
         metrics: of its last step.
         history: a statistic of some particles along the run, for R-hat; resampling breaks chains, so weighted loops
             have none.
@@ -157,7 +157,7 @@ def advice(
 
 
 def acceptance_advice(acceptance: float, words: Mapping[str, str] = WORDS, *, low: bool = False) -> str | None:
-    """What to say of a step size by the share of its proposals that are accepted; None where it fits.
+    """Advice on a step size from the share of its proposals that are accepted; None where it fits.
 
     Args:
         acceptance: the share.

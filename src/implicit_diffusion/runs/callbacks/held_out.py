@@ -9,10 +9,11 @@ from typing import Any
 
 from implicit_diffusion.evaluation import Evaluation, evaluate
 from implicit_diffusion.evaluation.chains import mean_and_error
-from implicit_diffusion.global_generators import Draws
+from implicit_diffusion.function_checks import TRIED
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from implicit_diffusion.objectives.reward import TRIED, as_reward
+from implicit_diffusion.objectives.reward import as_reward
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.samplers.chain import TRIAL
@@ -49,7 +50,8 @@ class HeldOut(Shown):
         if self._last is not None and self._last[0] == which:
             return self._last[1]
         result = self.evaluate(fit)
-        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))  # of this line, whatever comes next
+        # of this line of the metrics, even if a later callback changes it
+        beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))
         for name, values in (
             ("reward", result.reward),
             ("path_kl", result.path_kl),
@@ -73,8 +75,8 @@ class HeldOut(Shown):
         """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""
         if self._before is None:
             score = self._score(fit)
-            # the draws of the run continue as if this had not happened
-            with part("held-out checks"), Draws(self.noise, 0, device=fit.chain.device):
+            # the random numbers of the run are not shifted by this
+            with part("held-out checks"), GlobalGenerators(self.noise, 0, device=fit.chain.device):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
         device = fit.chain.device
@@ -87,7 +89,7 @@ class HeldOut(Shown):
         return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
+        """Continue from such a state."""
         columns = state["pretrained"]
         if columns is not None:
             self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])
@@ -98,7 +100,7 @@ class HeldOut(Shown):
         if not score.checked:
             terms = [term for _, term in fit.loop.objective.terms if isinstance(term, Reward)]
             if not any(term.function is score.function for term in terms):  # those were checked by the loop
-                with Draws(self.noise, TRIAL, device=chain.device):
+                with GlobalGenerators(self.noise, TRIAL, device=chain.device):
                     score.probe(chain.endpoint(chain.sample(self.noise, TRIED, TRIAL), self.noise, TRIAL))
             self.reward = score = score.as_checked()
         return score

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.files.states import load_state, save_state
-from implicit_diffusion.loops.update import moving, restore
+from implicit_diffusion.loops.update import load_trained_state, trained_state
 from implicit_diffusion.runs.state import Fit
 
 
@@ -22,7 +22,7 @@ from implicit_diffusion.runs.state import Fit
 class Kept:
     """The trained part of the model, and of its average, at one update; on disk where the run has a directory.
 
-    Its file is written at the evaluation; its numbers go with the checkpoint. A run that is continued from an earlier
+    Its file is written at the evaluation; its numbers go with the checkpoint. A run that continues from an earlier
     checkpoint makes the same evaluations, and so the same file, before it needs it.
 
     Args:
@@ -41,9 +41,9 @@ class Kept:
             StorageError: it cannot be written.
         """
         model, ema = fit.loop.model, fit.loop.update.ema
-        average = None if ema is None else moving(ema, like=model, prefix="module.")
+        average = None if ema is None else trained_state(ema, like=model, prefix="module.")
         self.numbers = {"updates": fit.updates, **numbers}
-        state = {"numbers": self.numbers, "model": moving(model), "average": average}
+        state = {"numbers": self.numbers, "model": trained_state(model), "average": average}
         if fit.directory is None:
             self._held = _copy(state)
         else:
@@ -60,7 +60,7 @@ class Kept:
         state = self._read(fit)
         self.numbers = fit.kept = state["numbers"]
         for module, tensors in _modules(fit, state):
-            restore(module, tensors)
+            load_trained_state(module, tensors)
         return True
 
     def line(self, fit: Fit) -> Callable[[float], None]:
@@ -75,7 +75,9 @@ class Kept:
         def move(share: float) -> None:
             for module, begin, end in ends:
                 floating = [name for name, value in begin.items() if value.is_floating_point()]
-                restore(module, begin | {name: torch.lerp(begin[name], end[name], share) for name in floating})
+                load_trained_state(
+                    module, begin | {name: torch.lerp(begin[name], end[name], share) for name in floating}
+                )
 
         return move
 

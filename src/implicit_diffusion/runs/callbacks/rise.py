@@ -14,6 +14,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import bound, most_kl
 from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.evaluation.judging import CLEAR
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.kept import Kept
@@ -22,7 +23,7 @@ from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.state import Fit
 from implicit_diffusion.showing import Shown, with_error
 
-ERRORS, CLEAR = 4.0, 2.0  # standard errors by which J must have risen, before the last update and after it
+ERRORS = 4.0  # standard errors by which J must have risen, before the last update; `CLEAR` after it
 FAR = 10.0  # times the path KL beyond which no sampler is as good as the pretrained one
 
 
@@ -64,10 +65,10 @@ class Rise(Shown):
 
     Args:
         held_out: evaluations on held-out noise, whether or not they are also a callback of the run; ≥ 2 starts.
-        pretrained: samples of the pretrained chain, such as those of a plan, which tell what can be gained; by default
+        pretrained: samples of the pretrained chain, such as those of a plan, which show what can be gained; by default
             the few of `held_out`.
         patience: number of evaluations.
-        rate: says in words what to try, if the learning rate should be so many times smaller.
+        rate: describes a learning rate that is smaller by a given factor, as advice.
         say: gets each sentence while the run continues; by default it is printed to stderr.
 
     Raises:

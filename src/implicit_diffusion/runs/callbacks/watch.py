@@ -15,7 +15,7 @@ from torch import Tensor
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, check_type
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.diagnostics import acceptance_advice
-from implicit_diffusion.loops.diagnostics.divergence import DATA, WORDS, distance, diverged
+from implicit_diffusion.loops.diagnostics.divergence import MOST_DATA, WORDS, distance, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.console import Say, say_on_stderr
@@ -119,9 +119,8 @@ class Watch(Shown):
     """Callback: stop a run over particles when it diverges, and report when its step size no longer fits.
 
     See `loops.diagnostics.divergence` for what divergence is. Particles that began far away, and come nearer from one
-    check to the
-    next, are accepted. An acceptance that falls too low is reported, once until it fits again; below one per cent, the
-    run stops.
+    check to the next, are accepted. An acceptance that falls too low is reported, once until it fits again; below one
+    per cent, the run stops.
 
     Args:
         data: to compare with; by default those of the objective, if it is maximum likelihood alone.
@@ -150,7 +149,7 @@ class Watch(Shown):
     stiff: int = field(default=0, init=False)  # checks in a row at which the step size was too large
 
     def __post_init__(self) -> None:
-        self.data = None if self.data is None else self.data[:DATA]
+        self.data = None if self.data is None else self.data[:MOST_DATA]
 
     def __call__(self, fit: Fit) -> None:
         if fit.updates % self.every == 0:

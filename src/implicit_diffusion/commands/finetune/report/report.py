@@ -206,7 +206,7 @@ a penalty on drifts no bound says how much could be gained.</p></section>
 <p>Computed before training, from pretrained samples alone: the best that any sampler of the chain could do, not yet
 what training attains. The pretrained reward is {number(plan.reward, plan.reward_se)}, with a deviation of
 {number(plan.reward_std)} between samples; the first noise x<sub>0</sub> decides
-{percent(plan.memory, plan.memory_se)} of its variance (0 % is memoryless).{doubt}</p>
+{percent(plan.memory_of_start, plan.memory_of_start_se)} of its variance (0 % is memoryless).{doubt}</p>
 {table(columns, rows, chosen)}</section>
 """
 
