@@ -153,9 +153,9 @@ class Queue(ChainLoop):
     def steps(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
 
-        Injection stops in time for every trajectory to be pulled back completely, except where no number of trajectories
-        brings
-        exactly what is wanted: then the last one is left with rows to pull back. See `timetable.injects`.
+        Injection stops in time for every trajectory to be pulled back completely, except where no number of
+        trajectories brings exactly what is wanted: then the last one is left with rows to pull back. See
+        `timetable.injects`.
         """
         updates = check_integer("updates", updates, 0)
         while (left := updates - self.update.updates) > 0:
