@@ -31,7 +31,7 @@ from common import milliseconds
 from torch import Tensor, nn
 
 from implicit_diffusion import HMC, ULA, ForwardKL, Noise, Single
-from implicit_diffusion.commands.ebm.data import Data, load
+from implicit_diffusion.commands.ebm.data import Data, load_data
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import Architecture
@@ -94,7 +94,7 @@ class Training:
 
 @cache
 def data_of(law: str) -> Data:
-    return load(law, Noise(0))
+    return load_data(law, Noise(0))
 
 
 def network(config: Config, seed: int) -> Tilted:

@@ -22,7 +22,7 @@ from common import FIGURES, hardware, save
 from torch import Tensor
 
 from implicit_diffusion import Chain, Nested, Noise, PathKL, Queue, Reward
-from implicit_diffusion.commands.shared.drawing import finish, sheet
+from implicit_diffusion.commands.shared.drawing import finish_figure, sheet
 from implicit_diffusion.loops.base import Loop
 
 sys.path.append(str(Path(__file__).parents[1]))  # the closed forms live with the tests
@@ -114,7 +114,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.legend(frameon=False, loc="upper left")
     left.set(ylabel="E J(θ) − J*  (bars: ± 2 standard errors)", title="Stationary excess over the optimum")
     right.set(ylabel="difference (bars: ± 2 standard errors)", title="What the queue's staleness adds")
-    finish(figure, path, (left, right))
+    finish_figure(figure, path, (left, right))
 
 
 def main(config: Config) -> None:

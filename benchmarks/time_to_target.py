@@ -26,7 +26,7 @@ import torch
 from common import DEVICE, DIGITS, FIGURES, Problem, hardware, save, synchronize
 
 from implicit_diffusion import Chain, Nested, Noise, Queue, Update, evaluate
-from implicit_diffusion.commands.shared.drawing import finish, sheet
+from implicit_diffusion.commands.shared.drawing import finish_figure, sheet
 from implicit_diffusion.evaluation.chains import mean_and_error
 
 LOOPS = {"queue": Queue, "nested": Nested}
@@ -151,7 +151,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes[1].xaxis.set_major_formatter(lambda v, _: f"{v / 1e3:g}k" if v else "0")
     axes[1].plot([], [], "o", color="0.4", ms=5, mec="white", label="where a seed first gets there")
     axes[1].legend(frameon=False, loc="upper right")
-    finish(figure, path, axes)
+    finish_figure(figure, path, axes)
 
 
 def main(config: Config) -> None:

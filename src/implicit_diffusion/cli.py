@@ -27,7 +27,7 @@ Start here:
   implicit-diffusion hexagon                       the paper's first experiment
   implicit-diffusion recovery --problem two-modes  why particles have weights
   implicit-diffusion COMMAND --help                all options of a command
-  implicit-diffusion --version                     the versions of this program and of torch"""
+  implicit-diffusion --version                     version, and that of torch"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

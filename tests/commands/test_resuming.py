@@ -171,7 +171,7 @@ def of_version(run, version):
 
 
 def test_a_run_of_another_version_is_refused_by_name_or_resumed_where_that_is_asked_for(home, half, capsys):
-    """Then it goes on, bit for bit where the versions agree in what they compute, and is a run of this version."""
+    """Then it continues, bit for bit where the versions agree in what they compute, and is a run of this version."""
     of_version(half, "0.0.9")
     refusal = f"half was begun by implicit-diffusion 0.0.9; this is {__version__}"
     with pytest.raises(InvalidInputError, match=f"{refusal}: .*`accept_changes=..versions"):
@@ -215,7 +215,7 @@ def test_options_of_another_version_are_named(half, nothing_runs):
         ({"command": "finetune", "version": 3}, "does not say which command"),
         ({"command": "nothing", "version": __version__}, "names the command 'nothing', whose runs .* finetune, "),
         ({"command": "sample", "version": __version__}, "names the command 'sample', whose runs"),
-        ({"command": "sweep", "version": __version__}, "is a sweep: the `sweep` command that began it goes on"),
+        ({"command": "sweep", "version": __version__}, "is a sweep; to continue it, repeat the `sweep` command"),
     ],
 )
 def test_what_no_command_can_go_on_with_is_refused(origin, message, tmp_path):
@@ -484,15 +484,15 @@ def test_a_finished_run_names_only_results_that_are_there(name, has, tmp_path, c
     assert again is (name not in ("compare", "own"))
 
 
-def test_a_part_of_a_run_and_one_that_never_began_are_not_gone_on_with(tmp_path, capsys):
+def test_a_part_of_a_run_and_one_that_never_began_are_not_continued(tmp_path, capsys):
     run = RunDirectory.create(tmp_path / "run")
     for command in ("resume", "report"):
         assert cli.main([command, str(run.path)]) == 2
-        assert "nothing had begun" in capsys.readouterr().err
+        assert "no run has begun in it" in capsys.readouterr().err
     begun(tmp_path / "again").path.joinpath("config.json").rename(run.path / "config.json")
     run.model.mkdir()
     for command in ("resume", "report"):
         assert cli.main([command, str(run.model)]) == 2
         assert f"name the run itself, {run.path}\n" in capsys.readouterr().err
     assert cli.main(["report", str(run.path)]) == 2
-    assert f"`implicit-diffusion resume {run.path}` goes on" in capsys.readouterr().err
+    assert f"`implicit-diffusion resume {run.path}` continues it" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
 from implicit_diffusion.commands.ebm import judging
-from implicit_diffusion.commands.ebm.data import GREY, discrete, load
+from implicit_diffusion.commands.ebm.data import GREY, discrete, load_data
 from implicit_diffusion.commands.score import command as score
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.energy_model import load_energy_model
@@ -124,7 +124,7 @@ def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     summary = ebm.run(dataclasses.replace(TINY, data=counts, dequantise=True, out=out))
     assert "note" not in capsys.readouterr().out and not any("--dequantise" in line for line in summary["advice"])
-    data = load(counts, Noise(0), dequantise=True)
+    data = load_data(counts, Noise(0), dequantise=True)
     assert len(data.train) == 20 * len(data.once) and not torch.equal(data.train[:240], data.train[240:480])
     assert torch.equal(data.train[:240].floor(), data.train[240:480].floor())
     model = load_energy_model(out / "model")
@@ -155,11 +155,11 @@ def test_a_run_on_discrete_data_says_so(counts, tmp_path, monkeypatch, capsys):
 
 def test_what_is_said_of_discrete_data(tmp_path):
     (tmp_path / "x.csv").write_text("count,x\n" + "".join(f"{k},{v}\n" for k, v in zip(range(40), RNG.random(40))))
-    assert "columns count hold multiples of 1:" in discrete(load(str(tmp_path / "x.csv"), Noise(0)))
-    assert discrete(load("moons", Noise(0))) is None and discrete(load("digits", Noise(0))) is None
+    assert "columns count hold multiples of 1:" in discrete(load_data(str(tmp_path / "x.csv"), Noise(0)))
+    assert discrete(load_data("moons", Noise(0))) is None and discrete(load_data("digits", Noise(0))) is None
     np.save(tmp_path / "y.npy", RNG.random((40, 2)))
     with pytest.raises(InvalidInputError, match=r"--dequantise has no effect: .* lie on no lattice"):
-        load(str(tmp_path / "y.npy"), Noise(0), dequantise=True)
+        load_data(str(tmp_path / "y.npy"), Noise(0), dequantise=True)
     for name in ("moons", "digits"):
         with pytest.raises(InvalidInputError, match=f"--dequantise has no effect: --data {name}"):
             ebm.run(ebm.Config(name, dequantise=True))

@@ -98,7 +98,7 @@ def test_what_a_command_left_when_it_ended_early_is_its_own(run):
         run.start("sweep", {"lr": 3.0})
     assert run.read_config() == {"lr": 2.0}
     save_state(run.checkpoint, {})
-    with pytest.raises(InvalidInputError, match=r"was interrupted: go on with `implicit-diffusion resume"):
+    with pytest.raises(InvalidInputError, match=r"was interrupted: continue with `implicit-diffusion resume"):
         run.start("finetune", {"lr": 2.0})
 
 

@@ -1,4 +1,4 @@
-"""A run that goes on is the run that was: its stop, what its reward draws at random, its metrics."""
+"""A run that is continued is the run that was: its stop, what its reward draws at random, its metrics."""
 
 import json
 import os

@@ -32,7 +32,7 @@ def test_every_signal_ends_a_command_at_once_in_one_line_and_its_own_status(
     monkeypatch.setattr(hexagon, "Arms", lambda config: signal.raise_signal(number))
     before = [signal.getsignal(each) for each in SIGNALS]
     assert main(["hexagon", "--out", str(tmp_path / "run")]) == status
-    again = f"interrupted; go on with `implicit-diffusion resume {tmp_path / 'run'}`\n"
+    again = f"interrupted; continue with `implicit-diffusion resume {tmp_path / 'run'}`\n"
     assert capsys.readouterr().err == again
     assert [signal.getsignal(each) for each in SIGNALS] == before
 

@@ -1,4 +1,4 @@
-"""Studies that are interrupted, and go on: the same numbers, bit for bit, and no run made twice."""
+"""Studies that are interrupted, and are continued: the same numbers, bit for bit, and no run made twice."""
 
 import json
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, c
         stopping, calls = interrupting(train, at)
         monkeypatch.setattr(module, function, stopping)
         assert main(again) == 130
-        assert f"go on with `implicit-diffusion resume {tmp_path / 'run'}`" in capsys.readouterr().err
+        assert f"continue with `implicit-diffusion resume {tmp_path / 'run'}`" in capsys.readouterr().err
         made += len(calls) - 1
     stopping, calls = interrupting(train, 0)
     monkeypatch.setattr(module, function, stopping)

@@ -184,7 +184,7 @@ def test_memory_as_a_run_measures_it():
     [
         (DDPMScheduler(), 5, "got DDPMScheduler; the memoryless chain of a diffusion model is DDPM"),
         (FlowMatchEulerDiscreteScheduler(), 0, "num_steps"),
-        (FlowMatchEulerDiscreteScheduler(), 1001, "more than the 1000 timesteps"),
+        (FlowMatchEulerDiscreteScheduler(), 1001, "at most the 1000 timesteps"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 5, "invert_sigmas=False"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 5, "mu="),
         (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), 1, "must fall from at most 1 to 0"),

@@ -1,4 +1,4 @@
-"""The registry of commands: for each its options, what runs it, and what goes on with a run of it.
+"""The registry of commands: for each its options, what runs it, and what draws a finished run of it again.
 
 The command line, `resume` and `report`, and the tests of all commands read it. An entry says where things are, and
 imports them when they are asked for: starting a command costs its own modules only.
@@ -50,7 +50,7 @@ class Command:
 
         Args:
             config: its options, of the type `config`.
-            directory: of an interrupted run to go on with; None begins a new one.
+            directory: of an interrupted run to continue; None begins a new one.
         """
         run = _load(self.run_place)
         return run(config) if directory is None else run(config, directory)

@@ -1,4 +1,4 @@
-"""Go on with an interrupted run, or write its report again, whichever command it belongs to."""
+"""Continue an interrupted run, or write its report again, whichever command it belongs to."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from implicit_diffusion import __version__
 from implicit_diffusion.commands.registry import COMMANDS, Command
 from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.shared.inputs import inputs
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
@@ -24,7 +25,7 @@ PARTS = ("model", "figures", "checkpoint", "judged", "plan")  # folders in that 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted."""
+    """Continue an interrupted run, bit for bit as if it had not been interrupted."""
 
     run: Path = field(metadata={"positional": True})
     """The folder of the run."""
@@ -55,7 +56,7 @@ def run_report(config: Report) -> dict[str, Any]:
 def resume(
     path: str | PathLike[str], accept_changes: Collection[str] = (), *, trust_reward: bool = False
 ) -> dict[str, Any]:
-    """Go on with an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
+    """Continue an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
 
     Args:
         path: the run directory.
@@ -74,18 +75,14 @@ def resume(
         if not finished and not (path / "config.json").exists():
             if (path / "plan.json").exists():
                 raise InvalidInputError(
-                    f"{path} is not an interrupted run: it holds a plan; "
-                    f"`finetune --out {shlex.quote(str(path))}` trains"
+                    f"{path} is not an interrupted run: it holds a plan; to train, use "
+                    f"`finetune --out {shlex.quote(str(path))}`"
                 )
             raise InvalidInputError(
-                f"{path} is not an interrupted run: nothing had begun; give the first command again"
+                f"{path} is not an interrupted run: no run has begun in it; repeat the command that was to begin one"
             )
         command, values = _command(directory)
-        if values.get("plan") and (path / "plan.json").exists():
-            raise InvalidInputError(
-                f"{path} is not an interrupted run: it holds a whole plan; `finetune --out {path}`, with the other "
-                "options of the plan, trains"
-            )
+        _check_no_plan(path, values)
         assert command.last_file is not None
         if finished and (path / command.last_file).exists():
             raise InvalidInputError(
@@ -95,7 +92,7 @@ def resume(
         if finished:
             _adopt(directory, command, values)
             return command.report(directory)
-        config = _config(command, values, path)
+        config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
             check_trust(str(values.get("reward", "")), path)
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
@@ -125,19 +122,29 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         if not (path / "summary.json").exists():
             if not (path / "config.json").exists():
                 raise InvalidInputError(
-                    f"{path} is not a finished run: nothing had begun; give the first command again"
+                    f"{path} is not a finished run: no run has begun in it; repeat the command that was to begin one"
                 )
+            _check_no_plan(path, directory.read_config() or {})
             raise InvalidInputError(
-                f"{path} is not finished: it has no summary.json; {directory.resume_command} goes on with it"
+                f"{path} is not finished: it has no summary.json; {directory.resume_command} continues it"
             )
         command, _ = _command(directory)
         check_version(directory, advice="draw its report with that version")
         return command.report(directory)
 
 
+def _check_no_plan(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a folder with a finished plan, which there is nothing to continue or to draw again of."""
+    if values.get("plan") and (path / "plan.json").exists():
+        raise InvalidInputError(
+            f"{path} holds a finished plan and no training; to train, use `finetune --out {shlex.quote(str(path))}` "
+            "with the other options of the plan"
+        )
+
+
 def _results(path: Path, command: Command, values: Mapping[str, Any]) -> str:
     """Where the results of a finished run are, by what is there, and whether `report` would draw them again."""
-    there = " and ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
+    there = ", ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
     own = command.name == "tilt" and values.get("reward") != "half-plane"
     compared = values.get("compare")  # neither a tilt for a reward of the user's own nor a comparison is drawn again
     again = "" if own or compared else f"; `implicit-diffusion report {shlex.quote(str(path))}` draws it again"
@@ -150,9 +157,9 @@ def _open(path: Path) -> RunDirectory:
     directory = RunDirectory(path)
     origin = directory.read_origin()
     if any(path.glob("beta-*")) or (origin is not None and origin.command == "sweep"):
-        raise InvalidInputError(f"{path} is a sweep: the `sweep` command that began it goes on with it")
+        raise InvalidInputError(f"{path} is a sweep; to continue it, repeat the `sweep` command that began it")
     if not (path / "config.json").exists() and path.name in PARTS and (path.parent / "config.json").exists():
-        raise InvalidInputError(f"{path} is a part of a run; name the run itself, {path.parent}")
+        raise InvalidInputError(f"{path} is part of a run; name the run itself, {path.parent}")
     return directory
 
 
@@ -178,26 +185,3 @@ def _adopt(directory: RunDirectory, command: Command, values: Mapping[str, Any])
     """Make a run that another version began one of this version, when the change of versions has been accepted."""
     if directory.read_origin() != (command.name, __version__):
         directory.write_config(values, command.name)
-
-
-def _config(command: Command, values: Mapping[str, Any], path: Path) -> Any:
-    """The options as the command takes them, with the folder of the run wherever that lies now.
-
-    Raises:
-        InvalidInputError: options that the command does not have, or lacks.
-    """
-    types = {field.name: str(field.type) for field in dataclasses.fields(command.config)}
-    if values.keys() != types.keys():
-        unknown, missing = sorted(values.keys() - types.keys()), sorted(types.keys() - values.keys())
-        wrong = [f"{word} {', '.join(names)}" for word, names in (("has", unknown), ("lacks", missing)) if names]
-        raise InvalidInputError(
-            f"{path}/config.json {' and '.join(wrong)}: these are not the options of `{command.name}` in version "
-            f"{__version__}, which cannot go on with this run"
-        )
-    changed: dict[str, Any] = {"out": path}
-    for name, value in values.items():
-        if "Path" in types[name] and value is not None and name != "out":
-            changed[name] = Path(value)
-        elif isinstance(value, list):
-            changed[name] = tuple(value)
-    return command.config(**dict(values) | changed)

@@ -97,7 +97,7 @@ class RunDirectory(Shown):
                     "report.html" in files or f"judged/{STATE_FILE}" not in files,
                 )
                 if files.issuperset(BEGUN) and not (judged and reported):
-                    holds = f"holds a run that was interrupted: go on with {RunDirectory(path).resume_command}"
+                    holds = f"holds a run that was interrupted: continue with {RunDirectory(path).resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -219,11 +219,11 @@ class RunDirectory(Shown):
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
-            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; go on with {command}") from error
+            raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; continue with {command}") from error
         except (StorageError, MemoryLimitError, RewardError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
-            raise type(error)(f"{error}; then {command} goes on") from error
+            raise type(error)(f"{error}; then {command} continues the run") from error
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""

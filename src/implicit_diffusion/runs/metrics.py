@@ -38,7 +38,7 @@ def restore_metrics(directory: RunDirectory, updates: int, lines: int | None) ->
     if lines is not None and len(kept) < lines:
         wrong.append(f"it lacks {lines - len(kept)} of {lines} lines, among {_spans(_absent(kept, updates))}")
     if wrong:
-        print(f"metrics   {path}: {'; '.join(wrong)}; the run goes on, and its curves show what is left")
+        print(f"metrics   {path}: {'; '.join(wrong)}; the run continues, and its curves show what is left")
     with replacing(path) as file:
         file.write_text("".join(kept[number][0] + "\n" for number in sorted(kept)), encoding="utf-8")
     return [kept[number][1] for number in sorted(kept)]

@@ -25,8 +25,7 @@ def check_num_steps(scheduler: Any, num_steps: Any) -> int:
     limit = scheduler.config.get("num_train_timesteps", num_steps)
     if num_steps > limit:
         raise InvalidInputError(
-            f"num_steps = {num_steps} is more than the {limit} timesteps that the model was trained on; "
-            f"use at most {limit}."
+            f"num_steps must be at most the {limit} timesteps that the model was trained on, got {num_steps}"
         )
     return num_steps
 

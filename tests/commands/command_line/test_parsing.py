@@ -115,7 +115,7 @@ def test_a_mistake_in_any_option_is_one_line_that_names_it(command, option):
         assert refused([*start, option.name]) == takes + "nothing"
         assert refused([*start, option.name, "--help-me"]) == takes + "nothing"
     if not option.many:
-        assert "no place for 'more'" in refused([command, option.name, *good(option), *["more"] * 2])
+        assert "does not expect 'more'" in refused([command, option.name, *good(option), *["more"] * 2])
     twice = [option.name, *good(option)] * 2
     if option.many:
         assert refused([command, *twice]).startswith(f"{option.name} is given twice; name all")
@@ -149,7 +149,7 @@ def test_what_an_option_takes_is_read(command, option):
         (["zzz"], "the commands are finetune, "),
         (["resume"], "resume needs PATH"),
         (["score", "--out", "x.npy"], "score needs --model and --data"),
-        (["resume", "a", "b"], "no place for 'b' after PATH"),
+        (["resume", "a", "b"], "does not expect 'b' after PATH"),
         (["resume", "--accept-changes", "model", "run"], "got 'run'; PATH comes before --accept-changes$"),
         (["finetune", "--num_steps", "x"], "--num-steps takes an integer, got 'x'"),
         (["finetune", "--lr", "-1e-3x"], "--lr takes a number, got '-1e-3x'"),

@@ -20,7 +20,7 @@ from implicit_diffusion.commands.ebm.arms import (
     to_model,
 )
 from implicit_diffusion.commands.ebm.config import Config
-from implicit_diffusion.commands.ebm.data import load
+from implicit_diffusion.commands.ebm.data import load_data
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.loops import NestedParticles, Single
@@ -40,7 +40,7 @@ SETTINGS = Settings(Architecture("mlp", (2,), 8, 2), HMC3, "weighted", 64, 10, 3
 
 @pytest.fixture(scope="module")
 def data():
-    return load("eight-gaussians", Noise(0))
+    return load_data("eight-gaussians", Noise(0))
 
 
 @pytest.mark.parametrize("moves", [HMC3, Moves("mala", 0.1), Moves("ula", 0.05)], ids=lambda m: m.sampler)

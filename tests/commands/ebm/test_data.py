@@ -9,7 +9,7 @@ import torch
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm.data import COPIES, GREY, load, split
+from implicit_diffusion.commands.ebm.data import COPIES, GREY, load_data, split
 from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.noise import Noise
@@ -22,9 +22,9 @@ def normal(*shape):
 
 @pytest.mark.parametrize("name", LAWS)
 def test_laws_come_standardised_and_independent_of_each_other(name):
-    data = load(name, Noise(0))
+    data = load_data(name, Noise(0))
     assert data.train.shape == (20_000, 2) and data.held_out.shape == (10_000, 2) and data.event_shape == (2,)
-    assert data.law is not None and torch.equal(data.train, load(name, Noise(0)).train)
+    assert data.law is not None and torch.equal(data.train, load_data(name, Noise(0)).train)
     train, held_out = data.standardised()
     assert train.mean(0).abs().max() < 1e-5 and (train.std(0) - 1).abs().max() < 1e-5
     assert held_out.mean(0).abs().max() < 0.06 and (held_out.std(0) - 1).abs().max() < 0.06
@@ -34,11 +34,11 @@ def test_laws_come_standardised_and_independent_of_each_other(name):
 def test_an_array_is_split_without_loss(tmp_path):
     array = normal(50, 3) * [1, 20, 0.1] + [0, -5, 100]
     np.save(tmp_path / "x.npy", array)
-    data = load(str(tmp_path / "x.npy"), Noise(1))
+    data = load_data(str(tmp_path / "x.npy"), Noise(1))
     assert data.train.shape == (40, 3) and data.held_out.shape == (10, 3) and data.law is None
     both = torch.cat([data.train, data.held_out])
     assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, array.tolist()))
-    again, other = (load(str(tmp_path / "x.npy"), Noise(seed)) for seed in (1, 2))
+    again, other = (load_data(str(tmp_path / "x.npy"), Noise(seed)) for seed in (1, 2))
     assert torch.equal(data.train, again.train) and not torch.equal(data.train, other.train)
     z, _ = data.standardised()
     torch.testing.assert_close(z.std(0), torch.ones(3), rtol=1e-3, atol=0)
@@ -62,7 +62,7 @@ def test_far_from_zero_data_are_standardised_before_they_are_rounded(what, tmp_p
     far = offset + deviation * x
     np.save(tmp_path / "near.npy", (far - offset) / deviation)
     np.save(tmp_path / "far.npy", far)
-    near, far = (load(str(tmp_path / name), Noise(0)) for name in ("near.npy", "far.npy"))
+    near, far = (load_data(str(tmp_path / name), Noise(0)) for name in ("near.npy", "far.npy"))
     for one, other in zip(near.standardised(), far.standardised()):
         assert one.dtype == other.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -72,7 +72,7 @@ def test_far_from_zero_data_are_standardised_before_they_are_rounded(what, tmp_p
 def test_moments_of_single_precision_are_summed_in_double(tmp_path):
     array = (1e5 + normal(4000, 1)).astype(np.float32)
     np.save(tmp_path / "x.npy", array)
-    data = load(str(tmp_path / "x.npy"), Noise(0))
+    data = load_data(str(tmp_path / "x.npy"), Noise(0))
     z = data.standardised()[0].double()
     assert z.mean().abs() < 0.004  # half the spacing of single precision at 1e5
     exact = data.train.double().std()
@@ -102,7 +102,7 @@ def test_pixels_that_never_change_are_kept(tmp_path):
     images = normal(30, 1, 2, 2)
     images[:, 0, 0, 0] = 7.0
     np.save(tmp_path / "x.npy", images)
-    data = load(str(tmp_path / "x.npy"), Noise(0))
+    data = load_data(str(tmp_path / "x.npy"), Noise(0))
     assert data.event_shape == (1, 2, 2)
     assert data.scale[0, 0, 0].item() == pytest.approx(0.01 * data.scale.max().item())
     train, held_out = data.standardised()
@@ -110,7 +110,7 @@ def test_pixels_that_never_change_are_kept(tmp_path):
 
 
 def test_digits_are_dequantised_grey_levels():
-    data = load("digits", Noise(0))
+    data = load_data("digits", Noise(0))
     assert data.event_shape == (1, 8, 8) and data.train.min() >= 0 and data.train.max() < 17
     assert len(data.train) / COPIES + len(data.held_out) == 1797 and data.law is None
     levels = torch.tensor([[0.0, 3.0, 16.0]]).expand(4000, 3)
@@ -257,8 +257,8 @@ OPTIONS = {
     "--lr": {"lr": float("inf")},
     "--weight-decay": {"weight_decay": -0.1},
     "--data circle: no such file": {"data": "circle"},
-    "--sampler underdamped knows no weights; .*--no-weighted": {"sampler": "underdamped"},
-    "--sampler underdamped knows no weights; use ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
+    "--sampler underdamped does not support weights; .*--no-weighted": {"sampler": "underdamped"},
+    "underdamped does not support weights; use ula, mala or hmc$": {"sampler": "underdamped", "compare": True},
     "--lr has no effect: --compare searches": {"compare": True, "lr": 1e-3},
     "--refresh has no effect: --compare never": {"compare": True, "refresh": 10},
     "--no-weighted has no effect": {"compare": True, "weighted": False},
@@ -300,7 +300,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys):
     out = str(tmp_path / "run")
     assert cli.main(["ebm", "--sampler", "underdamped", "--out", out]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: --sampler underdamped knows no weights") and said.count("\n") == 1
+    assert said.startswith("error: --sampler underdamped does not support weights") and said.count("\n") == 1
     assert cli.main(["score", "--model", out, "--data", "x.npy"]) == 2
     assert cli.main(["tilt", "--model", out]) == 2
     assert all(line.startswith("error: --model") for line in capsys.readouterr().err.splitlines())

@@ -12,7 +12,7 @@ import torch
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
 from implicit_diffusion.commands.ebm import digits, judging, training
-from implicit_diffusion.commands.ebm.data import load
+from implicit_diffusion.commands.ebm.data import load_data
 from implicit_diffusion.commands.score import command as score
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
@@ -79,7 +79,7 @@ def test_its_figures_are_exact(tiny):
 def test_training_improves(tiny):
     summary, out = tiny
     target = law("eight-gaussians")
-    data = load("eight-gaussians", Noise(0))
+    data = load_data("eight-gaussians", Noise(0))
     start = Quadrature(data.shift, data.scale, target).exact_fit(Architecture("mlp", (2,), 8).build(Noise(0)))
     assert summary["kl"] < start.kl - 0.05
     curve = [line["exact_kl"] for line in RunDirectory(out).read_metrics() if "exact_kl" in line]
@@ -149,7 +149,7 @@ def test_an_interrupted_run_keeps_its_last_sound_model(tmp_path, monkeypatch, ca
 
 def test_score_of_the_command_line(tiny, tmp_path, capsys):
     summary, out = tiny
-    x = load("eight-gaussians", Noise(0)).held_out
+    x = load_data("eight-gaussians", Noise(0)).held_out
     np.save(tmp_path / "x.npy", x.numpy())
     arguments = ["--model", str(out / "model"), "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path / "s.npy")]
     assert cli.main(["score", *arguments]) == 0
@@ -233,7 +233,7 @@ def test_images_of_the_digits_size_are_not_taken_for_digits(tmp_path):
 
 def test_kernel_density_is_one_of_grey_levels():
     """Log-densities are per unit of the data's own volume: on Gaussian data near the Gaussian's entropy."""
-    data = load("eight-gaussians", Noise(0))
+    data = load_data("eight-gaussians", Noise(0))
     scale = torch.tensor([5.0, 0.2])
     x = Noise(0).normal((1500, 2)) * scale
     data = dataclasses.replace(data, train=x[:1000], held_out=x[1000:], shift=x.mean(0), scale=x.std(0), law=None)

@@ -13,8 +13,8 @@ from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
 from implicit_diffusion.commands.ebm import figures, judging
 from implicit_diffusion.commands.ebm.arms import Settings, make_loop, to_model
-from implicit_diffusion.commands.ebm.config import Config, markdown
-from implicit_diffusion.commands.ebm.data import Data, load
+from implicit_diffusion.commands.ebm.config import Config, defaults_table
+from implicit_diffusion.commands.ebm.data import Data, load_data
 from implicit_diffusion.commands.ebm.training import Trained
 from implicit_diffusion.loops.diagnostics import WORDS
 from implicit_diffusion.models.energy_model import Architecture, Moves, load_energy_model
@@ -31,7 +31,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained():
-    data = load("eight-gaussians", Noise(0))
+    data = load_data("eight-gaussians", Noise(0))
     settings = Settings(Architecture("mlp", (2,), 8), Moves("hmc", 0.06, 4), "weighted", 32, 1, 1e-3, 0)
     loop = make_loop(settings, data)
     return Trained(settings, Fit(loop, loop.step()), loop, to_model(settings, loop, data), [])
@@ -103,7 +103,7 @@ def test_the_picture_of_ones_own_plane_is_where_the_data_are(shift, scale, tmp_p
     shift, scale = torch.tensor(shift), torch.tensor(scale)
     x = Noise(0).normal((400, 2)) * scale + shift
     drawn = []
-    monkeypatch.setattr(figures, "finish", lambda figure, path, gridded=(): drawn.append(figure))
+    monkeypatch.setattr(figures, "finish_figure", lambda figure, path, gridded=(): drawn.append(figure))
     model = gaussian(shift=shift, scale=scale)
     figures.draw(model, Data(x[:300], x[300:], shift, scale), summary(), RunDirectory(tmp_path))
     density = drawn[0].axes[0]
@@ -136,5 +136,5 @@ def test_the_error_of_the_held_out_likelihood_covers(monkeypatch, as_users_run):
 
 def test_the_table_of_defaults_is_the_documented_one():
     page = Path(__file__).parents[3] / "docs" / "howto" / "ebm.md"
-    assert markdown() in page.read_text(encoding="utf-8")
-    assert dataclasses.replace(TINY, judge_steps=None).resolved(load("moons", Noise(0))).judge_steps == 200
+    assert defaults_table() in page.read_text(encoding="utf-8")
+    assert dataclasses.replace(TINY, judge_steps=None).resolved(load_data("moons", Noise(0))).judge_steps == 200

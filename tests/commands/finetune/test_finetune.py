@@ -277,7 +277,7 @@ def test_images_do_not_depend_on_what_shares_their_batch_but_on_their_number(fin
         (["--out", "file/grid.png"], "cannot be made"),
         (["--num-steps", "0"], "--num-steps must be"),
         (["--num-steps", "-1"], "--num-steps must be"),
-        (["--num-steps", "5000"], "more than the 1000 timesteps"),
+        (["--num-steps", "5000"], "--num-steps must be at most the 1000 timesteps"),
         (["--num", "0"], "--num must be"),
         (["--model", "{run}"], "is the folder of a run; its model is"),
     ],
@@ -337,4 +337,4 @@ def test_ctrl_c_outside_training_says_what_can_be_done(during, tmp_path, monkeyp
     monkeypatch.setattr(*stage, interrupt)
     assert main(["finetune", *TINY, "--updates", "1", "--out", str(tmp_path / "run")]) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == f"interrupted; go on with `implicit-diffusion resume {tmp_path / 'run'}`"
+    assert said == f"interrupted; continue with `implicit-diffusion resume {tmp_path / 'run'}`"

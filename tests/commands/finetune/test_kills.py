@@ -60,7 +60,7 @@ def finish(call, out, capsys):
     """The same command; where that is refused, what its message advises."""
     capsys.readouterr()
     if main([*call, "--out", str(out)]) != 0:
-        advice = f"go on with `implicit-diffusion resume {out}`"
+        advice = f"continue with `implicit-diffusion resume {out}`"
         assert advice in capsys.readouterr().err
         assert main(["resume", str(out)]) == 0
 
@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_what_goes_on(call, whol
         assert main([*call, "--out", str(out)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"{out}/checkpoint/state.safetensors cannot be written (No space left on device)" in line
-    assert f"then `implicit-diffusion resume {out}` goes on" in line
+    assert f"then `implicit-diffusion resume {out}` continues the run" in line
     assert main(["resume", str(out)]) == 0
     same(out, whole[0])
 
@@ -254,7 +254,7 @@ def r(x):
     ("does", "says"), [("sys.exit(0)", "SystemExit: 0"), ("raise KeyError('colour')", "KeyError: 'colour'")]
 )
 def test_a_reward_that_ends_in_the_middle_of_a_run(does, says, call, tmp_path, monkeypatch, capsys):
-    """One line that names it, where and after which update; mended, the run goes on from there."""
+    """One line that names it, where and after which update; mended, the run continues from there."""
     out, file = tmp_path / "run", tmp_path / "mine.py"
     file.write_text(REWARD.format(at=10**6, does=does))
     options = [*call, "--reward", f"{file}:r", "--out", str(out)]
@@ -269,7 +269,7 @@ def test_a_reward_that_ends_in_the_middle_of_a_run(does, says, call, tmp_path, m
     assert main(options) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: after update ") and f"--reward {file}:8: {says}" in line
-    assert line.endswith(f"then `implicit-diffusion resume {out}` goes on")
+    assert line.endswith(f"then `implicit-diffusion resume {out}` continues the run")
     if "exit" in does:
         monkeypatch.setattr(finetune, "train", original)
         assert main(["resume", str(out)]) == 0
@@ -290,4 +290,4 @@ def test_memory_that_is_used_up_is_one_line(error, call, tmp_path, monkeypatch, 
     monkeypatch.setattr(judging, "evaluate_all", judge)
     assert main([*call, "--out", str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: memory is used up (") and f"resume {tmp_path / 'run'}` goes on" in line
+    assert line.startswith("error: memory is used up (") and f"resume {tmp_path / 'run'}` continues the run" in line

@@ -163,7 +163,7 @@ def test_what_a_plan_rests_on_is_compared_by_name(difference, place, capsys):
     try:
         assert main(words("run", "--plan", *options)) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "drawn again" in line]
-        assert line.startswith(f"plan      drawn again, not taken from {place}/run/plan: {difference}")
+        assert line.startswith(f"plan      drawn again, not reused from {place}/run/plan: {difference}")
         assert main(words("new", "--plan", *options)) == 0
     finally:
         torch.set_num_threads(1)
@@ -203,10 +203,10 @@ def test_an_interrupted_plan_goes_on_bit_for_bit(plan, way, place, parts, capsys
     total, parts.drawn, parts.left = parts.drawn, 0, 1
     parts.error = signal.SIGTERM
     assert main(words("run", *more)) == 143
-    assert capsys.readouterr().err.endswith(f"interrupted; go on with `implicit-diffusion resume {place}/run`\n")
+    assert capsys.readouterr().err.endswith(f"interrupted; continue with `implicit-diffusion resume {place}/run`\n")
     assert len(rewards("run")) == 2 and not (place / "run/plan.json").exists()
     assert main(["resume", "run"] if way == "resume" else words("run", *more)) == 0
-    assert f"plan      goes on: {place}/run/plan holds 32 of 128 trajectories" in capsys.readouterr().out
+    assert f"plan      continued: {place}/run/plan holds 32 of 128 trajectories" in capsys.readouterr().out
     assert torch.equal(rewards("run"), rewards("whole")) and parts.drawn == total
     if plan:
         name = "figures/pretrained.png"
@@ -244,8 +244,10 @@ class Kill(BaseException):
 def test_resume_of_a_folder_with_a_plan_alone(place, parts, capsys):
     """Whole it is no interrupted run; an interrupted one rests on what it began with, as any run."""
     assert main(words("run", "--plan")) == 0
-    assert main(["resume", "run"]) == 2
-    assert f"it holds a whole plan; `finetune --out {place}/run`" in capsys.readouterr().err
+    for command, option in (("resume", "`finetune --out"), ("report", "with the other options of the plan")):
+        assert main([command, "run"]) == 2
+        said = capsys.readouterr().err
+        assert "holds a finished plan and no training; to train, use" in said and option in said
     parts.drawn, parts.left = 0, 2
     assert main(words("run", "--plan", "--seed", "1")) == 130
     assert not (place / "run/plan.json").exists()
@@ -253,7 +255,7 @@ def test_resume_of_a_folder_with_a_plan_alone(place, parts, capsys):
     assert main(["resume", "run"]) == 2
     assert "--accept-changes model" in capsys.readouterr().err
     assert main(["resume", "run", "--accept-changes", "model"]) == 0
-    assert "plan      drawn again, not taken from" in capsys.readouterr().out
+    assert "plan      drawn again, not reused from" in capsys.readouterr().out
     accepted = json.loads((place / "run/provenance.json").read_text())["accepted"]
     assert len(accepted) == 1 and accepted[0].startswith("model: ")
     edit(place / "my.py", "4", "3")
@@ -269,7 +271,7 @@ def test_an_interrupted_judgement_goes_on(place, parts, capsys):
     assert main(words("run")) == 130
     capsys.readouterr()
     assert main(["resume", "run"]) == 0
-    assert "judging   goes on: 12 of 24 starts are judged" in capsys.readouterr().out
+    assert "judging   continued: 12 of 24 starts are judged" in capsys.readouterr().out
     assert parts.drawn == total
     same_run("run", "whole")
 
@@ -280,7 +282,7 @@ def test_the_plan_of_a_sweep_goes_on(place, parts, capsys):
     assert main([*call[:-4], "--out", "whole", *call[-2:]]) == 0
     parts.drawn, parts.left = 0, 3
     assert main(call) == 130
-    assert f"the same command, with --out {place}/sweep, goes on" in capsys.readouterr().err
+    assert f"the same command, with --out {place}/sweep, continues the sweep" in capsys.readouterr().err
     assert len(rewards("sweep")) == 6
     assert main([*call, "--seed", "1"]) == 2
     assert "holds a sweep of other options: seed was 0 and is 1" in capsys.readouterr().err

@@ -27,7 +27,7 @@ BAD = {
     "neither brightness": ["--reward", "shiny"],
     "is not a folder": ["--model", "nowhere-at-all"],
     "--num-steps must be": ["--num-steps", "0"],
-    "num_steps = 2000 is more than": ["--num-steps", "2000"],
+    "--num-steps must be at most the 1000 timesteps": ["--num-steps", "2000"],
     "--kl-weight must be finite": ["--kl-weight", "-1"],
     "--kl-weight must be finite and": ["--kl-weight", "nan"],
     "--lr must be": ["--lr", "0"],

@@ -188,7 +188,7 @@ def test_no_false_alarm(good):
         ({"reward_gain": Estimate(-1.0, 0.1)}, "The reward fell"),
         ({"quality_after": quality(judge_confidence=0.8)}, "Reward hacking suspected: the judge lost confidence"),
         ({"quality_after": quality(nearest_distance=3.9)}, "Reward hacking suspected: samples left the real digits"),
-        ({"quality_after": quality(memorised=0.2)}, "The model recites"),
+        ({"quality_after": quality(memorised=0.2)}, "The model copies its training data"),
     ],
 )
 def test_warnings(good, tmp_path, summary, title):
@@ -274,7 +274,7 @@ def test_without_a_finite_j_a_run_is_worse():
     before = evaluation(repeats=8)
     after = replace(before, path_kl=before.path_kl + float("inf"), log_ratio=before.log_ratio + float("inf"))
     ruined = headline(before, after, after, BETA)
-    assert "is not finite any more" in ruined.worse and ruined.captured is None
+    assert "is no longer finite" in ruined.worse and ruined.captured is None
     fell = replace(before, reward=before.reward - 1)
     assert headline(before, fell, fell, 0.0).worse  # J is minus the reward
     assert headline(before, before, before, None).worse is None

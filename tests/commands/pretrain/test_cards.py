@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.pretrain import digits_card, images_card
+from implicit_diffusion.commands.pretrain.config import Config as PretrainConfig
 from implicit_diffusion.commands.pretrain.summary import ImagesSummary, Summary
 from implicit_diffusion.commands.shared.formatting import markdown
 from implicit_diffusion.digits.quality import Appearance, MMDBetweenHalves, Quality
@@ -52,11 +53,10 @@ def test_escaped_words_are_shown_as_they_are(words):
 
 
 def images(words):
-    config = {"data": words, "channels": (8, 8), "prediction_type": words, "beta_schedule": words}
-    config |= {"steps": 3, "batch": 2, "lr": 1e-3, "seed": 0}
-    return images_card.model_card(
-        Summary(config, ImagesSummary(5, 2, (3, 8, 16), (), ()), 9, loss_train=0.1, loss_held_out=0.2, seconds=1.0)
-    )
+    config = PretrainConfig(data=words, channels=(8, 8))
+    vars(config).update(prediction_type=words, beta_schedule=words)  # as if the types allowed it
+    numbers = ImagesSummary(5, 2, (3, 8, 16), (), ())
+    return images_card.model_card(config, Summary({}, numbers, 9, loss_train=0.1, loss_held_out=0.2, seconds=1.0))
 
 
 def exported(words):
@@ -84,9 +84,10 @@ def test_the_digits_card_escapes_its_settings():
         mmd_reference=MMDBetweenHalves(0.1, 0.2),
         held_out=numbers,
     )
-    config = {"channels": (8,), "steps": 1, "batch": 1, "samples": 1}
-    config |= {"prediction_type": "<script>", "beta_schedule": "<img src=x>"}
+    config = PretrainConfig(channels=(8,))
+    vars(config).update(prediction_type="<script>", beta_schedule="<img src=x>")  # as if the types allowed it
     images = ImagesSummary(5, 2, (1, 8, 8), (), ())
     accuracies = {"classifier_accuracy": 0.5, "judge_accuracy": 0.5}
-    summary = Summary(config, images, 1, 0.5, 0.5, 1.0, quality={"10": quality}, **accuracies)
-    assert "<script" not in digits_card.model_card(summary) and "<img" not in digits_card.model_card(summary)
+    summary = Summary({}, images, 1, 0.5, 0.5, 1.0, quality={"10": quality}, **accuracies)
+    card = digits_card.model_card(config, summary)
+    assert "<script" not in card and "<img" not in card

@@ -19,7 +19,7 @@ from implicit_diffusion.commands.pretrain import loss as pretrain_loss
 from implicit_diffusion.commands.pretrain import training
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.samples import sample_images
-from implicit_diffusion.commands.pretrain.state import begin
+from implicit_diffusion.commands.pretrain.state import begin_pretraining
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.models.pretrained import load_pretrained
@@ -30,7 +30,7 @@ SHIPPED = digits.ASSETS / "digits"
 
 
 def train(config, data=None, directory=None):
-    data = data or pretrain.load(config)
+    data = data or pretrain.images_of(config)
     return training.train(pretrain.training_of(config, data), data, directory)
 
 
@@ -72,7 +72,7 @@ def test_training_lowers_the_loss():
     [
         ({"data": "letters"}, "data"),
         ({"out": digits.ASSETS}, "`path` "),
-        ({"chains": (2, 5000)}, "--chains 5000: .* more than"),
+        ({"chains": (2, 5000)}, "--chains 5000: .* at most the"),
         ({"chains": (0,)}, "--chains must be"),
         ({"chains": ()}, "--chains must be"),
         ({"ema_decay": 1.5}, "--ema-decay must lie in"),
@@ -284,9 +284,9 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
 
 def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
     directory = RunDirectory.create(tmp_path / "run")
-    tiny = pretrain.training_of(TINY, pretrain.load(TINY))
+    tiny = pretrain.training_of(TINY, pretrain.images_of(TINY))
     unet, scheduler = tiny.network.build()
-    state = begin(tiny.descent, unet, scheduler)
+    state = begin_pretraining(tiny.descent, unet, scheduler)
     state.descend(sum(p.square().sum() for p in unet.parameters()))
     state.save(directory, ["images"])
     sound = (directory.checkpoint / "state.safetensors").read_bytes()
@@ -297,7 +297,7 @@ def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
 
 
 def default_network():
-    return pretrain.training_of(pretrain.Config(), pretrain.load(pretrain.Config())).network
+    return pretrain.training_of(pretrain.Config(), pretrain.images_of(pretrain.Config())).network
 
 
 def test_the_shipped_model_is_small_and_loads_offline():
@@ -356,9 +356,9 @@ def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(training, "image_losses", interrupt)
         assert main(["pretrain", *call, "--out", str(cut)]) == 143
-    assert f"go on with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
+    assert f"continue with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
     assert main(["pretrain", *call, "--out", str(cut)]) == 2
-    assert f"interrupted: go on with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
+    assert f"interrupted: continue with `implicit-diffusion resume {cut}`" in capsys.readouterr().err
     assert main(["resume", str(cut)]) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"
     assert (whole / name).read_bytes() == (cut / name).read_bytes()

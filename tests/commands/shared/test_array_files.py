@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from implicit_diffusion.commands.ebm import command as ebm
-from implicit_diffusion.commands.ebm.data import load
-from implicit_diffusion.commands.shared.array_files import place_of, read_table
+from implicit_diffusion.commands.ebm.data import load_data
+from implicit_diffusion.commands.shared.array_files import place_of, read_array_file
 from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.commands.shared.inputs import absolute, inputs
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
@@ -45,24 +45,24 @@ HEADS = {
 def test_a_table_is_what_was_written(what, tmp_path):
     head, mark, columns = HEADS[what]
     array = numbers(12, 2)
-    data = read_table(table(tmp_path / "x.csv", head + rows(array, mark)))
+    data = read_array_file(table(tmp_path / "x.csv", head + rows(array, mark)))
     assert np.array_equal(data.array, array) and data.columns == columns
 
 
 def test_a_table_of_a_spreadsheet(tmp_path):
     """With a byte order mark, carriage returns, and blank lines at the end."""
     text = "height,width\r\n" + "1.5,-2e3\r\n" * 12 + "\r\n\r\n"
-    data = read_table(table(tmp_path / "X.CSV", text, "utf-8-sig"))
+    data = read_array_file(table(tmp_path / "X.CSV", text, "utf-8-sig"))
     assert data.columns == ("height", "width") and np.array_equal(data.array, [[1.5, -2000]] * 12)
 
 
 def test_names_of_columns_reach_the_data_and_its_messages(tmp_path):
     name = table(tmp_path / "x.csv", "height,width\n" + rows(numbers(20, 2)))
-    assert load(name, Noise(0)).names == ("height", "width")
+    assert load_data(name, Noise(0)).names == ("height", "width")
     still = table(tmp_path / "y.csv", "height,width\n" + "".join(f"{i / 7},2.5\n" for i in range(20)))
     with pytest.raises(InvalidInputError, match="columns width are constant"):
-        load(still, Noise(0))
-    assert load("moons", Noise(0)).names == ("$x_{1}$", "$x_{2}$")
+        load_data(still, Noise(0))
+    assert load_data("moons", Noise(0)).names == ("$x_{1}$", "$x_{2}$")
 
 
 NO_TABLE = {
@@ -105,7 +105,7 @@ def test_a_table_that_is_no_text(tmp_path):
 
 
 def test_the_largest_integers_of_a_table(tmp_path):
-    data = read_table(table(tmp_path / "x.csv", "9007199254740992,-9007199254740992\n9007199254740994,1e300\n"))
+    data = read_array_file(table(tmp_path / "x.csv", "9007199254740992,-9007199254740992\n9007199254740994,1e300\n"))
     assert data.array.tolist() == [[2.0**53, -(2.0**53)], [2.0**53 + 2, 1e300]]
 
 

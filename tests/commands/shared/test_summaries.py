@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from implicit_diffusion.commands.shared.summaries import from_json, read_summary, to_json
+from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, read_summary, to_json
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.runs import RunDirectory
 
 
@@ -46,6 +47,20 @@ def test_the_summary_of_another_release_is_refused_by_name(content, tmp_path):
     (tmp_path / "summary.json").write_text(content)
     with pytest.raises(InvalidInputError, match=r"summary\.json is not what this release writes"):
         read_summary(Study, RunDirectory(tmp_path))
+
+
+@dataclass(frozen=True)
+class Judged:
+    gain: Estimate
+    share: Estimate | None
+
+
+@pytest.mark.parametrize("judged", [Judged(Estimate(1.0, 0.1), None), Judged(Estimate(1.0, 0.1), Estimate(0.5, 0.2))])
+def test_an_estimate_is_two_numbers_also_beside_the_fields_of_other_parts(judged):
+    content = to_json(judged)
+    assert list(content) == ["gain", "gain_se", "share", "share_se"]
+    assert from_json(Judged, content) == judged
+    assert part_from_json(Judged, content | to_json(Arm(1.0, 2.0))) == judged
 
 
 def test_numbers_stay_what_they_are():

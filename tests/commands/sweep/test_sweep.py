@@ -147,7 +147,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(training, "callbacks", lambda *arguments: [interrupt])
         assert main(call) == 130
-    assert f"the same command, with --out {out}, goes on" in capsys.readouterr().err
+    assert f"the same command, with --out {out}, continues the sweep" in capsys.readouterr().err
     assert (out / "beta-2" / "summary.json").exists() and not (out / "summary.json").exists()
     assert main(call) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"
@@ -171,7 +171,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_pat
     [
         (["--kl-weights", "0"], "--kl-weights must be positive"),
         (["--kl-weights", "2", "2"], "--kl-weights must differ"),
-        (["--kl-weight", "2"], "--kl-weight is for one run; a sweep takes --kl-weights"),
+        (["--kl-weight", "2"], "--kl-weight is for one run; in a sweep, use --kl-weights"),
         (["--plan"], "--plan is for one run"),
         (["--penalty", "drift"], "path KLs"),
         (["--batch", "0"], "--batch"),

@@ -98,7 +98,7 @@ def test_the_model_itself_is_left_alone(monkeypatch):
     model = bent()
     before = {k: v.clone() for k, v in model.potential.state_dict().items()}
     start = training.at_model(model, 64, Noise(1))
-    spec = training.Training(0.5, weighted=True, steps=3, lr=2e-2, seed=1)
+    spec = training.TiltRun(0.5, weighted=True, steps=3, lr=2e-2, seed=1)
     trained = [training.train(spec, model, start, half_plane) for _ in range(2)]
     first, again = (each.potential for each in trained)
     assert all(torch.equal(v, before[k]) for k, v in model.potential.state_dict().items())
@@ -219,7 +219,7 @@ def test_forms_of_rewards_are_one_reward(form):
 
 MODELS = {
     "a model of the plane is needed": lambda: gaussian((3,), torch.zeros(3), torch.ones(3)),
-    "its sampler underdamped knows no weights": lambda: gaussian(moves=Moves("underdamped", 0.1)),
+    "its sampler underdamped does not support weights": lambda: gaussian(moves=Moves("underdamped", 0.1)),
     r"the quadrature covers \[−8, 8\]²": lambda: gaussian(shift=torch.tensor([100.0, 0.0])),
     r"the quadrature covers .* in cells of 0.0625": lambda: gaussian(scale=torch.tensor([0.01, 1.0])),
 }

@@ -1,6 +1,6 @@
 """Arguments in the messages of the library, under the names of a command's flags.
 
-The library names arguments, in backquotes or at the beginning of a message: "choose another `path`", "take a smaller
+The library names arguments, in backquotes or at the beginning of a message: "choose another `path`", "use a smaller
 `lr`", "batch must be an integer ≥ 1, got 0", "build it with `clip=False`". On a command line these are flags, and the
 table of a command follows from its options. An argument that is not an option of the command keeps its name.
 """
@@ -14,14 +14,15 @@ from typing import Any
 
 from implicit_diffusion.commands.command_line.options import Option, options_of
 
-OPTIONS = {  # of the commands, by names of arguments that are called otherwise in the library; the first that is there
+OPTIONS = {  # by the name of an argument in the library: its options where these are called otherwise; the first counts
     "path": ("out", "run"),
     "folder": ("out", "run"),
     "rank": ("lora_rank",),
     "sampler": ("scheduler",),
     "targets": ("lora_targets",),
+    "ema_decay": ("ema_decay", "ema"),
 }
-PHRASES = {  # arguments with a value that options put otherwise
+PHRASES = {  # arguments with a value that an option expresses in another way
     "clip=False": "no_clip=True",
     "clip_sample=False": "no_clip=True",
     "thresholding=False": "no_clip=True",

@@ -156,7 +156,7 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
         if not is_option(word):
             if not waiting:
                 raise InvalidInputError(
-                    f"{command} has no place for {quoted(word)}{_after(given)}; see {command} --help"
+                    f"{command} does not expect {quoted(word)}{_after(given)}; see {command} --help"
                 )
             option = waiting.pop(0)
             values = [word]

@@ -30,7 +30,7 @@ from implicit_diffusion.samplers.weighted_state import systematic
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
 LANGEVIN_STEPS = 5  # per update, of cd and pcd
 LANGEVIN = Moves("ula", 0.01)  # of implicit, cd and pcd
-REFRESH_STEPS, GROUPS = 50, 8  # of the annealing that draws particles anew, and its replicates
+REFRESH_STEPS, GROUPS = 50, 8  # of the annealing that draws particles afresh, and its replicates
 NETWORK, TRAIN, START, ANNEAL = range(2, 6)  # streams of noise beside the data's
 
 
@@ -47,7 +47,7 @@ class Settings:
         lr: of Adam at the start; it decays to zero along a cosine.
         seed: of all random numbers.
         weight_decay: of AdamW.
-        refresh: updates after which weighted particles are drawn anew by annealing; 0 for never.
+        refresh: updates after which weighted particles are drawn afresh by annealing; 0 for never.
         adapt: whether the step size of `moves` is adapted while θ moves.
     """
 
@@ -113,7 +113,7 @@ def pulls_per_update(arm: str, moves: Moves) -> int:
 
 @dataclass(frozen=True)
 class Refresh:
-    """Callback: every `settings.refresh` updates, draw the particles anew by annealing from the Gaussian to V_θ.
+    """Callback: every `settings.refresh` updates, draw the particles afresh by annealing from the Gaussian to V_θ.
 
     That removes the errors that their weights, log Z and the masses of modes have accumulated.
     """

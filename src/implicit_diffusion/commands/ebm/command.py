@@ -13,13 +13,14 @@ from typing import Any
 
 from implicit_diffusion.commands.ebm.arms import make_loop
 from implicit_diffusion.commands.ebm.config import Config
-from implicit_diffusion.commands.ebm.data import Data, discrete, load
+from implicit_diffusion.commands.ebm.data import Data, discrete, load_data
 from implicit_diffusion.commands.ebm.judging import judge, show, what_to_change
 from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.ebm.training import Trained, train
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
@@ -55,7 +56,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
     Args:
         config: the options.
-        directory: of an interrupted run to go on with; None begins a new one.
+        directory: of an interrupted run to continue; None begins a new one.
 
     Raises:
         InvalidInputError: bad options or data, before anything is trained.
@@ -77,7 +78,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool) -> dict[str, An
     """The same in a directory that is held."""
     with part("loading"):
         fingerprints = inputs(config)
-        data = load(config.data, Noise(config.seed), dequantise=config.dequantise)
+        data = load_data(config.data, Noise(config.seed), dequantise=config.dequantise)
     if warning := discrete(data):
         print(f"note      {warning}")
     settings = config.settings(data)
@@ -132,13 +133,13 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     Raises:
         InvalidInputError: a comparison, whose own command draws it again; data or a model that are no longer there.
     """
-    config = directory.read_config() or {}
-    if config.get("compare"):
+    config = read_options(Config, directory)
+    if config.compare:
         raise InvalidInputError(
             f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
         )
     summary = read_summary(Summary, directory)
-    data = load(config["data"], Noise(config["seed"]), dequantise=config["dequantise"])
+    data = load_data(config.data, Noise(config.seed), dequantise=config.dequantise)
     _write_report(load_energy_model(directory.model), data, summary, directory)
     show(summary, directory.path)
     written: dict[str, Any] = to_json(summary)

@@ -3,7 +3,7 @@
 The grid is searched on one seed of its own; arms that diverge at a rate count as infinitely bad there. "hmc" is there
 to show what the weights do, and has the rate of "weighted". Step sizes are not searched.
 
-Every training is a line of metrics.jsonl as soon as it has ended, so a comparison that was interrupted goes on.
+Every training is a line of metrics.jsonl as soon as it has ended, so an interrupted comparison can be continued.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from implicit_diffusion.commands.ebm.arms import ARMS, Settings, make_loop, pulls_per_update
 from implicit_diffusion.commands.ebm.config import Config
-from implicit_diffusion.commands.ebm.data import load
+from implicit_diffusion.commands.ebm.data import load_data
 from implicit_diffusion.commands.ebm.judging import JUDGE, log_z_by_annealing
-from implicit_diffusion.commands.ebm.summary import ArmSummary, ComparedTraining, Comparison, CurvePoint, Paired
+from implicit_diffusion.commands.ebm.summary import ComparedArm, ComparedTraining, Comparison, CurvePoint, Paired
 from implicit_diffusion.commands.ebm.training import train
 from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
@@ -42,17 +42,17 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
 
     Raises:
         InvalidInputError: data without a known law, too few steps for some arm, or a directory with something else.
-        KeyboardInterrupt: interrupted; the same command goes on, and may ask for more seeds.
+        KeyboardInterrupt: interrupted; the same command continues it, and may ask for more seeds.
     """
     with directory.held():
-        data = load(config.data, Noise(config.seed))
+        data = load_data(config.data, Noise(config.seed))
         if data.law is None:
             raise InvalidInputError(
                 f"--compare needs a law of the plane, whose exact KL is known, got --data {config.data}"
             )
         resolved = config.resolved(data)
         check_version(directory, advice="choose another --out")
-        check_folder(directory, resolved)
+        check_comparison_folder(directory, resolved)
         with verified(directory, advice="choose another --out"):
             weighted = config.settings(data)
             for arm in ARMS:
@@ -72,7 +72,7 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
 def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
     """Search the rates, and train every arm on all seeds, as far as that is not done; then draw and print."""
     grid: dict[str, dict[str, float | None]] = {}
-    arms: dict[str, ArmSummary] = {}
+    arms: dict[str, ComparedArm] = {}
     advice: list[str] = []
     curves: dict[str, dict[int, list[CurvePoint]]] = {}  # by arm and seed
     for arm in ARMS:
@@ -100,7 +100,7 @@ def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
     return written
 
 
-def check_folder(directory: RunDirectory, resolved: Config) -> None:
+def check_comparison_folder(directory: RunDirectory, resolved: Config) -> None:
     """Raise `InvalidInputError` unless the folder is new, empty, or holds a comparison of the same options.
 
     The number of seeds may differ.
@@ -162,11 +162,11 @@ def attempt(name: str, settings: Settings, judge_steps: int | None) -> ComparedT
         settings: what to do.
         judge_steps: of the annealing for log Z of a weighted training; None where only the KL at the end is needed.
     """
-    data, arm = load(name, Noise(settings.seed)), settings.arm
+    data, arm = load_data(name, Noise(settings.seed)), settings.arm
     try:
         run = train(settings, data, make_loop(settings, data), None, 1 if judge_steps is None else 8)
         if run.fit.stopped:
-            raise KeyboardInterrupt("interrupted; the same command with the same --out goes on")
+            raise KeyboardInterrupt("interrupted; the same command with the same --out continues the comparison")
         curve = list(run.curve)
         if judge_steps is not None and arm == "weighted":
             log_z, log_z_se = log_z_by_annealing(run.model, Noise(settings.seed).stream(JUDGE), judge_steps)
@@ -186,12 +186,12 @@ def final_kl(training: ComparedTraining) -> float:
     return math.inf if training.curve is None else training.curve[-1].kl
 
 
-def summarise(lr: float, trainings: list[ComparedTraining]) -> ArmSummary:
+def summarise(lr: float, trainings: list[ComparedTraining]) -> ComparedArm:
     """Means over the seeds that came through."""
     through = [training for training in trainings if training.curve]
     diverged = len(trainings) - len(through)
     if not through:
-        return ArmSummary(lr, diverged, None, None)
+        return ComparedArm(lr, diverged, None, None)
     last = [training.curve[-1] for training in through if training.curve]
     kls = [p.kl for p in last]
     mode_errors = [p.mode_error for p in last if p.mode_error is not None]
@@ -200,7 +200,7 @@ def summarise(lr: float, trainings: list[ComparedTraining]) -> ArmSummary:
         for p in last
         if p.log_z_estimate is not None and p.log_z_estimate_se is not None
     ]
-    return ArmSummary(
+    return ComparedArm(
         lr,
         diverged,
         mean(kls),

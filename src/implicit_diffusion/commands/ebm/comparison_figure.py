@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from implicit_diffusion.commands.ebm.summary import CurvePoint
-from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish, sheet
+from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, sheet
 from implicit_diffusion.runs import RunDirectory
 
 COLOURS = {"weighted": WEIGHTED, "hmc": "#7fb069", "implicit": UNWEIGHTED, "cd": "#c1666b", "pcd": "#e8a33d"}
@@ -68,4 +68,4 @@ def draw_comparison(name: str, curves: dict[str, list[list[CurvePoint]]], direct
         )
         axes[2].set(xlabel="updates", ylabel="estimate of log Z − exact")
         axes[2].legend(frameon=False, fontsize=8)
-    finish(figure, directory.figure("comparison"), axes)
+    finish_figure(figure, directory.figure("comparison"), axes)

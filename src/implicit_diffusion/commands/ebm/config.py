@@ -1,4 +1,4 @@
-"""What `implicit-diffusion ebm` is asked, with defaults that depend on the data."""
+"""The options of `ebm`, with defaults that depend on the data."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Config:
     """Seed of all random numbers: the same seed gives the same model, bit for bit."""
     out: Path | None = None
     """Folder for the run, new or empty; by default runs/ebm-<data>-<time>.
-    The folder of an interrupted comparison may be given again, to go on with it."""
+    The folder of an interrupted comparison may be given again, to continue it."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""
@@ -126,7 +126,7 @@ class Config:
                 raise InvalidInputError(f"{option(name, getattr(self, name))} has no effect: {why}; leave it out")
         if self.sampler == "underdamped" and (self.weighted or self.compare):
             other = "" if self.compare else ", or add --no-weighted"
-            raise InvalidInputError(f"--sampler underdamped knows no weights; use ula, mala or hmc{other}")
+            raise InvalidInputError(f"--sampler underdamped does not support weights; use ula, mala or hmc{other}")
 
     def resolved(self, data: Data) -> Config:
         """With the defaults for these data in place of None, where the option has an effect."""
@@ -169,17 +169,17 @@ class Config:
             idle |= {"adapt_step": f"--sampler {self.sampler} accepts everything"}
         if not self.compare:
             idle |= {"seeds": "it is the number of runs of --compare"}
-            return idle if self.weighted else idle | {"refresh": "particles without weights are not drawn anew"}
+            return idle if self.weighted else idle | {"refresh": "particles without weights are not drawn afresh"}
         return idle | {
-            "lr": "--compare searches the rate of every arm",
+            "lr": "--compare searches the learning rate of every method",
             "adapt_step": "--compare holds the step size fixed",
-            "refresh": "--compare never draws particles anew",
-            "weighted": "--compare runs arms with weights and without",
+            "refresh": "--compare never draws particles afresh",
+            "weighted": "--compare runs methods with weights and without",
             "long_chains": "--compare is for laws of the plane",
         }
 
 
-def markdown() -> str:
+def defaults_table() -> str:
     """The defaults as the table of the documentation."""
     lines = ["| option | vectors | images |", "|---|---|---|"]
     lines += [

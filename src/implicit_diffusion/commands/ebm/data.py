@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit_diffusion.commands.shared.array_files import read_table
+from implicit_diffusion.commands.shared.array_files import read_array_file
 from implicit_diffusion.commands.shared.data_arrays import to_tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.lattice import LEVELS, Lattice, find_lattice
@@ -22,7 +22,7 @@ SIZES = 20_000, 10_000  # of laws
 SHARE = 0.2  # of an array that is held out
 GREY_LEVELS = 17  # of the handwritten digits
 MOST_NAMED = 10  # columns in a message
-COPIES = 20  # of dequantised data, with noise of their own: a network could learn a single draw by heart
+COPIES = 20  # of dequantised data, with noise of their own: a network could memorise a single draw
 MOST_COPIED = 2**23  # numbers in all copies, at most
 GREY = Lattice(torch.ones(()), torch.zeros(()))  # of the digits
 
@@ -80,7 +80,7 @@ class Data(Shown):
         return train, held_out
 
 
-def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
+def load_data(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
     """The data called `name`: one of the laws, "digits", or a file of `array_files.FORMATS`.
 
     Args:
@@ -105,7 +105,7 @@ def load(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
         train, held_out = (((x + 1) * 8).round() for x in (digits.train, digits.held_out))
         lattice: Lattice | None = GREY
     else:
-        table = read_table(name, f"one of {', '.join(LAWS)}, digits, ")
+        table = read_array_file(name, f"one of {', '.join(LAWS)}, digits, ")
         columns = table.columns
         x = to_tensor(name, table.array)
         train, held_out = split(x, noise, columns)

@@ -186,14 +186,14 @@ def _energy(model: EnergyModel, z: Tensor) -> float:
 
 
 def _draw_chains(model: EnergyModel, data: Data, shown: list[tuple[int, Tensor]], directory: RunDirectory) -> None:
-    from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
+    from implicit_diffusion.commands.shared.drawing import finish_figure, image_grid, sheet
 
     figure = sheet(3 * (len(shown) + 1), 3.3)
     axes = figure.subplots(1, len(shown) + 1)
     low, high = data.train.amin().item(), data.train.amax().item()
-    tile(axes[0], data.held_out[:64], low, high)
+    image_grid(axes[0], data.held_out[:64], low, high)
     axes[0].set_title("held-out data")
     for axis, (steps, z) in zip(axes[1:], shown):
-        tile(axis, z[:64] * model.scale + model.shift, low, high)
+        image_grid(axis, z[:64] * model.scale + model.shift, low, high)
         axis.set_title("end of training" if steps == 0 else f"{steps} steps later")
-    finish(figure, directory.figure("chains"))
+    finish_figure(figure, directory.figure("chains"))

@@ -12,16 +12,16 @@ from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.ebm.samples import (
     MOST,
     PAIRED,
+    axis_label,
     draw_marginals,
     draw_pairs,
     draw_scores,
     most_different,
     principal,
-    short,
     sides,
 )
 from implicit_diffusion.commands.ebm.summary import Summary
-from implicit_diffusion.commands.shared.drawing import WEIGHTED, finish, sheet, tile
+from implicit_diffusion.commands.shared.drawing import WEIGHTED, finish_figure, image_grid, sheet
 from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.models.energy_model import EnergyModel
@@ -43,7 +43,7 @@ def draw(model: EnergyModel, data: Data, summary: Summary, directory: RunDirecto
     def keep(name: str, figure: Figure | None, title: str, caption: str, gridded: Any = ()) -> None:
         path = directory.figure(name)
         if figure is not None:
-            finish(figure, path, gridded)
+            finish_figure(figure, path, gridded)
         pictures.append(Picture(name, path, title, caption))
 
     images, d = len(data.event_shape) == 3, math.prod(data.event_shape)
@@ -93,11 +93,11 @@ MARGINALS = (
     "Columns are ordered by how far their Wasserstein-1 distance exceeds that of two samples of one law by chance."
 )
 COMPONENTS = "The directions in which the data, in deviations, vary most."
-CHAINS = "The same particles, moved on by the sampler long after training: they should go on looking like data."
+CHAINS = "The same particles, moved on by the sampler long after training: they should still look like data."
 SCORES = (
-    "Dashed are the means, with two standard errors. Training right of held out means that data were learned by "
-    "heart; the model right of held out, that it is narrower than the data; left of it, that it has mass where there "
-    "are no data."
+    "Dashed are the means, with two standard errors. Training right of held out means that data were "
+    "memorised; the model right of held out, that it is narrower than the data; left of it, that it has mass where "
+    "there are no data."
 )
 CURVES = (
     "Training's own numbers come from its particles. A band or bar is two standard errors; dotted lines are the limits "
@@ -141,8 +141,8 @@ def _draw_plane(model: EnergyModel, data: Data) -> Figure:
     axes[-1].set_title("particles")
     axes[-1].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
     for axis in axes:
-        axis.set(aspect=aspect, xlim=extent[:2], ylim=extent[2:], xlabel=short(data.names[0]))
-    axes[0].set_ylabel(short(data.names[1]))
+        axis.set(aspect=aspect, xlim=extent[:2], ylim=extent[2:], xlabel=axis_label(data.names[0]))
+    axes[0].set_ylabel(axis_label(data.names[1]))
     return figure
 
 
@@ -152,6 +152,6 @@ def _draw_images(model: EnergyModel, data: Data) -> Figure:
     low, high = data.train.amin().item(), data.train.amax().item()
     particles = model.particles * model.scale + model.shift
     for axis, images, title in zip(axes, (data.held_out, particles), ("held-out data", "particles")):
-        tile(axis, images[:64], low, high)
+        image_grid(axis, images[:64], low, high)
         axis.set_title(title)
     return figure

@@ -170,7 +170,7 @@ def what_to_change(trained: Trained, summary: Summary, *, step_size_given: bool)
     if summary.overfit > max(3 * summary.overfit_se, OVERFIT):
         sentences.append(
             "data of the training are more likely than held-out ones, by "
-            f"{with_error(summary.overfit, summary.overfit_se)} nats each: they are learned by heart in part. "
+            f"{with_error(summary.overfit, summary.overfit_se)} nats each: the model has partly memorised them. "
             "Use fewer --steps, a smaller --width, or add --weight-decay"
         )
     estimate, half = summary.log_z_estimate, summary.log_z_half

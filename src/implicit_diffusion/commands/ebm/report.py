@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from implicit_diffusion.commands.ebm.config import Config
 from implicit_diffusion.commands.ebm.data import Data, column_name
@@ -19,7 +17,8 @@ from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.shared import ranges
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.commands.shared.formatting import number
-from implicit_diffusion.commands.shared.page import Picture, duration, figure, table, tile, write_page
+from implicit_diffusion.commands.shared.page import Picture, configuration, duration, figure, table, tile, write_page
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.runs import RunDirectory
 
@@ -41,8 +40,8 @@ def write_report(
     Returns:
         The path of the report.
     """
-    config = directory.read_config() or {}
-    title = f"{_name(config['data'])}, an energy-based model"
+    config = read_options(Config, directory)
+    title = f"{_name(config.data)}, an energy-based model"
     body = [
         _headline(data, summary, config, title),
         _warning_cards(summary),
@@ -50,12 +49,12 @@ def write_report(
         _numbers(data, summary),
         _columns(model, data),
         _use(data, config, directory),
-        _configuration(config),
+        configuration(vars(config).items()),
     ]
     return write_page(directory.path / "report.html", title, body)
 
 
-def _headline(data: Data, s: Summary, config: dict[str, Any], title: str) -> str:
+def _headline(data: Data, s: Summary, config: Config, title: str) -> str:
     bound = "at least, as data are discrete and were dequantised" if data.dequantised else "per datum, in its own units"
     tiles = [
         tile("Held-out log-likelihood in nats", number(-s.nll_held_out, s.nll_held_out_se), bound),
@@ -81,9 +80,9 @@ def _headline(data: Data, s: Summary, config: dict[str, Any], title: str) -> str
     facts = [
         f"{len(data.once):,} data of the training, {len(data.held_out):,} held out",
         events,
-        f"{config['potential']} of width {config['width']}",
-        f"{'weighted ' * config['weighted']}{config['sampler']}",
-        f"seed {config['seed']}",
+        f"{config.potential} of width {config.width}",
+        f"{'weighted ' * config.weighted}{config.sampler}",
+        f"seed {config.seed}",
     ]
     return f"""<header>
 <p class="kicker">implicit-diffusion · report of an energy-based model</p>
@@ -132,7 +131,7 @@ def _warning_cards(s: Summary) -> str:
     warnings = _warnings(s)
     cards = [f'<div class="concern warning"><p>{escape(line[0].upper() + line[1:])}.</p></div>' for line in warnings]
     if not warnings:
-        checked = "log Z at half the annealing, effective particles, acceptance, data learned by heart, discrete values"
+        checked = "log Z at half the annealing, effective particles, acceptance, memorised data, discrete values"
         cards.append(f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     cards += [
         f'<div class="concern info"><p>{escape(line)}. At the end of a training this is expected.</p></div>'
@@ -151,7 +150,7 @@ def _numbers(data: Data, s: Summary) -> str:
             "nll_held_out",
             f"of data that training did not see; {per}. The error counts log Z",
         ),
-        ("the same, of the training", "nll_train", "of data that it saw, lower if it learned them by heart"),
+        ("the same, of the training", "nll_train", "of data that it saw, lower if it memorised them"),
         ("the same, of a Gaussian", "nll_gaussian", "mean and covariance of the training data, on the held-out ones"),
         ("the same, of the law itself", "nll_law", "the best that any model can do"),
         ("KL(data‖model)", "kl", "exact, by quadrature: the distance from the best"),
@@ -218,7 +217,7 @@ Two samples of one law have less than the last number in 95 of 100 cases.</p>
 """
 
 
-def _use(data: Data, config: dict[str, Any], directory: RunDirectory) -> str:
+def _use(data: Data, config: Config, directory: RunDirectory) -> str:
     model = str(directory.model)
     shape = ", ".join(map(str, data.event_shape))
     if data.dequantised:
@@ -251,18 +250,11 @@ implicit-diffusion sample --model {quoted} --num 1000 --out draws.npy"""
 """
 
 
-def command(config: dict[str, Any]) -> str:
-    """The command line with this configuration, without the run directory and without options at their defaults."""
-    given = {field.name: config.get(field.name) for field in fields(Config) if field.name != "out"}
+def command(config: Config) -> str:
+    """The command line with these options, without the run directory and without options at their defaults."""
+    given = {name: value for name, value in vars(config).items() if name != "out"}
     defaults = {field.name: field.default for field in fields(Config)}
     return ranges.command("ebm", {k: v for k, v in given.items() if v is not None and v != defaults[k]})
-
-
-def _configuration(config: dict[str, Any]) -> str:
-    rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in config.items()]
-    return f"""<section><details><summary>Configuration</summary>
-{table(("setting", "value"), rows, cls="plain")}</details></section>
-"""
 
 
 def _name(data: str) -> str:

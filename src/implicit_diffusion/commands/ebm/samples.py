@@ -108,10 +108,10 @@ def draw_pairs(shown: Sides) -> Any:
                 axes.set_title(f"r = {r:.2f}".replace("-", "−"), fontsize=8, color="0.35", pad=2, loc="right")
             axes.tick_params(labelsize=8, labelleft=j == 0 and i > 0, labelbottom=i == d - 1)
             if j == 0 and i > 0:
-                axes.set_ylabel(short(shown.names[i]), fontsize=9)
+                axes.set_ylabel(axis_label(shown.names[i]), fontsize=9)
             if i == d - 1:
-                axes.set_xlabel(short(shown.names[j]), fontsize=9)
-    panels[0, 0].set_ylabel(f"{short(shown.names[0])}\n(density)", fontsize=9)
+                axes.set_xlabel(axis_label(shown.names[j]), fontsize=9)
+    panels[0, 0].set_ylabel(f"{axis_label(shown.names[0])}\n(density)", fontsize=9)
     _legend(figure, shown)
     return figure
 
@@ -124,7 +124,7 @@ def draw_marginals(shown: Sides, chosen: list[int]) -> Any:
     panels = figure.subplots(rows, width, squeeze=False).flatten()
     for axes, i in zip(panels, chosen):
         _marginal(axes, shown.data[:, i], shown.draws[:, i], _limits(shown.data[:, i], shown.draws[:, i]))
-        axes.set_xlabel(short(shown.names[i]), fontsize=9)
+        axes.set_xlabel(axis_label(shown.names[i]), fontsize=9)
         axes.tick_params(labelsize=8, labelleft=False)
     for axes in panels[::width]:
         axes.set_ylabel("density", fontsize=9)
@@ -151,7 +151,7 @@ def draw_scores(held_out: Tensor, train: Tensor, draws: Tensor) -> Any:
     return figure
 
 
-def short(name: str, most: int = 24) -> str:
+def axis_label(name: str, most: int = 24) -> str:
     """A name that fits below an axis; matplotlib reads it as a formula only if it is one of `Data.names`."""
     if name.startswith("$x_"):
         return name

@@ -124,7 +124,7 @@ class ComparedTraining:
 
 
 @dataclass(frozen=True)
-class ArmSummary:
+class ComparedArm:
     """One arm of a comparison: means over the seeds that came through.
 
     Args:
@@ -173,6 +173,6 @@ class Comparison:
 
     data: str
     grid: dict[str, dict[str, float | None]]
-    arms: dict[str, ArmSummary]
+    arms: dict[str, ComparedArm]
     advice: list[str]
     paired: dict[str, Paired | None]

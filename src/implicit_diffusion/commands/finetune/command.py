@@ -19,12 +19,13 @@ from implicit_diffusion.commands.finetune import judging, planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.model_card import model_card
-from implicit_diffusion.commands.finetune.result import Result, keep_result, read_config, read_result
+from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import held_out_checks, make_loop, scale, train, weight_of_penalty
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.judging import judge
@@ -101,7 +102,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         held_out = held_out_checks(spec, setup)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory)
         facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
-        finish(setup, state, plan, facts, config.starts, directory)
+        finish(setup, state, plan, facts, directory)
         return report(directory)
 
 
@@ -136,9 +137,7 @@ def _training_summary(
 
 
 @part("judging")
-def finish(
-    setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, starts: int, directory: RunDirectory
-) -> None:
+def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, directory: RunDirectory) -> None:
     """Judge, export, and write the summary, after which only the report is left to be made.
 
     Args:
@@ -146,11 +145,10 @@ def finish(
         state: at the end of the training.
         plan: of the run.
         training: what the training did.
-        starts: number of initial noises of the judgement.
-        directory: of the run.
+        directory: of the run, with its resolved options.
     """
-    config = read_config(directory)
-    judged = judging.evaluate_all(setup, state.chain, starts, directory)
+    config = read_options(Config, directory)
+    judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
     judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
     headline = headline_of(
         judgement,

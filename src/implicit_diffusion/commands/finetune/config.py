@@ -1,4 +1,4 @@
-"""What a fine-tuning run can be asked for: all of its options, with their defaults, on one screen."""
+"""The options of `finetune`, with their defaults, on one screen."""
 
 from __future__ import annotations
 

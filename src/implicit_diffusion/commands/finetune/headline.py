@@ -58,7 +58,7 @@ def _worse(judgement: Judgement) -> str:
             f"{' to '.join(ends)}."
         )
     fall_of_j = judgement.j_fall
-    words = "is not finite any more" if fall_of_j is None else f"rose by {number(-fall_of_j.mean, fall_of_j.error)}"
+    words = "is no longer finite" if fall_of_j is None else f"rose by {number(-fall_of_j.mean, fall_of_j.error)}"
     ends = (number(None if j is None else j.mean, digits=4) for j in (judgement.j_before, judgement.j_after))
     return (
         f"Fine-tuning made the model worse: J (KL weight × path KL − reward), which it lowers, {words}, from "
@@ -132,7 +132,7 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
 
 
 def _lines_of_j(headline: Headline, beta: float) -> Iterator[str]:
-    """By how much J fell and could have fallen; a dash where J is not finite any more."""
+    """By how much J fell and could have fallen; a dash where J is no longer finite."""
     assert headline.j_bound is not None
     captured = percent(*(headline.captured or (None, None)))
     result = headline.captured_unknown or f"captured {captured}"

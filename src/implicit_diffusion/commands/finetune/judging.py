@@ -96,7 +96,7 @@ def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int, ge
         with suppress(InvalidInputError):
             done += len((each.read() or {"reward": ()})["reward"])
     if done:
-        print(f"judging   goes on: {done} of {len(storage) * starts} starts are judged")
+        print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")
     return storage
 
 

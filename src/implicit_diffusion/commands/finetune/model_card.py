@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
-from implicit_diffusion.commands.finetune.summary import Headline, Summary
+from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.formatting import markdown, model_name, number
-from implicit_diffusion.commands.shared.usage import usage
+from implicit_diffusion.commands.shared.usage import PipelineUse, usage
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
@@ -31,7 +31,7 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
     runs = f"During training {kept}; this pipeline runs the trained network on all of them."
     if not summary.model.pipeline_is_the_chain:
         runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
-it runs {pipeline} with the trained network, and earns what the table says. The trained chain itself is
+it runs {pipeline} with the trained network; the table has its reward. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config.eta:g}" if config.eta is not None else ""
     guidance = f", guidance {config.guidance:g}" if config.guidance else ""
@@ -64,12 +64,26 @@ over a chain of {chain.num_steps} {kind.words} steps ({table}).
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-{usage(vars(config), vars(summary.model))}
+{usage(pipeline_use(config, summary.model))}
 ```
 {adapter}
 Chain: {config.scheduler}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
 β = {beta:.6g}, reward = {reward}, {updates_in_words(summary)}, seed {config.seed}.
 """
+
+
+def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
+    """What a program needs to know of the exported pipeline, from the resolved options and the summary of a run."""
+    return PipelineUse(
+        num_steps=config.num_steps,
+        condition=model.condition,
+        pipeline_class=model.pipeline_class,
+        event_shape=model.event_shape,
+        eta=config.eta,
+        guidance=config.guidance,
+        num_classes=model.num_classes,
+        null_class=config.null_class,
+    )
 
 
 def _judged(headline: Headline, beta: float) -> str:

@@ -47,7 +47,7 @@ def show(plan: Plan) -> None:
 @part("planning")
 def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     """Draw two panels: the frontier of reward against path KL, and the pretrained rewards that it is made of."""
-    from implicit_diffusion.commands.shared.drawing import finish, legend_above, sheet
+    from implicit_diffusion.commands.shared.drawing import finish_figure, legend_above, sheet
 
     figure = sheet(10.0, 4.0)
     left, right = figure.subplots(1, 2)
@@ -69,7 +69,7 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
             textcoords="offset points",
             fontsize=8,
         )
-    left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be had")
+    left.set(xlabel="path KL to the pretrained chain (nats)", ylabel="expected reward", title="What can be reached")
     right.hist(evaluation.reward.flatten().cpu().numpy(), bins=40, color="0.6")
     right.axvline(plan.reward, color="k", label="mean")
     for b in plan.bounds:
@@ -78,4 +78,4 @@ def plot(plan: Plan, evaluation: Evaluation, path: Path) -> None:
     right.set(xlabel="reward", ylabel="pretrained samples", title="Where the pretrained samples lie")
     for axis in (left, right):
         legend_above(axis, columns=2)
-    finish(figure, path, (left, right))
+    finish_figure(figure, path, (left, right))

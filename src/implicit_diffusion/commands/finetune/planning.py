@@ -101,12 +101,12 @@ def pretrained_samples(
     try:
         state = stored.read()
     except InvalidInputError as error:
-        print(f"plan      drawn again, not taken from {stored.folder}: {error}")
+        print(f"plan      drawn again, not reused from {stored.folder}: {error}")
     if state is not None and stored.is_whole(state):
         print(f"plan      reused: {stored.folder} holds the {total} trajectories of this model, chain and reward")
         return from_state(state, setup.chain.device)
     if state is not None:
-        print(f"plan      goes on: {stored.folder} holds {state['reward'].numel()} of {total} trajectories")
+        print(f"plan      continued: {stored.folder} holds {state['reward'].numel()} of {total} trajectories")
     with writing(directory.path):
         (directory.path / "plan.json").unlink(missing_ok=True)
     return draw(setup, stored)
@@ -154,7 +154,7 @@ def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Ma
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
     """Draw pretrained samples of the chain, and print where the plan is."""
-    from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
+    from implicit_diffusion.commands.shared.drawing import finish_figure, image_grid, sheet
 
     print(f"plan      {directory.path / 'plan.json'}")
     print(f"figures   {directory.figure('plan')}")
@@ -162,8 +162,8 @@ def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> N
     images = samples.samples[:SHOWN, 0] if decoded is None else decoded[0]
     if images.ndim == 4:
         figure = sheet(5.0, 5.0)
-        tile(figure.subplots(), images, -1.0, 1.0)
-        finish(figure, directory.figure("pretrained"))
+        image_grid(figure.subplots(), images, -1.0, 1.0)
+        finish_figure(figure, directory.figure("pretrained"))
         print(f"          {directory.figure('pretrained')}, drawn by the chain that would be trained")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.summary import Summary
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -23,7 +23,6 @@ from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
-PATHS = ("out", "prompts")  # options that are paths
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,7 +108,7 @@ def read_result(directory: RunDirectory) -> Result:
     """
     path = directory.path
     if not (path / "summary.json").is_file():
-        raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` goes on with it")
+        raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` continues it")
     kept = load_state(path / JUDGED)
     before, after = (
         Evaluation(**kept[side], samples=kept[side]["reward"][..., None][..., :0]) for side in ("before", "after")
@@ -119,26 +118,11 @@ def read_result(directory: RunDirectory) -> Result:
         plan = Plan.from_state(kept["plan"])
     except (KeyError, TypeError) as error:
         raise InvalidInputError(f"{path} was written by another release: its plan has other fields") from error
-    config, metrics = read_config(directory), directory.read_metrics()
-    return Result(config, read_summary(path), plan, before, after, bound, metrics, kept["images"])
+    config, metrics = read_options(Config, directory), directory.read_metrics()
+    return Result(config, read_run_summary(path), plan, before, after, bound, metrics, kept["images"])
 
 
-def read_config(directory: RunDirectory) -> Config:
-    """The options in config.json.
-
-    Raises:
-        InvalidInputError: they are not those of this release.
-    """
-    content: Mapping[str, Any] = directory.read_config() or {}
-    try:
-        values = {field.name: content[field.name] for field in fields(Config)}
-    except KeyError as error:
-        raise InvalidInputError(f"{directory.path}/config.json is not of this release: it lacks {error}") from error
-    paths = {name: Path(values[name]) for name in PATHS if values[name] is not None}
-    return Config(**values | paths)
-
-
-def read_summary(path: Path) -> Summary:
+def read_run_summary(path: Path) -> Summary:
     """The summary.json in the folder of a finished run.
 
     Raises:

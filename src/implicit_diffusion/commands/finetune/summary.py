@@ -1,15 +1,12 @@
-"""summary.json: the headline numbers of a fine-tuning run, as a type, and to JSON and back.
-
-An estimate has two keys in JSON, `name` and `name_se`; both are null where the number does not exist.
-"""
+"""summary.json: the headline numbers of a fine-tuning run, as a type, and to JSON and back."""
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, to_json
 from implicit_diffusion.digits import Quality
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.evaluation.clipping import ClippingEffect
@@ -155,9 +152,9 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
-        content = to_json(self.headline) | to_json(self.training) | to_json(self.model)
-        content |= {"memory_of_start": asdict(self.memory_of_start), "plan": [asdict(row) for row in self.plan]}
-        content |= {f"quality_{when}": quality and asdict(quality) for when, quality in looks.items()}
+        content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
+        content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
+        content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
             if quality is not None:
@@ -171,56 +168,14 @@ class Summary:
 
         Raises:
             KeyError: a field is missing.
+            TypeError: a field of a part is missing, or one that the part does not have.
         """
         looks = (f"quality_{when}" for when in ("before", "after", "exported"))
         return Summary(
-            from_json(Headline, content),
-            from_json(TrainingSummary, content),
-            from_json(ModelSummary, content),
+            part_from_json(Headline, content),
+            part_from_json(TrainingSummary, content),
+            part_from_json(ModelSummary, content),
             from_json(MemoryOfStart, content["memory_of_start"]),
-            [from_json(PlanRow, row) for row in content["plan"]],
-            *(_value(Quality, content[look]) for look in looks),
+            from_json(list[PlanRow], content["plan"]),
+            *(from_json(Quality, content[look]) for look in looks),
         )
-
-
-def to_json(part: Any) -> dict[str, Any]:
-    """The fields of a dataclass as plain values, each estimate as two numbers."""
-    content: dict[str, Any] = {}
-    hints = get_type_hints(type(part))
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if _without_none(hints[field.name]) is Estimate:
-            content[field.name], content[f"{field.name}_se"] = value or (None, None)
-        else:
-            content[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return content
-
-
-def from_json(kind: Any, content: Mapping[str, Any]) -> Any:
-    """A dataclass of type `kind` from a mapping that has at least its fields, as `to_json` writes them.
-
-    Raises:
-        KeyError: a field is missing.
-    """
-    values: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if _without_none(hint) is Estimate:
-            mean = content[name]
-            values[name] = None if mean is None else Estimate(mean, content[f"{name}_se"])
-        else:
-            values[name] = _value(hint, content[name])
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any) -> Any:
-    """A value that may be a dataclass."""
-    hint = _without_none(hint)
-    return from_json(hint, value) if is_dataclass(hint) and value is not None else value
-
-
-def _without_none(hint: Any) -> Any:
-    """X for `X | None`."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return hint
-    (other,) = (each for each in get_args(hint) if each is not types.NoneType)
-    return other

@@ -118,7 +118,7 @@ class Arms:
         if loop.n >= ENOUGH:
             diagnostics["signal_to_noise"] = signal_to_noise(loop)
         history = None
-        if len(trace.history) >= 8 and not name.startswith("nested"):  # nested particles begin anew every time
+        if len(trace.history) >= 8 and not name.startswith("nested"):  # nested particles start from X_0 every time
             history = torch.stack(trace.history[len(trace.history) // 2 :])
             diagnostics |= {"r_hat": r_hat(history), "ess_in_time": ess_in_time(history), "records": len(history)}
         trace.diagnostics = finite(diagnostics)

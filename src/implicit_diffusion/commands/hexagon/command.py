@@ -26,6 +26,7 @@ from implicit_diffusion.commands.hexagon.summary import Summary, add_exact, show
 from implicit_diffusion.commands.hexagon.trace import Trace
 from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
@@ -37,7 +38,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
     Args:
         config: the options.
-        directory: of an interrupted study to go on with; None begins a new one.
+        directory: of an interrupted study to continue; None begins a new one.
 
     Raises:
         InvalidInputError: a number out of range, or an `out` with something in it.
@@ -51,8 +52,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures again, and write and print the numbers, from the runs that are kept."""
-    values: dict[str, Any] = directory.read_config() or {}
-    return _study(Config(**values | {"grid": tuple(values["grid"]), "out": directory.path}), directory)
+    return _study(read_options(Config, directory), directory)
 
 
 def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:

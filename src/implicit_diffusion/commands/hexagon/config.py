@@ -1,4 +1,4 @@
-"""What `implicit-diffusion hexagon` is asked, and what its arms share."""
+"""The options of `hexagon`, and what its arms share."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish, sheet
+from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, sheet
 from implicit_diffusion.commands.shared.hexagon_problem import MODES, mixture
 from implicit_diffusion.runs import RunDirectory
 
@@ -65,7 +65,7 @@ def _particles(sigma: float, traces: Sequence[Trace], directory: RunDirectory) -
             if row == 2:
                 ax.set_xlabel("x₁", fontsize=9)
     figure.suptitle("Particles over the density of their potential (lines); + is where the reward points", fontsize=11)
-    finish(figure, directory.figure("particles"))
+    finish_figure(figure, directory.figure("particles"))
 
 
 def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
@@ -99,7 +99,7 @@ def _curves(traces: Sequence[Trace], directory: RunDirectory) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     seeds = len({trace.seed for trace in traces})
     figure.suptitle(f"Means over {seeds} seeds; bands: the middle half of them")
-    finish(figure, directory.figure("curves"), axes.flat)
+    finish_figure(figure, directory.figure("curves"), axes.flat)
 
 
 def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
@@ -118,7 +118,7 @@ def _modes(traces: Sequence[Trace], directory: RunDirectory) -> None:
         ax.set(title=name, xlabel="updates", ylim=(0, 1))
     axes[0][0].set_ylabel("softmax(θ)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=MODES, frameon=False)
-    finish(figure, directory.figure("modes"), axes.flat)
+    finish_figure(figure, directory.figure("modes"), axes.flat)
 
 
 def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:
@@ -143,7 +143,7 @@ def _lag(traces: Sequence[Trace], directory: RunDirectory) -> None:
     right.axhline(0, color="0.5", lw=0.8)
     right.set(xlabel="updates", ylabel="reward of the particles − E R under π_θ", title="How far behind θ they are")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    finish(figure, directory.figure("lag"), (left, right))
+    finish_figure(figure, directory.figure("lag"), (left, right))
 
 
 def _column(group: Sequence[Trace], name: str) -> Tensor | None:

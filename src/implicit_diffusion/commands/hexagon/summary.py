@@ -15,7 +15,7 @@ from implicit_diffusion.extras import require
 
 
 @dataclass(frozen=True)
-class ArmSummary:
+class HexagonArm:
     """One arm: means over its seeds.
 
     Args:
@@ -52,7 +52,7 @@ class Summary:
         advice: what the diagnostics of the first seed say, by arm.
     """
 
-    arms: dict[str, ArmSummary]
+    arms: dict[str, HexagonArm]
     grids: dict[str, dict[str, float]]
     tuned: dict[str, float]
     reward_exact_initial: float
@@ -71,7 +71,7 @@ def add_exact(trace: Trace, exact: HexagonQuadrature) -> None:
         point["mode_probabilities"] = logits.softmax(0).tolist()
 
 
-def summarise(traces: list[Trace], exact: HexagonQuadrature) -> ArmSummary:
+def summarise(traces: list[Trace], exact: HexagonQuadrature) -> HexagonArm:
     """One arm, from the runs of all its seeds."""
     rewards = [mean(t.tail) for t in traces]
     initial = mixture(None, exact.sigma, torch.float64)
@@ -81,7 +81,7 @@ def summarise(traces: list[Trace], exact: HexagonQuadrature) -> ArmSummary:
         modes = torch.tensor([exact.coarse.modes(p) for p in finals], dtype=torch.float64)
     else:
         modes = torch.stack([logits_of(p).detach().double().softmax(0) for p in finals])
-    return ArmSummary(
+    return HexagonArm(
         reward=mean(rewards),
         reward_std=stdev(rewards) if len(rewards) > 1 else None,
         reward_exact=None if guided else mean(exact.reward(logits_of(p)) for p in finals),

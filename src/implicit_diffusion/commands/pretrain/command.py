@@ -22,6 +22,7 @@ from implicit_diffusion.commands.pretrain.summary import ImagesSummary, Summary
 from implicit_diffusion.commands.pretrain.training import Training, train
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
     """Train, save and judge: `model/` (a diffusers folder), `summary.json` and `figures/samples.png` in `config.out`.
 
-    The model is saved before it is judged, and every ten minutes while it is trained; the state to go on from every
+    The model is saved before it is judged, and every ten minutes while it is trained; the state to continue from every
     minute.
 
     Args:
         config: the options.
-        directory: of an interrupted run to go on with; None begins a new one.
+        directory: of an interrupted run to continue; None begins a new one.
 
     Returns:
         What summary.json holds: the config, the number of parameters, the losses on training and held-out images and
@@ -51,7 +52,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
     Raises:
         InvalidInputError: data that cannot be loaded, a setting out of range, or an `out` that is not empty.
-        KeyboardInterrupt: Ctrl-C; `resume` goes on, and the average so far is saved.
+        KeyboardInterrupt: Ctrl-C; `resume` continues it, and the average so far is saved.
     """
     config.check()
     resumed = directory is not None
@@ -60,7 +61,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         if not resumed:
             directory.check_start("pretrain")
         clock.keep(directory.path)
-        fingerprints, data = inputs(config), load(config)
+        fingerprints, data = inputs(config), images_of(config)
         config = replace(config, size=data.event_shape[1:], channels=widths_of(config, data))
         training = training_of(config, data)
         with opened("pretrain", config, directory, resumed=resumed, fingerprints=fingerprints, device=training.device):
@@ -73,16 +74,13 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     Raises:
         InvalidInputError: images or a model that are no longer there.
     """
-    summary = read_summary(Summary, directory)
-    config = summary.config
-    data = load_images(
-        config["data"], tuple(config["size"]), len(config["channels"]), classes=config.get("classes", False)
-    )
+    summary, config = read_summary(Summary, directory), read_options(Config, directory)
+    data = images_of(config)
     pretrained = load_pretrained(directory.model)
     unet = pretrained.denoiser.model
-    count = _samples(config["data"], config["samples"], data)
+    count = _samples(config.data, config.samples, data)
     shape, classes = data.event_shape, len(data.classes)
-    drawn = sampled(config["chains"], unet, pretrained.scheduler, count, config["seed"], shape, classes)
+    drawn = sampled(config.chains, unet, pretrained.scheduler, count, config.seed, shape, classes)
     plot(data, drawn, directory)
     print(f"figures   {directory.figure('samples')}")
     written: dict[str, Any] = to_json(summary)
@@ -90,7 +88,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
 
 
 @part("loading")
-def load(config: Config) -> Images:
+def images_of(config: Config) -> Images:
     """The images that a config names."""
     levels = len(config.channels) if config.channels else None
     return load_images(config.data, config.size, levels, classes=config.classes)
@@ -145,9 +143,9 @@ def _finish(
             classifier_accuracy=digits.accuracy(digits.load_classifier()),
             judge_accuracy=digits.accuracy(digits.fit_judge()),
         )
-    card = digits_card.model_card(summary) if config.data == "digits" else images_card.model_card(summary)
+    model_card = digits_card.model_card if config.data == "digits" else images_card.model_card
     with part("saving"), writing(directory.model):
-        save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, card)
+        save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, model_card(config, summary))
     plot(data, drawn, directory)
     written: dict[str, Any] = to_json(summary)
     directory.write_summary(written)  # the last file: with it, the run is finished

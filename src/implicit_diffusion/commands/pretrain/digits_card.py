@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from implicit_diffusion.commands.pretrain.config import Config
 from implicit_diffusion.commands.pretrain.image_classes import card_section, drawing
 from implicit_diffusion.commands.pretrain.summary import Summary
 from implicit_diffusion.commands.shared.formatting import markdown
 from implicit_diffusion.digits import Appearance
 
 
-def model_card(summary: Summary) -> str:
+def model_card(config: Config, summary: Summary) -> str:
     """The README.md of the model folder: what it is, how to make and use it, and how good its samples are."""
-    config, quality = summary.config, summary.quality
-    assert quality is not None and summary.classifier_accuracy is not None and summary.judge_accuracy is not None
+    quality = summary.quality
+    assert config.channels is not None and quality is not None  # resolved, and of digits
+    assert summary.classifier_accuracy is not None and summary.judge_accuracy is not None
     beside = next(iter(quality.values()))
 
     def row(name: str, appearance: Appearance, mmd: str) -> str:
@@ -38,13 +40,13 @@ def model_card(summary: Summary) -> str:
         kind="class-conditional" if classes else "unconditional",
         drawn=drawn,
         parameters=summary.parameters,
-        channels=", ".join(map(str, config["channels"])),
-        steps=config["steps"],
-        batch=config["batch"],
+        channels=", ".join(map(str, config.channels)),
+        steps=config.steps,
+        batch=config.batch,
         seconds=summary.seconds,
-        prediction_type=markdown(config["prediction_type"]),
-        beta_schedule=markdown(config["beta_schedule"]),
-        samples=config["samples"],
+        prediction_type=markdown(config.prediction_type),
+        beta_schedule=markdown(config.beta_schedule),
+        samples=config.samples,
         chains=" and ".join(map(str, quality)),
         rows="\n".join(rows),
         shares="\n".join(shares),

@@ -17,6 +17,7 @@ from torch import Tensor
 from implicit_diffusion.commands.pretrain.image_files import ImageFile
 from implicit_diffusion.commands.pretrain.summary import ImagesSummary
 from implicit_diffusion.commands.shared.formatting import markdown
+from implicit_diffusion.commands.shared.usage import PipelineUse, usage
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
 
@@ -126,13 +127,6 @@ is, and draw the classes in turn or at random. There is no label that stands for
 
 def drawing(images: ImagesSummary) -> str:
     """Lines of Python that draw from the pipeline, after it is loaded."""
-    from implicit_diffusion.commands.shared.usage import usage
-
-    config = {"scheduler": "ddpm", "num_steps": 50, "guidance": 1, "null_class": None}
-    summary = {
-        "condition": "classes" if images.classes else None,
-        "pipeline_class": "DDPMPipeline",
-        "num_classes": len(images.classes),
-        "event_shape": images.event_shape,
-    }
-    return usage(config, summary)
+    condition = "classes" if images.classes else None
+    use = PipelineUse(50, condition, "DDPMPipeline", images.event_shape, guidance=1.0, num_classes=len(images.classes))
+    return usage(use)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from implicit_diffusion.commands.pretrain.config import Config
 from implicit_diffusion.commands.pretrain.image_classes import card_section, drawing
 from implicit_diffusion.commands.pretrain.summary import Summary
 from implicit_diffusion.commands.shared.formatting import markdown
@@ -15,23 +16,24 @@ def title(data: str) -> str:
     return markdown(Path(data).name if os.path.isabs(data) else data)
 
 
-def model_card(summary: Summary) -> str:
+def model_card(config: Config, summary: Summary) -> str:
     """The README.md of the model folder: what it is, how it was made, and how to use it."""
-    config, images = summary.config, summary.images
+    assert config.channels is not None  # resolved
+    images = summary.images
     channels, height, width = images.event_shape
     colour = "grey" if channels == 1 else "colour"
     size, seconds = f"--size {height} {width}", f"{summary.seconds:.0f} s"
-    data, asked = title(config["data"]), " --classes" if config.get("classes") else ""
-    prediction, schedule = (markdown(config[key]) for key in ("prediction_type", "beta_schedule"))
+    data, asked = title(config.data), " --classes" if config.classes else ""
+    prediction, schedule = map(markdown, (config.prediction_type, config.beta_schedule))
     return f"""# A diffusion model of {data}
 
-A `UNet2DModel` with {summary.parameters} parameters (channels {", ".join(map(str, config["channels"]))}), trained by
-denoising score matching ({prediction}, schedule {schedule}, {config["steps"]} steps of
-{config["batch"]} images, {seconds}) on {images.train} {colour} images of {height} by {width} pixels.
+A `UNet2DModel` with {summary.parameters} parameters (channels {", ".join(map(str, config.channels))}), trained by
+denoising score matching ({prediction}, schedule {schedule}, {config.steps} steps of
+{config.batch} images, {seconds}) on {images.train} {colour} images of {height} by {width} pixels.
 It is made for ancestral chains with trailing spacing and without clipping, which its scheduler says too. Made by
 
-    implicit-diffusion pretrain --data DATA{asked} {size} --steps {config["steps"]} --batch {config["batch"]} \\
-        --lr {config["lr"]:g} --seed {config["seed"]} --out DIR
+    implicit-diffusion pretrain --data DATA{asked} {size} --steps {config.steps} --batch {config.batch} \\
+        --lr {config.lr:g} --seed {config.seed} --out DIR
 
 where DATA is {data}. The denoising loss is {summary.loss_train:.4f} on training images and
 {summary.loss_held_out:.4f} on {images.held_out} images held out.

@@ -63,7 +63,7 @@ def denoising_loss(
 ) -> float:
     """The loss of the trained network on given images, the same `repeats` times and noises per image at each call.
 
-    Much lower on training images than on held-out ones means that the network has learnt the former by heart.
+    Much lower on training images than on held-out ones means that the network has memorised the former.
     """
     generator = torch.Generator().manual_seed(0)
     losses = []

@@ -95,17 +95,17 @@ def plot_samples(groups: dict[str, Tensor], path: Path, classes: Sequence[str] =
         path: of the PNG file.
         classes: names of the rows, where each row is of one class.
     """
-    from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
+    from implicit_diffusion.commands.shared.drawing import finish_figure, image_grid, sheet
 
     columns, shown = image_classes.COLUMNS, {name: x if classes else x[:96] for name, x in groups.items()}
     tall = max(-(-len(x) // columns) * (x.shape[-2] + 2) / (columns * (x.shape[-1] + 2)) for x in shown.values())
     figure = sheet(WIDTH * len(groups), WIDTH * tall + TITLE)
     for axis, (name, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], shown.items(), strict=True):
-        tile(axis, images, low=-1, high=1, columns=columns)
+        image_grid(axis, images, low=-1, high=1, columns=columns)
         if classes:
             image_classes.name_rows(axis, classes, images.shape[-2])
         axis.set_title(name)
-    finish(figure, path)
+    finish_figure(figure, path)
 
 
 @part("drawing")

@@ -46,7 +46,7 @@ class Descent:
 
 @dataclass(repr=False)
 class Pretraining(Shown):
-    """What `begin` makes and every step changes.
+    """What `begin_pretraining` makes and every step changes.
 
     Args:
         unet: in training mode, on its device.
@@ -128,7 +128,7 @@ class Pretraining(Shown):
         save_state(directory.checkpoint, {"pretraining": state})
 
     def restore(self, directory: RunDirectory, images: list[str]) -> None:
-        """Go on from checkpoint/, and drop the lines of metrics.jsonl after it; a note says which lines are missing.
+        """Continue from checkpoint/, and drop the lines of metrics.jsonl after it; a note says which lines are missing.
 
         Raises:
             InvalidInputError: no such checkpoint, one of another network, or one of other images.
@@ -165,7 +165,7 @@ class Pretraining(Shown):
         return [self.generator, torch.default_generator, *on_device]
 
 
-def begin(descent: Descent, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
+def begin_pretraining(descent: Descent, unet: UNet2DModel, scheduler: DDPMScheduler) -> Pretraining:
     """The state before the first step."""
     require("diffusers")
     from diffusers.training_utils import EMAModel

@@ -1,4 +1,4 @@
-r"""Denoising score matching, step by step, with a state to go on from.
+r"""Denoising score matching, step by step, with a state to continue from.
 
 Vincent, *A Connection Between Score Matching and Denoising Autoencoders*, 2011; Ho et al., *Denoising Diffusion
 Probabilistic Models*, arXiv 2006.11239, algorithm 1. On the variance-preserving path
@@ -12,7 +12,7 @@ with the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672, eq. 17) and the
 
 The velocity suits short chains: x itself is recovered without a division by sqrt(abar_t), which is nearly zero at the
 first step of a chain with trailing spacing. The loss is E|u_theta(x_t, t) - v_t|^2; the weights kept are their
-exponential moving average. Dropout keeps the network from learning the 1437 training digits by heart.
+exponential moving average. Dropout keeps the network from memorising the 1437 training digits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.loss import image_losses
 from implicit_diffusion.commands.pretrain.network import Network
-from implicit_diffusion.commands.pretrain.state import Descent, Pretraining, begin, digests
+from implicit_diffusion.commands.pretrain.state import Descent, Pretraining, begin_pretraining, digests
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
@@ -73,8 +73,8 @@ def train(training: Training, data: Images, directory: RunDirectory | None = Non
     Args:
         training: what to do.
         data: the images.
-        directory: gets the model, up to a thousand lines of metrics.jsonl, and the state to go on from; where it holds
-            such a state, training goes on from there, bit for bit. None leaves no trace.
+        directory: gets the model, up to a thousand lines of metrics.jsonl, and the state to continue from; where it
+            holds such a state, training continues from there, bit for bit. None leaves no trace.
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; the update is not done.
@@ -90,7 +90,7 @@ def train(training: Training, data: Images, directory: RunDirectory | None = Non
                 torch.manual_seed(training.descent.seed)
                 unet, scheduler = training.network.build()
                 unet.to(device).train()
-                state = begin(training.descent, unet, scheduler)
+                state = begin_pretraining(training.descent, unet, scheduler)
                 images = digests(data) if training.check_pixels else []
                 if directory is not None and directory.has_state:
                     state.restore(directory, images)

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.commands.recovery.config import TAIL, Config
-from implicit_diffusion.commands.recovery.training import Training, exact_kls, models, train
+from implicit_diffusion.commands.recovery.training import RecoveryRun, exact_kls, models, train
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
@@ -30,7 +31,7 @@ ARMS = ("unweighted", "weighted", "unweighted-decreasing", "weighted-decreasing"
 
 
 @dataclass(frozen=True)
-class ArmSummary:
+class RecoveryArm:
     """One arm: means over its last updates.
 
     Args:
@@ -50,7 +51,7 @@ class Summary:
 
     kl_before: float
     kl_to_data_before: float
-    arms: dict[str, ArmSummary]
+    arms: dict[str, RecoveryArm]
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
     Args:
         config: the options.
-        directory: of an interrupted study to go on with; None begins a new one.
+        directory: of an interrupted study to continue; None begins a new one.
 
     Raises:
         InvalidInputError: a number out of range, or an `out` with something in it.
@@ -72,14 +73,13 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figure again, and write and print the numbers, from the runs that are kept."""
-    values = directory.read_config() or {}
-    return _study(Config(**values | {"out": directory.path}), directory)
+    return _study(read_options(Config, directory), directory)
 
 
-def training_of(config: Config, arm: str, seed: int) -> Training:
+def run_of(config: Config, arm: str, seed: int) -> RecoveryRun:
     """One run of an arm."""
     assert config.step_size is not None  # resolved
-    return Training(
+    return RecoveryRun(
         problem=config.problem,
         weighted=arm.startswith("weighted"),
         decreasing=arm.endswith("decreasing"),
@@ -99,7 +99,7 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
         for name in ARMS:
             runs = []
             for seed in range(config.seed, config.seed + config.seeds):
-                runs.append(study.once(name, seed, make=partial(train, training_of(config, name, seed))))
+                runs.append(study.once(name, seed, make=partial(train, run_of(config, name, seed))))
                 bar.update()
             curves[name] = torch.stack(runs)
     target, start = models(config.problem)
@@ -112,10 +112,10 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     return written
 
 
-def _summarise(runs: Float[Tensor, "seeds updates 2"]) -> ArmSummary:
+def _summarise(runs: Float[Tensor, "seeds updates 2"]) -> RecoveryArm:
     ends = runs[:, -TAIL:].mean(1)
     forward, reverse = ends.mean(0).tolist()
-    return ArmSummary(forward, reverse, [ends[:, 0].min().item(), ends[:, 0].max().item()])
+    return RecoveryArm(forward, reverse, [ends[:, 0].min().item(), ends[:, 0].max().item()])
 
 
 def show(summary: Summary, folder: Path) -> None:
@@ -130,7 +130,7 @@ def show(summary: Summary, folder: Path) -> None:
 
 def plot(curves: dict[str, Float[Tensor, "seeds updates 2"]], before: float, path: Path) -> None:
     """Exact KL against updates, a band over seeds per arm."""
-    from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish, legend_above, sheet
+    from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, legend_above, sheet
 
     figure = sheet(6.4, 4)
     axis = figure.subplots()
@@ -144,4 +144,4 @@ def plot(curves: dict[str, Float[Tensor, "seeds updates 2"]], before: float, pat
     axis.axhline(before, color="0.5", ls=":", lw=1)
     axis.set(yscale="log", xlabel="updates", ylabel="exact KL(data‖model), nats", title="Geometric means over seeds")
     legend_above(axis, columns=2)
-    finish(figure, path, [axis])
+    finish_figure(figure, path, [axis])

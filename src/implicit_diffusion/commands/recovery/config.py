@@ -1,4 +1,4 @@
-"""What `implicit-diffusion recovery` is asked."""
+"""The options of `recovery`."""
 
 from __future__ import annotations
 

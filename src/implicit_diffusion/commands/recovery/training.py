@@ -22,7 +22,7 @@ GRID = Grid(RADIUS + 7, 160)  # for components of deviation one
 
 
 @dataclass(frozen=True)
-class Training:
+class RecoveryRun:
     """One run.
 
     Args:
@@ -56,7 +56,7 @@ def models(problem: str) -> tuple[GaussianMixture, GaussianMixture]:
     return data, model
 
 
-def train(training: Training) -> Float[Tensor, "updates 2"]:
+def train(training: RecoveryRun) -> Float[Tensor, "updates 2"]:
     """Exact KL(data‖model) and KL(model‖data) after every update."""
     noise = Noise(training.seed)
     target, model = models(training.problem)

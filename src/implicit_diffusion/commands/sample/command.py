@@ -63,7 +63,9 @@ def run(config: Config) -> Path:
     steps = config.num_steps or (STEPS if trained is None else len(trained.table))
     most = pretrained.scheduler.config.num_train_timesteps
     if steps > most:
-        raise InvalidInputError(f"--num-steps {steps} is more than the {most} timesteps that the model was trained for")
+        raise InvalidInputError(
+            f"--num-steps must be at most the {most} timesteps that the model was trained on, got {steps}"
+        )
     device = find_device(config.device)
     for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
         network.to(device)

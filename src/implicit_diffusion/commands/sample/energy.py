@@ -40,13 +40,13 @@ def sample_energy_model(folder: Path, num: int, out: Path, steps: int | None, se
 
 
 def _picture(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
-    from implicit_diffusion.commands.shared.drawing import finish, sheet, tile
+    from implicit_diffusion.commands.shared.drawing import finish_figure, image_grid, sheet
 
     figure = sheet(4.2, 4.2)
     axis = figure.subplots()
     if len(model.architecture.event_shape) == 3:
-        tile(axis, x, x.amin().item(), x.amax().item(), columns=math.ceil(len(x) ** 0.5))
+        image_grid(axis, x, x.amin().item(), x.amax().item(), columns=math.ceil(len(x) ** 0.5))
     else:
         axis.scatter(x[:, 0], x[:, 1], s=3, lw=0, color="#2a9d5c")
         axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-    finish(figure, out)
+    finish_figure(figure, out)

@@ -1,4 +1,4 @@
-"""What `implicit-diffusion score` is asked."""
+"""The options of `score`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Config:
     out: Path | None = None
     """New .npy file to write the log-likelihood of each data point to, in nats."""
     seed: int = 0
-    """Seed of the noise that is added to discrete values; for other data there is none."""
+    """Seed of the noise that is added to discrete values; it has no effect on other data."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where the seed is out of range, or `out` is not a new .npy file."""

@@ -36,7 +36,7 @@ COMMA = re.compile(r"[+-]?\d*,\d+")  # a number with a decimal comma
 
 
 @dataclass(frozen=True, repr=False)
-class Table(Shown):
+class ArrayFile(Shown):
     """An array of numbers, and the names of its columns where the file has some."""
 
     array: np.ndarray
@@ -51,7 +51,7 @@ def place_of(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def read_table(name: str, otherwise: str = "") -> Table:
+def read_array_file(name: str, otherwise: str = "") -> ArrayFile:
     """The numbers in a file.
 
     Args:
@@ -77,10 +77,10 @@ def read_table(name: str, otherwise: str = "") -> Table:
         if suffix == ".csv":
             return _read_csv(name, path)
         if suffix == ".npz":
-            return Table(_read_npz(name, path, key))
+            return ArrayFile(_read_npz(name, path, key))
         if suffix == ".safetensors":
-            return Table(_read_safetensors(name, path, key))
-        return Table(_read_npy(name, path))
+            return ArrayFile(_read_safetensors(name, path, key))
+        return ArrayFile(_read_npy(name, path))
     except (InvalidInputError, MemoryLimitError):
         raise
     except Exception as error:  # libraries raise errors of many types: ValueError, EOFError, SyntaxError, ...
@@ -189,7 +189,7 @@ def _check_memory(name: str, numbers: int, size: int, *, single: bool) -> None:
         )
 
 
-def _read_csv(name: str, path: Path) -> Table:
+def _read_csv(name: str, path: Path) -> ArrayFile:
     """A table of numbers. Its first line names the columns if no cell of it is a number.
 
     Cells are separated by tabs, semicolons or commas: the first of these that the first line contains.
@@ -229,7 +229,7 @@ def _read_csv(name: str, path: Path) -> Table:
             f"--data {name}: column 1 has no name and counts the rows; write the table without it (with pandas, "
             "to_csv(FILE, index=False))"
         )
-    return Table(table, columns and tuple(column or f"column {i}" for i, column in enumerate(columns, start=1)))
+    return ArrayFile(table, columns and tuple(column or f"column {i}" for i, column in enumerate(columns, start=1)))
 
 
 def _rows(reader: Any) -> Iterator[tuple[int, list[str]]]:

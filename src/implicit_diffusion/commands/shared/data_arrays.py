@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.commands.shared.array_files import MOST_LISTED, read_table
+from implicit_diffusion.commands.shared.array_files import MOST_LISTED, read_array_file
 from implicit_diffusion.errors import InvalidInputError
 
 
 def read_array(name: str) -> Float[Tensor, "m *event"]:
     """An array of data from a file, in double precision where single would round it."""
-    return to_tensor(name, read_table(name).array)
+    return to_tensor(name, read_array_file(name).array)
 
 
 def to_tensor(name: str, array: np.ndarray) -> Float[Tensor, "m *event"]:

@@ -28,7 +28,7 @@ def sheet(width: float | int, height: float | int) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def finish(figure: Figure, path: Path, gridded: Iterable[Any] = ()) -> None:
+def finish_figure(figure: Figure, path: Path, gridded: Iterable[Any] = ()) -> None:
     """Write the figure as PNG; `gridded` axes get a faint grid and no frame, and titles begin where their axes do."""
     for axis in figure.axes:
         if axis.get_title():
@@ -62,7 +62,9 @@ def _title_left(axis: Any, **options: Any) -> None:
         axis.set_title(title, loc="left", fontsize=size, **options)
 
 
-def tile(axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8) -> None:
+def image_grid(
+    axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8
+) -> None:
     """Show images in rows with a grey line around each, grey, RGB, or the mean of other channels; `low` is black."""
     shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
     shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)

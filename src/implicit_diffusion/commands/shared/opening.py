@@ -1,4 +1,4 @@
-"""How every command begins a run, or goes on with one: its folder, and what is written before the first step."""
+"""How every command begins a run, or continues one: its folder, and what is written before the first step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def in_folder(config: C, directory: RunDirectory | None, otherwise: Path) -> tup
 
     Args:
         config: a dataclass with a field `out`.
-        directory: of a run to go on with; None for a new one.
+        directory: of a run to continue; None for a new one.
         otherwise: where a new run goes whose config has no `out`.
 
     Raises:
-        InvalidInputError: a path that is none.
+        InvalidInputError: a path that cannot be used.
     """
     out = directory.path if directory else getattr(config, "out") or otherwise  # noqa: B009
     config = absolute(replace(config, out=out))  # type: ignore[type-var]
@@ -43,13 +43,13 @@ def opened(
     fingerprints: dict[str, Any] | None = None,
     device: torch.device | None = None,
 ) -> Iterator[None]:
-    """Write config.json and provenance.json where they are not there yet; whatever stops the block says how to resume.
+    """Write config.json and provenance.json where they are missing; errors and interruptions then say how to resume.
 
     Args:
         command: that begins the run.
         config: resolved, as it goes into config.json.
         directory: of the run, held.
-        resumed: whether the run goes on; a new one needs an empty folder.
+        resumed: whether the run is continued; a new one needs an empty folder.
         fingerprints: of the inputs, taken before these were read; by default they are taken now.
         device: that the run computes on; None for the CPU.
 

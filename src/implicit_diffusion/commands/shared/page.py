@@ -6,6 +6,7 @@ Pictures are embedded, words of users are escaped, and a content security policy
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -113,6 +114,14 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], chosen: int | N
         body.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{tds}</tr>')
     content = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     return f'<div class="scroll"><table class="{cls}">{content}</table></div>'
+
+
+def configuration(settings: Iterable[tuple[str, object]]) -> str:
+    """The section, folded at first, with the options of a run by name."""
+    rows = [[name, str(value) if isinstance(value, str | Path) else json.dumps(value)] for name, value in settings]
+    return f"""<section><details><summary>Configuration</summary>
+{table(("setting", "value"), rows, cls="plain")}</details></section>
+"""
 
 
 def duration(seconds: float) -> str:

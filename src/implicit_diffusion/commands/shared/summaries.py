@@ -1,7 +1,7 @@
 """Summaries of commands as frozen dataclasses, to JSON and back.
 
 A field whose default is None stands for a number that not every run has: where it is None, the JSON lacks it. Any other
-None is null.
+None is null. A field `name` that is an `Estimate` has two keys, `name` and `name_se`; both are null where it is None.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.runs import RunDirectory
 
 S = TypeVar("S")
@@ -21,8 +22,14 @@ S = TypeVar("S")
 def to_json(value: Any) -> Any:
     """Dataclasses and mappings as dictionaries, lists and tuples as lists, inside each other to any depth."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: to_json(item) for field, item in pairs if not (item is None and field.default is None)}
+        hints, content = get_type_hints(type(value)), dict[str, Any]()
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if _without_none(hints[field.name]) is Estimate:
+                content[field.name], content[f"{field.name}_se"] = item or (None, None)
+            elif item is not None or field.default is not None:
+                content[field.name] = to_json(item)
+        return content
     if isinstance(value, Mapping):
         return {name: to_json(item) for name, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
@@ -38,20 +45,49 @@ def from_json(kind: Any, value: Any) -> Any:
 
     Raises:
         TypeError: fields that are missing, or that the dataclass does not have.
+        KeyError: an estimate without its standard error.
     """
+    kind = _without_none(kind)
     origin, arguments = get_origin(kind), get_args(kind)
     if value is None:
         return None
-    if origin in (Union, types.UnionType):
-        return from_json(next(option for option in arguments if option is not types.NoneType), value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(**{name: from_json(hints.get(name, Any), item) for name, item in value.items()})
+        hints, values = get_type_hints(kind), dict(value)
+        for name in hints.keys() & values.keys():
+            if _without_none(hints[name]) is Estimate:
+                mean, error = values[name], values.pop(f"{name}_se")
+                values[name] = None if mean is None else Estimate(mean, error)
+            else:
+                values[name] = from_json(hints[name], values[name])
+        return kind(**values)
     if origin is dict:
         return {name: from_json(arguments[1], item) for name, item in value.items()}
     if origin in (list, tuple):
         return origin(from_json(arguments[0], item) for item in value)
     return value
+
+
+def part_from_json(kind: type[S], content: Mapping[str, Any]) -> S:
+    """A dataclass whose keys are among those of a flat mapping, which has the keys of other parts as well.
+
+    Args:
+        kind: the dataclass.
+        content: the fields of several dataclasses, each from `to_json`.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    hints = get_type_hints(kind)
+    keys = [*hints, *(f"{name}_se" for name, hint in hints.items() if _without_none(hint) is Estimate)]
+    part: S = from_json(kind, {key: content[key] for key in keys})
+    return part
+
+
+def _without_none(kind: Any) -> Any:
+    """X for `X | None`; other types as they are, the first member of other unions."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    return next(option for option in get_args(kind) if option is not types.NoneType)
 
 
 def read_summary(kind: type[S], directory: RunDirectory) -> S:
@@ -67,6 +103,6 @@ def read_summary(kind: type[S], directory: RunDirectory) -> S:
     path = directory.path / "summary.json"
     try:
         summary: S = from_json(kind, json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInputError(f"{path} is not what this release writes: {error}") from error
     return summary

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 LABELS = """import torch
 
@@ -18,23 +18,43 @@ GUIDED = """
     u = without + {guidance:g} * (u - without)"""
 
 
-def usage(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """The lines after `pipeline = DiffusionPipeline.from_pretrained(...)`.
+@dataclass(frozen=True)
+class PipelineUse:
+    """What a program needs to know of an exported pipeline.
 
     Args:
-        config: of the run, resolved.
-        summary: of the run, for `condition` and `pipeline_class`; where it lacks them, the model is unconditional.
+        num_steps: number of sampling steps.
+        condition: "prompts", "classes", or None for an unconditional model.
+        pipeline_class: name of the pipeline in diffusers; None where it is not known.
+        event_shape: of a sample.
+        eta: noise of DDIM; None for other samplers.
+        guidance: scale of classifier-free guidance, for a conditional model.
+        num_classes: of a class-conditional model.
+        null_class: the label that stands for no class; None where the model has none.
     """
-    eta = f", eta={config.get('eta', 1.0):g}" if config["scheduler"] == "ddim" else ""
-    condition, guidance = summary.get("condition"), config.get("guidance")
-    steps = f"num_inference_steps={config['num_steps']}"
-    if condition == "prompts":
-        return f'images = pipeline(["a prompt of yours"] * 4, {steps}{eta}, guidance_scale={guidance:g}).images'
-    if condition == "classes" and summary["pipeline_class"] == "DiTPipeline":
-        return f"images = pipeline([0, 1], {steps}, guidance_scale={guidance:g}).images"
-    if condition == "classes":
-        guided = "" if guidance == 1 else GUIDED.format(null=config["null_class"], guidance=guidance)
-        labels = [label for label in range(summary["num_classes"]) if label != config["null_class"]][:4]
-        event = ", ".join(map(str, summary["event_shape"]))
-        return LABELS.format(labels=labels, event=event, num_steps=config["num_steps"], guided=guided, eta=eta)
-    return f"images = pipeline(batch_size=16, {steps}{eta}).images"
+
+    num_steps: int
+    condition: str | None
+    pipeline_class: str | None
+    event_shape: Sequence[int]
+    eta: float | None = None
+    guidance: float | None = None
+    num_classes: int | None = None
+    null_class: int | None = None
+
+
+def usage(use: PipelineUse) -> str:
+    """The lines after `pipeline = DiffusionPipeline.from_pretrained(...)`."""
+    eta = "" if use.eta is None else f", eta={use.eta:g}"
+    steps = f"num_inference_steps={use.num_steps}"
+    if use.condition is None:
+        return f"images = pipeline(batch_size=16, {steps}{eta}).images"
+    assert use.guidance is not None
+    if use.condition == "prompts":
+        return f'images = pipeline(["a prompt of yours"] * 4, {steps}{eta}, guidance_scale={use.guidance:g}).images'
+    if use.pipeline_class == "DiTPipeline":
+        return f"images = pipeline([0, 1], {steps}, guidance_scale={use.guidance:g}).images"
+    guided = "" if use.guidance == 1 else GUIDED.format(null=use.null_class, guidance=use.guidance)
+    labels = [label for label in range(use.num_classes or 0) if label != use.null_class][:4]
+    event = ", ".join(map(str, use.event_shape))
+    return LABELS.format(labels=labels, event=event, num_steps=use.num_steps, guided=guided, eta=eta)

@@ -21,7 +21,7 @@ from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import config as finetune_config
 from implicit_diffusion.commands.finetune.headline import opening
 from implicit_diffusion.commands.finetune.planning import pretrained_samples
-from implicit_diffusion.commands.finetune.result import read_summary
+from implicit_diffusion.commands.finetune.result import read_run_summary
 from implicit_diffusion.commands.finetune.setup import build
 from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.commands.resuming import resume
@@ -84,14 +84,14 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
-            f"interrupted; the same command, with --out {shlex.quote(str(out))}, goes on"
+            f"interrupted; the same command, with --out {shlex.quote(str(out))}, continues the sweep"
         ) from error
     folders = finished(out)
     frontier = _bounds(samples, _curve(list(folders)), conditional=conditional)
     summary = SweepSummary(
         reward=short(config.each.reward),
         reward_pretrained=mean_and_error(samples.reward),
-        rows=[SweepRow.of(read_summary(folder), beta, folder.name) for beta, folder in folders.items()],
+        rows=[SweepRow.of(read_run_summary(folder), beta, folder.name) for beta, folder in folders.items()],
         frontier=[FrontierPoint.of(b) for b in frontier],
     )
     directory.write_summary(summary.to_json())
@@ -144,9 +144,8 @@ def show(summary: SweepSummary) -> None:
     before = number(*rows[0].headline.reward_before)
     table = Table(
         title=f"{summary.reward} against path KL (pretrained reward {before})",
-        caption="J is KL weight × path KL − reward, before training minus the pretrained reward. How far it "
-        "fell and could have fallen, of which captured is the share, is known to the digits shown. Every ± is one "
-        "standard error.",
+        caption="J is KL weight × path KL − reward; before training it is minus the pretrained reward. Captured is "
+        "the share of its possible fall, from there to the best J, that a run made. Every ± is one standard error.",
     )
     for column in ("--kl-weight", "reward", "path KL (nats)", "J", "best J", "captured"):
         table.add_column(column, justify="right")

@@ -10,7 +10,7 @@ from implicit_diffusion.runs.provenance import Change
 
 OF_ONE_RUN = ("kl_weight", "target_kl", "plan")  # options of finetune that a sweep decides
 NOT_IN_SWEEP = {
-    name: f"--{name.replace('_', '-')} is for one run; a sweep takes --kl-weights"
+    name: f"--{name.replace('_', '-')} is for one run; in a sweep, use --kl-weights"
     for name in (*OF_ONE_RUN, "target_kl_mode")
 } | {"penalty": "a sweep compares path KLs: it has no --penalty"}
 TEXTS = {  # of options that mean something else than in `finetune`

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from implicit_diffusion.commands.finetune.summary import Headline, Summary, to_json
+from implicit_diffusion.commands.finetune.summary import Headline, Summary
+from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Estimate
 
@@ -48,8 +49,8 @@ class SweepRow:
 
     def to_json(self) -> dict[str, Any]:
         """One flat mapping; estimates as two numbers."""
-        own = {name: value for name, value in vars(self).items() if name != "headline"}
-        return own | to_json(self.headline)
+        row: dict[str, Any] = to_json(self)
+        return row | row.pop("headline")
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,6 @@ class SweepSummary:
     frontier: list[FrontierPoint]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        mean, error = self.reward_pretrained
-        return {
-            "reward": self.reward,
-            "reward_pretrained": mean,
-            "reward_pretrained_se": error,
-            "rows": [row.to_json() for row in self.rows],
-            "frontier": [asdict(point) for point in self.frontier],
-        }
+        """As `to_json` writes it, except that the rows are flat."""
+        content: dict[str, Any] = to_json(self)
+        return content | {"rows": [row.to_json() for row in self.rows]}

@@ -23,11 +23,12 @@ from implicit_diffusion.commands.rewards.trust import is_own
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.commands.tilt.config import Config
 from implicit_diffusion.commands.tilt.exact import ExactTilt, Tradeoff, TrainedTradeoff, half_plane
 from implicit_diffusion.commands.tilt.summary import Row, Summary, over_seeds, plot, show
-from implicit_diffusion.commands.tilt.training import START, Training, at_model, train
+from implicit_diffusion.commands.tilt.training import START, TiltRun, at_model, train
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
@@ -42,7 +43,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
 
     Args:
         config: the options.
-        directory: of an interrupted study to go on with; None begins a new one.
+        directory: of an interrupted study to continue; None begins a new one.
 
     Raises:
         InvalidInputError: a model that is not of the plane, a reward that does not fit, an optimum that does not fit on
@@ -76,12 +77,12 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     Raises:
         InvalidInputError: a model that is no longer there; a reward of the user's own, which would have to run for it.
     """
-    config = directory.read_config() or {}
-    if config.get("reward") != "half-plane":
+    config = read_options(Config, directory)
+    if config.reward != "half-plane":
         raise InvalidInputError(f"{directory.path}: its figure needs the reward, which is code: run `tilt` again")
     summary = read_summary(Summary, directory)
-    plot(summary, ExactTilt(load_energy_model(config["model"]), half_plane), directory.figure("tilt"))
-    show(summary, config["arms"][0], directory)
+    plot(summary, ExactTilt(load_energy_model(config.model), half_plane), directory.figure("tilt"))
+    show(summary, config.arms[0], directory)
     written: dict[str, Any] = to_json(summary)
     return written
 
@@ -91,7 +92,9 @@ def check_model(model: EnergyModel) -> None:
     if model.architecture.event_shape != (2,):
         raise InvalidInputError(f"--model: a model of the plane is needed, got events {model.architecture.event_shape}")
     if not model.moves.kernel().weighted:
-        raise InvalidInputError(f"--model: its sampler {model.moves.sampler} knows no weights; train it with another")
+        raise InvalidInputError(
+            f"--model: its sampler {model.moves.sampler} does not support weights; train it with another"
+        )
 
 
 def read_reward(name: str) -> Callable[[Tensor], Tensor]:
@@ -128,7 +131,7 @@ def _study(
             bar.update()
 
     def make(weight: float, arm: str, seed: int) -> dict[str, float]:
-        training = Training(weight, arm == "weighted", config.steps, config.lr, seed)
+        training = TiltRun(weight, arm == "weighted", config.steps, config.lr, seed)
         trained = train(training, model, starts[seed], reward)
         if (arm, seed) == (config.arms[0], config.seed):
             log_z = exact.quadrature.log_density(trained.potential)[1]

@@ -1,4 +1,4 @@
-"""What `implicit-diffusion tilt` is asked."""
+"""The options of `tilt`."""
 
 from __future__ import annotations
 

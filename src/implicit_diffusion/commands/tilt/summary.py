@@ -15,7 +15,7 @@ from implicit_diffusion.runs import RunDirectory
 
 
 @dataclass(frozen=True)
-class ArmSummary(TrainedTradeoff):
+class TiltArm(TrainedTradeoff):
     """Means over the seeds of one arm; `reward_std` is the reward's deviation over them, None for a single one."""
 
     reward_std: float | None
@@ -27,11 +27,11 @@ class Row:
 
     kl_weight: float
     optimum: Tradeoff
-    unweighted: ArmSummary | None = None
-    weighted: ArmSummary | None = None
+    unweighted: TiltArm | None = None
+    weighted: TiltArm | None = None
 
     @property
-    def arms(self) -> dict[str, ArmSummary]:
+    def arms(self) -> dict[str, TiltArm]:
         """By name, those that there are."""
         arms = {name: getattr(self, name) for name in ARMS}
         return {name: arm for name, arm in arms.items() if arm is not None}
@@ -45,10 +45,10 @@ class Summary:
     rows: list[Row]
 
 
-def over_seeds(results: list[TrainedTradeoff]) -> ArmSummary:
+def over_seeds(results: list[TrainedTradeoff]) -> TiltArm:
     """The summary of an arm."""
     rewards = [result.reward for result in results]
-    return ArmSummary(
+    return TiltArm(
         reward=mean(rewards),
         kl=mean(result.kl for result in results),
         objective=mean(result.objective for result in results),
@@ -82,7 +82,7 @@ def show(summary: Summary, kept_arm: str, directory: RunDirectory) -> None:
 
 def plot(summary: Summary, exact: ExactTilt, path: Path) -> None:
     """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
-    from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish, legend_above, sheet
+    from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, legend_above, sheet
 
     figure = sheet(5.6, 4)
     axis = figure.subplots()
@@ -107,4 +107,4 @@ def plot(summary: Summary, exact: ExactTilt, path: Path) -> None:
         )
     axis.set(xlabel="KL(π‖π_0), nats", ylabel="expected reward under the model")
     legend_above(axis, columns=2)
-    finish(figure, path, [axis])
+    finish_figure(figure, path, [axis])

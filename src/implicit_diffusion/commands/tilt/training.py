@@ -24,7 +24,7 @@ ANNEALING = 200  # steps
 
 
 @dataclass(frozen=True)
-class Training:
+class TiltRun:
     """One run.
 
     Args:
@@ -42,7 +42,7 @@ class Training:
     seed: int
 
 
-def train(training: Training, model: EnergyModel, start: Particles, reward: Callable[[Tensor], Tensor]) -> EnergyModel:
+def train(training: TiltRun, model: EnergyModel, start: Particles, reward: Callable[[Tensor], Tensor]) -> EnergyModel:
     """The model after training, without its log Z.
 
     Args:

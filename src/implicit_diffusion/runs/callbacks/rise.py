@@ -69,7 +69,7 @@ class Rise(Shown):
             the few of `held_out`.
         patience: number of evaluations.
         rate: describes a learning rate that is smaller by a given factor, as advice.
-        say: gets each sentence while the run goes on; by default it is printed to stderr.
+        say: gets each sentence while the run continues; by default it is printed to stderr.
 
     Raises:
         InvalidInputError: a single start; when called, for a chain whose path KL is infinite, since it has trained rows
@@ -144,7 +144,7 @@ class Rise(Shown):
         return f"{ends}{fit.advice}"
 
     def _reason(self, fit: Fit, look: Evaluation, before: Evaluation, last: bool, rise: float) -> str | None:
-        """Why to stop now that J is above; None where the run may go on."""
+        """Why to stop now that J is above; None where the run may continue."""
         kl, most = mean_and_error(look.path_kl)[0], self.most(fit)
         if not kl <= FAR * most:
             return f"the path KL is {kl:.3g} nats, and no sampler beyond {most:.3g} is as good as the pretrained model"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
+from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.planning import PROMPTS
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.result import Result, outside
@@ -45,7 +45,7 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
         _time(directory),
         _plan(result),
         _use(result, directory),
-        _configuration(result),
+        page.configuration(_settings(result)),
     ]
     return write_page(directory.path / "report.html", title, body)
 
@@ -154,8 +154,8 @@ all steps. A dash stands for what was not measured.</p>
 
 
 QUALITY = {
-    "classifier is sure": "classifier_confidence",
-    "judge is sure": "judge_confidence",
+    "confidence of the classifier": "classifier_confidence",
+    "confidence of the judge": "judge_confidence",
     "classifier and judge agree": "judge_agreement",
     "copies of training data": "memorised",
     "distance to the nearest digit": "nearest_distance",
@@ -222,7 +222,7 @@ def _use(result: Result, directory: RunDirectory) -> str:
     code = f"""from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
-{usage(vars(config), vars(model))}"""
+{usage(pipeline_use(config, model))}"""
     other = ""
     if not model.pipeline_is_the_chain:
         other = (
@@ -246,18 +246,14 @@ def command(config: Config) -> str:
     return ranges.command("finetune", {name: value for name, value in given.items() if name not in NOT_IN_COMMAND})
 
 
-def _configuration(result: Result) -> str:
-    values = {field.name: getattr(result.config, field.name) for field in fields(Config)}
-    rows = [
-        [name, str(value) if isinstance(value, str | Path) else json.dumps(value)] for name, value in values.items()
-    ]
-    if result.adapted:
-        place = list(values).index("kl_weight")
-        rows[place] = ["kl_weight, at the start", f"{result.summary.training.kl_weight_at_start:.6g}"]
-        rows.insert(place + 1, ["kl_weight, at the end (adapted to target_kl)", f"{result.beta:.6g}"])
-    return f"""<section><details><summary>Configuration</summary>
-{table(("setting", "value"), rows, cls="plain")}</details></section>
-"""
+def _settings(result: Result) -> Iterator[tuple[str, object]]:
+    """The options, with the KL weight at both ends of the run where it was adapted."""
+    for name, value in vars(result.config).items():
+        if name == "kl_weight" and result.adapted:
+            yield "kl_weight, at the start", f"{result.summary.training.kl_weight_at_start:.6g}"
+            yield "kl_weight, at the end (adapted to target_kl)", f"{result.beta:.6g}"
+        else:
+            yield name, value
 
 
 def _short(value: float, scale: float) -> str:

@@ -171,8 +171,9 @@ def _quality(result: Result) -> Iterator[RunWarning]:
     lost, widened = judge[0] - judge[1], (network[1] - judge[1]) - (network[0] - judge[0])
     if lost > JUDGE_LOST or widened > GAP_GREW:
         text = (
-            f"A judge that was never optimised against is {percent(judge[1])} sure of the classes, {percent(judge[0])} "
-            f"before; the classifier went from {percent(network[0])} to {percent(network[1])}. Raise --kl-weight."
+            f"The confidence of a judge that was never optimised against went from {percent(judge[0])} to "
+            f"{percent(judge[1])}; that of the classifier went from {percent(network[0])} to {percent(network[1])}. "
+            "Raise --kl-weight."
         )
         yield RunWarning(True, "Reward hacking suspected: the judge lost confidence", text)
     if after.nearest_distance > AWAY * before.nearest_distance:
@@ -192,12 +193,12 @@ def _quality(result: Result) -> Iterator[RunWarning]:
     if after.memorised - before.memorised > MEMORISED:
         copies = percent(before.memorised), percent(after.memorised)
         text = f"{copies[1]} of the samples are copies of training digits, {copies[0]} before."
-        yield RunWarning(True, "The model recites", text)
+        yield RunWarning(True, "The model copies its training data", text)
     share = max(after.class_histogram)
     digit = after.class_histogram.index(share)
     if share > max(ONE_CLASS, 1.5 * before.class_histogram[digit]):
         text = (
             f"{percent(share)} of the samples are classed as {digit}, {percent(before.class_histogram[digit])} "
-            "before. That is as it should be only if the reward asks for it."
+            "before. That is right only if the reward asks for it."
         )
         yield RunWarning(False, "One class took over", text)

@@ -84,7 +84,7 @@ def hacking(result: Result) -> tuple[Any, str, str] | None:
     series["after"] = after, AFTER, "o"
     if exported is not None:
         series["exported"] = exported, EXPORTED, "X"
-    shares = {"classifier\nis sure": "classifier_confidence", "judge\nis sure": "judge_confidence"}
+    shares = {"classifier's\nconfidence": "classifier_confidence", "judge's\nconfidence": "judge_confidence"}
     shares |= {"the two\nagree": "judge_agreement", "copies of\ntraining data": "memorised"}
     axes = figure.add_subplot(grid[2, :])
     _dots(axes, series, shares, scale=100.0)
@@ -106,9 +106,9 @@ def hacking(result: Result) -> tuple[Any, str, str] | None:
     caption += (
         " Bars on the shares of digits are ± 2 standard errors. The classifier may have been optimised against, the "
         "judge (a support vector machine) never was: where only "
-        "the classifier grows sure, the reward has been hacked. The green band of MMD² is what chance makes of two "
-        "halves of the real digits; asking for rare digits moves the set away from it honestly. “Exported” is the "
-        "model in model/, the trained network on all steps."
+        "the classifier becomes more confident, the reward has been hacked. The green band is the MMD² of two random "
+        "halves of the real digits; a reward that asks for rare digits moves the set out of it honestly. “Exported” is "
+        "the model in model/, the trained network on all steps."
     )
     return figure, "Is the reward earned honestly?", caption
 
