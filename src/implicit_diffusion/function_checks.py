@@ -53,34 +53,36 @@ def check_separate(
     """
     n, order = len(values), torch.arange(len(values), device=values.device)
     spread, rounding = values.max() - values.min(), ROUNDINGS * torch.finfo(values.dtype).eps * values.abs().max()
-    noise = torch.zeros_like(spread)
-
-    def is_random() -> bool:
-        nonlocal noise
-        noise = (value_at(order) - values).abs().max()
-        if noise <= ROUNDING_SHARE * spread + rounding:
-            return False
-        warnings.warn(
-            f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
-            "dropout and random augmentations in it; otherwise its noise is in every gradient, and runs do not repeat",
-            FunctionWarning,
-            stacklevel=3,
-        )
-        return True
-
-    if is_random():
-        return
     even, odd, best = order[::2], order[1::2], values.argmax()[None]
-    for kept, others in ((even, odd), (odd, even), (best, order)) if n > 1 else ():
+
+    def noise_of_a_call() -> Tensor:
+        return (value_at(order) - values).abs().max()
+
+    def change_at(kept: Tensor, others: Tensor) -> Tensor:
         index = order.clone()
         index[others] = kept.flip(0)[torch.arange(len(others), device=order.device) % len(kept)]
-        change = (value_at(index) - values)[kept].abs().max()
-        if not change <= ROUNDING_SHARE * spread + rounding + 10 * noise:
-            if any(is_random() for _ in range(REPEATS)):
-                return
+        return (value_at(index) - values)[kept].abs().max()
+
+    noise = noise_of_a_call()
+    if noise <= ROUNDING_SHARE * spread + rounding:
+        exchanges = ((even, odd), (odd, even), (best, order)) if n > 1 else ()
+        allowed = ROUNDING_SHARE * spread + rounding + 10 * noise
+        change = next((change for pair in exchanges if not (change := change_at(*pair)) <= allowed), None)
+        if change is None:
+            return
+        calls = (noise_of_a_call() for _ in range(REPEATS))
+        larger = next((other for other in calls if not other <= ROUNDING_SHARE * spread + rounding), None)
+        if larger is None:
             raise InvalidInputError(
                 f"{what} mixes {of}: in another batch, values of the same ones differ by {float(change):.2g}; {ALONE}"
             )
+        noise = larger
+    warnings.warn(
+        f"{what} is random: it gives the same samples values that differ by up to {float(noise):.2g}. Switch off "
+        "dropout and random augmentations in it; otherwise its noise is in every gradient, and runs do not repeat",
+        FunctionWarning,
+        stacklevel=2,
+    )
 
 
 def check_own_gradient(what: str, gradient: Float[Tensor, "n *event"], of: str = "samples") -> None:
