@@ -7,7 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/test_extras.py tests/test_showing.py tests/tables tests/denoisers tests/models tests/digits \
-	tests/files tests/evaluation tests/commands/finetune/test_finetune.py tests/commands/sample
+	tests/files tests/evaluation tests/commands/finetune/test_finetune.py tests/commands/sample \
+	tests/commands/pretrain/test_image_files.py
 
 .PHONY: demo test test-all test-oldest lint types docs bench clean
 
