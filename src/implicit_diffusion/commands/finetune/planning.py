@@ -36,7 +36,7 @@ from implicit_diffusion.runs.surroundings import describe
 
 PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
-SHOWN = 64  # starts whose first sample is stored, for a picture
+KEPT_FOR_PICTURE = 64  # starts whose first sample is stored, for a picture
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
 FILES = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
 
@@ -149,7 +149,9 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
     generators = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
-    return Stored(directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, SHOWN)
+    return Stored(
+        directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, KEPT_FOR_PICTURE
+    )
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
@@ -159,7 +161,7 @@ def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> N
     print(f"plan      {directory.path / 'plan.json'}")
     print(f"figures   {directory.figure('plan')}")
     decoded = setup.decoded(samples)
-    images = samples.samples[:SHOWN, 0] if decoded is None else decoded[0]
+    images = samples.samples[:KEPT_FOR_PICTURE, 0] if decoded is None else decoded[0]
     if images.ndim == 4:
         figure = sheet(5.0, 5.0)
         image_grid(figure.subplots(), images, -1.0, 1.0)

@@ -38,7 +38,7 @@ from implicit_diffusion.tables.named import clipped_for, default_sampler, pipeli
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
-SHOWN = 20  # starts whose images a report shows
+IN_REPORT = 20  # starts whose images a report shows
 MEANING = ("prediction_type", "num_train_timesteps")  # of a network's output and of its times
 
 
@@ -84,7 +84,9 @@ class Setup(Shown):
     def decoded(self, *evaluations: Evaluation) -> tuple[Tensor, ...] | None:
         """Images of the first starts of each evaluation; None where samples are images already."""
         decoder = self.pretrained.decoder
-        return None if decoder is None else tuple(decoder(evaluation.samples[:SHOWN, 0]) for evaluation in evaluations)
+        if decoder is None:
+            return None
+        return tuple(decoder(evaluation.samples[:IN_REPORT, 0]) for evaluation in evaluations)
 
     @property
     def eta(self) -> float | None:
