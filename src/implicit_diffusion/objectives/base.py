@@ -17,12 +17,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, SupportsFloat, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.objectives import by_autograd
@@ -174,9 +176,13 @@ class GibbsObjective(Term):
 
     `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
     function of them; on outside "points" alone, which `draw` returns; or on "both".
+
+    `separable` says that the term looks at each particle by itself and averages with `Particles.mean`: then every
+    process evaluates it at its own particles and points. Otherwise each gets those of all processes.
     """
 
     support: ClassVar[Support] = "particles"
+    separable: ClassVar[bool] = False
 
     @abstractmethod
     def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
@@ -186,6 +192,25 @@ class GibbsObjective(Term):
             particles: p.
             density: V at the particles and at the points that `draw` returned.
         """
+
+    def shared_variation(self, own: Particles, density: Density) -> FirstVariation:
+        """`first_variation` where particles are shared out over processes: F′ at this process's, and F(p).
+
+        The measure on points is this process's part of it: the sum over processes is all of it.
+
+        Args:
+            own: this process's share of p.
+            density: V at these, and at the points that `draw` returned; at all of them, unless the term is separable.
+        """
+        if self.separable or processes.count() == 1:
+            return self.first_variation(own, density)
+        whole, energy = own.whole(), processes.gathered(density.energy)
+        with processes.alone():
+            variation = self.first_variation(whole, replace(density, energy=energy))
+        function, on_points = variation.function, variation.on_points
+        function = None if function is None else processes.share(function)
+        on_points = None if on_points is None else on_points / processes.count()
+        return replace(variation, function=function, on_points=on_points)
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"] | None:
         """The points outside the particles that one estimate of the gradient uses; None where there are none."""
@@ -213,6 +238,18 @@ class TerminalObjective(GibbsObjective):
     @abstractmethod
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         """F(p), differentiable in the particles' positions."""
+
+    def shared_value(self, own: Particles) -> Float[Tensor, ""]:
+        """`value` where particles are shared out over processes: F(p), differentiable in this process's positions.
+
+        Args:
+            own: this process's share of p.
+        """
+        if self.separable or processes.count() == 1:
+            return self.value(own)
+        whole = own.whole()
+        with processes.alone():
+            return self.value(whole)
 
     def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
         """F′(p) at the particles and F(p); by autograd through the weights, unless a term overrides it."""

@@ -37,6 +37,8 @@ class Reward(TerminalObjective):
         InvalidInputError: something other than a function of one argument or two, or an empty name.
     """
 
+    separable = True
+
     def __init__(self, function: Callable[..., Any], name: str = "reward", *, checked: bool = False) -> None:
         if isinstance(function, type) or not callable(function):
             make = f"; use an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
