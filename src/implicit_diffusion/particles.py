@@ -1,8 +1,7 @@
 """Particles: the empirical distribution Σ_i w_i δ_{x_i} that a sampler holds and an objective reads.
 
-Where samples are shared out over processes, `Particles` hold one process's share of the distribution: positions, weights
-and conditions are those of its own particles, of which the log-weights are those of all; means and effective sizes are
-those of the whole.
+Where samples are shared out over processes, `Particles` hold one process's share of the distribution: positions,
+weights and conditions are those of its own particles; log-weights, means and effective sizes are those of the whole.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class Particles(Shown):
 
     Args:
         x: positions, with shape (n, *event).
-        log_weights: unnormalised log-weights of the particles of all processes, with shape (n,) in a single one; uniform
-            weights where None.
+        log_weights: unnormalised log-weights, with shape (n,), of the particles of all processes; uniform weights where
+            None.
         log_z: log ∫ e^{−V} of the law that they represent, if it is known.
         log_z_growth: growth of log Z since their loop began, which weights estimate even where log Z is unknown.
         condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None without a

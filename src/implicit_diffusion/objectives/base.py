@@ -13,12 +13,11 @@ Objectives are immutable: no check or estimate changes one, so that several loop
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, SupportsFloat, TypeVar
+from typing import ClassVar, Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
@@ -35,7 +34,6 @@ from implicit_diffusion.tables.table import ChainTable
 from implicit_diffusion.tables.transition import Transition
 
 FUNCTIONS = "a reward function becomes one by Reward(f)"
-AnyTerm = TypeVar("AnyTerm", bound="Term")
 
 
 class Objective(ABC):
@@ -294,20 +292,6 @@ class RunningCost(Term):
 
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raise `InvalidInputError` where the cost has no finite value on the trained rows."""
-
-
-def changed(term: AnyTerm, **attributes: Any) -> AnyTerm:
-    """A copy of a term with other attributes; the term itself stays as it is."""
-    other = copy.copy(term)
-    vars(other).update(attributes)
-    return other
-
-
-def check_name(name: object) -> str:
-    """The name of a term, which metrics and files report it by."""
-    if not isinstance(name, str) or not name:
-        raise InvalidInputError(f"name must be a word under which metrics report the term, got {shown(name)}")
-    return name
 
 
 def _check_kind(kind: object) -> None:
