@@ -21,7 +21,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Density, ForwardKL, Reward
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
-from implicit_diffusion.samplers import MALA, ULA
+from implicit_diffusion.samplers import MALA, ULA, annealed
 from implicit_diffusion.samplers.weighted_state import systematic
 from tests.helpers.gibbs_loops import build, wave
 from tests.helpers.oracles_gibbs import Banana
@@ -222,3 +222,14 @@ def traffic(name, steps=10):
         loop.step()
     now = processes.traffic.calls, processes.traffic.bytes
     return (now[0] - before[0]) / steps, (now[1] - before[1]) / steps
+
+
+def annealing(groups):
+    """What annealed replicas find of a network, some of them resampled; and how many groups this process has."""
+    potential = Architecture("mlp", (2,), width=16, depth=2).build(Noise(5)).double()
+    potential.network[-1].weight.data = 6 * Noise(2).normal((1, 16), dtype=F64)
+    found = annealed(potential.tempered, MALA(0.2), 2 * N, Noise(9), steps=5, groups=groups)
+    acceptance, particles = found.step(potential), found.particles(potential)
+    read = {"log z": particles.log_z, "mean and error": torch.tensor(found.log_z(potential)), "acceptance": acceptance}
+    read |= {"x": particles.x, "weights": particles.weights}
+    return read, repr(found), any(group.log_z != 0 for group in found.groups), len(found.groups)
