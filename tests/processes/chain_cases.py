@@ -18,6 +18,7 @@ from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, DriftPenalty, Functional, PathKL, Reward, Sinkhorn
 from implicit_diffusion.objectives.base import TerminalObjective
+from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.samplers.chain import Chain
 from tests.helpers import tiny
 from tests.helpers.chain_loops import Recorder, weights
@@ -84,7 +85,7 @@ OBJECTIVES = {
 }
 
 
-def build(objective="all of them", loop="nested", optimizer=Recorder, lr=0.02, dtype=F64, seed=3, **update):
+def build(objective="Reward", loop="nested", optimizer=Recorder, lr=0.02, dtype=F64, seed=3, **update):
     if objective == "conditional reward":
         chain, reward = prompted(), None
     else:
@@ -163,7 +164,7 @@ UPDATES = {
 
 def updated(which, loop):
     """θ, its average and metrics after several updates."""
-    made = build(loop=loop, **{"optimizer": torch.optim.Adam} | UPDATES[which])
+    made = build("all of them", loop, **{"optimizer": torch.optim.Adam} | UPDATES[which])
     metrics = [numbers(metrics) for metrics in made.steps(5)]
     ema = made.update.ema
     averaged = None if ema is None else torch.cat([p.detach().flatten() for p in ema.parameters()])
@@ -172,7 +173,7 @@ def updated(which, loop):
 
 def continued(state, steps, loop, options):
     """A run, from a state or from its beginning, over some iterations: its state then, θ and the metrics."""
-    made = build(loop=loop, optimizer=torch.optim.Adam, **options)
+    made = build("all of them", loop, optimizer=torch.optim.Adam, **options)
     if state is not None:
         made.load_state_dict(copy.deepcopy(state))
     metrics = [numbers(made.step()) for _ in range(steps)]
@@ -227,6 +228,37 @@ ERRORS = {error.__name__: error for error in (InvalidInputError, ZeroDivisionErr
 def random_reward(x):
     """Draws from a global generator."""
     return x.mean(1) + torch.randn(len(x), dtype=x.dtype)
+
+
+def drawing(state=None, steps=6):
+    """A run whose reward draws from a global generator: its state, θ and what this process has drawn."""
+    chain, quadratic = affine_chain(N, DIM)
+    drawn = []
+
+    def reward(x):
+        drawn.append(torch.randn(len(x), dtype=x.dtype))
+        return quadratic(x) * (1 + drawn[-1])
+
+    loop = Nested(chain, Reward(reward), torch.optim.Adam(chain.denoiser.parameters()), batch=BATCH, noise=Noise(0))
+    generators = Fit(loop).generators
+    drawn.clear()
+    if state is not None:
+        loop.load_state_dict(copy.deepcopy(state["loop"]))  # whose memory the processes share
+        generators.load_state_dict(state["generators"])
+    with generators:
+        for _ in range(steps):
+            loop.step()
+    return {"loop": loop.state_dict(), "generators": generators.state_dict()}, weights(loop), torch.cat(drawn)
+
+
+def calls(loop):
+    """Collective calls of every step, and the bytes of the last."""
+    made, found = build(loop=loop, optimizer=torch.optim.Adam), []
+    for _ in range(4 * N):
+        before = copy.copy(processes.traffic)
+        made.step()
+        found.append((processes.traffic.calls - before.calls, processes.traffic.bytes - before.bytes))
+    return [number for number, _ in found], found[-1][1], sum(p.nbytes for p in made.model.parameters())
 
 
 def evaluated(reward):

@@ -44,9 +44,7 @@ def test_in_single_precision(W):
 
 
 @SLOW
-@pytest.mark.parametrize("W", [2, 3])
-@pytest.mark.parametrize("kind", ["whole", "adapters"])
-@pytest.mark.parametrize(("dtype", "rtol"), [(F64, 1e-12), (F32, 1e-5)])
+@pytest.mark.parametrize(("kind", "dtype", "rtol", "W"), [("adapters", F64, 1e-12, 3), ("whole", F32, 1e-5, 2)])
 def test_networks_and_adapters_with_gradient_checkpointing(kind, dtype, rtol, W):
     one = chain_cases.network_runs(kind, dtype)
     check_runs(processes(W, "network_runs", kind, dtype), one, rtol, states=False)
@@ -139,6 +137,33 @@ def test_memory_is_predicted_for_each():
         one.activations // 2,
         one.parameters,
     )
+
+
+@pytest.mark.parametrize("loop", some_fast(LOOPS, "queue"))
+def test_an_update_takes_four_calls_whatever_the_number_of_rows(loop):
+    """Γ, whether all is finite, the reward, and the running cost."""
+    (counts, size, parameters), other = processes(2, "calls", loop)
+    assert other == (counts, size, parameters)
+    assert counts[-2:] == [4, 4]
+    assert max(counts) == 4
+    assert parameters < size < parameters + 64
+
+
+def test_rewards_draw_other_numbers_in_other_processes_and_continue():
+    begun = processes(2, "drawing")
+    (state, theta, ours), (other_state, other_theta, theirs) = begun
+    assert torch.equal(theta, other_theta)
+    assert_equal(state, other_state)
+    assert not set(ours.tolist()) & set(theirs.tolist())
+    whole, resumed = processes(2, "drawing", None, 10), processes(2, "drawing", state, 4)
+    for (final, theta, drawn), (again, after, last) in zip(whole, resumed):
+        assert_equal(again, final)
+        assert torch.equal(after, theta)
+        assert torch.equal(last, drawn[-len(last) :])
+    for W in (1, 3):
+        more = processes(W, "drawing", state, 4)
+        assert len({drawn.sum().item() for *_, drawn in more}) == W
+        assert len(more[0][0]["generators"]["processes"]) == W
 
 
 def test_outside_of_loops_every_process_computes_the_whole():
