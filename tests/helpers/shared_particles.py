@@ -106,30 +106,31 @@ def one_kernel(kernel):
     return training(single(kernel, weighted=kernel.weighted), 3)
 
 
-def one_term(module, name, weighted):
-    """A term of a contract's test class on shares of its law: F′, F, charges, and Γ of a potential."""
+def one_term(module, name):
+    """A term of a contract's test class on shares of its law, uniform and weighted: F, F′, charges, and Γ."""
     contract = getattr(importlib.import_module(module), name)()
-    term = contract.make()
-    particles, density = contract.law(term, weighted)
-    potential = Banana()
-    with processes.sharing():
-        own = Particles(processes.share(particles.x), particles.log_weights, particles.log_z)
-        points = own_points(term, density.points)
-        values = density.energy_at_points
-        if points is not None and len(points) < len(values):
-            values = processes.share(values)
-        variation = term.shared_variation(own, Density(processes.share(density.energy), points, values))
-        fused = fused_pass(potential, [potential.theta], [(0.7, term)], own.x, [density.points], lambda here: own)
-        gamma = fused.gradients[0].clone()
-        processes.sum_gradients([gamma])
-        on_points = variation.on_points
-        return {
-            "value": variation.value,
-            "function": None if variation.function is None else processes.gathered(variation.function),
-            "on points": None if on_points is None else processes.total(on_points @ points.sin()),
-            "charges": processes.gathered(fused.charges),
-            "gamma": gamma,
-        }
+    found = {}
+    for weighted in (False, True):
+        term, potential = contract.make(), Banana()
+        particles, density = contract.law(term, weighted)
+        with processes.sharing():
+            own = Particles(processes.share(particles.x), particles.log_weights, particles.log_z)
+            points, values = own_points(term, density.points), density.energy_at_points
+            if points is not None and len(points) < len(values):
+                values = processes.share(values)
+            variation = term.shared_variation(own, Density(processes.share(density.energy), points, values))
+            terms = [(0.7, term)]
+            fused = fused_pass(potential, [potential.theta], terms, own.x, [density.points], lambda here, own=own: own)
+            processes.sum_gradients(fused.gradients)
+            function, on_points = variation.function, variation.on_points
+            found |= {
+                f"value, {weighted}": variation.value,
+                f"function, {weighted}": None if function is None else processes.gathered(function),
+                f"on points, {weighted}": None if on_points is None else processes.total(on_points @ points.sin()),
+                f"charges, {weighted}": processes.gathered(fused.charges),
+                f"gamma, {weighted}": fused.gradients[0],
+            }
+    return found
 
 
 def handed_over(first, state, then):

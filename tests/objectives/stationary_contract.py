@@ -199,12 +199,11 @@ class StationaryContract(TermContract):
             assert all(torch.equal(torch.as_tensor(metrics[name]), torch.as_tensor(expected[name])) for name in metrics)
         assert torch.equal(one.model.theta, alone.model.theta)
 
-    @WEIGHTS
-    def test_processes_that_share_the_particles_find_what_one_finds(self, weighted):
-        """F, F′, charges on particles and on points, and Γ."""
-        case = type(self).__module__, type(self).__name__, weighted
-        whole = one_term(*case)
-        for shares in together(2, "tests.helpers.shared_particles:one_term", *case):
+    def test_processes_that_share_the_particles_find_what_one_finds(self):
+        """F, F′, charges on particles and on points, and Γ, of uniform and of weighted particles."""
+        place = type(self).__module__, type(self).__name__
+        whole = one_term(*place)
+        for shares in together(2, "tests.helpers.shared_particles:one_term", *place):
             assert {name: value is None for name, value in shares.items()} == {k: v is None for k, v in whole.items()}
             for name, value in whole.items():
                 if value is not None:
