@@ -152,8 +152,8 @@ class Loop(Shown, ABC):
 
     def _why(self, own: str | None, values: dict[str, Tensor]) -> str | None:
         """What is not finite among this process's samples, or another's; otherwise the term whose value is not."""
-        told = processes.collected(own) if processes.count() > 1 else [own]
-        return next(filter(None, told), None) or self._bad_value(values)
+        reasons = processes.collected(own) if processes.count() > 1 else [own]
+        return next(filter(None, reasons), None) or self._bad_value(values)
 
     def _bad_value(self, values: dict[str, Tensor]) -> str | None:
         """Names the term whose value is not finite, if any."""
