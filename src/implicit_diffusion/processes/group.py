@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch  # noqa: F401  # as a whole, before a part of it: threads may import at once
 import torch.distributed as dist
 from torch import Tensor
 
