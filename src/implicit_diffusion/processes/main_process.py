@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch  # noqa: F401  # as a whole, before a part of it: threads may import at once
 import torch.distributed as dist
 
 from implicit_diffusion.errors import ImplicitDiffusionError, ProcessError
