@@ -67,6 +67,24 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Append text to a file, and write it to the disk; where the system refuses, the file stays as it was.
+
+    Raises:
+        StorageError: as in `writing`.
+    """
+    with writing(path), path.open("ab") as file:
+        before = file.tell()
+        try:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):  # half a line would run into the next one
+                os.truncate(path, before)
+            raise
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder with its parents; their names are then on the disk.
 

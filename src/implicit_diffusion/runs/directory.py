@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
-from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.files.atomic import UNFINISHED, append, check_place, replacing, writing
 from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.manifest import MANIFEST
@@ -208,6 +208,12 @@ class RunDirectory(Shown):
         """The states to continue from."""
         return Checkpoints(self.checkpoint, self.identity)
 
+    @property
+    def remains(self) -> str:
+        """Where the last good state is, for the end of a message; "" where there is none."""
+        numbers = self.checkpoints.numbers()
+        return f"; the last good state is in {self.checkpoints.path(numbers[0])}" if numbers else ""
+
     def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
         """The newest state to continue from that is as it was written; arguments and errors as in `Checkpoints.newest`.
 
@@ -244,7 +250,8 @@ class RunDirectory(Shown):
         except (StorageError, MemoryLimitError, RewardError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
-            raise type(error)(f"{error}; then {command} continues the run") from error
+            remains = "" if self.remains in str(error) else self.remains
+            raise type(error)(f"{error}{remains}; then {command} continues the run") from error
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
@@ -262,7 +269,7 @@ class RunDirectory(Shown):
         records.write(self.path / "plan.json", plan)
 
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
-        """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
+        """Append a line for each to metrics.jsonl; they are on the disk when this returns. Errors as in `write_config`.
 
         Values that are still on a device are read in one go.
         """
@@ -271,9 +278,7 @@ class RunDirectory(Shown):
             lines += map(records.as_line, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
             if lines:
-                path = self.path / "metrics.jsonl"
-                with writing(path), path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+                append(self.path / "metrics.jsonl", "".join(lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""
