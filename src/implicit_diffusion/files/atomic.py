@@ -73,6 +73,8 @@ def append(path: Path, text: str) -> None:
     Raises:
         StorageError: as in `writing`.
     """
+    if not text:
+        return
     with writing(path), path.open("ab") as file:
         before = file.tell()
         try:

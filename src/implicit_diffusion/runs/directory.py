@@ -179,7 +179,7 @@ class RunDirectory(Shown):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells the states of this run from those of others: its command, and when it began, as far as known."""
+        """What tells its states from those of other runs: its command, and when it began, as far as known."""
         values = self._read_config() or {}
         return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
 
@@ -215,10 +215,7 @@ class RunDirectory(Shown):
         return f"; the last good state is in {self.checkpoints.path(numbers[0])}" if numbers else ""
 
     def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
-        """The newest state to continue from that is as it was written; arguments and errors as in `Checkpoints.newest`.
-
-        It is a pair `number, state`: the updates that it follows, and what was saved.
-        """
+        """The newest state that is as it was written, with its number; arguments and errors as in `newest`."""
         return self.checkpoints.newest(say)
 
     def save_part(self, name: str, state: Any) -> None:
@@ -226,11 +223,7 @@ class RunDirectory(Shown):
         save_state(self.path / name, state, self.identity)
 
     def load_part(self, name: str) -> Any:
-        """Read what `save_part` wrote.
-
-        Raises:
-            InvalidInputError: as in `load_state`; a state of another run.
-        """
+        """Read what `save_part` wrote; errors as in `load_state`, also for a state of another run."""
         return load_state(self.path / name, self.identity)
 
     @contextmanager
@@ -243,6 +236,7 @@ class RunDirectory(Shown):
         try:
             with naming_memory():
                 yield
+            self.check_there()
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
@@ -252,6 +246,11 @@ class RunDirectory(Shown):
                 raise
             remains = "" if self.remains in str(error) else self.remains
             raise type(error)(f"{error}{remains}; then {command} continues the run") from error
+
+    def check_there(self) -> None:
+        """Raise `StorageError` where the folder of a run that has begun, or its config.json, has vanished."""
+        with writing(path := self.path / "config.json"):
+            path.stat()
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
@@ -277,8 +276,7 @@ class RunDirectory(Shown):
         try:
             lines += map(records.as_line, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
-            if lines:
-                append(self.path / "metrics.jsonl", "".join(lines))
+            append(self.path / "metrics.jsonl", "".join(lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""
