@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -175,3 +177,43 @@ def test_half_a_line_of_metrics_is_taken_back(tmp_path):
     assert status == 1
     assert says.startswith(f"StorageError: {directory.path / 'metrics.jsonl'} cannot be written (File too large)")
     assert (directory.path / "metrics.jsonl").read_text() == '{"updates": 1}\n'
+
+
+SMALL = """
+import sys, torch
+from pathlib import Path
+from implicit_diffusion.errors import StorageError
+from implicit_diffusion.runs import RunDirectory
+run = RunDirectory.create(Path(sys.argv[1]) / "run")
+run.write_config({"lr": 1.0}, "finetune")
+saved = 0
+try:
+    with run.resumable():
+        for k in range(1, 9):
+            run.append_metrics({"updates": k})
+            run.checkpoints.save(k, {"k": k, "x": torch.full((k * 20_000,), float(k))}, keep=2)
+            saved = k
+except StorageError as error:
+    print(error)
+number, state = run.read_checkpoint()
+assert number == saved == state["k"] > 1 and state["x"].eq(number).all() and not list(run.path.rglob("*.tmp"))
+run.checkpoints.save(9, {"k": 9}, keep=1)  # there is room for less
+print(run.checkpoints.numbers())
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of a megabyte, in a name space of its own: the system itself refuses, also safetensors' writer."""
+    mounted = 'mount -t tmpfs -o size=1m none "$0" && exec "$1" -c "$2" "$0"'
+    command = ["unshare", "-rm", "sh", "-c", mounted, str(tmp_path), sys.executable, SMALL]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*command[:4], 'mount -t tmpfs none "$0"', tmp_path]).returncode
+    ):
+        pytest.skip("no name spaces of users here")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error, numbers = done.stdout.splitlines()
+    assert "cannot be written (" in error and "No space left on device" in error and numbers == "[9]"
+    assert error.endswith("continues the run") and "; the last good state is in " in error

@@ -75,11 +75,11 @@ def append(path: Path, text: str) -> None:
     """
     if not text:
         return
-    with writing(path), path.open("ab") as file:
-        before = file.tell()
+    with writing(path), path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
+        before, rest = file.tell(), text.encode()
         try:
-            file.write(text.encode())
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except BaseException:
             with suppress(OSError):  # half a line would run into the next one

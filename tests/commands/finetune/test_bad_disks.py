@@ -1,4 +1,4 @@
-"""A fine-tuning run on a disk that refuses one kind of file, or that damages one: one line, and the same run after it."""
+"""A fine-tuning run on a disk that refuses one kind of file, or damages one: one line, and the same run after it."""
 
 import errno
 import io
