@@ -158,8 +158,18 @@ def test_a_kill_at_every_operation_of_a_save(way, tmp_path):
 REFUSALS = {"full": (errno.ENOSPC, FREE), "read-only": (errno.EROFS, ())}
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        (Numbered, "full"),
+        *(
+            pytest.param(way, kind, marks=pytest.mark.slow)
+            for way in (Numbered, Waiting, Again, First, Replaced)
+            for kind in REFUSALS
+            if (way, kind) != (Numbered, "full")
+        ),
+    ],
+)
 def test_a_disk_that_refuses_from_any_operation_on(way, kind, tmp_path):
     """One of our errors names the file; the old state or the new one is there, and nothing is left that takes room."""
     code, allowed = REFUSALS[kind]
@@ -176,6 +186,7 @@ def test_a_disk_that_refuses_from_any_operation_on(way, kind, tmp_path):
         check_next_save(way, folder)
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_is_not_made_again(tmp_path):
     """A run without its config, inputs and metrics would be neither the old one nor a new one."""
     for number in range(prepared(Numbered, tmp_path)):

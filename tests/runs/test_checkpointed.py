@@ -58,8 +58,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(begun, whole):
     continued(begun, whole)
 
 
-@pytest.mark.parametrize("place", [4, 100, -1])
-@pytest.mark.parametrize("name", [STATE_FILE, MANIFEST])
+@pytest.mark.parametrize(("name", "place"), [(STATE_FILE, 4), (STATE_FILE, -1), (MANIFEST, 100)])
 def test_a_run_continues_from_the_newest_checkpoint_that_is_whole(name, place, begun, whole, capsys):
     flip(begun.checkpoints.path(9) / name, place, 2)
     continued(begun, whole)

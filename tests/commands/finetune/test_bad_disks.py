@@ -72,28 +72,21 @@ def ended(arguments, out, before):
 
 
 PLACES = [
-    "/config.json",
     "/provenance.json",
-    "/plan/",
     "/checkpoint/000000",
     "/checkpoint/000002",
     "/metrics.jsonl",
-    "/judged/before",
     "/judged/manifest.json",
     "/model/unet",
-    "/model/scheduler",
     "/model/chain.json",
     "/summary.json",
-    "/figures/plan",
     "/figures/training",
     "/report.html",
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "fault"), [*((w, FULL) for w in PLACES), ("/model/unet", READ_ONLY), ("/checkpoint/000002", READ_ONLY)]
-)
+@pytest.mark.parametrize(("where", "fault"), [*((w, FULL) for w in PLACES), ("/model/unet", READ_ONLY)])
 def test_a_kind_of_file_that_cannot_be_written(where, fault, call, whole, tmp_path, capsys):
     """Also where a library of others writes it; the line says what remains and how to continue."""
     out = tmp_path / "run"
@@ -114,7 +107,7 @@ def test_a_kind_of_file_that_cannot_be_written(where, fault, call, whole, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [5, 60, 120, 180])
+@pytest.mark.parametrize("number", [60, 180])
 def test_a_folder_that_vanishes_during_a_run(number, call, tmp_path):
     out = tmp_path / "run"
     status, line = ended([*call, "--out", str(out)], out, vanish_at(number, out))
@@ -131,8 +124,6 @@ def test_a_folder_that_vanishes_during_a_run(number, call, tmp_path):
             "plan/state.safetensors",
             "plan      drawn again, not reused from {out}/plan: {out}/plan/state.safetensors is",
         ),
-        ("plan/manifest.json", "plan      drawn again, not reused from {out}/plan: {out}/plan/manifest.json is"),
-        ("judged/before/state.safetensors", "judging   done again, not continued from {out}/judged/before: "),
         ("judged/before/manifest.json", "judging   done again, not continued from {out}/judged/before: "),
         ("checkpoint/000002/state.safetensors", "passed over: {out}/checkpoint/000002/state.safetensors is damaged"),
     ],
