@@ -40,13 +40,15 @@ def test_a_state_waits_until_it_is_confirmed(checkpoints):
     checkpoints.save(1, state(1))
     checkpoints.write(2, state(2))
     assert checkpoints.numbers() == [1] and checkpoints.newest(pytest.fail).number == 1
-    checkpoints.confirm()
+    checkpoints.confirm(2)
     assert checkpoints.newest(pytest.fail).number == 2
     checkpoints.write(3, state(3))
     checkpoints.discard()
     assert checkpoints.numbers() == [2, 1]
-    with pytest.raises(StorageError, match="the state that waits is gone"):
-        checkpoints.confirm()
+    for number in (2, 3):
+        with pytest.raises(StorageError, match=f"00000{number} cannot be written .No such file"):
+            checkpoints.confirm(number)
+    assert checkpoints.numbers() == [2, 1]
 
 
 def test_older_ones_stay_until_the_new_one_has_been_read_back(checkpoints, monkeypatch):
@@ -72,7 +74,7 @@ def test_the_newest_that_is_as_it_was_written_is_continued_from(checkpoints):
     damage(checkpoints, 30)
     (checkpoints.path(20) / MANIFEST).unlink()
     assert checkpoints.newest(said.append).state["k"] == 10
-    assert len(said) == 2 and all(line.endswith("; continued from update 10") for line in said)
+    assert len(said) == 2 and all(line.endswith(f"; continued from {checkpoints.path(10)}") for line in said)
     assert said[0].startswith(f"passed over: {checkpoints.path(30) / STATE_FILE} is damaged: tensor state['x'] is not")
     assert said[1].startswith(f"passed over: {checkpoints.path(20) / MANIFEST} does not exist, which is written last")
     checkpoints.save(15, state(15), keep=3)  # those that nobody continued from go

@@ -49,7 +49,7 @@ class Waiting(Numbered):
 
     def save(self, k):
         self.checkpoints.write(k, state(k))
-        self.checkpoints.confirm()
+        self.checkpoints.confirm(k)
 
 
 class Again(Numbered):
@@ -66,6 +66,14 @@ class Again(Numbered):
 
     def files(self, k):
         return {f"checkpoint/000003/{name}" for name in (STATE_FILE, MANIFEST)}
+
+
+class WaitingAgain(Again):
+    """A checkpoint that waits to take the place of one of the same number, as while a queue fills."""
+
+    def save(self, k):
+        self.checkpoints.write(3, state(k))
+        self.checkpoints.confirm(3)
 
 
 class First(Numbered):
@@ -99,7 +107,11 @@ class Replaced:
         return {f"plan/{STATE_FILE}", f"plan/{MANIFEST}"}
 
 
-WAYS = [Numbered, Replaced, *(pytest.param(way, marks=pytest.mark.slow) for way in (Waiting, Again, First))]
+WAYS = [
+    Numbered,
+    Replaced,
+    *(pytest.param(way, marks=pytest.mark.slow) for way in (Waiting, Again, WaitingAgain, First)),
+]
 
 
 def files(folder):
@@ -137,7 +149,7 @@ def check_next_save(way, folder):
     assert after.newest() == 4
     left = files(folder)
     assert not [name for name in left if ".tmp" in name] and not list(folder.rglob("*.tmp"))
-    if way in (Again, Replaced):
+    if way in (Again, WaitingAgain, Replaced):
         assert left == after.files(4)
     else:
         kept = {"000004", *sorted(older, reverse=True)[:1]}
@@ -164,7 +176,7 @@ REFUSALS = {"full": (errno.ENOSPC, FREE), "read-only": (errno.EROFS, ())}
         (Numbered, "full"),
         *(
             pytest.param(way, kind, marks=pytest.mark.slow)
-            for way in (Numbered, Waiting, Again, First, Replaced)
+            for way in (Numbered, Waiting, Again, WaitingAgain, First, Replaced)
             for kind in REFUSALS
             if (way, kind) != (Numbered, "full")
         ),

@@ -9,7 +9,6 @@ older states removed, and those of later updates, from which nobody has continue
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED, sync_folder, writing
 from implicit_diffusion.files.manifest import OtherSchemaError
-from implicit_diffusion.files.states import STATE_FILE, load_state, save_state_there
+from implicit_diffusion.files.states import STATE_FILE, load_state, move_state, save_state_there
 
 KEEP = 2  # states, by default
 
@@ -77,7 +76,7 @@ class Checkpoints:
             self._prune(number, keep)
         else:
             self.write(number, state)
-            self.confirm(keep)
+            self.confirm(number, keep)
 
     def write(self, number: int, state: Any) -> None:
         """Write a state that waits for `confirm`; arguments and errors as in `save`."""
@@ -92,18 +91,20 @@ class Checkpoints:
             self.discard()  # half a state would keep the disk full
             raise
 
-    def confirm(self, keep: int = KEEP) -> None:
-        """Make the state that waits the newest one, in one step, and remove what is beyond the `keep` newest."""
-        waiting = next(self.folder.glob(f"*{UNFINISHED}"), self.folder)
-        path = waiting.with_suffix("")
-        with writing(path):
-            if waiting == self.folder:
-                raise FileNotFoundError(errno.ENOENT, "the state that waits is gone")
-            if path.exists():  # of an update that was made again, since this could not be continued from
-                shutil.rmtree(path)
-            waiting.rename(path)
-            sync_folder(self.folder)
-        self._prune(int(path.name), keep)
+    def confirm(self, number: int, keep: int = KEEP) -> None:
+        """Make the state that waits the newest one, in one step; arguments and errors as in `save`."""
+        path, waiting = self.path(number), self._waiting(number)
+        try:
+            with writing(path):
+                if path.exists():  # of an earlier iteration: not every one makes an update
+                    move_state(waiting, path)
+                else:
+                    waiting.rename(path)
+                sync_folder(self.folder)
+        except BaseException:
+            self.discard()
+            raise
+        self._prune(number, keep)
 
     def discard(self) -> None:
         """Remove what waits, or was not written to its end."""
@@ -130,7 +131,7 @@ class Checkpoints:
                 reasons.append(str(error))
                 continue
             for reason in reasons:
-                say(f"passed over: {reason}; continued from update {number}")
+                say(f"passed over: {reason}; continued from {self.path(number)}")
             return Checkpoint(number, state)
         if (self.folder / STATE_FILE).exists():
             reasons.append(f"{self.folder / STATE_FILE} is from an earlier release, without a manifest")

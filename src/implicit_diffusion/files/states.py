@@ -66,6 +66,20 @@ def save_state_there(folder: Path, state: Any, about: Mapping[str, Any]) -> None
     _write(folder, *_taken_apart(state), about)
 
 
+def move_state(source: Path, target: Path) -> None:
+    """Let the state of one folder replace that of another, in one step; errors as in `save_state`."""
+    new = target / (STATE_FILE + UNFINISHED)
+    moves = (source / STATE_FILE, new), (source / MANIFEST, target / MANIFEST), (new, target / STATE_FILE)
+    try:
+        with writing(target):
+            for old, moved in moves:
+                old.replace(moved)
+                sync_folder(target)
+    except BaseException:
+        _settle(target)
+        raise
+
+
 def _taken_apart(state: Any) -> tuple[dict[str, Tensor], str]:
     """The tensors of a state, and its tree as text."""
     tensors: dict[str, Tensor] = {}

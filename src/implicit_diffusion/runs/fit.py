@@ -119,7 +119,7 @@ def _drive(
             directory.append_metrics(*waiting)
             fit.lines += len(waiting)
 
-    waits = False  # whether a checkpoint waits: the next update says whether it is sound
+    waits: int | None = None  # update of a checkpoint that waits: the next update says whether it is sound
     last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description, fit.updates) as bar, part("saving"):
         try:
@@ -132,12 +132,12 @@ def _drive(
                     fit.stopped = fit.verdict and fit.verdict[1]
                     bar.update(_shown(metrics), advance=fit.updates - bar.done)
                     lines.append(fit.metrics)
-                    if waits and directory is not None:  # it is known now what that state led to
+                    if waits is not None and directory is not None:  # it is known now what that state led to
                         if unsound(fit, callbacks) is None:
-                            directory.checkpoints.confirm(keep)
+                            directory.checkpoints.confirm(waits, keep)
                         else:
                             directory.checkpoints.discard()
-                        waits = False
+                        waits = None
                 else:
                     bar.update(_shown(metrics), advance=0)
                 if stop.requested:
@@ -152,7 +152,7 @@ def _drive(
                     last_saved = time.monotonic()
                     if unsound(fit, callbacks) is None:
                         checkpoint(fit, directory, callbacks, known=False)
-                        waits = True
+                        waits = fit.updates
                 start = time.monotonic()
             if stop.requested:  # in the last step, or while it was saved
                 fit.stopped = "interrupted"
