@@ -8,12 +8,13 @@
     model/          the result
     judged/         what the report is made of, beside the JSON files
     report.html     all of it, for people
-    checkpoint/     the state to continue from
+    checkpoint/     the newest states to continue from, as checkpoint/000120 of update 120
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
 
-Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json says that a
-run is judged; what comes after it is derived from what is on disk, and can be made again.
+The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
+(`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time.
+summary.json says that a run is judged; what comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations
@@ -24,20 +25,24 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
-from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.files.atomic import UNFINISHED, append, check_place, replacing, writing
+from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
-from implicit_diffusion.files.states import STATE_FILE
+from implicit_diffusion.files.manifest import MANIFEST
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import clock, records
+from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
 
-BEGUN = ("config.json", f"checkpoint/{STATE_FILE}")  # written before the first update
+BEGUN = "begun"  # key of config.json: when the run began, in UTC, which tells it from every other run
 
 
 class Origin(NamedTuple):
@@ -85,19 +90,17 @@ class RunDirectory(Shown):
                 nothing can be written.
         """
         path = check_path("path", path)
-        left_over = {LOCK, clock.SECONDS_FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
+        allowed = {*may_hold, LOCK, clock.SECONDS_FILE}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"`path` {path} is a file; name a new folder")
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
-            if not files <= {*may_hold, *left_over}:
-                holds = "exists and is not empty"
-                judged, reported = (
-                    "summary.json" in files,
-                    "report.html" in files or f"judged/{STATE_FILE}" not in files,
-                )
-                if files.issuperset(BEGUN) and not (judged and reported):
-                    holds = f"holds a run that was interrupted: continue with {RunDirectory(path).resume_command}"
+            unfinished = {f"{name}{UNFINISHED}" for name in (*may_hold, "config.json")}
+            if any(f not in allowed | unfinished and not fnmatch(f, f"checkpoint/*{UNFINISHED}/*") for f in files):
+                holds, there = "exists and is not empty", RunDirectory(path)
+                reported = "report.html" in files or f"judged/{MANIFEST}" not in files
+                if "config.json" in files and there.has_state and not ("summary.json" in files and reported):
+                    holds = f"holds a run that was interrupted: continue with {there.resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -151,13 +154,16 @@ class RunDirectory(Shown):
             NonFiniteError: a value is NaN or infinite.
             InvalidInputError: a value has no JSON form.
         """
-        origin = {} if command is None else Origin(command, __version__)._asdict()
+        origin: dict[str, Any] = {}
+        if command is not None:
+            begun = self.identity if self.identity.get("command") == command else {}
+            origin = Origin(command, __version__)._asdict() | {BEGUN: begun.get(BEGUN) or datetime.now(UTC).isoformat()}
         records.write(self.path / "config.json", origin | records.as_json(config))
 
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
         values = self._read_config()
-        return None if values is None else {key: values[key] for key in values if key not in Origin._fields}
+        return None if values is None else {k: values[k] for k in values if k not in (*Origin._fields, BEGUN)}
 
     def read_origin(self) -> Origin | None:
         """What began the run, by config.json; None where it does not say."""
@@ -172,9 +178,15 @@ class RunDirectory(Shown):
         return None
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What tells its states from those of other runs: its command, and when it began, as far as known."""
+        values = self._read_config() or {}
+        return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
+
+    @property
     def has_state(self) -> bool:
-        """Whether there is a state to continue from."""
-        return (self.checkpoint / STATE_FILE).is_file()
+        """Whether there is a state to continue from, which may be damaged."""
+        return bool(self.checkpoints.numbers())
 
     @property
     def resume_command(self) -> str:
@@ -188,23 +200,31 @@ class RunDirectory(Shown):
 
     @property
     def checkpoint(self) -> Path:
-        """Where `save_state` puts the state to continue from; not made here."""
+        """The folder of the states to continue from; not made here."""
         return self.path / "checkpoint"
 
     @property
-    def kept(self) -> Path:
-        """Where models of earlier updates are kept (`runs.callbacks.kept`); not made here."""
-        return self.path / "kept"
+    def checkpoints(self) -> Checkpoints:
+        """The states to continue from."""
+        return Checkpoints(self.checkpoint, self.identity)
 
     @property
-    def unconfirmed(self) -> Path:
-        """Where a state waits until it is known to be sound; not made here."""
-        return self.checkpoint / "next"
+    def remains(self) -> str:
+        """Where the last good state is, for the end of a message; "" where there is none."""
+        numbers = self.checkpoints.numbers()
+        return f"; the last good state is in {self.checkpoints.path(numbers[0])}" if numbers else ""
 
-    def confirm(self) -> None:
-        """Let the state that waits replace the one in `checkpoint`, in one step."""
-        with writing(self.checkpoint / STATE_FILE):
-            (self.unconfirmed / STATE_FILE).replace(self.checkpoint / STATE_FILE)
+    def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
+        """The newest state that is as it was written, with its number; arguments and errors as in `newest`."""
+        return self.checkpoints.newest(say)
+
+    def save_part(self, name: str, state: Any) -> None:
+        """Write a state of this run into its folder `name`; errors as in `save_state`."""
+        save_state(self.path / name, state, self.identity)
+
+    def load_part(self, name: str) -> Any:
+        """Read what `save_part` wrote; errors as in `load_state`, also for a state of another run."""
+        return load_state(self.path / name, self.identity)
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
@@ -216,6 +236,7 @@ class RunDirectory(Shown):
         try:
             with naming_memory():
                 yield
+            self.check_there()
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
@@ -223,7 +244,13 @@ class RunDirectory(Shown):
         except (StorageError, MemoryLimitError, RewardError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
-            raise type(error)(f"{error}; then {command} continues the run") from error
+            remains = "" if self.remains in str(error) else self.remains
+            raise type(error)(f"{error}{remains}; then {command} continues the run") from error
+
+    def check_there(self) -> None:
+        """Raise `StorageError` where the folder of a run that has begun, or its config.json, has vanished."""
+        with writing(path := self.path / "config.json"):
+            path.stat()
 
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
@@ -241,7 +268,7 @@ class RunDirectory(Shown):
         records.write(self.path / "plan.json", plan)
 
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
-        """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
+        """Append a line for each to metrics.jsonl; they are on the disk when this returns. Errors as in `write_config`.
 
         Values that are still on a device are read in one go.
         """
@@ -249,10 +276,7 @@ class RunDirectory(Shown):
         try:
             lines += map(records.as_line, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
-            if lines:
-                path = self.path / "metrics.jsonl"
-                with writing(path), path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+            append(self.path / "metrics.jsonl", "".join(lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""

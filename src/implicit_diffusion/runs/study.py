@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer
 from implicit_diffusion.files.atomic import replacing
-from implicit_diffusion.files.states import load_state, save_state
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs import RunDirectory
 
 V = TypeVar("V")
@@ -23,14 +23,15 @@ class Study:
 
     Args:
         directory: of the study, held; checkpoint/ has the results, and metrics.jsonl is written from them.
+        keep: number of checkpoints that stay, ≥ 1.
 
     Raises:
-        InvalidInputError: a checkpoint that is damaged, or that is not of a study.
+        InvalidInputError: all checkpoints are damaged, or the newest is not of a study.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-        state = load_state(directory.checkpoint) if directory.has_state else {"study": {}}
+    def __init__(self, directory: RunDirectory, keep: int = KEEP) -> None:
+        self.directory, self.keep = directory, check_integer("keep", keep)
+        state = directory.read_checkpoint().state if directory.has_state else {"study": {}}
         if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
             raise InvalidInputError(f"{directory.checkpoint} does not hold a study; choose another folder")
         self.results: dict[str, Any] = state["study"]
@@ -61,4 +62,4 @@ class Study:
         return result
 
     def _save(self) -> None:
-        save_state(self.directory.checkpoint, {"study": self.results})
+        self.directory.checkpoints.save(len(self.results), {"study": self.results}, self.keep)

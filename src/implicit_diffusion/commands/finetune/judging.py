@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -88,8 +87,10 @@ def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int) ->
     storage = _Storage(*(Stored(directory.path / JUDGED / side, depends_on, starts) for side in Judged._fields))
     done = 0
     for each in storage:
-        with suppress(InvalidInputError):
+        try:
             done += len((each.read() or {"reward": ()})["reward"])
+        except InvalidInputError as error:
+            print(f"judging   done again, not continued from {each.folder}: {error}")
     if done:
         print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")
     return storage

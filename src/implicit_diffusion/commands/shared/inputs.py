@@ -93,9 +93,10 @@ def begin(
     directory: RunDirectory, command: str, config: Any, fingerprints: dict[str, Any], device: torch.device
 ) -> None:
     """Write config.json, then `record_inputs`; a run that ends in between has no provenance, not a wrong one."""
-    accepted = forget(directory)
-    directory.write_config(config, command)
-    record_inputs(directory, config, fingerprints, device=device, accepted=accepted)
+    with directory.resumable():
+        accepted = forget(directory)
+        directory.write_config(config, command)
+        record_inputs(directory, config, fingerprints, device=device, accepted=accepted)
 
 
 def with_imports(options: Any, fingerprints: dict[str, Any]) -> dict[str, Any]:

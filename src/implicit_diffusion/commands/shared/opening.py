@@ -58,7 +58,7 @@ def opened(
     """
     if not resumed:
         directory.start(command, config)
-    if not (resumed and is_recorded(directory)):
-        record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
     with directory.resumable():
+        if not (resumed and is_recorded(directory)):
+            record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
         yield

@@ -62,7 +62,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             exact = ExactTilt(model, reward)
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
         with opened("tilt", config, directory, resumed=resumed, fingerprints=fingerprints):
-            rows = _study(config, model, reward, exact, optima, Study(directory))
+            rows = _study(config, model, reward, exact, optima, Study(directory, config.keep))
             summary = Summary(exact.reward_initial, rows)
             plot(summary, exact, directory.figure("tilt"))
             written: dict[str, Any] = to_json(summary)
