@@ -9,6 +9,7 @@ from pathlib import Path
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.processes import world_size
 
 LOCK = ".lock"  # exists while a process holds the folder
 
@@ -22,7 +23,8 @@ def hold(folder: Path) -> Iterator[None]:
     removed.
 
     Raises:
-        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes.
+        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes
+            that nothing connects.
         StorageError: the file system has no locks.
     """
     from filelock import FileLock, Timeout
@@ -70,10 +72,10 @@ def make(folder: Path) -> list[Path]:
 
 
 def _check_alone() -> None:
-    """Raise `InvalidInputError` under a launcher of several processes, which would all train the same."""
+    """Raise `InvalidInputError` in one of several processes that nothing connects, which would all train the same."""
     count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
+    if count.isdigit() and int(count) > 1 and world_size() == 1:
         raise InvalidInputError(
-            f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which would all train the same: a "
-            "run uses one process; start it without the launcher"
+            f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which know nothing of each other and "
+            "would all train the same: call torch.distributed.init_process_group() first, or start one process"
         )

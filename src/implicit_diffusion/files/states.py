@@ -29,6 +29,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.files.atomic import replacing, writing
+from implicit_diffusion.processes import main_only
 
 STATE_FILE = "state.safetensors"
 WITHOUT_DIGESTS = "implicit-diffusion state"  # of releases before 0.2
@@ -36,10 +37,12 @@ HEADER = "implicit-diffusion state 2"
 DIGESTS = "sha256"
 
 
+@main_only
 def save_state(folder: str | PathLike[str], state: Any) -> None:
     """Write `state` to folder/state.safetensors, replacing the previous one in one step.
 
-    Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate.
+    Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate. Several
+    processes that compute a run together all call this, and the main one writes.
 
     Args:
         folder: made if it does not exist.

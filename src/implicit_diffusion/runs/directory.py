@@ -12,8 +12,9 @@
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
 
-Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json says that a
-run is judged; what comes after it is derived from what is on disk, and can be made again.
+Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where several processes compute
+a run together, all of them call a method, and the main one reads or writes. summary.json says that a run is judged; what
+comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
@@ -29,10 +30,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from implicit_diffusion import __version__
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    MemoryLimitError,
+    ProcessError,
+    RewardError,
+    StorageError,
+    check_path,
+)
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.states import STATE_FILE
+from implicit_diffusion.processes import from_main, main_alone, main_only
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
@@ -68,10 +77,11 @@ class RunDirectory(Shown):
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
         directory = cls(path)
-        make(directory.path)
+        from_main(lambda: make(directory.path))
         return directory
 
     @staticmethod
+    @main_only
     def check(path: str | PathLike[str], may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
@@ -106,9 +116,18 @@ class RunDirectory(Shown):
     @contextmanager
     def held(self) -> Iterator[RunDirectory]:
         """Hold the folder for the block, which makes it; `files.lock.hold` says how, and what it raises."""
-        with hold(self.path):
-            yield self
+        held = ExitStack()
 
+        def take() -> None:
+            held.enter_context(hold(self.path))
+
+        from_main(take)
+        try:
+            yield self
+        finally:
+            main_alone(held.close)
+
+    @main_only
     def check_start(self, command: str, may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that holds more than the little that a run of this command leaves when it ends early.
 
@@ -123,6 +142,7 @@ class RunDirectory(Shown):
         ours = origin is not None and origin.command == command
         self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
+    @main_only
     def start(self, command: str, config: Any, may_hold: Collection[str] = ()) -> None:
         """Write config.json into a new folder, or into what is left of the same run, which begins anew.
 
@@ -140,6 +160,7 @@ class RunDirectory(Shown):
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
         self.write_config(config, command)
 
+    @main_only
     def write_config(self, config: Any, command: str | None = None) -> None:
         """Write config.json: the command that begins the run, the version of this library, and the options.
 
@@ -154,11 +175,13 @@ class RunDirectory(Shown):
         origin = {} if command is None else Origin(command, __version__)._asdict()
         records.write(self.path / "config.json", origin | records.as_json(config))
 
+    @main_only
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
         values = self._read_config()
         return None if values is None else {key: values[key] for key in values if key not in Origin._fields}
 
+    @main_only
     def read_origin(self) -> Origin | None:
         """What began the run, by config.json; None where it does not say."""
         values = self._read_config() or {}
@@ -172,6 +195,7 @@ class RunDirectory(Shown):
         return None
 
     @property
+    @main_only
     def has_state(self) -> bool:
         """Whether there is a state to continue from."""
         return (self.checkpoint / STATE_FILE).is_file()
@@ -201,6 +225,7 @@ class RunDirectory(Shown):
         """Where a state waits until it is known to be sound; not made here."""
         return self.checkpoint / "next"
 
+    @main_only
     def confirm(self) -> None:
         """Let the state that waits replace the one in `checkpoint`, in one step."""
         with writing(self.checkpoint / STATE_FILE):
@@ -210,7 +235,8 @@ class RunDirectory(Shown):
     def resumable(self) -> Iterator[None]:
         """Add the command that continues the run to an error that ends the block early, once config.json is there.
 
-        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises.
+        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises,
+        and another process that has ended.
         """
         command = self.resume_command
         try:
@@ -220,11 +246,12 @@ class RunDirectory(Shown):
             if not (self.path / "config.json").exists():
                 raise
             raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; continue with {command}") from error
-        except (StorageError, MemoryLimitError, RewardError) as error:
+        except (StorageError, MemoryLimitError, RewardError, ProcessError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
             raise type(error)(f"{error}; then {command} continues the run") from error
 
+    @main_only
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
         folder = self.path / "figures"
@@ -232,14 +259,17 @@ class RunDirectory(Shown):
             folder.mkdir(exist_ok=True)
         return folder / f"{name}.png"
 
+    @main_only
     def write_summary(self, summary: Any) -> None:
         """Write summary.json; values and errors as in `write_config`."""
         records.write(self.path / "summary.json", summary)
 
+    @main_only
     def write_plan(self, plan: Any) -> None:
         """Write plan.json; values and errors as in `write_config`."""
         records.write(self.path / "plan.json", plan)
 
+    @main_only
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
         """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
 
@@ -254,12 +284,14 @@ class RunDirectory(Shown):
                 with writing(path), path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
 
+    @main_only
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
+    @main_only
     def forget_metrics(self, updates: int) -> None:
         """Drop the lines of updates after `updates`, which a run that is restored there makes again."""
         kept = [line for line in self.read_metrics() if line["updates"] <= updates]

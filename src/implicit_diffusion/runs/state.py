@@ -21,6 +21,7 @@ from implicit_diffusion.files.states import check_finite, load_state, save_state
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.processes import from_main
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.samplers.chain import Chain
@@ -126,7 +127,7 @@ def checkpoint(fit: Fit, directory: RunDirectory, callbacks: list[Callback], *, 
         raise NonFiniteError(f"after update {fit.updates}: {error}") from error
     save_state(directory.checkpoint if known else directory.unconfirmed, whole)
     if known:
-        shutil.rmtree(directory.unconfirmed, ignore_errors=True)
+        from_main(lambda: shutil.rmtree(directory.unconfirmed, ignore_errors=True))
 
 
 def unsound(fit: Fit, callbacks: list[Callback]) -> str | None:
@@ -137,7 +138,7 @@ def unsound(fit: Fit, callbacks: list[Callback]) -> str | None:
 
 def restore(fit: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
     """Continue from the checkpoint, unless the loop is further already; a callback that was not saved begins anew."""
-    saved = load_state(directory.checkpoint)
+    saved = from_main(lambda: load_state(directory.checkpoint))
     behind = saved["loop"]["iteration"] < fit.loop.iteration
     fit.seconds = saved["seconds"]
     if not behind:
