@@ -41,8 +41,8 @@ DIGESTS = "sha256"
 def save_state(folder: str | PathLike[str], state: Any) -> None:
     """Write `state` to folder/state.safetensors, replacing the previous one in one step.
 
-    Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate. Several
-    processes that compute a run together all call this, and the main one writes.
+    Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate.
+    Where several processes compute a run together, all of them call this, and the main one writes.
 
     Args:
         folder: made if it does not exist.

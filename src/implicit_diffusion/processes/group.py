@@ -22,7 +22,7 @@ class Traffic:
 
     Args:
         calls: collective calls.
-        bytes: of the tensors that it contributed to them; of objects that `from_main` hands over, the calls are counted.
+        bytes: of the tensors that it contributed to them; of objects that are handed over, only the calls are counted.
     """
 
     calls: int = 0

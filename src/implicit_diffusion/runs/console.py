@@ -1,7 +1,7 @@
 """What a run prints of its progress, on stderr: a progress bar on a terminal, plain lines elsewhere.
 
-Of several processes, the main one prints. Printing never ends a run: where the reader is gone (`| head`, a closed terminal, a full disk behind `>`), the run
-continues without output.
+Of several processes, the main one prints. Printing never ends a run: where the reader is gone (`| head`, a closed
+terminal, a full disk behind `>`), the run continues without output.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
 
-Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where several processes compute
-a run together, all of them call a method, and the main one reads or writes. summary.json says that a run is judged; what
-comes after it is derived from what is on disk, and can be made again.
+Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where several processes
+compute a run together, all of them call a method, and the main one reads or writes. summary.json says that a run is
+judged; what comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations

@@ -82,12 +82,12 @@ def interruptible() -> Iterator[None]:
         yield
 
 
-def deaf() -> None:
-    """Drop all signals from here on, to the end of the program; `graceful` and `interruptible` hear them within it."""
+def deaf(*, for_good: bool = False) -> None:
+    """Drop all signals from here on; where it is not for good, `graceful` and `interruptible` hear them again."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # which Python keeps while it ends
+                signal.signal(number, signal.SIG_IGN if for_good else lambda number, frame: None)
 
 
 def exit_status() -> int:

@@ -30,6 +30,7 @@ from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.states import load_state
 from implicit_diffusion.global_generators import GlobalGenerators
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -73,14 +74,19 @@ def planned(
         raise
     if samples is known:
         return plan, samples
-    plot(plan, samples, directory.figure("plan"))
-    if samples is pretrained:
-        storage(setup, spec.starts, directory, fingerprints).write(samples)
-    else:
-        show(plan)
-    if spec.alone:
-        _show_files(setup, samples, directory)
-    directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+
+    @main_only
+    def conclude() -> None:
+        plot(plan, samples, directory.figure("plan"))
+        if samples is pretrained:
+            storage(setup, spec.starts, directory, fingerprints).write(samples)
+        else:
+            show(plan)
+        if spec.alone:
+            _show_files(setup, samples, directory)
+        directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+
+    conclude()
     return plan, samples
 
 
@@ -99,7 +105,7 @@ def pretrained_samples(
     stored, state = storage(setup, starts, directory, fingerprints), None
     total = REPEATS * starts
     try:
-        state = stored.read()
+        state = from_main(stored.read)
     except InvalidInputError as error:
         print(f"plan      drawn again, not reused from {stored.folder}: {error}")
     if state is not None and stored.is_whole(state):
@@ -107,9 +113,14 @@ def pretrained_samples(
         return from_state(state, setup.chain.device)
     if state is not None:
         print(f"plan      continued: {stored.folder} holds {state['reward'].numel()} of {total} trajectories")
+    _forget_plan(directory)
+    return draw(setup, stored)
+
+
+@main_only
+def _forget_plan(directory: RunDirectory) -> None:
     with writing(directory.path):
         (directory.path / "plan.json").unlink(missing_ok=True)
-    return draw(setup, stored)
 
 
 def draw(setup: Setup, stored: Stored) -> Evaluation:
@@ -128,6 +139,7 @@ def draw(setup: Setup, stored: Stored) -> Evaluation:
         )
 
 
+@main_only
 def _abandon(directory: RunDirectory) -> None:
     """Leave nothing of a plan that cannot be made."""
     for name in (*FILES, "config.json", "provenance.json"):
@@ -137,6 +149,7 @@ def _abandon(directory: RunDirectory) -> None:
             (directory.path / folder).rmdir()
 
 
+@main_only
 def read_rewards(directory: RunDirectory) -> Evaluation | None:
     """The rewards that a run was planned with, on the CPU and without samples; None where there are none."""
     if not (directory.path / PLANNED).exists():

@@ -27,6 +27,7 @@ from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
@@ -68,6 +69,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             return _finish(config, data, *train(training, data, directory), directory)
 
 
+@main_only
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the samples of a finished run again; returns its summary.
 
@@ -120,6 +122,7 @@ def training_of(config: Config, data: Images) -> Training:
     )
 
 
+@main_only
 @part("judging")
 def _finish(
     config: Config, data: Images, unet: UNet2DModel, scheduler: DDPMScheduler, directory: RunDirectory

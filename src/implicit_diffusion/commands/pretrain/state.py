@@ -6,7 +6,7 @@ device, whose state is kept as well; the training runs inside a fork of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.files.states import check_finite, load_state, save_state
+from implicit_diffusion.processes import from_main, mean, sharing, sum_gradients
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.showing import Shown
@@ -71,16 +72,22 @@ class Pretraining(Shown):
     losses: list[Tensor] = field(default_factory=list)
     lines: int = 0
 
-    def descend(self, loss: Tensor) -> None:
-        """One step of optimizer, schedule and average, down the gradient of `loss`.
+    @sharing()
+    def descend(self, losses: Callable[[], Tensor]) -> None:
+        """One step of optimizer, schedule and average, down the gradient of the mean of the losses.
+
+        Args:
+            losses: those of the images, or of this process's.
 
         Raises:
             NonFiniteError: the loss or its gradient is NaN or infinite; the weights are not touched.
         """
+        loss = mean(losses().mean())
         if not loss.isfinite():
             raise NonFiniteError(f"the loss is {loss.item()}")
         self.optimizer.zero_grad()
         loss.backward()
+        sum_gradients([p.grad for p in self.unet.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         if not norm.isfinite():
             raise NonFiniteError(f"the norm of the gradient is {norm.item()}")
@@ -133,7 +140,7 @@ class Pretraining(Shown):
         Raises:
             InvalidInputError: no such checkpoint, one of another network, or one of other images.
         """
-        state = load_state(directory.checkpoint)
+        state = from_main(lambda: load_state(directory.checkpoint))
         try:
             state = state["pretraining"]
             if state["images"] != images:

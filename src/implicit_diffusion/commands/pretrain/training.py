@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import save_pipeline
+from implicit_diffusion.processes import check_divides
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.clock import part
 
@@ -78,9 +80,10 @@ def train(training: Training, data: Images, directory: RunDirectory | None = Non
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; the update is not done.
-        InvalidInputError: a state that does not fit, or one of other images.
+        InvalidInputError: a state that does not fit, or one of other images; a batch that processes cannot share.
         KeyboardInterrupt: Ctrl-C; the model so far and the state are saved.
     """
+    check_divides("`batch`", training.batch)
     device, threads = training.device, torch.get_num_threads()
     if training.one_thread:
         torch.set_num_threads(1)
@@ -131,7 +134,7 @@ def _train(
             rows = torch.randint(len(data.train), (training.batch,), generator=state.generator)
             x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
-                state.descend(image_losses(state.unet, state.scheduler, x, state.generator, labels).mean())
+                state.descend(partial(image_losses, state.unet, state.scheduler, x, state.generator, labels))
             except NonFiniteError as error:
                 kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
                 where = f"at step {state.step + 1} of {steps}"
@@ -144,10 +147,13 @@ def _train(
                     directory.append_metrics({"updates": step, "loss": mean, "seconds": state.seconds})
                 state.lines += 1
                 state.losses.clear()
-            if time.monotonic() - last_model > SAVE_EVERY:
+            save, keep = stop.agree(
+                time.monotonic() - last_model > SAVE_EVERY, time.monotonic() - last_checkpoint > CHECKPOINT_EVERY
+            )
+            if save:
                 save_model()
                 last_model = time.monotonic()
-            if stop.requested or step == steps or time.monotonic() - last_checkpoint > CHECKPOINT_EVERY:
+            if stop.requested or step == steps or keep:
                 checkpoint()
                 last_checkpoint, saved_at = time.monotonic(), step
             if stop.requested:
