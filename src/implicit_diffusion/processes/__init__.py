@@ -14,7 +14,8 @@ backward pass communicates. Γ is then the sum of the processes' gradients (`sum
 Samples are shared out inside `sharing()` only, which loops and evaluations enter; everywhere else, and where there is a
 single process, each function is the identity. Whoever enters it must do so in all processes alike. Files belong to the
 main process: `from_main` calls a function there, and hands its result, or its error, to all. What is done
-while an error is on its way (`finally`, the end of a context) asks nobody, since the error may be that of one process: `main_alone`.
+while an error is on its way (`finally`, the end of a context) asks nobody, since the error may be that of one process
+(`main_alone`).
 """
 
 from implicit_diffusion.processes.group import alone, count, is_main, rank, sharing, traffic, world_size

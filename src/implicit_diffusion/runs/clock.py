@@ -40,11 +40,9 @@ class Clock:
     def save(self) -> None:
         """Write the seconds, unless the folder holds nothing yet: a run that is refused leaves nothing."""
         self._saved = time.monotonic()
-        if (
-            is_main()
-            and self.path is not None
-            and any(file.name not in (LOCK, SECONDS_FILE) for file in self.path.glob("*"))
-        ):
+        if self.path is None or not is_main():
+            return
+        if any(file.name not in (LOCK, SECONDS_FILE) for file in self.path.glob("*")):
             with replacing(self.path / SECONDS_FILE) as file:
                 file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 
