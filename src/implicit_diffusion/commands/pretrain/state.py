@@ -6,7 +6,7 @@ device, whose state is kept as well; the training runs inside a fork of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.files.states import check_finite, load_state, save_state
-from implicit_diffusion.processes import from_main, mean, sharing, sum_gradients
+from implicit_diffusion.processes import from_main, mean, sum_gradients
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.showing import Shown
@@ -72,17 +72,13 @@ class Pretraining(Shown):
     losses: list[Tensor] = field(default_factory=list)
     lines: int = 0
 
-    @sharing()
-    def descend(self, losses: Callable[[], Tensor]) -> None:
-        """One step of optimizer, schedule and average, down the gradient of the mean of the losses.
-
-        Args:
-            losses: those of the images, or of this process's.
+    def descend(self, loss: Tensor) -> None:
+        """One step of optimizer, schedule and average, down the gradient of `loss`, averaged over processes.
 
         Raises:
             NonFiniteError: the loss or its gradient is NaN or infinite; the weights are not touched.
         """
-        loss = mean(losses().mean())
+        loss = mean(loss)
         if not loss.isfinite():
             raise NonFiniteError(f"the loss is {loss.item()}")
         self.optimizer.zero_grad()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +31,7 @@ from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import save_pipeline
-from implicit_diffusion.processes import check_divides
+from implicit_diffusion.processes import check_divides, sharing
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.clock import part
 
@@ -134,7 +133,8 @@ def _train(
             rows = torch.randint(len(data.train), (training.batch,), generator=state.generator)
             x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
-                state.descend(partial(image_losses, state.unet, state.scheduler, x, state.generator, labels))
+                with sharing():
+                    state.descend(image_losses(state.unet, state.scheduler, x, state.generator, labels).mean())
             except NonFiniteError as error:
                 kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
                 where = f"at step {state.step + 1} of {steps}"
