@@ -26,7 +26,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate_in_parts, joined
-from implicit_diffusion.files.states import STATE_FILE, load_state, save_state
+from implicit_diffusion.files.states import has_state, load_state, save_state
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
@@ -63,7 +63,7 @@ class Stored(Shown):
         Raises:
             InvalidInputError: what is stored cannot be used; the message says why.
         """
-        if not (self.folder / STATE_FILE).exists():
+        if not has_state(self.folder):
             return None
         state = load_state(self.folder)
         if not isinstance(state, dict) or not {"depends_on", "parts", "generators", *STORED_COLUMNS} <= state.keys():

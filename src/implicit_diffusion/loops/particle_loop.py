@@ -201,9 +201,7 @@ class ParticleLoop(Loop):
             self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
             growth = (particles.log_z - self.log_z0).to(growth)
         zero = x.new_zeros(())
-        self.weighted_state = WeightedState(
-            x, present.momentum, log_weights, growth, x, exact(value), h=zero, lag=zero
-        )
+        self.weighted_state = WeightedState(x, present.momentum, log_weights, growth, x, exact(value), h=zero, lag=zero)
         self.gradient_evaluations += gradient_evaluations
 
     def cost(self) -> dict[str, int]:

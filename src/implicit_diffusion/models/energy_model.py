@@ -23,7 +23,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.files.reading import one_line, read_json
-from implicit_diffusion.files.states import load_tensors, save_tensors
+from implicit_diffusion.files.tensors import load_tensors, save_tensors
 from implicit_diffusion.models.lattice import Lattice
 from implicit_diffusion.models.parts import SLACK, bounded
 from implicit_diffusion.noise import Noise

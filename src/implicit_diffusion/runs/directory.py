@@ -8,13 +8,14 @@
     model/          the result
     judged/         what the report is made of, beside the JSON files
     report.html     all of it, for people
-    checkpoint/     the state to continue from
+    checkpoint/     the newest states to continue from, as checkpoint/000120 of update 120
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
 
-Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where several processes
-compute a run together, all of them call a method, and the main one reads or writes. summary.json says that a run is
-judged; what comes after it is derived from what is on disk, and can be made again.
+The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
+(`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where
+several processes compute a run together, all of them call a method, and the main one reads or writes. summary.json says
+that a run is judged; what comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,14 +41,17 @@ from implicit_diffusion.errors import (
     check_path,
 )
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
-from implicit_diffusion.files.states import STATE_FILE
+from implicit_diffusion.files.manifest import MANIFEST
+from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.processes import from_main, main_alone, main_only
 from implicit_diffusion.runs import clock, records
+from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
 
-BEGUN = ("config.json", f"checkpoint/{STATE_FILE}")  # written before the first update
+BEGUN = "begun"  # key of config.json: when the run began, in UTC, which tells it from every other run
 
 
 class Origin(NamedTuple):
@@ -95,19 +100,17 @@ class RunDirectory(Shown):
                 nothing can be written.
         """
         path = check_path("path", path)
-        left_over = {LOCK, clock.SECONDS_FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
+        allowed = {*may_hold, LOCK, clock.SECONDS_FILE}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"`path` {path} is a file; name a new folder")
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
-            if not files <= {*may_hold, *left_over}:
-                holds = "exists and is not empty"
-                judged, reported = (
-                    "summary.json" in files,
-                    "report.html" in files or f"judged/{STATE_FILE}" not in files,
-                )
-                if files.issuperset(BEGUN) and not (judged and reported):
-                    holds = f"holds a run that was interrupted: continue with {RunDirectory(path).resume_command}"
+            unfinished = {f"{name}{UNFINISHED}" for name in (*may_hold, "config.json")}
+            if any(f not in allowed | unfinished and not fnmatch(f, f"checkpoint/*{UNFINISHED}/*") for f in files):
+                holds, there = "exists and is not empty", RunDirectory(path)
+                reported = "report.html" in files or f"judged/{MANIFEST}" not in files
+                if "config.json" in files and there.has_state and not ("summary.json" in files and reported):
+                    holds = f"holds a run that was interrupted: continue with {there.resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -172,14 +175,17 @@ class RunDirectory(Shown):
             NonFiniteError: a value is NaN or infinite.
             InvalidInputError: a value has no JSON form.
         """
-        origin = {} if command is None else Origin(command, __version__)._asdict()
+        origin: dict[str, Any] = {}
+        if command is not None:
+            begun = self.identity if self.identity.get("command") == command else {}
+            origin = Origin(command, __version__)._asdict() | {BEGUN: begun.get(BEGUN) or datetime.now(UTC).isoformat()}
         records.write(self.path / "config.json", origin | records.as_json(config))
 
     @main_only
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
         values = self._read_config()
-        return None if values is None else {key: values[key] for key in values if key not in Origin._fields}
+        return None if values is None else {k: values[k] for k in values if k not in (*Origin._fields, BEGUN)}
 
     @main_only
     def read_origin(self) -> Origin | None:
@@ -195,10 +201,15 @@ class RunDirectory(Shown):
         return None
 
     @property
-    @main_only
+    def identity(self) -> dict[str, str]:
+        """What tells the states of this run from those of others: its command, and when it began, as far as known."""
+        values = self._read_config() or {}
+        return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
+
+    @property
     def has_state(self) -> bool:
-        """Whether there is a state to continue from."""
-        return (self.checkpoint / STATE_FILE).is_file()
+        """Whether there is a state to continue from, which may be damaged."""
+        return bool(self.checkpoints.numbers())
 
     @property
     def resume_command(self) -> str:
@@ -212,24 +223,32 @@ class RunDirectory(Shown):
 
     @property
     def checkpoint(self) -> Path:
-        """Where `save_state` puts the state to continue from; not made here."""
+        """The folder of the states to continue from; not made here."""
         return self.path / "checkpoint"
 
     @property
-    def kept(self) -> Path:
-        """Where models of earlier updates are kept (`runs.callbacks.kept`); not made here."""
-        return self.path / "kept"
+    def checkpoints(self) -> Checkpoints:
+        """The states to continue from."""
+        return Checkpoints(self.checkpoint, self.identity)
 
-    @property
-    def unconfirmed(self) -> Path:
-        """Where a state waits until it is known to be sound; not made here."""
-        return self.checkpoint / "next"
+    def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
+        """The newest state to continue from that is as it was written; arguments and errors as in `Checkpoints.newest`.
 
-    @main_only
-    def confirm(self) -> None:
-        """Let the state that waits replace the one in `checkpoint`, in one step."""
-        with writing(self.checkpoint / STATE_FILE):
-            (self.unconfirmed / STATE_FILE).replace(self.checkpoint / STATE_FILE)
+        It is a pair `number, state`: the updates that it follows, and what was saved.
+        """
+        return self.checkpoints.newest(say)
+
+    def save_part(self, name: str, state: Any) -> None:
+        """Write a state of this run into its folder `name`; errors as in `save_state`."""
+        save_state(self.path / name, state, self.identity)
+
+    def load_part(self, name: str) -> Any:
+        """Read what `save_part` wrote.
+
+        Raises:
+            InvalidInputError: as in `load_state`; a state of another run.
+        """
+        return load_state(self.path / name, self.identity)
 
     @contextmanager
     def resumable(self) -> Iterator[None]:

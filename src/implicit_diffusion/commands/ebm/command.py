@@ -97,7 +97,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool) -> dict[str, An
     )
     with opened("ebm", resolved, directory, resumed=resumed, fingerprints=fingerprints):
         clock.keep(directory.path)
-        return finish(judging, data, train(settings, data, loop, directory, LOOKS), directory)
+        return finish(judging, data, train(settings, data, loop, directory, LOOKS, config.keep), directory)
 
 
 @part("judging")

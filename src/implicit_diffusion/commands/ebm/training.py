@@ -15,6 +15,7 @@ from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.models.energy_model import EnergyModel
@@ -71,7 +72,9 @@ class Gap(Shown):
             fit.metrics |= {"energy_gap": (data.mean() - mean).item(), "energy_gap_se": variance.sqrt().item()}
 
 
-def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
+def train(
+    settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int, keep: int = KEEP
+) -> Trained:
     """Train under a watch; with exact figures along the way where the law of the data is known.
 
     Args:
@@ -80,6 +83,7 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
         loop: from `make_loop`.
         directory: of the run, for its model and metrics; None leaves no trace.
         looks: how many exact figures there are, about.
+        keep: number of checkpoints that stay.
 
     Raises:
         DivergenceError: `Watch` finds that the training diverges; `directory.model` then holds the last sound model.
@@ -110,7 +114,14 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
     if directory is not None and not from_main(directory.model.exists):  # a resumed run has a later one
         to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
     try:
-        state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.description)
+        state = fit(
+            loop,
+            settings.updates,
+            callbacks=callbacks,
+            directory=directory,
+            keep=keep,
+            description=settings.description,
+        )
         if state.updates == settings.updates:
             watch.look(state)
     except (DivergenceError, NonFiniteError) as error:

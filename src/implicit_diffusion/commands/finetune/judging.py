@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor

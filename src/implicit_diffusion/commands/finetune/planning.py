@@ -1,6 +1,6 @@
 """The pretrained trajectories that a plan is made of: drawn once for a run's folder, and continued there.
 
-    plan/state.safetensors   the rewards, with all that they depend on: model, reward, chain, noise, and what rounds
+    plan/   the rewards, with all that they depend on: model, reward, chain, noise, and what rounds
 
 `finetune --plan`, the run that follows in the same folder, and an attempt that was interrupted before its first update
 share them. Where something that they depend on differs, a line says so and they are drawn again.
@@ -28,7 +28,8 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.plans import Plan, make_plan
 from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.files.states import load_state
+from implicit_diffusion.files.manifest import MANIFEST
+from implicit_diffusion.files.states import STATE_FILE, has_state, load_state
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, progress
@@ -39,7 +40,14 @@ PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
 KEPT_FOR_PICTURE = 64  # starts whose first sample is stored, for a picture
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
-FILES = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
+FILES = (
+    "plan.json",
+    f"{PLANNED}/{STATE_FILE}",
+    f"{PLANNED}/{MANIFEST}",
+    "figures/plan.png",
+    "figures/pretrained.png",
+    PROMPTS,
+)
 
 
 def planned(
@@ -61,7 +69,10 @@ def planned(
     Raises:
         InvalidInputError: the reward does not vary over the samples.
     """
-    known = read_rewards(directory) if directory.has_state else None
+    known = None
+    if directory.has_state:
+        with suppress(InvalidInputError):  # damaged: the reason is printed where they are drawn again
+            known = read_rewards(directory)
     samples = pretrained or known or pretrained_samples(setup, spec.starts, directory, fingerprints)
     betas = None if spec.bounded else ()
     asked = spec.asked if spec.bounded else None
@@ -69,7 +80,7 @@ def planned(
         with part("planning"):
             plan = make_plan(samples, betas, asked=asked, conditional=setup.chain.condition is not None)
     except InvalidInputError:
-        if samples is not known:
+        if not directory.has_state:
             _abandon(directory)
         raise
     if samples is known:
@@ -151,8 +162,12 @@ def _abandon(directory: RunDirectory) -> None:
 
 @main_only
 def read_rewards(directory: RunDirectory) -> Evaluation | None:
-    """The rewards that a run was planned with, on the CPU and without samples; None where there are none."""
-    if not (directory.path / PLANNED).exists():
+    """The rewards that a run was planned with, on the CPU and without samples; None where there are none.
+
+    Raises:
+        InvalidInputError: they are damaged.
+    """
+    if not has_state(directory.path / PLANNED):
         return None
     reward = load_state(directory.path / PLANNED)["reward"]
     none = torch.zeros_like(reward)

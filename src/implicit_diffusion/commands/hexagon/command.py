@@ -58,7 +58,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
 
 def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """Make the runs that are missing, and summarise and draw all of them."""
-    study, exact, arms = Study(directory), HexagonQuadrature(config.sigma), Arms(config.setting())
+    study, exact, arms = Study(directory, config.keep), HexagonQuadrature(config.sigma), Arms(config.setting())
     names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
     if len(names) < len(ARMS):
         print("unrolled: left out, since a forward KL has no derivative in the particles")

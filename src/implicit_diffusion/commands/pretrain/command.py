@@ -119,6 +119,7 @@ def training_of(config: Config, data: Images) -> Training:
         device=find_device(config.device or ("cpu" if config.data == "digits" else "auto")),
         one_thread=config.data == "digits",  # whose weights are published, and must not depend on the number
         check_pixels=not os.path.isabs(config.data),  # of a folder, provenance has every file
+        keep=config.keep,
     )
 
 

@@ -30,6 +30,7 @@ from implicit_diffusion.commands.pretrain.state import Descent, Pretraining, beg
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import check_divides, sharing
 from implicit_diffusion.runs import RunDirectory, graceful, progress
@@ -54,6 +55,7 @@ class Training:
         device: where the network is.
         one_thread: whether sums are made on one thread: how many share a sum decides its rounding.
         check_pixels: whether a state that continues must be one of the same pixels.
+        keep: number of checkpoints that stay.
     """
 
     network: Network
@@ -63,6 +65,7 @@ class Training:
     device: torch.device
     one_thread: bool
     check_pixels: bool
+    keep: int = KEEP
 
 
 def train(training: Training, data: Images, directory: RunDirectory | None = None) -> tuple[UNet2DModel, DDPMScheduler]:
@@ -96,8 +99,8 @@ def train(training: Training, data: Images, directory: RunDirectory | None = Non
                 images = digests(data) if training.check_pixels else []
                 if directory is not None and directory.has_state:
                     state.restore(directory, images)
-                elif directory is not None:
-                    state.save(directory, images)
+                if directory is not None:
+                    state.save(directory, images, training.keep)
             _train(training, data, images, state, directory)
             state.average.copy_to(unet.parameters())
             return unet.eval(), scheduler
@@ -123,7 +126,7 @@ def _train(
     @part("saving")
     def checkpoint() -> None:
         if directory is not None:
-            state.save(directory, images)
+            state.save(directory, images, training.keep)
 
     every, saved_at = -(-steps // LINES), state.step
     last_model = last_checkpoint = time.monotonic()

@@ -94,7 +94,7 @@ def run_of(config: Config, arm: str, seed: int) -> RecoveryRun:
 
 def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """Make the runs that are missing, and summarise and draw all of them."""
-    study = Study(directory)
+    study = Study(directory, config.keep)
     curves: dict[str, Float[Tensor, "seeds updates 2"]] = {}
     with progress(len(ARMS) * config.seeds, "recovery") as bar:
         for name in ARMS:

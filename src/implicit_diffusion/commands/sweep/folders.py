@@ -31,9 +31,9 @@ LEFT_BY_AN_EARLY_END = {
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What must agree between two parts of a sweep: everything except the β's, the folder and the device."""
+    """What must agree between two parts of a sweep: all but the β's, the folder, the device, the checkpoints."""
     agreed = asdict(config.each)
-    for name in (*OF_ONE_RUN, "out", "device"):
+    for name in (*OF_ONE_RUN, "out", "device", "keep"):
         del agreed[name]
     values: dict[str, Any] = as_json(agreed)
     return values

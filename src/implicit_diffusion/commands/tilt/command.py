@@ -63,7 +63,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             exact = ExactTilt(model, reward)
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
         with opened("tilt", config, directory, resumed=resumed, fingerprints=fingerprints):
-            rows = _study(config, model, reward, exact, optima, Study(directory))
+            rows = _study(config, model, reward, exact, optima, Study(directory, config.keep))
             return _conclude(config, Summary(exact.reward_initial, rows), exact, directory)
 
 
