@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.processes import world_size
+from implicit_diffusion.processes import from_main, main_alone, world_size
 
 LOCK = ".lock"  # exists while a process holds the folder
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder during the block; it is made if it does not exist. No other process or thread can hold it
-    meanwhile.
+    """Hold a folder during the block; it is made if it does not exist. No other program or thread can hold it
+    meanwhile. Where several processes compute a run together, the main one holds it for all.
 
     A thread that holds the folder may hold it again. A folder that was made here, and is empty after the block, is
     removed.
@@ -27,9 +27,20 @@ def hold(folder: Path) -> Iterator[None]:
             that nothing connects.
         StorageError: the file system has no locks.
     """
+    _check_alone()
+    held = ExitStack()
+    from_main(lambda: held.enter_context(_hold(folder)))
+    try:
+        yield
+    finally:
+        main_alone(held.close)
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """The same in this process."""
     from filelock import FileLock, Timeout
 
-    _check_alone()
     path = folder.absolute()  # the block may change the working directory
     try:
         str(path).encode()

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -45,7 +45,7 @@ from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.manifest import MANIFEST
 from implicit_diffusion.files.states import load_state, save_state
-from implicit_diffusion.processes import from_main, main_alone, main_only
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.devices import naming_memory
@@ -119,18 +119,9 @@ class RunDirectory(Shown):
     @contextmanager
     def held(self) -> Iterator[RunDirectory]:
         """Hold the folder for the block, which makes it; `files.lock.hold` says how, and what it raises."""
-        held = ExitStack()
-
-        def take() -> None:
-            held.enter_context(hold(self.path))
-
-        from_main(take)
-        try:
+        with hold(self.path):
             yield self
-        finally:
-            main_alone(held.close)
 
-    @main_only
     def check_start(self, command: str, may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that holds more than the little that a run of this command leaves when it ends early.
 
@@ -181,29 +172,21 @@ class RunDirectory(Shown):
             origin = Origin(command, __version__)._asdict() | {BEGUN: begun.get(BEGUN) or datetime.now(UTC).isoformat()}
         records.write(self.path / "config.json", origin | records.as_json(config))
 
-    @main_only
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
-        values = self._read_config()
+        values = records.read(self.path / "config.json")
         return None if values is None else {k: values[k] for k in values if k not in (*Origin._fields, BEGUN)}
 
-    @main_only
     def read_origin(self) -> Origin | None:
         """What began the run, by config.json; None where it does not say."""
-        values = self._read_config() or {}
+        values = records.read(self.path / "config.json") or {}
         origin = [values.get(name) for name in Origin._fields]
         return Origin(*map(str, origin)) if all(isinstance(part, str) for part in origin) else None
-
-    def _read_config(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError, RecursionError):
-            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return values if isinstance(values, dict) else None
-        return None
 
     @property
     def identity(self) -> dict[str, str]:
         """What tells the states of this run from those of others: its command, and when it began, as far as known."""
-        values = self._read_config() or {}
+        values = records.read(self.path / "config.json") or {}
         return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
 
     @property
@@ -278,12 +261,10 @@ class RunDirectory(Shown):
             folder.mkdir(exist_ok=True)
         return folder / f"{name}.png"
 
-    @main_only
     def write_summary(self, summary: Any) -> None:
         """Write summary.json; values and errors as in `write_config`."""
         records.write(self.path / "summary.json", summary)
 
-    @main_only
     def write_plan(self, plan: Any) -> None:
         """Write plan.json; values and errors as in `write_config`."""
         records.write(self.path / "plan.json", plan)

@@ -102,8 +102,10 @@ def _judged(storage: _Storage) -> int:
     """The number of starts that are stored."""
     done = 0
     for each in storage:
-        with suppress(InvalidInputError):
+        try:
             done += len((each.read() or {"reward": ()})["reward"])
+        except InvalidInputError as error:
+            print(f"judging   done again, not continued from {each.folder}: {error}")
     return done
 
 
