@@ -215,10 +215,7 @@ class RunDirectory(Shown):
         return Checkpoints(self.checkpoint, self.identity)
 
     def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
-        """The newest state to continue from that is as it was written; arguments and errors as in `Checkpoints.newest`.
-
-        It is a pair `number, state`: the updates that it follows, and what was saved.
-        """
+        """The newest state to continue from that is as it was written, and its number of updates: `Checkpoints.newest`."""
         return self.checkpoints.newest(say)
 
     def save_part(self, name: str, state: Any) -> None:
@@ -235,11 +232,7 @@ class RunDirectory(Shown):
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Add the command that continues the run to an error that ends the block early, once config.json is there.
-
-        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises,
-        and another process that has ended.
-        """
+        """Add the command that continues the run to an error that is not the run's own, once config.json is there."""
         command = self.resume_command
         try:
             with naming_memory():

@@ -27,7 +27,7 @@ from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
-from implicit_diffusion.processes import main_only
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
@@ -102,7 +102,12 @@ def widths_of(config: Config, data: Images) -> tuple[int, ...]:
 
 
 def training_of(config: Config, data: Images) -> Training:
-    """What to train on these images."""
+    """What to train on these images.
+
+    Raises:
+        InvalidInputError: a batch that processes cannot share equally.
+    """
+    check_divides("batch", config.batch)
     return Training(
         network=Network(
             event_shape=data.event_shape,

@@ -32,7 +32,7 @@ from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.pretrained import save_pipeline
-from implicit_diffusion.processes import check_divides, sharing
+from implicit_diffusion.processes import sharing
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.clock import part
 
@@ -82,10 +82,9 @@ def train(training: Training, data: Images, directory: RunDirectory | None = Non
 
     Raises:
         NonFiniteError: the loss or its gradient is NaN or infinite; the update is not done.
-        InvalidInputError: a state that does not fit, or one of other images; a batch that processes cannot share.
+        InvalidInputError: a state that does not fit, or one of other images.
         KeyboardInterrupt: Ctrl-C; the model so far and the state are saved.
     """
-    check_divides("`batch`", training.batch)
     device, threads = training.device, torch.get_num_threads()
     if training.one_thread:
         torch.set_num_threads(1)

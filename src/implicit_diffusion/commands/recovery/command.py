@@ -23,7 +23,7 @@ from implicit_diffusion.commands.recovery.training import RecoveryRun, exact_kls
 from implicit_diffusion.commands.shared.opening import in_folder, opened
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
-from implicit_diffusion.processes import main_only
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
@@ -66,6 +66,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
+    check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("recovery"))
     with directory.held(), opened("recovery", config, directory, resumed=resumed):

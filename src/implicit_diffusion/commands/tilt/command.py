@@ -33,7 +33,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.processes import main_only
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
@@ -52,6 +52,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         NonFiniteError: a training that overflowed.
     """
     config.check()
+    check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config, directory, dated("tilt"))
     with directory.held():
