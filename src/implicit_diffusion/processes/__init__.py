@@ -19,7 +19,15 @@ while an error is on its way (`finally`, the end of a context) asks nobody, sinc
 """
 
 from implicit_diffusion.processes.group import alone, count, is_main, rank, sharing, traffic, world_size
-from implicit_diffusion.processes.main_process import any_of, collected, from_main, highest, main_alone, main_only
+from implicit_diffusion.processes.main_process import (
+    any_of,
+    collected,
+    from_main,
+    highest,
+    in_turns,
+    main_alone,
+    main_only,
+)
 from implicit_diffusion.processes.shares import check_divides, gathered, mean, share, sum_gradients, total
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "from_main",
     "gathered",
     "highest",
+    "in_turns",
     "is_main",
     "main_alone",
     "main_only",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from implicit_diffusion.errors import ProcessError
+from implicit_diffusion.errors import ImplicitDiffusionError, ProcessError
 from implicit_diffusion.processes.group import (
     control,
     counted,
     for_all,
     is_main,
     noticing_the_lost,
+    rank,
     state,
     traffic,
     world_size,
@@ -100,3 +101,34 @@ def main_alone(function: Callable[[], object]) -> None:
     if is_main():
         with for_all():
             function()
+
+
+def in_turns(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
+    """function(number) for all the numbers in their order, of which the processes compute W at a time, one each.
+
+    Each of them computes by itself, what it would without the others, and all of them get all results. An error, or an
+    interrupt, of one is raised in all.
+    """
+    if world_size() == 1 or state.lost or state.for_all:
+        yield from map(function, numbers)
+        return
+    for first in range(0, len(numbers), world_size()):
+        batch = numbers[first : first + world_size()]
+        made, raised = None, None
+        if rank() < len(batch):
+            try:
+                with for_all():
+                    made = function(batch[rank()])
+            except BaseException as error:
+                raised = error
+        ours = raised is None or isinstance(raised, (ImplicitDiffusionError, KeyboardInterrupt))
+        told = raised if ours else ProcessError(f"process {rank()} raised {type(raised).__name__}: {raised}")
+        results = collected((made, told))
+        if raised is not None:
+            raise raised
+        for _, told in results:
+            if told is not None:
+                raise told
+        for result, _ in results[: len(batch)]:
+            assert result is not None
+            yield result

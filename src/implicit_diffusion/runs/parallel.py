@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from implicit_diffusion.runs.signals import deaf
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by every launcher
 FAREWELL = 5.0  # seconds that a process which fails waits for the others to say how they ended
 POLL = 0.02  # seconds
+INTERRUPTED = 130  # exit status of a process that was told of an interrupt, as of one that Ctrl-C has ended
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,14 @@ class Group:
 
 
 def concluded(own: int, count: int, ends: dict[int, End]) -> tuple[int, str]:
-    """The exit status of process `own` of `count`, and what there is to say, from how these have ended."""
+    """The exit status of process `own` of `count`, and what there is to say, from how these have ended.
+
+    Where a signal to one of them has ended all, the status is that of this signal.
+    """
     end = ends[own]
+    if end.interrupted:
+        heard = [other.status for other in ends.values() if other.interrupted and other.status != INTERRUPTED]
+        end = replace(end, status=(heard or [INTERRUPTED])[0])
     if count == 1 or not (end.lost or end.interrupted):
         return end.status, end.message
     others = [(number, ends[number]) for number in sorted(ends) if number != own and ends[number].by_itself]

@@ -30,8 +30,7 @@ from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.manifest import MANIFEST
 from implicit_diffusion.files.states import STATE_FILE, has_state, load_state
-from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.processes import from_main, main_only
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -116,7 +115,7 @@ def pretrained_samples(
     stored, state = storage(setup, starts, directory, fingerprints), None
     total = REPEATS * starts
     try:
-        state = from_main(stored.read)
+        state = stored.read()
     except InvalidInputError as error:
         print(f"plan      drawn again, not reused from {stored.folder}: {error}")
     if state is not None and stored.is_whole(state):
@@ -176,10 +175,8 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
-    generators = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
-    return Stored(
-        directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, KEPT_FOR_PICTURE
-    )
+    depends_on = what_it_depends_on(setup, starts, fingerprints)
+    return Stored(directory.path / PLANNED, depends_on, starts, KEPT_FOR_PICTURE)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
