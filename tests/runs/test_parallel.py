@@ -17,7 +17,7 @@ from implicit_diffusion.objectives import Reward
 from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.fit import fit
-from implicit_diffusion.runs.parallel import End, concluded
+from implicit_diffusion.runs.parallel import End, concluded, speaks
 from implicit_diffusion.runs.signals import exit_status
 from implicit_diffusion.samplers import ULA
 from tests.helpers.launched import launched
@@ -91,7 +91,9 @@ def test_a_slow_main_process_does_not_time_the_others_out(tmp_path):
 LOST = End(2, "error: another has ended; continue with X", lost=True)
 STOPPED, TOLD = End(143, "interrupted; continue with X"), End(130, "interrupted; continue with X")
 RAISED, FINE = End(2, "error: the reward raised"), End()
-KILLED = "error: another has ended; continue with X. No word came from process 1 of 2: it was killed, or does not answer"
+KILLED = (
+    "error: another has ended; continue with X. No word came from process 1 of 2: it was killed, or does not answer"
+)
 BY_ONE = "Process 1 of 2 has ended with this: the reward raised"
 
 
@@ -111,6 +113,22 @@ BY_ONE = "Process 1 of 2 has ended with this: the reward raised"
 )
 def test_what_the_main_process_says(ends, status, text):
     assert concluded(0, 2, ends) == (status, text)
+
+
+@pytest.mark.parametrize(
+    ("own", "ends", "expected"),
+    [
+        (0, {0: RAISED, 1: RAISED}, True),
+        (1, {0: RAISED, 1: RAISED}, False),
+        (1, {1: RAISED}, False),  # the main process waits for it, and will say so
+        (1, {1: LOST, 2: LOST}, True),
+        (2, {1: LOST, 2: LOST}, False),
+        (1, {0: FINE, 1: RAISED}, True),
+        (0, {0: FINE, 1: FINE}, False),
+    ],
+)
+def test_one_process_speaks(own, ends, expected):
+    assert speaks(own, ends) is expected
 
 
 def test_an_error_of_all_is_printed_once(tmp_path):

@@ -71,8 +71,7 @@ class Group:
         """Say how this process ends; prints it once for all of them, and returns the exit status."""
         ends = {rank(): end} if self._store is None else self._ends(end)
         status, text = concluded(rank(), world_size(), ends)
-        first = min(number for number in ends if ends[number].status == end.status == 0 or ends[number].status)
-        if text and (is_main() if self._store is None else rank() == first):
+        if text and (is_main() if self._store is None else speaks(rank(), ends)):
             print(text, file=self._stderr, flush=True)
         if status == 0 and self._store is not None:  # after a loss, that might wait for ever
             dist.destroy_process_group()
@@ -93,6 +92,16 @@ class Group:
                     break
                 time.sleep(POLL)
         return ends
+
+
+def speaks(own: int, ends: dict[int, End]) -> bool:
+    """Whether process `own` prints the error: the first of those that failed.
+
+    Where no word has come from the main process, it may be waiting for this one, and learns of its end later. Only who
+    met a loss knows better.
+    """
+    failed = [number for number in sorted(ends) if ends[number].status]
+    return failed[:1] == [own] and (0 in ends or ends[own].lost)
 
 
 def concluded(own: int, count: int, ends: dict[int, End]) -> tuple[int, str]:
