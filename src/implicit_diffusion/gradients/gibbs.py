@@ -68,8 +68,9 @@ class Gibbs(Shown, AdjointSolver):
 def unbiased_centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, " n"]:
     """w_i (values_i − Σ_j w_j values_j)/(1 − Σ_j w_j²), of total zero: for uniform weights (values_i − mean)/(n − 1).
 
-    n, the weights and the mean are those of all processes' particles. Summed with other numbers it is their unbiased covariance, for independent particles of uniform weights. Computed in
-    the device's widest dtype: V and rewards may share a large constant.
+    n, the weights and the mean are those of all processes' particles. Summed with other numbers it is their unbiased
+    covariance, for independent particles of uniform weights. Computed in the device's widest dtype: V and rewards may
+    share a large constant.
     """
     values = exact(values)
     if particles.log_weights is None:

@@ -150,6 +150,11 @@ class Loop(Shown, ABC):
             metrics["objective"] = sum(others, start=first)
         return metrics | {"updates": self.update.updates} | self.cost()
 
+    def _why(self, own: str | None, values: dict[str, Tensor]) -> str | None:
+        """What is not finite among this process's samples, or another's; otherwise the term whose value is not."""
+        told = processes.collected(own) if processes.count() > 1 else [own]
+        return next(filter(None, told), None) or self._bad_value(values)
+
     def _bad_value(self, values: dict[str, Tensor]) -> str | None:
         """Names the term whose value is not finite, if any."""
         bad = [name for name, value in values.items() if not value.isfinite().all()]

@@ -48,7 +48,7 @@ class Nested(ChainLoop):
         self.update.begin()
         values, made = self.estimator.gradient(self.chain, self.objective, self.noise, self.batch, self.injected)
         self.evaluations += made
-        info = self.update.step(list(values.values()), lambda: self._diagnose() or self._bad_value(values))
+        info = self.update.step(list(values.values()), lambda: self._why(self._diagnose(), values))
         self.injected += 1
         return self._metrics(values) | info
 

@@ -1,8 +1,8 @@
 """What the loops over stationary samplers share: particles, their weights, and the noise that moves them.
 
-Several processes run one loop together: each keeps n/W of the particles, moves them by its rows of the noise of all, and
-computes its part of Γ. `weighted_state`, `particles` and `refresh` speak of all n, and wait for all processes: every one
-of them reads or calls these, whenever one does.
+Several processes run one loop together: each keeps n/W of the particles, moves them by its rows of the noise of all,
+and computes its part of Γ. `weighted_state`, `particles` and `refresh` speak of all n particles, and wait for all
+processes: every one of them reads or calls these whenever one does.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from implicit_diffusion.samplers.resolution import check_resolved
 from implicit_diffusion.samplers.weighted_state import (
     WeightedState,
     all_rows,
+    check_together,
     exact_draws,
     log_mean_exp,
     own_rows,
@@ -52,8 +53,8 @@ class ParticleLoop(Loop):
         kernel: the sampler's step, e.g. `ULA(0.1)`.
         objective: F, which is minimised, e.g. `Reward(r)` or `ForwardKL(data)`.
         update: a torch optimizer of the potential's parameters, or an `Update` around one.
-        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`. All n
-            in every process; a number that the processes can share equally.
+        particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+            Several processes are given all n each, and share them equally.
         noise: source of every random number.
         weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
             of them are effective, and keep log Z. X_0 must then be draws from π_θ.
@@ -147,8 +148,8 @@ class ParticleLoop(Loop):
     @property
     @processes.sharing()
     def particles(self) -> Particles:
-        """The present particles of all processes, with the weights and the log Z of the present θ in a weighted loop."""
-        state = self._state
+        """The present particles of all processes; in a weighted loop with weights and log Z of the present θ."""
+        check_together(state := self._state)
         if self.weighted:
             with eval_mode(self.model):
                 state = reweighted(self.kernel, state, energy_of(self.model, state.x))

@@ -144,7 +144,7 @@ class Queue(ChainLoop):
                 slot.stage += 1
             if not pulled <= self.chain.pretrained_rows:
                 watched += self.values.values()
-                info = self.update.step(watched, self._diagnose)
+                info = self.update.step(watched, lambda: self._why(self._diagnose(), self.values))
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self._retire()
         every = len(pulled) == self.chain.num_steps
@@ -273,4 +273,4 @@ class Queue(ChainLoop):
         for what, slot, x in states + carried:
             if not x.isfinite().all():
                 return f"iteration {self.iteration}: {what} of trajectory {slot.index} hold NaN or infinity"
-        return self._bad_value(self.values)
+        return None

@@ -59,8 +59,8 @@ class Single(ParticleLoop):
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
         compiled: compile the iteration with `torch.compile`, in full or not at all (`loop.compiled.reason` says why
-            not); where several processes share the particles, not at all. Where an update is the optimizer's step and nothing else, it is compiled along, from the second call
-            on: the first one creates the optimizer's state.
+            not); not at all where several processes share the particles. Where an update is the optimizer's step and
+            nothing else, it is compiled along, from the second call on: the first one creates the optimizer's state.
         iterations: how many one `step()` makes; its metrics are those of the last one. For small problems, where the
             calls themselves are what costs. θ moves in each iteration.
 

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from implicit_diffusion import processes
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.draws import innermost
@@ -79,8 +80,18 @@ def own_rows(whole: WeightedState) -> WeightedState:
     return whole._replace(**{name: innermost(processes.share(part)) for name, part in rows.items()})
 
 
+def check_together(own: WeightedState) -> None:
+    """Raise `InvalidInputError` where one process, on behalf of all, asks for particles that they share."""
+    if len(own.x) * processes.count() != len(own.log_weights):
+        raise InvalidInputError(
+            "the particles of a loop are shared by several processes, and only one of them asks for all; read them in "
+            "all processes, before what the main process does by itself"
+        )
+
+
 def all_rows(own: WeightedState) -> WeightedState:
     """The state of all particles, out of those with the processes' rows."""
+    check_together(own)
     if processes.count() == 1:
         return own
     rows = {name: getattr(own, name) for name in ROWS if getattr(own, name) is not None}
