@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,8 @@ def test_what_no_command_can_go_on_with_is_refused(origin, message, tmp_path):
 def test_config_json_says_command_and_version_before_the_options(half):
     config = json.loads((half / "config.json").read_text())
     assert list(config.items())[:2] == [("command", "finetune"), ("version", __version__)]
-    assert RunDirectory(half).read_config() == {name: config[name] for name in list(config)[2:]}
+    assert datetime.fromisoformat(config["begun"]) < datetime.now(UTC) and list(config)[2] == "begun"
+    assert RunDirectory(half).read_config() == {name: config[name] for name in list(config)[3:]}
 
 
 @pytest.fixture

@@ -67,6 +67,26 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Append text to a file, and write it to the disk; where the system refuses, the file stays as it was.
+
+    Raises:
+        StorageError: as in `writing`.
+    """
+    if not text:
+        return
+    with writing(path), path.open("ab", buffering=0) as file:  # a buffer would write its rest when the file is closed
+        before, rest = file.tell(), text.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):  # half a line would run into the next one
+                os.truncate(path, before)
+            raise
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder with its parents; their names are then on the disk.
 

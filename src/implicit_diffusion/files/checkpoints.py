@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED, sync_folder, writing
 from implicit_diffusion.files.manifest import OtherSchemaError
-from implicit_diffusion.files.states import STATE_FILE, load_state, save_state
+from implicit_diffusion.files.states import STATE_FILE, load_state, save_state_there
 from implicit_diffusion.processes import main_only
 
 KEEP = 2  # states, by default
@@ -51,7 +51,6 @@ class Checkpoints:
     folder: Path
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    @main_only
     def numbers(self) -> list[int]:
         """The numbers of all states, whole or not, the newest first."""
         if not self.folder.is_dir():
@@ -77,7 +76,7 @@ class Checkpoints:
         """
         if number in self.numbers():
             self.discard()
-            save_state(self.path(number), state, {"number": number, **self.about})
+            save_state_there(self.path(number), state, {"number": number, **self.about})
             self._prune(number, keep)
         else:
             self.write(number, state)
@@ -87,8 +86,12 @@ class Checkpoints:
     def write(self, number: int, state: Any) -> None:
         """Write a state that waits for `confirm`; arguments and errors as in `save`."""
         self.discard()
+        waiting = self._waiting(number)
         try:
-            save_state(self._waiting(number), state, {"number": number, **self.about})
+            with writing(waiting):
+                self.folder.mkdir(exist_ok=True)  # without its parents: a run whose folder has vanished does not go on
+                waiting.mkdir()
+            save_state_there(waiting, state, {"number": number, **self.about})
         except BaseException:
             self.discard()  # half a state would keep the disk full
             raise

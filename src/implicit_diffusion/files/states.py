@@ -58,20 +58,36 @@ def save_state(folder: str | PathLike[str], state: Any, about: Mapping[str, Any]
 
     After each of these errors, the previous state is unchanged.
     """
+    folder = check_path("folder", folder)
+    tensors, tree = _taken_apart(state)
+    make_folder(folder)
+    _write(folder, tensors, tree, about or {})
+
+
+def save_state_there(folder: Path, state: Any, about: Mapping[str, Any]) -> None:
+    """`save_state`, except that the folder is not made; where it is missing, that is an error."""
+    _write(folder, *_taken_apart(state), about)
+
+
+def _taken_apart(state: Any) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a state, and its tree as text."""
     tensors: dict[str, Tensor] = {}
     try:
         tree = json.dumps(_encode(state, tensors, "state"), ensure_ascii=False, allow_nan=False)
     except RecursionError as error:
         raise InvalidInputError("state is nested too deeply to be written") from error
-    folder = check_path("folder", folder)
-    make_folder(folder)
+    return tensors, tree
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], tree: str, about: Mapping[str, Any]) -> None:
+    """Write them, read them back, and let them replace the previous state."""
     _settle(folder)
     new = folder / (STATE_FILE + UNFINISHED)
     try:
         with writing(new.with_suffix("")):
             save_file(tensors, new, metadata={HEADER: tree})
             sync(new)
-            manifest = Manifest.of(new, tensors, about or {})
+            manifest = Manifest.of(new, tensors, about)
         _read_back(new, lambda: manifest.load(new, copied=False)[1] == {HEADER: tree})
         manifest.write(folder)
         _read_back(folder / MANIFEST, lambda: read_manifest(folder) == manifest)
@@ -143,7 +159,9 @@ def _read_back(path: Path, is_right: Callable[[], bool]) -> None:
     except InvalidInputError as error:
         reason = str(error)
     if reason is not None:
-        raise StorageError(f"{path} cannot be read back ({reason}); the disk is not to be trusted")
+        raise StorageError(
+            f"{path} cannot be read back ({reason}); check the disk, and that the folder exists and is writable"
+        )
 
 
 def check_finite(state: Any, may_be_infinite: Collection[str] = ()) -> None:

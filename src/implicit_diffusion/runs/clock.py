@@ -9,11 +9,13 @@ outer one too. Of several processes, the main one keeps its own time; nobody wai
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from implicit_diffusion.errors import StorageError
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.files.lock import LOCK
 from implicit_diffusion.processes import is_main
@@ -78,7 +80,8 @@ def run() -> Iterator[Clock]:
     finally:
         _count()
         _clocks.remove(clock)
-        clock.save()
+        with suppress(*[StorageError] * (sys.exception() is not None)):  # the first error is the one to see
+            clock.save()
 
 
 @contextmanager
@@ -92,7 +95,7 @@ def part(name: str) -> Iterator[None]:
         _count()
         _parts.pop()
         for clock in _clocks:
-            if clock.is_due():
+            if clock.is_due() and sys.exception() is None:
                 clock.save()
 
 

@@ -32,15 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from implicit_diffusion import __version__
-from implicit_diffusion.errors import (
-    InvalidInputError,
-    MemoryLimitError,
-    ProcessError,
-    RewardError,
-    StorageError,
-    check_path,
-)
-from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.errors import NOT_OF_THE_RUN, InvalidInputError, check_path
+from implicit_diffusion.files.atomic import UNFINISHED, append, check_place, replacing, writing
 from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.manifest import MANIFEST
@@ -172,11 +165,13 @@ class RunDirectory(Shown):
             origin = Origin(command, __version__)._asdict() | {BEGUN: begun.get(BEGUN) or datetime.now(UTC).isoformat()}
         records.write(self.path / "config.json", origin | records.as_json(config))
 
+    @main_only
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
         values = records.read(self.path / "config.json")
         return None if values is None else {k: values[k] for k in values if k not in (*Origin._fields, BEGUN)}
 
+    @main_only
     def read_origin(self) -> Origin | None:
         """What began the run, by config.json; None where it does not say."""
         values = records.read(self.path / "config.json") or {}
@@ -185,11 +180,12 @@ class RunDirectory(Shown):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells the states of this run from those of others: its command, and when it began, as far as known."""
+        """What tells its states from those of other runs: its command, and when it began, as far as known."""
         values = records.read(self.path / "config.json") or {}
         return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
 
     @property
+    @main_only
     def has_state(self) -> bool:
         """Whether there is a state to continue from, which may be damaged."""
         return bool(self.checkpoints.numbers())
@@ -214,8 +210,14 @@ class RunDirectory(Shown):
         """The states to continue from."""
         return Checkpoints(self.checkpoint, self.identity)
 
+    @property
+    def remains(self) -> str:
+        """Where the last good state is, for the end of a message; "" where there is none."""
+        numbers = self.checkpoints.numbers()
+        return f"; the last good state is in {self.checkpoints.path(numbers[0])}" if numbers else ""
+
     def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
-        """The newest state to continue from that is as it was written, and its number of updates: `Checkpoints.newest`."""
+        """The newest state that is as it was written, with its number; arguments and errors as in `newest`."""
         return self.checkpoints.newest(say)
 
     def save_part(self, name: str, state: Any) -> None:
@@ -223,11 +225,7 @@ class RunDirectory(Shown):
         save_state(self.path / name, state, self.identity)
 
     def load_part(self, name: str) -> Any:
-        """Read what `save_part` wrote.
-
-        Raises:
-            InvalidInputError: as in `load_state`; a state of another run.
-        """
+        """Read what `save_part` wrote; errors as in `load_state`, also for a state of another run."""
         return load_state(self.path / name, self.identity)
 
     @contextmanager
@@ -237,14 +235,22 @@ class RunDirectory(Shown):
         try:
             with naming_memory():
                 yield
+            self.check_there()
         except KeyboardInterrupt as error:
             if not (self.path / "config.json").exists():
                 raise
             raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; continue with {command}") from error
-        except (StorageError, MemoryLimitError, RewardError, ProcessError) as error:
+        except NOT_OF_THE_RUN as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
-            raise type(error)(f"{error}; then {command} continues the run") from error
+            remains = "" if self.remains in str(error) else self.remains
+            raise type(error)(f"{error}{remains}; then {command} continues the run") from error
+
+    @main_only
+    def check_there(self) -> None:
+        """Raise `StorageError` where the folder of a run that has begun, or its config.json, has vanished."""
+        with writing(path := self.path / "config.json"):
+            path.stat()
 
     @main_only
     def figure(self, name: str) -> Path:
@@ -264,7 +270,7 @@ class RunDirectory(Shown):
 
     @main_only
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
-        """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
+        """Append a line for each to metrics.jsonl; they are on the disk when this returns. Errors as in `write_config`.
 
         Values that are still on a device are read in one go.
         """
@@ -272,10 +278,7 @@ class RunDirectory(Shown):
         try:
             lines += map(records.as_line, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
-            if lines:
-                path = self.path / "metrics.jsonl"
-                with writing(path), path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+            append(self.path / "metrics.jsonl", "".join(lines))
 
     @main_only
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from implicit_diffusion.errors import (
     InvalidInputError,
     NonFiniteError,
     RewardError,
+    StorageError,
     check_integer,
     check_path,
 )
@@ -124,8 +125,7 @@ def _drive(
             directory.append_metrics(*waiting)
             fit.lines += len(waiting)
 
-    saved_at: int = fit.updates  # update of the last checkpoint
-    waits: int | None = None  # update of a checkpoint that waits: the next update says whether it is sound
+    waits = False  # whether a checkpoint waits: the next update says whether it is sound
     last_saved = last_read = start = time.monotonic()
     with graceful() as stop, progress(updates, description, fit.updates) as bar, part("saving"):
         try:
@@ -138,13 +138,12 @@ def _drive(
                     fit.stopped = fit.verdict and fit.verdict[1]
                     bar.update(_shown(metrics), advance=fit.updates - bar.done)
                     lines.append(fit.metrics)
-                    if waits is not None and directory is not None:  # it is known now what that state led to
+                    if waits and directory is not None:  # it is known now what that state led to
                         if unsound(fit, callbacks) is None:
                             directory.checkpoints.confirm(keep)
-                            saved_at = waits
                         else:
                             directory.checkpoints.discard()
-                        waits = None
+                        waits = False
                 else:
                     bar.update(_shown(metrics), advance=0)
                 save, read = stop.agree(
@@ -162,7 +161,7 @@ def _drive(
                     last_saved = time.monotonic()
                     if unsound(fit, callbacks) is None:
                         checkpoint(fit, directory, callbacks, known=False)
-                        waits = fit.updates
+                        waits = True
                 start = time.monotonic()
             stop.agree()
             if stop.requested:  # in the last step, or while it was saved
@@ -175,9 +174,8 @@ def _drive(
             if (reason is None or ends) and directory is not None:
                 checkpoint(fit, directory, callbacks, keep=keep)
             settle(fit, callbacks)
-        except (NonFiniteError, DivergenceError) as error:
-            kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
-            raise type(error)(f"{error}{kept}") from error
+        except (NonFiniteError, DivergenceError, StorageError) as error:
+            raise type(error)(f"{error}{directory.remains if directory else ''}") from error
         except RewardError as error:
             raise RewardError(f"after update {fit.updates}: {error}") from error
         finally:

@@ -58,7 +58,6 @@ def as_line(row: Mapping[str, Any]) -> str:
     return json.dumps(as_json(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-@main_only
 def read(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file, or none that can be read."""
     with suppress(OSError, ValueError, RecursionError):

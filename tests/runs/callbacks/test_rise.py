@@ -19,6 +19,7 @@ from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.rise import Rise
 from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.fit import fit
+from tests.files.test_manifest import flip
 from tests.helpers.oracles import affine_chain, exact_terms, table
 
 BETA = 0.7
@@ -235,6 +236,9 @@ def test_the_run_ends_with_the_best_model_that_was_seen(on_disk, ema, tmp_path):
             again = run("parts")[0]
             assert torch.equal(weights(again.model), seen[12]) and again.stopped == whole.stopped
             assert (again.updates, again.kept) == (whole.updates, whole.kept)
+        flip(tmp_path / "parts" / "kept" / "better" / "state.safetensors", -1, 0)
+        with pytest.raises(InvalidInputError, match=r"kept/better/state.safetensors is damaged.*the model to end with"):
+            run("parts")
 
 
 def test_what_cannot_be_watched_is_refused(as_users_run):

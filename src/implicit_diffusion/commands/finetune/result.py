@@ -103,12 +103,16 @@ def read_result(directory: RunDirectory) -> Result:
     """The result of a finished run, on the CPU.
 
     Raises:
-        InvalidInputError: the run is not finished, or of a release that kept other numbers.
+        InvalidInputError: the run is not finished, or of a release that kept other numbers, or they are damaged.
     """
     path = directory.path
     if not (path / "summary.json").is_file():
         raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` continues it")
-    kept = directory.load_part(JUDGED)
+    try:
+        kept = directory.load_part(JUDGED)
+    except InvalidInputError as error:
+        again = f"remove {path}/summary.json, and {directory.resume_command} judges the run again"
+        raise InvalidInputError(f"{error}; {again}") from error
     before, after = (
         Evaluation(**kept[side], samples=kept[side]["reward"][..., None][..., :0]) for side in ("before", "after")
     )

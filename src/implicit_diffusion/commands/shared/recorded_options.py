@@ -22,7 +22,9 @@ def read_options(kind: type[C], directory: RunDirectory) -> C:
 
     Raises:
         InvalidInputError: config.json has an option that `kind` does not have, or lacks one.
+        StorageError: it has vanished.
     """
+    directory.check_there()
     values = directory.read_config() or {}
     types = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
     if values.keys() != types.keys():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.frozen import load_trained_state, trained_state
 from implicit_diffusion.runs.state import Fit
 
@@ -81,9 +82,15 @@ class Kept:
         return move
 
     def _read(self, fit: Fit) -> dict[str, Any]:
-        state = self._held if fit.directory is None else fit.directory.load_part(f"kept/{self.name}")
-        assert state is not None
-        return dict(state)
+        if fit.directory is None:
+            assert self._held is not None
+            return self._held
+        try:
+            return dict(fit.directory.load_part(f"kept/{self.name}"))
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                f"{error}; this was the model to end with, of which there is no other copy: begin the run again"
+            ) from error
 
 
 def _modules(fit: Fit, state: dict[str, Any]) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
