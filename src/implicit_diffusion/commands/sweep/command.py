@@ -28,6 +28,7 @@ from implicit_diffusion.commands.resuming import resume
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.formatting import beside, distinct, number, percent
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.commands.shared.opening import continuing
 from implicit_diffusion.commands.sweep.config import Config as Config
 from implicit_diffusion.commands.sweep.figure import plot
 from implicit_diffusion.commands.sweep.folders import check_folder, finished, folder_of, holds_little, settings
@@ -76,30 +77,26 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
     conditional = setup.chain.condition is not None
     directory.write_config(settings(config), "sweep")
     record_inputs(directory, config.each, fingerprints, config=settings(config))
-    try:
+    with continuing(directory, f"the same command, with --out {shlex.quote(str(out))}, continues the sweep"):
         samples = pretrained_samples(setup, config.each.starts, directory, fingerprints)
         betas = sorted(config.kl_weights or (b.beta for b in _bounds(samples, None, conditional=conditional)))
         for place, beta in enumerate(betas, start=1):
             print(f"KL weight {beta:.6g}, run {place} of {len(betas)}")
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"interrupted; the same command, with --out {shlex.quote(str(out))}, continues the sweep"
-        ) from error
-    folders = finished(out)
-    frontier = _bounds(samples, _curve(list(folders)), conditional=conditional)
-    summary = SweepSummary(
-        reward=short(config.each.reward),
-        reward_pretrained=mean_and_error(samples.reward),
-        rows=[SweepRow.of(read_run_summary(folder), beta, folder.name) for beta, folder in folders.items()],
-        frontier=[FrontierPoint.of(b) for b in frontier],
-    )
-    directory.write_summary(summary.to_json())
-    show(summary)
-    metrics = {beta: RunDirectory(folder).read_metrics() for beta, folder in folders.items()}
-    plot(summary, metrics, frontier, directory.figure("frontier"))
-    print(f"cost      {clock.in_words(clock.seconds(out))}")
-    print(f"sweep     {out}")
+        folders = finished(out)
+        frontier = _bounds(samples, _curve(list(folders)), conditional=conditional)
+        summary = SweepSummary(
+            reward=short(config.each.reward),
+            reward_pretrained=mean_and_error(samples.reward),
+            rows=[SweepRow.of(read_run_summary(folder), beta, folder.name) for beta, folder in folders.items()],
+            frontier=[FrontierPoint.of(b) for b in frontier],
+        )
+        directory.write_summary(summary.to_json())
+        show(summary)
+        metrics = {beta: RunDirectory(folder).read_metrics() for beta, folder in folders.items()}
+        plot(summary, metrics, frontier, directory.figure("frontier"))
+        print(f"cost      {clock.in_words(clock.seconds(out))}")
+        print(f"sweep     {out}")
     return summary.to_json()
 
 
