@@ -10,9 +10,12 @@ from tests.helpers.survival import LINES, STATUS, Lab
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 SIGNALS = ("SIGTERM", "SIGKILL", "SIGINT")
-STORAGE = ("full", "readonly", "vanish")
-MEMORY = ("memory", "torch memory")
+ANYWHERE = ("full", "memory", "readonly", "error", "vanish", "torch memory")  # faults that any moment may bring
+IN_A_STEP = ("network nan", "network inf", "network error", "gradient nan", "gradient inf")
+IN_A_REWARD = ("nan", "inf", "error")
 STAGES = 6  # of a run, at which it is ended
+VARIANTS = ("nested", "lora", "adapt", "kept", "plan")  # of fine-tuning, which is tried in full
+CASES = [(name, turn) for name in LINES for turn in range(3) if name not in VARIANTS or turn == len(name) % 3]
 
 
 @pytest.fixture(scope="module")
@@ -35,43 +38,52 @@ def lab(tmp_path_factory):
     lab.close()
 
 
-def test_a_run_that_every_signal_and_fault_has_ended_is_the_run_that_none_has(small):
+def test_a_run_that_signals_and_faults_have_ended_is_the_run_that_none_has(small):
     """One of each kind, in one run; the last ones where it is judged, exported and drawn."""
     stops = [
-        ("SIGKILL", "open checkpoint"),
         ("SIGTERM", "step"),
         ("network nan", "step"),
         ("network error", "step"),
-        ("gradient inf", "step"),
         ("memory", "step"),
-        ("full", "open metrics"),
         ("vanish", "open metrics"),
-        ("SIGINT", "progress of annealing"),
+        ("SIGKILL", "progress of annealing"),
         ("readonly", "open model"),
+        ("SIGINT", "open summary"),
         ("full", "open figures"),
     ]
     assert small.endure("ebm", stops, "ebm") == len(stops)
 
 
 def test_a_folder_in_use_is_refused_until_its_process_has_ended(small):
-    """A second run and a second resume, beside a run and a resume that are alive."""
-    run, resume = small.words("ebm", "used"), ["resume", "used"]
-    for words in (run, resume):
+    """A second run beside one that is alive, and a second resume beside a resume."""
+    for words in (small.words("ebm", "used"), ["resume", "used"]):
         first = small.start(words, does="SIGSTOP", at=1, of="step")
         small.wait_for_stop(first)
-        for second in (run, resume):
-            refused = small.run(second)
-            assert refused.status == 2 and "is in use by another run" in refused.line
+        refused = small.run(words)
+        assert refused.status == 2 and "is in use by another run" in refused.line
         os.kill(first[0], signal.SIGKILL)
         assert small.end(first).status == STATUS["SIGKILL"]
     assert small.endure("ebm", [], "used") == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(len(SIGNALS)))
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize(("name", "turn"), CASES)
 def test_a_run_that_is_ended_at_every_stage(name, turn, lab):
     """In three turns by every signal at each: at the start, planning, training, saving, judging, exporting, drawing."""
     moments = lab.spread(name, STAGES, shift=turn / len(SIGNALS))
     stops = [(SIGNALS[(i + turn) % len(SIGNALS)], moment) for i, moment in enumerate(moments)]
     assert lab.endure(name, stops, f"{name}-{turn}") >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LINES if name not in VARIANTS])
+def test_a_run_that_every_fault_has_met(name, lab):
+    """Each fault once or more: in the rewards of every part, in network or potential, gradient, memory and files."""
+    _, moments = lab.reference(name)
+    rewards = {moment for moment in moments if moment.startswith("reward")}
+    stops = [(does, moment) for moment in sorted(rewards, key=moments.index) for does in IN_A_REWARD]
+    if name not in ("pretrain", "compare"):
+        stops += [(does, "step") for does in IN_A_STEP]
+    stops += [(ANYWHERE[i % len(ANYWHERE)], moment) for i, moment in enumerate(lab.spread(name, 2 * len(ANYWHERE)))]
+    stops.sort(key=lambda stop: next(i for i, moment in enumerate(moments) if stop[1] in moment))
+    assert lab.endure(name, stops, f"{name}-faults") >= len(ANYWHERE)

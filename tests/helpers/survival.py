@@ -113,8 +113,10 @@ LINES = {
 }  # one tiny run of every command that trains
 LIGHT = ["implicit_diffusion.cli", "tyro", "rich.progress", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 LIGHT += [f"implicit_diffusion.commands.{name}" for name in ("resuming", "ebm.command", "ebm.figures", "ebm.report")]
+LIGHT += ["torch._dynamo", "sklearn.covariance", "PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin"]
+LIGHT += ["PIL.PpmImagePlugin", "filelock", "typeguard"]
 HEAVY = [f"implicit_diffusion.commands.{name}.command" for name in ("finetune", "pretrain", "sweep", "hexagon", "tilt")]
-HEAVY += ["implicit_diffusion.commands.finetune.report.report", "implicit_diffusion.commands.ebm.compare", "rich.table"]
+HEAVY += [f"implicit_diffusion.commands.{name}" for name in ("finetune.report.report", "ebm.compare")]
 HEAVY += ["diffusers.models.unets.unet_2d", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.training_utils", "peft"]
 
 

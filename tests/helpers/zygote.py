@@ -64,3 +64,4 @@ if __name__ == "__main__":
     moments.hasten()
     moments.sketch()
     serve()
+    os._exit(0)
