@@ -1,10 +1,12 @@
-"""Every command that trains, in real processes: ended at any moment, or met by a fault, it continues to the same end."""
+"""Every command that trains, in real processes: ended at any moment, or met by a fault, it comes to the same end."""
 
 import os
 import signal
 
 import pytest
 
+from implicit_diffusion.cli import TRACEBACK, main
+from implicit_diffusion.commands.recovery import command as recovery
 from tests.helpers import survival, tiny, toy_model
 from tests.helpers.survival import LINES, STATUS, Lab
 
@@ -64,6 +66,20 @@ def test_a_folder_in_use_is_refused_until_its_process_has_ended(small):
         os.kill(first[0], signal.SIGKILL)
         assert small.end(first).status == STATUS["SIGKILL"]
     assert small.endure("ebm", [], "used") == 0
+
+
+def test_an_error_that_nobody_expected_is_one_line_unless_its_traceback_is_asked_for(tmp_path, monkeypatch, capsys):
+    """It names what was raised, where, and what continues the run."""
+    monkeypatch.setattr(recovery, "Study", lambda directory: {}["colour"])
+    call = ["recovery", "--steps", "500", "--out", str(tmp_path / "run")]
+    monkeypatch.delenv(TRACEBACK, raising=False)
+    assert main(call) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: KeyError: 'colour' ({__file__}, line ") and f"{TRACEBACK}=1" in line
+    assert line.endswith(f"once its cause is mended, `implicit-diffusion resume {tmp_path / 'run'}` continues the run")
+    monkeypatch.setenv(TRACEBACK, "1")
+    with pytest.raises(KeyError, match="colour"):
+        main(["resume", str(tmp_path / "run")])
 
 
 @pytest.mark.slow

@@ -25,10 +25,12 @@ def hasten():
     """Write as often as can be what a run writes every few seconds or minutes, and judge with few particles."""
     from implicit_diffusion.commands.ebm import command, compare, judging
     from implicit_diffusion.commands.pretrain import training
+    from implicit_diffusion.commands.tilt import training as tilt
     from implicit_diffusion.evaluation import stored
     from implicit_diffusion.runs import fit
 
     command.LOOKS, compare.GRID, judging.PARTICLES = 2, compare.GRID[:1], {"vectors": 64, "images": 64}
+    tilt.ANNEALING = 20
 
     fit.fit.__kwdefaults__["checkpoint_every"] = fit.READ_EVERY = 0.0
     stored.WRITE_EVERY = stored.WRITING_SHARE = 1e-9
@@ -41,10 +43,10 @@ def sketch():
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    def savefig(figure, file, format, **options):
+    def savefig(figure, file, **options):
         shown = PngInfo()
         shown.add_text("shows", _digest(figure))
-        Image.new("RGB", (1, 1)).save(file, format, pnginfo=shown)
+        Image.new("RGB", (1, 1)).save(file, options["format"], pnginfo=shown)
 
     Figure.savefig = savefig
 
@@ -123,7 +125,9 @@ class Trap:
         elif does == "memory":
             raise MemoryError
         elif does == "torch memory":
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 9 bytes"
+            )
         elif does == "error":
             raise RuntimeError("a colour is missing")
         elif isinstance(subject, torch.Tensor):
@@ -136,9 +140,8 @@ class Trap:
         if self.busy or not (event == "open" or event in CHANGES):
             return
         path = arguments[0]
-        if event == "open":
-            if not isinstance(arguments[2], int) or not arguments[2] & WRITES or not isinstance(path, str):
-                return
+        if event == "open" and not (isinstance(path, str) and isinstance(arguments[2], int) and arguments[2] & WRITES):
+            return
         path = os.fspath(path)
         if not os.path.abspath(path).startswith(self.out + os.sep) or path.endswith((UNCOUNTED, UNCOUNTED + ".tmp")):
             return
@@ -170,7 +173,9 @@ def _spoil_once(loop, does):
     what, how = does.split()
     if what == "gradient":
         first = next(p for p in loop.model.parameters() if p.requires_grad)
-        handle = first.register_hook(lambda gradient: handle.remove() or gradient + {"nan": math.nan, "inf": math.inf}[how])
+        handle = first.register_hook(
+            lambda gradient: handle.remove() or gradient + {"nan": math.nan, "inf": math.inf}[how]
+        )
         return
 
     def spoil(module, inputs, output):

@@ -16,7 +16,17 @@ from tests.helpers import energy_models
 
 ROOT = Path(__file__).parents[2]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
-NOT_COMPARED = {"checkpoint", "plan", "judged", "kept", "seconds.json", "provenance.json", "cost.png", "curves.png", "comparison.png"}  # those have seconds on an axis
+NOT_COMPARED = {
+    "checkpoint",
+    "plan",
+    "judged",
+    "kept",
+    "seconds.json",
+    "provenance.json",
+    "cost.png",
+    "curves.png",
+    "comparison.png",
+}  # those have seconds on an axis
 SECONDS = re.compile(
     r"\d+(\.\d+)? (s|seconds|min)\b|<section><h2>Where the time went.*?</section>|data:image/[^\"]*", re.DOTALL
 )
@@ -117,7 +127,12 @@ LIGHT += ["torch._dynamo", "sklearn.covariance", "PIL.BmpImagePlugin", "PIL.GifI
 LIGHT += ["PIL.PpmImagePlugin", "filelock", "typeguard"]
 HEAVY = [f"implicit_diffusion.commands.{name}.command" for name in ("finetune", "pretrain", "sweep", "hexagon", "tilt")]
 HEAVY += [f"implicit_diffusion.commands.{name}" for name in ("finetune.report.report", "ebm.compare")]
-HEAVY += ["diffusers.models.unets.unet_2d", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.training_utils", "peft"]
+HEAVY += [
+    "diffusers.models.unets.unet_2d",
+    "diffusers.pipelines.ddpm.pipeline_ddpm",
+    "diffusers.training_utils",
+    "peft",
+]
 
 
 class Lab(Commands):

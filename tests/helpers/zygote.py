@@ -1,9 +1,9 @@
 """Commands in real processes that share one import: `python -m tests.helpers.zygote MODULE…` forks one per request.
 
-A request is a line of JSON on stdin. {"words", "folder", "said", "trap"} starts a command in a folder, with its output in
-the files said.out and said.err, and is answered by its process id; {"wait": process id}, by its exit status, negative
-for a signal; {"stop": process id}, by whether it has been stopped. `tests.helpers.survival` writes the requests. The parent never computes: torch refuses to train in a fork
-of a process that has.
+A request is a line of JSON on stdin. {"words", "folder", "said", "trap"} starts a command in a folder, with its output
+in the files said.out and said.err, and is answered by its process id; {"wait": process id}, by its exit status,
+negative for a signal; {"stop": process id}, by whether it has been stopped. `tests.helpers.survival` writes them. The
+parent never computes: torch refuses to train in a fork of a process that has.
 """
 
 import importlib
