@@ -15,6 +15,7 @@ SIGNALS = ("SIGTERM", "SIGKILL", "SIGINT")
 ANYWHERE = ("full", "memory", "readonly", "error", "vanish", "torch memory")  # faults that any moment may bring
 IN_A_STEP = ("network nan", "network inf", "network error", "gradient nan", "gradient inf")
 IN_A_REWARD = ("nan", "inf", "error")
+PARTS = ("planning", "training", "held-out checks", "judging")  # where its values count
 STAGES = 6  # of a run, at which it is ended
 VARIANTS = ("nested", "lora", "adapt", "kept", "plan")  # of fine-tuning, which is tried in full
 CASES = [(name, turn) for name in LINES for turn in range(3) if name not in VARIANTS or turn == len(name) % 3]
@@ -53,7 +54,7 @@ def test_a_run_that_signals_and_faults_have_ended_is_the_run_that_none_has(small
         ("SIGINT", "open summary"),
         ("full", "open figures"),
     ]
-    assert small.endure("ebm", stops, "ebm") == len(stops)
+    assert small.endure("ebm", stops, "ebm") == []
 
 
 def test_a_folder_in_use_is_refused_until_its_process_has_ended(small):
@@ -65,7 +66,8 @@ def test_a_folder_in_use_is_refused_until_its_process_has_ended(small):
         assert refused.status == 2 and "is in use by another run" in refused.line
         os.kill(first[0], signal.SIGKILL)
         assert small.end(first).status == STATUS["SIGKILL"]
-    assert small.endure("ebm", [], "used") == 0
+    ended = small.run(["resume", "used"])
+    assert ended.status == 0 and small.different("ebm", "used") == []
 
 
 def test_an_error_that_nobody_expected_is_one_line_unless_its_traceback_is_asked_for(tmp_path, monkeypatch, capsys):
@@ -88,7 +90,7 @@ def test_a_run_that_is_ended_at_every_stage(name, turn, lab):
     """In three turns by every signal at each: at the start, planning, training, saving, judging, exporting, drawing."""
     moments = lab.spread(name, STAGES, shift=turn / len(SIGNALS))
     stops = [(SIGNALS[(i + turn) % len(SIGNALS)], moment) for i, moment in enumerate(moments)]
-    assert lab.endure(name, stops, f"{name}-{turn}") >= 3
+    assert lab.endure(name, stops, f"{name}-{turn}") == []
 
 
 @pytest.mark.slow
@@ -96,10 +98,11 @@ def test_a_run_that_is_ended_at_every_stage(name, turn, lab):
 def test_a_run_that_every_fault_has_met(name, lab):
     """Each fault once or more: in the rewards of every part, in network or potential, gradient, memory and files."""
     _, moments = lab.reference(name)
-    rewards = {moment for moment in moments if moment.startswith("reward")}
-    stops = [(does, moment) for moment in sorted(rewards, key=moments.index) for does in IN_A_REWARD]
-    if name not in ("pretrain", "compare"):
+    rewards = [m for m in moments if m.startswith("reward") and m.endswith(PARTS)]
+    stops = [(does, moment) for moment in rewards for does in IN_A_REWARD]
+    if name != "compare":  # where a training that overflows is a result
         stops += [(does, "step") for does in IN_A_STEP]
     stops += [(ANYWHERE[i % len(ANYWHERE)], moment) for i, moment in enumerate(lab.spread(name, 2 * len(ANYWHERE)))]
     stops.sort(key=lambda stop: next(i for i, moment in enumerate(moments) if stop[1] in moment))
-    assert lab.endure(name, stops, f"{name}-faults") >= len(ANYWHERE)
+    passed = lab.endure(name, stops, f"{name}-faults")
+    assert [stop for stop in passed if stop[0] not in ("full", "readonly", "vanish")] == []  # nothing more was written

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 
@@ -17,6 +18,7 @@ import torch
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+TEMPORARY = re.compile(r"\btmp\w{8}\b")  # names that differ from run to run
 UNCOUNTED = "seconds.json"  # written when it is due by the clock
 present = None  # the trap of this process
 
@@ -90,6 +92,9 @@ class Trap:
         sys.addaudithook(self._audit)
         _before(clock, "_count", lambda: self.moment("part"))
         _before(Progress, "update", lambda bar, *_, **__: self.moment(f"progress of {bar.description}"))
+        from implicit_diffusion.commands.pretrain.state import Pretraining
+
+        _before(Pretraining, "descend", lambda state, loss: self.moment("step", state))
         for kind in (loops.Nested, loops.Queue, loops.Single, loops.NestedParticles):
             _before(kind, "step", lambda loop, **_: self.moment("step", loop))
 
@@ -145,7 +150,8 @@ class Trap:
         path = os.fspath(path)
         if not os.path.abspath(path).startswith(self.out + os.sep) or path.endswith((UNCOUNTED, UNCOUNTED + ".tmp")):
             return
-        self.moment(f"{event.removeprefix('os.')} {os.path.relpath(path, self.out)}")
+        place = TEMPORARY.sub("tmp", os.path.relpath(path, self.out))
+        self.moment(f"{event.removeprefix('os.')} {place}")
         if self.lasting == "readonly" or (self.lasting == "full" and event in ("open", "os.mkdir")):
             number = errno.EROFS if self.lasting == "readonly" else errno.ENOSPC
             raise OSError(number, os.strerror(number))
@@ -170,9 +176,9 @@ def _spoiled(x, does):
 
 def _spoil_once(loop, does):
     """The network, or its gradient, during the next step."""
-    what, how = does.split()
+    (what, how), model = does.split(), loop.model if hasattr(loop, "model") else loop.unet
     if what == "gradient":
-        first = next(p for p in loop.model.parameters() if p.requires_grad)
+        first = next(p for p in model.parameters() if p.requires_grad)
         handle = first.register_hook(
             lambda gradient: handle.remove() or gradient + {"nan": math.nan, "inf": math.inf}[how]
         )
@@ -182,9 +188,13 @@ def _spoil_once(loop, does):
         handle.remove()
         if how == "error":
             raise RuntimeError("a colour is missing")
-        return output + {"nan": math.nan, "inf": math.inf}[how]
+        value = {"nan": math.nan, "inf": math.inf}[how]
+        if isinstance(output, torch.Tensor):
+            return output + value
+        output.sample = output.sample + value
+        return output
 
-    handle = loop.model.register_forward_hook(spoil)
+    handle = model.register_forward_hook(spoil)
 
 
 def reward(x):
