@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +19,7 @@ from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.parallel import End, joined
 from implicit_diffusion.runs.signals import exit_status, interruptible
 
+TRACEBACK = "IMPLICIT_DIFFUSION_TRACEBACK"  # in the environment: errors that nobody expected end with a traceback
 DESCRIPTION = """Optimise samplers through the distributions that they produce.
 
 Start here:
@@ -34,9 +37,9 @@ Start here:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
-    An error that is raised on purpose, or by the operating system, is one line on stderr and status 2. A command that
-    a signal interrupts ends with status 128 plus the number of the signal. Processes that a launcher has started run it
-    together.
+    An error is one line on stderr and status 2; one that was not expected is raised where `TRACEBACK` is set. A command
+    that a signal interrupts ends with status 128 plus the number of the signal. Processes that a launcher has started
+    run it together.
 
     Args:
         arguments: words after the name of the program; by default those that the program was called with.
@@ -59,9 +62,13 @@ def _end(words: Sequence[str]) -> End:
     except ImplicitDiffusionError as error:
         return End(2, f"error: {_with_flags(_one_line(error), words)}", lost=isinstance(error, ProcessError))
     except OSError as error:
-        return End(2, f"error: the operating system refuses: {_one_line(error)}")
+        return End(2, f"error: the operating system refuses: {_one_line(error)}{_notes(error)}")
     except KeyboardInterrupt as error:
         return End(exit_status(), str(error) or "interrupted")
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        return End(2, f"error: {_unexpected(error)}{_notes(error)}")
     return End()
 
 
@@ -81,6 +88,20 @@ def _run(words: Sequence[str]) -> None:
 def _with_flags(message: str, words: Sequence[str]) -> str:
     """A message in the words of the command, where one was given."""
     return with_flags(message, COMMANDS[words[0]].config) if words and words[0] in COMMANDS else message
+
+
+def _unexpected(error: Exception) -> str:
+    """A line about an error that nothing here expects: of a network, a library, or this program."""
+    place, text = traceback.extract_tb(error.__traceback__)[-1], str(error).splitlines() or ["no message"]
+    return (
+        f"{type(error).__name__}: {text[0]} ({place.filename}, line {place.lineno}); this was not expected: "
+        f"{TRACEBACK}=1 in the environment shows how it came about"
+    )
+
+
+def _notes(error: Exception) -> str:
+    """What was added to an error on its way."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _one_line(error: BaseException) -> str:

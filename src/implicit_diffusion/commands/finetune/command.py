@@ -25,6 +25,7 @@ from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, tr
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import held_out_checks, make_loop, scale, train, weight_of_penalty
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
+from implicit_diffusion.commands.shared.opening import continuing
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -89,7 +90,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         begin(directory, "finetune", config, fingerprints, device)
     elif not is_recorded(directory):
         record_inputs(directory, config, fingerprints, device=device)
-    with directory.resumable():
+    with continuing(directory):
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
         return plan.to_json()
@@ -99,7 +100,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     if not trained:
         begin(directory, "finetune", config, fingerprints, device)
     print(f"memory predicted: {predicted}")
-    with directory.resumable():
+    with continuing(directory):
         held_out = held_out_checks(spec, setup)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory)
         facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)

@@ -155,11 +155,14 @@ def _train(
             if save:
                 save_model()
                 last_model = time.monotonic()
-            if stop.requested or step == steps or keep:
+            stopping = stop.requested
+            if stopping or step == steps or keep:
                 checkpoint()
                 last_checkpoint, saved_at = time.monotonic(), step
-            if stop.requested:
-                save_model()
-                kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
-                raise KeyboardInterrupt(f"interrupted at step {step} of {steps}{kept}")
+            if stopping:
+                break
     save_model()
+    stop.agree()
+    if stop.requested:  # also in the last step, or while it was saved
+        kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
+        raise KeyboardInterrupt(f"interrupted at step {state.step} of {steps}{kept}")

@@ -28,6 +28,7 @@ from implicit_diffusion.commands.resuming import resume
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.formatting import beside, distinct, number, percent
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.commands.shared.opening import continuing
 from implicit_diffusion.commands.sweep.config import Config as Config
 from implicit_diffusion.commands.sweep.figure import plot
 from implicit_diffusion.commands.sweep.folders import check_folder, finished, folder_of, holds_little, settings
@@ -77,17 +78,13 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
     conditional = setup.chain.condition is not None
     directory.write_config(settings(config), "sweep")
     record_inputs(directory, config.each, fingerprints, config=settings(config))
-    try:
+    with continuing(directory, f"the same command, with --out {shlex.quote(str(out))}, continues the sweep"):
         samples = pretrained_samples(setup, config.each.starts, directory, fingerprints)
         betas = sorted(config.kl_weights or (b.beta for b in _bounds(samples, None, conditional=conditional)))
         for place, beta in enumerate(betas, start=1):
             print(f"KL weight {beta:.6g}, run {place} of {len(betas)}")
             _one(replace(config.each, kl_weight=beta, out=folder_of(out, beta)), samples, config.accept_changes)
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"interrupted; the same command, with --out {shlex.quote(str(out))}, continues the sweep"
-        ) from error
-    return from_main(lambda: _conclude(config, samples, directory, conditional=conditional))
+        return from_main(lambda: _conclude(config, samples, directory, conditional=conditional))
 
 
 def _conclude(config: Config, samples: Evaluation, directory: RunDirectory, *, conditional: bool) -> dict[str, Any]:
