@@ -11,13 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
-from implicit_diffusion.errors import (
-    ImplicitDiffusionError,
-    MemoryLimitError,
-    NonFiniteError,
-    RewardError,
-    StorageError,
-)
+from implicit_diffusion.errors import NOT_OF_THE_RUN, ImplicitDiffusionError, NonFiniteError
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.provenance import is_recorded
@@ -83,7 +77,7 @@ def continuing(directory: RunDirectory, again: str | None = None) -> Iterator[No
         again: such as "the same command continues the sweep"; None where `resume` continues it.
     """
     way = again or f"{directory.resume_command} continues the run"
-    known = (NonFiniteError,) if again is None else (NonFiniteError, StorageError, MemoryLimitError, RewardError)
+    known = (NonFiniteError,) if again is None else (NonFiniteError, *NOT_OF_THE_RUN)
     try:
         with naming_memory(), directory.resumable() if again is None else nullcontext():
             yield
