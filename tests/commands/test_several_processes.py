@@ -19,9 +19,8 @@ COMMANDS = {
     "finetune": FINETUNE,
     "nested": [*FINETUNE, "--loop", "nested", "--lora-rank", "2"],
     "ebm": [*EBM, "--refresh", "2"],
-    "pretrain": "pretrain --steps 3 --batch 6 --channels 8 8 --samples 8 --chains 2".split(),
-    "hexagon": "hexagon --steps 20 --particles 24 --seeds 1".split(),
-    "recovery": "recovery --steps 500 --particles 6 --seeds 1".split(),
+    "pretrain": ["pretrain", "--steps", "3", "--batch", "6", "--channels", "8", "8", "--samples", "8", "--chains", "2"],
+    "recovery": ["recovery", "--steps", "500", "--particles", "6", "--seeds", "1"],
 }
 DIFFERENT = ("seconds", "out", "predicted_memory_bytes")  # by run, or by the number of processes
 REWARD = """
@@ -135,9 +134,9 @@ def test_what_one_process_alone_raises_is_said_once(tmp_path):
 
 
 def test_a_folder_that_another_run_holds_is_refused(tmp_path):
-    with RunDirectory(tmp_path / "run").held():
-        with launched(2, ["recovery", "--particles", "6", "--out", str(tmp_path / "run")], tmp_path / "said") as run:
-            pass
+    words = ["recovery", "--particles", "6", "--out", str(tmp_path / "run")]
+    with RunDirectory(tmp_path / "run").held(), launched(2, words, tmp_path / "said") as run:
+        pass
     assert run.status == [2, 2]
     assert run.stderr[0].count("is in use by another run") == 1
     assert run.stderr[1] == ""

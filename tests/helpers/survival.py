@@ -247,5 +247,3 @@ def _timeless(value):
     if isinstance(value, dict):
         return {key: _timeless(item) for key, item in value.items() if key not in ("seconds", "begun")}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
-
-
