@@ -32,10 +32,11 @@ def gammas(loop):
     return [torch.cat([g.flatten() for g in gradients]) for gradients in loop.update.optimizer.gradients]
 
 
-def shared_runs(module, name):
-    """Runs of every loop that an estimator serves, with a batch that two and three processes can share."""
+def shared_runs(module, name, updates, loops):
+    """Runs of loops that an estimator serves, with a batch that two and three processes can share."""
     case = getattr(importlib.import_module(module), name)()
-    return [recorded(case.loop(kind, Recorder, lr=0.02, batch=6, **options), updates=4) for kind, options in case.loops]
+    chosen = [case.loop(kind, Recorder, lr=0.02, batch=6, **options) for kind, options in case.loops[:loops]]
+    return [recorded(loop, updates) for loop in chosen]
 
 
 class EstimatorContract:
@@ -159,13 +160,15 @@ class EstimatorContract:
         for a, b in zip(whole.model.parameters(), second.model.parameters()):
             assert torch.equal(a, b)
 
-    @pytest.mark.parametrize("W", [pytest.param(2, marks=pytest.mark.slow), 3])
-    def test_several_processes_compute_what_one_does(self, W):
-        place = type(self).__module__, type(self).__qualname__
-        alone = shared_runs(*place)
-        for each in zip(*together(W, "tests.gradients.contract:shared_runs", *place), alone, strict=True):
-            *processes, one = each
-            same_run(processes, one)
+    @pytest.mark.parametrize(
+        ("W", "updates", "loops"),
+        [(3, 2, 2), *(pytest.param(W, 4, None, marks=pytest.mark.slow) for W in (2, 3))],
+    )
+    def test_several_processes_compute_what_one_does(self, W, updates, loops):
+        case = type(self).__module__, type(self).__qualname__, updates, loops
+        alone = shared_runs(*case)
+        for *each, one in zip(*together(W, "tests.gradients.contract:shared_runs", *case), alone, strict=True):
+            same_run(each, one)
 
     def nested_gradients(self, loop, count):
         """Γ of the first trajectories, one by one, by one estimator."""

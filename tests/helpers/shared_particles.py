@@ -182,12 +182,21 @@ def eager(iterations):
     return [str(warning.message) for warning in seen], repr(loop), training(loop, 12 // iterations)
 
 
+def particles_from(rank):
+    potential = Banana()
+    x = potential.draw(N, torch.Generator().manual_seed(rank))
+    sgd = torch.optim.SGD(potential.parameters(), lr=0.1)
+    return Single(potential, ULA(0.1), Reward(wave), sgd, particles=x, noise=Noise(0))
+
+
 def refused(number):
-    """What is said of particles that cannot be shared equally, and where the main process asks for all by itself."""
+    """What is said of particles that cannot be shared equally, that differ, or that the main process asks for alone."""
     said = []
     loop = build("ula", n=N)
     for function in (
         lambda: build("ula", n=number),
+        lambda: build("ula", n=N, seed=processes.rank()),
+        lambda: particles_from(processes.rank()),
         lambda: processes.from_main(lambda: loop.particles),
         lambda: processes.from_main(lambda: loop.weighted_state),
     ):

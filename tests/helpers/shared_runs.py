@@ -7,21 +7,23 @@ from tests.helpers.chain_loops import weights
 
 
 def recorded(loop, updates):
-    """What is in flight before the first update, Γ of every update, metrics of every step, θ at the end.
+    """Noise and a path before any update, what is in flight before the first, Γ of all, metrics of every step, and θ.
 
     The loop's optimizer is a `Recorder`. Called in all processes alike, of which each returns the same.
     """
     metrics, before = [], None
+    with processes.sharing():
+        path = [processes.gathered(x) for x in loop.chain.trajectory(loop.noise, loop.batch, 1)]
+        xi = loop.chain.innovation(loop.noise, loop.batch, [1, 3], [0, 2])
+        xi = None if xi is None else processes.gathered(xi, 1)
     while loop.update.updates < updates:
         if not loop.update.updates:
             before = loop.state_dict().get("slots", [])
         metrics.append(numbers(loop.step()))
-    with processes.sharing():
-        path = loop.chain.trajectory(loop.noise, loop.batch, 1)
-        xi = loop.chain.innovation(loop.noise, loop.batch, [1, 3], [0, 2])
-        path, xi = [processes.gathered(x) for x in path[:1]], None if xi is None else processes.gathered(xi, 1)
     gradients = [torch.cat([g.flatten() for g in each]) for each in loop.update.optimizer.gradients]
-    return {"before": before, "noise": (path, xi), "gammas": gradients, "metrics": metrics, "theta": weights(loop)}
+    noise = path[0], xi
+    found = {"noise": noise, "path": path, "before": before, "gammas": gradients}
+    return found | {"metrics": metrics, "theta": weights(loop)}
 
 
 def numbers(metrics):
@@ -43,7 +45,10 @@ def same_run(each, one, rtol=1e-12, *, states=True):
     ours = each[0]
     assert_equal(ours["noise"], one["noise"])
     if states:
+        assert_equal(ours["path"], one["path"])
         assert_equal(ours["before"], one["before"])
+    for x, y in zip(ours["path"], one["path"], strict=True):
+        assert (x - y).abs().max() <= rtol * y.abs().max()
     for a, b in zip(ours["before"], one["before"], strict=True):
         assert {**a, "states": None, "carry": None} == {**b, "states": None, "carry": None}
         for x, y in zip([*a["states"].values(), *a["carry"].values()], [*b["states"].values(), *b["carry"].values()]):

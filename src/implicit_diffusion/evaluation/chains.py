@@ -149,6 +149,7 @@ def evaluate_in_parts(
     all get all of them. Other arguments and errors as in `evaluate`.
     """
     check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape)")
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
     chunk = None if chunk is None else check_integer("chunk", chunk)
     if chunk is None:

@@ -166,8 +166,8 @@ class Loop(Shown, ABC):
 
     def _why(self, own: str | None, values: dict[str, Tensor]) -> str | None:
         """What is not finite among this process's samples, or another's; otherwise the term whose value is not."""
-        told = processes.collected(own) if processes.count() > 1 else [own]
-        return next(filter(None, told), None) or self._bad_value(values)
+        reasons = processes.collected(own) if processes.count() > 1 else [own]
+        return next(filter(None, reasons), None) or self._bad_value(values)
 
     def _bad_value(self, values: dict[str, Tensor]) -> str | None:
         """Names the term whose value is not finite, if any."""
@@ -175,16 +175,16 @@ class Loop(Shown, ABC):
         return f"iteration {self.iteration}: the value of {bad[0]} is NaN or infinite" if bad else None
 
 
-def check_same(noise: Noise, **modules: nn.Module) -> None:
-    """Raise `InvalidInputError` where the processes do not begin with the same noise and the same numbers in modules.
+def check_same(noise: Noise, **parts: nn.Module | Tensor) -> None:
+    """Raise `InvalidInputError` where the processes do not begin with the same noise, modules and particles.
 
     Args:
         noise: of the loop.
-        modules: by their names in messages.
+        parts: modules and particles, by their names in messages.
     """
     if processes.world_size() == 1:
         return
-    tensors = [(role, name, x) for role, module in modules.items() for name, x in _tensors(module)]
+    tensors = [(role, name, x) for role, part in parts.items() for name, x in _tensors(part)]
     own = {f"{name} of the {role}": fingerprint(x)["tensor"] for role, name, x in tensors} | {"noise": noise}
     first, *others = processes.collected(own)
     names = dict.fromkeys(name for each in (first, *others) for name in each)
@@ -192,10 +192,11 @@ def check_same(noise: Noise, **modules: nn.Module) -> None:
         if any(each.get(name) != first.get(name) for each in others):
             raise InvalidInputError(
                 f"processes begin with different numbers: {name} is not the same in all of them; build the loop from "
-                "the same noise and model everywhere, e.g. with torch.manual_seed(0) before the model is made"
+                "the same noise, model and particles everywhere, e.g. after torch.manual_seed(0) in each of them"
             )
 
 
-def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _tensors(part: nn.Module | Tensor) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(part, Tensor):
+        return [("x", part)]
+    return *part.named_parameters(), *part.named_buffers()

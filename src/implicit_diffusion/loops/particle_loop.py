@@ -18,7 +18,7 @@ from torch import Tensor, nn, optim
 from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
-from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.base import Loop, check_same
 from implicit_diffusion.loops.given_particles import initial_particles, replacing_particles
 from implicit_diffusion.loops.nonfinite import what_failed
 from implicit_diffusion.loops.update import Update
@@ -102,6 +102,7 @@ class ParticleLoop(Loop):
             )
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         processes.check_divides("particles", len(x))
+        check_same(noise, particles=x)
         check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
         with self.evaluating():

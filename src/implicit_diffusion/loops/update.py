@@ -293,8 +293,8 @@ class Update(Shown):
 
     def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
         seen = diagnose(), optimizers.unsound_gradients(self.parameters)
-        told, bad = zip(*(processes.collected(seen) if processes.count() > 1 else [seen]))  # one of them knows why
-        reason = next(filter(None, (*told, *bad)), "the particles or the norm of the gradient overflow")
+        reasons, bad = zip(*(processes.collected(seen) if processes.count() > 1 else [seen]))  # one of them knows why
+        reason = next(filter(None, (*reasons, *bad)), "the particles or the norm of the gradient overflow")
         self.pending = 0
         self.begin()
         return NonFiniteError(f"{reason}; θ was left as it was before the update{self.advice}")

@@ -122,13 +122,13 @@ def in_turns(function: Callable[[int], Result], numbers: Sequence[int]) -> Itera
             except BaseException as error:
                 raised = error
         ours = raised is None or isinstance(raised, (ImplicitDiffusionError, KeyboardInterrupt))
-        told = raised if ours else ProcessError(f"process {rank()} raised {type(raised).__name__}: {raised}")
-        results = collected((made, told))
+        shown = raised if ours else ProcessError(f"process {rank()} raised {type(raised).__name__}: {raised}")
+        results = collected((made, shown))
         if raised is not None:
             raise raised
-        for _, told in results:
-            if told is not None:
-                raise told
+        for _, failure in results:
+            if failure is not None:
+                raise failure
         for result, _ in results[: len(batch)]:
             assert result is not None
             yield result

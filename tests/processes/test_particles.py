@@ -98,8 +98,9 @@ def test_iterations_within_one_step_and_compilation():
 def test_what_processes_cannot_share_is_refused():
     number = "particles must be a multiple of the number of processes, 3, got 64; use 63 or 66"
     alone = "the particles of a loop are shared by several processes, and only one of them asks for all"
-    for first, *others in together(3, HERE + "refused", 64):
+    for first, noise, x, *others in together(3, HERE + "refused", 64):
         assert first == number and len(others) == 2 and all(alone in message for message in others)
+        assert "noise is not the same in all" in noise and "x of the particles is not the same in all" in x
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(3, marks=SLOW)])
