@@ -210,8 +210,7 @@ class ParticleLoop(Loop):
         return {"gradient_evaluations": self.gradient_evaluations}
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("log_z0", "gradient_evaluations", "step_scale")
-        own = {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in ("log_z0", "gradient_evaluations", "step_scale")}
         return super().state_dict() | {"weighted_state": self.weighted_state._asdict()} | own
 
     def _like(self) -> dict[str, Any]:
