@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may ask the network
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["IMPLICIT_DIFFUSION_TRACEBACK"] = "1"  # an error that nobody expected is a failure, not a line
 os.environ["IMPLICIT_DIFFUSION_CACHE"] = "off"  # no test may live on what another run left behind
 
 import jaxtyping

@@ -72,6 +72,7 @@ class RewardError(ImplicitDiffusionError, RuntimeError):
     """A reward function of the user that raised an error, or tried to exit, during a run."""
 
 
+NOT_OF_THE_RUN = (StorageError, MemoryLimitError, RewardError, ProcessError)  # it can continue when these are mended
 LARGEST_INTEGER = 2**31 - 1  # of counts and sizes
 
 

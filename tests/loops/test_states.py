@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update
@@ -12,6 +13,7 @@ from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers import MALA, ULA
 from tests.helpers.oracles import affine_chain
 from tests.helpers.oracles_gibbs import Banana
+from tests.helpers.score_function import WithBaseline
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 24, dtype=F64).view(12, 2) ** 3
@@ -67,6 +69,54 @@ def test_the_state_of_another_loop_is_refused_and_nothing_changes(message):
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, before["model"][name])
     assert other.iteration == other.update.updates == 0
+
+
+class Fussy(WithBaseline):
+    """An estimator that refuses a state when half of it is read."""
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+        if self.seen > 2:
+            raise KeyError("baseline")
+        super().load_state_dict(state)
+
+
+def without(state, *names):
+    """The state with one part less, deep inside."""
+    state = copy.deepcopy(state)
+    part = state
+    for name in names[:-1]:
+        part = part[name]
+    del part[names[-1]]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("build", "damaged"),
+    [
+        (lambda: chain(estimator=Fussy()), lambda state: state),
+        (lambda: chain(kind=Nested, estimator=Fussy()), lambda state: state),
+        (chain, lambda state: without(state, "slots", 1, "carry")),
+        (chain, lambda state: without(state, "update", "optimizer", "param_groups")),
+        (lambda: chain(schedule=EXPONENTIAL), lambda state: without(state, "update", "gradients")),
+        (particles, lambda state: without(state, "weighted_state", "momentum")),
+    ],
+)
+def test_a_state_that_cannot_be_read_to_its_end_changes_nothing(build, damaged):
+    """Whatever raises, and wherever: the loop then continues as if nothing had been loaded."""
+    saved, loop, other = build(), build(), build()
+    for _ in range(2):
+        loop.step()
+        other.step()
+    for _ in range(6):
+        saved.step()
+    with pytest.raises((KeyError, TypeError)):
+        loop.load_state_dict(damaged(saved.state_dict()))
+    loop.step()
+    other.step()
+    ours, theirs = (tree_flatten(each.state_dict()) for each in (loop, other))
+    assert ours[1] == theirs[1]
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours[0], theirs[0]))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
     000130.tmp/   a state that is being written, or that waits until it is known to be sound
 
 A folder gets its name, without an ending, in one step, when its state has been written and read back. Only then are
-older states removed, and those of later updates, from which nobody has continued.
+older states removed, and those of later updates, from which nobody has continued. Of several processes, the main one
+reads and writes; all of them call a method.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED, sync_folder, writing
 from implicit_diffusion.files.manifest import OtherSchemaError
 from implicit_diffusion.files.states import STATE_FILE, load_state, move_state, save_state_there
+from implicit_diffusion.processes import main_only
 
 KEEP = 2  # states, by default
 
@@ -59,6 +61,7 @@ class Checkpoints:
         """The folder of a state."""
         return self.folder / f"{number:06d}"
 
+    @main_only
     def save(self, number: int, state: Any, keep: int = KEEP) -> None:
         """Write a state that is known to be sound, in place of one of the same number.
 
@@ -78,6 +81,7 @@ class Checkpoints:
             self.write(number, state)
             self.confirm(number, keep)
 
+    @main_only
     def write(self, number: int, state: Any) -> None:
         """Write a state that waits for `confirm`; arguments and errors as in `save`."""
         self.discard()
@@ -91,6 +95,7 @@ class Checkpoints:
             self.discard()  # half a state would keep the disk full
             raise
 
+    @main_only
     def confirm(self, number: int, keep: int = KEEP) -> None:
         """Make the state that waits the newest one, in one step; arguments and errors as in `save`."""
         path, waiting = self.path(number), self._waiting(number)
@@ -106,11 +111,13 @@ class Checkpoints:
             raise
         self._prune(number, keep)
 
+    @main_only
     def discard(self) -> None:
         """Remove what waits, or was not written to its end."""
         for folder in self.folder.glob(f"*{UNFINISHED}"):
             shutil.rmtree(folder, ignore_errors=True)
 
+    @main_only
     def newest(self, say: Callable[[str], None]) -> Checkpoint:
         """The newest state that is as it was written.
 

@@ -34,15 +34,18 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, StorageError, check_path
 from implicit_diffusion.files.atomic import UNFINISHED, make_folder, sync, sync_folder, writing
 from implicit_diffusion.files.manifest import MANIFEST, Manifest, read_manifest
+from implicit_diffusion.processes import main_only
 
 STATE_FILE = "state.safetensors"
 HEADER = "implicit-diffusion state"
 
 
+@main_only
 def save_state(folder: str | PathLike[str], state: Any, about: Mapping[str, Any] | None = None) -> None:
     """Write `state` into a folder, in place of the previous one, and read it back.
 
     Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate.
+    Where several processes compute a run together, all of them call this, and the main one writes.
 
     Args:
         folder: made if it does not exist.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -118,9 +120,11 @@ class Loop(Shown, ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, in a loop built from the same arguments.
 
+        Whatever is raised, the loop is then as it was before: a state that was read in part is not continued from.
+
         Raises:
             InvalidInputError: state of a loop with another noise, objective, model, update, batch or the like, which
-                this one could not continue; nothing has been changed then.
+                this one could not continue.
         """
         check_type("state", state, Mapping, "use the state_dict() of a loop like this one")
         own = self._like()  # what a state does not say is assumed to agree
@@ -135,6 +139,16 @@ class Loop(Shown, ABC):
             other.append(f"{name} in the model had shape {before.get(name)}, has {now.get(name)}")
         if other:
             raise InvalidInputError(f"state is that of another loop: {'; '.join(other)}; build from the same arguments")
+        present = deepcopy(self.state_dict())  # no larger than the gradients that a step will need
+        try:
+            self._load(state)
+        except BaseException:
+            with suppress(Exception):  # what refuses even its own state stays as it is
+                self._load(present)
+            raise
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that has been checked."""
         load_trained_state(self.model, state["model"])
         self.update.load_state_dict(state["update"])
         terms = (term for _, term in self.objective.terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class ChainLoop(Loop):
         chain = {"steps": self.chain.num_steps, "event_shape": list(self.chain.event_shape)}
         return super()._like() | {"batch": self.batch, "estimator": self.estimator.name} | chain
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
         self.injected, self.evaluations = state["injected"], state["evaluations"]
         self.estimator.load_state_dict(state["estimator_state"])

@@ -210,8 +210,7 @@ class ParticleLoop(Loop):
         return {"gradient_evaluations": self.gradient_evaluations}
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("log_z0", "gradient_evaluations", "step_scale")
-        own = {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in ("log_z0", "gradient_evaluations", "step_scale")}
         return super().state_dict() | {"weighted_state": self.weighted_state._asdict()} | own
 
     def _like(self) -> dict[str, Any]:
@@ -220,11 +219,14 @@ class ParticleLoop(Loop):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({"step_scale": 1.0} | dict(state) if isinstance(state, Mapping) else state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
         old, new = self._state._asdict(), state["weighted_state"]
         saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.weighted_state = WeightedState(**saved)
         self.log_z0, self.gradient_evaluations = state["log_z0"], state["gradient_evaluations"]
-        self.step_scale = state.get("step_scale", 1.0)
+        self.step_scale = state["step_scale"]
         self._blocks.forget()
 
     def _as_particles(self, state: WeightedState) -> Particles:

@@ -19,7 +19,7 @@ The paper (Marion et al., arXiv 2402.05468, section 4.2) queues the sampling; qu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,9 +187,8 @@ class Queue(ChainLoop):
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"stride": self.stride}
 
-    @processes.sharing()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
         device = self.chain.device
         self.slots = [
             Slot(

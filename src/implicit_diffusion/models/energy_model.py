@@ -21,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
-from implicit_diffusion.files.atomic import replacing, writing
+from implicit_diffusion.files.atomic import make_folder, replacing
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.files.tensors import load_tensors, save_tensors
 from implicit_diffusion.models.lattice import Lattice
 from implicit_diffusion.models.parts import SLACK, bounded
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulation import simulate
@@ -201,10 +202,10 @@ class EnergyModel(Shown):
         """The same model with another log Z."""
         return replace(self, log_z=log_z, log_z_se=log_z_se)
 
+    @main_only
     def save(self, folder: Path) -> None:
         """Write the two files, each in one step, the weights with their checksums."""
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tensors = {"shift": self.shift, "scale": self.scale, "particles": self.particles}
         if self.lattice is not None:
             tensors |= {SPACING: self.lattice.spacing, OFFSET: self.lattice.offset}
@@ -214,9 +215,7 @@ class EnergyModel(Shown):
             "format": FORMAT,
             "architecture": vars(self.architecture) | {"event_shape": list(self.architecture.event_shape)},
             "moves": vars(self.moves),
-            "log_z": self.log_z,
-            "log_z_se": self.log_z_se,
-        }
+        } | {"log_z": self.log_z, "log_z_se": self.log_z_se}
         with replacing(folder / DESCRIPTION_FILE) as file:
             file.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -13,8 +13,9 @@
     kept/           models of earlier updates that a run may end with
 
 The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
-(`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time.
-summary.json says that a run is judged; what comes after it is derived from what is on disk, and can be made again.
+(`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where
+several processes compute a run together, all of them call a method, and the main one reads or writes. summary.json says
+that a run is judged; what comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -31,12 +32,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from implicit_diffusion import __version__
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
+from implicit_diffusion.errors import NOT_OF_THE_RUN, InvalidInputError, check_path
 from implicit_diffusion.files.atomic import UNFINISHED, append, check_place, replacing, writing
 from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.manifest import MANIFEST
 from implicit_diffusion.files.states import load_state, save_state
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.devices import naming_memory
@@ -73,10 +75,11 @@ class RunDirectory(Shown):
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
         directory = cls(path)
-        make(directory.path)
+        from_main(lambda: make(directory.path))
         return directory
 
     @staticmethod
+    @main_only
     def check(path: str | PathLike[str], may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
@@ -126,6 +129,7 @@ class RunDirectory(Shown):
         ours = origin is not None and origin.command == command
         self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
+    @main_only
     def start(self, command: str, config: Any, may_hold: Collection[str] = ()) -> None:
         """Write config.json into a new folder, or into what is left of the same run, which begins anew.
 
@@ -143,6 +147,7 @@ class RunDirectory(Shown):
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
         self.write_config(config, command)
 
+    @main_only
     def write_config(self, config: Any, command: str | None = None) -> None:
         """Write config.json: the command that begins the run, the version of this library, and the options.
 
@@ -160,30 +165,27 @@ class RunDirectory(Shown):
             origin = Origin(command, __version__)._asdict() | {BEGUN: begun.get(BEGUN) or datetime.now(UTC).isoformat()}
         records.write(self.path / "config.json", origin | records.as_json(config))
 
+    @main_only
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
-        values = self._read_config()
+        values = records.read(self.path / "config.json")
         return None if values is None else {k: values[k] for k in values if k not in (*Origin._fields, BEGUN)}
 
+    @main_only
     def read_origin(self) -> Origin | None:
         """What began the run, by config.json; None where it does not say."""
-        values = self._read_config() or {}
+        values = records.read(self.path / "config.json") or {}
         origin = [values.get(name) for name in Origin._fields]
         return Origin(*map(str, origin)) if all(isinstance(part, str) for part in origin) else None
-
-    def _read_config(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError, RecursionError):
-            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return values if isinstance(values, dict) else None
-        return None
 
     @property
     def identity(self) -> dict[str, str]:
         """What tells its states from those of other runs: its command, and when it began, as far as known."""
-        values = self._read_config() or {}
+        values = records.read(self.path / "config.json") or {}
         return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
 
     @property
+    @main_only
     def has_state(self) -> bool:
         """Whether there is a state to continue from, which may be damaged."""
         return bool(self.checkpoints.numbers())
@@ -228,10 +230,7 @@ class RunDirectory(Shown):
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Add the command that continues the run to an error that ends the block early, once config.json is there.
-
-        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises.
-        """
+        """Add the command that continues the run to an error that is not the run's own, once config.json is there."""
         command = self.resume_command
         try:
             with naming_memory():
@@ -241,17 +240,19 @@ class RunDirectory(Shown):
             if not (self.path / "config.json").exists():
                 raise
             raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; continue with {command}") from error
-        except (StorageError, MemoryLimitError, RewardError) as error:
+        except NOT_OF_THE_RUN as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
             remains = "" if self.remains in str(error) else self.remains
             raise type(error)(f"{error}{remains}; then {command} continues the run") from error
 
+    @main_only
     def check_there(self) -> None:
         """Raise `StorageError` where the folder of a run that has begun, or its config.json, has vanished."""
         with writing(path := self.path / "config.json"):
             path.stat()
 
+    @main_only
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
         folder = self.path / "figures"
@@ -267,6 +268,7 @@ class RunDirectory(Shown):
         """Write plan.json; values and errors as in `write_config`."""
         records.write(self.path / "plan.json", plan)
 
+    @main_only
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
         """Append a line for each to metrics.jsonl; they are on the disk when this returns. Errors as in `write_config`.
 
@@ -278,12 +280,14 @@ class RunDirectory(Shown):
         finally:  # what is refused leaves no trace, what came before it is kept
             append(self.path / "metrics.jsonl", "".join(lines))
 
+    @main_only
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
+    @main_only
     def forget_metrics(self, updates: int) -> None:
         """Drop the lines of updates after `updates`, which a run that is restored there makes again."""
         kept = [line for line in self.read_metrics() if line["updates"] <= updates]

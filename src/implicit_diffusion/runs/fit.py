@@ -18,6 +18,10 @@ The reason that stopped a run is saved too: a resumed run that has the same call
 
 What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and its
 state is saved with the run; when `fit` returns, the caller's own generators are as they were.
+
+Several processes call `fit` alike, with a loop each, and make the same updates: a signal to one stops all of them, the
+clock of the main one decides when something is written, and it alone writes and prints. Callbacks are called in all of
+them with the same metrics, and must decide alike.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from implicit_diffusion.errors import (
 )
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.processes import main_alone
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
@@ -82,6 +87,7 @@ def fit(
         DivergenceError: raised by a callback, or for a run that ends in a state that a callback calls unsound.
         RewardError: a reward of the user's own raised.
         StorageError: metrics or a checkpoint could not be written.
+        ProcessError: another of several processes has ended.
 
     After each of these errors, the last good state is the newest in directory.checkpoint.
     """
@@ -140,12 +146,15 @@ def _drive(
                         waits = None
                 else:
                     bar.update(_shown(metrics), advance=0)
+                save, read = stop.agree(
+                    directory is not None and time.monotonic() - last_saved > checkpoint_every,
+                    time.monotonic() - last_read > READ_EVERY,
+                )
                 if stop.requested:
                     fit.stopped = "interrupted"
                 if fit.stopped:
                     break
-                save = directory is not None and time.monotonic() - last_saved > checkpoint_every
-                if save or time.monotonic() - last_read > READ_EVERY:
+                if save or read:
                     write()
                     last_read = time.monotonic()
                 if save and directory is not None:
@@ -154,6 +163,7 @@ def _drive(
                         checkpoint(fit, directory, callbacks, known=False)
                         waits = fit.updates
                 start = time.monotonic()
+            stop.agree()
             if stop.requested:  # in the last step, or while it was saved
                 fit.stopped = "interrupted"
             write()
@@ -169,7 +179,8 @@ def _drive(
         except RewardError as error:
             raise RewardError(f"after update {fit.updates}: {error}") from error
         finally:
-            write()
+            main_alone(write)  # whatever ended it, perhaps in this process alone
+    stop.agree()
     if stop.requested:  # also while its model was put back
         fit.stopped = "interrupted"
 

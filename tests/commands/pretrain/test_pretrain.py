@@ -22,7 +22,7 @@ from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import begin_pretraining
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.models.pretrained import load_pretrained
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, console
 
 TINY = pretrain.Config(steps=3, batch=4, channels=(8, 8), samples=8, chains=(2, 3))
 SHIPPED = digits.ASSETS / "digits"
@@ -183,6 +183,13 @@ def test_an_interrupted_training_goes_on_bit_for_bit(how, every, uninterrupted, 
     assert lines(directory) == lines(uninterrupted) and [line["updates"] for line in lines(directory)] == [3, 6, 7]
     saved = load_pretrained(uninterrupted.model).denoiser.model.state_dict()
     assert bits(unet.state_dict()) == bits(dict(saved))
+
+
+def test_a_signal_in_the_last_instants_of_a_training_ends_it(tmp_path, monkeypatch):
+    """After the last step is made and saved: judging would not hear of it."""
+    monkeypatch.setattr(console.Progress, "close", lambda bar: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 7 of 7"):
+        train(LONG, directory=RunDirectory.create(tmp_path / "run"))
 
 
 def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path, monkeypatch):

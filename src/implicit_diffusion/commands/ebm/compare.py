@@ -9,6 +9,7 @@ Every training is a line of metrics.jsonl as soon as it has ended, so an interru
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from implicit_diffusion.commands.ebm.data import load_data
 from implicit_diffusion.commands.ebm.judging import JUDGE, log_z_by_annealing
 from implicit_diffusion.commands.ebm.summary import ComparedArm, ComparedTraining, Comparison, CurvePoint, Paired
 from implicit_diffusion.commands.ebm.training import train
+from implicit_diffusion.commands.shared.opening import continuing
 from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import check_version, record, verified
 from implicit_diffusion.runs.records import as_json
@@ -66,7 +69,9 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
             record(directory, resolved, {})
             assert resolved.seeds is not None and resolved.judge_steps is not None
             trainings = Trainings(config.data, weighted, resolved.judge_steps, directory)
-            return _compare(trainings, range(config.seed, config.seed + resolved.seeds))
+            out = shlex.quote(str(directory.path))
+            with continuing(directory, f"the same command, with --out {out}, continues the comparison"):
+                return _compare(trainings, range(config.seed, config.seed + resolved.seeds))
 
 
 def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
@@ -89,17 +94,24 @@ def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
         curves[arm] = {run.seed: run.curve for run in runs if run.curve is not None}
         print(f"{arm:9s} lr {best:g}  KL {arms[arm].kl}", flush=True)
     pairs = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
-    comparison, directory = Comparison(trainings.data, grid, arms, advice, pairs), trainings.directory
+    comparison = Comparison(trainings.data, grid, arms, advice, pairs)
+    return from_main(lambda: _conclude(comparison, curves, trainings.directory))
 
+
+def _conclude(
+    comparison: Comparison, curves: dict[str, dict[int, list[CurvePoint]]], directory: RunDirectory
+) -> dict[str, Any]:
+    """Figure and table; returns what summary.json holds."""
     from implicit_diffusion.commands.ebm.comparison_figure import draw_comparison
 
-    draw_comparison(trainings.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
+    draw_comparison(comparison.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
     written: dict[str, Any] = to_json(comparison)
     directory.write_summary(written)
     show(comparison, directory.path)
     return written
 
 
+@main_only
 def check_comparison_folder(directory: RunDirectory, resolved: Config) -> None:
     """Raise `InvalidInputError` unless the folder is new, empty, or holds a comparison of the same options.
 
@@ -166,7 +178,7 @@ def attempt(name: str, settings: Settings, judge_steps: int | None) -> ComparedT
     try:
         run = train(settings, data, make_loop(settings, data), None, 1 if judge_steps is None else 8)
         if run.fit.stopped:
-            raise KeyboardInterrupt("interrupted; the same command with the same --out continues the comparison")
+            raise KeyboardInterrupt
         curve = list(run.curve)
         if judge_steps is not None and arm == "weighted":
             log_z, log_z_se = log_z_by_annealing(run.model, Noise(settings.seed).stream(JUDGE), judge_steps)

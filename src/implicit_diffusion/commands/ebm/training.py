@@ -19,6 +19,7 @@ from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.models.energy_model import EnergyModel
+from implicit_diffusion.processes import from_main
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.watch import Watch
@@ -110,7 +111,7 @@ def train(
                 state.metrics |= {f"exact_{name}": value for name, value in figures.items()}
 
         callbacks.append(look)
-    if directory is not None and not directory.model.exists():  # a resumed run has a later one
+    if directory is not None and not from_main(directory.model.exists):  # a resumed run has a later one
         to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
     try:
         state = fit(

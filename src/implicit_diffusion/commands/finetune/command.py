@@ -25,6 +25,7 @@ from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, tr
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import held_out_checks, make_loop, scale, train, weight_of_penalty
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
+from implicit_diffusion.commands.shared.opening import continuing
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -36,6 +37,7 @@ from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
 from implicit_diffusion.models.pretrained import save_pipeline
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
@@ -66,7 +68,7 @@ def run(
 
 def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if resumed and config.prompts is not None and (directory.path / planning.PROMPTS).is_file():
+    if resumed and config.prompts is not None and from_main((directory.path / planning.PROMPTS).is_file):
         config = replace(config, prompts=directory.path / planning.PROMPTS)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
@@ -88,7 +90,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         begin(directory, "finetune", config, fingerprints, device)
     elif not is_recorded(directory):
         record_inputs(directory, config, fingerprints, device=device)
-    with directory.resumable():
+    with continuing(directory):
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
         return plan.to_json()
@@ -98,7 +100,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     if not trained:
         begin(directory, "finetune", config, fingerprints, device)
     print(f"memory predicted: {predicted}")
-    with directory.resumable():
+    with continuing(directory):
         held_out = held_out_checks(spec, setup)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory)
         facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
@@ -106,6 +108,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         return report(directory)
 
 
+@main_only
 def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
     """The run's own copy of its prompts, which a resumed run reads."""
     path = directory.path / planning.PROMPTS
@@ -149,6 +152,19 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
     """
     config = read_options(Config, directory)
     judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
+    from_main(lambda: _conclude(config, setup, state, plan, training, judged, directory))
+
+
+def _conclude(
+    config: Config,
+    setup: Setup,
+    state: Fit,
+    plan: Plan,
+    training: TrainingSummary,
+    judged: judging.Judged,
+    directory: RunDirectory,
+) -> None:
+    """What follows from the three evaluations; arguments as in `finish`."""
     judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
     headline = headline_of(
         judgement,
@@ -194,6 +210,7 @@ def _export(setup: Setup, state: Fit, directory: RunDirectory, card: str) -> Non
     write_chain(directory.model, chain)
 
 
+@main_only
 @part("drawing")
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write report.html, from what is on disk; prints the headline and returns the summary.

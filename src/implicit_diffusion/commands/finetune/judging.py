@@ -21,6 +21,7 @@ from implicit_diffusion.evaluation.cache import evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.files.fingerprints import fingerprint
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, progress, provenance
 from implicit_diffusion.samplers.chain import Chain
 
@@ -82,20 +83,28 @@ def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int) ->
         starts: of each evaluation.
     """
     digests = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in weights).encode())
-    inputs = hashlib.sha256((directory.path / provenance.PROVENANCE_FILE).read_bytes())
+    inputs = hashlib.sha256(from_main((directory.path / provenance.PROVENANCE_FILE).read_bytes))
     depends_on = {"the trained weights": digests.hexdigest(), provenance.PROVENANCE_FILE: inputs.hexdigest()}
     storage = _Storage(*(Stored(directory.path / JUDGED / side, depends_on, starts) for side in Judged._fields))
+    done = _judged(storage)
+    if done:
+        print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")
+    return storage
+
+
+@main_only
+def _judged(storage: _Storage) -> int:
+    """The number of starts that are stored."""
     done = 0
     for each in storage:
         try:
             done += len((each.read() or {"reward": ()})["reward"])
         except InvalidInputError as error:
             print(f"judging   done again, not continued from {each.folder}: {error}")
-    if done:
-        print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")
-    return storage
+    return done
 
 
+@main_only
 def forget(directory: RunDirectory) -> None:
     """Remove the three evaluations, once the result is kept."""
     for side in Judged._fields:

@@ -30,6 +30,7 @@ from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.manifest import MANIFEST
 from implicit_diffusion.files.states import STATE_FILE, has_state, load_state
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -83,14 +84,19 @@ def planned(
         raise
     if samples is known:
         return plan, samples
-    plot(plan, samples, directory.figure("plan"))
-    if samples is pretrained:
-        storage(setup, spec.starts, directory, fingerprints).write(samples)
-    else:
-        show(plan)
-    if spec.alone:
-        _show_files(setup, samples, directory)
-    directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+
+    @main_only
+    def conclude() -> None:
+        plot(plan, samples, directory.figure("plan"))
+        if samples is pretrained:
+            storage(setup, spec.starts, directory, fingerprints).write(samples)
+        else:
+            show(plan)
+        if spec.alone:
+            _show_files(setup, samples, directory)
+        directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+
+    conclude()
     return plan, samples
 
 
@@ -117,9 +123,14 @@ def pretrained_samples(
         return from_state(state, setup.chain.device)
     if state is not None:
         print(f"plan      continued: {stored.folder} holds {state['reward'].numel()} of {total} trajectories")
+    _forget_plan(directory)
+    return draw(setup, stored)
+
+
+@main_only
+def _forget_plan(directory: RunDirectory) -> None:
     with writing(directory.path):
         (directory.path / "plan.json").unlink(missing_ok=True)
-    return draw(setup, stored)
 
 
 def draw(setup: Setup, stored: Stored) -> Evaluation:
@@ -138,6 +149,7 @@ def draw(setup: Setup, stored: Stored) -> Evaluation:
         )
 
 
+@main_only
 def _abandon(directory: RunDirectory) -> None:
     """Leave nothing of a plan that cannot be made."""
     for name in (*FILES, "config.json", "provenance.json"):
@@ -147,6 +159,7 @@ def _abandon(directory: RunDirectory) -> None:
             (directory.path / folder).rmdir()
 
 
+@main_only
 def read_rewards(directory: RunDirectory) -> Evaluation | None:
     """The rewards that a run was planned with, on the CPU and without samples; None where there are none.
 

@@ -21,6 +21,7 @@ from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.files.states import check_finite
+from implicit_diffusion.processes import mean, sum_gradients
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.showing import Shown
@@ -74,15 +75,17 @@ class Pretraining(Shown):
     lines: int = 0
 
     def descend(self, loss: Tensor) -> None:
-        """One step of optimizer, schedule and average, down the gradient of `loss`.
+        """One step of optimizer, schedule and average, down the gradient of `loss`, averaged over processes.
 
         Raises:
             NonFiniteError: the loss or its gradient is NaN or infinite; the weights are not touched.
         """
+        loss = mean(loss)
         if not loss.isfinite():
             raise NonFiniteError(f"the loss is {loss.item()}")
         self.optimizer.zero_grad()
         loss.backward()
+        sum_gradients([p.grad for p in self.unet.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         if not norm.isfinite():
             raise NonFiniteError(f"the norm of the gradient is {norm.item()}")

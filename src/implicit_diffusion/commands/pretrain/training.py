@@ -32,6 +32,7 @@ from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.pretrained import save_pipeline
+from implicit_diffusion.processes import sharing
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.clock import part
 
@@ -134,7 +135,8 @@ def _train(
             rows = torch.randint(len(data.train), (training.batch,), generator=state.generator)
             x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
-                state.descend(image_losses(state.unet, state.scheduler, x, state.generator, labels).mean())
+                with sharing():
+                    state.descend(image_losses(state.unet, state.scheduler, x, state.generator, labels).mean())
             except NonFiniteError as error:
                 kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
                 where = f"at step {state.step + 1} of {steps}"
@@ -147,14 +149,20 @@ def _train(
                     directory.append_metrics({"updates": step, "loss": mean, "seconds": state.seconds})
                 state.lines += 1
                 state.losses.clear()
-            if time.monotonic() - last_model > SAVE_EVERY:
+            save, keep = stop.agree(
+                time.monotonic() - last_model > SAVE_EVERY, time.monotonic() - last_checkpoint > CHECKPOINT_EVERY
+            )
+            if save:
                 save_model()
                 last_model = time.monotonic()
-            if stop.requested or step == steps or time.monotonic() - last_checkpoint > CHECKPOINT_EVERY:
+            stopping = stop.requested
+            if stopping or step == steps or keep:
                 checkpoint()
                 last_checkpoint, saved_at = time.monotonic(), step
-            if stop.requested:
-                save_model()
-                kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
-                raise KeyboardInterrupt(f"interrupted at step {step} of {steps}{kept}")
+            if stopping:
+                break
     save_model()
+    stop.agree()
+    if stop.requested:  # also in the last step, or while it was saved
+        kept = "" if directory is None else f"; the average of its weights so far is {directory.model}"
+        raise KeyboardInterrupt(f"interrupted at step {state.step} of {steps}{kept}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.errors import NOT_OF_THE_RUN, ImplicitDiffusionError, NonFiniteError
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.provenance import is_recorded
 
 C = TypeVar("C")
@@ -58,7 +60,35 @@ def opened(
     """
     if not resumed:
         directory.start(command, config)
-    with directory.resumable():
+    with continuing(directory):
         if not (resumed and is_recorded(directory)):
             record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
         yield
+
+
+@contextmanager
+def continuing(directory: RunDirectory, again: str | None = None) -> Iterator[None]:
+    """Say what continues the work, in every error that ends the block early, once config.json is there.
+
+    Errors that nobody expected are raised as they are, with that as a note.
+
+    Args:
+        directory: of the work, held.
+        again: such as "the same command continues the sweep"; None where `resume` continues it.
+    """
+    way = again or f"{directory.resume_command} continues the run"
+    known = (NonFiniteError,) if again is None else (NonFiniteError, *NOT_OF_THE_RUN)
+    try:
+        with naming_memory(), directory.resumable() if again is None else nullcontext():
+            yield
+    except KeyboardInterrupt as error:
+        if again is None:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {again}") from error
+    except ImplicitDiffusionError as error:
+        if not isinstance(error, known) or not (directory.path / "config.json").exists():
+            raise
+        raise type(error)(f"{error}; once its cause is mended, {way}") from error
+    except Exception as error:
+        error.add_note(f"once its cause is mended, {way}")
+        raise
