@@ -66,9 +66,9 @@ def opened(
     """
     if not resumed:
         directory.start(command, config)
-    if not (resumed and is_recorded(directory)):
-        record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
     with continuing(directory):
+        if not (resumed and is_recorded(directory)):
+            record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
         yield
 
 
