@@ -19,7 +19,8 @@ STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 STATES = {"checkpoint", "plan", "judged", "kept", "seconds.json", "provenance.json"}
 OVER_SECONDS = {"cost.png", "curves.png", "comparison.png"}  # what is on an axis of these figures
 SECONDS = re.compile(
-    r"\d+(\.\d+)? (s|seconds|min)\b|<section><h2>Where the time went.*?</section>|data:image/[^\"]*", re.DOTALL
+    r"\d+(\.\d+)? (<small>)?(s|seconds|min|h)\b|<section><h2>Where the time went.*?</section>|data:image/[^\"]*",
+    re.DOTALL,
 )
 
 
@@ -247,5 +248,3 @@ def _timeless(value):
     if isinstance(value, dict):
         return {key: _timeless(item) for key, item in value.items() if key not in ("seconds", "begun")}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
-
-
