@@ -195,7 +195,8 @@ class Lab(Commands):
             if lost:  # and found
                 shutil.rmtree(place, ignore_errors=True)
                 (self.root / f"{out}.away").rename(place)
-            words = ["resume", out] if advice(ended) == "resume" else self.words(name, out)
+            found = lost and (place / "config.json").exists() and name not in ("sweep", "compare")
+            words = ["resume", out] if found or advice(ended) == "resume" else self.words(name, out)
             met += 1
         wrong = self.different(name, out)
         assert not wrong, f"{name} after {stops[:met]}: {wrong} differ"
