@@ -18,6 +18,7 @@ from implicit_diffusion.commands import resuming
 from implicit_diffusion.commands.finetune import setup, training
 from implicit_diffusion.commands.registry import COMMANDS
 from implicit_diffusion.commands.rewards import trust as reward_trust
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pretrained import save_pipeline
@@ -498,3 +499,11 @@ def test_a_part_of_a_run_and_one_that_never_began_are_not_continued(tmp_path, ca
         assert f"name the run itself, {run.path}\n" in capsys.readouterr().err
     assert cli.main(["report", str(run.path)]) == 2
     assert f"`implicit-diffusion resume {run.path}` continues it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_options_that_are_gone_are_not_said_to_be_of_another_version(text, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InvalidInputError, match=r"config\.json is gone, or cannot be read; put .* back"):
+        read_options(COMMANDS["hexagon"].config, RunDirectory(tmp_path))

@@ -19,7 +19,8 @@ STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 STATES = {"checkpoint", "plan", "judged", "kept", "seconds.json", "provenance.json"}
 OVER_SECONDS = {"cost.png", "curves.png", "comparison.png"}  # what is on an axis of these figures
 SECONDS = re.compile(
-    r"\d+(\.\d+)? (s|seconds|min)\b|<section><h2>Where the time went.*?</section>|data:image/[^\"]*", re.DOTALL
+    r"\d+(\.\d+)? (<small>)?(s|seconds|min|h)\b|<section><h2>Where the time went.*?</section>|data:image/[^\"]*",
+    re.DOTALL,
 )
 
 
@@ -194,7 +195,8 @@ class Lab(Commands):
             if lost:  # and found
                 shutil.rmtree(place, ignore_errors=True)
                 (self.root / f"{out}.away").rename(place)
-            words = ["resume", out] if advice(ended) == "resume" else self.words(name, out)
+            found = lost and (place / "config.json").exists() and name not in ("sweep", "compare")
+            words = ["resume", out] if found or advice(ended) == "resume" else self.words(name, out)
             met += 1
         wrong = self.different(name, out)
         assert not wrong, f"{name} after {stops[:met]}: {wrong} differ"

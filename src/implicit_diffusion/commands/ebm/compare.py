@@ -66,11 +66,11 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
                     )
                 make_loop(settings, data)
             directory.write_config(resolved, "ebm")
-            record(directory, resolved, {})
-            assert resolved.seeds is not None and resolved.judge_steps is not None
-            trainings = Trainings(config.data, weighted, resolved.judge_steps, directory)
             out = shlex.quote(str(directory.path))
             with continuing(directory, f"the same command, with --out {out}, continues the comparison"):
+                record(directory, resolved, {})
+                assert resolved.seeds is not None and resolved.judge_steps is not None
+                trainings = Trainings(config.data, weighted, resolved.judge_steps, directory)
                 return _compare(trainings, range(config.seed, config.seed + resolved.seeds))
 
 

@@ -86,21 +86,21 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     if setup.conditioning.prompts:  # from here on, nothing is refused
         fingerprints |= {"prompts": _keep_prompts(setup, directory, resumed)}
     trained = directory.has_state
-    if not trained:
-        begin(directory, "finetune", config, fingerprints, device)
-    elif not is_recorded(directory):
-        record_inputs(directory, config, fingerprints, device=device)
     with continuing(directory):
+        if not trained:
+            begin(directory, "finetune", config, fingerprints, device)
+        elif not is_recorded(directory):
+            record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
         return plan.to_json()
     beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
     scale(loop, beta, config.max_grad_norm * plan.reward_std)
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
-    if not trained:
-        begin(directory, "finetune", config, fingerprints, device)
     print(f"memory predicted: {predicted}")
     with continuing(directory):
+        if not trained:
+            begin(directory, "finetune", config, fingerprints, device)
         held_out = held_out_checks(spec, setup)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory)
         facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)

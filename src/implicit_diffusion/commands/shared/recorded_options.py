@@ -21,11 +21,15 @@ def read_options(kind: type[C], directory: RunDirectory) -> C:
         directory: of the run.
 
     Raises:
-        InvalidInputError: config.json has an option that `kind` does not have, or lacks one.
+        InvalidInputError: config.json is gone or damaged, has an option that `kind` does not have, or lacks one.
         StorageError: it has vanished.
     """
     directory.check_there()
-    values = directory.read_config() or {}
+    values = directory.read_config()
+    if values is None:
+        raise InvalidInputError(
+            f"{directory.path}/config.json is gone, or cannot be read; put the folder of the run back as it was"
+        )
     types = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
     if values.keys() != types.keys():
         unknown, missing = sorted(values.keys() - types.keys()), sorted(types.keys() - values.keys())

@@ -77,8 +77,8 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
     setup = build(setup_spec(config.each))
     conditional = setup.chain.condition is not None
     directory.write_config(settings(config), "sweep")
-    record_inputs(directory, config.each, fingerprints, config=settings(config))
     with continuing(directory, f"the same command, with --out {shlex.quote(str(out))}, continues the sweep"):
+        record_inputs(directory, config.each, fingerprints, config=settings(config))
         samples = pretrained_samples(setup, config.each.starts, directory, fingerprints)
         betas = sorted(config.kl_weights or (b.beta for b in _bounds(samples, None, conditional=conditional)))
         for place, beta in enumerate(betas, start=1):
