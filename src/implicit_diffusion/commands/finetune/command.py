@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from implicit_diffusion.commands.finetune import judging, planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
@@ -27,6 +29,7 @@ from implicit_diffusion.commands.finetune.training import held_out_checks, make_
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
+from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.judging import judge
 from implicit_diffusion.evaluation.plans import Plan
@@ -159,8 +162,9 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
     looks = judging.qualities(judged)
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
+    model = whole_copy(state.model)
     with writing(directory.model):
-        _export(setup, state, directory, model_card(config, summary, setup.chain))
+        _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
     result = Result(config, summary, plan, judged.before, judged.after, judgement.bound, [], images)
     keep_result(result, directory)
@@ -185,11 +189,11 @@ def _model_summary(setup: Setup) -> ModelSummary:
 
 
 @part("saving")
-def _export(setup: Setup, state: Fit, directory: RunDirectory, card: str) -> None:
+def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
     """Write the pipeline with the trained network, adapters merged, and the adapters by themselves."""
-    save_pipeline(directory.model, merged(state.model), setup.exported.scheduler, card, original=setup.pretrained)
+    save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.lora_rank is not None:
-        save_adapter(directory.model / "lora", state.model, setup.pretrained)
+        save_adapter(directory.model / "lora", model, setup.pretrained)
     chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
     write_chain(directory.model, chain)
 
