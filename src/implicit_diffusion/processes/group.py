@@ -22,7 +22,7 @@ class Traffic:
 
     Args:
         calls: collective calls.
-        bytes: of the tensors that it contributed to them; of objects that `from_main` hands over, the calls are counted.
+        bytes: of the tensors that it contributed to them; objects that `from_main` hands over count as calls alone.
     """
 
     calls: int = 0
