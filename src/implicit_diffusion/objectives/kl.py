@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number
 from implicit_diffusion.frozen import frozen_copy, modules_in
-from implicit_diffusion.objectives.base import GibbsObjective, changed, check_name
+from implicit_diffusion.objectives.attributes import changed, check_name
+from implicit_diffusion.objectives.base import GibbsObjective
 from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
