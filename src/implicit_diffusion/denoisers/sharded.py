@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from implicit_diffusion import processes
 from implicit_diffusion.denoisers.adapter import unwrapped
@@ -72,11 +73,20 @@ def is_sharded(denoiser: object) -> bool:
     return isinstance(denoiser, nn.Module) and ORIGINAL in network_of(denoiser).__dict__
 
 
-def set_gradient_sync(denoiser: object, on: bool) -> None:
-    """Whether backward passes from here on sum the gradient over the processes, with all that has been accumulated."""
-    if is_sharded(denoiser):
-        network: Any = network_of(denoiser)
-        network.set_requires_gradient_sync(on)
+@contextmanager
+def gradient_sync(denoiser: object, on: bool) -> Iterator[None]:
+    """Context in which a backward pass sums the gradient over the processes, with all that earlier ones have left, or
+    leaves it to a later one. Without weights that are shared out it does nothing.
+    """
+    if not is_sharded(denoiser):
+        yield
+        return
+    network: Any = network_of(denoiser)
+    network.set_requires_gradient_sync(on)
+    try:
+        yield
+    finally:
+        network.set_requires_gradient_sync(True)
 
 
 def whole_copy(denoiser: nn.Module) -> nn.Module:
@@ -99,31 +109,6 @@ def whole_copy(denoiser: nn.Module) -> nn.Module:
     result = copy.copy(inner)
     result._modules = inner._modules | {"model": whole}
     return result
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is shared out, in every process; others as they are. A call for all processes."""
-    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all processes have, shared out as `like` is; where that is whole, the tensor as it is."""
-    if not is_part(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    placed: Any = like
-    return distribute_tensor(tensor.to(like.device), placed.device_mesh, placed.placements, src_data_rank=None)
-
-
-def own(tensor: Tensor) -> Tensor:
-    """What this process keeps of a tensor that is shared out, in the same memory; others as they are."""
-    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def is_part(tensor: Tensor) -> bool:
-    """Whether this process keeps a part of the tensor only."""
-    return hasattr(tensor, "to_local")  # without an import of torch.distributed.tensor
 
 
 def _without_memory(network: nn.Module) -> nn.Module:

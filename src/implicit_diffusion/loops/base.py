@@ -178,5 +178,5 @@ def check_same(noise: Noise, **modules: nn.Module) -> None:
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters()
+    yield from ((name, p) for name, p in module.named_parameters() if not processes.is_part(p))
     yield from module.named_buffers()

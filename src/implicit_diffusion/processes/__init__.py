@@ -18,6 +18,7 @@ main process: `from_main` calls a function there, and hands its result, or its e
 
 from implicit_diffusion.processes.group import alone, count, is_main, rank, sharing, traffic, world_size
 from implicit_diffusion.processes.main_process import any_of, collected, from_main, main_only
+from implicit_diffusion.processes.parts import is_part, own, part_of, whole
 from implicit_diffusion.processes.shares import check_divides, gathered, mean, share, sum_gradients, total
 
 __all__ = [
@@ -29,13 +30,17 @@ __all__ = [
     "from_main",
     "gathered",
     "is_main",
+    "is_part",
     "main_only",
     "mean",
+    "own",
+    "part_of",
     "rank",
     "share",
     "sharing",
     "sum_gradients",
     "total",
     "traffic",
+    "whole",
     "world_size",
 ]
