@@ -11,9 +11,10 @@ from implicit_diffusion import __version__
 from implicit_diffusion.commands.command_line.flags import with_flags
 from implicit_diffusion.commands.command_line.parsing import read
 from implicit_diffusion.commands.registry import COMMANDS, CONFIGURATIONS
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, ProcessError
 from implicit_diffusion.runs.console import never_failing_output
 from implicit_diffusion.runs.devices import naming_memory
+from implicit_diffusion.runs.parallel import End, joined
 from implicit_diffusion.runs.signals import exit_status, interruptible
 
 DESCRIPTION = """Optimise samplers through the distributions that they produce.
@@ -34,26 +35,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
     An error that is raised on purpose, or by the operating system, is one line on stderr and status 2. A command that
-    a signal interrupts ends with status 128 plus the number of the signal.
+    a signal interrupts ends with status 128 plus the number of the signal. Processes that a launcher has started run it
+    together.
 
     Args:
         arguments: words after the name of the program; by default those that the program was called with.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    with never_failing_output(), interruptible():
+    with never_failing_output():
         try:
-            with naming_memory():
-                _run(words)
-        except ImplicitDiffusionError as error:
-            print(f"error: {_with_flags(_one_line(error), words)}", file=sys.stderr)
+            with joined() as group:
+                return group.leave(_end(words))
+        except InvalidInputError as error:  # of a launcher
+            print(f"error: {error}", file=sys.stderr)
             return 2
-        except OSError as error:
-            print(f"error: the operating system refuses: {_one_line(error)}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt as error:
-            print(str(error) or "interrupted", file=sys.stderr)
-            return exit_status()
-        return 0
+
+
+def _end(words: Sequence[str]) -> End:
+    """Run the command; how it ended."""
+    try:
+        with interruptible(), naming_memory():
+            _run(words)
+    except ImplicitDiffusionError as error:
+        return End(2, f"error: {_with_flags(_one_line(error), words)}", lost=isinstance(error, ProcessError))
+    except OSError as error:
+        return End(2, f"error: the operating system refuses: {_one_line(error)}")
+    except KeyboardInterrupt as error:
+        return End(exit_status(), str(error) or "interrupted")
+    return End()
 
 
 def _run(words: Sequence[str]) -> None:

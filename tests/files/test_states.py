@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from contextlib import suppress
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files import states as checkpoint
+from implicit_diffusion.files.manifest import MANIFEST, Manifest
 from implicit_diffusion.files.states import HEADER, STATE_FILE, load_state, save_state
 
 
@@ -173,7 +176,7 @@ def test_a_failure_leaves_the_previous_state(tmp_path, monkeypatch, moment):
     assert_same({"step": 1, "x": torch.ones(3)}, load_state(tmp_path))
     save_state(tmp_path, {"step": 3})
     assert load_state(tmp_path) == {"step": 3}
-    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, MANIFEST}
 
 
 KILLED = """
@@ -188,7 +191,7 @@ for k in range(10**6):
 def test_a_killed_process_leaves_a_whole_state(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120
-    while not (tmp_path / STATE_FILE).exists() and time.monotonic() < deadline:
+    while not (tmp_path / MANIFEST).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.03)  # it does nothing but write: this is in the middle of a later state
     process.kill()
@@ -198,8 +201,16 @@ def test_a_killed_process_leaves_a_whole_state(tmp_path):
 
 
 def test_nothing_to_load(tmp_path):
-    with pytest.raises(InvalidInputError, match="does not exist"):
+    with pytest.raises(InvalidInputError, match="no state to continue from"):
         load_state(tmp_path / "nowhere")
+
+
+def describe(folder):
+    """A manifest for a file that was not written here, as somebody may make one who wants it to be read."""
+    tensors = {}
+    with suppress(SafetensorError, TypeError), safe_open(folder / STATE_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    Manifest.of(folder / STATE_FILE, tensors, {}).write(folder)
 
 
 def header(tree):
@@ -225,6 +236,7 @@ def header(tree):
 )
 def test_foreign_files_are_refused(tmp_path, metadata):
     save_file({"0": torch.ones(2)}, tmp_path / STATE_FILE, metadata=metadata)
+    describe(tmp_path)
     with pytest.raises(InvalidInputError, match="not a state"):
         load_state(tmp_path)
 
@@ -238,37 +250,6 @@ def test_damaged_files_are_refused(tmp_path):
             load_state(tmp_path)
 
 
-def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
-    """One bit of every byte of the file, header and tensors, in turn."""
-    state = {"x": torch.tensor([1.5, -2.0]), "k": 7, "best": math.inf, "moments": [torch.ones(2, 2).double()]}
-    save_state(tmp_path, state)
-    whole, silent = (tmp_path / STATE_FILE).read_bytes(), 0
-    for place in range(len(whole)):
-        (tmp_path / STATE_FILE).write_bytes(
-            whole[:place] + bytes([whole[place] ^ 1 << (5 * place + 3) % 8]) + whole[place + 1 :]
-        )
-        try:
-            assert_same(state, load_state(tmp_path))
-            silent += 1
-        except InvalidInputError:
-            pass
-    assert silent < 0.02 * len(whole)  # blanks between the words of the header
-
-
-def test_a_damaged_tensor_is_named(tmp_path):
-    save_state(tmp_path, {"a": torch.ones(3), "b": torch.zeros(3)})
-    whole = (tmp_path / STATE_FILE).read_bytes()
-    (tmp_path / STATE_FILE).write_bytes(whole[:-1] + b"\x01")
-    with pytest.raises(InvalidInputError, match="tensor '1' is not what was written: its checksum differs"):
-        load_state(tmp_path)
-
-
-def test_a_state_without_checksums_is_of_an_earlier_release(tmp_path):
-    save_file({}, tmp_path / STATE_FILE, metadata={"implicit-diffusion state": "1"})
-    with pytest.raises(InvalidInputError, match="earlier release, without checksums"):
-        load_state(tmp_path)
-
-
 def nested(depth):
     value = 1
     for _ in range(depth):
@@ -276,12 +257,12 @@ def nested(depth):
     return value
 
 
-def test_nesting_without_end_is_refused_both_ways(tmp_path, monkeypatch):
+def test_nesting_without_end_is_refused_both_ways(tmp_path):
     with pytest.raises(InvalidInputError, match="nested too deeply"):
         save_state(tmp_path / "deep", nested(10**5))
     assert not (tmp_path / "deep").exists()
-    monkeypatch.setattr(checkpoint, "_digest_of_header", lambda header: "")
-    save_file({}, tmp_path / STATE_FILE, metadata={HEADER: 10**5 * '{"list": [', checkpoint.DIGESTS: '["", {}]'})
+    save_file({}, tmp_path / STATE_FILE, metadata={HEADER: 10**5 * '{"list": ['})
+    describe(tmp_path)
     with pytest.raises(InvalidInputError, match="damaged, or not a state"):
         load_state(tmp_path)
 
@@ -297,7 +278,8 @@ def test_nesting_without_end_is_refused_both_ways(tmp_path, monkeypatch):
 def test_sizes_that_a_header_claims(header, size, tmp_path):
     text = json.dumps({"__metadata__": {HEADER: '{"tensor": "0"}'}} | header).encode()
     (tmp_path / STATE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-    with pytest.raises(InvalidInputError, match="not a state"):
+    describe(tmp_path)
+    with pytest.raises(InvalidInputError, match="damaged"):
         load_state(tmp_path)
 
 

@@ -8,7 +8,6 @@ import torch
 
 from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory
 
 
@@ -78,7 +77,9 @@ def test_config_of_a_dataclass(run):
 def test_config_says_which_command_and_version_began_the_run(run):
     assert run.read_config() is None and run.read_origin() is None
     run.write_config(Config(), "finetune")
-    assert read(run.path / "config.json") | {"out": "x"} == {"command": "finetune", "version": __version__} | {
+    written = read(run.path / "config.json")
+    begun = written.pop("begun")
+    assert written | {"out": "x"} == {"command": "finetune", "version": __version__} | {
         "out": "x",
         "inner": {"lr": 5e-5},
         "rows": [0, 9],
@@ -87,6 +88,9 @@ def test_config_says_which_command_and_version_began_the_run(run):
     }
     assert run.read_origin() == ("finetune", __version__)
     assert run.read_config().keys() == {"out", "inner", "rows", "name", "target"}
+    assert run.identity == {"command": "finetune", "begun": begun}
+    run.write_config(Config(name="γ"), "finetune")
+    assert read(run.path / "config.json")["begun"] == begun  # which is when the run began, however often it is written
     run.write_config({"lr": 1.0})
     assert run.read_origin() is None and run.read_config() == {"lr": 1.0}
 
@@ -97,7 +101,7 @@ def test_what_a_command_left_when_it_ended_early_is_its_own(run):
     with pytest.raises(InvalidInputError, match="not empty"):
         run.start("sweep", {"lr": 3.0})
     assert run.read_config() == {"lr": 2.0}
-    save_state(run.checkpoint, {})
+    run.checkpoints.save(0, {})
     with pytest.raises(InvalidInputError, match=r"was interrupted: continue with `implicit-diffusion resume"):
         run.start("finetune", {"lr": 2.0})
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.files.states import load_state
 from implicit_diffusion.gradients import TruncatedBackprop
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
@@ -142,7 +141,7 @@ def test_a_non_finite_value_leaves_the_last_good_state_on_disk(tmp_path, every, 
     message = f"hold NaN or infinity.*last good state is in .*checkpoint, of update {last}"
     with pytest.raises(NonFiniteError, match=message):
         fit(loop, 30, callbacks=[spoil], directory=directory, checkpoint_every=every)
-    saved = load_state(directory.checkpoint)["loop"]
+    saved = directory.read_checkpoint().state["loop"]
     assert saved["update"]["updates"] == last
     assert saved["model"]["gain"].isfinite().all()
 
@@ -185,7 +184,7 @@ def test_a_second_call_goes_on_where_the_first_ended(tmp_path):
     whole, loop, other = build()[0], build()[0], build()[0]
     directory, seen = RunDirectory.create(tmp_path / "run"), []
     fit(loop, 8, directory=directory)
-    assert load_state(directory.checkpoint)["loop"]["update"]["updates"] == 8
+    assert directory.read_checkpoint().state["loop"]["update"]["updates"] == 8
     trained = weights(loop)
     again = fit(loop, 8, directory=directory)  # nothing is left to do, and nothing is undone
     assert torch.equal(weights(loop), trained) and again.metrics["updates"] == 8

@@ -7,7 +7,6 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
-from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory, provenance, surroundings
 from implicit_diffusion.runs.provenance import record, verified, verify
 
@@ -129,7 +128,7 @@ def test_another_device_is_named_and_the_usual_one_may_take_its_place(run):
 def test_a_run_of_an_earlier_release_has_no_record(run):
     (run.path / "provenance.json").unlink()
     verify(run)  # nothing has been trained yet: it begins anew
-    save_state(run.checkpoint, {})
+    run.checkpoints.save(0, {})
     with pytest.raises(InvalidInputError, match=r"an earlier release began it.*accept_changes=\[.provenance"):
         verify(run)
     verify(run, ["provenance"])

@@ -15,7 +15,6 @@ from implicit_diffusion.commands.recovery import config as recovery_config
 from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.commands.tilt import training as tilt_training
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.files.states import save_state
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.study import Study
 from tests.helpers.energy_models import bent
@@ -120,7 +119,7 @@ def test_a_run_that_raises_is_not_kept(tmp_path):
     assert directory.read_metrics() == []
     assert again.once("a", 0.1, make=lambda: pytest.fail("made twice"), lines=lambda result: [result])["x"] == 0.1 + 0.2
     assert again.once("a", 0.2, make=lambda: 7) == 7 and directory.read_metrics() == [{"x": 0.1 + 0.2}]
-    save_state(directory.checkpoint, {"loop": 1})
+    directory.checkpoints.save(3, {"loop": 1})
     with pytest.raises(InvalidInputError, match="checkpoint does not hold a study"):
         Study(directory)
 

@@ -16,6 +16,7 @@ from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
 
@@ -71,30 +72,14 @@ def resume(
     path = check_path("the folder of a run", path).absolute()
     directory = _open(path)
     with directory.held():
-        finished = (path / "summary.json").exists()
-        if not finished and not (path / "config.json").exists():
-            if (path / "plan.json").exists():
-                raise InvalidInputError(
-                    f"{path} is not an interrupted run: it holds a plan; to train, use "
-                    f"`finetune --out {shlex.quote(str(path))}`"
-                )
-            raise InvalidInputError(
-                f"{path} is not an interrupted run: no run has begun in it; repeat the command that was to begin one"
-            )
-        command, values = _command(directory)
-        _check_no_plan(path, values)
-        assert command.last_file is not None
-        if finished and (path / command.last_file).exists():
-            raise InvalidInputError(
-                f"{path} is not an interrupted run: it is finished; {_results(path, command, values)}"
-            )
+        command, values, finished = from_main(lambda: _interrupted(directory))
         check_version(directory, accept_changes)
         if finished:
             _adopt(directory, command, values)
             return command.report(directory)
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
-            check_trust(str(values.get("reward", "")), path)
+            from_main(lambda: check_trust(str(values.get("reward", "")), path))
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
             _adopt(directory, command, values)
             device = device_of(directory)
@@ -109,6 +94,32 @@ def resume(
             return command.run(config, directory)
 
 
+def _interrupted(directory: RunDirectory) -> tuple[Command, dict[str, Any], bool]:
+    """The command of an interrupted run, its options, and whether all is done except what its report is made of.
+
+    Raises:
+        InvalidInputError: there is no interrupted run.
+    """
+    path = directory.path
+    finished = (path / "summary.json").exists()
+    if not finished and not (path / "config.json").exists():
+        if (path / "plan.json").exists():
+            raise InvalidInputError(
+                f"{path} is not an interrupted run: it holds a plan; to train, use "
+                f"`finetune --out {shlex.quote(str(path))}`"
+            )
+        raise InvalidInputError(
+            f"{path} is not an interrupted run: no run has begun in it; repeat the command that was to begin one"
+        )
+    command, values = _command(directory)
+    _check_no_plan(path, values)
+    assert command.last_file is not None
+    if finished and (path / command.last_file).exists():
+        raise InvalidInputError(f"{path} is not an interrupted run: it is finished; {_results(path, command, values)}")
+    return command, values, finished
+
+
+@main_only
 def report(path: str | PathLike[str]) -> dict[str, Any]:
     """Draw the figures of a finished run, and write its report, from what is on disk; returns the summary.
 
@@ -151,6 +162,7 @@ def _results(path: Path, command: Command, values: Mapping[str, Any]) -> str:
     return f"its results are in {there}{again}"
 
 
+@main_only
 def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -57,21 +58,44 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())  # the contents reach the disk before the name does
+            sync(temporary)  # the contents reach the disk before the name does
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):  # half a file would keep the disk full
                 temporary.unlink()
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Write the names in a folder to the disk, where the system can open folders."""
-    with suppress(OSError):
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents; their names are then on the disk.
+
+    Raises:
+        StorageError: as in `writing`.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync_folder(made.parent)
+
+
+def sync(file: Path) -> None:
+    """Write the contents of a file to the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, where the system can open folders and sync them."""
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:  # the answer of Windows for every folder
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.processes import from_main, main_alone, world_size
 
 LOCK = ".lock"  # exists while a process holds the folder
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder during the block; it is made if it does not exist. No other process or thread can hold it
-    meanwhile.
+    """Hold a folder during the block; it is made if it does not exist. No other program or thread can hold it
+    meanwhile. Where several processes compute a run together, the main one holds it for all.
 
     A thread that holds the folder may hold it again. A folder that was made here, and is empty after the block, is
     removed.
 
     Raises:
-        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes.
+        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes
+            that nothing connects.
         StorageError: the file system has no locks.
     """
+    _check_alone()
+    held = ExitStack()
+    from_main(lambda: held.enter_context(_hold(folder)))
+    try:
+        yield
+    finally:
+        main_alone(held.close)
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """The same in this process."""
     from filelock import FileLock, Timeout
 
-    _check_alone()
     path = folder.absolute()  # the block may change the working directory
     try:
         str(path).encode()
@@ -70,10 +83,10 @@ def make(folder: Path) -> list[Path]:
 
 
 def _check_alone() -> None:
-    """Raise `InvalidInputError` under a launcher of several processes, which would all train the same."""
+    """Raise `InvalidInputError` in one of several processes that nothing connects, which would all train the same."""
     count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
+    if count.isdigit() and int(count) > 1 and world_size() == 1:
         raise InvalidInputError(
-            f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which would all train the same: a "
-            "run uses one process; start it without the launcher"
+            f"this is one of {count} processes (WORLD_SIZE, as torchrun sets it), which know nothing of each other and "
+            "would all train the same: call torch.distributed.init_process_group() first, or start one process"
         )

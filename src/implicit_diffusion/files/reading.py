@@ -56,7 +56,11 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     Raises:
         InvalidInputError: as `read_bytes`; it is not JSON, not an object, or has more than `DEEPEST` levels.
     """
-    contents = read_bytes(path, most)
+    return parse_json(path, read_bytes(path, most))
+
+
+def parse_json(path: Path, contents: bytes) -> dict[str, Any]:
+    """The JSON object in the contents of a file; errors as in `read_json`."""
     try:
         value = json.loads(contents.decode("utf-8"))
     except RecursionError:

@@ -1,52 +1,62 @@
-"""States on disk: one safetensors file whose header holds the tree and whose body holds the tensors.
+"""States on disk: a safetensors file whose header holds the tree and whose body holds the tensors, and a manifest.
 
 A state is what `state_dict()` returns: dicts (keys str or int), lists and tuples of tensors, numbers, strings,
 booleans and None. In the header's JSON a tree reads
 
-    tensor  {"tensor": "0"}              dict   {"dict": [[key, tree], ...]}     keys keep their type
+    tensor  {"tensor": its place}        dict   {"dict": [[key, tree], ...]}     keys keep their type
     list    {"list": [tree, ...]}        tuple  {"tuple": [tree, ...]}
     float   1.5 or {"float": "nan"}      str, int, bool and None as themselves
 
-so nothing in it can be executed. Since one file is renamed into place, it is never half an old state and half a new
-one, however the process ends. The header also holds SHA-256 digests, of every tensor with its dtype and shape and of
-the header itself, so that a bit that has flipped on the disk is detected when the file is read.
+so nothing in it can be executed.
+
+    state.safetensors       the state
+    state.safetensors.tmp   a new one, while it is written and read back
+    manifest.json           what the state is, to the last bit (`files.manifest`)
+
+The manifest of the new state replaces the previous one in one step; the state gets its name after that. However the
+process ends, one of the two files is what the manifest says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
-from implicit_diffusion.files.atomic import replacing, writing
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, StorageError, check_path
+from implicit_diffusion.files.atomic import UNFINISHED, make_folder, sync, sync_folder, writing
+from implicit_diffusion.files.manifest import MANIFEST, Manifest, read_manifest
+from implicit_diffusion.processes import main_only
 
 STATE_FILE = "state.safetensors"
-WITHOUT_DIGESTS = "implicit-diffusion state"  # of releases before 0.2
-HEADER = "implicit-diffusion state 2"
-DIGESTS = "sha256"
+HEADER = "implicit-diffusion state"
 
 
-def save_state(folder: str | PathLike[str], state: Any) -> None:
-    """Write `state` to folder/state.safetensors, replacing the previous one in one step.
+@main_only
+def save_state(folder: str | PathLike[str], state: Any, about: Mapping[str, Any] | None = None) -> None:
+    """Write `state` into a folder, in place of the previous one, and read it back.
 
     Tensors are stored bit for bit, each in full: views come back contiguous, shared storage comes back separate.
+    Where several processes compute a run together, all of them call this, and the main one writes.
 
     Args:
         folder: made if it does not exist.
         state: a tree as described above.
+        about: plain values by names that say what the state is of; `load_state` can compare them.
 
     Raises:
-        InvalidInputError: the tree holds something else; the message says where. The previous state is unchanged.
+        InvalidInputError: the tree holds something else; the message says where.
+        StorageError: it cannot be written, or what is read back is not what was written.
+
+    After each of these errors, the previous state is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     try:
@@ -54,31 +64,86 @@ def save_state(folder: str | PathLike[str], state: Any) -> None:
     except RecursionError as error:
         raise InvalidInputError("state is nested too deeply to be written") from error
     folder = check_path("folder", folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / STATE_FILE, tensors, {HEADER: tree})
+    make_folder(folder)
+    _settle(folder)
+    new = folder / (STATE_FILE + UNFINISHED)
+    try:
+        with writing(new.with_suffix("")):
+            save_file(tensors, new, metadata={HEADER: tree})
+            sync(new)
+            manifest = Manifest.of(new, tensors, about or {})
+        _read_back(new, lambda: manifest.load(new, copied=False)[1] == {HEADER: tree})
+        manifest.write(folder)
+        _read_back(folder / MANIFEST, lambda: read_manifest(folder) == manifest)
+        with writing(new.with_suffix("")):
+            new.replace(new.with_suffix(""))
+            sync_folder(folder)
+    except BaseException:
+        _settle(folder)  # half a state would keep the disk full
+        raise
 
 
-def load_state(folder: str | PathLike[str]) -> Any:
+def load_state(folder: str | PathLike[str], about: Mapping[str, Any] | None = None) -> Any:
     """Read what `save_state` wrote; tensors on the CPU, each with memory of its own.
 
+    Args:
+        folder: that was given to `save_state`.
+        about: what the state must be of; what either side does not say is not compared.
+
     Raises:
-        InvalidInputError: there is no state, or the file is damaged, not a state, or without checksums.
+        InvalidInputError: there is no state; or it is damaged, not a state, or of something else.
+        OtherSchemaError: another version wrote it, in another form.
     """
-    path = check_path("folder", folder) / STATE_FILE
-    if not path.is_file():
-        raise InvalidInputError(
-            f"no state to continue from: {path} does not exist; give a folder that save_state wrote"
-        )
-    tensors, header = load_tensors(path)
-    if HEADER not in header or DIGESTS not in header:
-        if WITHOUT_DIGESTS in header:
-            raise InvalidInputError(f"{path} is from an earlier release, without checksums; only that can continue it")
+    folder = check_path("folder", folder)
+    if not has_state(folder) and not (folder / STATE_FILE).exists():
+        raise InvalidInputError(f"no state to continue from in {folder}; give a folder that save_state wrote")
+    manifest = read_manifest(folder)
+    for name, value in (about or {}).items():
+        written = manifest.about.get(name)
+        if value is not None and written not in (None, value):
+            raise InvalidInputError(f"{folder} is a state of something else: its {name} is {written}, not {value}")
+    path = folder / STATE_FILE
+    try:
+        tensors, header = manifest.load(path)
+    except InvalidInputError:
+        if not manifest.fits(folder / (STATE_FILE + UNFINISHED)):
+            raise
+        tensors, header = manifest.load(folder / (STATE_FILE + UNFINISHED))
+    if HEADER not in header:
         raise InvalidInputError(f"{path} is a safetensors file, but not a state; give a folder that save_state wrote")
     try:
         return _decode(json.loads(header[HEADER]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidInputError(f"{path} is damaged, or not a state: {error}") from error
+
+
+def has_state(folder: Path) -> bool:
+    """Whether the folder holds a state that was written to its end."""
+    return (folder / MANIFEST).exists()
+
+
+def _settle(folder: Path) -> None:
+    """End what another process, or an error, has left: a new state gets its name if the manifest is its own."""
+    new = folder / (STATE_FILE + UNFINISHED)
+    with suppress(OSError):
+        (folder / (MANIFEST + UNFINISHED)).unlink(missing_ok=True)
+        if not new.exists():
+            return
+        with suppress(InvalidInputError):
+            manifest = read_manifest(folder)
+            if not manifest.fits(folder / STATE_FILE) and manifest.fits(new):
+                new.replace(folder / STATE_FILE)
+        new.unlink(missing_ok=True)
+
+
+def _read_back(path: Path, is_right: Callable[[], bool]) -> None:
+    """Raise `StorageError` unless a file holds what was written to it."""
+    try:
+        reason = None if is_right() else "it differs from what was written"
+    except InvalidInputError as error:
+        reason = str(error)
+    if reason is not None:
+        raise StorageError(f"{path} cannot be read back ({reason}); the disk is not to be trusted")
 
 
 def check_finite(state: Any, may_be_infinite: Collection[str] = ()) -> None:
@@ -112,53 +177,11 @@ def _leaves(value: Any, where: str, key: str) -> Iterator[tuple[str, str, Any]]:
         yield where, key, value
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write contiguous tensors on the CPU and a header with their digests, in one step."""
-    digests = json.dumps([_digest_of_header(header), {name: _digest(tensor) for name, tensor in tensors.items()}])
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header | {DIGESTS: digests})
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file, checked against its digests if it has any.
-
-    Raises:
-        InvalidInputError: the file is missing or damaged; the message names the tensor.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            # safe_open maps the file; a copy outlives it and may be written to
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if DIGESTS in header:
-            of_header, of_tensors = json.loads(header[DIGESTS])
-            if of_header != _digest_of_header({k: v for k, v in header.items() if k != DIGESTS}):
-                raise ValueError("its header is not what was written")
-            for name in tensors.keys() | of_tensors.keys():
-                if name not in tensors or of_tensors.get(name) != _digest(tensors[name]):
-                    raise ValueError(f"tensor {name!r} is not what was written: its checksum differs")
-    # sizes in a header may overflow, or exceed the memory
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
-        raise InvalidInputError(f"{path} is damaged, or not a state: {error}") from error
-    return tensors, header
-
-
-def _digest(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _digest_of_header(header: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-
-
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     """The tree of `value`; its tensors are added to `tensors` on the way."""
     if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = _storable(value, where)
-        return {"tensor": name}
+        tensors[where] = _storable(value, where)
+        return {"tensor": where}
     if isinstance(value, Mapping):
         for key in value:
             if isinstance(key, bool) or not isinstance(key, str | int):

@@ -16,10 +16,12 @@ from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.families import PipelineFamily
 from implicit_diffusion.models.pretrained import Pretrained
+from implicit_diffusion.processes import main_only
 
 PEFT_WEIGHTS = "adapter_model.safetensors"  # the name that peft looks for
 
 
+@main_only
 def save_adapter(folder: str | PathLike[str], denoiser: nn.Module, original: Pretrained) -> Path:
     """Write the low-rank adapter of a denoiser, for use with the original pipeline; `adapter_usage` shows how.
 

@@ -19,6 +19,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import CHAIN
 from implicit_diffusion.models.pipeline_files import names_in, real
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.tables.table import ChainTable
 
 OPTIONS: dict[str, tuple[type, ...]] = {"eta": (int, float), "guidance": (int, float), "null_class": (int,)}
@@ -41,6 +42,7 @@ class TrainedChain:
     null_class: int | None = None
 
 
+@main_only
 def write_chain(folder: Path, chain: TrainedChain) -> None:
     """Write chain.json into the folder of a pipeline; options that are None are left out."""
     options = {name: value for name in OPTIONS if (value := getattr(chain, name)) is not None}

@@ -23,11 +23,12 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.files.atomic import replacing, writing
 from implicit_diffusion.files.reading import one_line, read_json
-from implicit_diffusion.files.states import load_tensors, save_tensors
+from implicit_diffusion.files.tensors import load_tensors, save_tensors
 from implicit_diffusion.models.lattice import Lattice
 from implicit_diffusion.models.parts import SLACK, bounded
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials import Tilted, conv, mlp
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.samplers import HMC, MALA, ULA, Underdamped
 from implicit_diffusion.samplers.kernel import Kernel
 from implicit_diffusion.samplers.simulation import simulate
@@ -201,6 +202,7 @@ class EnergyModel(Shown):
         """The same model with another log Z."""
         return replace(self, log_z=log_z, log_z_se=log_z_se)
 
+    @main_only
     def save(self, folder: Path) -> None:
         """Write the two files, each in one step, the weights with their checksums."""
         with writing(folder):

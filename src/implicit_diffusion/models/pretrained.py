@@ -31,6 +31,7 @@ from implicit_diffusion.models.families import PIXELS, WIDTHS, PipelineFamily
 from implicit_diffusion.models.parts import load_model, load_scheduler
 from implicit_diffusion.models.pipeline_files import copy_files
 from implicit_diffusion.models.prompts import assembled
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.showing import Shown
 
 # DDPMPipeline calls step(u, t, x) from x_0 ~ N(0, I) with any scheduler; for these it is the right sampler.
@@ -135,6 +136,7 @@ def load_pretrained(model: str | PathLike[str]) -> Pretrained:
     )
 
 
+@main_only
 def save_pipeline(
     folder: str | PathLike[str], denoiser: nn.Module, scheduler: Any, card: str, *, original: Pretrained | None = None
 ) -> Path:

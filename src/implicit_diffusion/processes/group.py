@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,5 @@ def noticing_the_lost() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch.distributed's errors are among them
         state.lost = True
-        raise ProcessError(
-            f"another process of this run has ended, or does not answer ({str(error).splitlines()[0]})"
-        ) from error
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
+        raise ProcessError(f"another process of this run has ended, or does not answer ({reason})") from error

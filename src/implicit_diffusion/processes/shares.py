@@ -14,6 +14,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.processes.group import count, counted, noticing_the_lost, rank, world_size
 
 BUCKET = 2**26  # bytes of gradients that are summed in one call
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 def check_divides(name: str, number: int) -> int:
@@ -86,7 +87,7 @@ class _Gathered(torch.autograd.Function):
         ctx.own = slice(rank() * len(x), (rank() + 1) * len(x))
         with noticing_the_lost():
             counted(x)
-            dist.all_gather_into_tensor(whole, x)
+            _all_gather(whole, x)
         return whole
 
     @staticmethod

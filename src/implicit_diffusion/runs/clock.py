@@ -3,7 +3,7 @@
 At any moment one part is running: a part that begins within another takes over until it ends, and time outside of all
 parts is the rest. The seconds are kept in the folder of the run, so that those of an interrupted run and of its
 resumption add up. A run may contain others, as in a sweep: time spent in the inner ones counts, part by part, in the
-outer one too.
+outer one too. Of several processes, the main one keeps its own time; nobody waits for that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.files.lock import LOCK
+from implicit_diffusion.processes import is_main
 
 SECONDS_FILE = "seconds.json"
 REST = "the rest"
@@ -39,7 +40,9 @@ class Clock:
     def save(self) -> None:
         """Write the seconds, unless the folder holds nothing yet: a run that is refused leaves nothing."""
         self._saved = time.monotonic()
-        if self.path is not None and any(file.name not in (LOCK, SECONDS_FILE) for file in self.path.glob("*")):
+        if self.path is None or not is_main():
+            return
+        if any(file.name not in (LOCK, SECONDS_FILE) for file in self.path.glob("*")):
             with replacing(self.path / SECONDS_FILE) as file:
                 file.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """What a run prints of its progress, on stderr: a progress bar on a terminal, plain lines elsewhere.
 
-Printing never ends a run: where the reader is gone (`| head`, a closed terminal, a full disk behind `>`), the run
-continues without output.
+Of several processes, the main one prints. Printing never ends a run: where the reader is gone (`| head`, a closed
+terminal, a full disk behind `>`), the run continues without output.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from implicit_diffusion.extras import require
+from implicit_diffusion.processes import is_main
 from implicit_diffusion.showing import Shown
 
 REFRESH = 0.1  # seconds between two readings of the metrics on a terminal: each waits for the device
@@ -25,7 +26,8 @@ Say = Callable[[str], None]
 
 def say_on_stderr(text: str) -> None:
     """Print a line to stderr, where progress is printed too."""
-    print(text, file=sys.stderr, flush=True)
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 class _Silenceable:
@@ -145,6 +147,16 @@ class Progress(Shown):
         print(f"{line}  {_read(self._metrics)}".rstrip(), file=sys.stderr, flush=True)
 
 
+class _Silent(Progress):
+    """The same without a word, in all processes except the main one."""
+
+    def _is_due(self) -> bool:
+        return False
+
+    def _show(self) -> None:
+        pass
+
+
 class _Bar(Progress):
     """The same as a progress bar on a terminal, by rich."""
 
@@ -192,7 +204,10 @@ def progress(total: int, description: str, done: int = 0) -> Iterator[Progress]:
         done: steps that were made before; they are left out of the estimate of the time that is left.
     """
     console = _terminal()
-    shown = Progress(total, description, done) if console is None else _Bar(total, description, done, console)
+    if not is_main():
+        shown: Progress = _Silent(total, description, done)
+    else:
+        shown = Progress(total, description, done) if console is None else _Bar(total, description, done, console)
     try:
         yield shown
     finally:

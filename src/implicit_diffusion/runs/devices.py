@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, MemoryLimitError
+from implicit_diffusion.processes import world_size
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
@@ -15,9 +17,14 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 def find_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is an accelerator if there is one, else the CPU.
 
+    Of several processes, each has a GPU of its own, whichever is named: the one with its number on its machine,
+    LOCAL_RANK, as launchers set it.
+
     Raises:
-        InvalidInputError: there is no such device.
+        InvalidInputError: there is no such device, or none for each process.
     """
+    if world_size() > 1 and torch.cuda.is_available() and name.partition(":")[0] in ("auto", "cuda"):
+        return _own_gpu()
     if name != "auto":
         try:
             return torch.empty(0, device=name).device
@@ -26,6 +33,16 @@ def find_device(name: str = "auto") -> torch.device:
             raise InvalidInputError(f"`device` {name}: {reason}; use auto, cpu, or one that is here") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def _own_gpu() -> torch.device:
+    number, count = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())), torch.cuda.device_count()
+    if number >= count:
+        raise InvalidInputError(
+            f"`device`: process {number} of this machine has no GPU of its own, there are {count}; start as many "
+            "processes as there are GPUs, or use cpu"
+        )
+    return torch.device("cuda", number)
 
 
 @contextmanager

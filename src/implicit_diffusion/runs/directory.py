@@ -8,12 +8,14 @@
     model/          the result
     judged/         what the report is made of, beside the JSON files
     report.html     all of it, for people
-    checkpoint/     the state to continue from
+    checkpoint/     the newest states to continue from, as checkpoint/000120 of update 120
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
 
-Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json says that a
-run is judged; what comes after it is derived from what is on disk, and can be made again.
+The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
+(`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where
+several processes compute a run together, all of them call a method, and the main one reads or writes. summary.json says
+that a run is judged; what comes after it is derived from what is on disk, and can be made again.
 """
 
 from __future__ import annotations
@@ -21,23 +23,35 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from implicit_diffusion import __version__
-from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    MemoryLimitError,
+    ProcessError,
+    RewardError,
+    StorageError,
+    check_path,
+)
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
+from implicit_diffusion.files.checkpoints import Checkpoint, Checkpoints
 from implicit_diffusion.files.lock import LOCK, hold, make
-from implicit_diffusion.files.states import STATE_FILE
+from implicit_diffusion.files.manifest import MANIFEST
+from implicit_diffusion.files.states import load_state, save_state
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import clock, records
+from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.showing import Shown
 
-BEGUN = ("config.json", f"checkpoint/{STATE_FILE}")  # written before the first update
+BEGUN = "begun"  # key of config.json: when the run began, in UTC, which tells it from every other run
 
 
 class Origin(NamedTuple):
@@ -68,10 +82,11 @@ class RunDirectory(Shown):
         """Make the folder, with its parents. Arguments and errors as in `check`."""
         cls.check(path, may_hold)
         directory = cls(path)
-        make(directory.path)
+        from_main(lambda: make(directory.path))
         return directory
 
     @staticmethod
+    @main_only
     def check(path: str | PathLike[str], may_hold: Collection[str] = ()) -> None:
         """Refuse a folder that `create` would refuse, without making it: a run that is refused later leaves nothing.
 
@@ -85,19 +100,17 @@ class RunDirectory(Shown):
                 nothing can be written.
         """
         path = check_path("path", path)
-        left_over = {LOCK, clock.SECONDS_FILE, *(name + UNFINISHED for name in (*may_hold, *BEGUN))}
+        allowed = {*may_hold, LOCK, clock.SECONDS_FILE}
         try:
             if path.exists() and not path.is_dir():
                 raise InvalidInputError(f"`path` {path} is a file; name a new folder")
             files = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
-            if not files <= {*may_hold, *left_over}:
-                holds = "exists and is not empty"
-                judged, reported = (
-                    "summary.json" in files,
-                    "report.html" in files or f"judged/{STATE_FILE}" not in files,
-                )
-                if files.issuperset(BEGUN) and not (judged and reported):
-                    holds = f"holds a run that was interrupted: continue with {RunDirectory(path).resume_command}"
+            unfinished = {f"{name}{UNFINISHED}" for name in (*may_hold, "config.json")}
+            if any(f not in allowed | unfinished and not fnmatch(f, f"checkpoint/*{UNFINISHED}/*") for f in files):
+                holds, there = "exists and is not empty", RunDirectory(path)
+                reported = "report.html" in files or f"judged/{MANIFEST}" not in files
+                if "config.json" in files and there.has_state and not ("summary.json" in files and reported):
+                    holds = f"holds a run that was interrupted: continue with {there.resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error
@@ -123,6 +136,7 @@ class RunDirectory(Shown):
         ours = origin is not None and origin.command == command
         self.check(self.path, (*may_hold, "provenance.json", *(["config.json"] if ours else [])))
 
+    @main_only
     def start(self, command: str, config: Any, may_hold: Collection[str] = ()) -> None:
         """Write config.json into a new folder, or into what is left of the same run, which begins anew.
 
@@ -140,6 +154,7 @@ class RunDirectory(Shown):
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
         self.write_config(config, command)
 
+    @main_only
     def write_config(self, config: Any, command: str | None = None) -> None:
         """Write config.json: the command that begins the run, the version of this library, and the options.
 
@@ -151,30 +166,33 @@ class RunDirectory(Shown):
             NonFiniteError: a value is NaN or infinite.
             InvalidInputError: a value has no JSON form.
         """
-        origin = {} if command is None else Origin(command, __version__)._asdict()
+        origin: dict[str, Any] = {}
+        if command is not None:
+            begun = self.identity if self.identity.get("command") == command else {}
+            origin = Origin(command, __version__)._asdict() | {BEGUN: begun.get(BEGUN) or datetime.now(UTC).isoformat()}
         records.write(self.path / "config.json", origin | records.as_json(config))
 
     def read_config(self) -> dict[str, Any] | None:
         """The options in config.json; None where there is no file, or none that can be read."""
-        values = self._read_config()
-        return None if values is None else {key: values[key] for key in values if key not in Origin._fields}
+        values = records.read(self.path / "config.json")
+        return None if values is None else {k: values[k] for k in values if k not in (*Origin._fields, BEGUN)}
 
     def read_origin(self) -> Origin | None:
         """What began the run, by config.json; None where it does not say."""
-        values = self._read_config() or {}
+        values = records.read(self.path / "config.json") or {}
         origin = [values.get(name) for name in Origin._fields]
         return Origin(*map(str, origin)) if all(isinstance(part, str) for part in origin) else None
 
-    def _read_config(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError, RecursionError):
-            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return values if isinstance(values, dict) else None
-        return None
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells the states of this run from those of others: its command, and when it began, as far as known."""
+        values = records.read(self.path / "config.json") or {}
+        return {name: values[name] for name in ("command", BEGUN) if isinstance(values.get(name), str)}
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a state to continue from."""
-        return (self.checkpoint / STATE_FILE).is_file()
+        """Whether there is a state to continue from, which may be damaged."""
+        return bool(self.checkpoints.numbers())
 
     @property
     def resume_command(self) -> str:
@@ -188,30 +206,33 @@ class RunDirectory(Shown):
 
     @property
     def checkpoint(self) -> Path:
-        """Where `save_state` puts the state to continue from; not made here."""
+        """The folder of the states to continue from; not made here."""
         return self.path / "checkpoint"
 
     @property
-    def kept(self) -> Path:
-        """Where models of earlier updates are kept (`runs.callbacks.kept`); not made here."""
-        return self.path / "kept"
+    def checkpoints(self) -> Checkpoints:
+        """The states to continue from."""
+        return Checkpoints(self.checkpoint, self.identity)
 
-    @property
-    def unconfirmed(self) -> Path:
-        """Where a state waits until it is known to be sound; not made here."""
-        return self.checkpoint / "next"
+    def read_checkpoint(self, say: Say = say_on_stderr) -> Checkpoint:
+        """The newest state to continue from that is as it was written, and its number of updates: `Checkpoints.newest`."""
+        return self.checkpoints.newest(say)
 
-    def confirm(self) -> None:
-        """Let the state that waits replace the one in `checkpoint`, in one step."""
-        with writing(self.checkpoint / STATE_FILE):
-            (self.unconfirmed / STATE_FILE).replace(self.checkpoint / STATE_FILE)
+    def save_part(self, name: str, state: Any) -> None:
+        """Write a state of this run into its folder `name`; errors as in `save_state`."""
+        save_state(self.path / name, state, self.identity)
+
+    def load_part(self, name: str) -> Any:
+        """Read what `save_part` wrote.
+
+        Raises:
+            InvalidInputError: as in `load_state`; a state of another run.
+        """
+        return load_state(self.path / name, self.identity)
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Add the command that continues the run to an error that ends the block early, once config.json is there.
-
-        Such errors are an interruption, a file that cannot be written, memory that is used up, a reward that raises.
-        """
+        """Add the command that continues the run to an error that is not the run's own, once config.json is there."""
         command = self.resume_command
         try:
             with naming_memory():
@@ -220,11 +241,12 @@ class RunDirectory(Shown):
             if not (self.path / "config.json").exists():
                 raise
             raise KeyboardInterrupt(f"{str(error) or 'interrupted'}; continue with {command}") from error
-        except (StorageError, MemoryLimitError, RewardError) as error:
+        except (StorageError, MemoryLimitError, RewardError, ProcessError) as error:
             if command in str(error) or not (self.path / "config.json").exists():
                 raise
             raise type(error)(f"{error}; then {command} continues the run") from error
 
+    @main_only
     def figure(self, name: str) -> Path:
         """The path figures/`name`.png, in a folder that exists."""
         folder = self.path / "figures"
@@ -240,6 +262,7 @@ class RunDirectory(Shown):
         """Write plan.json; values and errors as in `write_config`."""
         records.write(self.path / "plan.json", plan)
 
+    @main_only
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
         """Append a line for each to metrics.jsonl; they are in the file when this returns. Errors as in `write_config`.
 
@@ -254,12 +277,14 @@ class RunDirectory(Shown):
                 with writing(path), path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
 
+    @main_only
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
+    @main_only
     def forget_metrics(self, updates: int) -> None:
         """Drop the lines of updates after `updates`, which a run that is restored there makes again."""
         kept = [line for line in self.read_metrics() if line["updates"] <= updates]

@@ -18,6 +18,10 @@ The reason that stopped a run is saved too: a resumed run that has the same call
 
 What a reward draws from the global generators of torch, NumPy or Python is a function of the loop's noise, and its
 state is saved with the run; when `fit` returns, the caller's own generators are as they were.
+
+Several processes call `fit` alike, with a loop each, and make the same updates: a signal to one stops all of them, the
+clock of the main one decides when something is written, and it alone writes and prints. Callbacks are called in all of
+them with the same metrics, and must decide alike.
 """
 
 from __future__ import annotations
@@ -28,8 +32,17 @@ from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
-from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError, check_path
+from implicit_diffusion.errors import (
+    DivergenceError,
+    InvalidInputError,
+    NonFiniteError,
+    RewardError,
+    check_integer,
+    check_path,
+)
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.processes import main_alone
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
@@ -49,6 +62,7 @@ def fit(
     callbacks: Iterable[Callback] = (),
     directory: RunDirectory | str | PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
+    keep: int = KEEP,
     description: str = "fine-tuning",
 ) -> Fit:
     """Drive a loop until `updates` updates have been made in all, or a callback or a signal stops it.
@@ -61,24 +75,29 @@ def fit(
         directory: of the run, or its path. It is held meanwhile, and gets metrics.jsonl, a few lines at a time, and
             checkpoints, the last one when the run ends; None leaves no trace.
         checkpoint_every: seconds between checkpoints.
+        keep: number of checkpoints that stay, ≥ 1: should the newest be damaged, an older one continues the run. The
+            disk needs room for one more.
         description: shown with the progress.
 
     Raises:
-        InvalidInputError: updates below one; a directory that another run holds.
+        InvalidInputError: `updates` or `keep` below one; a directory that another run holds, or whose checkpoints are
+            all damaged, or do not fit.
         NonFiniteError: NaN or infinity, before θ was touched or in what would be saved.
         DivergenceError: raised by a callback, or for a run that ends in a state that a callback calls unsound.
         RewardError: a reward of the user's own raised.
         StorageError: metrics or a checkpoint could not be written.
+        ProcessError: another of several processes has ended.
 
-    After each of these errors, the last good state is in directory.checkpoint.
+    After each of these errors, the last good state is the newest in directory.checkpoint.
     """
     if updates < 1:
         raise InvalidInputError(f"updates must be an integer ≥ 1, got {updates}")
+    check_integer("keep", keep)
     if directory is not None and not isinstance(directory, RunDirectory):
         directory = RunDirectory(check_path("directory", directory))
     result = Fit(loop, directory=directory, total=updates)
     with nullcontext() if directory is None else directory.held():
-        _drive(result, updates, list(callbacks), directory, checkpoint_every, description)
+        _drive(result, updates, list(callbacks), directory, checkpoint_every, keep, description)
     return result
 
 
@@ -88,12 +107,13 @@ def _drive(
     callbacks: list[Callback],
     directory: RunDirectory | None,
     checkpoint_every: float,
+    keep: int,
     description: str,
 ) -> None:
     if directory is not None:
         if directory.has_state:
             restore(fit, directory, callbacks)
-        checkpoint(fit, directory, callbacks)
+        checkpoint(fit, directory, callbacks, keep=keep)
     if not fit.stopped:
         begin(fit, callbacks)
     lines: list[dict[str, Any]] = []
@@ -120,17 +140,22 @@ def _drive(
                     lines.append(fit.metrics)
                     if waits is not None and directory is not None:  # it is known now what that state led to
                         if unsound(fit, callbacks) is None:
-                            directory.confirm()
+                            directory.checkpoints.confirm(keep)
                             saved_at = waits
+                        else:
+                            directory.checkpoints.discard()
                         waits = None
                 else:
                     bar.update(_shown(metrics), advance=0)
+                save, read = stop.agree(
+                    directory is not None and time.monotonic() - last_saved > checkpoint_every,
+                    time.monotonic() - last_read > READ_EVERY,
+                )
                 if stop.requested:
                     fit.stopped = "interrupted"
                 if fit.stopped:
                     break
-                save = directory is not None and time.monotonic() - last_saved > checkpoint_every
-                if save or time.monotonic() - last_read > READ_EVERY:
+                if save or read:
                     write()
                     last_read = time.monotonic()
                 if save and directory is not None:
@@ -139,6 +164,7 @@ def _drive(
                         checkpoint(fit, directory, callbacks, known=False)
                         waits = fit.updates
                 start = time.monotonic()
+            stop.agree()
             if stop.requested:  # in the last step, or while it was saved
                 fit.stopped = "interrupted"
             write()
@@ -147,7 +173,7 @@ def _drive(
             if reason is not None and not ends and fit.stopped != "interrupted":
                 raise DivergenceError(f"after update {fit.updates}: {reason}")
             if (reason is None or ends) and directory is not None:
-                checkpoint(fit, directory, callbacks)
+                checkpoint(fit, directory, callbacks, keep=keep)
             settle(fit, callbacks)
         except (NonFiniteError, DivergenceError) as error:
             kept = f"; the last good state is in {directory.checkpoint}, of update {saved_at}" if directory else ""
@@ -155,7 +181,8 @@ def _drive(
         except RewardError as error:
             raise RewardError(f"after update {fit.updates}: {error}") from error
         finally:
-            write()
+            main_alone(write)  # whatever ended it, perhaps in this process alone
+    stop.agree()
     if stop.requested:  # also while its model was put back
         fit.stopped = "interrupted"
 

@@ -8,9 +8,11 @@ from collections import Counter
 from typing import Any
 
 from implicit_diffusion.files.atomic import replacing
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs.directory import RunDirectory
 
 
+@main_only
 def restore_metrics(directory: RunDirectory, updates: int, lines: int | None) -> list[dict[str, Any]]:
     """Drop the lines after `updates`, which the run makes again; leave one line for every update, in order.
 

@@ -21,6 +21,7 @@ from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.fingerprints import Input, fingerprint, fingerprint_now, is_fingerprint, relative
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import differences, records, surroundings
 from implicit_diffusion.runs.differences import Difference
 from implicit_diffusion.runs.directory import RunDirectory
@@ -31,6 +32,7 @@ Change = Literal["config", "model", "reference", "reward", "prompts", "data", "v
 """What may be accepted as changed."""
 
 
+@main_only
 def record(
     directory: RunDirectory,
     config: Any,
@@ -67,6 +69,7 @@ def record(
     )
 
 
+@main_only
 def forget(directory: RunDirectory) -> list[str]:
     """Remove provenance.json before config.json is written again: a run that ends in between must not look changed.
 
@@ -79,11 +82,13 @@ def forget(directory: RunDirectory) -> list[str]:
     return accepted
 
 
+@main_only
 def is_recorded(directory: RunDirectory) -> bool:
     """Whether provenance.json is there."""
     return (directory.path / PROVENANCE_FILE).is_file()
 
 
+@main_only
 def check_version(directory: RunDirectory, accept_changes: Collection[str] = (), advice: str | None = None) -> None:
     """Refuse a run that another version of this library began, whose options may have meant something else.
 
@@ -122,6 +127,7 @@ def verified(
         torch.set_num_threads(here)
 
 
+@main_only
 def verify(
     directory: RunDirectory,
     accept_changes: Collection[str] = (),
@@ -161,6 +167,7 @@ def verify(
     return int(saved["threads"])
 
 
+@main_only
 def device_of(directory: RunDirectory) -> str | None:
     """The device that the run continues on, where provenance.json names one."""
     return _read(directory)["device"]["name"] if is_recorded(directory) else None

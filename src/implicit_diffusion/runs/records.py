@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.atomic import replacing
+from implicit_diffusion.processes import main_only
 
 
 def as_json(value: Any, key: str = "") -> Any:
@@ -56,6 +58,16 @@ def as_line(row: Mapping[str, Any]) -> str:
     return json.dumps(as_json(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
+@main_only
+def read(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, or none that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else None
+    return None
+
+
+@main_only
 def write(path: Path, value: Any) -> None:
     """Replace a JSON file in one step; errors as in `as_json`.
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from implicit_diffusion.processes import highest, is_main
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 Handler = Callable[[int, FrameType | None], None]
 
@@ -22,6 +24,22 @@ class Stop:
     """Whether a signal has asked the run to stop."""
 
     requested: bool = False
+    heard: bool = False  # by this process
+
+    def agree(self, *decisions: bool) -> list[bool]:
+        """Let a signal to one of several processes stop all of them; a call that waits for all of them.
+
+        Args:
+            decisions: of this process; those by a clock may differ from process to process.
+
+        Returns:
+            The decisions of the main process.
+        """
+        main = is_main()
+        number, *decided = highest(_last.number if self.requested else 0, *(int(main and each) for each in decisions))
+        if number:
+            self.requested, _last.number = True, number
+        return [bool(each) for each in decided]
 
 
 @dataclass
@@ -43,9 +61,9 @@ def graceful() -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         _last.number = number
-        if stop.requested:
+        if stop.heard:
             raise KeyboardInterrupt
-        stop.requested = True
+        stop.requested = stop.heard = True
 
     with _handling(handle):
         yield stop
@@ -62,6 +80,14 @@ def interruptible() -> Iterator[None]:
     _last.number = signal.SIGINT
     with _handling(handle):
         yield
+
+
+def deaf(*, for_good: bool = False) -> None:
+    """Drop all signals from here on; where it is not for good, `graceful` and `interruptible` hear them again."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # which Python keeps while it ends
+                signal.signal(number, signal.SIG_IGN if for_good else lambda number, frame: None)
 
 
 def exit_status() -> int:

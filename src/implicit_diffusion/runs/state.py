@@ -9,7 +9,6 @@ metrics      the last row, and the number of lines of metrics.jsonl
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +16,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.files.states import check_finite, load_state, save_state
+from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.files.reading import one_line
+from implicit_diffusion.files.states import check_finite
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.processes import is_main, rank
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
+
+OTHERS = 2**31 + 2  # first key of the draws of rewards in all processes but the main one
 
 
 @dataclass(repr=False)
@@ -58,9 +62,9 @@ class Fit(Shown):
     generators: GlobalGenerators = field(init=False)
 
     def __post_init__(self) -> None:
-        self.generators = GlobalGenerators(
-            self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device
-        )
+        noise = self.loop.noise if is_main() else self.loop.noise.stream(OTHERS, rank())  # of other samples
+        device = next(self.loop.model.parameters()).device
+        self.generators = GlobalGenerators(noise, self.loop.iteration, device=device)
 
     def _words(self) -> Iterable[str]:
         yield type(self.loop).__name__
@@ -94,18 +98,22 @@ class Fit(Shown):
 Callback = Callable[[Fit], str | None]
 
 
-def checkpoint(fit: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True) -> None:
+def checkpoint(
+    fit: Fit, directory: RunDirectory, callbacks: list[Callback], *, known: bool = True, keep: int = KEEP
+) -> None:
     """Save all that the run continues from.
 
     Args:
         fit: the run so far.
         directory: of the run.
         callbacks: those of the run.
-        known: whether the state replaces the previous one at once. The metrics of an update are taken before its step:
-            only the next update says whether that step was sound, and then `directory.confirm()` replaces it.
+        known: whether it is known that the state is sound. The metrics of an update are taken before its step: only the
+            next update says whether that step was sound. Until `directory.checkpoints.confirm` or `discard`, it waits.
+        keep: number of states that stay, where this one is known to be sound.
 
     Raises:
-        NonFiniteError: NaN or infinity in anything that would be saved; the previous checkpoint is kept.
+        NonFiniteError: NaN or infinity in anything that would be saved; nothing is written.
+        StorageError: it cannot be written; those before are unchanged.
     """
     if not all(p.isfinite().all() for p in fit.loop.update.parameters):
         raise NonFiniteError(f"after update {fit.updates}: the parameters hold NaN or infinity")
@@ -124,9 +132,10 @@ def checkpoint(fit: Fit, directory: RunDirectory, callbacks: list[Callback], *, 
         check_finite(whole, ("log_weights", *buffers, *(f"module.{name}" for name in buffers)))
     except NonFiniteError as error:
         raise NonFiniteError(f"after update {fit.updates}: {error}") from error
-    save_state(directory.checkpoint if known else directory.unconfirmed, whole)
     if known:
-        shutil.rmtree(directory.unconfirmed, ignore_errors=True)
+        directory.checkpoints.save(fit.updates, whole, keep)
+    else:
+        directory.checkpoints.write(fit.updates, whole)
 
 
 def unsound(fit: Fit, callbacks: list[Callback]) -> str | None:
@@ -136,8 +145,23 @@ def unsound(fit: Fit, callbacks: list[Callback]) -> str | None:
 
 
 def restore(fit: Fit, directory: RunDirectory, callbacks: list[Callback]) -> None:
-    """Continue from the checkpoint, unless the loop is further already; a callback that was not saved begins anew."""
-    saved = load_state(directory.checkpoint)
+    """Continue from the newest sound checkpoint, unless the loop is further; a callback not saved begins anew.
+
+    Raises:
+        InvalidInputError: no checkpoint is as it was written, or the newest does not fit this loop.
+    """
+    number, saved = directory.read_checkpoint()
+    try:
+        _restore(fit, saved, directory, callbacks)
+    except InvalidInputError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{directory.checkpoints.path(number)} does not fit this run: {one_line(error)}"
+        ) from error
+
+
+def _restore(fit: Fit, saved: dict[str, Any], directory: RunDirectory, callbacks: list[Callback]) -> None:
     behind = saved["loop"]["iteration"] < fit.loop.iteration
     fit.seconds = saved["seconds"]
     if not behind:

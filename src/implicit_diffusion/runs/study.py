@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, check_integer
 from implicit_diffusion.files.atomic import replacing
-from implicit_diffusion.files.states import load_state, save_state
+from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
 
 V = TypeVar("V")
@@ -23,20 +24,15 @@ class Study:
 
     Args:
         directory: of the study, held; checkpoint/ has the results, and metrics.jsonl is written from them.
+        keep: number of checkpoints that stay, ≥ 1.
 
     Raises:
-        InvalidInputError: a checkpoint that is damaged, or that is not of a study.
+        InvalidInputError: all checkpoints are damaged, or the newest is not of a study.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-        state = load_state(directory.checkpoint) if directory.has_state else {"study": {}}
-        if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
-            raise InvalidInputError(f"{directory.checkpoint} does not hold a study; choose another folder")
-        self.results: dict[str, Any] = state["study"]
-        with replacing(directory.path / "metrics.jsonl") as file:
-            file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before
-        self._save()
+    def __init__(self, directory: RunDirectory, keep: int = KEEP) -> None:
+        self.directory, self.keep = directory, check_integer("keep", keep)
+        self.results: dict[str, Any] = self._begin()
 
     def once(
         self,
@@ -60,5 +56,17 @@ class Study:
             self.directory.append_metrics(*lines(result))
         return result
 
+    @main_only
+    def _begin(self) -> dict[str, Any]:
+        """The results so far; metrics.jsonl is emptied."""
+        state = self.directory.read_checkpoint().state if self.directory.has_state else {"study": {}}
+        if not isinstance(state, dict) or not isinstance(state.get("study"), dict):
+            raise InvalidInputError(f"{self.directory.checkpoint} does not hold a study; choose another folder")
+        with replacing(self.directory.path / "metrics.jsonl") as file:
+            file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before
+        self.results = state["study"]
+        self._save()
+        return self.results
+
     def _save(self) -> None:
-        save_state(self.directory.checkpoint, {"study": self.results})
+        self.directory.checkpoints.save(len(self.results), {"study": self.results}, self.keep)

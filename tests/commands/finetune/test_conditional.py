@@ -180,7 +180,7 @@ def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, 
     )
     adapter = load_file(out / "model" / "lora" / "pytorch_lora_weights.safetensors")
     assert adapter and all(".lora" in name for name in adapter)
-    state = load_file(out / "checkpoint" / "state.safetensors")
+    state = load_file(out / "checkpoint" / "000002" / "state.safetensors")
     assert sum(v.numel() for v in state.values()) < 60_000  # of the network's own weights, none
     weights = "unet/diffusion_pytorch_model.safetensors"
     ours, before = load_file(out / "model" / weights), load_file(start / weights)

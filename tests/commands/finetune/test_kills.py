@@ -93,9 +93,9 @@ def check(call, whole, moment, out, monkeypatch, capsys):
 def test_the_files_of_a_run_in_their_order(whole):
     """What is asked, rewards, plan, what is resolved, first state; last state, what is judged, summary; the report."""
     names = [name for name in whole[1] if not name.endswith(".png") and name != "seconds.json"]
-    expected = ["config.json", "state.safetensors", "plan.json", "config.json", "state.safetensors"]
+    expected = ["config.json", "manifest.json", "plan.json", "config.json", "manifest.json"]
     assert [name for name in names if name != "provenance.json"][:5] == expected
-    assert names[-4:] == ["state.safetensors", "state.safetensors", "summary.json", "report.html"]
+    assert names[-4:] == ["manifest.json", "manifest.json", "summary.json", "report.html"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
@@ -164,12 +164,12 @@ FULL = OSError(28, "No space left on device")
 
 def test_a_full_disk_is_one_line_that_names_the_file_and_what_goes_on(call, whole, tmp_path, monkeypatch, capsys):
     """At the first checkpoint; what is there then is gone on with."""
-    out, number = tmp_path / "run", [n for n, name in enumerate(whole[1]) if name == "state.safetensors"][1]
+    out, number = tmp_path / "run", [n for n, name in enumerate(whole[1]) if name == "manifest.json"][1]
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", Full(number))
         assert main([*call, "--out", str(out)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"{out}/checkpoint/state.safetensors cannot be written (No space left on device)" in line
+    assert f"{out}/checkpoint/000000.tmp/manifest.json cannot be written (No space left on device)" in line
     assert f"then `implicit-diffusion resume {out}` continues the run" in line
     assert main(["resume", str(out)]) == 0
     same(out, whole[0])
@@ -209,23 +209,23 @@ def test_a_limit_on_the_size_of_files(tmp_path):
     program = """
 import resource, sys, torch
 from implicit_diffusion.errors import StorageError
-from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import RunDirectory
 run = RunDirectory.create(sys.argv[1])
-save_state(run.checkpoint, {"k": 1})
+run.checkpoints.save(1, {"k": 1})
 run.write_summary({"k": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-for write in (lambda: save_state(run.checkpoint, torch.ones(10_000)), lambda: run.write_summary({"k": 9999 * "x"}),
+for write in (lambda: run.checkpoints.save(2, torch.ones(10_000)), lambda: run.write_summary({"k": 9999 * "x"}),
               lambda: run.append_metrics({"k": 9999 * "x"})):
     try:
         write()
     except StorageError as error:
         print(error)
-assert load_state(run.checkpoint) == {"k": 1} and run.read_metrics() == []
+assert run.read_checkpoint() == (1, {"k": 1}) and run.read_metrics() == []
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines, names = done.stdout.splitlines(), ["checkpoint/state.safetensors", "summary.json", "metrics.jsonl"]
+    names = ["checkpoint/000002.tmp/state.safetensors", "summary.json", "metrics.jsonl"]
+    lines = done.stdout.splitlines()
     assert len(lines) == 3 and all(f"/{name} cannot be written (" in line for name, line in zip(names, lines))
     assert not list(tmp_path.rglob("*.tmp"))
 

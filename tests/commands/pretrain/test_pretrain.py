@@ -21,7 +21,6 @@ from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import begin_pretraining
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.runs import RunDirectory
 
@@ -179,7 +178,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(how, every, uninterrupted, 
             train(LONG, directory=directory)
         torch.rand(100)  # the caller's randomness is another
     unet, _ = train(LONG, directory=directory)
-    ours, theirs = (load_state(d.checkpoint)["pretraining"] for d in (directory, uninterrupted))
+    ours, theirs = (d.read_checkpoint().state["pretraining"] for d in (directory, uninterrupted))
     assert ours["step"] == 7 and bits(ours) == bits(theirs)
     assert lines(directory) == lines(uninterrupted) and [line["updates"] for line in lines(directory)] == [3, 6, 7]
     saved = load_pretrained(uninterrupted.model).denoiser.model.state_dict()
@@ -246,9 +245,9 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path):
     fewer = Images(real.train[:-1], real.held_out, "digits")
     with pytest.raises(InvalidInputError, match=r"the images are not those that .*run began with"):
         train(config, fewer, directory)
-    with pytest.raises(InvalidInputError, match=r"checkpoint does not fit this run: .*UNet2DModel"):
+    with pytest.raises(InvalidInputError, match=r"checkpoint/000001 does not fit this run: .*UNet2DModel"):
         train(replace(config, channels=(8, 16)), directory=directory)
-    save_state(directory.checkpoint, {"loop": 1})
+    directory.checkpoints.save(2, {"loop": 1})
     with pytest.raises(InvalidInputError, match="does not fit this run: 'pretraining'"):
         train(config, directory=directory)
 
@@ -279,7 +278,11 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, monkeypatch):
         train(TINY, directory=directory)
     assert all(p.isfinite().all() for p in calls[1].parameters())
     assert sum(p.numel() for p in before.parameters()) == sum(p.numel() for p in calls[1].parameters())
-    assert load_state(directory.checkpoint)["pretraining"]["step"] == 0
+    assert directory.read_checkpoint().state["pretraining"]["step"] == 0
+
+
+def files_of(folder):
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
@@ -289,11 +292,11 @@ def test_a_poisoned_state_never_replaces_a_sound_one(tmp_path):
     state = begin_pretraining(tiny.descent, unet, scheduler)
     state.descend(sum(p.square().sum() for p in unet.parameters()))
     state.save(directory, ["images"])
-    sound = (directory.checkpoint / "state.safetensors").read_bytes()
+    sound = files_of(directory.checkpoint)
     next(iter(state.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
     with pytest.raises(NonFiniteError, match=r"'optimizer'.*exp_avg_sq.*holds NaN or infinity"):
         state.save(directory, ["images"])
-    assert (directory.checkpoint / "state.safetensors").read_bytes() == sound
+    assert files_of(directory.checkpoint) == sound
 
 
 def default_network():

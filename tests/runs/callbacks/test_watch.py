@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
-from implicit_diffusion.files.states import load_state
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import DriftPenalty, Reward
@@ -19,7 +18,7 @@ from tests.runs.test_fit import build, weights
 
 
 def saved_updates(directory):
-    return load_state(directory.checkpoint)["loop"]["update"]["updates"]
+    return directory.read_checkpoint().state["loop"]["update"]["updates"]
 
 
 @pytest.mark.parametrize("where", ["exp_avg", "exp_avg_sq"])

@@ -25,6 +25,7 @@ from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
@@ -96,7 +97,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool) -> dict[str, An
     )
     with opened("ebm", resolved, directory, resumed=resumed, fingerprints=fingerprints):
         clock.keep(directory.path)
-        return finish(judging, data, train(settings, data, loop, directory, LOOKS), directory)
+        return finish(judging, data, train(settings, data, loop, directory, LOOKS, config.keep), directory)
 
 
 @part("judging")
@@ -107,6 +108,13 @@ def finish(judging: Judging, data: Data, trained: Trained, directory: RunDirecto
     summary = judge(trained, data, judging.steps)
     advice = what_to_change(trained, summary, step_size_given=judging.step_size_given)
     summary = replace(summary, advice=[*advice, *([warning] if (warning := discrete(data)) else [])])
+    return from_main(lambda: _conclude(judging, data, trained, summary, directory))
+
+
+def _conclude(
+    judging: Judging, data: Data, trained: Trained, summary: Summary, directory: RunDirectory
+) -> dict[str, Any]:
+    """What follows from the judgement; arguments as in `finish`."""
     model = trained.model.with_log_z(summary.log_z_estimate, summary.log_z_estimate_se)
     if summary.log_z is not None:
         model = model.with_log_z(summary.log_z, 0.0)
@@ -127,6 +135,7 @@ def finish(judging: Judging, data: Data, trained: Trained, directory: RunDirecto
     return written
 
 
+@main_only
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write the report from what is on disk; prints the headline and returns the summary.
 

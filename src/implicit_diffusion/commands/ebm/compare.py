@@ -25,6 +25,7 @@ from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import check_version, record, verified
 from implicit_diffusion.runs.records import as_json
@@ -89,17 +90,24 @@ def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
         curves[arm] = {run.seed: run.curve for run in runs if run.curve is not None}
         print(f"{arm:9s} lr {best:g}  KL {arms[arm].kl}", flush=True)
     pairs = {arm: paired(curves["weighted"], curves[arm]) for arm in ARMS[1:]}
-    comparison, directory = Comparison(trainings.data, grid, arms, advice, pairs), trainings.directory
+    comparison = Comparison(trainings.data, grid, arms, advice, pairs)
+    return from_main(lambda: _conclude(comparison, curves, trainings.directory))
 
+
+def _conclude(
+    comparison: Comparison, curves: dict[str, dict[int, list[CurvePoint]]], directory: RunDirectory
+) -> dict[str, Any]:
+    """Figure and table; returns what summary.json holds."""
     from implicit_diffusion.commands.ebm.comparison_figure import draw_comparison
 
-    draw_comparison(trainings.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
+    draw_comparison(comparison.data, {arm: list(by.values()) for arm, by in curves.items()}, directory)
     written: dict[str, Any] = to_json(comparison)
     directory.write_summary(written)
     show(comparison, directory.path)
     return written
 
 
+@main_only
 def check_comparison_folder(directory: RunDirectory, resolved: Config) -> None:
     """Raise `InvalidInputError` unless the folder is new, empty, or holds a comparison of the same options.
 

@@ -10,6 +10,7 @@ from implicit_diffusion.commands.ebm.arms import Settings
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, option, positive
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.energy_model import Architecture, Moves
 from implicit_diffusion.potentials.plane import LAWS
 
@@ -110,13 +111,15 @@ class Config:
     """Number of runs of each way of training in a comparison; 5 by default."""
     seed: int = 0
     """Seed of all random numbers: the same seed gives the same model, bit for bit."""
+    keep: int = KEEP
+    """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty; by default runs/ebm-<data>-<time>.
     The folder of an interrupted comparison may be given again, to continue it."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""
-        at_least(self, steps=1, particles=16, leapfrogs=1, width=1, judge_steps=2, seeds=1, seed=0, refresh=0)
+        at_least(self, steps=1, particles=16, leapfrogs=1, width=1, judge_steps=2, seeds=1, seed=0, refresh=0, keep=1)
         if self.weighted and self.particles is not None and self.particles % 8:
             raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
         positive(self, "step_size", "lr")
@@ -175,6 +178,7 @@ class Config:
             "adapt_step": "--compare holds the step size fixed",
             "refresh": "--compare never draws particles afresh",
             "weighted": "--compare runs methods with weights and without",
+            "keep": "--compare has no checkpoints, but one line of metrics.jsonl for every training",
             "long_chains": "--compare is for laws of the plane",
         }
 

@@ -15,9 +15,11 @@ from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.models.energy_model import EnergyModel
+from implicit_diffusion.processes import from_main
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.runs.callbacks.watch import Watch
@@ -70,7 +72,9 @@ class Gap(Shown):
             fit.metrics |= {"energy_gap": (data.mean() - mean).item(), "energy_gap_se": variance.sqrt().item()}
 
 
-def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int) -> Trained:
+def train(
+    settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int, keep: int = KEEP
+) -> Trained:
     """Train under a watch; with exact figures along the way where the law of the data is known.
 
     Args:
@@ -79,6 +83,7 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
         loop: from `make_loop`.
         directory: of the run, for its model and metrics; None leaves no trace.
         looks: how many exact figures there are, about.
+        keep: number of checkpoints that stay.
 
     Raises:
         DivergenceError: `Watch` finds that the training diverges; `directory.model` then holds the last sound model.
@@ -106,10 +111,17 @@ def train(settings: Settings, data: Data, loop: ParticleLoop, directory: RunDire
                 state.metrics |= {f"exact_{name}": value for name, value in figures.items()}
 
         callbacks.append(look)
-    if directory is not None and not directory.model.exists():  # a resumed run has a later one
+    if directory is not None and not from_main(directory.model.exists):  # a resumed run has a later one
         to_model(settings, loop, data).save(directory.model)  # sound, if nothing later is
     try:
-        state = fit(loop, settings.updates, callbacks=callbacks, directory=directory, description=settings.description)
+        state = fit(
+            loop,
+            settings.updates,
+            callbacks=callbacks,
+            directory=directory,
+            keep=keep,
+            description=settings.description,
+        )
         if state.updates == settings.updates:
             watch.look(state)
     except (DivergenceError, NonFiniteError) as error:

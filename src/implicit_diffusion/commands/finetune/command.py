@@ -39,6 +39,7 @@ from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
 from implicit_diffusion.models.pretrained import save_pipeline
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
@@ -69,7 +70,7 @@ def run(
 
 def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if resumed and config.prompts is not None and (directory.path / planning.PROMPTS).is_file():
+    if resumed and config.prompts is not None and from_main((directory.path / planning.PROMPTS).is_file):
         config = replace(config, prompts=directory.path / planning.PROMPTS)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
@@ -109,6 +110,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         return report(directory)
 
 
+@main_only
 def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
     """The run's own copy of its prompts, which a resumed run reads."""
     path = directory.path / planning.PROMPTS
@@ -152,6 +154,21 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
     """
     config = read_options(Config, directory)
     judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
+    model = whole_copy(state.model)
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, directory))
+
+
+def _conclude(
+    config: Config,
+    setup: Setup,
+    state: Fit,
+    model: nn.Module,
+    plan: Plan,
+    training: TrainingSummary,
+    judged: judging.Judged,
+    directory: RunDirectory,
+) -> None:
+    """What follows from the three evaluations; arguments as in `finish`, and the trained model in one place."""
     judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
     headline = headline_of(
         judgement,
@@ -162,7 +179,6 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
     looks = judging.qualities(judged)
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
-    model = whole_copy(state.model)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
@@ -198,6 +214,7 @@ def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) 
     write_chain(directory.model, chain)
 
 
+@main_only
 @part("drawing")
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write report.html, from what is on disk; prints the headline and returns the summary.

@@ -8,6 +8,7 @@ from typing import Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.checkpoints import KEEP
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,14 @@ class Config:
     """Seed of all random numbers."""
     starts: int = 256
     """Number of initial noises for evaluation: 16 samples of each make the plan, 8 judge the model before and after."""
+    keep: int = KEEP
+    """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     device: str = "auto"
     """Device to compute on, such as "cpu" or "cuda"; "auto" uses an accelerator if there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0)
+        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1)
         positive(self, "lr", "max_grad_norm", "target_kl")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":

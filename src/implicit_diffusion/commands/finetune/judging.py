@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,7 +21,7 @@ from implicit_diffusion.evaluation.cache import evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.files.fingerprints import fingerprint
-from implicit_diffusion.global_generators import GlobalGenerators
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, progress, provenance
 from implicit_diffusion.samplers.chain import Chain
 
@@ -56,8 +55,7 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
     network: Any = trained.denoiser
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
-    generators = GlobalGenerators(noise, 0, device=trained.device)
-    stored = _storage(directory, network.state_dict().values(), starts, generators)
+    stored = _storage(directory, network.state_dict().values(), starts)
     name = None if is_own(setup.spec.reward) else setup.spec.reward
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
@@ -76,30 +74,37 @@ class _Storage(NamedTuple):
     exported: Stored
 
 
-def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int, generators: GlobalGenerators) -> _Storage:
+def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int) -> _Storage:
     """Storage in the run's folder; prints how far an interrupted judgement has come.
 
     Args:
         directory: of the run. provenance.json holds what the run reads, and the changes that were accepted since.
         weights: of the network that is judged.
         starts: of each evaluation.
-        generators: of all three, one after the other.
     """
     digests = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in weights).encode())
-    inputs = hashlib.sha256((directory.path / provenance.PROVENANCE_FILE).read_bytes())
+    inputs = hashlib.sha256(from_main((directory.path / provenance.PROVENANCE_FILE).read_bytes))
     depends_on = {"the trained weights": digests.hexdigest(), provenance.PROVENANCE_FILE: inputs.hexdigest()}
-    storage = _Storage(
-        *(Stored(directory.path / JUDGED / side, depends_on, starts, generators) for side in Judged._fields)
-    )
-    done = 0
-    for each in storage:
-        with suppress(InvalidInputError):
-            done += len((each.read() or {"reward": ()})["reward"])
+    storage = _Storage(*(Stored(directory.path / JUDGED / side, depends_on, starts) for side in Judged._fields))
+    done = _judged(storage)
     if done:
         print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")
     return storage
 
 
+@main_only
+def _judged(storage: _Storage) -> int:
+    """The number of starts that are stored."""
+    done = 0
+    for each in storage:
+        try:
+            done += len((each.read() or {"reward": ()})["reward"])
+        except InvalidInputError as error:
+            print(f"judging   done again, not continued from {each.folder}: {error}")
+    return done
+
+
+@main_only
 def forget(directory: RunDirectory) -> None:
     """Remove the three evaluations, once the result is kept."""
     for side in Judged._fields:

@@ -1,6 +1,6 @@
 """The pretrained trajectories that a plan is made of: drawn once for a run's folder, and continued there.
 
-    plan/state.safetensors   the rewards, with all that they depend on: model, reward, chain, noise, and what rounds
+    plan/   the rewards, with all that they depend on: model, reward, chain, noise, and what rounds
 
 `finetune --plan`, the run that follows in the same folder, and an attempt that was interrupted before its first update
 share them. Where something that they depend on differs, a line says so and they are drawn again.
@@ -28,8 +28,9 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.plans import Plan, make_plan
 from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
-from implicit_diffusion.files.states import load_state
-from implicit_diffusion.global_generators import GlobalGenerators
+from implicit_diffusion.files.manifest import MANIFEST
+from implicit_diffusion.files.states import STATE_FILE, has_state, load_state
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -38,7 +39,14 @@ PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
 KEPT_FOR_PICTURE = 64  # starts whose first sample is stored, for a picture
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
-FILES = ("plan.json", f"{PLANNED}/state.safetensors", "figures/plan.png", "figures/pretrained.png", PROMPTS)
+FILES = (
+    "plan.json",
+    f"{PLANNED}/{STATE_FILE}",
+    f"{PLANNED}/{MANIFEST}",
+    "figures/plan.png",
+    "figures/pretrained.png",
+    PROMPTS,
+)
 
 
 def planned(
@@ -60,7 +68,10 @@ def planned(
     Raises:
         InvalidInputError: the reward does not vary over the samples.
     """
-    known = read_rewards(directory) if directory.has_state else None
+    known = None
+    if directory.has_state:
+        with suppress(InvalidInputError):  # damaged: the reason is printed where they are drawn again
+            known = read_rewards(directory)
     samples = pretrained or known or pretrained_samples(setup, spec.starts, directory, fingerprints)
     betas = None if spec.bounded else ()
     asked = spec.asked if spec.bounded else None
@@ -68,19 +79,24 @@ def planned(
         with part("planning"):
             plan = make_plan(samples, betas, asked=asked, conditional=setup.chain.condition is not None)
     except InvalidInputError:
-        if samples is not known:
+        if not directory.has_state:
             _abandon(directory)
         raise
     if samples is known:
         return plan, samples
-    plot(plan, samples, directory.figure("plan"))
-    if samples is pretrained:
-        storage(setup, spec.starts, directory, fingerprints).write(samples)
-    else:
-        show(plan)
-    if spec.alone:
-        _show_files(setup, samples, directory)
-    directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+
+    @main_only
+    def conclude() -> None:
+        plot(plan, samples, directory.figure("plan"))
+        if samples is pretrained:
+            storage(setup, spec.starts, directory, fingerprints).write(samples)
+        else:
+            show(plan)
+        if spec.alone:
+            _show_files(setup, samples, directory)
+        directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+
+    conclude()
     return plan, samples
 
 
@@ -107,9 +123,14 @@ def pretrained_samples(
         return from_state(state, setup.chain.device)
     if state is not None:
         print(f"plan      continued: {stored.folder} holds {state['reward'].numel()} of {total} trajectories")
+    _forget_plan(directory)
+    return draw(setup, stored)
+
+
+@main_only
+def _forget_plan(directory: RunDirectory) -> None:
     with writing(directory.path):
         (directory.path / "plan.json").unlink(missing_ok=True)
-    return draw(setup, stored)
 
 
 def draw(setup: Setup, stored: Stored) -> Evaluation:
@@ -128,6 +149,7 @@ def draw(setup: Setup, stored: Stored) -> Evaluation:
         )
 
 
+@main_only
 def _abandon(directory: RunDirectory) -> None:
     """Leave nothing of a plan that cannot be made."""
     for name in (*FILES, "config.json", "provenance.json"):
@@ -137,9 +159,14 @@ def _abandon(directory: RunDirectory) -> None:
             (directory.path / folder).rmdir()
 
 
+@main_only
 def read_rewards(directory: RunDirectory) -> Evaluation | None:
-    """The rewards that a run was planned with, on the CPU and without samples; None where there are none."""
-    if not (directory.path / PLANNED).exists():
+    """The rewards that a run was planned with, on the CPU and without samples; None where there are none.
+
+    Raises:
+        InvalidInputError: they are damaged.
+    """
+    if not has_state(directory.path / PLANNED):
         return None
     reward = load_state(directory.path / PLANNED)["reward"]
     none = torch.zeros_like(reward)
@@ -148,10 +175,8 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
-    generators = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
-    return Stored(
-        directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, KEPT_FOR_PICTURE
-    )
+    depends_on = what_it_depends_on(setup, starts, fingerprints)
+    return Stored(directory.path / PLANNED, depends_on, starts, KEPT_FOR_PICTURE)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:

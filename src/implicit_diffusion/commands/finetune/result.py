@@ -17,7 +17,6 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.plans import Plan
-from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
@@ -97,7 +96,7 @@ def keep_result(result: Result, directory: RunDirectory) -> None:
     }
     bound = None if result.bound is None else asdict(result.bound)
     state = {**sides, "images": result.images, "plan": result.plan.state_dict(), "bound": bound}
-    save_state(directory.path / JUDGED, state)
+    directory.save_part(JUDGED, state)
 
 
 def read_result(directory: RunDirectory) -> Result:
@@ -109,7 +108,7 @@ def read_result(directory: RunDirectory) -> Result:
     path = directory.path
     if not (path / "summary.json").is_file():
         raise InvalidInputError(f"{path} is not finished: it has no summary.json; `resume` continues it")
-    kept = load_state(path / JUDGED)
+    kept = directory.load_part(JUDGED)
     before, after = (
         Evaluation(**kept[side], samples=kept[side]["reward"][..., None][..., :0]) for side in ("before", "after")
     )

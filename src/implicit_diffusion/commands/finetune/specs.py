@@ -117,6 +117,7 @@ class TrainingSpec:
         target_kl: path KL to aim at, in nats; None without a target.
         stop_at_target: whether to stop at the target, rather than adapt β.
         held_out: trajectories of the checks on held-out noise.
+        keep: number of checkpoints that stay.
     """
 
     loop: Literal["queue", "nested"]
@@ -130,6 +131,7 @@ class TrainingSpec:
     target_kl: float | None
     stop_at_target: bool
     held_out: int
+    keep: int
 
 
 def setup_spec(config: Config) -> SetupSpec:
@@ -169,4 +171,5 @@ def training_spec(config: Config) -> TrainingSpec:
         target_kl=config.target_kl,
         stop_at_target=config.target_kl_mode == "stop",
         held_out=min(64, 8 * config.starts),
+        keep=config.keep,
     )

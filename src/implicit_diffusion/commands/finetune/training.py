@@ -107,7 +107,7 @@ def train(
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
     watching = callbacks(spec, held_out, samples, reward_std)
-    state = fit(loop, spec.updates, callbacks=watching, directory=directory)
+    state = fit(loop, spec.updates, callbacks=watching, directory=directory, keep=spec.keep)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
     return state

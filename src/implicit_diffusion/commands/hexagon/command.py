@@ -28,6 +28,7 @@ from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQu
 from implicit_diffusion.commands.shared.opening import in_folder, opened
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
@@ -44,6 +45,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
+    check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("hexagon"))
     with directory.held(), opened("hexagon", config, directory, resumed=resumed):
@@ -57,9 +59,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
 
 def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """Make the runs that are missing, and summarise and draw all of them."""
-    from implicit_diffusion.commands.hexagon.figures import draw
-
-    study, exact, arms = Study(directory), HexagonQuadrature(config.sigma), Arms(config.setting())
+    study, exact, arms = Study(directory, config.keep), HexagonQuadrature(config.sigma), Arms(config.setting())
     names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
     if len(names) < len(ARMS):
         print("unrolled: left out, since a forward KL has no derivative in the particles")
@@ -82,10 +82,26 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
                 state = study.once(name, seed, make=partial(make, name, seed), lines=lines)
                 traces.append(arms.restore(state))
                 bar.update()
+    return _conclude(config, names, traces, grids, arms.rates, directory)
+
+
+@main_only
+def _conclude(
+    config: Config,
+    names: list[str],
+    traces: list[Trace],
+    grids: dict[str, dict[str, float]],
+    rates: dict[str, float],
+    directory: RunDirectory,
+) -> dict[str, Any]:
+    """Summary and figures; returns what summary.json holds."""
+    from implicit_diffusion.commands.hexagon.figures import draw
+
+    exact = HexagonQuadrature(config.sigma)
     summary = Summary(
         arms={name: summarise([t for t in traces if t.arm == name], exact) for name in names},
         grids=grids,
-        tuned=arms.rates,
+        tuned=rates,
         reward_exact_initial=exact.reward(torch.tensor(LOGITS)),
         reward_exact_best=exact.per_mode.max().item(),
         advice={t.arm: t.advice for t in traces if t.seed == config.seed and t.advice},

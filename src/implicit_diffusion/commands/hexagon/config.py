@@ -8,6 +8,7 @@ from pathlib import Path
 
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.checkpoints import KEEP
 
 NARROWEST = 0.05  # σ that the coarse grid resolves: its cells are as wide, and the error e^{−2π²}
 COMPILED_FROM = 20_000  # iterations in all, from which compiling pays
@@ -66,12 +67,14 @@ class Config:
     """Step sizes η to try for the methods "nested" and "unrolled"."""
     compile: bool | None = None
     """Compile the update of the single loop; by default if --steps times --seeds is 20,000 or more."""
+    keep: int = KEEP
+    """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/hexagon-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, steps=10, particles=2, seeds=1, seed=0)
+        at_least(self, steps=10, particles=2, seeds=1, seed=0, keep=1)
         positive(self, "sigma", "step_size", "lr")
         not_negative(self, "forward_kl", "guidance")
         if self.sigma < NARROWEST:

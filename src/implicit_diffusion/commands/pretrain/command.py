@@ -27,6 +27,7 @@ from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
@@ -68,6 +69,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             return _finish(config, data, *train(training, data, directory), directory)
 
 
+@main_only
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the samples of a finished run again; returns its summary.
 
@@ -100,7 +102,12 @@ def widths_of(config: Config, data: Images) -> tuple[int, ...]:
 
 
 def training_of(config: Config, data: Images) -> Training:
-    """What to train on these images."""
+    """What to train on these images.
+
+    Raises:
+        InvalidInputError: a batch that processes cannot share equally.
+    """
+    check_divides("batch", config.batch)
     return Training(
         network=Network(
             event_shape=data.event_shape,
@@ -117,9 +124,11 @@ def training_of(config: Config, data: Images) -> Training:
         device=find_device(config.device or ("cpu" if config.data == "digits" else "auto")),
         one_thread=config.data == "digits",  # whose weights are published, and must not depend on the number
         check_pixels=not os.path.isabs(config.data),  # of a folder, provenance has every file
+        keep=config.keep,
     )
 
 
+@main_only
 @part("judging")
 def _finish(
     config: Config, data: Images, unet: UNet2DModel, scheduler: DDPMScheduler, directory: RunDirectory

@@ -9,6 +9,7 @@ from typing import Literal
 from implicit_diffusion.commands.pretrain.network import noise_schedule
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.tables.scheduler import read_table
 
 
@@ -52,13 +53,15 @@ class Config:
     """Numbers of sampling steps with which the model is evaluated after training."""
     samples: int = 2000
     """Number of digits to evaluate for each of --chains; of other images, one page of samples is drawn."""
+    keep: int = KEEP
+    """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     device: str | None = None
     """Device to compute on, such as "cpu" or "cuda".
     By default it is the CPU for digits, and an accelerator for other images if there is one."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0)
+        at_least(self, steps=1, batch=1, train_timesteps=1, samples=2, seed=0, keep=1)
         words = " ".join(map(str, self.channels or ()))
         if self.channels is not None and (not self.channels or any(c < 8 or c % 8 for c in self.channels)):
             raise InvalidInputError(f"--channels must be positive multiples of 8, got {words or 'none'}")

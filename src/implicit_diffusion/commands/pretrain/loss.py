@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.commands.pretrain.data import Images, as_floats
+from implicit_diffusion.processes import share
 from implicit_diffusion.runs import progress
 
 if TYPE_CHECKING:
@@ -27,10 +28,15 @@ def image_losses(
     generator: torch.Generator,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """|u(x_t, t, label) - target|^2 per pixel, at random times and noise, with shape (batch,)."""
+    """|u(x_t, t, label) - target|^2 per pixel, at random times and noise, with shape (batch,).
+
+    Where samples are shared out over processes, these are the losses of this process's images; all draw the same.
+    """
     x = as_floats(x)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(x),), generator=generator)
     noise = torch.randn(x.shape, generator=generator)
+    x, t, noise = share(x), share(t), share(noise)
+    labels = None if labels is None else share(labels)
     targets = {
         "v_prediction": lambda: scheduler.get_velocity(x, noise, t),
         "epsilon": lambda: noise,

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor, nn
+
 from implicit_diffusion.extras import require
+from implicit_diffusion.processes import count, share
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -58,7 +61,27 @@ class Network:
             dropout=self.dropout,
             num_class_embeds=self.classes or None,
         )
+        shared_dropout(unet)
         return unet, noise_schedule(self.train_timesteps, self.beta_schedule, self.prediction_type)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask is, in each process, its rows of a mask that all of them draw, as they draw all noise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tensor with entries set to zero at random in training mode, and the others scaled."""
+        if count() == 1 or not self.training or self.p == 0:
+            return super().forward(x)
+        kept = x.new_empty((count() * len(x), *x.shape[1:])).bernoulli_(1 - self.p)
+        return x * share(kept.div_(1 - self.p))
+
+
+def shared_dropout(network: nn.Module) -> None:
+    """Let all dropout of a network be one that processes can share."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, Dropout(child.p))
 
 
 def noise_schedule(train_timesteps: int, beta_schedule: str, prediction_type: str) -> DDPMScheduler:

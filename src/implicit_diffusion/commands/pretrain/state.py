@@ -17,8 +17,11 @@ from torch import Tensor
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.files.fingerprints import fingerprint
-from implicit_diffusion.files.states import check_finite, load_state, save_state
+from implicit_diffusion.files.reading import one_line
+from implicit_diffusion.files.states import check_finite
+from implicit_diffusion.processes import mean, sum_gradients
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.showing import Shown
@@ -72,15 +75,17 @@ class Pretraining(Shown):
     lines: int = 0
 
     def descend(self, loss: Tensor) -> None:
-        """One step of optimizer, schedule and average, down the gradient of `loss`.
+        """One step of optimizer, schedule and average, down the gradient of `loss`, averaged over processes.
 
         Raises:
             NonFiniteError: the loss or its gradient is NaN or infinite; the weights are not touched.
         """
+        loss = mean(loss)
         if not loss.isfinite():
             raise NonFiniteError(f"the loss is {loss.item()}")
         self.optimizer.zero_grad()
         loss.backward()
+        sum_gradients([p.grad for p in self.unet.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         if not norm.isfinite():
             raise NonFiniteError(f"the norm of the gradient is {norm.item()}")
@@ -100,15 +105,17 @@ class Pretraining(Shown):
         finally:
             self.average.restore(self.unet.parameters())
 
-    def save(self, directory: RunDirectory, images: list[str]) -> None:
-        """Write checkpoint/.
+    def save(self, directory: RunDirectory, images: list[str], keep: int = KEEP) -> None:
+        """Write the state of this step into checkpoint/.
 
         Args:
             directory: of the run.
             images: digests of what is trained on and held out.
+            keep: number of checkpoints that stay.
 
         Raises:
-            NonFiniteError: NaN or infinity in weights, moments or average; the checkpoint before is kept.
+            NonFiniteError: NaN or infinity in weights, moments or average; nothing is written.
+            StorageError: it cannot be written; those before are unchanged.
         """
         state: dict[str, Any] = {
             "unet": self.unet.state_dict(),
@@ -125,15 +132,15 @@ class Pretraining(Shown):
             "lines": self.lines,
             "images": images,
         }
-        save_state(directory.checkpoint, {"pretraining": state})
+        directory.checkpoints.save(self.step, {"pretraining": state}, keep)
 
     def restore(self, directory: RunDirectory, images: list[str]) -> None:
         """Continue from checkpoint/, and drop the lines of metrics.jsonl after it; a note says which lines are missing.
 
         Raises:
-            InvalidInputError: no such checkpoint, one of another network, or one of other images.
+            InvalidInputError: all checkpoints are damaged; or the newest is one of another network or of other images.
         """
-        state = load_state(directory.checkpoint)
+        number, state = directory.read_checkpoint()
         try:
             state = state["pretraining"]
             if state["images"] != images:
@@ -152,8 +159,8 @@ class Pretraining(Shown):
         except InvalidInputError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InvalidInputError(f"{directory.checkpoint} does not fit this run: {what}") from error
+            path = directory.checkpoints.path(number)
+            raise InvalidInputError(f"{path} does not fit this run: {one_line(error)}") from error
         restore_metrics(directory, self.step, self.lines)
 
     def _generators(self) -> list[torch.Generator]:

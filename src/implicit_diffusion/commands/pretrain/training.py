@@ -30,7 +30,9 @@ from implicit_diffusion.commands.pretrain.state import Descent, Pretraining, beg
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.pretrained import save_pipeline
+from implicit_diffusion.processes import sharing
 from implicit_diffusion.runs import RunDirectory, graceful, progress
 from implicit_diffusion.runs.clock import part
 
@@ -53,6 +55,7 @@ class Training:
         device: where the network is.
         one_thread: whether sums are made on one thread: how many share a sum decides its rounding.
         check_pixels: whether a state that continues must be one of the same pixels.
+        keep: number of checkpoints that stay.
     """
 
     network: Network
@@ -62,6 +65,7 @@ class Training:
     device: torch.device
     one_thread: bool
     check_pixels: bool
+    keep: int = KEEP
 
 
 def train(training: Training, data: Images, directory: RunDirectory | None = None) -> tuple[UNet2DModel, DDPMScheduler]:
@@ -94,8 +98,8 @@ def train(training: Training, data: Images, directory: RunDirectory | None = Non
                 images = digests(data) if training.check_pixels else []
                 if directory is not None and directory.has_state:
                     state.restore(directory, images)
-                elif directory is not None:
-                    state.save(directory, images)
+                if directory is not None:
+                    state.save(directory, images, training.keep)
             _train(training, data, images, state, directory)
             state.average.copy_to(unet.parameters())
             return unet.eval(), scheduler
@@ -121,7 +125,7 @@ def _train(
     @part("saving")
     def checkpoint() -> None:
         if directory is not None:
-            state.save(directory, images)
+            state.save(directory, images, training.keep)
 
     every, saved_at = -(-steps // LINES), state.step
     last_model = last_checkpoint = time.monotonic()
@@ -131,7 +135,8 @@ def _train(
             rows = torch.randint(len(data.train), (training.batch,), generator=state.generator)
             x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
-                state.descend(image_losses(state.unet, state.scheduler, x, state.generator, labels).mean())
+                with sharing():
+                    state.descend(image_losses(state.unet, state.scheduler, x, state.generator, labels).mean())
             except NonFiniteError as error:
                 kept = "" if directory is None else f"; the state of step {saved_at} is in {directory.checkpoint}"
                 where = f"at step {state.step + 1} of {steps}"
@@ -144,10 +149,13 @@ def _train(
                     directory.append_metrics({"updates": step, "loss": mean, "seconds": state.seconds})
                 state.lines += 1
                 state.losses.clear()
-            if time.monotonic() - last_model > SAVE_EVERY:
+            save, keep = stop.agree(
+                time.monotonic() - last_model > SAVE_EVERY, time.monotonic() - last_checkpoint > CHECKPOINT_EVERY
+            )
+            if save:
                 save_model()
                 last_model = time.monotonic()
-            if stop.requested or step == steps or time.monotonic() - last_checkpoint > CHECKPOINT_EVERY:
+            if stop.requested or step == steps or keep:
                 checkpoint()
                 last_checkpoint, saved_at = time.monotonic(), step
             if stop.requested:

@@ -23,6 +23,7 @@ from implicit_diffusion.commands.recovery.training import RecoveryRun, exact_kls
 from implicit_diffusion.commands.shared.opening import in_folder, opened
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
@@ -65,6 +66,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
+    check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("recovery"))
     with directory.held(), opened("recovery", config, directory, resumed=resumed):
@@ -93,7 +95,7 @@ def run_of(config: Config, arm: str, seed: int) -> RecoveryRun:
 
 def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """Make the runs that are missing, and summarise and draw all of them."""
-    study = Study(directory)
+    study = Study(directory, config.keep)
     curves: dict[str, Float[Tensor, "seeds updates 2"]] = {}
     with progress(len(ARMS) * config.seeds, "recovery") as bar:
         for name in ARMS:
@@ -102,6 +104,14 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
                 runs.append(study.once(name, seed, make=partial(train, run_of(config, name, seed))))
                 bar.update()
             curves[name] = torch.stack(runs)
+    return _conclude(config, curves, directory)
+
+
+@main_only
+def _conclude(
+    config: Config, curves: dict[str, Float[Tensor, "seeds updates 2"]], directory: RunDirectory
+) -> dict[str, Any]:
+    """Summary and figure; returns what summary.json holds."""
     target, start = models(config.problem)
     kl_before, kl_to_data_before = exact_kls(target, start.logits.detach()[None])[0].tolist()
     summary = Summary(kl_before, kl_to_data_before, {name: _summarise(runs) for name, runs in curves.items()})

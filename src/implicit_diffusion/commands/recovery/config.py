@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least, positive
+from implicit_diffusion.files.checkpoints import KEEP
 
 TAIL = 500  # updates whose mean is reported
 STEP_SIZES = {"hexagon": 0.2, "two-modes": 0.05}  # by default
@@ -30,12 +31,14 @@ class Config:
     """Step size h of Langevin dynamics; by default 0.2 for "hexagon", 0.05 for "two-modes"."""
     lr: float = 0.1
     """Step size η of gradient descent; two of the methods divide it by 1 + k/100 at iteration k."""
+    keep: int = KEEP
+    """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/recovery-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, steps=TAIL, particles=2, seeds=1, seed=0)
+        at_least(self, steps=TAIL, particles=2, seeds=1, seed=0, keep=1)
         positive(self, "step_size", "lr")
 
     def resolved(self) -> Config:

@@ -31,6 +31,7 @@ from implicit_diffusion.models.chain_file import TrainedChain, read_chain
 from implicit_diffusion.models.energy_model import is_energy_model
 from implicit_diffusion.models.pretrained import Pretrained, load_pretrained
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import progress
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
@@ -41,8 +42,9 @@ STEPS = 50  # of a pipeline, by default
 Draw = Callable[[range], list[Any]]  # the images of these numbers
 
 
+@main_only
 def run(config: Config) -> Path:
-    """Write the grid and return its path.
+    """Write the grid and return its path; of several processes, the main one draws.
 
     Raises:
         InvalidInputError: a number is out of range; the file exists or cannot be written; there is no such model, or

@@ -13,6 +13,7 @@ from implicit_diffusion.commands.shared.data_arrays import read_array
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.models.energy_model import load_energy_model
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import main_only
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Score:
     data: int
 
 
+@main_only
 def run(config: Config) -> dict[str, Any]:
-    """Print the mean log-likelihood, and return the fields of `Score`.
+    """Print the mean log-likelihood, and return the fields of `Score`; of several processes, the main one computes.
 
     Args:
         config: the options.

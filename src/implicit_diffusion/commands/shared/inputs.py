@@ -20,6 +20,7 @@ from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.potentials.plane import LAWS
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import forget, record
 
@@ -45,6 +46,7 @@ def absolute(config: C) -> C:
     return replace(config, **changed)  # type: ignore[type-var]
 
 
+@main_only
 def inputs(config: Any) -> dict[str, Any]:
     """Fingerprints of model, reference, data and reward, for `record` and `verify`; what is shipped has none.
 
@@ -66,6 +68,7 @@ def inputs(config: Any) -> dict[str, Any]:
     return fingerprints
 
 
+@main_only
 def record_inputs(
     directory: RunDirectory,
     options: Any,
@@ -89,6 +92,7 @@ def record_inputs(
     record(directory, asked, with_imports(options, fingerprints), device=device, accepted=accepted)
 
 
+@main_only
 def begin(
     directory: RunDirectory, command: str, config: Any, fingerprints: dict[str, Any], device: torch.device
 ) -> None:

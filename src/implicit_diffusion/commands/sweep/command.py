@@ -37,6 +37,7 @@ from implicit_diffusion.evaluation.chains import Estimate, Evaluation, mean_and_
 from implicit_diffusion.evaluation.plans import make_plan
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
@@ -86,6 +87,12 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
         raise KeyboardInterrupt(
             f"interrupted; the same command, with --out {shlex.quote(str(out))}, continues the sweep"
         ) from error
+    return from_main(lambda: _conclude(config, samples, directory, conditional=conditional))
+
+
+def _conclude(config: Config, samples: Evaluation, directory: RunDirectory, *, conditional: bool) -> dict[str, Any]:
+    """Table, figure and summary of all finished runs."""
+    out = directory.path
     folders = finished(out)
     frontier = _bounds(samples, _curve(list(folders)), conditional=conditional)
     summary = SweepSummary(
@@ -106,9 +113,11 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
 def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes: tuple[Change, ...]) -> None:
     """Make a run, continue it, or leave it alone where it is finished."""
     assert config.out is not None
-    if (config.out / "report.html").exists():
+    directory = RunDirectory(config.out)
+    judged, reported = from_main(lambda: [(directory.path / name).exists() for name in ("summary.json", "report.html")])
+    if reported:
         print(f"finished  {config.out}")
-    elif (config.out / "summary.json").exists() or RunDirectory(config.out).has_state:
+    elif judged or directory.has_state:
         resume(config.out, accept_changes)
     else:
         if holds_little(config.out):
@@ -116,6 +125,7 @@ def _one(config: finetune_config.Config, pretrained: Evaluation, accept_changes:
         finetune.run(config, pretrained=pretrained)
 
 
+@main_only
 def _remove(folder: Path) -> None:
     """Remove what an early end of a run has left."""
     with writing(folder):

@@ -12,6 +12,7 @@ from implicit_diffusion.commands.sweep.config import OF_ONE_RUN, Config
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED
 from implicit_diffusion.files.lock import LOCK
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.provenance import PROVENANCE_FILE
 from implicit_diffusion.runs.records import as_json
@@ -30,14 +31,15 @@ LEFT_BY_AN_EARLY_END = {
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What must agree between two parts of a sweep: everything except the β's, the folder and the device."""
+    """What must agree between two parts of a sweep: all but the β's, the folder, the device, the checkpoints."""
     agreed = asdict(config.each)
-    for name in (*OF_ONE_RUN, "out", "device"):
+    for name in (*OF_ONE_RUN, "out", "device", "keep"):
         del agreed[name]
     values: dict[str, Any] = as_json(agreed)
     return values
 
 
+@main_only
 def check_folder(directory: RunDirectory, config: Config) -> None:
     """Refuse a folder that is neither new nor empty, and does not hold a sweep of the same options.
 
@@ -56,11 +58,13 @@ def check_folder(directory: RunDirectory, config: Config) -> None:
         raise InvalidInputError(f"--out {out} holds a sweep of other options: {what}; choose another --out")
 
 
+@main_only
 def holds_little(folder: Path) -> bool:
     """Whether a run's folder holds nothing but what an early end leaves."""
     return {path.name.removesuffix(UNFINISHED) for path in folder.glob("*")} <= LEFT_BY_AN_EARLY_END
 
 
+@main_only
 def folder_of(out: Path, beta: float) -> Path:
     """The folder of the run at β: the one that holds it, or a new one whose name has β to the last digit."""
     for folder in sorted(out.glob("beta-*/")):

@@ -33,6 +33,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
@@ -51,6 +52,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         NonFiniteError: a training that overflowed.
     """
     config.check()
+    check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config, directory, dated("tilt"))
     with directory.held():
@@ -62,15 +64,21 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             exact = ExactTilt(model, reward)
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
         with opened("tilt", config, directory, resumed=resumed, fingerprints=fingerprints):
-            rows = _study(config, model, reward, exact, optima, Study(directory))
-            summary = Summary(exact.reward_initial, rows)
-            plot(summary, exact, directory.figure("tilt"))
-            written: dict[str, Any] = to_json(summary)
-            directory.write_summary(written)  # the last file: with it, the run is finished
-        show(summary, config.arms[0], directory)
-        return written
+            rows = _study(config, model, reward, exact, optima, Study(directory, config.keep))
+            return _conclude(config, Summary(exact.reward_initial, rows), exact, directory)
 
 
+@main_only
+def _conclude(config: Config, summary: Summary, exact: ExactTilt, directory: RunDirectory) -> dict[str, Any]:
+    """The figure and the table; returns what summary.json holds."""
+    plot(summary, exact, directory.figure("tilt"))
+    written: dict[str, Any] = to_json(summary)
+    directory.write_summary(written)  # the last file: with it, the run is finished
+    show(summary, config.arms[0], directory)
+    return written
+
+
+@main_only
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figure of a finished study again, print its table, and return its summary.
 

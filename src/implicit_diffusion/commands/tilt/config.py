@@ -9,6 +9,7 @@ from typing import Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.checkpoints import KEEP
 
 Arm = Literal["unweighted", "weighted"]
 ARMS: tuple[Arm, ...] = ("unweighted", "weighted")  # the first is the one to use
@@ -38,12 +39,14 @@ class Config:
     """Number of runs for each of --arms and --kl-weights; the models of the first run are saved."""
     seed: int = 0
     """Seed of the first run; the other runs use the numbers after it."""
+    keep: int = KEEP
+    """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/tilt-<time>."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, steps=1, particles=16, seeds=1, seed=0)
+        at_least(self, steps=1, particles=16, seeds=1, seed=0, keep=1)
         if self.particles % 8:
             raise InvalidInputError(f"--particles must be a multiple of 8, got {self.particles}")
         if not self.kl_weights or not all(0 < w < math.inf for w in self.kl_weights):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.frozen import load_trained_state, trained_state
 from implicit_diffusion.runs.state import Fit
 
@@ -47,7 +46,7 @@ class Kept:
         if fit.directory is None:
             self._held = _copy(state)
         else:
-            save_state(fit.directory.kept / self.name, state)
+            fit.directory.save_part(f"kept/{self.name}", state)
 
     def restore(self, fit: Fit) -> bool:
         """Put it back into the model and its average; returns whether anything was kept.
@@ -82,7 +81,7 @@ class Kept:
         return move
 
     def _read(self, fit: Fit) -> dict[str, Any]:
-        state = self._held if fit.directory is None else load_state(fit.directory.kept / self.name)
+        state = self._held if fit.directory is None else fit.directory.load_part(f"kept/{self.name}")
         assert state is not None
         return dict(state)
 
