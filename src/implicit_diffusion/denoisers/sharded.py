@@ -48,14 +48,17 @@ def shard(denoiser: nn.Module, device: torch.device | str = "cpu") -> None:
         )
     if isinstance(network, FSDPModule):
         raise InvalidInputError(f"the network {type(network).__name__} is shared out already")
+    for parameter in network.parameters():
+        parameter.data = parameter.data.contiguous()  # no other memory format can be cut
     network.__dict__[ORIGINAL] = _without_memory(network)
     mesh = init_device_mesh(torch.device(device).type, (processes.world_size(),))
     for block in [*_blocks(network), network]:
         if any(True for _ in block.parameters()):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)  # so that `parameters()` are parts at any time
     for part in network.modules():
         if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)  # Γ is a sum
+            part.set_gradient_divide_factor(1.0)  # Γ is a sum,
+            part.set_force_sum_reduction_for_comms(True)  # which gloo has, unlike the scaled one
 
 
 ORIGINAL = "_network_without_memory"

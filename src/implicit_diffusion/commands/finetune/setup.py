@@ -235,7 +235,7 @@ def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype 
         pretrained.denoiser.to(device)
     if pretrained.decoder is not None:
         pretrained.decoder.to(device)
-    if pretrained.family.convolutional:
+    if pretrained.family.convolutional and not spec.shard:
         torch.nn.utils.convert_conv2d_weight_memory_format(pretrained.denoiser, torch.channels_last)  # a third faster
 
 
