@@ -1,5 +1,7 @@
 """Fine-tuning with weights that are shared out, in each of several processes; run by test_sharded.py."""
 
+import os
+
 import torch
 from diffusers import UNet2DModel
 
@@ -12,6 +14,7 @@ from implicit_diffusion.denoisers import (
     frozen_copy,
 )
 from implicit_diffusion.denoisers.sharded import shard, whole_copy
+from implicit_diffusion.errors import ProcessError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.frozen import trained_state
 from implicit_diffusion.loops import Update, predict_memory
@@ -89,9 +92,7 @@ def interrupted(folder, sharded, kind="queue"):
         if metrics["updates"] == 2:
             break
     made.step()
-    state = made.state_dict()
-    if processes.is_main():
-        save_state(folder, state)
+    save_state(folder, made.state_dict())
 
 
 def continued(folder, sharded, kind="queue"):
@@ -111,11 +112,22 @@ def exported(folder):
     made = loop("nested", sharded=True)
     next(made.run(1))
     whole = whole_copy(made.model)
-    if processes.is_main():
-        save_pipeline(folder, merged(whole), DDPMScheduler(), "A card.")
+    processes.from_main(lambda: save_pipeline(folder, merged(whole), DDPMScheduler(), "A card.") and None)
     with processes.sharing():
         return trained_state(made.model)
 
 
 def trained_with(kind, sharded, options):
     return trained(kind, sharded, **options)
+
+
+def left_alone():
+    """What a process sees whose peer ends before it calls its network."""
+    made = loop("nested", sharded=True)
+    next(made.run(1))
+    if processes.rank() == 1:
+        os._exit(7)
+    try:
+        next(made.run(2))
+    except ProcessError as error:
+        return str(error)

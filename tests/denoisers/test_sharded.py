@@ -63,6 +63,15 @@ def test_the_export_loads_in_diffusers(tmp_path):
     assert all(torch.equal(state[f"model.{name}"], value) for name, value in loaded.items())
 
 
+@pytest.mark.slow
+def test_a_process_that_ends_is_noticed_inside_of_the_network():
+    with pytest.raises(
+        AssertionError, match=r"another process of this run has ended|process 1 ended with status 7"
+    ) as e:
+        together(2, CASES + "left_alone", timeout=40)
+    assert "no answer" not in str(e.value)
+
+
 def test_a_single_process_has_nobody_to_share_with():
     with pytest.raises(InvalidInputError, match="this is the only one; start them by torchrun"):
         shard(torch.nn.Linear(2, 2))
