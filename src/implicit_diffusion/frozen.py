@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -43,12 +44,13 @@ def frozen_copy(module: Module) -> Module:
 def trained_state(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
     """The state of a model without its frozen parameters; those are the frozen ones of `like`, with a prefix."""
     frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    return {name: processes.whole(value) for name, value in model.state_dict().items() if name not in frozen}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `trained_state` returned; the frozen parameters, which it leaves out, stay as they are."""
-    model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
+    present = model.state_dict()
+    model.load_state_dict(present | {name: processes.part_of(v, present.get(name, v)) for name, v in state.items()})
 
 
 def copied(module: Module) -> Module:

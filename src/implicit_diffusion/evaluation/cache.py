@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.sharded import is_sharded
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate
 from implicit_diffusion.evaluation.stored import Stored
@@ -73,7 +74,8 @@ def evaluate_pretrained(
 
     cache_folder = from_main(_folder)
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
-    if cache_folder is None or name is None or chain.condition is not None or size > LIMIT:
+    too_large = size > LIMIT or is_sharded(chain.reference)
+    if cache_folder is None or name is None or chain.condition is not None or too_large:
         return make()
     if not isinstance(chain.reference, DiffusersDenoiser):
         return make()

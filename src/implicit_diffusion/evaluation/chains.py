@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion import processes
+from implicit_diffusion.denoisers.sharded import is_sharded
 from implicit_diffusion.errors import check_call, check_integer, check_number, check_tensor, check_type, trying
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
@@ -162,7 +163,8 @@ def evaluate_in_parts(
             made = _part(chain, score, noise, index, min(size, starts - index * size), repeats, first=index == first)
         return moved(made, "cpu") if away else made
 
-    parts = processes.in_turns(part, range(first, -(-starts // size)))
+    in_step = is_sharded(chain.denoiser) or is_sharded(chain.reference)
+    parts = processes.in_turns(part, range(first, -(-starts // size)), in_step=in_step)
     return (moved(each, chain.device) for each in parts)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.processes import whole
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model")  # endings of the files that are loaded from a model's folder
 Input = Path | Sequence[Path] | Tensor | Mapping[str, Any]
@@ -25,7 +26,8 @@ def fingerprint(source: Input, endings: Collection[str] = ()) -> dict[str, Any]:
     """The sha256 of an input, for `record`. Compute it before the input is read, so that a later change shows.
 
     Args:
-        source: a file, several files, a folder with all files below it, or a tensor.
+        source: a file, several files, a folder with all files below it, or a tensor; one that is shared out over
+            processes is gathered.
         endings: of the names in a folder that count; empty for all files that are not hidden.
 
     Raises:
@@ -34,7 +36,7 @@ def fingerprint(source: Input, endings: Collection[str] = ()) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
     if isinstance(source, Tensor):
-        content = source.detach().cpu().contiguous()
+        content = whole(source.detach()).cpu().contiguous()
         digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
         digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
         return {"tensor": digest.hexdigest()}

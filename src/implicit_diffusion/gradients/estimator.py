@@ -36,6 +36,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from implicit_diffusion import processes
+from implicit_diffusion.denoisers.sharded import gradient_sync
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.gradients.footprint import Footprint
@@ -228,9 +229,11 @@ class RowEstimator(Estimator):
                 carry, values = self.turn(objective, chain.endpoint(x, noise, index))
             carry = {name: part[None] for name, part in carry.items()}
             costs: dict[str, Tensor] = {}
+            last = min(set(rows) - chain.pretrained_rows, default=None)  # in the order of the way back
             for row in reversed(rows):
                 at = RowStates(states.pop(row), [row], [index], noise, condition)
-                carry, paid, made = self.pull(chain, objective, at, carry)
+                with gradient_sync(chain.denoiser, row == last):
+                    carry, paid, made = self.pull(chain, objective, at, carry)
                 evaluations += made
                 for name, cost in paid.items():
                     costs[name] = costs.get(name, 0) + cost.sum()

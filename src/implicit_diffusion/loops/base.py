@@ -197,6 +197,8 @@ def check_same(noise: Noise, **parts: nn.Module | Tensor) -> None:
 
 
 def _tensors(part: nn.Module | Tensor) -> Iterable[tuple[str, Tensor]]:
+    """The tensors of a part by name, except those that are shared out: each process has another piece of them."""
     if isinstance(part, Tensor):
         return [("x", part)]
-    return *part.named_parameters(), *part.named_buffers()
+    named = (*part.named_parameters(), *part.named_buffers())
+    return ((name, x) for name, x in named if not processes.is_part(x))

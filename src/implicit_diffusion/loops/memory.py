@@ -26,6 +26,7 @@ from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
 from implicit_diffusion.gradients.footprint import bytes_of
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.processes import own
 from implicit_diffusion.showing import Shown
 
 
@@ -76,8 +77,8 @@ def predict_memory(loop: ChainLoop) -> Memory:
     activations = batch * (need.held + max(back * need.pull, need.turn))
 
     modules = [m for m in (loop.model, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
-    held = {id(t): t.nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
-    trained = sum(p.nbytes for p in loop.update.parameters if p.requires_grad)
+    held = {id(t): own(t).nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
+    trained = sum(own(p).nbytes for p in loop.update.parameters if p.requires_grad)
     resident = sum(held.values())
     moved = round((1 + _moments(loop.update.optimizer)) * trained)
     return Memory(states, activations, resident + moved, resident, moved)

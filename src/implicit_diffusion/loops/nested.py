@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from implicit_diffusion import processes
+from implicit_diffusion.denoisers.sharded import is_sharded
 from implicit_diffusion.gradients import Estimator
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.update import Update
@@ -54,6 +55,8 @@ class Nested(ChainLoop):
 
     def _diagnose(self) -> str | None:
         """Replay this process's trajectory, whose noise is addressed by its number, up to the first bad state."""
+        if is_sharded(self.chain.denoiser):  # all processes must call it equally often, and this may end in one of them
+            return None
         for stage, x in enumerate(self.chain.trajectory(self.noise, self.batch, self.injected)):
             if not x.isfinite().all():
                 return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def failed_step(optimizer: torch.optim.Optimizer, moved: Sequence[Tensor], count
     """
     group = optimizer.param_groups[0]
     settings = ", ".join(f"{key}={group[key]:g}" for key in ("lr", "eps") if isinstance(group.get(key), float))
-    bad = sum(not p.isfinite().all() for p in moved)
+    bad = sum(not processes.own(p).isfinite().all() for p in moved)
     which = f"{bad} of {count} parameter tensors" if bad else "θ"
     eps = group.get("eps")
     dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype.itemsize < 4}
@@ -101,15 +102,57 @@ class Before:
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest |entry| of all; NaN where one is. Unlike a norm it does not overflow by itself."""
+    """The largest |entry| of all; NaN where one is. Unlike a norm it does not overflow by itself.
+
+    Of tensors that are shared out, the mean over the processes of the largest that each has: finite where all are.
+    """
     foreach = False if torch.compiler.is_compiling() else None
-    norm = torch.nn.utils.get_total_norm(tensors, math.inf, foreach=foreach)
-    return norm.to(at_least_single(norm.dtype))
+    parts = [part for tensor in tensors if (part := processes.own(tensor)).numel()]
+    norm = torch.nn.utils.get_total_norm(parts, math.inf, foreach=foreach)
+    norm = norm.to(at_least_single(norm.dtype))
+    return processes.mean(norm) if any(map(processes.is_part, tensors)) else norm
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of Γ, which all processes have, or share out between them."""
+    if not any(map(processes.is_part, gradients)):
+        return torch.nn.utils.get_total_norm(gradients)
+    parts, wholes = ([processes.own(g) for g in gradients if processes.is_part(g) is part] for part in (True, False))
+    squares = processes.total(torch.nn.utils.get_total_norm([g for g in parts if g.numel()]).square())
+    return (squares + torch.nn.utils.get_total_norm(wholes).square()).sqrt()
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's `state_dict`, of all of the tensors that are shared out."""
+    state = optimizer.state_dict()
+
+    def whole(value: Any) -> Any:
+        return processes.whole(value) if isinstance(value, Tensor) else value
+
+    held = {i: {key: whole(v) for key, v in each.items()} for i, each in state["state"].items()}
+    return state | {"state": held}
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `whole_state` returned; what belongs to a parameter that is shared out is shared out like it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def part(value: Any, p: Tensor) -> Any:
+        return processes.part_of(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+
+    held = {i: {key: part(v, parameters[int(i)]) for key, v in each.items()} for i, each in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": held})
 
 
 def parts_of_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients that all processes have, along a first dimension."""
-    return [None if p.grad is None else processes.gathered(p.grad[None]) for p in parameters]
+    return [None if p.grad is None else _parts(p.grad) for p in parameters]
+
+
+def _parts(gradient: Tensor) -> Tensor:
+    """All parts of a sum; that of a parameter which is shared out has been added up already."""
+    whole = processes.whole(gradient)[None]
+    return whole if processes.is_part(gradient) else processes.gathered(whole)
 
 
 def load_gradients(parameters: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
@@ -121,10 +164,13 @@ def load_gradients(parameters: Sequence[Tensor], parts: Sequence[Tensor | None])
         return part.sum(0) * (processes.count() == 1 or processes.rank() == 0)
 
     for p, part in zip(parameters, parts, strict=True):
-        p.grad = None if part is None else own(part).to(p)
+        if part is not None and processes.is_part(p):
+            p.grad = processes.part_of(part.sum(0).to(p.dtype), p)
+        else:
+            p.grad = None if part is None else own(part).to(p)
 
 
 def unsound_gradients(parameters: Sequence[Tensor]) -> str | None:
     """Which gradients hold NaN or infinity, in words; None where none do."""
-    bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in parameters)
+    bad = sum(p.grad is not None and not processes.own(p.grad).isfinite().all() for p in parameters)
     return f"the gradient of {bad} of {len(parameters)} parameter tensors holds NaN or infinity" if bad else None

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion import processes
+from implicit_diffusion.denoisers.sharded import gradient_sync
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients import Estimator
 from implicit_diffusion.gradients.estimator import Carry, RowEstimator, RowStates, averaged, require_rows
@@ -133,8 +134,10 @@ class Queue(ChainLoop):
                 arrived |= values
             self.values |= arrived
             ages = [self.update.updates - slot.born for slot in self.slots if slot.stage in slot.timetable.back]
+            last = max(filter(self._trains, range(self.stride)), default=None)
             for call in range(self.stride):
-                carried, rows, paid = self._pull(call)
+                with gradient_sync(self.chain.denoiser, call == last):
+                    carried, rows, paid = self._pull(call)
                 watched += carried
                 pulled.update(rows)
                 for name, cost in paid.items():
@@ -236,7 +239,7 @@ class Queue(ChainLoop):
 
         `call` counts the calls of this iteration, of which there are `stride`.
         """
-        turned = [(slot, own[call]) for slot in self.slots if call < len(own := slot.timetable.backward(slot.stage))]
+        turned = self._turned(call)
         if not turned:
             return [], [], {}
         slots, rows = [slot for slot, _ in turned], [row for _, row in turned]
@@ -248,6 +251,14 @@ class Queue(ChainLoop):
         for place, slot in enumerate(slots):
             slot.carry = {name: part[place] for name, part in pulled.carry.items()}
         return list(pulled.carry.values()), rows, pulled.costs
+
+    def _turned(self, call: int) -> list[tuple[Slot, int]]:
+        """The slots that are pulled back in a call of this iteration, and over which row."""
+        return [(slot, own[call]) for slot in self.slots if call < len(own := slot.timetable.backward(slot.stage))]
+
+    def _trains(self, call: int) -> bool:
+        """Whether a call adds to Γ."""
+        return any(row not in self.chain.pretrained_rows for _, row in self._turned(call))
 
     def _retire(self) -> None:
         """Free what slots hold that have been pulled back over all of their rows. Those that leave early, where their

@@ -152,9 +152,9 @@ class Update(Shown):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         waits = self.pending + 1 < self.accumulate
         if not waits:
-            processes.sum_gradients(gradients)
+            processes.sum_gradients([g for g in gradients if not processes.is_part(g)])
         if norm is None or self.pending or processes.count() > 1:
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = optimizers.norm_of(gradients)
         alarm = processes.total(sum((x.sum().float() for x in watched), start=norm.float()))  # NaN and ∞ spread
         if waits:
             if not math.isfinite(alarm):
@@ -162,7 +162,7 @@ class Update(Shown):
             self.pending += 1
             return {}
         if self.accumulate > 1:
-            torch._foreach_mul_(gradients, 1 / self.accumulate)
+            torch._foreach_mul_([processes.own(g) for g in gradients], 1 / self.accumulate)
             norm = norm / self.accumulate
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
@@ -248,7 +248,7 @@ class Update(Shown):
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, except the model's own parameters."""
-        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        state: dict[str, Any] = {"optimizer": optimizers.whole_state(self.optimizer), "updates": self.updates}
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
         state["ema"] = None if self.ema is None else trained_state(self.ema, like=self.model, prefix="module.")
         state["gradients"] = optimizers.parts_of_gradients(self.parameters) if self.pending else None
@@ -265,7 +265,7 @@ class Update(Shown):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizers.load_whole_state(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.ema is not None:

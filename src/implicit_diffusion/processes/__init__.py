@@ -28,6 +28,7 @@ from implicit_diffusion.processes.main_process import (
     main_alone,
     main_only,
 )
+from implicit_diffusion.processes.parts import is_part, own, part_of, whole
 from implicit_diffusion.processes.shares import check_divides, gathered, mean, share, sum_gradients, total
 
 __all__ = [
@@ -41,14 +42,18 @@ __all__ = [
     "highest",
     "in_turns",
     "is_main",
+    "is_part",
     "main_alone",
     "main_only",
     "mean",
+    "own",
+    "part_of",
     "rank",
     "share",
     "sharing",
     "sum_gradients",
     "total",
     "traffic",
+    "whole",
     "world_size",
 ]

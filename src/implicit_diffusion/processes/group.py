@@ -13,7 +13,7 @@ import torch  # noqa: F401  # as a whole, before a part of it: threads may impor
 import torch.distributed as dist
 from torch import Tensor
 
-from implicit_diffusion.errors import ProcessError
+from implicit_diffusion.errors import ImplicitDiffusionError, ProcessError
 
 PATIENCE = timedelta(days=7)  # for the main process, which may draw or save for long; one that ends is noticed at once
 
@@ -101,8 +101,23 @@ def _set(value: bool) -> Iterator[None]:
     before, state.sharing = state.sharing, value
     try:
         yield
+    except RuntimeError as error:  # of networks whose weights are shared out, which communicate by themselves
+        if isinstance(error, ImplicitDiffusionError) or not _is_of_connection(error):
+            raise
+        raise _loss(error) from error
     finally:
         state.sharing = before
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def _loss(error: RuntimeError) -> ProcessError:
+    """The error of one that has lost the others; it does not ask them any more."""
+    state.lost = True
+    reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
+    return ProcessError(f"another process of this run has ended, or does not answer ({reason})")
 
 
 def counted(x: Tensor) -> None:
@@ -129,6 +144,4 @@ def noticing_the_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.distributed's errors are among them
-        state.lost = True
-        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
-        raise ProcessError(f"another process of this run has ended, or does not answer ({reason})") from error
+        raise _loss(error) from error

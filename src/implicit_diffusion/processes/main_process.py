@@ -103,11 +103,17 @@ def main_alone(function: Callable[[], object]) -> None:
             function()
 
 
-def in_turns(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
+def in_turns(function: Callable[[int], Result], numbers: Sequence[int], *, in_step: bool = False) -> Iterator[Result]:
     """function(number) for all the numbers in their order, of which the processes compute W at a time, one each.
 
     Each of them computes by itself, what it would without the others, and all of them get all results. An error, or an
     interrupt, of one is raised in all.
+
+    Args:
+        function: of a number.
+        numbers: that it is called with.
+        in_step: whether all processes must call it equally often, because it gathers weights that are shared out; those
+            that are left over in the last turn then repeat its last number.
     """
     if world_size() == 1 or state.lost or state.for_all:
         yield from map(function, numbers)
@@ -115,10 +121,10 @@ def in_turns(function: Callable[[int], Result], numbers: Sequence[int]) -> Itera
     for first in range(0, len(numbers), world_size()):
         batch = numbers[first : first + world_size()]
         made, raised = None, None
-        if rank() < len(batch):
+        if in_step or rank() < len(batch):
             try:
                 with for_all():
-                    made = function(batch[rank()])
+                    made = function(batch[min(rank(), len(batch) - 1)])
             except BaseException as error:
                 raised = error
         ours = raised is None or isinstance(raised, (ImplicitDiffusionError, KeyboardInterrupt))

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from implicit_diffusion.commands.finetune import judging, planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
@@ -28,6 +30,7 @@ from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, r
 from implicit_diffusion.commands.shared.opening import continuing
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
+from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.judging import judge
 from implicit_diffusion.evaluation.plans import Plan
@@ -152,19 +155,21 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
     """
     config = read_options(Config, directory)
     judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
-    from_main(lambda: _conclude(config, setup, state, plan, training, judged, directory))
+    model = whole_copy(state.model)
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, directory))
 
 
 def _conclude(
     config: Config,
     setup: Setup,
     state: Fit,
+    model: nn.Module,
     plan: Plan,
     training: TrainingSummary,
     judged: judging.Judged,
     directory: RunDirectory,
 ) -> None:
-    """What follows from the three evaluations; arguments as in `finish`."""
+    """What follows from the three evaluations; arguments as in `finish`, and the trained model in one place."""
     judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
     headline = headline_of(
         judgement,
@@ -176,7 +181,7 @@ def _conclude(
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
     with writing(directory.model):
-        _export(setup, state, directory, model_card(config, summary, setup.chain))
+        _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
     result = Result(config, summary, plan, judged.before, judged.after, judgement.bound, [], images)
     keep_result(result, directory)
@@ -201,11 +206,11 @@ def _model_summary(setup: Setup) -> ModelSummary:
 
 
 @part("saving")
-def _export(setup: Setup, state: Fit, directory: RunDirectory, card: str) -> None:
+def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
     """Write the pipeline with the trained network, adapters merged, and the adapters by themselves."""
-    save_pipeline(directory.model, merged(state.model), setup.exported.scheduler, card, original=setup.pretrained)
+    save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.lora_rank is not None:
-        save_adapter(directory.model / "lora", state.model, setup.pretrained)
+        save_adapter(directory.model / "lora", model, setup.pretrained)
     chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
     write_chain(directory.model, chain)
 

@@ -84,6 +84,8 @@ class Config:
     By default the projections of attention layers, or the convolutions of a network without attention."""
     gradient_checkpointing: bool = False
     """Save memory: store fewer activations of the network, and compute them again for the gradient."""
+    shard: bool = False
+    """Share out the weights of the network over all processes (FSDP2), for a model that does not fit one device."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Precision that the network computes in; samples, adjoints, path KL and weights stay in float32.
     Use fp16 on devices without bfloat16 only; its gradients are scaled so that they do not underflow."""
@@ -119,6 +121,11 @@ class Config:
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
         if self.penalty == "drift" and (self.kl_weight is None or self.plan):
             raise InvalidInputError("--penalty drift is not a KL and has no plan: name its --kl-weight, without --plan")
+        if self.shard and (self.ema is not None or self.compile):
+            which = "--compile" if self.compile else "--ema"
+            raise InvalidInputError(
+                f"--shard shares out the weights, and {which} needs all of them; leave one of them out"
+            )
         if self.lora_rank is None and self.lora_targets is not None:
             raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
         if self.starts < 4:

@@ -20,9 +20,11 @@ from implicit_diffusion.commands.rewards.names import blamed, load_reward
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
+from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.function_checks import FunctionWarning
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.families import PIXELS
@@ -127,9 +129,9 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         targets = given and [target.strip() for target in given.split(",")]
         add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), targets)
     for model in filter(None, (pretrained, original)):
-        _place(model, device, precision, checkpointing=spec.network.gradient_checkpointing)
+        _place(model, device, precision, spec.network)
     conditions = conditioning(spec.conditions, pretrained, device)
-    chain = _chain(spec, table, pretrained, original, conditions)
+    chain = _chain(spec, table, pretrained, original, conditions, device)
     note = compiled(chain) if spec.network.compile else None
     reward = Reward(conditions.of_states(loaded, pretrained.decoder))
     reward = _checked(reward, spec.reward, chain, spec.noise)
@@ -142,19 +144,29 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
 
 
 def _chain(
-    spec: SetupSpec, table: ChainTable, pretrained: Pretrained, original: Pretrained | None, conditions: Conditioning
+    spec: SetupSpec,
+    table: ChainTable,
+    pretrained: Pretrained,
+    original: Pretrained | None,
+    conditions: Conditioning,
+    device: torch.device,
 ) -> Chain:
-    """The chain of u_θ and u_0.
+    """The chain of u_θ and u_0, whose weights are shared out where that is asked for.
 
     Raises:
         InvalidInputError: no row is left to train.
     """
     denoiser = conditions.around(pretrained.denoiser)
-    reference: nn.Module | None = None  # a frozen copy of the denoiser
+    reference: nn.Module
     if original is not None:
         reference = conditions.around(original.denoiser).eval().requires_grad_(False)
     elif spec.network.lora_rank is not None:
         reference = WithoutAdapter(denoiser)
+    else:
+        reference = frozen_copy(denoiser)
+    if spec.network.shard:
+        for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
+            shard(each, device)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if spec.chain.noiseless_rows_pretrained else ()
     chain = Chain(
         denoiser, table, pretrained.event_shape, reference=reference, pretrained_rows=rows, condition=conditions.drawn
@@ -214,15 +226,16 @@ def _exported(pretrained: Pretrained, scheduler: Any, sampler: str, chain: Chain
     return Exported(saved, table_for(saved, its_sampler, chain.num_steps, eta=eta))
 
 
-def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype | None, *, checkpointing: bool) -> None:
-    """Set device, precision, checkpoints and memory format of a network."""
-    if checkpointing:
+def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype | None, spec: NetworkSpec) -> None:
+    """Set device, precision, checkpoints and memory format of a network. One that is shared out stays on the CPU."""
+    if spec.gradient_checkpointing:
         checkpoint_activations(pretrained.denoiser.model)
     pretrained.denoiser.precision = precision
-    pretrained.denoiser.to(device)
+    if not spec.shard:
+        pretrained.denoiser.to(device)
     if pretrained.decoder is not None:
         pretrained.decoder.to(device)
-    if pretrained.family.convolutional:
+    if pretrained.family.convolutional and not spec.shard:
         torch.nn.utils.convert_conv2d_weight_memory_format(pretrained.denoiser, torch.channels_last)  # a third faster
 
 

@@ -31,6 +31,7 @@ class NetworkSpec:
         gradient_checkpointing: whether activations are computed again for the gradient.
         precision: of the network, by autocast.
         compile: whether the network is compiled.
+        shard: whether the weights are shared out over the processes.
     """
 
     model: str
@@ -40,6 +41,7 @@ class NetworkSpec:
     gradient_checkpointing: bool
     precision: Literal["float32", "bf16", "fp16"]
     compile: bool
+    shard: bool
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def setup_spec(config: Config) -> SetupSpec:
         config.gradient_checkpointing,
         config.precision,
         config.compile,
+        config.shard,
     )
     conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
     eta = ETA if config.eta is None else config.eta
