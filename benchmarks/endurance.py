@@ -2,8 +2,9 @@
 
     python benchmarks/endurance.py             # a table, and results/endurance-*.json; about half an hour on two cores
 
-Every run is tiny and has a process of its own. It trains through `fit`, the first two by their commands, in a folder, with
-callbacks, and a checkpoint after every update. A hundred times in a run a last callback counts what the process holds:
+Every run is tiny and has a process of its own. It trains through `fit`, the first two by their commands, in a folder,
+with callbacks, and a checkpoint after every update. A hundred times in a run a last callback counts what the process
+holds:
 
     rss          memory of the process, in bytes
     blocks       pieces of memory that Python has handed out: growth of one number in a list shows here
@@ -146,7 +147,7 @@ def over_particles(kernel: Any, gauge: Gauge, folder: Path, **options: Any) -> N
 
 @contextmanager
 def inside(module: Any, gauge: Gauge) -> Iterator[None]:
-    """Within the block, the `fit` of a command has the gauge for its last callback, and saves as often as the others."""
+    """Within the block, the `fit` of a command has the gauge for its last callback, and saves as often as others."""
     fit = module.fit
 
     def gauged(*arguments: Any, callbacks: list[Any], **options: Any) -> runs.Fit:

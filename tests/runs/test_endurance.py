@@ -1,4 +1,4 @@
-"""A run holds no more at its end than at its middle: the runs of benchmarks/endurance.py, shorter and in this process."""
+"""A run holds no more at its end than at its middle: those of benchmarks/endurance.py, shorter, in this process."""
 
 import importlib
 from pathlib import Path

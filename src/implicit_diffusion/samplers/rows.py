@@ -40,8 +40,8 @@ class RowCoefficients(Shown):
 
 @dataclass(repr=False)
 class RowCache(Shown):
-    """The coefficients of the combinations of rows that were read last: an index by a list would be copied to the device
-    at every call.
+    """The coefficients of the combinations of rows that were read last: an index by a list would be copied to the
+    device at every call.
 
     It holds 8N combinations. A queue meets at most 4N while it fills and drains, and a trajectory by itself meets N;
     where every trajectory is pulled back over a random number of rows, there is no end of them.
