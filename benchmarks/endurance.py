@@ -227,18 +227,18 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> None:
-    """Run one after the other, print, write."""
-    rows = []
+    """Make the runs, print, write."""
+    rows: dict[str, dict[str, Any]] = {}
     heads = ["run", "memory", *(what for what in EXACT if what != "tensor_bytes"), "seconds"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     where = machine()
     with multiprocessing.get_context("spawn").Pool(config.at_once, maxtasksperchild=1) as pool:
         run = partial(in_silence, updates=config.updates, readings=config.readings)
-        for row in pool.imap(run, config.only or RUNS):
-            rows.append(row)
+        for row in pool.imap_unordered(run, config.only or RUNS):
+            rows[row["run"]] = row
             print(line(row), flush=True)
     if not config.only:
-        print("wrote", save("endurance", where | {"updates": config.updates, "rows": rows}))
+        print("wrote", save("endurance", where | {"updates": config.updates, "rows": [rows[name] for name in RUNS]}))
 
 
 if __name__ == "__main__":
