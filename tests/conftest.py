@@ -9,6 +9,9 @@ import jaxtyping
 import pytest
 import torch
 
+from tests.helpers.checked_calls import checked
+
+jaxtyping.jaxtyped = checked  # the import hook of its pytest plugin decorates the package with this
 torch.set_num_threads(1)  # the test workers share the cores
 drawing = True
 

@@ -1,6 +1,7 @@
 """What runs without the extras, and what a missing one says."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ sys.meta_path[:] = map(Hiding, sys.meta_path)
 
 def run_without(modules, program, *arguments):
     """A Python program in a process of its own, where these modules cannot be imported."""
-    program = f"BLOCKED = {set(modules)!r}\n{BLOCKING}\n{program}"
+    program = f"BLOCKED = set({sorted(modules)!r})\n{BLOCKING}\n{program}"
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
 
 
@@ -125,11 +126,35 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "module", "extra"), PLACES)
-def test_a_missing_extra_names_its_command(call, module, extra):
-    result = run_without({module}, MISSING.format(call=call))
-    expected = f"{module} is not installed; install it with: pip install 'implicit-diffusion[{extra}]'"
-    assert (result.returncode, result.stdout.strip()) == (0, expected), result.stderr
+IN_FORKS = """
+import json, os, traceback
+import torch, implicit_diffusion, implicit_diffusion.errors
+
+for module, program in json.loads(sys.argv[1]):
+    assert module not in sys.modules
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:
+        BLOCKED.add(module)
+        exec(program)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+"""
+
+
+def test_a_missing_extra_names_its_command():
+    """In forks of one process, which has imported nothing but torch."""
+    programs = [(module, MISSING.format(call=call)) for call, module, _ in PLACES]
+    result = run_without((), IN_FORKS, json.dumps(programs))
+    expected = [
+        f"{module} is not installed; install it with: pip install 'implicit-diffusion[{extra}]'"
+        for _, module, extra in PLACES
+    ]
+    assert (result.returncode, result.stdout.splitlines()) == (0, expected), result.stderr
 
 
 @pytest.mark.parametrize("module", EXTRAS["cli"][1:])

@@ -1,5 +1,6 @@
 """The chain's recursion in plain arithmetic, row by row and slot by slot, and the law that it leads to."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.samplers.rows import RowCache
 from tests.helpers.oracles import AffineDenoiser, affine_chain, table
 
 F64 = torch.float64
@@ -107,3 +109,12 @@ def test_what_a_replaced_chain_keeps():
     assert same.table is chain.table and same.event_shape == (2,)
     assert chain.pretrained().denoiser is chain.reference
     assert chain.replace(pretrained_rows=()).trained_rows == tuple(range(N)) and chain.trained_rows == (0, 2, 3, 5)
+
+
+def test_combinations_of_rows_are_right_and_not_kept_forever():
+    tab = table(4)
+    rows = RowCache(tab, {3}, 2, torch.device("cpu"), torch.float64)
+    for which in itertools.product(range(4), repeat=4):
+        known = rows(which)
+        assert torch.equal(known.a.flatten(), tab.a[list(which)]) and rows(which) is known
+    assert len(rows._known) == 8 * len(tab) < 4**4

@@ -40,8 +40,11 @@ class RowCoefficients(Shown):
 
 @dataclass(repr=False)
 class RowCache(Shown):
-    """The coefficients of every combination of rows that was used so far: an index by a list would be copied to the
+    """The coefficients of the combinations of rows that were read last: an index by a list would be copied to the
     device at every call.
+
+    It holds 8N combinations. A queue meets at most 4N while it fills and drains, and a trajectory by itself meets N;
+    where every trajectory is pulled back over a random number of rows, there is no end of them.
 
     Args:
         table: the chain's.
@@ -61,6 +64,8 @@ class RowCache(Shown):
     def __call__(self, rows: tuple[int, ...]) -> RowCoefficients:
         """Those of the given rows, one per slot."""
         if rows not in self._known:
+            if len(self._known) >= 8 * len(self.table):
+                del self._known[next(iter(self._known))]  # the oldest
             self._known[rows] = self._read(rows)
         return self._known[rows]
 

@@ -91,6 +91,7 @@ print(type(pipeline).__name__, images.shape)
 """
 
 
+@pytest.mark.slow  # tests/models/test_pretrained.py has a fresh process for what `save_pipeline` writes
 def test_plain_diffusers_loads_the_result_in_a_fresh_process(finished):
     call = [sys.executable, "-c", LOAD, finished / "model"]
     done = subprocess.run(call, capture_output=True, text=True, check=True)
