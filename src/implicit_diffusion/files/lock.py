@@ -9,6 +9,7 @@ from pathlib import Path
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.files.foreign import check_folder
 
 LOCK = ".lock"  # exists while a process holds the folder
 
@@ -22,7 +23,8 @@ def hold(folder: Path) -> Iterator[None]:
     removed.
 
     Raises:
-        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes.
+        InvalidInputError: another run holds the folder, it cannot be made, something in it leads out of it, or this
+            is one of several processes.
         StorageError: the file system has no locks.
     """
     from filelock import FileLock, Timeout
@@ -33,6 +35,7 @@ def hold(folder: Path) -> Iterator[None]:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(f"`folder` {str(path)!a} is not UTF-8; name another folder") from error
+    check_folder(path)
     made = make(path)
     lock = FileLock(path / LOCK, blocking=False, is_singleton=True)
     with writing(path / LOCK):

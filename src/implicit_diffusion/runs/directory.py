@@ -32,6 +32,7 @@ from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, RewardError, StorageError, check_path
 from implicit_diffusion.files.atomic import UNFINISHED, check_place, replacing, writing
 from implicit_diffusion.files.lock import LOCK, hold, make
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.files.states import STATE_FILE
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.devices import naming_memory
@@ -166,9 +167,8 @@ class RunDirectory(Shown):
         return Origin(*map(str, origin)) if all(isinstance(part, str) for part in origin) else None
 
     def _read_config(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError, RecursionError):
-            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return values if isinstance(values, dict) else None
+        with suppress(InvalidInputError):
+            return read_json(self.path / "config.json")
         return None
 
     @property

@@ -10,7 +10,6 @@ it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, get_args
@@ -21,6 +20,7 @@ from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.fingerprints import Input, fingerprint, fingerprint_now, is_fingerprint, relative
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.runs import differences, records, surroundings
 from implicit_diffusion.runs.differences import Difference
 from implicit_diffusion.runs.directory import RunDirectory
@@ -214,12 +214,12 @@ def _renewed(
 def _read(directory: RunDirectory) -> dict[str, Any]:
     path = directory.path / PROVENANCE_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         known = {"config": dict, "inputs": dict, "versions": dict, "threads": int, "device": dict, "accepted": list}
         wrong = [name for name, kind in known.items() if not isinstance(saved[name], kind)]
         wrong += [f"inputs.{name}" for name, entry in saved["inputs"].items() if not is_fingerprint(entry)]
         if wrong or saved["threads"] < 1 or not {"name", "kind"} <= saved["device"].keys():
             raise ValueError(f"{', '.join(wrong) or 'threads or device'} cannot be what was written")
         return dict(saved)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"{path} is damaged: {error}") from error
