@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.files.reading import one_line, refuse_unless_regular
 
 
@@ -42,6 +44,27 @@ def inside(folder: Path, path: Path, *, linked: bool = False) -> Path:
             "there, copy it"
         )
     return target
+
+
+@contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Turn errors about contents that are sound by themselves, but do not fit each other, into one that names them.
+
+    Args:
+        folder: that the block works on the contents of.
+
+    Raises:
+        InvalidInputError: for the errors that Python raises about a wrong type, key, attribute or number.
+    """
+    try:
+        yield
+    except ImplicitDiffusionError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if "out of memory" in str(error):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InvalidInputError(f"{folder} cannot be used: what is in it does not fit together ({reason})") from error
 
 
 def check_folder(folder: Path) -> None:

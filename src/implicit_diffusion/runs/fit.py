@@ -29,6 +29,7 @@ from os import PathLike
 from typing import Any
 
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError, RewardError, check_path
+from implicit_diffusion.files.foreign import fitting
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
@@ -92,7 +93,8 @@ def _drive(
 ) -> None:
     if directory is not None:
         if directory.has_state:
-            restore(fit, directory, callbacks)
+            with fitting(directory.checkpoint):
+                restore(fit, directory, callbacks)
         checkpoint(fit, directory, callbacks)
     if not fit.stopped:
         begin(fit, callbacks)

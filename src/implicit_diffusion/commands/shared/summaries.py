@@ -57,8 +57,8 @@ def from_json(kind: Any, value: Any) -> Any:
         for name in hints.keys() & values.keys():
             if _without_none(hints[name]) is Estimate:
                 mean, error = values[name], values.pop(f"{name}_se")
-                numbers = from_json(float | None, mean), from_json(float | None, error)
-                values[name] = None if mean is None else Estimate(*numbers)
+                none = mean is None and types.NoneType in get_args(hints[name])
+                values[name] = None if none else Estimate(from_json(float, mean), from_json(float, error))
             else:
                 values[name] = from_json(hints[name], values[name])
         return kind(**values)
