@@ -22,16 +22,43 @@ from hypothesis import strategies as st
 from implicit_diffusion.commands.command_line.options import Option, options_of
 from implicit_diffusion.commands.registry import COMMANDS
 
-LIMIT = 30.0  # seconds, after which a line is told to stop; a run that does is as good as one that ends
-GRACE = 30.0  # seconds that it may take to stop
+LIMIT = 120.0  # seconds, after which a line is told to stop; a run that does is as good as one that ends
+GRACE = 60.0  # seconds that it may take to stop
 MEMORY = 8 << 30  # bytes of address space
 WRITTEN = 64 << 20  # bytes of one file
 
 INTEGERS = ["0", "1", "2", "3", "5", "8", "16", "-1", "-3", "1000000000000", "9" * 30]
 SMALL = ["0", "1", "2", "3", "-1"]  # of options that lengthen a run
 FLOATS = ["0.5", "1e-3", "1", "0.1", "2", "0", "1e-12", "30", "1e6", "1e300", "-1", "nan", "inf", "-inf", "1e999"]
-STRANGE = ["", " ", "x", "None", "-", "nan", "😀", chr(0xDCFF), "x" * 300, "x" * 5000, "a b", "<b>", "a\nb", "../x", "1,2"]
-PLACES = ["", ".", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "x" * 300, chr(0xDCFF), "file.txt", "file.txt/below"]
+STRANGE = [
+    "",
+    " ",
+    "x",
+    "None",
+    "-",
+    "nan",
+    "😀",
+    chr(0xDCFF),
+    "x" * 300,
+    "x" * 5000,
+    "a b",
+    "<b>",
+    "a\nb",
+    "../x",
+    "1,2",
+]
+PLACES = [
+    "",
+    ".",
+    "/",
+    "/dev/null",
+    "/dev/zero",
+    "/proc/self/mem",
+    "x" * 300,
+    chr(0xDCFF),
+    "file.txt",
+    "file.txt/below",
+]
 FILES = ["tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model"]
 REWARDS = [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing", "Class", "Class(weight=2)")]
 REWARDS += ["rewards.py:Class(x)", "rewards.py:Class(", "brightness", "darkness", "digit-3"]
@@ -39,7 +66,10 @@ WORDS = ["cpu", "meta", "cuda:7", "digits", "moons"]
 COSTLY = {"compile", "compare", "long_chains"}  # these take minutes, and have tests of their own
 LENGTHS = {"steps", "updates", "num_steps", "seeds", "judge_steps", "accumulate", "leapfrogs", "chains", "sample_steps"}
 SIZES = {"starts", "samples", "particles", "batch", "num", "width", "channels"}
-LONG = {"hexagon", "recovery"}  # their shortest runs take seconds: an option is set to what is refused, or makes it shorter
+LONG = {
+    "hexagon",
+    "recovery",
+}  # their shortest runs take seconds: an option is set to what is refused, or makes it shorter
 
 BASES = {
     "finetune": "--model tiny --reward brightness --kl-weight 1 --num-steps 2 --batch 2 --updates 2 --starts 4 "
@@ -85,7 +115,9 @@ def word_of(kind: Any, name: str) -> st.SearchStrategy[str]:
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from([str(word) for word in typing.get_args(kind)])
     if kind is int:
-        return st.sampled_from(SMALL if name in LENGTHS else INTEGERS[1:7] * 2 + INTEGERS if name in SIZES else INTEGERS)
+        return st.sampled_from(
+            SMALL if name in LENGTHS else INTEGERS[1:7] * 2 + INTEGERS if name in SIZES else INTEGERS
+        )
     if kind is float:
         return st.sampled_from(FLOATS[:5] * 2 + FLOATS)
     if name == "reward":
@@ -294,17 +326,17 @@ def _uninterrupted(line: Line, root: Path) -> str | None:
 def _resume(line: Line, root: Path) -> None:
     """Interrupt a run of the line, and continue it by `resume`, or by the same line where no run has begun."""
     code = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}[line.ending]
-    status, out, err = attempt(line.words, root, (line.ending, line.write))
+    status, _, err = attempt(line.words, root, (line.ending, line.write))
     assert status in (0, code), (status, err[-2000:])
     if status == 0:  # it had written fewer files
         return
     command = COMMANDS[line.words[0]]
     if command.resumable and (root / "out" / "config.json").exists():
-        status, out, err = attempt(["resume", "out"], root)
+        status, _, err = attempt(["resume", "out"], root)
         if status == 0 or "it is finished" in err:
             return
         assert "holds a finished plan" in err, err[-2000:]
-    status, out, err = attempt(line.words, root)
+    status, _, err = attempt(line.words, root)
     assert status == 0 or "is finished" in err or "finished plan" in err, err[-2000:]
 
 

@@ -36,11 +36,12 @@ def part_class(part: str, library: str, name: str) -> Any:
         from diffusers.pipelines import stable_diffusion as home
     else:
         home = {"diffusers": diffusers, "transformers": transformers}[library]
-    what, kinds = "model", (diffusers.ModelMixin, transformers.PreTrainedModel)
+    kinds: Any
+    what, kinds = "model", diffusers.ModelMixin | transformers.PreTrainedModel
     if part.startswith("tokenizer"):
-        what, kinds = "tokenizer", (transformers.PreTrainedTokenizerBase,)
+        what, kinds = "tokenizer", transformers.PreTrainedTokenizerBase
     elif part == "feature_extractor":
-        what, kinds = "image processor", (transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin)
+        what, kinds = "image processor", transformers.FeatureExtractionMixin | transformers.ImageProcessingMixin
     found = getattr(home, name, None)
     if isinstance(found, type) and issubclass(found, kinds):
         return found
