@@ -14,7 +14,6 @@ import pytest
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import training
-
 from tests.helpers import tiny, toy_model
 
 TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "4", "--kl-weight", "2.5", "--device", "cpu"]
