@@ -23,6 +23,7 @@ FOLDERS = ("figures", "checkpoint", "model", "judged", "plan")
 UNFINISHED = ("report.html.tmp", "summary.json.tmp", "config.json.tmp", "checkpoint/state.safetensors.tmp")
 SECONDS = 60  # after which a command hangs
 EVIL = '"><img src=x onerror=alert(1)><script>alert(1)</script>\n---\n[a](javascript:alert(1))`\u202e'
+ORIGIN = ("command", "version")  # of a run, in its config.json
 CALLBACKS = training.callbacks
 
 
@@ -244,3 +245,36 @@ def test_what_a_run_says_is_refused_or_plain_text(name, runs, energy, tmp_path, 
             check_report(run, capsys)
         file.write_text(json.dumps(sound))
     check_report(run, capsys)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("provenance", ["as it was", "without it", "gone"])
+def test_a_run_that_names_a_file_of_its_reader_is_refused(provenance, runs, tmp_path, capsys):
+    """In config.json, with a provenance.json that agrees: whoever made the folder does not know what the file holds."""
+    run = shutil.copytree(runs / "half", tmp_path / "run")
+    shutil.copytree(runs / "tiny", tmp_path / "private")
+    edit(tmp_path / "private/scheduler/scheduler_config.json", clip_sample_range=2.0)
+    edit(run / "config.json", model=str(tmp_path / "private"))
+    config = {key: value for key, value in json.loads((run / "config.json").read_text()).items() if key not in ORIGIN}
+    if provenance == "gone":
+        (run / "provenance.json").unlink()
+    else:
+        edit(run / "provenance.json", config=config)
+    if provenance == "without it":
+        edit(run / "provenance.json", inputs={})
+    assert "run depends on what has changed" in refused(["resume"], run, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provenance", ["as it was", "gone"])
+def test_a_report_reads_no_file_that_the_run_did_not_read(provenance, runs, energy, tmp_path, capsys):
+    run = shutil.copytree(energy, tmp_path / "run")
+    (tmp_path / "private.csv").write_text("1,2\n3,4\n" * 30)
+    edit(run / "config.json", data=str(tmp_path / "private.csv"))
+    if provenance == "gone":
+        (run / "provenance.json").unlink()
+    assert "run depends on what has changed" in refused(["report"], run, capsys)
+    assert "private.csv" in refused(["report"], run, capsys)

@@ -149,16 +149,33 @@ def verify(
             _refuse_or_accept(directory, [Difference("provenance", missing)], accept_changes, advice)
         return torch.get_num_threads()
     saved = _read(directory)
-    now = {name: _now(name, entry, directory, inputs or {}) for name, entry in saved["inputs"].items()}
+    before = {name: {} for name in inputs or {}} | saved["inputs"]  # what it did not read before has changed as well
+    now = {name: _now(name, entry, directory, inputs or {}) for name, entry in before.items()}
     changed = [
         *differences.of_config(directory, saved["config"]),
-        *differences.of_inputs(directory.path, saved["inputs"], now),
+        *differences.of_inputs(directory.path, before, now),
         *differences.of_surroundings(saved["versions"], saved["device"]),
     ]
     _refuse_or_accept(directory, changed, accept_changes, advice)
     if changed:
         records.write(directory.path / PROVENANCE_FILE, _renewed(directory, saved, now, changed))
     return int(saved["threads"])
+
+
+def check_inputs(directory: RunDirectory, inputs: Mapping[str, Input]) -> None:
+    """Refuse inputs that are not those of the run: a folder from elsewhere may name any file of its reader.
+
+    Args:
+        directory: of the run.
+        inputs: that are about to be read, by a name of `Change`.
+
+    Raises:
+        InvalidInputError: an input that has changed, or that provenance.json does not have.
+    """
+    saved = _read(directory)["inputs"] if is_recorded(directory) else {}
+    before = {name: saved.get(name, {}) for name in inputs}
+    now = {name: _now(name, entry, directory, inputs) for name, entry in before.items()}
+    _refuse_or_accept(directory, [*differences.of_inputs(directory.path, before, now)], (), "begin a new run")
 
 
 def device_of(directory: RunDirectory) -> str | None:
