@@ -42,9 +42,9 @@ def part_class(part: str, library: str, name: str) -> Any:
         what, kinds = "tokenizer", transformers.PreTrainedTokenizerBase
     elif part == "feature_extractor":
         what, kinds = "image processor", transformers.FeatureExtractionMixin | transformers.ImageProcessingMixin
-    found = getattr(home, name, None)
-    if isinstance(found, type) and issubclass(found, kinds):
-        return found
+    named = getattr(home, name, None)
+    if isinstance(named, type) and issubclass(named, kinds):
+        return named
     raise ValueError(f"{library} has no {what} class {name!r}")
 
 

@@ -261,14 +261,13 @@ def _read(folder: Path) -> EnergyModel:
     built = description["architecture"]
     architecture = Architecture(**built | {"event_shape": tuple(built["event_shape"])})
     tensors, _ = load_tensors(inside(folder, folder / WEIGHTS))
-    wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if wrong:
+    if wrong := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{', '.join(wrong)} must be finite")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     with bounded(2 * numbers + SLACK, 4 * len(tensors) + 100):
         potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
-    prefix = "potential."
-    potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    weights = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith("potential.")}
+    potential.load_state_dict(weights)
     return EnergyModel(
         architecture=architecture,
         potential=potential,
