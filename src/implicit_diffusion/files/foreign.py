@@ -19,10 +19,10 @@ from implicit_diffusion.files.reading import one_line, refuse_unless_regular
 
 
 def inside(folder: Path, path: Path, *, linked: bool = False) -> Path:
-    """The path of a regular file in a folder, with links followed.
+    """The path of a regular file in a model's folder, with links followed.
 
     Args:
-        folder: that the file belongs to.
+        folder: of the model.
         path: below it.
         linked: whether the file may be a link to any place; otherwise only to places within the folder, and from the
             hub's cache to its blobs.
@@ -40,8 +40,8 @@ def inside(folder: Path, path: Path, *, linked: bool = False) -> Path:
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     if not linked and not any(target.is_relative_to(place) for place in homes):
         raise InvalidInputError(
-            f"{path} is a link to {target}, outside of {folder}, and files from elsewhere are not read; if it belongs "
-            "there, copy it"
+            f"{path} is a link to {target}, outside of the model's folder, and files from elsewhere are not read; if "
+            "it belongs to the model, copy it there"
         )
     return target
 
