@@ -1,9 +1,12 @@
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may ask the network
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["IMPLICIT_DIFFUSION_TRACEBACK"] = "1"  # an error that nobody expected is a failure, not a line
 os.environ["IMPLICIT_DIFFUSION_CACHE"] = "off"  # no test may live on what another run left behind
+# hypothesis looks up the constants of the code that it tests, and keeps them: not in the tree
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(tempfile.gettempdir(), "implicit-diffusion-hypothesis")
 
 import jaxtyping
 import pytest

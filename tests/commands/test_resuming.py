@@ -160,10 +160,9 @@ def test_changes_are_accepted_by_name_and_noted(half, monkeypatch, capsys):
 
 def test_a_hand_that_writes_nonsense_into_the_config(half, nothing_runs, as_users_run):
     edit(half / "config.json", '"updates": 4', '"updates": "many"')
-    with pytest.raises(InvalidInputError, match="updates was 4 and is 'many'"):
-        resuming.resume(half)
-    with pytest.raises(InvalidInputError, match=r"config.json cannot be used: .*'<' not supported"):
-        resuming.resume(half, ["config"])
+    for accepted in ([], ["config"]):
+        with pytest.raises(InvalidInputError, match=r"config.json cannot be used: updates: 'many' is not .*\(int\)"):
+            resuming.resume(half, accepted)
 
 
 def of_version(run, version):

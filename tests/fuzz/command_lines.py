@@ -1,33 +1,35 @@
-"""Random command lines, each in a process of its own: `python -m tests.fuzz.command_lines SEED COUNT`.
+"""Random command lines, what each may do, and whether a run that is interrupted and resumed is the uninterrupted one.
 
 Options and their types are read off the commands' configurations, so that a new option is tried without a word here.
-Every line begins as a valid, tiny run; a few options are then set at random, to values of their type and to values that
-no option expects. What a line may do is written in `verdict`. Prints one JSON object per line that did something else.
+Every line begins as a valid, tiny run; up to two options are then set to values of their type, or to values that no
+option expects. Lines run in forks of this process, which has imported everything.
 """
 
-import dataclasses
-import io
 import json
 import os
-import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
-import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-LIMIT = 90.0  # seconds, after which a line is told to stop; a run that does is as good as one that ends
+from hypothesis import strategies as st
+
+from implicit_diffusion.commands.command_line.options import Option, options_of
+from implicit_diffusion.commands.registry import COMMANDS
+
+LIMIT = 120.0  # seconds, after which a line is told to stop; a run that does is as good as one that ends
 GRACE = 60.0  # seconds that it may take to stop
 MEMORY = 8 << 30  # bytes of address space
 WRITTEN = 64 << 20  # bytes of one file
 
 INTEGERS = ["0", "1", "2", "3", "5", "8", "16", "-1", "-3", "1000000000000", "9" * 30]
 SMALL = ["0", "1", "2", "3", "-1"]  # of options that lengthen a run
-FLOATS = ["0", "1", "0.5", "1e-3", "1e-12", "2", "30", "1e6", "1e300", "-1", "nan", "inf", "-inf", "1e999"]
+FLOATS = ["0.5", "1e-3", "1", "0.1", "2", "0", "1e-12", "30", "1e6", "1e300", "-1", "nan", "inf", "-inf", "1e999"]
 STRANGE = [
     "",
     " ",
@@ -43,7 +45,6 @@ STRANGE = [
     "<b>",
     "a\nb",
     "../x",
-    "~",
     "1,2",
 ]
 PLACES = [
@@ -53,88 +54,127 @@ PLACES = [
     "/dev/null",
     "/dev/zero",
     "/proc/self/mem",
-    "/proc/nowhere",
     "x" * 300,
     chr(0xDCFF),
     "file.txt",
     "file.txt/below",
 ]
-COSTLY = {"compile", "compare"}  # these take minutes, and have tests of their own
-LENGTHS = {"steps", "updates", "num_steps", "seeds", "judge_steps", "accumulate", "leapfrogs", "chains"}
+FILES = ["tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model"]
+REWARDS = [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing", "Class", "Class(weight=2)")]
+REWARDS += ["rewards.py:Class(x)", "rewards.py:Class(", "brightness", "darkness", "digit-3"]
+WORDS = ["cpu", "meta", "cuda:7", "digits", "moons"]
+COSTLY = {"compile", "compare", "long_chains"}  # these take minutes, and have tests of their own
+LENGTHS = {"steps", "updates", "num_steps", "seeds", "judge_steps", "accumulate", "leapfrogs", "chains", "sample_steps"}
 SIZES = {"starts", "samples", "particles", "batch", "num", "width", "channels"}
+LONG = {
+    "hexagon",
+    "recovery",
+}  # their shortest runs take seconds: an option is set to what is refused, or makes it shorter
+
+BASES = {
+    "finetune": "--model tiny --reward brightness --kl-weight 1 --num-steps 2 --batch 2 --updates 2 --starts 4 "
+    "--device cpu --out out",
+    "sweep": "--kl-weights 1 --model tiny --reward brightness --num-steps 2 --batch 2 --updates 1 --starts 4 "
+    "--device cpu --out out",
+    "sample": "--model tiny --num 2 --num-steps 2 --out grid.png --device cpu",
+    "pretrain": "--data images --steps 2 --batch 2 --samples 2 --channels 4 4 --out out --device cpu",
+    "ebm": "--data plane.npy --steps 3 --particles 16 --judge-steps 4 --width 4 --out out",
+    "score": "--model energy/model --data plane.npy",
+    "tilt": "--model energy/model --kl-weights 1 --steps 2 --particles 16 --seeds 1 --out out",
+    "hexagon": "--steps 10 --particles 16 --seeds 1 --out out",
+    "recovery": "--steps 500 --particles 16 --seeds 1 --out out",
+    "resume": "run",
+    "report": "run",
+}
+OFTEN = {"finetune": 8, "ebm": 9, "pretrain": 6, "sample": 2, "score": 2}  # how often a command is tried
 
 
-def options_of(config: type) -> dict[str, object]:
-    """Options by name with their types, those of nested configurations among them."""
-    hints = typing.get_type_hints(config)
-    found = {}
-    for item in dataclasses.fields(config):
-        kind = hints[item.name]
-        found |= options_of(kind) if dataclasses.is_dataclass(kind) else {item.name: kind}
-    return found
+class Line(NamedTuple):
+    """A command line, and how a second run of it ends early: a signal, or none at all, at a file that it writes."""
+
+    words: list[str]
+    ending: str
+    write: int
 
 
-def values(kind: object, name: str, draws: random.Random, files: list[str]) -> list[str]:
-    """Words for an option of this type; none for a flag."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if draws.random() < 0.05:
-        return [draws.choice(STRANGE) for _ in range(draws.choice((0, 1, 2)))]
-    if origin in (typing.Union, types.UnionType):
-        return values(draws.choice([a for a in arguments if a is not type(None)]), name, draws, files)
-    if origin is typing.Literal:
-        return [str(draws.choice(arguments))]
-    if origin is tuple:
-        return [word for _ in range(draws.choice((0, 1, 2, 2, 3))) for word in values(arguments[0], name, draws, files)]
-    if kind is bool:
-        return []
+def words_of(option: Option) -> st.SearchStrategy[list[str]]:
+    """Words for an option, of its type or of none."""
+    kinds = typing.get_args(option.type) if typing.get_origin(option.type) is tuple else (option.type,)
+    one = word_of(kinds[0], option.field)
+    if option.type is bool:
+        usual = st.just([])
+    elif len(kinds) > 1 and kinds[1] is not ...:
+        usual = st.lists(one, min_size=len(kinds), max_size=len(kinds))
+    else:
+        usual = st.lists(one, min_size=1, max_size=3 if option.many else 1)
+    strange = st.lists(st.sampled_from(STRANGE), max_size=2)
+    return st.integers(0, 15).flatmap(lambda number: strange if number == 15 else usual)
+
+
+def word_of(kind: Any, name: str) -> st.SearchStrategy[str]:
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from([str(word) for word in typing.get_args(kind)])
     if kind is int:
-        small = name in LENGTHS or (name in SIZES and draws.random() < 0.5)
-        return [draws.choice(SMALL if small else INTEGERS)]
+        return st.sampled_from(
+            SMALL if name in LENGTHS else INTEGERS[1:7] * 2 + INTEGERS if name in SIZES else INTEGERS
+        )
     if kind is float:
-        return [draws.choice(FLOATS)]
-    if kind is Path:
-        return [draws.choice(PLACES + files)]
-    return [
-        draws.choice(STRANGE + PLACES + files + ["cpu", "meta", "cuda:7", "digits", "moons", "brightness", "digit-3"])
-    ]
+        return st.sampled_from(FLOATS[:5] * 2 + FLOATS)
+    if name == "reward":
+        return st.sampled_from(REWARDS)
+    return st.sampled_from(PLACES + FILES if kind is Path else STRANGE + PLACES + FILES + WORDS)
 
 
-def configurations() -> dict[str, type]:
-    """The configuration of every command."""
-    from implicit_diffusion.commands.registry import CONFIGURATIONS
+@st.composite
+def lines(draw: st.DrawFn) -> Line:
+    """A valid line of a command with up to two options set anew."""
+    command = draw(st.sampled_from([name for name in BASES for _ in range(OFTEN.get(name, 1))]))
+    line = BASES[command].split()
+    options = {option.field: option for option in options_of(COMMANDS[command].config) if option.field not in COSTLY}
+    least = 1 if command in LONG else 0
+    chosen = draw(st.lists(st.sampled_from(sorted(options)), min_size=least, max_size=2, unique=True))
+    for name in chosen:
+        line = with_option(line, options[name], draw(words_of(options[name])))
+    if draw(st.integers(0, 24)) == 24:
+        line.insert(draw(st.integers(0, len(line))), draw(st.sampled_from(STRANGE)))
+    if command in LONG:  # never at its full length
+        line = with_option(line, options["steps"], [draw(st.sampled_from(["0", "9", "-1", "x"]))])
+    ending = draw(st.sampled_from(["SIGTERM", "SIGINT", "SIGKILL"]))
+    return Line([command, *line], ending, draw(st.integers(1, 12)))
 
-    return dict(CONFIGURATIONS)
 
-
-def bases() -> dict[str, list[str]]:
-    """A valid line of every command, run where `prepare` has made what it names."""
-    chain = "--model tiny --reward brightness --num-steps 3 --batch 2 --updates 2 --starts 4 --device cpu --out out"
-    lines = {
-        "finetune": chain,
-        "sweep": f"--kl-weights 1 2 {chain}",
-        "sample": "--model tiny --num 2 --num-steps 2 --out grid.png --device cpu",
-        "pretrain": "--data images --steps 2 --batch 2 --chains 2 --samples 4 --channels 8 8 --out out --device cpu",
-        "ebm": "--data moons --steps 3 --particles 16 --judge-steps 4 --width 8 --out out",
-        "score": "--model energy/model --data plane.npy",
-        "tilt": "--model energy/model --kl-weights 1 --steps 2 --particles 16 --seeds 1 --out out",
-        "hexagon": "--steps 3 --particles 16 --seeds 1 --out out",
-        "recovery": "--steps 501 --particles 16 --seeds 1 --out out",
-        "resume": "run",
-        "report": "run",
-    }
-    return {command: line.split() for command, line in lines.items()}
+def with_option(line: list[str], option: Option, words: list[str]) -> list[str]:
+    """The line with one option set anew, or added."""
+    flag = f"--{option.field.replace('_', '-')}"
+    if option.positional:
+        return words or line
+    if flag in line:
+        begin = line.index(flag)
+        end = next((i for i in range(begin + 1, len(line)) if line[i].startswith("--")), len(line))
+        line = line[:begin] + line[end:]
+    return [*line, flag, *words]
 
 
 def prepare(root: Path) -> None:
-    """A tiny model, a finished run, an energy model, images and arrays."""
+    """In the working directory: a tiny model, a finished run, an energy model, images and arrays."""
     import numpy as np
     from PIL import Image
 
-    from implicit_diffusion.cli import main
-    from tests.helpers import tiny, toy_model
+    from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+    from implicit_diffusion.models.pretrained import save_pipeline
+    from tests.helpers import tiny
 
     draws = np.random.default_rng(0)
-    toy_model.folder(root / "tiny", tiny.scheduler())
+    network = tiny.unet(
+        sample_size=4,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
+    save_pipeline(root / "tiny", DiffusersDenoiser(network), tiny.scheduler(), "a test")
     (root / "images").mkdir()
     for i in range(6):
         Image.fromarray(draws.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / f"images/{i}.png")
@@ -147,49 +187,21 @@ def prepare(root: Path) -> None:
         "class Class:\n    def __init__(self, weight=1):\n        self.weight = weight\n\n"
         "    def __call__(self, x):\n        return {'reward': self.weight * x.flatten(1).mean(1, keepdim=True)}\n"
     )
-    lines = bases()
     for command, out in (("finetune", "run"), ("ebm", "energy")):
-        assert main([command, *(out if word == "out" else word for word in lines[command])]) == 0
+        status, _, said = attempt([command, *(out if word == "out" else word for word in BASES[command].split())], root)
+        assert status == 0, said
 
 
-def lines(seed: int, count: int) -> Iterator[list[str]]:
-    """Command lines, drawn from the seed."""
-    draws = random.Random(seed)
-    configs = configurations()
-    valid = bases()
-    files = ["tiny", "images", "plane.npy", "line.npy", "rewards.py", "file.txt", "energy/model", "run", "run/model"]
-    files += [f"rewards.py:{name}" for name in ("first", "fails", "nan", "number", "missing", "Class")]
-    files += [f"rewards.py:Class{arguments}" for arguments in ("(weight=2)", "(3)", "('')", "(width=2)", "(x)", "(")]
-    names = [name for name in valid if name in configs]
-    cheap = {"hexagon": 1, "recovery": 1, "sweep": 2, "pretrain": 2}  # these take longest
-    weights = [cheap.get(name, 4) for name in names]
-    for _ in range(count):
-        (command,) = draws.choices(names, weights)
-        kinds = options_of(configs[command])
-        line = list(valid[command])
-        for name in draws.choices(sorted(kinds.keys() - COSTLY), k=draws.choice((1, 1, 2, 2, 3))):
-            line = _set(line, name, values(kinds[name], name, draws, files))
-        if draws.random() < 0.05:
-            line.insert(draws.randrange(len(line) + 1), draws.choice(STRANGE))
-        yield [command, *line]
+def attempt(line: list[str], root: Path, ending: tuple[str, int] | None = None) -> tuple[int, str, str]:
+    """Exit status (negative for a signal), output and error output of a line, in a forked process.
 
-
-def _set(line: list[str], name: str, words: list[str]) -> list[str]:
-    """The line with one option set anew, or added."""
-    flag = f"--{name.replace('_', '-')}"
-    if name == "run":  # a positional argument
-        return words or line
-    if flag in line:
-        begin = line.index(flag)
-        end = next((i for i in range(begin + 1, len(line)) if line[i].startswith("--")), len(line))
-        line = line[:begin] + line[end:]
-    return [*line, flag, *words]
-
-
-def attempt(line: list[str], root: Path) -> tuple[int, str, str]:
-    """Exit status (negative for a signal), output and error output of a line, in a forked process."""
+    Args:
+        line: the words.
+        root: to run it in.
+        ending: a signal to itself, and the number of the file at whose renaming it is sent; None for none.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        status = _forked(line, root, out.fileno(), err.fileno())
+        status = _forked(line, root, out.fileno(), err.fileno(), ending)
         texts = []
         for stream in (out, err):
             stream.seek(0)
@@ -197,11 +209,11 @@ def attempt(line: list[str], root: Path) -> tuple[int, str, str]:
     return status, *texts
 
 
-def _forked(line: list[str], root: Path, out: int, err: int) -> int:
-    code = 1
+def _forked(line: list[str], root: Path, out: int, err: int, ending: tuple[str, int] | None) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        code = 1
         try:
             os.setsid()
             os.chdir(root)
@@ -209,19 +221,11 @@ def _forked(line: list[str], root: Path, out: int, err: int) -> int:
             os.dup2(err, 2)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
-            from implicit_diffusion.cli import main
+            code = _as_users_run(line, ending)
+        except BaseException:
+            import traceback
 
-            try:
-                code = main(line)
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
+            os.write(2, traceback.format_exc().encode(errors="replace"))
         finally:
             os._exit(code)
     status = _wait(child, LIMIT)
@@ -231,8 +235,42 @@ def _forked(line: list[str], root: Path, out: int, err: int) -> int:
     if status is None:
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        status = -signal.SIGKILL
+        raise AssertionError(f"it neither ends within {LIMIT} s nor stops: {line}")
     return status
+
+
+def _as_users_run(line: list[str], ending: tuple[str, int] | None) -> int:
+    """The command, without the tests' checks of types, with a dot for every picture and few particles to judge by."""
+    import warnings
+
+    import jaxtyping
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from implicit_diffusion.cli import main
+    from implicit_diffusion.commands.ebm import judging
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    warnings.resetwarnings()
+    Figure.savefig = lambda figure, file, **options: Image.new("RGB", (1, 1)).save(file, options.get("format", "png"))
+    judging.PARTICLES = {"vectors": 64, "images": 64}
+    sys.stdout, sys.stderr = os.fdopen(1, "w", errors="backslashreplace"), os.fdopen(2, "w", errors="backslashreplace")
+    if ending is not None:
+        left, rename = [ending[1]], Path.replace
+
+        def replace(path: Path, target: Any) -> Path:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), getattr(signal, ending[0]))
+            return rename(path, target)
+
+        Path.replace = replace
+    try:
+        return main(line)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
 
 
 def _wait(child: int, seconds: float) -> int | None:
@@ -241,76 +279,112 @@ def _wait(child: int, seconds: float) -> int | None:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
+        time.sleep(0.005)
     return None
 
 
-def verdict(status: int, out: str, err: str, root: Path) -> str | None:
-    """What is wrong with how a line ended; None where nothing is.
+def verdict(line: Line, root: Path, wholes: dict[tuple[str, ...], dict[str, Any]]) -> str:
+    """What became of a line; `wholes` keeps what uninterrupted runs left, by their lines.
 
-    It ends with status 0, with 2 and one line that begins with "error:", or is stopped by
-    SIGTERM with 143. It prints no traceback, leaves no NaN among headline numbers, and JSON that is JSON.
+    "refused": an error of one line, and nothing was left behind.
+    "ended": such an error after work had begun: a training that diverges, a reward that raises.
+    "stopped": by us, after `LIMIT`.
+    "done": its work, by a command that does not train.
+    "resumed": a training that is the same, to the bit, when it is interrupted and resumed.
+
+    Raises:
+        AssertionError: anything else, with all that was said.
     """
-    if "Traceback" in err or "Traceback" in out:
-        return "traceback"
-    if status not in (0, 2, 143):
-        return f"status {status}"
+    folder, words = root / "out", tuple(line.words)
+    if words not in wholes:
+        outcome = _uninterrupted(line, root)
+        if outcome is not None:
+            return outcome
+        wholes[words] = left_in(folder)
+        shutil.rmtree(folder)
+    _resume(line, root)
+    whole, again = wholes[words], left_in(folder)
+    different = sorted(name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name))
+    assert not different, [(name, str(whole.get(name))[:400], str(again.get(name))[:400]) for name in different]
+    return "resumed"
+
+
+def _uninterrupted(line: Line, root: Path) -> str | None:
+    """Run a line; what became of it, and None for a training that has ended well."""
+    folder = root / "out"
+    status, out, err = attempt(line.words, root)
+    _check_words(status, out, err, root)
+    if status == 2:
+        worked = any((folder / name).exists() for name in ("checkpoint", "metrics.jsonl", "plan", "plan.json"))
+        assert worked or not folder.exists(), f"left behind: {sorted(folder.rglob('*'))}"
+        return "ended" if worked else "refused"
+    if status == 143:
+        return "stopped"
+    return None if folder.is_dir() else "done"
+
+
+def _resume(line: Line, root: Path) -> None:
+    """Interrupt a run of the line, and continue it by `resume`, or by the same line where no run has begun."""
+    code = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}[line.ending]
+    status, _, err = attempt(line.words, root, (line.ending, line.write))
+    assert status in (0, code), (status, err[-2000:])
+    if status == 0:  # it had written fewer files
+        return
+    command = COMMANDS[line.words[0]]
+    if command.resumable and (root / "out" / "config.json").exists():
+        status, _, err = attempt(["resume", "out"], root)
+        if status == 0 or "it is finished" in err:
+            return
+        assert "holds a finished plan" in err, err[-2000:]
+    status, _, err = attempt(line.words, root)
+    assert status == 0 or "is finished" in err or "finished plan" in err, err[-2000:]
+
+
+def _check_words(status: int, out: str, err: str, root: Path) -> None:
+    assert "Traceback" not in err and "Traceback" not in out, err[-3000:]
+    assert status in (0, 2, 143), (status, err[-3000:])
     last = err.strip().splitlines()[-1:]
-    if status == 2 and not (last and last[0].startswith("error: ")):
-        return "no error line"
-    if status == 2 and last[0].startswith("error: ") and not last[0].removeprefix("error: ").strip():
-        return "empty error"
+    if status == 2:
+        assert last and last[0].startswith("error: ") and last[0].removeprefix("error: ").strip(), err[-3000:]
     for summary in root.glob("out/**/summary.json"):
-        if status == 2 or "nan" in out.lower().split():
-            return "a summary of a failed run" if status == 2 else "nan among the results"
+        assert status != 2, "a summary of a failed run"
         json.loads(summary.read_text(encoding="utf-8"), parse_constant=_refuse)
-    return None
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} in a summary")
+    raise AssertionError(f"{constant} in a summary")
+
+
+def left_in(folder: Path) -> dict[str, Any]:
+    """What a run has left: numbers, words and weights by file, without seconds; only the names of other files."""
+    return {path.relative_to(folder).as_posix(): _content(path) for path in folder.rglob("*") if _counts(path)}
+
+
+def _counts(path: Path) -> bool:
+    kinds = (".json", ".jsonl", ".md", ".png", ".html", ".safetensors", ".tmp")
+    kept = path.suffix in kinds and path.name not in ("seconds.json", "provenance.json")
+    return kept and not {"checkpoint", "wandb"} & set(path.parts)
+
+
+def _content(path: Path) -> Any:
+    if path.suffix in (".json", ".jsonl"):
+        return [_without_seconds(json.loads(text)) for text in _texts(path)]
+    return path.read_bytes() if path.suffix == ".safetensors" and "model" in path.parts else "there"
+
+
+def _texts(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines() if path.suffix == ".jsonl" else [text]
+
+
+def _without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_seconds(item) for key, item in value.items() if "seconds" not in key}
+    return [_without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def clear(root: Path, kept: set[str]) -> None:
     """Remove what a line left behind."""
-    import shutil
-
     for path in root.iterdir():
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def main(seed: int, count: int) -> int:
-    """Prepare, try, and print what went wrong; returns how many lines did."""
-    os.environ["IMPLICIT_DIFFUSION_CACHE"] = "off"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["MPLBACKEND"] = "Agg"
-    import contextlib
-
-    import torch
-
-    torch.set_num_threads(1)
-    wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder).resolve()
-        os.chdir(root)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            prepare(root)
-        kept = {path.name for path in root.iterdir()}
-        for line in lines(seed, count):
-            start = time.monotonic()
-            status, out, err = attempt(line, root)
-            reason = verdict(status, out, err, root)
-            if "-v" in sys.argv:
-                print(
-                    f"{time.monotonic() - start:5.1f} s  {status}  {line}  {err.strip().splitlines()[-1:]}", flush=True
-                )
-            if reason:
-                wrong += 1
-                print(json.dumps({"reason": reason, "line": line, "status": status, "err": err[-3000:]}), flush=True)
-            clear(root, kept)
-    return wrong
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])) > 0)

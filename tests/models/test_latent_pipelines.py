@@ -185,7 +185,8 @@ def test_factors_that_cannot_be_are_refused(folders, factors, tmp_path):
     folder = shutil.copytree(folders["sd3"], tmp_path / "model")
     path = folder / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | factors))
-    with pytest.raises(InvalidInputError, match=f"the autoencoder's {next(iter(factors))} is "):
+    said = rf"autoencoder's {next(iter(factors))} is |\(NaN is not a finite number\)"
+    with pytest.raises(InvalidInputError, match=said):
         load_pretrained(folder)
 
 

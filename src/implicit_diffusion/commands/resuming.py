@@ -16,6 +16,7 @@ from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
+from implicit_diffusion.files.foreign import check_folder, fitting
 from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
@@ -76,7 +77,8 @@ def resume(
         check_version(directory, accept_changes)
         if finished:
             _adopt(directory, command, values)
-            return command.report(directory)
+            with fitting(path):
+                return command.report(directory)
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
             from_main(lambda: check_trust(str(values.get("reward", "")), path))
@@ -141,7 +143,8 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
             )
         command, _ = _command(directory)
         check_version(directory, advice="draw its report with that version")
-        return command.report(directory)
+        with fitting(path):
+            return command.report(directory)
 
 
 def _check_no_plan(path: Path, values: Mapping[str, Any]) -> None:
@@ -166,6 +169,7 @@ def _results(path: Path, command: Command, values: Mapping[str, Any]) -> str:
 def _open(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
+    check_folder(path)
     directory = RunDirectory(path)
     origin = directory.read_origin()
     if any(path.glob("beta-*")) or (origin is not None and origin.command == "sweep"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
+from implicit_diffusion.files.foreign import check_folder
 from implicit_diffusion.processes import from_main, main_alone, world_size
 
 LOCK = ".lock"  # exists while a process holds the folder
@@ -23,8 +24,8 @@ def hold(folder: Path) -> Iterator[None]:
     removed.
 
     Raises:
-        InvalidInputError: another run holds the folder, it cannot be made, or this is one of several processes
-            that nothing connects.
+        InvalidInputError: another run holds the folder, it cannot be made, something in it leads out of it, or this is
+            one of several processes that nothing connects.
         StorageError: the file system has no locks.
     """
     _check_alone()
@@ -46,6 +47,7 @@ def _hold(folder: Path) -> Iterator[None]:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(f"`folder` {str(path)!a} is not UTF-8; name another folder") from error
+    check_folder(path)
     made = make(path)
     lock = FileLock(path / LOCK, blocking=False, is_singleton=True)
     with writing(path / LOCK):

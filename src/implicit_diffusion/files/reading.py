@@ -7,6 +7,7 @@ nested deeper than a parser's stack. Only regular files are read, up to a maxima
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -54,7 +55,8 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        InvalidInputError: as `read_bytes`; it is not JSON, not an object, or has more than `DEEPEST` levels.
+        InvalidInputError: as `read_bytes`; it is not JSON, which has neither NaN nor infinity, not an object, or has
+            more than `DEEPEST` levels.
     """
     return parse_json(path, read_bytes(path, most))
 
@@ -62,7 +64,7 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 def parse_json(path: Path, contents: bytes) -> dict[str, Any]:
     """The JSON object in the contents of a file; errors as in `read_json`."""
     try:
-        value = json.loads(contents.decode("utf-8"))
+        value = json.loads(contents.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise InvalidInputError(f"{path} is nested deeper than {DEEPEST} levels") from None
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
@@ -76,6 +78,14 @@ def parse_json(path: Path, contents: bytes) -> dict[str, Any]:
         if not level:
             return value
     raise InvalidInputError(f"{path} is nested deeper than {DEEPEST} levels")
+
+
+def _finite(number: str) -> float:
+    """A number of JSON, or one of the words that Python reads there as well: NaN, Infinity, -Infinity."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:20]} is not a finite number")
+    return value
 
 
 def one_line(error: object) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.files.foreign import inside
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import CHAIN
-from implicit_diffusion.models.pipeline_files import names_in, real
+from implicit_diffusion.models.pipeline_files import names_in
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.tables.table import ChainTable
 
@@ -59,7 +60,7 @@ def read_chain(folder: Path) -> TrainedChain | None:
     if CHAIN not in names_in(folder):
         return None
     try:
-        content = read_json(real(folder, folder / CHAIN))
+        content = read_json(inside(folder, folder / CHAIN))
         table = ChainTable.from_dict(content["table"])
         if content["num_steps"] != len(table):
             raise InvalidInputError(f"num_steps is {content['num_steps']!r}, and its table has {len(table)} rows")

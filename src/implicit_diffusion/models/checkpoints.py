@@ -24,6 +24,7 @@ from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError, shown
 from implicit_diffusion.extras import require
+from implicit_diffusion.files.foreign import inside
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.families import FAMILIES, PIXELS, PipelineFamily, family_of
 from implicit_diffusion.models.pipeline_files import (
@@ -34,7 +35,6 @@ from implicit_diffusion.models.pipeline_files import (
     names_in,
     needed,
     no_weights,
-    real,
     weights,
 )
 from implicit_diffusion.showing import Shown
@@ -150,7 +150,7 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[PipelineFamily, 
                 f"{folder} is not a diffusers pipeline: it has no {INDEX}; it holds {_listing(folder)}. "
                 "Save a whole pipeline there, DDPMPipeline(unet=..., scheduler=...).save_pretrained(folder)."
             )
-        real(folder, path, linked=linked)
+        inside(folder, path, linked=linked)
     except InvalidInputError as error:
         raise InvalidInputError(f"model: {error}") from error
     try:

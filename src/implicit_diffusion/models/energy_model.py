@@ -22,6 +22,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_path
 from implicit_diffusion.files.atomic import make_folder, replacing
+from implicit_diffusion.files.foreign import inside
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.files.tensors import load_tensors, save_tensors
 from implicit_diffusion.models.lattice import Lattice
@@ -253,20 +254,19 @@ def load_energy_model(model: str | PathLike[str]) -> EnergyModel:
 
 def _read(folder: Path) -> EnergyModel:
     """The model in a folder; where there is none, it raises errors of many kinds."""
-    description = read_json(folder / DESCRIPTION_FILE)
+    description = read_json(inside(folder, folder / DESCRIPTION_FILE))
     if description.get("format") != FORMAT:
         raise ValueError(f"its format is {description.get('format')!r}")
     built = description["architecture"]
     architecture = Architecture(**built | {"event_shape": tuple(built["event_shape"])})
-    tensors, _ = load_tensors(folder / WEIGHTS)
-    wrong = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if wrong:
+    tensors, _ = load_tensors(inside(folder, folder / WEIGHTS))
+    if wrong := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"{', '.join(wrong)} must be finite")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     with bounded(2 * numbers + SLACK, 4 * len(tensors) + 100):
         potential = architecture.build(Noise(0)).to(tensors["particles"].dtype)
-    prefix = "potential."
-    potential.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    weights = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith("potential.")}
+    potential.load_state_dict(weights)
     return EnergyModel(
         architecture=architecture,
         potential=potential,

@@ -24,11 +24,11 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.code_refusals import part_class, refuse_code
 
 SLACK = 2**20  # numbers that a model may hold in addition to its weights, such as tables of positions
 LARGEST_OPTION = 10**6  # largest whole number in a scheduler's config, which has about a thousand timesteps
 FLOATS = ("F64", "F32", "F16", "BF16")
-ATTENTIONS = (None, "eager", "sdpa")  # of transformers; another name may be that of code on the hub
 
 
 class _TooLargeError(ValueError):
@@ -62,9 +62,9 @@ def load_model(
     place = folder / part
     about = (checkpoint, folder, source)
     try:
-        model_class = _model_class(checkpoint, part)
+        model_class = part_class(part, *checkpoint.parts[part])
         described = read_json(place / "config.json")
-        _refuse_code(described)
+        refuse_code(described)
         headers = read_headers(place)
         wanted = _build(model_class, place, headers)
         _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
@@ -90,33 +90,6 @@ def refused(
     """The error for a part that cannot be used: the library's message, with the path that the user knows."""
     words = str(error).replace(str(folder), str(checkpoint.folder)) or type(error).__name__
     return InvalidInputError(f"model: the {what} of {source!r} cannot be {how}: {one_line(words)}")
-
-
-def _model_class(checkpoint: Checkpoint, part: str) -> Any:
-    """The class of a part, if it is a model class of diffusers or transformers."""
-    require("diffusers", "transformers")
-    import diffusers
-    import transformers
-
-    library, name = checkpoint.parts[part]
-    if library == "stable_diffusion":
-        from diffusers.pipelines import stable_diffusion as home
-    else:
-        home = {"diffusers": diffusers, "transformers": transformers}[library]
-    model_class = getattr(home, name, None)
-    if isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin | transformers.PreTrainedModel):
-        return model_class
-    raise ValueError(f"{library} has no model class {name!r}")
-
-
-def _refuse_code(described: Any) -> None:
-    """Raise where a config of transformers names code on the hub, which the library would fetch and run."""
-    if not isinstance(described, dict):
-        return
-    for key, value in described.items():
-        if key.endswith("attn_implementation") and value not in ATTENTIONS:
-            raise ValueError(f"its config asks for {key} = {value!r}; code from elsewhere is never run")
-        _refuse_code(value)
 
 
 def read_headers(place: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

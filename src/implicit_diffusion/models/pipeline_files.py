@@ -22,11 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.files.reading import one_line, read_json, refuse_unless_regular
+from implicit_diffusion.files.foreign import inside
+from implicit_diffusion.files.reading import one_line, read_json
+from implicit_diffusion.models.code_refusals import without_places
 
 Source = Path | bytes  # where a file is, or its contents
 
 VARIANTS = ("", "fp16", "bf16")  # of weights, the first that is there; others, such as non_ema, are never loaded
+TOKENIZER = "tokenizer_config.json"
 TABLES = (".json", ".txt", ".model")  # files of tokenizers and image processors
 VOCABULARIES: tuple[set[str], ...] = (
     {"tokenizer.json"},
@@ -92,9 +95,12 @@ def located(folder: Path, place: Path, part: str, library: str, *, linked: bool 
     if part.startswith("tokenizer") and not any(one <= {*files} for one in VOCABULARIES):
         either = ", or ".join(" and ".join(sorted(one)) for one in VOCABULARIES)
         raise InvalidInputError(f"{place} has no vocabulary ({either}); it holds {listing(names)}")
-    paths = {name: real(folder, place / name, linked=linked) for name in files}
+    paths = {name: inside(folder, place / name, linked=linked) for name in files}
     if files[0] != "config.json":
-        return {f"{part}/{name}": path for name, path in paths.items()}
+        sources: dict[str, Source] = dict(paths)
+        if TOKENIZER in paths:
+            sources[TOKENIZER] = without_places(paths[TOKENIZER])
+        return {f"{part}/{name}": source for name, source in sources.items()}
     if len(paths) == 1:
         raise no_weights(str(place if place != folder else folder), names)
     return {f"{part}/{name}": source for name, source in _default_variant(paths, files[1]).items()}
@@ -133,28 +139,6 @@ def names_in(folder: Path) -> list[str]:
         return sorted(os.listdir(folder)) if folder.is_dir() else []
     except OSError as error:
         raise InvalidInputError(f"{folder} cannot be read ({one_line(error)})") from error
-
-
-def real(folder: Path, path: Path, *, linked: bool = False) -> Path:
-    """The path of a file in a model's folder, with links followed.
-
-    Raises:
-        InvalidInputError: it is outside of the folder (unless `linked`), does not exist, or is not a regular file.
-    """
-    try:
-        home, target = folder.resolve(strict=True), path.resolve(strict=True)
-        refuse_unless_regular(path, target.stat().st_mode)
-    except InvalidInputError:
-        raise
-    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
-        raise InvalidInputError(f"{path} cannot be read ({one_line(error)})") from error
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not linked and not any(target.is_relative_to(inside) for inside in homes):
-        raise InvalidInputError(
-            f"{path} is a link to {target}, outside of the model's folder, and files from elsewhere are not read; "
-            "if it belongs to the model, copy it there"
-        )
-    return target
 
 
 def no_weights(where: str, names: Collection[str]) -> InvalidInputError:

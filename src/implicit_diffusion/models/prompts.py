@@ -14,6 +14,7 @@ from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.code_refusals import part_class
 from implicit_diffusion.models.families import WIDTHS
 from implicit_diffusion.models.parts import load_model, quiet, refused
 
@@ -95,6 +96,8 @@ def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
             if (folder / part / "config.json").exists():
                 given[part] = load_model(checkpoint, folder, part, part.replace("_", " "), source)
         try:
+            for part in checkpoint.parts.keys() - given.keys() - {"scheduler"}:
+                part_class(part, *checkpoint.parts[part])
             return pipeline_class.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **given)
         except Exception as error:  # as above
             raise refused("pipeline", "loaded", error, checkpoint, folder, source) from error

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from implicit_diffusion.errors import StorageError
+from implicit_diffusion.errors import InvalidInputError, StorageError
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.files.lock import LOCK
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.processes import is_main
 
 SECONDS_FILE = "seconds.json"
@@ -121,8 +122,8 @@ def shares(path: Path) -> list[tuple[str, float, float]]:
 
 def read(path: Path) -> dict[str, float]:
     """What a clock has kept in a folder."""
-    with suppress(OSError, ValueError, AttributeError):
-        kept = json.loads((path / SECONDS_FILE).read_text(encoding="utf-8"))
+    with suppress(InvalidInputError):
+        kept = read_json(path / SECONDS_FILE)
         return {str(name): float(spent) for name, spent in kept.items() if isinstance(spent, int | float)}
     return {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.fingerprints import short_digest
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 
@@ -45,8 +45,8 @@ def of_config(directory: RunDirectory, before: Mapping[str, Any]) -> Iterator[Di
 
 def _why(directory: RunDirectory) -> str:
     try:
-        json.loads((directory.path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        read_json(directory.path / "config.json")
+    except InvalidInputError as error:
         return str(error)
     return "it holds no configuration"
 

@@ -10,7 +10,6 @@ it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, get_args
@@ -21,6 +20,7 @@ from implicit_diffusion import __version__
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.fingerprints import Input, fingerprint, fingerprint_now, is_fingerprint, relative
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import differences, records, surroundings
 from implicit_diffusion.runs.differences import Difference
@@ -155,16 +155,34 @@ def verify(
             _refuse_or_accept(directory, [Difference("provenance", missing)], accept_changes, advice)
         return torch.get_num_threads()
     saved = _read(directory)
-    now = {name: _now(name, entry, directory, inputs or {}) for name, entry in saved["inputs"].items()}
+    before = {name: {} for name in inputs or {}} | saved["inputs"]  # what it did not read before has changed as well
+    now = {name: _now(name, entry, directory, inputs or {}) for name, entry in before.items()}
     changed = [
         *differences.of_config(directory, saved["config"]),
-        *differences.of_inputs(directory.path, saved["inputs"], now),
+        *differences.of_inputs(directory.path, before, now),
         *differences.of_surroundings(saved["versions"], saved["device"]),
     ]
     _refuse_or_accept(directory, changed, accept_changes, advice)
     if changed:
         records.write(directory.path / PROVENANCE_FILE, _renewed(directory, saved, now, changed))
     return int(saved["threads"])
+
+
+@main_only
+def check_inputs(directory: RunDirectory, inputs: Mapping[str, Input]) -> None:
+    """Refuse inputs that are not those of the run: a folder from elsewhere may name any file of its reader.
+
+    Args:
+        directory: of the run.
+        inputs: that are about to be read, by a name of `Change`.
+
+    Raises:
+        InvalidInputError: an input that has changed, or that provenance.json does not have.
+    """
+    saved = _read(directory)["inputs"] if is_recorded(directory) else {}
+    before = {name: saved.get(name, {}) for name in inputs}
+    now = {name: _now(name, entry, directory, inputs) for name, entry in before.items()}
+    _refuse_or_accept(directory, [*differences.of_inputs(directory.path, before, now)], (), "begin a new run")
 
 
 @main_only
@@ -221,12 +239,12 @@ def _renewed(
 def _read(directory: RunDirectory) -> dict[str, Any]:
     path = directory.path / PROVENANCE_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         known = {"config": dict, "inputs": dict, "versions": dict, "threads": int, "device": dict, "accepted": list}
         wrong = [name for name, kind in known.items() if not isinstance(saved[name], kind)]
         wrong += [f"inputs.{name}" for name, entry in saved["inputs"].items() if not is_fingerprint(entry)]
         if wrong or saved["threads"] < 1 or not {"name", "kind"} <= saved["device"].keys():
             raise ValueError(f"{', '.join(wrong) or 'threads or device'} cannot be what was written")
         return dict(saved)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"{path} is damaged: {error}") from error

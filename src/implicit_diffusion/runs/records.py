@@ -60,9 +60,8 @@ def as_line(row: Mapping[str, Any]) -> str:
 
 def read(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file, or none that can be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else None
+    with suppress(InvalidInputError):
+        return read_json(path)
     return None
 
 

@@ -29,6 +29,7 @@ from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import check_inputs
 
 LOOKS = 12  # exact figures on the way
 
@@ -148,6 +149,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
             f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
         )
     summary = read_summary(Summary, directory)
+    check_inputs(directory, inputs(config))
     data = load_data(config.data, Noise(config.seed), dequantise=config.dequantise)
     _write_report(load_energy_model(directory.model), data, summary, directory)
     show(summary, directory.path)

@@ -71,8 +71,8 @@ def run(
 
 def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if resumed and config.prompts is not None and from_main((directory.path / planning.PROMPTS).is_file):
-        config = replace(config, prompts=directory.path / planning.PROMPTS)
+    if resumed and config.prompts is not None:
+        config = replace(config, prompts=directory.path / planning.PROMPTS)  # its own copy, and no other file
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not resumed:

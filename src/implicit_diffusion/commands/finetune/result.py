@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.plans import Plan
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
@@ -132,6 +132,6 @@ def read_run_summary(path: Path) -> Summary:
         InvalidInputError: it is not of this release.
     """
     try:
-        return Summary.from_json(json.loads((path / "summary.json").read_text(encoding="utf-8")))
-    except (KeyError, TypeError) as error:
+        return Summary.from_json(read_json(path / "summary.json"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInputError(f"{path}/summary.json is not of this release: {error!r}") from error

@@ -177,5 +177,5 @@ class Summary:
             part_from_json(ModelSummary, content),
             from_json(MemoryOfStart, content["memory_of_start"]),
             from_json(list[PlanRow], content["plan"]),
-            *(from_json(Quality, content[look]) for look in looks),
+            *(from_json(Quality | None, content[look]) for look in looks),
         )

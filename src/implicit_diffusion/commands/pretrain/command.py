@@ -31,6 +31,7 @@ from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
+from implicit_diffusion.runs.provenance import check_inputs
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -77,6 +78,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
         InvalidInputError: images or a model that are no longer there.
     """
     summary, config = read_summary(Summary, directory), read_options(Config, directory)
+    check_inputs(directory, inputs(config))
     data = images_of(config)
     pretrained = load_pretrained(directory.model)
     unet = pretrained.denoiser.model

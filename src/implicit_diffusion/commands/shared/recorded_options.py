@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from implicit_diffusion import __version__
+from implicit_diffusion.commands.shared.summaries import from_json
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.runs import RunDirectory
 
@@ -21,7 +20,8 @@ def read_options(kind: type[C], directory: RunDirectory) -> C:
         directory: of the run.
 
     Raises:
-        InvalidInputError: config.json is gone or damaged, has an option that `kind` does not have, or lacks one.
+        InvalidInputError: config.json is gone or damaged, has an option that `kind` does not have, or lacks one,
+            or has one of another type.
         StorageError: it has vanished.
     """
     directory.check_there()
@@ -30,7 +30,7 @@ def read_options(kind: type[C], directory: RunDirectory) -> C:
         raise InvalidInputError(
             f"{directory.path}/config.json is gone, or cannot be read; put the folder of the run back as it was"
         )
-    types = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    types = get_type_hints(kind)
     if values.keys() != types.keys():
         unknown, missing = sorted(values.keys() - types.keys()), sorted(types.keys() - values.keys())
         wrong = [f"{word} {', '.join(names)}" for word, names in (("has", unknown), ("lacks", missing)) if names]
@@ -41,8 +41,8 @@ def read_options(kind: type[C], directory: RunDirectory) -> C:
         )
     read: dict[str, Any] = {}
     for name, value in values.items():
-        if "Path" in types[name] and value is not None:
-            read[name] = Path(value)
-        else:
-            read[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            read[name] = from_json(types[name], value)
+        except TypeError as error:
+            raise InvalidInputError(f"{directory.path}/config.json cannot be used: {name}: {error}") from error
     return kind(**read)

@@ -7,13 +7,14 @@ None is null. A field `name` that is an `Estimate` has two keys, `name` and `nam
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Estimate
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.runs import RunDirectory
 
 S = TypeVar("S")
@@ -44,26 +45,30 @@ def from_json(kind: Any, value: Any) -> Any:
         value: from `to_json`.
 
     Raises:
-        TypeError: fields that are missing, or that the dataclass does not have.
+        TypeError: fields that are missing, or that the dataclass does not have; a value of another type.
         KeyError: an estimate without its standard error.
     """
+    if value is None and types.NoneType in get_args(kind):
+        return None
     kind = _without_none(kind)
     origin, arguments = get_origin(kind), get_args(kind)
-    if value is None:
-        return None
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints, values = get_type_hints(kind), dict(value)
         for name in hints.keys() & values.keys():
             if _without_none(hints[name]) is Estimate:
                 mean, error = values[name], values.pop(f"{name}_se")
-                values[name] = None if mean is None else Estimate(mean, error)
+                none = mean is None and types.NoneType in get_args(hints[name])
+                values[name] = None if none else Estimate(from_json(float, mean), from_json(float, error))
             else:
                 values[name] = from_json(hints[name], values[name])
         return kind(**values)
-    if origin is dict:
+    if origin is dict and isinstance(value, dict):
         return {name: from_json(arguments[1], item) for name, item in value.items()}
-    if origin in (list, tuple):
+    if origin in (list, tuple) and isinstance(value, list):
         return origin(from_json(arguments[0], item) for item in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    _check(kind, value)
     return value
 
 
@@ -81,6 +86,16 @@ def part_from_json(kind: type[S], content: Mapping[str, Any]) -> S:
     keys = [*hints, *(f"{name}_se" for name, hint in hints.items() if _without_none(hint) is Estimate)]
     part: S = from_json(kind, {key: content[key] for key in keys})
     return part
+
+
+def _check(kind: Any, value: object) -> None:
+    """Raise `TypeError` unless a value of JSON is of one of the types that JSON has itself, or a word of a literal."""
+    if get_origin(kind) is Literal:
+        known = any(value == word and type(value) is type(word) for word in get_args(kind))
+    else:
+        known = kind is Any or type(value) is kind or (kind is float and type(value) is int)
+    if not known:
+        raise TypeError(f"{str(value)[:80]!r} is not what belongs there ({getattr(kind, '__name__', kind)})")
 
 
 def _without_none(kind: Any) -> Any:
@@ -102,7 +117,7 @@ def read_summary(kind: type[S], directory: RunDirectory) -> S:
     """
     path = directory.path / "summary.json"
     try:
-        summary: S = from_json(kind, json.loads(path.read_text(encoding="utf-8")))
+        summary: S = from_json(kind, read_json(path))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInputError(f"{path} is not what this release writes: {error}") from error
     return summary

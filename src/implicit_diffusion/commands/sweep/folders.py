@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from implicit_diffusion.commands.sweep.config import OF_ONE_RUN, Config
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED
 from implicit_diffusion.files.lock import LOCK
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.provenance import PROVENANCE_FILE
@@ -77,8 +77,8 @@ def folder_of(out: Path, beta: float) -> Path:
 def beta_of(folder: Path) -> float | None:
     """The KL weight that a run's folder was begun with; None where it did not come that far."""
     try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))["kl_weight"]
-    except (OSError, ValueError, KeyError, TypeError):
+        value = read_json(folder / "config.json")["kl_weight"]
+    except (InvalidInputError, KeyError):
         return None
     return float(value) if isinstance(value, int | float) else None
 

@@ -36,6 +36,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.provenance import check_inputs
 from implicit_diffusion.runs.study import Study
 
 
@@ -89,6 +90,7 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     if config.reward != "half-plane":
         raise InvalidInputError(f"{directory.path}: its figure needs the reward, which is code: run `tilt` again")
     summary = read_summary(Summary, directory)
+    check_inputs(directory, inputs(config))
     plot(summary, ExactTilt(load_energy_model(config.model), half_plane), directory.figure("tilt"))
     show(summary, config.arms[0], directory)
     written: dict[str, Any] = to_json(summary)
