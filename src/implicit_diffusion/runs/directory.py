@@ -11,6 +11,8 @@
     checkpoint/     the state to continue from
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
+    tensorboard/    event files, and wandb/ with wandb.json, where a run is tracked (`runs.trackers`)
+    so-far.html     how far an unfinished run had come, for people; no run reads or writes it
 
 Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one process at a time. summary.json says that a
 run is judged; what comes after it is derived from what is on disk, and can be made again.
@@ -22,7 +24,7 @@ import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -35,6 +37,7 @@ from implicit_diffusion.files.lock import LOCK, hold, make
 from implicit_diffusion.files.states import STATE_FILE
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.devices import naming_memory
+from implicit_diffusion.runs.trackers.tracking import UNTRACKED, Tracking
 from implicit_diffusion.showing import Shown
 
 BEGUN = ("config.json", f"checkpoint/{STATE_FILE}")  # written before the first update
@@ -53,15 +56,18 @@ class RunDirectory(Shown):
 
     Args:
         path: a string or a path; kept as a `Path`.
+        tracking: gets the lines of metrics.jsonl as well (`runs.trackers`).
 
     Raises:
         InvalidInputError: `path` is neither.
     """
 
     path: Path
+    tracking: Tracking = field(compare=False, repr=False)
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], tracking: Tracking = UNTRACKED) -> None:
         object.__setattr__(self, "path", check_path("the folder of a run", path))
+        object.__setattr__(self, "tracking", tracking)
 
     @classmethod
     def create(cls, path: str | PathLike[str], may_hold: Collection[str] = ()) -> RunDirectory:
@@ -245,14 +251,15 @@ class RunDirectory(Shown):
 
         Values that are still on a device are read in one go.
         """
-        lines: list[str] = []
+        rows: list[dict[str, Any]] = []
         try:
-            lines += map(records.as_line, records.read_back(metrics))
+            rows += map(records.as_json, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
-            if lines:
+            if rows:
                 path = self.path / "metrics.jsonl"
                 with writing(path), path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
+                    file.writelines(map(records.as_line, rows))
+                self.tracking.lines(rows)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, except a last one that was cut short when the process was killed."""

@@ -36,6 +36,7 @@ class Study:
         self.results: dict[str, Any] = state["study"]
         with replacing(directory.path / "metrics.jsonl") as file:
             file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before
+        directory.tracking.rewind(0)
         self._save()
 
     def once(

@@ -15,7 +15,7 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.command_line.options import options_of
 from implicit_diffusion.commands.command_line.parsing import read
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.report.figures import STYLE
+from implicit_diffusion.commands.shared.drawing import STYLE
 from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.samples import hacking

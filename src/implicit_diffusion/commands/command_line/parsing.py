@@ -159,7 +159,7 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
                     f"{command} does not expect {quoted(word)}{_after(given)}; see {command} --help"
                 )
             option = waiting.pop(0)
-            values = [word]
+            values = [word, *(option.cut(rest) if option.many else [])]
         else:
             name, equals, value = word.partition("=")
             name = f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name

@@ -28,6 +28,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
+from implicit_diffusion.runs.trackers.opening import tracked
 
 LOOKS = 12  # exact figures on the way
 
@@ -69,8 +70,9 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     if config.compare:
         from implicit_diffusion.commands.ebm.compare import compare
 
-        return compare(config, directory)
-    with directory.held(), clock.run():
+        with tracked(directory, config.track) as directory:
+            return compare(config, directory)
+    with directory.held(), clock.run(), tracked(directory, config.track) as directory:
         return _run(config, directory, resumed)
 
 

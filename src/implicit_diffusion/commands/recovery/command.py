@@ -26,8 +26,10 @@ from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
+from implicit_diffusion.runs.trackers.opening import tracked
 
 ARMS = ("unweighted", "weighted", "unweighted-decreasing", "weighted-decreasing")
+LINES = 100  # of metrics.jsonl, for a run, at most
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("recovery"))
-    with directory.held(), opened("recovery", config, directory, resumed=resumed):
-        return _study(config, directory)
+    with directory.held(), tracked(directory, config.track) as directory:
+        with opened("recovery", config, directory, resumed=resumed):
+            return _study(config, directory)
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
         for name in ARMS:
             runs = []
             for seed in range(config.seed, config.seed + config.seeds):
-                runs.append(study.once(name, seed, make=partial(train, run_of(config, name, seed))))
+                make = partial(train, run_of(config, name, seed))
+                runs.append(study.once(name, seed, make=make, lines=partial(_lines, name, seed)))
                 bar.update()
             curves[name] = torch.stack(runs)
     target, start = models(config.problem)
@@ -110,6 +114,15 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     directory.write_summary(written)  # the last file: with it, the run is finished
     show(summary, directory.path)
     return written
+
+
+def _lines(arm: str, seed: int, kls: Float[Tensor, "updates 2"]) -> list[dict[str, Any]]:
+    """About a hundred lines of metrics.jsonl for a run, the last update among them."""
+    every = -(-len(kls) // LINES)
+    return [
+        {"arm": arm, "seed": seed, "updates": n + 1, "kl": kls[n, 0].item(), "kl_to_data": kls[n, 1].item()}
+        for n in range((len(kls) - 1) % every, len(kls), every)
+    ]
 
 
 def _summarise(runs: Float[Tensor, "seeds updates 2"]) -> RecoveryArm:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least, positive
+from implicit_diffusion.runs.trackers.opening import TrackerName
 
 TAIL = 500  # updates whose mean is reported
 STEP_SIZES = {"hexagon": 0.2, "two-modes": 0.05}  # by default
@@ -32,6 +33,9 @@ class Config:
     """Step size η of gradient descent; two of the methods divide it by 1 + k/100 at iteration k."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/recovery-<time>."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training: "tensorboard" writes event files into the folder of
+    the run, "wandb" sends them to Weights & Biases. Both may be given."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
