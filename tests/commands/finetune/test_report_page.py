@@ -15,12 +15,12 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.command_line.options import options_of
 from implicit_diffusion.commands.command_line.parsing import read
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.shared.drawing import STYLE
 from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.samples import hacking
 from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
 from implicit_diffusion.commands.registry import CONFIGURATIONS
+from implicit_diffusion.commands.shared.drawing import STYLE
 from implicit_diffusion.commands.shared.formatting import model_name
 from implicit_diffusion.commands.shared.page import Picture, figures, table
 from implicit_diffusion.runs import RunDirectory

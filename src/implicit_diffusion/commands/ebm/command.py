@@ -133,13 +133,13 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write the report from what is on disk; prints the headline and returns the summary.
 
     Raises:
-        InvalidInputError: a comparison, whose own command draws it again; data or a model that are no longer there.
+        InvalidInputError: data or a model that are no longer there, or a comparison that lacks a training.
     """
     config = read_options(Config, directory)
     if config.compare:
-        raise InvalidInputError(
-            f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
-        )
+        from implicit_diffusion.commands.ebm import compare
+
+        return compare.report(directory)
     summary = read_summary(Summary, directory)
     data = load_data(config.data, Noise(config.seed), dequantise=config.dequantise)
     _write_report(load_energy_model(directory.model), data, summary, directory)

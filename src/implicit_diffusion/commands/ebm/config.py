@@ -115,8 +115,8 @@ class Config:
     """Folder for the run, new or empty; by default runs/ebm-<data>-<time>.
     The folder of an interrupted comparison may be given again, to continue it."""
     track: tuple[TrackerName, ...] = ()
-    """Where else to show the numbers and pictures of the training: "tensorboard" writes event files into the folder of
-    the run, "wandb" sends them to Weights & Biases. Both may be given."""
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""

@@ -12,9 +12,9 @@ from implicit_diffusion.commands.ebm.arms import Refresh, Settings, to_model
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.ebm.samples import axis_label
 from implicit_diffusion.commands.ebm.summary import CurvePoint
+from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels, plane_pixels
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.commands.shared.summaries import to_json
-from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels, plane_pixels
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
 from implicit_diffusion.evaluation.quadrature import Quadrature
 from implicit_diffusion.frozen import eval_mode

@@ -48,8 +48,8 @@ class Config:
     out: Path | None = None
     """Folder for the run: new, empty, or with nothing but a plan in it. By default runs/finetune-<time>."""
     track: tuple[TrackerName, ...] = ()
-    """Where else to show the numbers and pictures of the training: "tensorboard" writes event files into the folder of
-    the run, "wandb" sends them to Weights & Biases. Both may be given."""
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
     loop: Literal["queue", "nested"] = "queue"
     """The algorithm: "queue" samples and trains in one pipelined loop; "nested" samples each batch to the end first."""
     scheduler: (

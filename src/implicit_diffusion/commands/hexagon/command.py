@@ -26,9 +26,9 @@ from implicit_diffusion.commands.hexagon.summary import Summary, add_exact, show
 from implicit_diffusion.commands.hexagon.trace import Trace
 from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature, mixture
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.pictures import PLOTTED, plane_pixels
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
-from implicit_diffusion.commands.shared.pictures import PLOTTED, plane_pixels
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.directory import dated
@@ -50,9 +50,12 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("hexagon"))
-    with directory.held(), tracked(directory, config.track) as directory:
-        with opened("hexagon", config, directory, resumed=resumed):
-            return _study(config, directory)
+    with (
+        directory.held(),
+        tracked(directory, config.track) as directory,
+        opened("hexagon", config, directory, resumed=resumed),
+    ):
+        return _study(config, directory)
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:

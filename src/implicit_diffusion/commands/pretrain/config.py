@@ -26,8 +26,8 @@ class Config:
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/pretrain-<data>."""
     track: tuple[TrackerName, ...] = ()
-    """Where else to show the numbers and pictures of the training: "tensorboard" writes event files into the folder of
-    the run, "wandb" sends them to Weights & Biases. Both may be given."""
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
     size: tuple[int, int] | None = None
     """Height and width to scale the images to; by default their own, rounded so that the U-Net can halve them."""
     classes: bool = False

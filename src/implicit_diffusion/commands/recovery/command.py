@@ -69,9 +69,12 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("recovery"))
-    with directory.held(), tracked(directory, config.track) as directory:
-        with opened("recovery", config, directory, resumed=resumed):
-            return _study(config, directory)
+    with (
+        directory.held(),
+        tracked(directory, config.track) as directory,
+        opened("recovery", config, directory, resumed=resumed),
+    ):
+        return _study(config, directory)
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:

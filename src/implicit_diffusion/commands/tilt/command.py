@@ -23,9 +23,9 @@ from implicit_diffusion.commands.rewards.trust import is_own
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.pictures import plane_pixels
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
-from implicit_diffusion.commands.shared.pictures import plane_pixels
 from implicit_diffusion.commands.tilt.config import Config
 from implicit_diffusion.commands.tilt.exact import ExactTilt, Tradeoff, TrainedTradeoff, half_plane
 from implicit_diffusion.commands.tilt.summary import Row, Summary, between, over_seeds, plot, show

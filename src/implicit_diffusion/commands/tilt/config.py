@@ -42,8 +42,8 @@ class Config:
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/tilt-<time>."""
     track: tuple[TrackerName, ...] = ()
-    """Where else to show the numbers and pictures of the training: "tensorboard" writes event files into the folder of
-    the run, "wandb" sends them to Weights & Biases. Both may be given."""
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
