@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a room imports rooms below its own floor only, and none on it.
 FLOORS = [
     {"errors", "lazily", "showing"},
-    {"extras", "rounding"},
+    {"extras", "processes", "rounding"},
     {"compiled", "files", "frozen", "function_checks", "noise", "particles", "reward_values"},
     {"global_generators", "tables"},
     {"denoisers", "potentials"},

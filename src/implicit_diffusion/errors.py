@@ -26,6 +26,7 @@ __all__ = [  # the public ones; the checks are for the package itself
     "MissingExtraError",
     "NonAffineError",
     "NonFiniteError",
+    "ProcessError",
     "RewardError",
     "StorageError",
 ]
@@ -61,6 +62,10 @@ class MissingExtraError(ImplicitDiffusionError, ImportError):
 
 class StorageError(ImplicitDiffusionError, OSError):
     """A file that cannot be written, or a folder that cannot be locked; its previous contents are intact."""
+
+
+class ProcessError(ImplicitDiffusionError, RuntimeError):
+    """Another of the processes that compute a run together has ended, or does not answer any more."""
 
 
 class RewardError(ImplicitDiffusionError, RuntimeError):
