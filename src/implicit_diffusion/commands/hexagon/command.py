@@ -109,7 +109,7 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
 
 def _show(trace: Trace, config: Config, directory: RunDirectory) -> None:
     """Show the particles at the end of a run to the trackers, beside draws of the initial law."""
-    if directory.tracking.trackers:
+    if directory.tracking.wanted:
         initial = mixture(None, config.sigma).sample(PLOTTED, Noise(config.seed))
         pixels = plane_pixels(trace.clouds[-1][0], beside=initial, words="draws of the initial law")
         group = group_of({"arm": trace.arm, "seed": trace.seed})

@@ -131,7 +131,7 @@ def _train(
     @part("pictures")
     def show() -> None:
         """Show samples of the average so far, always from the same noise."""
-        if directory is not None and directory.tracking.trackers:
+        if directory is not None and directory.tracking.wanted:
             of_network = training.network.event_shape, training.network.classes
             with state.averaged() as unet:
                 x = sample_images(

@@ -28,7 +28,7 @@ class Report:
     """The folder of the run, finished or not, or the folders of several runs of one command, to compare them."""
     out: Path | None = None
     """File for the page of an unfinished run or of a comparison, ending in .html; an old one is replaced.
-    By default it is so-far.html in the folder of the run, or runs/comparison-<time>.html."""
+    By default it is so-far.html in the folder of the run, or a new file in runs/ for a comparison."""
 
 
 def run(config: Report) -> dict[str, Any]:
@@ -91,7 +91,9 @@ def _check_page(page: Path, of_run: Path | None) -> None:
 
 
 def _check_comparable(runs: list[Run]) -> None:
-    kinds = {run.course.kind: run for run in reversed(runs)}
+    kinds: dict[str, Run] = {}
+    for run in runs:
+        kinds.setdefault(run.course.kind, run)
     if len(kinds) > 1:
         (kind, one), (other_kind, other) = list(kinds.items())[:2]
         raise InvalidInputError(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet, tiled
+from implicit_diffusion.extras import require
 from implicit_diffusion.runs.trackers.tracking import Pixels
 
 PICTURED = 16  # images in a grid
@@ -43,6 +44,7 @@ def plane_pixels(
         words: what the others are.
         names: of the two coordinates, as labels of axes.
     """
+    require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = sheet(4.2, 4.2)

@@ -156,7 +156,7 @@ def _study(
 
 def _show(directory: RunDirectory, folder: str, group: str, model: EnergyModel) -> None:
     """Show the particles of a model that is kept to the trackers, beside those of the model before."""
-    if directory.tracking.trackers:
+    if directory.tracking.wanted:
         models = load_energy_model(directory.model / folder), model
         trained, before = (each.particles * each.scale + each.shift for each in models)
         pixels = plane_pixels(trained, beside=before, words="before training")

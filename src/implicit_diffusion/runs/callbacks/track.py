@@ -43,6 +43,6 @@ class Pictures(Shown):
             self._show(fit)
 
     def _show(self, fit: Fit) -> None:
-        if fit.directory is not None and fit.directory.tracking.trackers:
+        if fit.directory is not None and fit.directory.tracking.wanted:
             with part("pictures"):
                 fit.directory.tracking.picture(fit.updates, self.name, self.draw(fit))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.trackers.tensorboard import TensorBoard
@@ -17,8 +18,10 @@ EVENTS = "tensorboard"  # folder of the event files, in that of the run
 
 
 @contextmanager
-def tracked(directory: RunDirectory, names: Collection[TrackerName]) -> Iterator[RunDirectory]:
+def tracked(directory: RunDirectory, names: Collection[str]) -> Iterator[RunDirectory]:
     """The folder of a run whose lines and pictures go to trackers as well, for the block.
+
+    Of several processes, the main one has the trackers; all draw the pictures, which some networks need.
 
     Args:
         directory: of the run; a tracker writes to it once there is something to show.
@@ -28,7 +31,8 @@ def tracked(directory: RunDirectory, names: Collection[TrackerName]) -> Iterator
         MissingExtraError: the package of a tracker is not installed; the message has the command that installs it.
         InvalidInputError: no tracker has such a name; a tracker refuses.
     """
-    tracking = Tracking([_open(name, directory) for name in dict.fromkeys(names)])
+    trackers = [_open(name, directory) for name in dict.fromkeys(names)] if processes.is_main() else []
+    tracking = Tracking(trackers, wanted=bool(names))
     try:
         yield RunDirectory(directory.path, tracking)
     except BaseException:
@@ -38,7 +42,7 @@ def tracked(directory: RunDirectory, names: Collection[TrackerName]) -> Iterator
     tracking.close()
 
 
-def _open(name: TrackerName, directory: RunDirectory) -> Tracker:
+def _open(name: str, directory: RunDirectory) -> Tracker:
     if name == "tensorboard":
         return TensorBoard(directory.path / EVENTS)
     if name == "wandb":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,6 +17,7 @@ GROUPS = ("arm", "lr", "kl_weight", "seed")  # columns that say which of several
 CURVE = "curve"  # a column with lines of its own
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where numbers and pictures go."""
 
@@ -46,11 +47,13 @@ class Tracking(Shown):
     """What the trackers of a run get. Nothing is written to them except by `lines`, `rewind` and `close`.
 
     Args:
-        trackers: none for a run that is not tracked.
+        trackers: none for a run that is not tracked, and in all processes of a run but the main one.
+        wanted: whether the run is tracked, so that pictures are to be drawn; by default whether there are trackers.
     """
 
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, trackers: Sequence[Tracker] = (), wanted: bool | None = None) -> None:
         self.trackers = tuple(trackers)
+        self.wanted = bool(trackers) if wanted is None else wanted
         self._waiting: list[tuple[int, str, str, Pixels]] = []
 
     def _words(self) -> tuple[str, ...]:
@@ -61,7 +64,8 @@ class Tracking(Shown):
 
         A picture of one of several trainings follows the lines of that training, and does not wait.
         """
-        self._waiting.append((step, group, name, pixels))
+        if self.trackers:
+            self._waiting.append((step, group, name, pixels))
         if group or step == 0:
             self.lines(())
 
@@ -94,7 +98,7 @@ class Tracking(Shown):
         for tracker in self.trackers:
             tracker.close()
 
-    def _show_pictures(self, step: float) -> None:
+    def _show_pictures(self, step: float | int) -> None:
         while self._waiting and self._waiting[0][0] <= step:
             shown = self._waiting.pop(0)
             for tracker in self.trackers:

@@ -41,7 +41,8 @@ class WeightsAndBiases(Shown):
         require("wandb")
         import wandb
 
-        with _refusals():
+        self._wandb: Any = wandb
+        with self._refusals():
             if os.environ.get("WANDB_MODE") not in HERE and not wandb.login(prompt=False):
                 raise InvalidInputError(
                     "Weights & Biases knows no account here: log in with `wandb login`, or set WANDB_MODE=offline"
@@ -58,9 +59,7 @@ class WeightsAndBiases(Shown):
         self._log(step, group, dict(numbers))
 
     def images(self, step: int, group: str, name: str, pixels: Pixels) -> None:
-        import wandb
-
-        self._log(step, group, {name: wandb.Image(pixels)})
+        self._log(step, group, {name: self._wandb.Image(pixels)})
 
     def rewind(self, step: int) -> None:
         self._at = step or -1
@@ -73,7 +72,7 @@ class WeightsAndBiases(Shown):
     def close(self) -> None:
         if self._run is not None:
             self.flush()
-            with _refusals():
+            with self._refusals():
                 self._run.finish()
             self._run = None
 
@@ -87,7 +86,7 @@ class WeightsAndBiases(Shown):
         if self._at <= self._sent:
             return
         run = self._open()
-        with _refusals():
+        with self._refusals():
             if not group:
                 run.log(values, step=step)
             else:
@@ -97,10 +96,8 @@ class WeightsAndBiases(Shown):
 
     def _open(self) -> Any:
         if self._run is None:
-            import wandb
-
-            with _refusals():
-                self._run = wandb.init(
+            with self._refusals():
+                self._run = self._wandb.init(
                     project=os.environ.get("WANDB_PROJECT", PROJECT),
                     dir=str(self.folder),
                     id=self._id,
@@ -108,19 +105,16 @@ class WeightsAndBiases(Shown):
                     config=RunDirectory(self.folder).read_config(),
                     resume="allow",
                     reinit="create_new",
-                    settings=wandb.Settings(console="off", silent=True),
+                    settings=self._wandb.Settings(console="off", silent=True),
                 )
             self._keep()
         return self._run
 
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Errors of W&B as ours."""
-    import wandb
-
-    try:
-        yield
-    except wandb.Error as error:
-        said = " ".join(str(error).split())
-        raise InvalidInputError(f"Weights & Biases refuses: {said}; or set WANDB_MODE=offline") from error
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Errors of W&B as ours."""
+        try:
+            yield
+        except self._wandb.Error as error:
+            said = " ".join(str(error).split())
+            raise InvalidInputError(f"Weights & Biases refuses: {said}; or set WANDB_MODE=offline") from error
