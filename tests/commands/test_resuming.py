@@ -493,5 +493,5 @@ def test_a_part_of_a_run_and_one_that_never_began_are_not_continued(tmp_path, ca
     for command in ("resume", "report"):
         assert cli.main([command, str(run.model)]) == 2
         assert f"name the run itself, {run.path}\n" in capsys.readouterr().err
-    assert cli.main(["report", str(run.path)]) == 2
-    assert f"`implicit-diffusion resume {run.path}` continues it" in capsys.readouterr().err
+    with pytest.raises(InvalidInputError, match=f"`implicit-diffusion resume {run.path}` continues it"):
+        resuming.report(run.path)
