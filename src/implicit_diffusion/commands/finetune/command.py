@@ -24,7 +24,6 @@ from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import (
-    callbacks,
     held_out_checks,
     make_loop,
     pictures,
@@ -49,7 +48,7 @@ from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.directory import dated
-from implicit_diffusion.runs.fit import Callback, Fit
+from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.trackers.opening import tracked
 
@@ -109,8 +108,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     print(f"memory predicted: {predicted}")
     with directory.resumable():
         held_out = held_out_checks(spec, setup)
-        watching: list[Callback] = [pictures(setup), *callbacks(spec, held_out, samples, plan.reward_std)]
-        state = train(spec, loop, watching, directory)
+        state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup))
         facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
         finish(setup, state, plan, facts, directory)
         return report(directory)

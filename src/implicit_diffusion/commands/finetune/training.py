@@ -102,18 +102,30 @@ def pictures(setup: Setup) -> Pictures:
     return Pictures(draw)
 
 
-def train(spec: TrainingSpec, loop: ChainLoop, watching: list[Callback], directory: RunDirectory) -> Fit:
+def train(
+    spec: TrainingSpec,
+    loop: ChainLoop,
+    held_out: HeldOut,
+    samples: Evaluation,
+    reward_std: float,
+    directory: RunDirectory,
+    shown: Pictures,
+) -> Fit:
     """Train until all updates are made, or a callback stops the run.
 
     Args:
         spec: of the training.
         loop: from `make_loop`, scaled.
-        watching: the callbacks.
+        held_out: checks on held-out noise.
+        samples: as in `callbacks`.
+        reward_std: as in `callbacks`.
         directory: of the run.
+        shown: pictures for its trackers.
 
     Raises:
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
+    watching = [shown, *callbacks(spec, held_out, samples, reward_std)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
