@@ -125,7 +125,7 @@ def train(
     Raises:
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
-    watching = [shown, *callbacks(spec, held_out, samples, reward_std)]
+    watching: list[Callback] = [shown, *callbacks(spec, held_out, samples, reward_std)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
