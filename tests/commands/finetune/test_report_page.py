@@ -45,7 +45,8 @@ OTHERS = {int: 7, float: 0.3, bool: True, str: "a 'b' -c", Path: Path("/some whe
 @pytest.mark.parametrize("option", options_of(Config), ids=lambda option: option.field)
 def test_the_command_is_read_as_the_same_configuration(option):
     """With every option at another value than its default, one by one; out and plan are left to the new run."""
-    other = OTHERS.get(option.type) or get_args(option.type)[-1]
+    several = option.many and get_args(get_args(option.type)[0])
+    other = several or OTHERS.get(option.type) or get_args(option.type)[-1]
     config = replace(Config(), **{option.field: other})
     words = pasted(command(config))
     assert words[:2] == ["implicit-diffusion", "finetune"]
