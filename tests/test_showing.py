@@ -19,7 +19,6 @@ from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.evaluation.stored import Stored
-from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.models.checkpoints import find_checkpoint
@@ -231,7 +230,7 @@ EXAMPLES = {
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
     "ClippingEffect": lambda: ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),
-    "Stored": lambda: Stored(Path("plan"), {"--seed": "0"}, 4, GlobalGenerators(NOISE)),
+    "Stored": lambda: Stored(Path("plan"), {"--seed": "0"}, 4),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),
     "Images": lambda: Images(torch.zeros(9, 1, 8, 8), torch.zeros(3, 1, 8, 8), "zeros"),
     "Digits": lambda: Digits(*(torch.zeros(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)) * 2),

@@ -36,6 +36,11 @@ class Compiled(Shown):
         self.reason = None if able else "torch cannot trace autograd"
         self._compiled: Callable[..., Any] | None = None
 
+    def stay_eager(self, reason: str) -> None:
+        """Do not compile, and say why, as where compilation fails."""
+        self.reason = reason
+        warnings.warn(f"not compiled, runs eagerly: {reason}", stacklevel=4)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         function = copy.deepcopy(self.function, memo)
         return Compiled(function, differentiates=self.differentiates, dynamic=self.dynamic)
@@ -50,8 +55,7 @@ class Compiled(Shown):
             return self._run(args, kwargs)
         except Exception as error:  # dynamo and inductor raise many
             result = self.function(*args, **kwargs)  # an error of the function itself is raised here
-            self.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            warnings.warn(f"not compiled, runs eagerly: {self.reason}", stacklevel=3)
+            self.stay_eager(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             return result
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -40,6 +40,17 @@ def frozen_copy(module: Module) -> Module:
     return copied(module).eval().requires_grad_(False)
 
 
+def trained_state(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
+    """The state of a model without its frozen parameters; those are the frozen ones of `like`, with a prefix."""
+    frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `trained_state` returned; the frozen parameters, which it leaves out, stay as they are."""
+    model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
+
+
 def copied(module: Module) -> Module:
     """A deep copy that shares nothing with the original.
 

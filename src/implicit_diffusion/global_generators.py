@@ -2,6 +2,7 @@
 
 This package itself does not. Inside `GlobalGenerators` their states follow from the run's noise, so that the same seed
 gives the same run regardless of earlier draws; outside they have the caller's states. A checkpoint keeps the states.
+Of several processes, each has its own: a state holds those of all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.noise import Noise
 
 GLOBAL = 2**31 + 1  # first key of their seeds, which no trajectory and no trial of a reward has
@@ -51,7 +53,10 @@ class GlobalGenerators:
         self._set(self.outside)
 
     def state_dict(self) -> dict[str, Any]:
-        """Their states, as `save_state` keeps them."""
+        """Their states in all processes, as `save_state` keeps them; all of them call this."""
+        return {"processes": processes.collected(self._state())}
+
+    def _state(self) -> dict[str, Any]:
         cpu, own, (kind, keys, position, has_gauss, gauss), (version, words, spare) = self.states
         return {
             "torch": cpu,
@@ -61,7 +66,13 @@ class GlobalGenerators:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the generator of a device of another type keeps its present state."""
+        """Restore what `state_dict` returned; the generator of a device of another type and a new process
+        keep their present states.
+        """
+        if processes.rank() < len(state["processes"]):
+            self._load(state["processes"][processes.rank()])
+
+    def _load(self, state: dict[str, Any]) -> None:
         kind, keys, *rest = state["numpy"]
         version, words, spare = state["python"]
         own = state.get(self.device.type, self.states[1])

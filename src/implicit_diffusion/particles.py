@@ -1,15 +1,20 @@
-"""Particles: the empirical distribution Σ_i w_i δ_{x_i} that a sampler holds and an objective reads."""
+"""Particles: the empirical distribution Σ_i w_i δ_{x_i} that a sampler holds and an objective reads.
+
+Where samples are shared out over processes, `Particles` hold one process's share of the distribution: positions,
+weights and conditions are those of its own particles; log-weights, means and effective sizes are those of the whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_type, shown
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import Shown, brief, of_kind, with_error
@@ -23,7 +28,8 @@ class Particles(Shown):
 
     Args:
         x: positions, with shape (n, *event).
-        log_weights: unnormalised log-weights, with shape (n,); uniform weights where None.
+        log_weights: unnormalised log-weights, with shape (n,), of the particles of all processes; uniform weights where
+            None.
         log_z: log ∫ e^{−V} of the law that they represent, if it is known.
         log_z_growth: growth of log Z since their loop began, which weights estimate even where log Z is unknown.
         condition: what each was sampled under (class labels, prompts), tensors with leading dimension n; None without a
@@ -34,7 +40,7 @@ class Particles(Shown):
     """
 
     x: Float[Tensor, "n *event"]
-    log_weights: Float[Tensor, " n"] | None = None
+    log_weights: Float[Tensor, " all"] | None = None
     log_z: Float[Tensor, ""] | None = None
     log_z_growth: Float[Tensor, ""] | None = None
     condition: Mapping[str, Tensor] | None = None
@@ -45,9 +51,10 @@ class Particles(Shown):
             raise InvalidInputError(f"x must have shape (n, *event) with n ≥ 1, got {tuple(self.x.shape)}")
         if self.log_weights is not None:
             check_type("log_weights", self.log_weights, Tensor, "they are a tensor of shape (n,), or None")
-            if self.log_weights.shape != self.x.shape[:1] or not self.log_weights.is_floating_point():
+            number = len(self.x) * processes.count()
+            if self.log_weights.shape != (number,) or not self.log_weights.is_floating_point():
                 raise InvalidInputError(
-                    f"log_weights must be floating-point numbers of shape ({len(self.x)},), one for each of the "
+                    f"log_weights must be floating-point numbers of shape ({number},), one for each of the "
                     f"particles, got {shown(self.log_weights)}"
                 )
 
@@ -58,13 +65,15 @@ class Particles(Shown):
     def weights(self) -> Float[Tensor, " n"]:
         """W = softmax(log_weights), with shape (n,)."""
         if self.log_weights is None:
-            return self.x.new_full((len(self),), 1 / len(self))
-        return torch.softmax(self.log_weights, 0)
+            return self.x.new_full((len(self),), 1 / (len(self) * processes.count()))
+        return processes.share(torch.softmax(self.log_weights, 0))
 
     @property
     def ess(self) -> Float[Tensor, ""]:
         """Effective sample size of the weights, 1/Σ w_i²: n for equal weights, 1 if one particle has all of it."""
-        return 1 / self.weights.square().sum()
+        if self.log_weights is None:
+            return 1 / processes.total(self.weights.square().sum())
+        return 1 / torch.softmax(self.log_weights, 0).square().sum()
 
     def _words(self) -> Iterable[str]:
         yield f"{len(self)} of {tuple(self.x.shape[1:])} {of_kind(self.x.dtype, self.x.device)}"
@@ -84,7 +93,19 @@ class Particles(Shown):
 
     def mean(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
         """E_p[values] = Σ_i w_i values_i."""
-        return values.mean() if self.log_weights is None else self.weights @ values
+        if self.log_weights is None:
+            return processes.mean(values.mean())
+        return processes.total(self.weights @ values)
+
+    def whole(self) -> Particles:
+        """The particles of all processes, these among them; differentiable in these alone."""
+        if processes.count() == 1:
+            return self
+        x, condition = processes.gathered(self.x), self.condition
+        if condition is not None:
+            condition = {name: processes.gathered(part) for name, part in condition.items()}
+        with processes.alone():
+            return replace(self, x=x, condition=condition)
 
 
 def checked_particles(x: Any, least: int = 2) -> Float[Tensor, "n *event"]:

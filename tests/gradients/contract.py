@@ -1,6 +1,7 @@
 """What every estimator of a chain's gradient must do; a test class inherits it and says which estimator it is."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from tests.helpers.chain_loops import Recorder
 from tests.helpers.oracles import affine_chain
+from tests.helpers.shared_runs import recorded, same_run
+from tests.helpers.together import together
 
 N, DIM, BATCH, BETA = 6, 2, 4, 0.5
 OTHERS = (Adjoint, FullBackprop, lambda: TruncatedBackprop(2))
@@ -29,10 +32,18 @@ def gammas(loop):
     return [torch.cat([g.flatten() for g in gradients]) for gradients in loop.update.optimizer.gradients]
 
 
+def shared_runs(module, name, updates, loops):
+    """Runs of loops that an estimator serves, with a batch that two and three processes can share."""
+    case = getattr(importlib.import_module(module), name)()
+    chosen = [case.loop(kind, Recorder, lr=0.02, batch=6, **options) for kind, options in case.loops[:loops]]
+    return [recorded(loop, updates) for loop in chosen]
+
+
 class EstimatorContract:
     """In nested loops, and by itself."""
 
     pretrained_rows = (5,)
+    loops = ((Nested, {}),)
 
     def make(self):
         raise NotImplementedError
@@ -54,8 +65,8 @@ class EstimatorContract:
     def loop(self, kind=Nested, optimizer=torch.optim.Adam, lr=1e-2, estimator=None, **options):
         chain, objective = self.problem()
         update = Update(optimizer(chain.denoiser.parameters(), lr=lr), accumulate=options.pop("accumulate", 1))
-        estimator = estimator or self.make()
-        return kind(chain, objective, update, batch=BATCH, noise=Noise(3), estimator=estimator, **options)
+        batch, estimator = options.pop("batch", BATCH), estimator or self.make()
+        return kind(chain, objective, update, batch=batch, noise=Noise(3), estimator=estimator, **options)
 
     def test_the_gradient_is_added_to_what_is_there(self):
         chain, objective = self.problem()
@@ -149,6 +160,16 @@ class EstimatorContract:
         for a, b in zip(whole.model.parameters(), second.model.parameters()):
             assert torch.equal(a, b)
 
+    @pytest.mark.parametrize(
+        ("W", "updates", "loops"),
+        [(3, 2, 2), *(pytest.param(W, 4, None, marks=pytest.mark.slow) for W in (2, 3))],
+    )
+    def test_several_processes_compute_what_one_does(self, W, updates, loops):
+        case = type(self).__module__, type(self).__qualname__, updates, loops
+        alone = shared_runs(*case)
+        for *each, one in zip(*together(W, "tests.gradients.contract:shared_runs", *case), alone, strict=True):
+            same_run(each, one)
+
     def nested_gradients(self, loop, count):
         """Γ of the first trajectories, one by one, by one estimator."""
         estimator = self.make()
@@ -157,6 +178,8 @@ class EstimatorContract:
 
 class RowEstimatorContract(EstimatorContract):
     """In queues too, whose contributions must add up to the nested gradients."""
+
+    loops = ((Nested, {}), *((Queue, {"stride": stride}) for stride in (1, 2, N)))
 
     @pytest.mark.parametrize("stride", [1, 2, 4, N])
     def test_without_learning_a_queue_adds_up_to_the_nested_gradients(self, stride):

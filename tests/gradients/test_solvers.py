@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import AdjointMeasure, AdjointSolver, Gibbs
 from implicit_diffusion.gradients.fused import fused_pass, one_pull
 from implicit_diffusion.objectives import FirstVariation, ForwardKL
 from implicit_diffusion.particles import Particles
 from tests.gradients.gibbs_cases import CASES, POTENTIALS, THETA
+from tests.helpers.together import together
 
 F64 = torch.float64
 
@@ -69,6 +71,23 @@ def test_with_interaction_it_solves_another_equation():
     residual = solver.hessian(particles) @ charges + variation.function
     assert charges.sum().abs() < 1e-12 and (residual - residual.mean()).abs().max() < 1e-10
     assert (charges - Dense()(variation, particles).on_particles).abs().max() > 1e-3
+
+
+def solved(name):
+    """Charges and Γ of a solver that needs all particles together, by processes that share them."""
+    potential, x, logs = drawn(10)
+    with processes.sharing():
+        own = Particles(processes.share(x), logs)
+        terms = CASES[2][name].objective.stationary
+        fused = fused_pass(potential, [potential.theta], terms, own.x, [None], lambda here: own, Dense())
+        processes.sum_gradients(fused.gradients)
+        return processes.gathered(fused.charges), fused.gradients[0]
+
+
+@pytest.mark.parametrize("name", ["reward", "mmd"])
+def test_processes_that_share_the_particles_solve_for_all_of_them(name):
+    for found in together(2, "tests.gradients.test_solvers:solved", name):
+        torch.testing.assert_close(found, solved(name), rtol=1e-10, atol=1e-13)
 
 
 def test_it_refuses_measures_on_outside_points_before_anything_is_evaluated():

@@ -10,9 +10,11 @@ it is replayed from ξ_k. What a slot carries back is G_k and x_{k+1}.
 
 import torch
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.estimator import Pulled, RowEstimator
 from implicit_diffusion.gradients.footprint import Footprint, bytes_of, row_activations
+from implicit_diffusion.objectives.variation import Density
 
 
 class ScoreFunction(RowEstimator):
@@ -24,7 +26,7 @@ class ScoreFunction(RowEstimator):
     def turn(self, objective, end):
         values, total = {}, end.x.new_zeros(len(end.x))
         for weight, term in objective.terminal:
-            variation = term.first_variation(end)
+            variation = term.shared_variation(end, Density(end.x.new_zeros(len(end.x))))
             values[term.name] = variation.value
             total = total + weight * variation.function
         return {"return": total, "after": end.x}, values
@@ -32,16 +34,17 @@ class ScoreFunction(RowEstimator):
     def pull(self, chain, objective, at, carry):
         x, go, after = at.x.detach(), carry["return"], carry["after"]
         xi = at.innovation(chain)
-        advantage = (go - go.mean(1, keepdim=True)) * go.shape[1] / (go.shape[1] - 1)  # less the mean of the others
+        batch = go.shape[1] * processes.count()
+        advantage = (go - processes.mean(go.mean(1, keepdim=True))) * batch / (batch - 1)  # less the mean of the others
         costs = {}
         with torch.enable_grad():
             transition = chain.transition(x, at.rows, reference=bool(objective.running), condition=at.condition)
             log_density = -((after - transition.mean) / transition.s).square().flatten(2).sum(-1) / 2
             ratio = torch.exp(log_density + xi.square().flatten(2).sum(-1) / 2)
-            surrogate = (ratio * advantage).mean(1).sum()
+            surrogate = (ratio * advantage).sum() / batch
             for weight, term in objective.running:
                 cost = term.cost(transition)
-                surrogate = surrogate + weight * cost.mean(1).sum()
+                surrogate = surrogate + weight * cost.sum() / batch
                 costs[term.name] = cost.detach().mean(1)
                 go = go + weight * cost.detach()
         if surrogate.requires_grad:  # not on rows that keep the pretrained network
@@ -62,7 +65,7 @@ class WithBaseline(ScoreFunction):
 
     def turn(self, objective, end):
         carry, values = super().turn(objective, end)
-        mean = carry["return"].mean().item()
+        mean = processes.mean(carry["return"].mean()).item()
         carry["return"] = carry["return"] - self.baseline
         self.seen += 1
         self.baseline += (mean - self.baseline) / self.seen

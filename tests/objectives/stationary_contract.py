@@ -21,6 +21,8 @@ from implicit_diffusion.objectives import Density, FirstVariation, GibbsObjectiv
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers import ULA
 from tests.helpers.oracles_gibbs import Banana, estimate
+from tests.helpers.shared_particles import one_term
+from tests.helpers.together import together
 from tests.objectives.contract import F64, OTHER, TermContract, check
 
 N = 8
@@ -196,6 +198,16 @@ class StationaryContract(TermContract):
             assert metrics.keys() == expected.keys()
             assert all(torch.equal(torch.as_tensor(metrics[name]), torch.as_tensor(expected[name])) for name in metrics)
         assert torch.equal(one.model.theta, alone.model.theta)
+
+    def test_processes_that_share_the_particles_find_what_one_finds(self):
+        """F, F′, charges on particles and on points, and Γ, of uniform and of weighted particles."""
+        place = type(self).__module__, type(self).__name__
+        whole = one_term(*place)
+        for shares in together(2, "tests.helpers.shared_particles:one_term", *place):
+            assert {name: value is None for name, value in shares.items()} == {k: v is None for k, v in whole.items()}
+            for name, value in whole.items():
+                if value is not None:
+                    torch.testing.assert_close(shares[name], value, rtol=1e-11, atol=1e-13)
 
     @WEIGHTS
     def test_functions_that_write_into_the_particles(self, weighted):

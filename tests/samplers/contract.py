@@ -16,6 +16,8 @@ from implicit_diffusion.potentials import energy_of
 from implicit_diffusion.samplers import Info, State, Step
 from implicit_diffusion.samplers.weighted_state import exact_draws, reweighted
 from tests.helpers.oracles_gibbs import Harmonic, Quartic, advance, line
+from tests.helpers.shared_particles import agree, one_kernel
+from tests.helpers.together import together
 
 EVENTS = [(1,), (2,), (5,), (2, 3)]
 F64 = torch.float64
@@ -152,6 +154,10 @@ class KernelContract:
         assert falling.step_size_at(2) == 0.3
         with pytest.raises(InvalidInputError, match=r"step_size .* for iteration 3"):
             falling.step_size_at(3)
+
+    def test_processes_that_share_the_particles_give_the_run_of_one(self):
+        kernel = self.make(self.step_sizes[0])
+        agree(together(2, "tests.helpers.shared_particles:one_kernel", kernel), one_kernel(kernel))
 
     def test_says_so_where_it_knows_no_increment(self):
         kernel, step = self.step()

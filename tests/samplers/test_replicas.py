@@ -16,6 +16,8 @@ from implicit_diffusion.samplers.replicas import Replicas, annealed
 from implicit_diffusion.samplers.weighted_state import log_mean_exp
 from tests.helpers.gibbs_loops import path, wave
 from tests.helpers.oracles_gibbs import Grid, Harmonic, Quartic, line, z_scores
+from tests.helpers.shared_particles import annealing
+from tests.helpers.together import together
 
 F64 = torch.float64
 KERNELS = {
@@ -221,3 +223,16 @@ def test_potentials_that_are_none_and_weights_that_turn_nan():
     for ask in (found.log_z, found.particles):
         with pytest.raises(NonFiniteError, match="weights of replicas are NaN or infinite after 5 steps"):
             ask(Flawed())
+
+
+@pytest.mark.parametrize(("groups", "each"), [(4, 2), pytest.param(3, 3, marks=pytest.mark.slow)])
+def test_processes_share_the_groups(groups, each):
+    """Two processes have two of four groups each, and all three where they cannot be divided; both read the same."""
+    one, shown, resampled, _ = annealing(groups)
+    assert resampled
+    found = together(2, "tests.helpers.shared_particles:annealing", groups)
+    for read, text, _, number in found:
+        assert (text, number) == (shown, each)
+        torch.testing.assert_close(read, one, rtol=1e-11, atol=1e-12)
+        assert all(torch.equal(value, found[0][0][name]) for name, value in read.items())
+    assert any(some for _, _, some, _ in found)

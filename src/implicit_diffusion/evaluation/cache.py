@@ -33,6 +33,7 @@ from implicit_diffusion.extras import require
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
+from implicit_diffusion.processes import from_main
 from implicit_diffusion.samplers.chain import Chain
 
 LIMIT = 64_000_000  # largest size of one evaluation, in bytes
@@ -70,7 +71,7 @@ def evaluate_pretrained(
             return evaluate(chain.pretrained(), reward, noise, **sizes)
         return stored.evaluate(chain.pretrained(), reward, noise, skip=skip, **sizes)
 
-    cache_folder = _folder()
+    cache_folder = from_main(_folder)
     size = 4 * starts * repeats * torch.Size(chain.event_shape).numel()
     if cache_folder is None or name is None or chain.condition is not None or size > LIMIT:
         return make()
@@ -80,14 +81,15 @@ def evaluate_pretrained(
     what = {"reward": name, "seed": noise.seed, "stream": noise.prefix, "starts": starts, "repeats": repeats}
     folder = cache_folder / _key(chain, chain.reference, what | {"samples": samples})
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged
-        kept = Evaluation(**{column: value.to(chain.device) for column, value in load_state(folder).items()})
+        saved = from_main(lambda: load_state(folder))
+        kept = Evaluation(**{column: value.to(chain.device) for column, value in saved.items()})
         skip(starts * repeats)
         if stored is not None:
             stored.write(kept)
         return kept
     made = make()
     with suppress(OSError):  # a disk that is full or read-only
-        save_state(folder, vars(made))
+        from_main(lambda: save_state(folder, vars(made)))
     return made
 
 

@@ -23,7 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import check_call, check_integer, check_number, check_tensor, check_type, trying
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward, as_reward
@@ -102,7 +104,8 @@ def evaluate(
     """Sample a chain and score its samples.
 
     Two chains evaluated under the same noise share x_0, its condition and every ξ_k, so that their differences are
-    sharp. A start is an x_0 with its condition: all of its repeats have the same prompt.
+    sharp. A start is an x_0 with its condition: all of its repeats have the same prompt. Several processes share the
+    work, if all of them call this alike; each gets the numbers that one process would compute, to the bit.
 
     Args:
         chain: the sampler. A chain whose denoiser is its own reference has log-ratio zero and costs one network call
@@ -141,19 +144,31 @@ def evaluate_in_parts(
 ) -> Iterator[Evaluation]:
     """The parts that `evaluate` joins, one network batch each; between two parts, networks are in their own modes.
 
-    A part depends on its number alone: an evaluation can continue with part `first` and gets the same numbers. Other
-    arguments and errors as in `evaluate`.
+    A part depends on its number alone, also in what a reward draws from the global generators: an evaluation can
+    continue with part `first` and gets the same numbers. Several processes compute different parts, each by itself, and
+    all get all of them. Other arguments and errors as in `evaluate`.
     """
     check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape)")
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
     chunk = None if chunk is None else check_integer("chunk", chunk)
     if chunk is None:
         chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
     size, score = max(1, chunk // repeats), as_reward(reward)
-    return (
-        _part(chain, score, noise, index, min(size, starts - index * size), repeats, first=index == first)
-        for index in range(first, -(-starts // size))
-    )
+    away = processes.world_size() > 1  # from the device, on the way to other processes
+
+    def part(index: int) -> Evaluation:
+        with GlobalGenerators(noise, index, device=chain.device):
+            made = _part(chain, score, noise, index, min(size, starts - index * size), repeats, first=index == first)
+        return moved(made, "cpu") if away else made
+
+    parts = processes.in_turns(part, range(first, -(-starts // size)))
+    return (moved(each, chain.device) for each in parts)
+
+
+def moved(evaluation: Evaluation, device: torch.device | str) -> Evaluation:
+    """The same numbers on a device."""
+    return Evaluation(*(values.to(device) for values in vars(evaluation).values()))
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:

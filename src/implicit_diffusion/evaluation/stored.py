@@ -1,15 +1,13 @@
 """Evaluations that are stored while they are drawn: an interrupted one continues where it stopped, bit for bit.
 
-A part of an evaluation depends on its number alone (`chains.evaluate_in_parts`), except that a reward of the user's own
-may draw from the global generators: their states after the last complete part are stored too. What is stored is valid
-as long as everything that the numbers depend on is the same; otherwise the differences are named, and everything is
-drawn again.
+A part of an evaluation depends on its number alone (`chains.evaluate_in_parts`). What is stored is valid as long as
+everything that the numbers depend on is the same; otherwise the differences are named, and everything is drawn again.
+Several processes call all of this alike; the main one reads and writes.
 
     state.safetensors   depends_on   what the numbers depend on, by name
                         parts        number of complete parts
                         reward, path_kl, log_ratio   (starts so far, repeats)
                         samples      the first sample of each start, for as many starts as are wanted
-                        generators   states of the global generators
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate_in_parts, joined
 from implicit_diffusion.files.states import STATE_FILE, load_state, save_state
-from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
+from implicit_diffusion.processes import from_main, main_alone, main_only
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 
@@ -47,16 +45,15 @@ class Stored(Shown):
         folder: that holds it, now or later.
         depends_on: what its numbers depend on, by name; names and values are shown to people.
         starts: number of starts of the complete evaluation.
-        generators: the global generators that the reward may draw from.
         shown: number of starts whose first sample is stored; None for all.
     """
 
     folder: Path
     depends_on: Mapping[str, str]
     starts: int
-    generators: GlobalGenerators
     shown: int | None = None
 
+    @main_only
     def read(self) -> dict[str, Any] | None:
         """The stored state, if it is valid; None where nothing is stored.
 
@@ -66,7 +63,7 @@ class Stored(Shown):
         if not (self.folder / STATE_FILE).exists():
             return None
         state = load_state(self.folder)
-        if not isinstance(state, dict) or not {"depends_on", "parts", "generators", *STORED_COLUMNS} <= state.keys():
+        if not isinstance(state, dict) or not {"depends_on", "parts", *STORED_COLUMNS} <= state.keys():
             raise InvalidInputError("another release drew it")
         different = list(_differences(state["depends_on"], self.depends_on))
         if different:
@@ -78,19 +75,17 @@ class Stored(Shown):
         """Whether the evaluation is complete."""
         return len(state["reward"]) == self.starts
 
-    def write(self, evaluation: Evaluation, parts: int = -1, generators: Mapping[str, Any] | None = None) -> None:
+    @main_only
+    def write(self, evaluation: Evaluation, parts: int = -1) -> None:
         """Replace what is stored.
 
         Args:
             evaluation: of the first `parts` parts; by default complete.
             parts: number of parts.
-            generators: states of the global generators after them; by default, nothing was drawn from these.
         """
         columns = {name: getattr(evaluation, name) for name in STORED_COLUMNS}
         columns["samples"] = self._narrow(evaluation.samples, 0)
-        save_state(
-            self.folder, {"depends_on": dict(self.depends_on), "parts": parts, "generators": generators, **columns}
-        )
+        save_state(self.folder, {"depends_on": dict(self.depends_on), "parts": parts, **columns})
 
     def evaluate(
         self,
@@ -118,32 +113,33 @@ class Stored(Shown):
         with suppress(InvalidInputError):  # a caller that reports the reason has called `read`
             state = self.read()
         parts: list[Evaluation] = []
-        written, after = 0, self.generators.state_dict()
+        written = 0
         if state is not None:
             parts, written = [from_state(state, chain.device)], state["parts"]
-            after = state["generators"] or after
-            self.generators.load_state_dict(after)
             skip(parts[0].reward.numel())
             if self.is_whole(state):
                 return parts[0]
         count, due = written, time.monotonic() + WRITE_EVERY
         rest = evaluate_in_parts(chain, reward, noise, starts=starts, repeats=repeats, first=count)
         try:
-            for part in _inside(self.generators, rest):
+            for part in rest:
                 there = sum(len(before.reward) for before in parts)
                 parts.append(replace(part, samples=self._narrow(part.samples, there)))
-                count, after = count + 1, self.generators.state_dict()
+                count += 1
                 progress(part.reward.numel())
                 began = time.monotonic()
-                if began > due:
-                    self.write(joined(parts), count, after)
+                if from_main((began > due).__bool__):  # its clock decides for all
+                    self.write(joined(parts), count)
                     written, due = (
                         count,
                         time.monotonic() + max(WRITE_EVERY, (time.monotonic() - began) / WRITING_SHARE),
                     )
-        finally:  # complete, or interrupted
+        except BaseException:  # an interrupt as well, perhaps of this process alone
             if written < count:
-                self.write(joined(parts), count, after)
+                main_alone(lambda: self.write(joined(parts), count))
+            raise
+        if written < count:
+            self.write(joined(parts), count)
         return joined(parts)
 
     def _narrow(self, samples: Tensor, there: int) -> Tensor:
@@ -155,16 +151,6 @@ class Stored(Shown):
 def from_state(state: Mapping[str, Any], device: torch.device) -> Evaluation:
     """The evaluation in a state that `Stored.read` returned, as far as it was drawn."""
     return Evaluation(*(state[name].to(device) for name in STORED_COLUMNS))
-
-
-def _inside(generators: GlobalGenerators, parts: Iterator[Evaluation]) -> Iterator[Evaluation]:
-    """The parts, each drawn with the global generators of the run in place."""
-    while True:
-        with generators:
-            part = next(parts, None)
-        if part is None:
-            return
-        yield part
 
 
 def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:

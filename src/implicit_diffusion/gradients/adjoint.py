@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, trying
 from implicit_diffusion.gradients import loss_scaling
 from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
@@ -60,7 +61,7 @@ def terminal_adjoint(
     adjoint, values = torch.zeros_like(x), {}
     with torch.enable_grad(), objective.evaluating():
         for weight, term in objective.terminal:
-            value = term.value(Particles(x, condition=condition))
+            value = term.shared_value(Particles(x, condition=condition))
             values[term.name] = value.detach()
             if weight != 0:
                 adjoint = adjoint + slope(term, weight * value, x)
@@ -94,7 +95,7 @@ def pull_back(
         condition: of the slots, from `Chain.conditions`.
 
     Returns:
-        λ_k; the batch mean of every running cost on every slot, unweighted, by name; network calls × samples.
+        λ_k; the mean of every running cost over every slot, unweighted, by name; network calls × samples.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -103,7 +104,7 @@ def pull_back(
         costs = {}
         for weight, term in objective.running:
             cost = term.cost(transition).mean(1)
-            surrogate = surrogate + weight * cost.sum()
+            surrogate = surrogate + weight * cost.sum() / processes.count()
             costs[term.name] = cost.detach()
     if loss_scaling.computes_in_float16(chain.denoiser):
         loss_scaling.backward(surrogate, (transition.u, transition.u0), (x, *chain.denoiser.parameters()))

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives import FirstVariation, GibbsObjective
 from implicit_diffusion.objectives.variation import Support
@@ -47,8 +48,12 @@ class AdjointSolver(ABC):
 
     `supports` lists the measures F′·p that it has a solution for, by where they lie (`GibbsObjective.support`): a
     linear solve on the particles needs F′ as a function of them, ("particles",).
+
+    `separable` says that the solver needs no more of other particles than sums, which it takes over all processes: then
+    it is given what each process has. Otherwise it is given the particles and the points of all of them.
     """
 
+    separable: ClassVar[bool] = False
     supports: ClassVar[tuple[Support, ...]] = ("particles", "points", "both")
 
     @abstractmethod
@@ -59,6 +64,23 @@ class AdjointSolver(ABC):
             variation: the measure F′·p of the term.
             particles: p.
         """
+
+    def shared(self, variation: FirstVariation, own: Particles) -> AdjointMeasure:
+        """The adjoint measure where particles are shared out over processes: at this process's, and its part on points.
+
+        Args:
+            variation: at this process's particles and, unless the solver is separable, on all points, by 1/W each.
+            own: this process's share of p.
+        """
+        if self.separable or processes.count() == 1:
+            return self(variation, own)
+        whole, W, on_points = own.whole(), processes.count(), variation.on_points
+        function = None if variation.function is None else processes.gathered(variation.function)
+        on_points = None if on_points is None else on_points * W
+        with processes.alone():
+            measure = self(replace(variation, function=function, on_points=on_points), whole)
+        on_points = None if measure.on_points is None else measure.on_points / W
+        return AdjointMeasure(processes.share(measure.on_particles), on_points)
 
     def check(self, terms: Terms) -> None:
         """Raise `InvalidInputError` for a term whose measure lies where the solver has no solution for it."""

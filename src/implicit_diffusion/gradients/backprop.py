@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.adjoint import LOST, check_slopes
-from implicit_diffusion.gradients.estimator import Estimator, TrajectoryResult
+from implicit_diffusion.gradients.estimator import Estimator, TrajectoryResult, averaged
 from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
 from implicit_diffusion.gradients.loss_scaling import computes_in_float16
 from implicit_diffusion.noise import Noise
@@ -41,6 +42,7 @@ class FullBackprop(Estimator):
         """
         self._check_precision(chain)
         values: dict[str, Tensor] = {}
+        costs: dict[str, Tensor] = {}
         evaluations = 0
         with torch.enable_grad(), chain.evaluating(), objective.evaluating():
             x = chain.initial(noise, batch, index)
@@ -49,17 +51,17 @@ class FullBackprop(Estimator):
                 x, evaluations = state[0], evaluations + transition.evaluations
                 for weight, running in objective.running:
                     cost = running.cost(transition).mean()
-                    total = total + weight * cost
-                    values[running.name] = values.get(running.name, 0) + cost.detach()
+                    total = total + weight * cost / processes.count()
+                    costs[running.name] = costs.get(running.name, 0) + cost.detach()
             end = chain.endpoint(x, noise, index)
             for weight, term in objective.terminal:
-                value = term.value(end)
+                value = term.shared_value(end)
                 if weight != 0 and not value.requires_grad:
                     raise InvalidInputError(f"{term.name} {LOST}")
                 total = total + weight * value
                 values[term.name] = value.detach()
             total.backward()
-        return TrajectoryResult(values, evaluations)
+        return TrajectoryResult(averaged(costs) | values, evaluations)
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
         """The activations of all rows at once."""

@@ -15,6 +15,11 @@ states x_k of the rows that it pulls back. What else it needs of a row it finds 
 addressed by key, so it is replayed and not stored. What it needs of later rows, it carries: λ_{k+1}, the return to go,
 or the state x_{k+1}.
 
+Where samples are shared out over W processes, an estimator holds this process's and adds their part of Γ to `.grad`: a
+mean over the batch is the mean over its own samples divided by W (`processes.mean`), terminal terms are asked by
+`shared_value` and `shared_variation`, and the values that it returns are those of the whole batch. Nobody communicates
+in a backward pass, nor once per row: the parts of Γ are added up by `Update`.
+
 An `Estimator` that is not a `RowEstimator` computes the gradient of a whole trajectory at once, and serves `Nested`
 alone.
 """
@@ -30,6 +35,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
 from implicit_diffusion.frozen import refuse_inference_mode
 from implicit_diffusion.gradients.footprint import Footprint
@@ -64,7 +70,7 @@ class RowStates(Shown):
 
     def innovation(self, chain: Chain) -> Float[Tensor, "slots batch *event"] | None:
         """ξ_k of these rows, as they were drawn on the way forward; None where all of the rows are deterministic."""
-        return chain.innovation(self.noise, self.x.shape[1], self.indices, self.rows)
+        return chain.innovation(self.noise, self.x.shape[1] * processes.count(), self.indices, self.rows)
 
 
 class Pulled(NamedTuple):
@@ -72,7 +78,7 @@ class Pulled(NamedTuple):
 
     Args:
         carry: what every slot carries before its row k; each entry (slots, batch, ...).
-        costs: the batch mean of every running cost on every slot, unweighted, by name.
+        costs: the mean of every running cost over this process's samples on every slot, unweighted, by name.
         evaluations: network calls × samples that were made.
     """
 
@@ -184,7 +190,7 @@ class RowEstimator(Estimator):
 
         Args:
             objective: F.
-            end: x_N, with shape (batch, *event), and what it was sampled under.
+            end: this process's x_N, with shape (batch, *event), and what it was sampled under.
 
         Raises:
             InvalidInputError: a term that no longer depends on the samples.
@@ -228,7 +234,14 @@ class RowEstimator(Estimator):
                 evaluations += made
                 for name, cost in paid.items():
                     costs[name] = costs.get(name, 0) + cost.sum()
-        return TrajectoryResult(values | (costs if len(rows) == chain.num_steps else {}), evaluations)
+        return TrajectoryResult(values | (averaged(costs) if len(rows) == chain.num_steps else {}), evaluations)
+
+
+def averaged(costs: Mapping[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor, ""]]:
+    """The means over all processes of numbers that each has for its own samples, in one call."""
+    if not costs or processes.count() == 1:
+        return dict(costs)
+    return dict(zip(costs, processes.mean(torch.stack(list(costs.values())))))
 
 
 def check_rows(estimator: Estimator, chain: Chain, rows: range) -> None:

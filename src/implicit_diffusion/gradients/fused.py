@@ -6,6 +6,9 @@ that an objective charges. One forward serves both: any module, any parameter tr
 
 Where all particles carry the same charge c (maximum likelihood with uniform weights), one pull serves both as well:
 ∇_{x_i} Σ_j c V(x_j) = c ∇V(x_i).
+
+Where processes share the particles, each makes a pass over its own, and over its share of the points; Γ is the sum of
+what they find.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver, Terms
 from implicit_diffusion.gradients.gibbs import Gibbs
-from implicit_diffusion.objectives import Density
+from implicit_diffusion.objectives import Density, GibbsObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, value_of
 from implicit_diffusion.showing import of_tuple
@@ -35,7 +39,7 @@ class Fused(NamedTuple):
     Args:
         here: V and ∇V at the particles.
         particles: their positions and weights, detached.
-        gradients: Γ, one tensor per parameter; None for parameters that V does not use.
+        gradients: this process's part of Γ, one tensor per parameter; None for parameters that V does not use.
         charges: total charge of every particle, with shape (n,).
         values: the value of every term that knows it, unweighted, by name.
         total: Σ V over particles and points, which is finite where V is.
@@ -74,7 +78,7 @@ def fused_pass(
         parameters: θ, those that require a gradient.
         terms: pairs (coefficient, term) of the objective.
         x: particles, with shape (n, *event).
-        points: for every term what its `draw` returned.
+        points: for every term what its `draw` returned, in all processes alike.
         weigh: from V and ∇V at the particles to the particles with their weights and log Z; without it the weights are
             uniform.
         solver: from the terms' first variations to their adjoint measures.
@@ -84,6 +88,7 @@ def fused_pass(
             has numbers for other points than it drew.
     """
     solver.check(terms)
+    points = [own_points(term, y, solver) for (_, term), y in zip(terms, points, strict=True)]
     others = [y for y in points if y is not None]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -102,9 +107,9 @@ def fused_pass(
             at_points = None if y is None else next(remaining)
             density = Density(energy.detach(), y, None if at_points is None else at_points.detach())
             with torch.no_grad():
-                variation = term.first_variation(own, density)
+                variation = term.shared_variation(own, density)
                 variation.check_support(term.name, term.support)
-                measure = solver(variation, particles)
+                measure = solver.shared(variation, particles)
             charges = charges.add(measure.on_particles, alpha=weight)
             if measure.on_points is not None:
                 if at_points is None or at_points.shape != measure.on_points.shape:
@@ -121,6 +126,17 @@ def fused_pass(
         else:
             gradients = list(torch.autograd.grad(total, list(parameters), allow_unused=True))
     return Fused(here, particles, dense(gradients), charges, values, energies.detach().sum())
+
+
+def own_points(term: GibbsObjective, points: Tensor | None, solver: AdjointSolver = GIBBS) -> Tensor | None:
+    """The points at which this process evaluates V: its share of them, or all of them.
+
+    They are shared out where the processes can have equally many, and nobody needs them together. Elsewhere all
+    processes have them all, and charge each by 1/W of its charge.
+    """
+    if points is None or not (term.separable and solver.separable) or len(points) % processes.count():
+        return points
+    return processes.share(points)
 
 
 def dense(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

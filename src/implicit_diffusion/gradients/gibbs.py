@@ -12,7 +12,8 @@ the second form F′ itself is not needed: outside of the particles, μ alone is
 Σ_i w_i (F′_i − Σ_j w_j F′_j) V_θ(x_i) is a covariance with a mean estimated from the same draws: it is too small by the
 factor 1 − Σ w_i², which is 1 − 1/n for uniform weights, and is divided by it. Where μ lies on points that do not depend
 on the particles, (∫dμ) p is an unbiased estimate already. (Weighted particles keep a bias of O(1/n), since their
-weights are normalised, and so do functionals whose F′ depends on p.)
+weights are normalised, and so do functionals whose F′ depends on p.) Where processes share the particles, means and
+Σ w_i² are those of all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver, Terms
 from implicit_diffusion.objectives import FirstVariation
 from implicit_diffusion.particles import Particles
@@ -44,6 +46,8 @@ class Gibbs(Shown, AdjointSolver):
     True
     """
 
+    separable = True
+
     def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:
         """ν on the particles and on the outside points; see the module's text for the factor on the particles."""
         function, on_points = variation.function, variation.on_points
@@ -64,11 +68,13 @@ class Gibbs(Shown, AdjointSolver):
 def unbiased_centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, " n"]:
     """w_i (values_i − Σ_j w_j values_j)/(1 − Σ_j w_j²), of total zero: for uniform weights (values_i − mean)/(n − 1).
 
-    Summed with other numbers it is their unbiased covariance, for independent particles of uniform weights. Computed in
-    the device's widest dtype: V and rewards may share a large constant.
+    n, the weights and the mean are those of all processes' particles. Summed with other numbers it is their unbiased
+    covariance, for independent particles of uniform weights. Computed in the device's widest dtype: V and rewards may
+    share a large constant.
     """
     values = exact(values)
     if particles.log_weights is None:
-        return (values - values.mean()) * (1 / (len(values) - 1))
+        return (values - processes.mean(values.mean())) * (1 / (len(values) * processes.count() - 1))
     w = torch.softmax(exact(particles.log_weights), 0)
-    return w * (values - w @ values) / (1 - w.square().sum())
+    own = processes.share(w)
+    return own * (values - processes.total(own @ values)) / (1 - w.square().sum())

@@ -1,4 +1,9 @@
-"""What all loops share: an objective, an update, noise, and a state that continues bit for bit."""
+"""What all loops share: an objective, an update, noise, and a state that continues bit for bit.
+
+Several processes run the same loop, each on its share of the samples: `step`, `state_dict` and `load_state_dict` are
+called in all of them alike. Metrics and θ are then equal to the bit in all, and a state is that of the whole run, which
+any number of processes can continue.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type
-from implicit_diffusion.frozen import refuse_inference_mode
-from implicit_diffusion.loops.update import Update, load_trained_state, trained_state
+from implicit_diffusion.files.fingerprints import fingerprint
+from implicit_diffusion.frozen import load_trained_state, refuse_inference_mode, trained_state
+from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, Sum
 from implicit_diffusion.showing import Shown, brief
@@ -28,7 +35,8 @@ class Loop(Shown, ABC):
         noise: source of every random number.
 
     Raises:
-        InvalidInputError: an optimizer that does not move the model; an argument of another type.
+        InvalidInputError: an optimizer that does not move the model; an argument of another type; a model or noise that
+            differs between processes.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Loop(Shown, ABC):
         self.objective, self.noise = objective, noise
         self.update = update if isinstance(update, Update) else Update(update)
         self.model: nn.Module = self.update.bind(model, role)
+        check_same(noise, **{role: self.model})
         self.iteration = 0
 
     def _words(self) -> Iterable[str]:
@@ -83,8 +92,9 @@ class Loop(Shown, ABC):
     def cost(self) -> dict[str, int]:
         """The work so far, by name."""
 
+    @processes.sharing()
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: tensors, numbers and strings in dicts and lists.
+        """All that the next step depends on: tensors, numbers and strings in dicts and lists, of the whole run.
 
         Frozen parameters (all except the adapter's, under LoRA) are not part of it: they are those of the arguments.
         """
@@ -104,6 +114,7 @@ class Loop(Shown, ABC):
             "terms": [term.name for _, term in self.objective.terms],
         } | self.update.like()
 
+    @processes.sharing()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, in a loop built from the same arguments.
 
@@ -139,7 +150,39 @@ class Loop(Shown, ABC):
             metrics["objective"] = sum(others, start=first)
         return metrics | {"updates": self.update.updates} | self.cost()
 
+    def _why(self, own: str | None, values: dict[str, Tensor]) -> str | None:
+        """What is not finite among this process's samples, or another's; otherwise the term whose value is not."""
+        reasons = processes.collected(own) if processes.count() > 1 else [own]
+        return next(filter(None, reasons), None) or self._bad_value(values)
+
     def _bad_value(self, values: dict[str, Tensor]) -> str | None:
         """Names the term whose value is not finite, if any."""
         bad = [name for name, value in values.items() if not value.isfinite().all()]
         return f"iteration {self.iteration}: the value of {bad[0]} is NaN or infinite" if bad else None
+
+
+def check_same(noise: Noise, **parts: nn.Module | Tensor) -> None:
+    """Raise `InvalidInputError` where the processes do not begin with the same noise, modules and particles.
+
+    Args:
+        noise: of the loop.
+        parts: modules and particles, by their names in messages.
+    """
+    if processes.world_size() == 1:
+        return
+    tensors = [(role, name, x) for role, part in parts.items() for name, x in _tensors(part)]
+    own = {f"{name} of the {role}": fingerprint(x)["tensor"] for role, name, x in tensors} | {"noise": noise}
+    first, *others = processes.collected(own)
+    names = dict.fromkeys(name for each in (first, *others) for name in each)
+    for name in names:
+        if any(each.get(name) != first.get(name) for each in others):
+            raise InvalidInputError(
+                f"processes begin with different numbers: {name} is not the same in all of them; build the loop from "
+                "the same noise, model and particles everywhere, e.g. after torch.manual_seed(0) in each of them"
+            )
+
+
+def _tensors(part: nn.Module | Tensor) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(part, Tensor):
+        return [("x", part)]
+    return *part.named_parameters(), *part.named_buffers()

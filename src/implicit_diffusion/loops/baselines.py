@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
 from implicit_diffusion.gradients.fused import dense, fused_pass
@@ -73,7 +74,7 @@ class NestedParticles(ParticleLoop):
         super().__init__(potential, kernel, objective, update, particles=particles, noise=noise)
         inner_steps = check_integer("inner_steps", inner_steps)
         check_choice("begin", begin, get_args(Begin))
-        self.inner_steps, self.begin, self.initial = inner_steps, begin, self.weighted_state
+        self.inner_steps, self.begin, self.initial = inner_steps, begin, self._state
         if begin == "data" and len(self._data(self._points(0))) != self.n:
             raise InvalidInputError(
                 f'begin="data" needs as many particles as data per estimate, got {self.n} and '
@@ -83,13 +84,14 @@ class NestedParticles(ParticleLoop):
     def _words(self) -> Iterable[str]:
         return *super()._words(), f"inner_steps={self.inner_steps}", f"begin={self.begin!r}"
 
+    @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.update.begin()
         start = self.iteration * self.inner_steps
         points = self._points(self.iteration)
-        state = self.initial if self.begin == "initial" else self.weighted_state
+        state = self.initial if self.begin == "initial" else self._state
         if self.begin == "data":
-            state = state._replace(x=innermost(self._data(points)))
+            state = state._replace(x=innermost(processes.share(self._data(points))))
         with self.evaluating():
             for k in range(start, start + self.inner_steps):
                 state, info = self._move(state, energy_of(self.model, state.x), self._draws(k), self._h(k))
@@ -98,8 +100,8 @@ class NestedParticles(ParticleLoop):
         self.iteration += 1
         self.gradient_evaluations += self.inner_steps * self.kernel.evaluations_per_step + 1
         moved = self.update.step([state.x.sum(), fused.total], lambda: self._diagnose(state, fused.values))
-        self.weighted_state = state
-        acceptance = {} if info.acceptance is None else {"acceptance": info.acceptance.mean()}
+        self._state = state
+        acceptance = {} if info.acceptance is None else {"acceptance": processes.mean(info.acceptance.mean())}
         return self._metrics(fused.values) | acceptance | moved
 
     def _like(self) -> dict[str, Any]:
@@ -169,9 +171,10 @@ class Unrolled(ParticleLoop):
     def _words(self) -> Iterable[str]:
         return *super()._words(), f"unrolled_steps={self.unrolled_steps}"
 
+    @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.update.begin()
-        start, state = self.iteration * self.unrolled_steps, self.weighted_state
+        start, state = self.iteration * self.unrolled_steps, self._state
         x, momentum, totals = state.x, state.momentum, list[Tensor]()
         with self.evaluating(), torch.enable_grad():
             for k in range(start, start + self.unrolled_steps):
@@ -182,7 +185,7 @@ class Unrolled(ParticleLoop):
                 after, _ = self.kernel.move(step)
                 x, momentum = after.x, after.momentum
             values = {
-                term.name: term.value(Particles(x))
+                term.name: term.shared_value(Particles(x))
                 for _, term in self.objective.stationary
                 if isinstance(term, TerminalObjective)
             }
@@ -198,7 +201,7 @@ class Unrolled(ParticleLoop):
         moved = state._replace(x=innermost(x.detach()), momentum=momentum)
         values = {name: value.detach() for name, value in values.items()}
         info = self.update.step([moved.x.sum(), *totals], lambda: self._diagnose(moved, values))
-        self.weighted_state = moved
+        self._state = moved
         return self._metrics(values) | info
 
     def _like(self) -> dict[str, Any]:

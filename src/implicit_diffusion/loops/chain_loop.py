@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
 from implicit_diffusion.gradients import Adjoint, Estimator
 from implicit_diffusion.gradients.estimator import check_rows
 from implicit_diffusion.gradients.loss_scaling import computes_in_float16
-from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.base import Loop, check_same
 from implicit_diffusion.loops.timetable import Timetable
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
@@ -28,16 +30,17 @@ class ChainLoop(Loop):
         chain: the sampler, whose denoiser is trained in place.
         objective: F, e.g. `Reward(r) + beta * PathKL()`.
         update: a torch optimizer, or an `Update` around one.
-        batch: samples of a trajectory, injected together (B).
+        batch: samples of a trajectory, injected together (B); those of all processes.
         noise: source of every random number.
         estimator: of the gradient; `Adjoint()` if None.
         stride: rows of the chain per iteration; all of them if None.
 
     Raises:
-        InvalidInputError: a batch below one; a stride outside of 1..N; an optimizer that does not move the denoiser;
-            rows that all keep the pretrained network; an estimator whose rows are not the last ones; a chain or an
-            objective that lacks what the estimator needs, a running cost without a finite value on the chain's rows, or
-            a term that needs a density.
+        InvalidInputError: a batch below one, or one that the processes cannot share equally; a stride outside of 1..N;
+            an optimizer that does not move the denoiser; rows that all keep the pretrained network; an estimator whose
+            rows are not the last ones; a chain or an objective that lacks what the estimator needs, a running cost
+            without a finite value on the chain's rows, or a term that needs a density; a model or noise that differs
+            between processes.
     """
 
     def __init__(
@@ -52,10 +55,13 @@ class ChainLoop(Loop):
         stride: int | None,
     ) -> None:
         batch = check_integer("batch", batch)
+        processes.check_divides("batch", batch)
         check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape); a potential is trained by Single")
         self.estimator: Estimator = Adjoint() if estimator is None else estimator
         check_type("estimator", self.estimator, Estimator, "use Adjoint(), for example")
         super().__init__(chain.denoiser, "denoiser", objective, update, noise)
+        if isinstance(chain.reference, nn.Module):
+            check_same(noise, reference=chain.reference)
         self.chain, self.batch = chain, batch
         self.stride = chain.num_steps
         if stride is not None:
@@ -83,7 +89,7 @@ class ChainLoop(Loop):
                 f"{chain.num_steps - 1} of the chain, keep the pretrained network; leave a row out of pretrained_rows"
             )
         self.injected = 0  # trajectories begun
-        self.evaluations = 0  # network calls × samples, of u_θ and of u_0
+        self.evaluations = 0  # network calls × samples, of u_θ and of u_0, in all processes
 
     @property
     def timetable(self) -> Timetable:

@@ -1,4 +1,4 @@
-"""What a loop over a chain will need of its device's memory, before it runs.
+"""What a loop over a chain will need of its device's memory, before it runs; of several processes, each.
 
 It follows from the loop's timetable and from what its estimator needs per sample. In the middle of an iteration, when
 its slots have moved forward and have not been pulled back yet, a full queue with N rows, stride S and F = ⌈N/S⌉ holds,
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
 from implicit_diffusion.gradients.footprint import bytes_of
 from implicit_diffusion.loops.chain_loop import ChainLoop
@@ -68,6 +69,7 @@ def predict_memory(loop: ChainLoop) -> Memory:
     """
     check_type("loop", loop, ChainLoop, "use a Queue or Nested; loops over particles keep nothing that grows")
     chain, batch, timetable = loop.chain, loop.batch, loop.timetable
+    batch //= processes.world_size()
     need = loop.estimator.memory(chain, loop.objective, loop.noise)
     back = len(timetable.back)
     states = batch * (timetable.states_in_flight * bytes_of(chain.event_shape, chain.dtype) + back * need.carry)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from implicit_diffusion import processes
 from implicit_diffusion.gradients import Estimator
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.update import Update
@@ -41,17 +42,18 @@ class Nested(ChainLoop):
     ) -> None:
         super().__init__(chain, objective, update, batch=batch, noise=noise, estimator=estimator, stride=None)
 
+    @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.iteration += 1
         self.update.begin()
         values, made = self.estimator.gradient(self.chain, self.objective, self.noise, self.batch, self.injected)
         self.evaluations += made
-        info = self.update.step(list(values.values()), lambda: self._diagnose() or self._bad_value(values))
+        info = self.update.step(list(values.values()), lambda: self._why(self._diagnose(), values))
         self.injected += 1
         return self._metrics(values) | info
 
     def _diagnose(self) -> str | None:
-        """Replay the trajectory, whose noise is addressed by its number, up to the first bad state."""
+        """Replay this process's trajectory, whose noise is addressed by its number, up to the first bad state."""
         for stage, x in enumerate(self.chain.trajectory(self.noise, self.batch, self.injected)):
             if not x.isfinite().all():
                 return (

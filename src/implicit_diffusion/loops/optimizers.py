@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.rounding import at_least_single
 
@@ -104,3 +105,26 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     foreach = False if torch.compiler.is_compiling() else None
     norm = torch.nn.utils.get_total_norm(tensors, math.inf, foreach=foreach)
     return norm.to(at_least_single(norm.dtype))
+
+
+def parts_of_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that all processes have, along a first dimension."""
+    return [None if p.grad is None else processes.gathered(p.grad[None]) for p in parameters]
+
+
+def load_gradients(parameters: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
+    """Take what `parts_of_gradients` returned: the own part, or all in the first of more or fewer processes."""
+
+    def own(part: Tensor) -> Tensor:
+        if len(part) == processes.count():
+            return processes.share(part)[0]
+        return part.sum(0) * (processes.count() == 1 or processes.rank() == 0)
+
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = None if part is None else own(part).to(p)
+
+
+def unsound_gradients(parameters: Sequence[Tensor]) -> str | None:
+    """Which gradients hold NaN or infinity, in words; None where none do."""
+    bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in parameters)
+    return f"the gradient of {bad} of {len(parameters)} parameter tensors holds NaN or infinity" if bad else None

@@ -1,4 +1,9 @@
-"""What the loops over stationary samplers share: particles, their weights, and the noise that moves them."""
+"""What the loops over stationary samplers share: particles, their weights, and the noise that moves them.
+
+Several processes run one loop together: each keeps n/W of the particles, moves them by its rows of the noise of all,
+and computes its part of Γ. `weighted_state`, `particles` and `refresh` speak of all n particles, and wait for all
+processes: every one of them reads or calls these whenever one does.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
-from implicit_diffusion.loops.base import Loop
+from implicit_diffusion.loops.base import Loop, check_same
 from implicit_diffusion.loops.given_particles import initial_particles, replacing_particles
 from implicit_diffusion.loops.nonfinite import what_failed
 from implicit_diffusion.loops.update import Update
@@ -24,7 +30,16 @@ from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.draws import Blocks, innermost
 from implicit_diffusion.samplers.kernel import Info, Kernel, Step
 from implicit_diffusion.samplers.resolution import check_resolved
-from implicit_diffusion.samplers.weighted_state import WeightedState, exact_draws, log_mean_exp, resample, reweighted
+from implicit_diffusion.samplers.weighted_state import (
+    WeightedState,
+    all_rows,
+    check_together,
+    exact_draws,
+    log_mean_exp,
+    own_rows,
+    resample,
+    reweighted,
+)
 from implicit_diffusion.showing import of_tensor
 
 KERNEL, DATA, START, CHECK = range(4)  # streams of noise
@@ -39,13 +54,13 @@ class ParticleLoop(Loop):
         objective: F, which is minimised, e.g. `Reward(r)` or `ForwardKL(data)`.
         update: a torch optimizer of the potential's parameters, or an `Update` around one.
         particles: X_0, with shape (n, *event); or n, to draw X_0 ~ π_θ with the potential's own `sample(n, noise)`.
+            Several processes are given all n each, and share them equally.
         noise: source of every random number.
         weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
             of them are effective, and keep log Z. X_0 must then be draws from π_θ.
         lag: also report by how much unweighted particles lag behind π_θ.
 
     Attributes:
-        weighted_state: the particles between two iterations, with their weights where the loop keeps them.
         gradient_evaluations: how often this loop has pulled through V at all the particles, for the sampler or for Γ.
             What else evaluates V (diagnostics, other loops) is not counted here.
         inner_steps: steps of the kernel per iteration.
@@ -86,6 +101,8 @@ class ParticleLoop(Loop):
                 "potential use ReverseKL.to_initial(potential)"
             )
         x = initial_particles(self.model, particles, noise.stream(START, 0))
+        processes.check_divides("particles", len(x))
+        check_same(noise, particles=x)
         check_resolved(kernel, x, 0)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
         with self.evaluating():
@@ -104,7 +121,7 @@ class ParticleLoop(Loop):
         self._step_sizes: dict[float, Tensor] = {}
 
     def _words(self) -> Iterable[str]:
-        yield f"{self.n} particles {of_tensor(self.weighted_state.x[0])}"
+        yield f"{self.n} particles {of_tensor(self._state.x[0])}"
         yield from (name for name in ("weighted", "lag") if getattr(self, name))
         if self.step_scale != 1:
             yield f"step size={self.step_size:.3g}"
@@ -116,16 +133,28 @@ class ParticleLoop(Loop):
     @property
     def n(self) -> int:
         """The number of particles."""
-        return len(self.weighted_state.x)
+        return len(self._state.x) * processes.world_size()
 
     @property
+    @processes.sharing()
+    def weighted_state(self) -> WeightedState:
+        """The particles between two iterations, of all processes, with their weights where the loop keeps them."""
+        return all_rows(self._state)
+
+    @weighted_state.setter
+    @processes.sharing()
+    def weighted_state(self, whole: WeightedState) -> None:
+        self._state = own_rows(whole)
+
+    @property
+    @processes.sharing()
     def particles(self) -> Particles:
-        """The present particles; with the weights and the log Z of the present θ in a weighted loop."""
-        if not self.weighted:
-            return self._as_particles(self.weighted_state)
-        with eval_mode(self.model):
-            here = energy_of(self.model, self.weighted_state.x)
-            return self._as_particles(reweighted(self.kernel, self.weighted_state, here))
+        """The present particles of all processes; in a weighted loop with weights and log Z of the present θ."""
+        check_together(state := self._state)
+        if self.weighted:
+            with eval_mode(self.model):
+                state = reweighted(self.kernel, state, energy_of(self.model, state.x))
+        return self._as_particles(state).whole()
 
     @property
     def step_size(self) -> float:
@@ -163,19 +192,18 @@ class ParticleLoop(Loop):
                 without weights.
         """
         check_integer("gradient_evaluations", gradient_evaluations, 0)
-        x, log_weights = replacing_particles(particles, self.weighted_state.x, self.weighted)
+        present = self.weighted_state
+        x, log_weights = replacing_particles(particles, present.x, self.weighted)
         with eval_mode(self.model):
             value = energy_of(self.model, x).value
         log_weights = log_weights - log_mean_exp(log_weights)
-        growth = self.particles.log_z_growth if self.weighted else self.weighted_state.log_z
+        growth = self.particles.log_z_growth if self.weighted else present.log_z
         assert growth is not None
         if particles.log_z is not None:
             self.log_z0 = float(particles.log_z - growth) if self.log_z0 is None else self.log_z0
             growth = (particles.log_z - self.log_z0).to(growth)
         zero = x.new_zeros(())
-        self.weighted_state = WeightedState(
-            x, self.weighted_state.momentum, log_weights, growth, x, exact(value), h=zero, lag=zero
-        )
+        self.weighted_state = WeightedState(x, present.momentum, log_weights, growth, x, exact(value), h=zero, lag=zero)
         self.gradient_evaluations += gradient_evaluations
 
     def cost(self) -> dict[str, int]:
@@ -187,12 +215,12 @@ class ParticleLoop(Loop):
         return super().state_dict() | {"weighted_state": self.weighted_state._asdict()} | own
 
     def _like(self) -> dict[str, Any]:
-        own = {"particles": list(self.weighted_state.x.shape), "kernel": type(self.kernel).__name__}
+        own = {"particles": [self.n, *self._state.x.shape[1:]], "kernel": type(self.kernel).__name__}
         return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({"step_scale": 1.0} | dict(state) if isinstance(state, Mapping) else state)
-        old, new = self.weighted_state._asdict(), state["weighted_state"]
+        old, new = self._state._asdict(), state["weighted_state"]
         saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.weighted_state = WeightedState(**saved)
         self.log_z0, self.gradient_evaluations = state["log_z0"], state["gradient_evaluations"]
@@ -200,7 +228,7 @@ class ParticleLoop(Loop):
         self._blocks.forget()
 
     def _as_particles(self, state: WeightedState) -> Particles:
-        """The state as particles, weighted where the loop is; a copy, since objectives may write into it.
+        """The state as this process's particles, weighted where the loop is; a copy, which objectives may write into.
 
         Args:
             state: with weights under the present θ.
@@ -214,21 +242,21 @@ class ParticleLoop(Loop):
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:
         """The random numbers of one step of the sampler: the kernel's, and one U(0, 1) for resampling."""
-        return self._blocks.at(iteration, self.kernel.draws, self.noise, self.weighted_state.x)
+        return self._blocks.at(iteration, self.kernel.draws, self.noise, self._state.x)
 
     def _points(self, iteration: int) -> list[Tensor | None]:
-        """For every term of the objective the points besides the particles that it charges."""
+        """For every term of the objective the points besides the particles that it charges, in all processes alike."""
         if not any(type(term).draw is not GibbsObjective.draw for _, term in self.objective.stationary):
             return [None for _ in self.objective.stationary]
-        generator = self.noise.generator(DATA, iteration, device=self.weighted_state.x.device)
+        generator = self.noise.generator(DATA, iteration, device=self._state.x.device)
         return [term.draw(generator) for _, term in self.objective.stationary]
 
     def _h(self, k: int) -> Tensor:
         """The step size of the kernel's k-th step as a tensor."""
         h = self.step_scale * self.kernel.step_size_at(k)
-        check_resolved(self.kernel, self.weighted_state.x, k, self.step_scale)
+        check_resolved(self.kernel, self._state.x, k, self.step_scale)
         if h not in self._step_sizes:
-            self._step_sizes = {h: self.weighted_state.x.new_tensor(h)}
+            self._step_sizes = {h: self._state.x.new_tensor(h)}
         return self._step_sizes[h]
 
     def _move(
@@ -255,7 +283,7 @@ class ParticleLoop(Loop):
         return moved, info
 
     def _hand_over(self, gradients: Iterable[Tensor | None]) -> None:
-        """Add Γ to the parameters' `.grad`."""
+        """Add this process's part of Γ to the parameters' `.grad`."""
         for p, g in zip(self.parameters, gradients):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad + g
@@ -263,7 +291,8 @@ class ParticleLoop(Loop):
     def _diagnose(self, state: WeightedState, values: dict[str, Tensor]) -> str | None:
         """What was NaN or infinite in the last iteration, which led to `state`, in words; None where nothing was."""
         terms = zip(self.objective.stationary, self._points(self.iteration - 1), strict=True)
-        places = [("particles", self.weighted_state.x), ("particles", state.x)]
+        x = all_rows(state).x
+        places = [("particles", self.weighted_state.x), ("particles", x)]
         places += [(f"data of {term.name}", y) for (_, term), y in terms if y is not None]
-        reason = what_failed(self.model, state.x, places, self.particles.ess if self.weighted else None)
+        reason = what_failed(self.model, x, places, self.particles.ess if self.weighted else None)
         return f"iteration {self.iteration - 1}: {reason}" if reason else self._bad_value(values)

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients import Estimator
-from implicit_diffusion.gradients.estimator import Carry, RowEstimator, RowStates, require_rows
+from implicit_diffusion.gradients.estimator import Carry, RowEstimator, RowStates, averaged, require_rows
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.timetable import Timetable, injects
 from implicit_diffusion.loops.update import Update
@@ -47,7 +48,7 @@ class Slot(Shown):
         born: updates made when it was injected.
         timetable: which rows it moves over when.
         stage: iterations that it has been through.
-        states: x_k by row k: the present one, and those of the rows that are still to be pulled back.
+        states: x_k by row k, this process's: the present one, and those of the rows that are still to be pulled back.
         carry: what it carries on its way back; empty on its way forward.
     """
 
@@ -104,6 +105,7 @@ class Queue(ChainLoop):
     def _words(self) -> Iterable[str]:
         return f"stride={self.stride}", *super()._words(), f"batches in flight={len(self.slots)}"
 
+    @processes.sharing()
     def step(self, *, inject: bool = True) -> dict[str, Any]:
         """One iteration; without `inject`, only what is in flight moves on.
 
@@ -142,11 +144,11 @@ class Queue(ChainLoop):
                 slot.stage += 1
             if not pulled <= self.chain.pretrained_rows:
                 watched += self.values.values()
-                info = self.update.step(watched, self._diagnose)
+                info = self.update.step(watched, lambda: self._why(self._diagnose(), self.values))
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self._retire()
         every = len(pulled) == self.chain.num_steps
-        sums = {name: torch.stack(cost).sum() for name, cost in costs.items() if every}
+        sums = averaged({name: torch.stack(cost).sum() for name, cost in costs.items() if every})
         phase = {"phase": "draining"} if not inject else {} if full else {"phase": "filling"}
         return self._metrics(arrived | sums) | info | phase
 
@@ -168,16 +170,24 @@ class Queue(ChainLoop):
         while self.slots:
             yield self.step(inject=False)
 
+    @processes.sharing()
     def state_dict(self) -> dict[str, Any]:
         slots = [
-            {"index": s.index, "born": s.born, "stage": s.stage, "states": dict(s.states), "carry": dict(s.carry)}
-            for s in self.slots
+            {
+                "index": slot.index,
+                "born": slot.born,
+                "stage": slot.stage,
+                "states": {row: processes.gathered(x) for row, x in slot.states.items()},
+                "carry": {name: processes.gathered(part) for name, part in slot.carry.items()},
+            }
+            for slot in self.slots
         ]
         return super().state_dict() | {"slots": slots, "values": dict(self.values)}
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"stride": self.stride}
 
+    @processes.sharing()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         device = self.chain.device
@@ -187,8 +197,8 @@ class Queue(ChainLoop):
                 slot["born"],
                 self._timetable_of(slot["index"]),
                 slot["stage"],
-                {row: x.to(device) for row, x in slot["states"].items()},
-                {name: part.to(device) for name, part in slot["carry"].items()},
+                {row: processes.share(x).to(device) for row, x in slot["states"].items()},
+                {name: processes.share(part).to(device) for name, part in slot["carry"].items()},
             )
             for slot in state["slots"]
         ]
@@ -263,4 +273,4 @@ class Queue(ChainLoop):
         for what, slot, x in states + carried:
             if not x.isfinite().all():
                 return f"iteration {self.iteration}: {what} of trajectory {slot.index} hold NaN or infinity"
-        return self._bad_value(self.values)
+        return None

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
+from implicit_diffusion import processes
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
@@ -58,8 +59,8 @@ class Single(ParticleLoop):
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
         compiled: compile the iteration with `torch.compile`, in full or not at all (`loop.compiled.reason` says why
-            not). Where an update is the optimizer's step and nothing else, it is compiled along, from the second call
-            on: the first one creates the optimizer's state.
+            not); not at all where several processes share the particles. Where an update is the optimizer's step and
+            nothing else, it is compiled along, from the second call on: the first one creates the optimizer's state.
         iterations: how many one `step()` makes; its metrics are those of the last one. For small problems, where the
             calls themselves are what costs. θ moves in each iteration.
 
@@ -101,6 +102,9 @@ class Single(ParticleLoop):
         function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function
+        if self.compiled is not None and processes.world_size() > 1:
+            self.compiled.stay_eager("several processes exchange numbers within an iteration")
+            self._function = function
 
     def _words(self) -> Iterable[str]:
         yield from super()._words()
@@ -111,20 +115,21 @@ class Single(ParticleLoop):
         if self.iterations > 1:
             yield f"{self.iterations} iterations per step"
 
+    @processes.sharing()
     def step(self) -> dict[str, Any]:
         first, count = self.iteration, self.iterations
         inputs = [(self._draws(k), self._points(k), self._h(k)) for k in range(first, first + count)]
         self.iteration += count
         self.gradient_evaluations += count * self._evaluations_per_iteration
         done, moved = self._iterations_in_one_call(inputs) if self._updates_inside else self._one_iteration(*inputs)
-        self.weighted_state = done.state
+        self._state = done.state
         return self._metrics(done.values) | done.info | moved
 
     def _one_iteration(self, inputs: Inputs) -> tuple[Iteration, dict[str, Any]]:
         """An iteration, then its update of θ."""
         self.update.begin()
         with self.evaluating():
-            done = self._function(self.weighted_state, *inputs)
+            done = self._function(self._state, *inputs)
         self._hand_over(done.gradients)
         return done, self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values), done.norm)
 
@@ -132,7 +137,7 @@ class Single(ParticleLoop):
         """Iterations with their updates of θ. The first call creates the optimizer's state, and is not compiled."""
         function = self._in_one_call if self.update.updates == 0 else self._function
         with self.evaluating():
-            done = function(self.weighted_state, inputs)
+            done = function(self._state, inputs)
         moved = self.update.account(
             done.alarm, lambda: self._diagnose(done.state, done.values), done.norm, len(inputs), done.overflow
         )
@@ -203,7 +208,7 @@ def _iteration(state: WeightedState, fused: Fused, info: dict[str, Any], of_move
     norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
     alarm = torch.nn.utils.get_total_norm([state.x.sum() + fused.total])
     if of_move.acceptance is not None:
-        info = info | {"acceptance": of_move.acceptance.mean()}
+        info = info | {"acceptance": processes.mean(of_move.acceptance.mean())}
     return Iteration(state, fused.gradients, fused.values, info, norm, alarm)
 
 
@@ -221,14 +226,10 @@ def lag_of(state: WeightedState, fused: Fused, same_charges: bool) -> tuple[Weig
         same_charges: whether all charges are equal, so that they say nothing.
     """
     w = torch.softmax(exact(state.log_weights), 0)
-
-    def difference(values: Tensor) -> Tensor:
-        values = exact(values)
-        return ((w @ values - values.mean()).abs() / values.std().clamp(min=1e-12)).to(state.lag)
-
-    lag = difference(fused.here.value)
-    if not same_charges:
-        lag = torch.maximum(lag, difference(fused.charges.detach()))
+    values = [fused.here.value] if same_charges else [fused.here.value, fused.charges.detach()]
+    everywhere = processes.gathered(torch.stack([exact(each) for each in values]), 1)
+    differences = (everywhere @ w - everywhere.mean(1)).abs() / everywhere.std(1).clamp(min=1e-12)
+    lag = differences.amax().to(state.lag)
     due = exhausted(state.log_weights)
     kept = state._replace(log_weights=torch.where(due, 0.0, state.log_weights), lag=torch.where(due, lag, state.lag))
     return kept, torch.maximum(lag, state.lag)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.samplers.weighted_state import WeightedState
 from implicit_diffusion.showing import of_tuple
@@ -30,8 +31,8 @@ class Iteration(NamedTuple):
         gradients: Γ, one tensor per parameter; None for parameters that V does not use.
         values: of the terms of the objective, by name.
         info: what is reported as it is: effective sample size, log Z, lag, acceptance.
-        norm: of Γ.
-        alarm: a number that is finite if the particles, and V at them, are.
+        norm: of Γ; of this process's part of it where several share the particles.
+        alarm: a number that is finite if the particles, and V at them, are; likewise.
         overflow: a number that is finite if θ is after the updates made along with the iteration; None where there
             were none.
     """
@@ -69,9 +70,19 @@ def in_one_call(
     """
     alarm = overflow = torch.zeros_like(state.log_z)
     for each in inputs:
-        done = iterate(state, *each)
+        done = summed(iterate(state, *each))
         state = done.state
         alarm = alarm + done.alarm + done.norm
         overflow = overflow + update.masked(parameters, done.gradients, alarm.isfinite())
         alarm = alarm + overflow
     return Iteration(state, (), done.values, done.info, done.norm, alarm, overflow)
+
+
+def summed(done: Iteration) -> Iteration:
+    """An iteration of all processes together: with their Γ, its norm, and one alarm for all."""
+    if processes.count() == 1:
+        return done
+    gradients = [g for g in done.gradients if g is not None]
+    processes.sum_gradients(gradients)  # in place
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return done._replace(norm=norm, alarm=processes.total(done.alarm))

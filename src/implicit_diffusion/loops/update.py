@@ -1,4 +1,4 @@
-"""The parameter step, θ ← θ − η Γ: check, clip, step, schedule, average."""
+"""The parameter step, θ ← θ − η Γ: add up over processes, check, clip, step, schedule, average."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_integer, check_number, check_type
-from implicit_diffusion.frozen import check_complete, copied, parametrizations, refuse_inference_mode, train_once
+from implicit_diffusion.frozen import (
+    check_complete,
+    copied,
+    load_trained_state,
+    parametrizations,
+    refuse_inference_mode,
+    train_once,
+    trained_state,
+)
+from implicit_diffusion.loops import optimizers
 from implicit_diffusion.loops.optimizers import Before, Schedule, check_optimizer, check_schedule, failed_step, largest
 from implicit_diffusion.showing import Shown, brief
-
-
-def trained_state(model: nn.Module, like: nn.Module | None = None, prefix: str = "") -> dict[str, Tensor]:
-    """The state of a model without its frozen parameters; those are the frozen ones of `like`, with a prefix."""
-    frozen = {prefix + name for name, p in (like or model).named_parameters() if not p.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
-
-
-def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `trained_state` returned; the frozen parameters, which it leaves out, stay as they are."""
-    model.load_state_dict(state | {name: v for name, v in model.state_dict().items() if name not in state})
 
 
 class Update(Shown):
@@ -131,6 +130,7 @@ class Update(Shown):
     ) -> dict[str, Any]:
         """Count the gradient in `.grad`; once there are enough, clip, move θ, and go back unless all is finite.
 
+        Of several processes each has a part of it in `.grad`, and all move θ by their sum.
         The check reads one number, for which the host waits; nothing else in an iteration waits. The number is read
         after the step, so it covers the optimizer as well, whose own arithmetic may fail on a sound gradient.
 
@@ -149,16 +149,20 @@ class Update(Shown):
         for p in self.parameters:
             if p.grad is not None and p.grad.layout is torch.sparse_coo:  # of embeddings; it has no norm
                 p.grad = p.grad.to_dense()
-        if norm is None or self.pending:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        alarm = sum((x.sum().float() for x in watched), start=norm.float())  # NaN and ∞ spread
-        if self.pending + 1 < self.accumulate:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        waits = self.pending + 1 < self.accumulate
+        if not waits:
+            processes.sum_gradients(gradients)
+        if norm is None or self.pending or processes.count() > 1:
+            norm = torch.nn.utils.get_total_norm(gradients)
+        alarm = processes.total(sum((x.sum().float() for x in watched), start=norm.float()))  # NaN and ∞ spread
+        if waits:
             if not math.isfinite(alarm):
                 raise self._stop(diagnose)
             self.pending += 1
             return {}
         if self.accumulate > 1:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / self.accumulate)
+            torch._foreach_mul_(gradients, 1 / self.accumulate)
             norm = norm / self.accumulate
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
@@ -247,7 +251,7 @@ class Update(Shown):
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         state["schedule"] = None if self.schedule is None else self.schedule.state_dict()
         state["ema"] = None if self.ema is None else trained_state(self.ema, like=self.model, prefix="module.")
-        state["gradients"] = [p.grad for p in self.parameters] if self.pending else None
+        state["gradients"] = optimizers.parts_of_gradients(self.parameters) if self.pending else None
         return state | {"pending": self.pending}
 
     def like(self) -> dict[str, Any]:
@@ -267,8 +271,7 @@ class Update(Shown):
         if self.ema is not None:
             load_trained_state(self.ema, state["ema"])
         self.updates, self.pending = state["updates"], state["pending"]
-        for p, gradient in zip(self.parameters, state["gradients"] or [None] * len(self.parameters), strict=True):
-            p.grad = gradient if gradient is None else gradient.to(p)
+        optimizers.load_gradients(self.parameters, state["gradients"] or [None] * len(self.parameters))
 
     @torch.no_grad()
     def _average(self, ema: AveragedModel) -> None:
@@ -289,12 +292,9 @@ class Update(Shown):
         return failed_step(self.optimizer, moved, len(self.parameters))
 
     def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
-        reason, self.pending = diagnose() or self._diagnose(), 0
+        seen = diagnose(), optimizers.unsound_gradients(self.parameters)
+        reasons, bad = zip(*(processes.collected(seen) if processes.count() > 1 else [seen]))  # one of them knows why
+        reason = next(filter(None, (*reasons, *bad)), "the particles or the norm of the gradient overflow")
+        self.pending = 0
         self.begin()
         return NonFiniteError(f"{reason}; θ was left as it was before the update{self.advice}")
-
-    def _diagnose(self) -> str:
-        bad = sum(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters)
-        if not bad:
-            return "the particles or the norm of the gradient overflow"
-        return f"the gradient of {bad} of {len(self.parameters)} parameter tensors holds NaN or infinity"

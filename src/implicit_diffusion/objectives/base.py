@@ -13,16 +13,17 @@ Objectives are immutable: no check or estimate changes one, so that several loop
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, SupportsFloat, TypeVar
+from dataclasses import replace
+from typing import ClassVar, Literal, SupportsFloat
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_number, check_type, shown
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.objectives import by_autograd
@@ -33,7 +34,6 @@ from implicit_diffusion.tables.table import ChainTable
 from implicit_diffusion.tables.transition import Transition
 
 FUNCTIONS = "a reward function becomes one by Reward(f)"
-AnyTerm = TypeVar("AnyTerm", bound="Term")
 
 
 class Objective(ABC):
@@ -174,9 +174,13 @@ class GibbsObjective(Term):
 
     `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
     function of them; on outside "points" alone, which `draw` returns; or on "both".
+
+    `separable` says that the term looks at each particle by itself and averages with `Particles.mean`: then every
+    process evaluates it at its own particles and points. Otherwise each gets those of all processes.
     """
 
     support: ClassVar[Support] = "particles"
+    separable: ClassVar[bool] = False
 
     @abstractmethod
     def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
@@ -186,6 +190,25 @@ class GibbsObjective(Term):
             particles: p.
             density: V at the particles and at the points that `draw` returned.
         """
+
+    def shared_variation(self, own: Particles, density: Density) -> FirstVariation:
+        """`first_variation` where particles are shared out over processes: F′ at this process's, and F(p).
+
+        The measure on points is this process's part of it: the sum over processes is all of it.
+
+        Args:
+            own: this process's share of p.
+            density: V at these, and at the points that `draw` returned; at all of them, unless the term is separable.
+        """
+        if self.separable or processes.count() == 1:
+            return self.first_variation(own, density)
+        whole, energy = own.whole(), processes.gathered(density.energy)
+        with processes.alone():
+            variation = self.first_variation(whole, replace(density, energy=energy))
+        function, on_points = variation.function, variation.on_points
+        function = None if function is None else processes.share(function)
+        on_points = None if on_points is None else on_points / processes.count()
+        return replace(variation, function=function, on_points=on_points)
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, "m *event"] | None:
         """The points outside the particles that one estimate of the gradient uses; None where there are none."""
@@ -213,6 +236,18 @@ class TerminalObjective(GibbsObjective):
     @abstractmethod
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         """F(p), differentiable in the particles' positions."""
+
+    def shared_value(self, own: Particles) -> Float[Tensor, ""]:
+        """`value` where particles are shared out over processes: F(p), differentiable in this process's positions.
+
+        Args:
+            own: this process's share of p.
+        """
+        if self.separable or processes.count() == 1:
+            return self.value(own)
+        whole = own.whole()
+        with processes.alone():
+            return self.value(whole)
 
     def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
         """F′(p) at the particles and F(p); by autograd through the weights, unless a term overrides it."""
@@ -257,20 +292,6 @@ class RunningCost(Term):
 
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raise `InvalidInputError` where the cost has no finite value on the trained rows."""
-
-
-def changed(term: AnyTerm, **attributes: Any) -> AnyTerm:
-    """A copy of a term with other attributes; the term itself stays as it is."""
-    other = copy.copy(term)
-    vars(other).update(attributes)
-    return other
-
-
-def check_name(name: object) -> str:
-    """The name of a term, which metrics and files report it by."""
-    if not isinstance(name, str) or not name:
-        raise InvalidInputError(f"name must be a word under which metrics report the term, got {shown(name)}")
-    return name
 
 
 def _check_kind(kind: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion import function_checks
+from implicit_diffusion import function_checks, processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.particles import Particles
 
@@ -27,7 +27,7 @@ def first_variation(
     """
     with torch.enable_grad():
         weights = particles.weights.detach()
-        logs = weights.log().requires_grad_()
+        logs = processes.gathered(weights).log().requires_grad_()
         value = value_of(Particles(particles.x, logs, condition=particles.condition))
         gradient = None
         if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
@@ -37,6 +37,7 @@ def first_variation(
                 f"{name} must be a 0-d tensor that depends on the particles' weights through torch operations, got "
                 f"{_form(value)}"
             )
+    gradient = processes.share(processes.total(gradient))
     return torch.where(weights > 0, gradient / weights, 0), value.detach()  # weights may underflow
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import check_call
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.objectives.base import TerminalObjective, check_name
+from implicit_diffusion.objectives.attributes import check_name
+from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.particles import Particles
 
 

@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number
 from implicit_diffusion.frozen import frozen_copy, modules_in
-from implicit_diffusion.objectives.base import GibbsObjective, changed, check_name
+from implicit_diffusion.objectives.attributes import changed, check_name
+from implicit_diffusion.objectives.base import GibbsObjective
 from implicit_diffusion.objectives.data import check_fits, checked
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
@@ -42,6 +44,7 @@ class ForwardKL(GibbsObjective):
     """
 
     support = "points"
+    separable = True
 
     def __init__(self, data: Float[Tensor, "m *event"], batch: int | None = None, name: str = "nll") -> None:
         self.data = checked(data)
@@ -59,9 +62,10 @@ class ForwardKL(GibbsObjective):
         if points is None:
             raise InvalidInputError(f"{self.name} needs the data that its draw returned: Density(energy, points)")
         if log_z is not None and density.energy_at_points is not None:
-            value = density.energy_at_points.to(log_z).mean() + log_z
+            value = processes.mean(density.energy_at_points.to(log_z).mean()) + log_z
         m = len(points)
-        return FirstVariation(on_points=points.new_full((m,), -1 / m), total_on_points=-1.0, value=value)
+        charges = points.new_full((m,), -1 / (m * processes.count()))  # those of other processes, or by 1/W in each
+        return FirstVariation(on_points=charges, total_on_points=-1.0, value=value)
 
     def check_stationary(self, particles: Particles, energy: Float[Tensor, " n"]) -> None:
         """Raise `InvalidInputError` for data of another event shape, dtype or device than the particles."""
@@ -84,6 +88,8 @@ class ReverseKL(GibbsObjective):
     Raises:
         InvalidInputError: a potential that is not a function of one argument; a log Z_U that is not a finite number.
     """
+
+    separable = True
 
     def __init__(
         self, potential: Callable[[Tensor], Tensor], name: str = "reverse_kl", log_z: float | None = None
@@ -111,9 +117,10 @@ class ReverseKL(GibbsObjective):
             elif self.is_start and particles.log_z_growth is not None:
                 log_ratio = -particles.log_z_growth
             elif log_weights is None:
-                log_ratio = excess.logsumexp(0) - math.log(len(excess))
+                everywhere = processes.gathered(excess)
+                log_ratio = everywhere.logsumexp(0) - math.log(len(everywhere))
             else:
-                log_ratio = (log_weights + excess).logsumexp(0) - log_weights.logsumexp(0)
+                log_ratio = (log_weights + processes.gathered(excess)).logsumexp(0) - log_weights.logsumexp(0)
             mean = Particles(particles.x, log_weights).mean(excess)
             return FirstVariation(-excess, value=(log_ratio - mean).to(energy.dtype))
 

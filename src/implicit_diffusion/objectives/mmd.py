@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_call, check_number, trying
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.objectives.base import TerminalObjective, check_name
+from implicit_diffusion.objectives.attributes import check_name
+from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.data import checked, fitting
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles

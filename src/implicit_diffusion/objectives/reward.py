@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.function_checks import BY_TORCH, TRIED, check_own_gradient, check_separate, check_slope
-from implicit_diffusion.objectives.base import TerminalObjective, changed, check_name
+from implicit_diffusion.objectives.attributes import changed, check_name
+from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.reward_values import scores_of, takes_condition
@@ -36,6 +37,8 @@ class Reward(TerminalObjective):
     Raises:
         InvalidInputError: something other than a function of one argument or two, or an empty name.
     """
+
+    separable = True
 
     def __init__(self, function: Callable[..., Any], name: str = "reward", *, checked: bool = False) -> None:
         if isinstance(function, type) or not callable(function):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_number
 from implicit_diffusion.objectives import transport
-from implicit_diffusion.objectives.base import TerminalObjective, check_name
+from implicit_diffusion.objectives.attributes import check_name
+from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.data import checked, fitting
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles

@@ -16,6 +16,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.showing import Shown
@@ -72,4 +73,4 @@ class FirstVariation(Shown):
         """The total of μ on the points."""
         if self.on_points is None:
             return 0.0
-        return self.on_points.sum() if self.total_on_points is None else self.total_on_points
+        return processes.total(self.on_points.sum()) if self.total_on_points is None else self.total_on_points

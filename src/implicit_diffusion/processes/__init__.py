@@ -13,11 +13,21 @@ backward pass communicates. Γ is then the sum of the processes' gradients (`sum
 
 Samples are shared out inside `sharing()` only, which loops and evaluations enter; everywhere else, and where there is a
 single process, each function is the identity. Whoever enters it must do so in all processes alike. Files belong to the
-main process: `from_main` calls a function there, and hands its result, or its error, to all.
+main process: `from_main` calls a function there, and hands its result, or its error, to all. What is done
+while an error is on its way (`finally`, the end of a context) asks nobody, since the error may be that of one process
+(`main_alone`).
 """
 
 from implicit_diffusion.processes.group import alone, count, is_main, rank, sharing, traffic, world_size
-from implicit_diffusion.processes.main_process import any_of, collected, from_main, main_only
+from implicit_diffusion.processes.main_process import (
+    any_of,
+    collected,
+    from_main,
+    highest,
+    in_turns,
+    main_alone,
+    main_only,
+)
 from implicit_diffusion.processes.shares import check_divides, gathered, mean, share, sum_gradients, total
 
 __all__ = [
@@ -28,7 +38,10 @@ __all__ = [
     "count",
     "from_main",
     "gathered",
+    "highest",
+    "in_turns",
     "is_main",
+    "main_alone",
     "main_only",
     "mean",
     "rank",

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from implicit_diffusion.errors import ProcessError
-from implicit_diffusion.processes.group import control, for_all, is_main, noticing_the_lost, state, traffic, world_size
+from implicit_diffusion.errors import ImplicitDiffusionError, ProcessError
+from implicit_diffusion.processes.group import (
+    control,
+    counted,
+    for_all,
+    is_main,
+    noticing_the_lost,
+    rank,
+    state,
+    traffic,
+    world_size,
+)
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -17,12 +28,23 @@ Arguments = ParamSpec("Arguments")
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in one of all W processes; a call that waits for all of them."""
-    return flag if world_size() == 1 or state.lost else any(collected(flag))
+    return bool(highest(int(flag))[0])
+
+
+def highest(*numbers: int) -> list[int]:
+    """The largest of all W processes for each of these integers; one small call, which waits for all of them."""
+    if world_size() == 1 or state.lost or state.for_all:
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    with noticing_the_lost():
+        counted(largest)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=control())
+    return list(map(int, largest.tolist()))
 
 
 def collected(value: Result) -> list[Result]:
     """The value that each of the W processes has, in their order."""
-    if world_size() == 1 or state.lost:
+    if world_size() == 1 or state.lost or state.for_all:
         return [value]
     values: list[Any] = [None] * world_size()
     with noticing_the_lost():
@@ -68,3 +90,45 @@ def main_only(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
         return from_main(lambda: function(*args, **kwargs))
 
     return called
+
+
+def main_alone(function: Callable[[], object]) -> None:
+    """Call the function in the main process and nothing elsewhere. Nobody waits, and nobody learns of its error.
+
+    This is for what has to be done when an error is on its way, which may be one of this process alone: nobody else
+    would take part in `from_main` then.
+    """
+    if is_main():
+        with for_all():
+            function()
+
+
+def in_turns(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
+    """function(number) for all the numbers in their order, of which the processes compute W at a time, one each.
+
+    Each of them computes by itself, what it would without the others, and all of them get all results. An error, or an
+    interrupt, of one is raised in all.
+    """
+    if world_size() == 1 or state.lost or state.for_all:
+        yield from map(function, numbers)
+        return
+    for first in range(0, len(numbers), world_size()):
+        batch = numbers[first : first + world_size()]
+        made, raised = None, None
+        if rank() < len(batch):
+            try:
+                with for_all():
+                    made = function(batch[rank()])
+            except BaseException as error:
+                raised = error
+        ours = raised is None or isinstance(raised, (ImplicitDiffusionError, KeyboardInterrupt))
+        shown = raised if ours else ProcessError(f"process {rank()} raised {type(raised).__name__}: {raised}")
+        results = collected((made, shown))
+        if raised is not None:
+            raise raised
+        for _, failure in results:
+            if failure is not None:
+                raise failure
+        for result, _ in results[: len(batch)]:
+            assert result is not None
+            yield result

@@ -13,6 +13,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.processes.group import count, counted, noticing_the_lost, rank, world_size
 
+GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 BUCKET = 2**26  # bytes of gradients that are summed in one call
 
 
@@ -86,7 +87,7 @@ class _Gathered(torch.autograd.Function):
         ctx.own = slice(rank() * len(x), (rank() + 1) * len(x))
         with noticing_the_lost():
             counted(x)
-            dist.all_gather_into_tensor(whole, x)
+            GATHER(whole, x)
         return whole
 
     @staticmethod

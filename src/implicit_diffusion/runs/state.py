@@ -21,10 +21,13 @@ from implicit_diffusion.files.states import check_finite, load_state, save_state
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.processes import is_main, rank
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.metrics import restore_metrics
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
+
+OTHERS = 2**31 + 2  # first key of the draws of rewards in all processes but the main one
 
 
 @dataclass(repr=False)
@@ -58,9 +61,9 @@ class Fit(Shown):
     generators: GlobalGenerators = field(init=False)
 
     def __post_init__(self) -> None:
-        self.generators = GlobalGenerators(
-            self.loop.noise, self.loop.iteration, device=next(self.loop.model.parameters()).device
-        )
+        noise = self.loop.noise if is_main() else self.loop.noise.stream(OTHERS, rank())  # of other samples
+        device = next(self.loop.model.parameters()).device
+        self.generators = GlobalGenerators(noise, self.loop.iteration, device=device)
 
     def _words(self) -> Iterable[str]:
         yield type(self.loop).__name__

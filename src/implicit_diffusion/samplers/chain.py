@@ -13,6 +13,9 @@ same ones, and so do u_0 and terminal objectives.
 
 Networks run in eval mode: with dropout u_θ would be a random function, and the adjoint would belong to another draw.
 
+Where samples are shared out over processes, `batch` is that of all of them together: every process draws the whole
+batch and keeps its own rows, so that all processes hold the states of one.
+
 Nothing that a chain computes changes what it computes next, so loops and evaluations may share one. A transition
 reports its own work (`Transition.evaluations`); callers that need a total add it up.
 
@@ -30,6 +33,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
@@ -163,14 +167,14 @@ class Chain(Shown):
             if c.order.numel():
                 u = u[c.order]
         calls = len(c.trained_slots) + len(rows) if reference else len(rows)
-        return Transition(x, u, u0, c.a, c.b, c.s, c.h, c.trained, calls * x.shape[1])
+        return Transition(x, u, u0, c.a, c.b, c.s, c.h, c.trained, calls * x.shape[1] * processes.count())
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
         """x_0 ~ N(0, σ_0² I) of trajectory `index`."""
         check_type("noise", noise, Noise, "use Noise(0), for example")
         batch = check_integer("batch", batch)
         x = noise.normal((batch, *self.event_shape), index, 0, device=self.device, dtype=self.dtype)
-        return self.table.initial_std * x
+        return self.table.initial_std * processes.share(x)
 
     def innovation(
         self, noise: Noise, batch: int, indices: Sequence[int], rows: Sequence[int]
@@ -180,7 +184,7 @@ class Chain(Shown):
             return None
         shape = (batch, *self.event_shape)
         draws = (noise.normal(shape, i, k + 1, device=self.device, dtype=self.dtype) for i, k in zip(indices, rows))
-        return torch.stack(list(draws))
+        return torch.stack([processes.share(draw) for draw in draws])
 
     def conditions(
         self, noise: Noise, batch: int, indices: Sequence[int]
@@ -197,9 +201,8 @@ class Chain(Shown):
         for given in drawn:
             check_condition(given, batch)
         self._tried.add(id(self.condition))
-        return {
-            name: torch.stack([given[name] for given in drawn]).to(self.device, non_blocking=True) for name in drawn[0]
-        }
+        own = {name: torch.stack([processes.share(given[name]) for given in drawn]) for name in drawn[0]}
+        return {name: value.to(self.device, non_blocking=True) for name, value in own.items()}
 
     def walk(
         self,
@@ -214,13 +217,13 @@ class Chain(Shown):
 
         With `repeats`, that many consecutive states share a condition: those of one start.
         """
-        state = x[None]
-        condition = self.conditions(noise, len(x) // repeats, [index])
+        state, batch = x[None], len(x) * processes.count()
+        condition = self.conditions(noise, batch // repeats, [index])
         if condition is not None:
             condition = {name: value.repeat_interleave(repeats, 1) for name, value in condition.items()}
         for row in range(self.num_steps):
             transition = self.transition(state, [row], reference=reference, condition=condition)
-            xi = self.innovation(noise, len(x), [index], [row])
+            xi = self.innovation(noise, batch, [index], [row])
             state = transition.push(xi)
             yield transition, xi, state
 
@@ -249,7 +252,7 @@ class Chain(Shown):
         check_type("noise", noise, Noise, "use Noise(0), for example")
         if self.condition is None:
             return Particles(x)
-        condition = self.conditions(noise, len(x) // check_integer("repeats", repeats), [index])
+        condition = self.conditions(noise, len(x) * processes.count() // check_integer("repeats", repeats), [index])
         assert condition is not None
         return Particles(x, condition={k: v[0].repeat_interleave(repeats, 0) for k, v in condition.items()})
 

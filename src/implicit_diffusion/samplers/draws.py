@@ -1,7 +1,8 @@
 """Random numbers of the samplers: drawn for many steps at once, laid out for short vectors, addressed by iteration.
 
 Random numbers are drawn outside of what may be compiled, for a block of iterations at once. Blocks, or short spans of
-them, are addressed by number, so that a loop that is restored from disk draws the same.
+them, are addressed by number, so that a loop that is restored from disk draws the same. Where processes share the
+particles, each draws the numbers of all, and keeps those of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.noise import Noise
 
 Draw = Callable[[torch.Generator, int, Tensor], tuple[Tensor, ...]]  # `Kernel.draws`
@@ -39,6 +41,20 @@ def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
         shape = (count, x.shape[1], x.shape[0])
         return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
     return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
+
+
+def own_numbers(draw: Draw, generator: torch.Generator, count: int, x: Tensor) -> tuple[Tensor, ...]:
+    """What `draw` returns for all the particles, of which x are this process's own; their rows of it, where it has any.
+
+    A tensor with shape (count, n, …) has rows for n particles; any other shape has numbers for all of them alike.
+    """
+    n = len(x) * processes.count()
+    if n == len(x):
+        return draw(generator, count, x)
+    numbers = draw(generator, count, x[:1].expand(n, *x.shape[1:]))
+    own = [processes.share(part, 1) if part.ndim > 1 and part.shape[1] == n else part for part in numbers]
+    lay = (lambda part: part.mT.contiguous().mT) if has_short_vectors(x) else Tensor.contiguous
+    return tuple(lay(part) if part.ndim > 2 else part.contiguous() for part in own)
 
 
 class Blocks:
@@ -69,7 +85,7 @@ class Blocks:
             noise: source of the numbers, of which the stream is used.
             x: particles of the same shape, dtype and device as those that will be moved.
         """
-        count = max(1, BLOCK // x.numel())  # iterations in a block
+        count = max(1, BLOCK // (x.numel() * processes.count()))  # iterations in a block
         block, i = divmod(iteration, count)
         if self._block != block:
             self._next(block, count, draw, noise, x)
@@ -84,5 +100,5 @@ class Blocks:
         assert generator is not None
         for _ in range(last, block):  # a loop that begins within a span draws what came before, and drops it
             uniform = torch.rand(count, generator=generator, device=x.device, dtype=x.dtype)
-            self._numbers = (*draw(generator, count, x), uniform)
+            self._numbers = (*own_numbers(draw, generator, count, x), uniform)
         self._block, self._generator = block, generator

@@ -134,7 +134,12 @@ class Kernel(Shown, ABC):
         return State(x)
 
     def draws(self, generator: torch.Generator, count: int, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
-        """The random numbers of `count` steps, each tensor with leading dimension `count`; here N(0, 1) as x."""
+        """The random numbers of `count` steps, each tensor with leading dimension `count`; here N(0, 1) as x.
+
+        They depend on the shape, dtype and device of x alone. A tensor with shape (count, n, …) holds one row for each
+        particle, and one of another shape what all of them have in common: processes that share the particles draw the
+        numbers of all, and keep the rows of their own.
+        """
         return (normals(generator, count, x),)
 
     def prepare(

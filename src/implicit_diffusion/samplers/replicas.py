@@ -5,19 +5,24 @@ update, more the slower they mix. Replicas are exact along any path (see `weight
 are independent runs, whose mean of Z is unbiased and whose spread is its standard error. Along a path made for the
 purpose, from a potential that is known to one that is not, they are annealed importance sampling (Neal,
 physics/9803008).
+
+Where several processes make replicas together, each has the groups of its own, if their number can be divided equally,
+and all read the same results; otherwise every process has all groups.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import (
     InvalidInputError,
     NonFiniteError,
@@ -32,7 +37,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import Particles, checked_particles
 from implicit_diffusion.potentials.energy import Energy, check_potential, coarse, energy_of, precision
 from implicit_diffusion.rounding import exact
-from implicit_diffusion.samplers.draws import innermost
+from implicit_diffusion.samplers.draws import innermost, own_numbers
 from implicit_diffusion.samplers.kernel import Kernel, State, Step
 from implicit_diffusion.samplers.resolution import check_resolved
 from implicit_diffusion.samplers.weighted_state import WeightedState, exact_draws, log_mean_exp, resample, reweighted
@@ -47,11 +52,11 @@ class Replicas(Shown):
         potential: V_0.
         x: X_0 ~ e^{−V_0}/Z_0, with shape (n, *event); split into the groups.
         noise: source of every random number.
-        groups: ≥ 2, of equal size.
+        groups: ≥ 2, of equal size; a multiple of the number of processes, so that each has its share of the work.
         log_z: log Z_0; by default 0, so that log Z is relative to it.
 
     Attributes:
-        groups: one `WeightedState` per group.
+        groups: one `WeightedState` per group that this process has.
         steps: how many have been made.
         gradient_evaluations: how often these steps have evaluated ∇V at all the particles.
 
@@ -88,16 +93,30 @@ class Replicas(Shown):
             value = energy_of(potential, x).value
         if warning := coarse(value, precision(potential, x)):
             warnings.warn(warning, stacklevel=2)
-        self.groups: list[WeightedState] = [
-            exact_draws(State(part), values) for part, values in zip(innermost(x).chunk(groups), value.chunk(groups))
-        ]
+        self._shared = groups % processes.world_size() == 0
+        with processes.sharing() if self._shared else nullcontext():
+            self._count, own = processes.count(), processes.share(torch.arange(groups)).tolist()
+        parts = list(zip(innermost(x).chunk(groups), value.chunk(groups)))
+        self.groups: list[WeightedState] = [exact_draws(State(parts[i][0]), parts[i][1]) for i in own]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Context in which processes that share the groups draw for all of them, and exchange what each has found."""
+        with processes.sharing() if self._shared else nullcontext():
+            if processes.count() != self._count:
+                raise InvalidInputError(
+                    "replicas are shared by several processes, and only one of them uses them; use them in all, before "
+                    "what the main process does by itself"
+                )
+            yield
 
     def _words(self) -> Iterable[str]:
         first = self.groups[0]
-        yield f"{len(self.groups)} groups of {len(first.x)} particles {of_tensor(first.x[0])}"
+        yield f"{len(self.groups) * self._count} groups of {len(first.x)} particles {of_tensor(first.x[0])}"
         yield repr(self.kernel)
         yield f"steps={self.steps}"
 
+    @processes.alone()
     def step(self, potential: nn.Module) -> Tensor | None:
         """Update the weights to `potential`, resample the groups that need it, and move once.
 
@@ -106,9 +125,11 @@ class Replicas(Shown):
         """
         x = self._positions()
         generator = self.noise.generator(self.steps, device=x.device)
-        uniform = torch.rand(len(self.groups), generator=generator, device=x.device, dtype=x.dtype)
-        draws = tuple(numbers[0] for numbers in self.kernel.draws(generator, 1, x))
-        check_resolved(self.kernel, x, self.steps)
+        with self._together():
+            number = len(self.groups) * processes.count()
+            uniform = processes.share(torch.rand(number, generator=generator, device=x.device, dtype=x.dtype))
+            draws = tuple(numbers[0] for numbers in own_numbers(self.kernel.draws, generator, 1, x))
+            check_resolved(self.kernel, x, self.steps)
         h = x.new_tensor(self.kernel.step_size_at(self.steps))
         with eval_mode(potential):
             resampled = [
@@ -127,8 +148,10 @@ class Replicas(Shown):
         ]
         self.steps += 1
         self.gradient_evaluations += self.kernel.evaluations_per_step
-        return None if info.acceptance is None else info.acceptance.mean()
+        with self._together():
+            return None if info.acceptance is None else processes.mean(info.acceptance.mean())
 
+    @processes.alone()
     def particles(self, potential: nn.Module) -> Particles:
         """All groups with the weights and the log Z of `potential`; each group counts by its own estimate of Z.
 
@@ -138,8 +161,11 @@ class Replicas(Shown):
         groups = self._under(potential)
         log_z = torch.stack([group.log_z + log_mean_exp(group.log_weights) for group in groups])
         weights = torch.cat([group.log_weights + group.log_z for group in groups])
-        return Particles(torch.cat([group.x for group in groups]), weights, self.log_z0 + exact(log_mean_exp(log_z)))
+        with self._together():
+            x, weights, log_z = map(processes.gathered, (torch.cat([group.x for group in groups]), weights, log_z))
+        return Particles(x, weights, self.log_z0 + exact(log_mean_exp(log_z)))
 
+    @processes.alone()
     def log_z(self, potential: nn.Module) -> tuple[float, float]:
         """Log Z of `potential` and its standard error, from the mean of Z over the groups and its spread.
 
@@ -148,6 +174,8 @@ class Replicas(Shown):
         """
         groups = self._under(potential)
         estimates = torch.stack([group.log_z + log_mean_exp(group.log_weights) for group in groups]).double()
+        with self._together():
+            estimates = processes.gathered(estimates)
         ratio = (estimates - estimates.amax()).exp()
         error = ratio.std() / ratio.mean() / math.sqrt(len(ratio))
         return self.log_z0 + (ratio.mean().log() + estimates.amax()).item(), error.item()
@@ -157,7 +185,10 @@ class Replicas(Shown):
         with eval_mode(potential):
             energies = self._energies(potential, self._positions())
             groups = [reweighted(self.kernel, group, here) for group, here in zip(self.groups, energies)]
-        if any((~(group.log_weights < math.inf)).any() for group in groups):  # e^{−V} may be 0 somewhere, not ∞
+        bad = ~(torch.cat([group.log_weights for group in groups]) < math.inf)  # e^{−V} may be 0 somewhere, not ∞
+        with self._together():
+            bad_everywhere = processes.total(bad.sum())
+        if bad_everywhere > 0:
             raise NonFiniteError(
                 f"weights of replicas are NaN or infinite after {self.steps} steps; use a smaller step size, or check "
                 "that the potential confines them"
@@ -209,7 +240,7 @@ def annealed(
     replicas = Replicas(kernel, start, x, noise.stream(1), groups=groups, log_z=log_z)
     end = path(1.0)
     with eval_mode(end):
-        check_potential(end, torch.cat([group.x for group in replicas.groups]))
+        check_potential(end, x)
     for k in range(1, steps + 1):
         replicas.step(path(k / steps))
         progress(1)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.samplers.kernel import Kernel
 
@@ -32,7 +33,7 @@ def check_resolved(kernel: Kernel, x: Float[Tensor, "n *event"], k: int, scale: 
     """
     if k % CHECKED:
         return
-    size = float(x.detach().abs().mean(0).amax())
+    size = float(processes.mean(x.detach().abs().mean(0)).amax())
     reach = kernel.reach(scale * kernel.step_size_at(k))
     spacing = torch.finfo(x.dtype).eps * 2.0 ** (math.frexp(size)[1] - 1) if math.isfinite(size) else 0.0
     if spacing**2 / 12 <= 0.01 * reach * reach:

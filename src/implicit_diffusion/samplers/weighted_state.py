@@ -7,6 +7,9 @@ For a path of potentials V_0, V_1, … fixed in advance, a kernel's step under V
 keep  E_{π_k} φ = E[φ(X_k) e^{A_k}]/E[e^{A_k}]  and  log Z_k = log Z_0 + log E e^{A_k}  exact at any step size
 (Jarzynski, cond-mat/9610209; Neal, physics/9803008). When fewer than half of the particles are effective they are
 resampled by their weights, systematically, and log E e^A is kept as a number.
+
+Where processes share the particles, each has the rows of its own, and the log-weights of all: their increments are what
+the processes exchange in every iteration, one number per particle, and the rows themselves where they are resampled.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from implicit_diffusion.particles import Particles
+from implicit_diffusion import processes
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.potentials.energy import Energy
 from implicit_diffusion.rounding import exact
+from implicit_diffusion.samplers.draws import innermost
 from implicit_diffusion.samplers.kernel import Kernel, State
 from implicit_diffusion.showing import of_tuple
 
@@ -30,7 +35,7 @@ class WeightedState(NamedTuple):
     Args:
         x: positions, with shape (n, *event).
         momentum: as `x`; None for kernels without.
-        log_weights: A, with shape (n,).
+        log_weights: A of all particles, with shape (n,).
         log_z: log Z_θ less the log mean e^A of the present weights: what earlier resamplings have carried over.
         previous: where the last step came from, as `x`.
         forward_part: that of the last step's increment, with shape (n,), in the widest dtype.
@@ -64,10 +69,40 @@ def exact_draws(state: State, value: Float[Tensor, " n"]) -> WeightedState:
     )
 
 
+ROWS = ("x", "momentum", "previous", "forward_part")  # of a state, one for each particle that the process has
+
+
+def own_rows(whole: WeightedState) -> WeightedState:
+    """The state with this process's rows, out of that of all particles."""
+    if processes.count() == 1:
+        return whole
+    rows = {name: getattr(whole, name) for name in ROWS if getattr(whole, name) is not None}
+    return whole._replace(**{name: innermost(processes.share(part)) for name, part in rows.items()})
+
+
+def check_together(own: WeightedState) -> None:
+    """Raise `InvalidInputError` where one process, on behalf of all, asks for particles that they share."""
+    if len(own.x) * processes.count() != len(own.log_weights):
+        raise InvalidInputError(
+            "the particles of a loop are shared by several processes, and only one of them asks for all; read them in "
+            "all processes, before what the main process does by itself"
+        )
+
+
+def all_rows(own: WeightedState) -> WeightedState:
+    """The state of all particles, out of those with the processes' rows."""
+    check_together(own)
+    if processes.count() == 1:
+        return own
+    rows = {name: getattr(own, name) for name in ROWS if getattr(own, name) is not None}
+    return own._replace(**{name: innermost(processes.gathered(part)) for name, part in rows.items()})
+
+
 def reweighted(kernel: Kernel, state: WeightedState, here: Energy) -> WeightedState:
     """The weights under the θ of `here`, A ← A + forward − backward; `here` is V and ∇V at the particles."""
     backward = kernel.backward_part(state.previous, state.x, here, state.h)
-    log_weights = exact(state.log_weights) + exact(state.forward_part) - exact(backward)
+    increment = processes.gathered(exact(state.forward_part) - exact(backward))
+    log_weights = exact(state.log_weights) + increment
     return state._replace(log_weights=log_weights.to(state.log_weights.dtype))
 
 
@@ -83,7 +118,7 @@ def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
 
 def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
     """Whether the effective sample size is below n/2."""
-    return Particles(log_weights, log_weights).ess < len(log_weights) / 2
+    return 1 / torch.softmax(log_weights, 0).square().sum() < len(log_weights) / 2
 
 
 @torch.no_grad()
@@ -103,20 +138,28 @@ def systematic(log_weights: Float[Tensor, " n"], uniform: Float[Tensor, ""]) -> 
 def resample(state: WeightedState, here: Energy, uniform: Float[Tensor, ""]) -> tuple[WeightedState, Energy]:
     """Where fewer than half of the particles are effective, resample them by their weights and update log Z.
 
-    Free of branches, so that it compiles and no device is waited for.
+    Free of branches in a single process, so that it compiles and no device is waited for. Several processes exchange
+    rows where that is due, and read a number in order to know.
 
     Args:
         state: with weights under the present θ.
         here: V and ∇V at the particles.
         uniform: a draw from U(0, 1).
     """
-    log_weights, n = state.log_weights, len(state.x)
+    log_weights, n = state.log_weights, len(state.log_weights)
     due = exhausted(log_weights)
+    if processes.count() > 1 and not due:
+        return state, here
     chosen = torch.where(due, systematic(log_weights, uniform), torch.arange(n, device=log_weights.device))
+    chosen = processes.share(chosen)
+
+    def taken(rows: Tensor) -> Tensor:
+        return processes.gathered(rows)[chosen]
+
     resampled = state._replace(
-        x=state.x[chosen],
-        momentum=None if state.momentum is None else state.momentum[chosen],
+        x=taken(state.x),
+        momentum=None if state.momentum is None else taken(state.momentum),
         log_weights=torch.where(due, 0.0, log_weights),
         log_z=state.log_z + torch.where(due, log_mean_exp(log_weights), 0.0),
     )
-    return resampled, Energy(here.value[chosen], here.grad[chosen])
+    return resampled, Energy(taken(here.value), taken(here.grad))

@@ -20,7 +20,7 @@ class Transition(Shown):
         u0: the pretrained network's prediction, as `x`; None where it was not asked for.
         a, b, s, h: the rows' coefficients, broadcastable to `x`, i.e. with shape (slots, 1, ...).
         trained: whether the network of the row is the one with parameters θ, shaped as `a`.
-        evaluations: network calls × samples that it took, of both u_θ and u_0.
+        evaluations: network calls × samples that it took in all processes, of both u_θ and u_0.
     """
 
     x: Float[Tensor, "slots batch *event"]

@@ -224,10 +224,10 @@ def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypat
     total, parts.drawn, parts.left, parts.error = parts.drawn, 0, 3, Kill
     written, original = [], stored.Stored.write
 
-    def write(self, evaluation, count, draws):
+    def write(self, evaluation, count):
         if len(written) < 2:  # the last one comes from the end, which a kill does not wait for
             written.append(count)
-            original(self, evaluation, count, draws)
+            original(self, evaluation, count)
 
     with monkeypatch.context() as patched, pytest.raises(Kill):
         patched.setattr(stored.Stored, "write", write)

@@ -22,7 +22,6 @@ from implicit_diffusion.evaluation.cache import evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.files.fingerprints import fingerprint
-from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.runs import RunDirectory, progress, provenance
 from implicit_diffusion.samplers.chain import Chain
 
@@ -56,8 +55,7 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
     network: Any = trained.denoiser
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
-    generators = GlobalGenerators(noise, 0, device=trained.device)
-    stored = _storage(directory, network.state_dict().values(), starts, generators)
+    stored = _storage(directory, network.state_dict().values(), starts)
     name = None if is_own(setup.spec.reward) else setup.spec.reward
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
@@ -76,21 +74,18 @@ class _Storage(NamedTuple):
     exported: Stored
 
 
-def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int, generators: GlobalGenerators) -> _Storage:
+def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int) -> _Storage:
     """Storage in the run's folder; prints how far an interrupted judgement has come.
 
     Args:
         directory: of the run. provenance.json holds what the run reads, and the changes that were accepted since.
         weights: of the network that is judged.
         starts: of each evaluation.
-        generators: of all three, one after the other.
     """
     digests = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in weights).encode())
     inputs = hashlib.sha256((directory.path / provenance.PROVENANCE_FILE).read_bytes())
     depends_on = {"the trained weights": digests.hexdigest(), provenance.PROVENANCE_FILE: inputs.hexdigest()}
-    storage = _Storage(
-        *(Stored(directory.path / JUDGED / side, depends_on, starts, generators) for side in Judged._fields)
-    )
+    storage = _Storage(*(Stored(directory.path / JUDGED / side, depends_on, starts) for side in Judged._fields))
     done = 0
     for each in storage:
         with suppress(InvalidInputError):

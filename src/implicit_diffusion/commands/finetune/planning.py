@@ -29,7 +29,6 @@ from implicit_diffusion.evaluation.plans import Plan, make_plan
 from implicit_diffusion.evaluation.stored import Stored, from_state
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.states import load_state
-from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
@@ -148,10 +147,8 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
-    generators = GlobalGenerators(setup.spec.noise, PLAN, 2, device=setup.chain.device)
-    return Stored(
-        directory.path / PLANNED, what_it_depends_on(setup, starts, fingerprints), starts, generators, KEPT_FOR_PICTURE
-    )
+    depends_on = what_it_depends_on(setup, starts, fingerprints)
+    return Stored(directory.path / PLANNED, depends_on, starts, KEPT_FOR_PICTURE)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:

@@ -75,8 +75,7 @@ class HeldOut(Shown):
         """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""
         if self._before is None:
             score = self._score(fit)
-            # the random numbers of the run are not shifted by this
-            with part("held-out checks"), GlobalGenerators(self.noise, 0, device=fit.chain.device):
+            with part("held-out checks"):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
         device = fit.chain.device

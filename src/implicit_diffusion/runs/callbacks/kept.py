@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.files.states import load_state, save_state
-from implicit_diffusion.loops.update import load_trained_state, trained_state
+from implicit_diffusion.frozen import load_trained_state, trained_state
 from implicit_diffusion.runs.state import Fit
 
 
