@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/test_extras.py tests/test_showing.py tests/tables tests/denoisers tests/models tests/digits \
-	tests/files tests/evaluation tests/commands/finetune/test_finetune.py tests/commands/sample \
+	tests/files tests/evaluation tests/runs/trackers tests/commands/finetune/test_finetune.py tests/commands/sample \
 	tests/commands/pretrain/test_image_files.py
 
 .PHONY: demo test test-all test-oldest lint types docs bench clean
@@ -58,5 +58,5 @@ $(READY): pyproject.toml constraints.txt
 $(OLDEST)/.ready: pyproject.toml tests/helpers/lower_bounds.py
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python tests/helpers/lower_bounds.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt -e ".[all]" beartype hatchling pytest sybil
+	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt -e ".[all,wandb]" beartype hatchling pytest sybil
 	touch $@

@@ -43,7 +43,7 @@ COMMAND_FLOORS = [
     {"ebm", "finetune", "hexagon", "pretrain", "recovery", "sample", "score", "tilt"},
     {"registry"},
     {"resuming"},
-    {"sweep"},
+    {"reporting", "sweep"},
 ]
 COMMAND_LEVEL = {room: level for level, rooms in enumerate(COMMAND_FLOORS) for room in rooms}
 ARROWS = {
@@ -53,6 +53,8 @@ ARROWS = {
     ("sweep", "rewards"),
     ("resuming", "rewards"),
     ("resuming", "registry"),
+    ("reporting", "registry"),
+    ("reporting", "resuming"),
     ("sweep", "resuming"),
     ("sweep", "finetune"),
 }

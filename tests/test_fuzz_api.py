@@ -530,7 +530,7 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL", "Stored"),
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl"),
-    *("pipeline_for", "progress", "save_adapter", "save_state", "sharpest"),
+    *("pipeline_for", "progress", "save_adapter", "save_state", "sharpest", "tracked"),
 }
 
 

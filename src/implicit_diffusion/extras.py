@@ -15,6 +15,8 @@ EXTRAS = {  # extra in pyproject.toml → modules that it brings
     "diffusers": ("accelerate", "diffusers", "huggingface_hub", "peft", "transformers"),
     "data": ("datasets", "PIL", "sklearn"),
     "cli": ("matplotlib", "rich", "tyro"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
 }
 EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 

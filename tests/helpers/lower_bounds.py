@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-RUNTIME = ("diffusers", "data", "ot", "cli")  # the extras that users install; tools of development are of the day
+RUNTIME = ("diffusers", "data", "ot", "cli", "tensorboard", "wandb")  # that users install; tools are of the day
 
 
 def lower_bounds():

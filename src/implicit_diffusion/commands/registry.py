@@ -26,6 +26,7 @@ class Command:
         report_place: where the function is that makes again what is derived from a finished run; None for a command
             that leaves no folder to resume.
         last_file: the last of the files that a run writes; with it, a run is finished.
+        course_place: where the function is that reads the numbers of its runs, finished or not, for `report`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Command:
     run_place: str
     report_place: str | None = None
     last_file: str | None = None
+    course_place: str | None = None
 
     @property
     def config(self) -> type:
@@ -55,6 +57,11 @@ class Command:
         run = _load(self.run_place)
         return run(config) if directory is None else run(config, directory)
 
+    def course(self, files: Any) -> Any:
+        """The numbers of a run so far, as `report` shows and compares them."""
+        assert self.course_place is not None
+        return _load(self.course_place)(files)
+
     def report(self, directory: RunDirectory) -> dict[str, Any]:
         """Make again what is derived from a finished run, from what is in its folder; returns the summary."""
         assert self.report_place is not None
@@ -67,24 +74,26 @@ def _load(place: str) -> Any:
     return getattr(importlib.import_module(f"implicit_diffusion.commands.{module}"), name)
 
 
+def _trains(name: str, last_file: str) -> Command:
+    """A command that trains, in whose folder everything has the same name as in those of the others."""
+    places = f"{name}.config:Config", f"{name}.command:run", f"{name}.command:report"
+    return Command(name, *places, last_file, f"reporting.courses:{name}")
+
+
 COMMANDS: Mapping[str, Command] = {
     command.name: command
     for command in (
-        Command("finetune", "finetune.config:Config", "finetune.command:run", "finetune.command:report", "report.html"),
+        _trains("finetune", "report.html"),
         Command("resume", "resuming:Resume", "resuming:run_resume"),
-        Command("report", "resuming:Report", "resuming:run_report"),
+        Command("report", "reporting.command:Report", "reporting.command:run"),
         Command("sweep", "sweep.config:Config", "sweep.command:run"),
         Command("sample", "sample.config:Config", "sample.command:run"),
-        Command(
-            "pretrain", "pretrain.config:Config", "pretrain.command:run", "pretrain.command:report", "summary.json"
-        ),
-        Command("ebm", "ebm.config:Config", "ebm.command:run", "ebm.command:report", "report.html"),
+        _trains("pretrain", "summary.json"),
+        _trains("ebm", "report.html"),
         Command("score", "score.config:Config", "score.command:run"),
-        Command("tilt", "tilt.config:Config", "tilt.command:run", "tilt.command:report", "summary.json"),
-        Command("hexagon", "hexagon.config:Config", "hexagon.command:run", "hexagon.command:report", "summary.json"),
-        Command(
-            "recovery", "recovery.config:Config", "recovery.command:run", "recovery.command:report", "summary.json"
-        ),
+        _trains("tilt", "summary.json"),
+        _trains("hexagon", "summary.json"),
+        _trains("recovery", "summary.json"),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Continue an interrupted run, or write its report again, whichever command it belongs to."""
+"""Continue an interrupted run, or write the report of a finished one again, whichever command it belongs to."""
 
 from __future__ import annotations
 
@@ -37,22 +37,9 @@ class Resume:
     """Run the code of the reward that the folder names, even if it lies there, has changed, or is not known here."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """Draw the figures of a finished run again, and write its report, from what is in its folder."""
-
-    run: Path = field(metadata={"positional": True})
-    """The folder of the run."""
-
-
 def run_resume(config: Resume) -> dict[str, Any]:
     """The command `resume`."""
     return resume(config.run, config.accept_changes, trust_reward=config.trust_reward)
-
-
-def run_report(config: Report) -> dict[str, Any]:
-    """The command `report`."""
-    return report(config.run)
 
 
 def resume(
@@ -71,7 +58,7 @@ def resume(
             reward is not to be trusted.
     """
     path = check_path("the folder of a run", path).absolute()
-    directory = _open(path)
+    directory = open_run(path)
     with directory.held():
         command, values, finished = from_main(lambda: _interrupted(directory))
         check_version(directory, accept_changes)
@@ -113,11 +100,11 @@ def _interrupted(directory: RunDirectory) -> tuple[Command, dict[str, Any], bool
         raise InvalidInputError(
             f"{path} is not an interrupted run: no run has begun in it; repeat the command that was to begin one"
         )
-    command, values = _command(directory)
-    _check_no_plan(path, values)
+    command, values = command_of(directory)
+    check_no_plan(path, values)
     assert command.last_file is not None
     if finished and (path / command.last_file).exists():
-        raise InvalidInputError(f"{path} is not an interrupted run: it is finished; {_results(path, command, values)}")
+        raise InvalidInputError(f"{path} is not an interrupted run: it is finished; {_results(path)}")
     return command, values, finished
 
 
@@ -130,24 +117,24 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
             disk.
     """
     path = check_path("the folder of a run", path)
-    directory = _open(path)
+    directory = open_run(path)
     with directory.held():
         if not (path / "summary.json").exists():
             if not (path / "config.json").exists():
                 raise InvalidInputError(
                     f"{path} is not a finished run: no run has begun in it; repeat the command that was to begin one"
                 )
-            _check_no_plan(path, directory.read_config() or {})
+            check_no_plan(path, directory.read_config() or {})
             raise InvalidInputError(
                 f"{path} is not finished: it has no summary.json; {directory.resume_command} continues it"
             )
-        command, _ = _command(directory)
+        command, _ = command_of(directory)
         check_version(directory, advice="draw its report with that version")
         with fitting(path):
             return command.report(directory)
 
 
-def _check_no_plan(path: Path, values: Mapping[str, Any]) -> None:
+def check_no_plan(path: Path, values: Mapping[str, Any]) -> None:
     """Refuse a folder with a finished plan, which there is nothing to continue or to draw again of."""
     if values.get("plan") and (path / "plan.json").exists():
         raise InvalidInputError(
@@ -156,30 +143,35 @@ def _check_no_plan(path: Path, values: Mapping[str, Any]) -> None:
         )
 
 
-def _results(path: Path, command: Command, values: Mapping[str, Any]) -> str:
-    """Where the results of a finished run are, by what is there, and whether `report` would draw them again."""
+def _results(path: Path) -> str:
+    """Where the results of a finished run are, by what is there, and how they are drawn again."""
     there = ", ".join(f"{path / name}" for name in RESULTS if (path / name).exists())
-    own = command.name == "tilt" and values.get("reward") != "half-plane"
-    compared = values.get("compare")  # neither a tilt for a reward of the user's own nor a comparison is drawn again
-    again = "" if own or compared else f"; `implicit-diffusion report {shlex.quote(str(path))}` draws it again"
-    return f"its results are in {there}{again}"
+    return f"its results are in {there}; `implicit-diffusion report {shlex.quote(str(path))}` draws it again"
 
 
 @main_only
-def _open(path: Path) -> RunDirectory:
+def open_run(path: Path) -> RunDirectory:
+    """The folder of a run.
+
+    Raises:
+        InvalidInputError: there is none; a sweep, or a part of a run.
+    """
     if not path.is_dir():
         raise InvalidInputError(f"there is no run {path}; name the folder that --out named")
     check_folder(path)
     directory = RunDirectory(path)
     origin = directory.read_origin()
     if any(path.glob("beta-*")) or (origin is not None and origin.command == "sweep"):
-        raise InvalidInputError(f"{path} is a sweep; to continue it, repeat the `sweep` command that began it")
+        raise InvalidInputError(
+            f"{path} is a sweep; to continue it, repeat the `sweep` command that began it, and to compare its runs, "
+            f"use `implicit-diffusion report {shlex.quote(str(path))}/beta-*`"
+        )
     if not (path / "config.json").exists() and path.name in PARTS and (path.parent / "config.json").exists():
         raise InvalidInputError(f"{path} is part of a run; name the run itself, {path.parent}")
     return directory
 
 
-def _command(directory: RunDirectory) -> tuple[Command, dict[str, Any]]:
+def command_of(directory: RunDirectory) -> tuple[Command, dict[str, Any]]:
     """The command that began a run, and its options, by config.json."""
     values, origin = directory.read_config(), directory.read_origin()
     if values is None or origin is None:

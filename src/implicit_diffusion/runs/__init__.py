@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.runs.directory import RunDirectory
     from implicit_diffusion.runs.signals import Stop, graceful
     from implicit_diffusion.runs.state import Fit
+    from implicit_diffusion.runs.trackers.opening import tracked
 else:
 
     def __getattr__(name: str) -> object:
@@ -40,4 +41,5 @@ __all__ = [
     "load_state",
     "progress",
     "save_state",
+    "tracked",
 ]

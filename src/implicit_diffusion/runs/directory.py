@@ -11,6 +11,8 @@
     checkpoint/     the newest states to continue from, as checkpoint/000120 of update 120
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
+    tensorboard/    event files, and wandb/ with wandb.json, where a run is tracked (`runs.trackers`)
+    so-far.html     how far an unfinished run had come, for people; no run reads or writes it
 
 The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
 (`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where
@@ -24,7 +26,7 @@ import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from os import PathLike
@@ -42,6 +44,7 @@ from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import clock, records
 from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.devices import naming_memory
+from implicit_diffusion.runs.trackers.tracking import UNTRACKED, Tracking
 from implicit_diffusion.showing import Shown
 
 BEGUN = "begun"  # key of config.json: when the run began, in UTC, which tells it from every other run
@@ -60,15 +63,18 @@ class RunDirectory(Shown):
 
     Args:
         path: a string or a path; kept as a `Path`.
+        tracking: gets the lines of metrics.jsonl as well (`runs.trackers`).
 
     Raises:
         InvalidInputError: `path` is neither.
     """
 
     path: Path
+    tracking: Tracking = field(compare=False, repr=False)
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], tracking: Tracking = UNTRACKED) -> None:
         object.__setattr__(self, "path", check_path("the folder of a run", path))
+        object.__setattr__(self, "tracking", tracking)
 
     @classmethod
     def create(cls, path: str | PathLike[str], may_hold: Collection[str] = ()) -> RunDirectory:
@@ -274,11 +280,13 @@ class RunDirectory(Shown):
 
         Values that are still on a device are read in one go.
         """
-        lines: list[str] = []
+        rows: list[dict[str, Any]] = []
         try:
-            lines += map(records.as_line, records.read_back(metrics))
+            rows += map(records.as_json, records.read_back(metrics))
         finally:  # what is refused leaves no trace, what came before it is kept
-            append(self.path / "metrics.jsonl", "".join(lines))
+            append(self.path / "metrics.jsonl", "".join(map(records.as_line, rows)))
+            if rows:
+                self.tracking.lines(rows)
 
     @main_only
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -293,8 +301,3 @@ class RunDirectory(Shown):
         kept = [line for line in self.read_metrics() if line["updates"] <= updates]
         with replacing(self.path / "metrics.jsonl") as file:
             file.write_text("".join(map(records.as_line, kept)), encoding="utf-8")
-
-
-def dated(name: str) -> Path:
-    """The default folder of a run: runs/`name`-<UTC time>."""
-    return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from implicit_diffusion.files.atomic import replacing
@@ -43,19 +44,31 @@ def restore_metrics(directory: RunDirectory, updates: int, lines: int | None) ->
         print(f"metrics   {path}: {'; '.join(wrong)}; the run continues, and its curves show what is left")
     with replacing(path) as file:
         file.write_text("".join(kept[number][0] + "\n" for number in sorted(kept)), encoding="utf-8")
+    directory.tracking.rewind(updates)
     return [kept[number][1] for number in sorted(kept)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that can be read now; its run may be writing to it meanwhile."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [row for row in map(_parsed, text.split("\n")[:-1]) if row is not None]
 
 
 def _absent(kept: dict[int, Any], updates: int) -> list[int]:
     return [number for number in range(1, updates + 1) if number not in kept]
 
 
-def _read(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("updates")) is int else None
+    return row if isinstance(row, dict) else None
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    row = _parsed(line)
+    return row if row is not None and type(row.get("updates")) is int else None
 
 
 def _spans(numbers: list[int]) -> str:

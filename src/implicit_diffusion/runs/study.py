@@ -64,6 +64,7 @@ class Study:
             raise InvalidInputError(f"{self.directory.checkpoint} does not hold a study; choose another folder")
         with replacing(self.directory.path / "metrics.jsonl") as file:
             file.write_text("", encoding="utf-8")  # every run writes its lines, also one that finished before
+        self.directory.tracking.rewind(0)
         self.results = state["study"]
         self._save()
         return self.results

@@ -109,7 +109,14 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch, capsys):
     assert summary["advice"][0] == "weighted: its best rate 0.03 is at the edge of the grid; a larger one may be better"
     assert summary["advice"][0] in capsys.readouterr().out
 
+    (out / "figures" / "comparison.png").unlink()
+    assert compare.report(RunDirectory(out)) == summary and len(made) == 11  # from the lines, without a training
+    assert (out / "figures" / "comparison.png").exists()
     more = ebm.run(dataclasses.replace(config, seeds=3))  # only the seeds that are new
     assert len(made) == 11 + 2 and more["arms"]["implicit"]["kls"] == [0.3, 0.31, 0.32]
     with pytest.raises(InvalidInputError, match="holds a run of other options: width was 8 and is 16"):
         ebm.run(dataclasses.replace(config, width=16))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(InvalidInputError, match=r"lacks the training of implicit at --lr 0.03, seed 2"):
+        compare.report(RunDirectory(out))

@@ -155,11 +155,11 @@ def test_a_report_is_made_again_as_it_was(whole, tmp_path, capsys):
     assert "it is finished" in capsys.readouterr().err
 
 
-def test_what_is_not_finished_has_no_report(tmp_path, capsys):
+def test_what_is_no_run_has_no_report(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 2 == main(["report", str(tmp_path / "nowhere")])
     said = capsys.readouterr().err.splitlines()
-    assert "is not finished" in said[0] and "there is no run" in said[1]
+    assert "does not say which command" in said[0] and "there is no run" in said[1]
 
 
 FULL = OSError(28, "No space left on device")

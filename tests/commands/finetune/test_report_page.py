@@ -15,12 +15,12 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.command_line.options import options_of
 from implicit_diffusion.commands.command_line.parsing import read
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.report.figures import STYLE
 from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.samples import hacking
 from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
 from implicit_diffusion.commands.registry import CONFIGURATIONS
+from implicit_diffusion.commands.shared.drawing import STYLE
 from implicit_diffusion.commands.shared.formatting import model_name
 from implicit_diffusion.commands.shared.page import Picture, figures, table
 from implicit_diffusion.runs import RunDirectory
@@ -45,7 +45,8 @@ OTHERS = {int: 7, float: 0.3, bool: True, str: "a 'b' -c", Path: Path("/some whe
 @pytest.mark.parametrize("option", options_of(Config), ids=lambda option: option.field)
 def test_the_command_is_read_as_the_same_configuration(option):
     """With every option at another value than its default, one by one; out and plan are left to the new run."""
-    other = OTHERS.get(option.type) or get_args(option.type)[-1]
+    several = option.many and get_args(get_args(option.type)[0])
+    other = several or OTHERS.get(option.type) or get_args(option.type)[-1]
     config = replace(Config(), **{option.field: other})
     words = pasted(command(config))
     assert words[:2] == ["implicit-diffusion", "finetune"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from implicit_diffusion import cli
+from implicit_diffusion.commands import resuming
 from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.commands.tilt import training
 from implicit_diffusion.commands.tilt.config import ARMS
@@ -151,7 +153,7 @@ def test_a_trained_model_beyond_the_grid_is_said(tmp_path, capsys):
     gone = ExactTilt(model, half_plane).judge(dataclasses.replace(model, potential=Tilted(pull, (2,))), 1.0)
     assert gone.at_edge > 0.01
     row = Row(1.0, Tradeoff(1.0, 0.0, 0.0), weighted=over_seeds([gone]))
-    show(Summary(0.5, [row]), "weighted", RunDirectory(tmp_path))
+    show(Summary(0.5, [row], []), "weighted", RunDirectory(tmp_path))
     assert "of its mass is at the edge of the grid" in capsys.readouterr().out
 
 
@@ -164,6 +166,12 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, model=tmp_path / "model", steps=2, seeds=1, reward=f"{tmp_path}/mine.py:up")
     row = tilt.run(dataclasses.replace(config, kl_weights=(1.0,), out=tmp_path / "run"))["rows"][0]
     assert row["weighted"]["reward_std"] is None and row["optimum"]["reward"] > row["weighted"]["reward"]
+    figure = tmp_path / "run" / "figures" / "tilt.png"
+    drawn = figure.read_bytes()
+    for gone in (tmp_path / "model", figure, tmp_path / "mine.py"):  # neither is needed to draw it again
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert resuming.report(tmp_path / "run")["rows"] == [row]
+    assert figure.read_bytes() == drawn
 
 
 BAD = {

@@ -15,8 +15,8 @@ from typing import Any
 from implicit_diffusion.commands.command_line.options import Option, options_of
 
 OPTIONS = {  # by the name of an argument in the library: its options where these are called otherwise; the first counts
-    "path": ("out", "run"),
-    "folder": ("out", "run"),
+    "path": ("run", "out"),
+    "folder": ("run", "out"),
     "rank": ("lora_rank",),
     "sampler": ("scheduler",),
     "targets": ("lora_targets",),

@@ -39,7 +39,7 @@ class Option(NamedTuple):
     @property
     def name(self) -> str:
         """The option as it is written on a command line."""
-        return METAVARS[self.type] if self.positional else f"--{self.field.replace('_', '-')}"
+        return METAVARS[self._one] if self.positional else f"--{self.field.replace('_', '-')}"
 
     @property
     def spellings(self) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ def _registry(configurations: Iterable[type]) -> Any:
 def _annotated(option: Option) -> Any:
     """The type of an option for tyro: None may be its default, and is not offered among its values."""
     default = option.default
-    silent = default is None or default is False or default == ()
+    silent = default is None or default is False or default == () or (option.positional and option.many)
     hint = {"help_behavior_hint": ""} if silent else {}
     kind: Any = option.type | None if default is None else option.type
     marks = [tyro.conf.arg(metavar=None if option.type is bool else option.metavar, **hint)]  # type: ignore[call-overload]
@@ -159,7 +159,7 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
                     f"{command} does not expect {quoted(word)}{_after(given)}; see {command} --help"
                 )
             option = waiting.pop(0)
-            values = [word]
+            values = [word, *(option.cut(rest) if option.many else [])]
         else:
             name, equals, value = word.partition("=")
             name = f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name

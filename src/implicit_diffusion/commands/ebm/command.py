@@ -19,7 +19,7 @@ from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.ebm.training import Trained, train
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.commands.shared.inputs import inputs
-from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.errors import InvalidInputError
@@ -28,8 +28,8 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import check_inputs
+from implicit_diffusion.runs.trackers.opening import tracked
 
 LOOKS = 12  # exact figures on the way
 
@@ -71,8 +71,9 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     if config.compare:
         from implicit_diffusion.commands.ebm.compare import compare
 
-        return compare(config, directory)
-    with directory.held(), clock.run():
+        with tracked(directory, config.track) as directory:
+            return compare(config, directory)
+    with directory.held(), clock.run(), tracked(directory, config.track) as directory:
         return _run(config, directory, resumed)
 
 
@@ -141,13 +142,13 @@ def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures and write the report from what is on disk; prints the headline and returns the summary.
 
     Raises:
-        InvalidInputError: a comparison, whose own command draws it again; data or a model that are no longer there.
+        InvalidInputError: data or a model that are no longer there, or a comparison that lacks a training.
     """
     config = read_options(Config, directory)
     if config.compare:
-        raise InvalidInputError(
-            f"{directory.path} is a comparison: the `ebm --compare` command that made it draws it again"
-        )
+        from implicit_diffusion.commands.ebm import compare
+
+        return compare.report(directory)
     summary = read_summary(Summary, directory)
     check_inputs(directory, inputs(config))
     data = load_data(config.data, Noise(config.seed), dequantise=config.dequantise)

@@ -23,6 +23,7 @@ from implicit_diffusion.commands.ebm.judging import JUDGE, log_z_by_annealing
 from implicit_diffusion.commands.ebm.summary import ComparedArm, ComparedTraining, Comparison, CurvePoint, Paired
 from implicit_diffusion.commands.ebm.training import train
 from implicit_diffusion.commands.shared.opening import continuing
+from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import from_json, to_json
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
@@ -72,6 +73,19 @@ def compare(config: Config, directory: RunDirectory) -> dict[str, Any]:
                 assert resolved.seeds is not None and resolved.judge_steps is not None
                 trainings = Trainings(config.data, weighted, resolved.judge_steps, directory)
                 return _compare(trainings, range(config.seed, config.seed + resolved.seeds))
+
+
+def report(directory: RunDirectory) -> dict[str, Any]:
+    """Draw the picture of a finished comparison again, and write and print its numbers, from its trainings.
+
+    Raises:
+        InvalidInputError: a training is missing in metrics.jsonl.
+    """
+    config = read_options(Config, directory)
+    assert config.seeds is not None and config.judge_steps is not None  # resolved
+    weighted = config.settings(load_data(config.data, Noise(config.seed)))
+    trainings = Trainings(config.data, weighted, config.judge_steps, directory, complete=True)
+    return _compare(trainings, range(config.seed, config.seed + config.seeds))
 
 
 def _compare(trainings: Trainings, seeds: range) -> dict[str, Any]:
@@ -148,10 +162,14 @@ class Trainings:
         weighted: settings of the weighted arm; the rate and the seed are those of each training.
         judge_steps: of the annealing for log Z of weighted trainings.
         directory: of the comparison.
+        complete: whether all are there, so that a missing one is an error.
     """
 
-    def __init__(self, data: str, weighted: Settings, judge_steps: int, directory: RunDirectory) -> None:
+    def __init__(
+        self, data: str, weighted: Settings, judge_steps: int, directory: RunDirectory, *, complete: bool = False
+    ) -> None:
         self.data, self.weighted, self.judge_steps, self.directory = data, weighted, judge_steps, directory
+        self.complete = complete
         directory.forget_metrics(sys.maxsize)  # only a line that was cut short
         finished = (from_json(ComparedTraining, line) for line in directory.read_metrics())
         self.finished: dict[tuple[str, float, int], ComparedTraining] = {(t.arm, t.lr, t.seed): t for t in finished}
@@ -159,6 +177,11 @@ class Trainings:
     def get(self, arm: str, lr: float, seed: int, *, judged: bool = True) -> ComparedTraining:
         """A training; `judged` ones have a curve of several points, and an estimate of log Z in the weighted arm."""
         if (arm, lr, seed) not in self.finished:
+            if self.complete:
+                raise InvalidInputError(
+                    f"{self.directory.path}/metrics.jsonl lacks the training of {arm} at --lr {lr:g}, seed {seed}; the "
+                    "`ebm --compare` command with the same --out makes it again"
+                )
             settings = replace(at_equal_cost(self.weighted, arm), lr=lr, seed=seed)
             training = attempt(self.data, settings, self.judge_steps if judged else None)
             self.directory.append_metrics(to_json(training))

@@ -13,6 +13,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.energy_model import Architecture, Moves
 from implicit_diffusion.potentials.plane import LAWS
+from implicit_diffusion.runs.trackers.opening import TrackerName
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class Config:
     out: Path | None = None
     """Folder for the run, new or empty; by default runs/ebm-<data>-<time>.
     The folder of an interrupted comparison may be given again, to continue it."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or an option has no effect."""

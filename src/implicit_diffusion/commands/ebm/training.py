@@ -10,7 +10,9 @@ from torch import Tensor
 
 from implicit_diffusion.commands.ebm.arms import Refresh, Settings, to_model
 from implicit_diffusion.commands.ebm.data import Data
+from implicit_diffusion.commands.ebm.samples import axis_label
 from implicit_diffusion.commands.ebm.summary import CurvePoint
+from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels, plane_pixels
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.errors import DivergenceError, NonFiniteError
@@ -22,9 +24,11 @@ from implicit_diffusion.models.energy_model import EnergyModel
 from implicit_diffusion.processes import from_main
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
+from implicit_diffusion.runs.callbacks.track import Pictures
 from implicit_diffusion.runs.callbacks.watch import Watch
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit, fit
+from implicit_diffusion.runs.trackers.tracking import Pixels
 from implicit_diffusion.showing import Shown
 
 
@@ -72,6 +76,22 @@ class Gap(Shown):
             fit.metrics |= {"energy_gap": (data.mean() - mean).item(), "energy_gap_se": variance.sqrt().item()}
 
 
+def pictures(data: Data) -> list[Pictures]:
+    """The particles in the units of the data, where these are images or points of the plane."""
+    shape = tuple(data.event_shape)
+
+    def draw(fit: Fit) -> Pixels:
+        loop = fit.loop
+        assert isinstance(loop, ParticleLoop)
+        particles = loop.particles
+        x = particles.x.detach().cpu() * data.scale + data.shift
+        if shape == (2,):
+            return plane_pixels(x, particles.weights, beside=data.held_out, names=list(map(axis_label, data.names)))
+        return image_pixels(x[:PICTURED], data.train.amin().item(), data.train.amax().item())
+
+    return [Pictures(draw, "particles")] if shape == (2,) or len(shape) == 3 else []
+
+
 def train(
     settings: Settings, data: Data, loop: ParticleLoop, directory: RunDirectory | None, looks: int, keep: int = KEEP
 ) -> Trained:
@@ -93,6 +113,7 @@ def train(
     save = None if directory is None else (lambda state: to_model(settings, loop, data).save(directory.model))
     watch = Watch(standardised, save=save, words=WORDS)
     callbacks: list[Any] = [*[AdaptStep()] * settings.adapt, watch, Refresh(settings), Gap(standardised[:1000])]
+    callbacks[:0] = pictures(data)
     curve: list[CurvePoint] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)

@@ -25,9 +25,16 @@ from implicit_diffusion.commands.finetune.result import Result, keep_result, rea
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
-from implicit_diffusion.commands.finetune.training import held_out_checks, make_loop, scale, train, weight_of_penalty
+from implicit_diffusion.commands.finetune.training import (
+    held_out_checks,
+    make_loop,
+    pictures,
+    scale,
+    train,
+    weight_of_penalty,
+)
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
-from implicit_diffusion.commands.shared.opening import continuing
+from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.sharded import whole_copy
@@ -45,9 +52,9 @@ from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.trackers.opening import tracked
 
 
 def run(
@@ -65,7 +72,7 @@ def run(
     config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
     assert config.out is not None
     directory = RunDirectory(config.out)
-    with directory.held(), clock.run():
+    with directory.held(), clock.run(), tracked(directory, config.track) as directory:
         return _run(config, directory, resumed, pretrained)
 
 
@@ -105,7 +112,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         if not trained:
             begin(directory, "finetune", config, fingerprints, device)
         held_out = held_out_checks(spec, setup)
-        state = train(spec, loop, held_out, samples, plan.reward_std, directory)
+        state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup))
         facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
         finish(setup, state, plan, facts, directory)
         return report(directory)

@@ -9,6 +9,7 @@ from typing import Literal
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.runs.trackers.opening import TrackerName
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Config:
     """Do not train; sample the pretrained model, and report what reward each --kl-weight can buy."""
     out: Path | None = None
     """Folder for the run: new, empty, or with nothing but a plan in it. By default runs/finetune-<time>."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
     loop: Literal["queue", "nested"] = "queue"
     """The algorithm: "queue" samples and trains in one pipelined loop; "nested" samples each batch to the end first."""
     scheduler: (

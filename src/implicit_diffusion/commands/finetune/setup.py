@@ -39,7 +39,7 @@ from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import clipped_for, default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
-PLAN, DURING, AFTER, ADAPTER = 1, 2, 3, 4  # streams of noise apart from training's
+PLAN, DURING, AFTER, ADAPTER, SHOWN = 1, 2, 3, 4, 5  # streams of noise apart from training's
 IN_REPORT = 20  # starts whose images a report shows
 MEANING = ("prediction_type", "num_train_timesteps")  # of a network's output and of its times
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from implicit_diffusion.commands.finetune.setup import DURING, Setup
+from implicit_diffusion.commands.finetune.setup import DURING, SHOWN, Setup
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
+from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL
@@ -14,9 +16,11 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.rise import Rise
 from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
+from implicit_diffusion.runs.callbacks.track import Pictures
 from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Callback, Fit, fit
+from implicit_diffusion.runs.trackers.tracking import Pixels
 
 
 @part("loading")
@@ -85,6 +89,19 @@ def callbacks(spec: TrainingSpec, held_out: HeldOut, samples: Evaluation, reward
     return [AdaptKL(spec.target_kl), held_out, rise, runaway]
 
 
+def pictures(setup: Setup) -> Pictures:
+    """Samples of the chain as it is, always from the same noise and under the same conditions."""
+    noise, decoder = setup.spec.noise.stream(SHOWN), setup.pretrained.decoder
+
+    @torch.no_grad()
+    def draw(fit: Fit) -> Pixels:
+        with GlobalGenerators(noise, 0, device=fit.chain.device):
+            x = fit.chain.sample(noise, PICTURED)
+            return image_pixels(x if decoder is None else decoder(x), low=-1, high=1)
+
+    return Pictures(draw)
+
+
 def train(
     spec: TrainingSpec,
     loop: ChainLoop,
@@ -92,6 +109,7 @@ def train(
     samples: Evaluation,
     reward_std: float,
     directory: RunDirectory,
+    shown: Pictures,
 ) -> Fit:
     """Train until all updates are made, or a callback stops the run.
 
@@ -102,11 +120,12 @@ def train(
         samples: as in `callbacks`.
         reward_std: as in `callbacks`.
         directory: of the run.
+        shown: pictures for its trackers.
 
     Raises:
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
-    watching = callbacks(spec, held_out, samples, reward_std)
+    watching: list[Callback] = [shown, *callbacks(spec, held_out, samples, reward_std)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory, keep=spec.keep)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt

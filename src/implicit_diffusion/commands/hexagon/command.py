@@ -24,14 +24,17 @@ from implicit_diffusion.commands.hexagon.arms import ARMS, Arms
 from implicit_diffusion.commands.hexagon.config import Config
 from implicit_diffusion.commands.hexagon.summary import Summary, add_exact, show, summarise
 from implicit_diffusion.commands.hexagon.trace import Trace
-from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature
-from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature, mixture
+from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
+from implicit_diffusion.commands.shared.pictures import PLOTTED, plane_pixels
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
+from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
-from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
+from implicit_diffusion.runs.trackers.opening import tracked
+from implicit_diffusion.runs.trackers.tracking import group_of
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -48,7 +51,11 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("hexagon"))
-    with directory.held(), opened("hexagon", config, directory, resumed=resumed):
+    with (
+        directory.held(),
+        tracked(directory, config.track) as directory,
+        opened("hexagon", config, directory, resumed=resumed),
+    ):
         return _study(config, directory)
 
 
@@ -81,6 +88,8 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
             for seed in range(config.seed, config.seed + config.seeds):
                 state = study.once(name, seed, make=partial(make, name, seed), lines=lines)
                 traces.append(arms.restore(state))
+                if seed == config.seed:
+                    _show(traces[-1], config, directory)
                 bar.update()
     return _conclude(config, names, traces, grids, arms.rates, directory)
 
@@ -111,3 +120,12 @@ def _conclude(
     directory.write_summary(written)  # the last file: with it, the run is finished
     show(summary, directory.path)
     return written
+
+
+def _show(trace: Trace, config: Config, directory: RunDirectory) -> None:
+    """Show the particles at the end of a run to the trackers, beside draws of the initial law."""
+    if directory.tracking.wanted:
+        initial = mixture(None, config.sigma).sample(PLOTTED, Noise(config.seed))
+        pixels = plane_pixels(trace.clouds[-1][0], beside=initial, words="draws of the initial law")
+        group = group_of({"arm": trace.arm, "seed": trace.seed})
+        directory.tracking.picture(trace.points[-1]["iteration"], "particles", pixels, group)

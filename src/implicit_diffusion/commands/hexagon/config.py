@@ -9,6 +9,7 @@ from pathlib import Path
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.runs.trackers.opening import TrackerName
 
 NARROWEST = 0.05  # σ that the coarse grid resolves: its cells are as wide, and the error e^{−2π²}
 COMPILED_FROM = 20_000  # iterations in all, from which compiling pays
@@ -71,6 +72,9 @@ class Config:
     """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/hexagon-<time>."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

@@ -32,6 +32,7 @@ from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.runs.provenance import check_inputs
+from implicit_diffusion.runs.trackers.opening import tracked
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -59,7 +60,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     resumed = directory is not None
     config, directory = in_folder(config, directory, Path(f"runs/pretrain-{Path(config.data).name}"))
-    with directory.held(), clock.run():
+    with directory.held(), clock.run(), tracked(directory, config.track) as directory:
         if not resumed:
             directory.check_start("pretrain")
         clock.keep(directory.path)
@@ -125,6 +126,7 @@ def training_of(config: Config, data: Images) -> Training:
         title=images_card.title(config.data),
         device=find_device(config.device or ("cpu" if config.data == "digits" else "auto")),
         one_thread=config.data == "digits",  # whose weights are published, and must not depend on the number
+        shown_steps=config.chains[0],
         check_pixels=not os.path.isabs(config.data),  # of a folder, provenance has every file
         keep=config.keep,
     )

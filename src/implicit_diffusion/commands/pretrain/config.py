@@ -10,6 +10,7 @@ from implicit_diffusion.commands.pretrain.network import noise_schedule
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.runs.trackers.opening import TrackerName
 from implicit_diffusion.tables.scheduler import read_table
 
 
@@ -25,6 +26,9 @@ class Config:
     Examples are ylecun/mnist and uoft-cs/cifar10."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/pretrain-<data>."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
     size: tuple[int, int] | None = None
     """Height and width to scale the images to; by default their own, rounded so that the U-Net can halve them."""
     classes: bool = False

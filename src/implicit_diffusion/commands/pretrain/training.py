@@ -26,7 +26,9 @@ import torch
 from implicit_diffusion.commands.pretrain.data import Images
 from implicit_diffusion.commands.pretrain.loss import image_losses
 from implicit_diffusion.commands.pretrain.network import Network
+from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import Descent, Pretraining, begin_pretraining, digests
+from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.files.atomic import writing
@@ -34,6 +36,7 @@ from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import sharing
 from implicit_diffusion.runs import RunDirectory, graceful, progress
+from implicit_diffusion.runs.callbacks.track import due
 from implicit_diffusion.runs.clock import part
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Training:
         title: what the images are called, for the model card.
         device: where the network is.
         one_thread: whether sums are made on one thread: how many share a sum decides its rounding.
+        shown_steps: of the chains whose samples trackers show.
         check_pixels: whether a state that continues must be one of the same pixels.
         keep: number of checkpoints that stay.
     """
@@ -64,6 +68,7 @@ class Training:
     title: str
     device: torch.device
     one_thread: bool
+    shown_steps: int
     check_pixels: bool
     keep: int = KEEP
 
@@ -127,9 +132,22 @@ def _train(
         if directory is not None:
             state.save(directory, images, training.keep)
 
+    @part("pictures")
+    def show() -> None:
+        """Show samples of the average so far, always from the same noise."""
+        if directory is not None and directory.tracking.wanted:
+            of_network = training.network.event_shape, training.network.classes
+            with state.averaged() as unet:
+                x = sample_images(
+                    unet, state.scheduler, training.shown_steps, PICTURED, training.descent.seed, *of_network
+                )
+            directory.tracking.picture(state.step, "samples", image_pixels(x, low=-1, high=1))
+
     every, saved_at = -(-steps // LINES), state.step
     last_model = last_checkpoint = time.monotonic()
     start = last_model - state.seconds
+    if state.step == 0:
+        show()
     with graceful() as stop, progress(steps, "pretraining", state.step) as bar:
         while state.step < steps:
             rows = torch.randint(len(data.train), (training.batch,), generator=state.generator)
@@ -144,6 +162,8 @@ def _train(
             bar.update({"loss": state.losses[-1]})
             step, state.seconds = state.step, time.monotonic() - start
             if step % every == 0 or step == steps:
+                if due(step // every, steps // every):
+                    show()
                 if directory is not None:
                     mean = torch.stack(state.losses).mean()
                     directory.append_metrics({"updates": step, "loss": mean, "seconds": state.seconds})

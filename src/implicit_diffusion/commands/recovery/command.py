@@ -20,15 +20,16 @@ from torch import Tensor
 
 from implicit_diffusion.commands.recovery.config import TAIL, Config
 from implicit_diffusion.commands.recovery.training import RecoveryRun, exact_kls, models, train
-from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
-from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.study import Study
+from implicit_diffusion.runs.trackers.opening import tracked
 
 ARMS = ("unweighted", "weighted", "unweighted-decreasing", "weighted-decreasing")
+LINES = 100  # of metrics.jsonl, for a run, at most
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config.resolved(), directory, dated("recovery"))
-    with directory.held(), opened("recovery", config, directory, resumed=resumed):
+    with (
+        directory.held(),
+        tracked(directory, config.track) as directory,
+        opened("recovery", config, directory, resumed=resumed),
+    ):
         return _study(config, directory)
 
 
@@ -101,7 +106,8 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
         for name in ARMS:
             runs = []
             for seed in range(config.seed, config.seed + config.seeds):
-                runs.append(study.once(name, seed, make=partial(train, run_of(config, name, seed))))
+                make = partial(train, run_of(config, name, seed))
+                runs.append(study.once(name, seed, make=make, lines=partial(_lines, name, seed)))
                 bar.update()
             curves[name] = torch.stack(runs)
     return _conclude(config, curves, directory)
@@ -120,6 +126,15 @@ def _conclude(
     directory.write_summary(written)  # the last file: with it, the run is finished
     show(summary, directory.path)
     return written
+
+
+def _lines(arm: str, seed: int, kls: Float[Tensor, "updates 2"]) -> list[dict[str, Any]]:
+    """About a hundred lines of metrics.jsonl for a run, the last update among them."""
+    every = -(-len(kls) // LINES)
+    return [
+        {"arm": arm, "seed": seed, "updates": n + 1, "kl": kls[n, 0].item(), "kl_to_data": kls[n, 1].item()}
+        for n in range((len(kls) - 1) % every, len(kls), every)
+    ]
 
 
 def _summarise(runs: Float[Tensor, "seeds updates 2"]) -> RecoveryArm:

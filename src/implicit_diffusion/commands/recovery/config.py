@@ -8,6 +8,7 @@ from typing import Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.runs.trackers.opening import TrackerName
 
 TAIL = 500  # updates whose mean is reported
 STEP_SIZES = {"hexagon": 0.2, "two-modes": 0.05}  # by default
@@ -35,6 +36,9 @@ class Config:
     """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/recovery-<time>."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

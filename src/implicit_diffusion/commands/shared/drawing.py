@@ -18,6 +18,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHTED, UNWEIGHTED = "#2a9d5c", "#1f6f8b"  # colours of weighted and of plain particles
+INK, FAINT = "#22272e", "#d9dde2"  # colours of text and of grounds
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa1ab",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": "#e9ecef",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": "#5b626c",
+    "ytick.color": "#5b626c",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+}
 
 
 def sheet(width: float | int, height: float | int) -> Figure:
@@ -66,12 +95,19 @@ def image_grid(
     axis: Any, images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int = 8
 ) -> None:
     """Show images in rows with a grey line around each, grey, RGB, or the mean of other channels; `low` is black."""
+    axis.imshow(tiled(images, low, high, columns).numpy(), vmin=0, vmax=1)
+    axis.set_axis_off()
+
+
+def tiled(
+    images: Float[Tensor, "n C H W"], low: float | int, high: float | int, columns: int
+) -> Float[Tensor, "rows_H columns_W 3"]:
+    """The picture that `image_grid` shows, with numbers from 0 to 1."""
     shown = ((images.float().cpu() - low) / (high - low)).clamp(0, 1)
     shown = shown if shown.shape[1] in (1, 3) else shown.mean(1, keepdim=True)
     framed = pad(pad(shown, (1, 1, 1, 1), value=0.3), (0, 0, 0, 0, 0, 0, 0, -len(shown) % columns), value=0.3)
     picture = framed.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    axis.imshow(picture.expand(-1, -1, 3).numpy(), vmin=0, vmax=1)  # (rows H, columns W, RGB)
-    axis.set_axis_off()
+    return picture.expand(-1, -1, 3)
 
 
 def smooth(values: np.ndarray, radius: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,3 +93,8 @@ def continuing(directory: RunDirectory, again: str | None = None) -> Iterator[No
     except Exception as error:
         error.add_note(f"once its cause is mended, {way}")
         raise
+
+
+def dated(name: str) -> Path:
+    """The default folder of a run: runs/`name`-<UTC time>."""
+    return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")

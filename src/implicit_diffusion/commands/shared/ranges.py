@@ -57,6 +57,7 @@ def command(name: str, settings: Mapping[str, object]) -> str:
     """The command line with these settings, quoted for a shell."""
     words = [f"implicit-diffusion {name}"]
     for key, value in settings.items():
-        flag, join = option(key, value), "=" if str(value).startswith("-") else " "  # or it is taken for an option
-        words.append(flag if isinstance(value, bool) else f"{flag}{join}{shlex.quote(str(value))}")
+        values = [shlex.quote(str(one)) for one in (value if isinstance(value, tuple) else (value,))]
+        flag, join = option(key, value), "=" if values[:1] and values[0].startswith("-") else " "  # or it is an option
+        words.append(flag if isinstance(value, bool) else join.join([flag, " ".join(values)]))
     return " \\\n  ".join(words)

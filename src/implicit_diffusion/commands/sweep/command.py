@@ -28,7 +28,7 @@ from implicit_diffusion.commands.resuming import resume
 from implicit_diffusion.commands.rewards.trust import short
 from implicit_diffusion.commands.shared.formatting import beside, distinct, number, percent
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
-from implicit_diffusion.commands.shared.opening import continuing
+from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.sweep.config import Config as Config
 from implicit_diffusion.commands.sweep.figure import plot
 from implicit_diffusion.commands.sweep.folders import check_folder, finished, folder_of, holds_little, settings
@@ -41,7 +41,6 @@ from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
-from implicit_diffusion.runs.directory import dated
 from implicit_diffusion.runs.provenance import Change, check_version, verified
 
 CURVE = 12  # KL weights of the drawn frontier

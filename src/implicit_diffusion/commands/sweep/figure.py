@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from implicit_diffusion.commands.finetune.report.figures import BEFORE, BOUND, STYLE, canvas
+from implicit_diffusion.commands.finetune.report.figures import BEFORE, BOUND, canvas
 from implicit_diffusion.commands.finetune.report.frontier import tangent_curve
-from implicit_diffusion.commands.shared.drawing import legend_above, save
+from implicit_diffusion.commands.shared.drawing import STYLE, legend_above, save
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.sweep.summary import SweepSummary
 from implicit_diffusion.evaluation.bounds import Bound

@@ -22,12 +22,13 @@ from implicit_diffusion.commands.rewards.names import load_reward
 from implicit_diffusion.commands.rewards.trust import is_own
 from implicit_diffusion.commands.shared.formatting import distinct
 from implicit_diffusion.commands.shared.inputs import inputs
-from implicit_diffusion.commands.shared.opening import in_folder, opened
+from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
+from implicit_diffusion.commands.shared.pictures import plane_pixels
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.commands.tilt.config import Config
 from implicit_diffusion.commands.tilt.exact import ExactTilt, Tradeoff, TrainedTradeoff, half_plane
-from implicit_diffusion.commands.tilt.summary import Row, Summary, over_seeds, plot, show
+from implicit_diffusion.commands.tilt.summary import Row, Summary, between, over_seeds, plot, show
 from implicit_diffusion.commands.tilt.training import START, TiltRun, at_model, train
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.global_generators import GlobalGenerators
@@ -35,9 +36,9 @@ from implicit_diffusion.models.energy_model import EnergyModel, load_energy_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
-from implicit_diffusion.runs.directory import dated
-from implicit_diffusion.runs.provenance import check_inputs
 from implicit_diffusion.runs.study import Study
+from implicit_diffusion.runs.trackers.opening import tracked
+from implicit_diffusion.runs.trackers.tracking import group_of
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config, directory, dated("tilt"))
-    with directory.held():
+    with directory.held(), tracked(directory, config.track) as directory:
         fingerprints = inputs(config)
         model = load_energy_model(config.model)
         check_model(model)
@@ -66,13 +67,14 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
         with opened("tilt", config, directory, resumed=resumed, fingerprints=fingerprints):
             rows = _study(config, model, reward, exact, optima, Study(directory, config.keep))
-            return _conclude(config, Summary(exact.reward_initial, rows), exact, directory)
+            summary = Summary(exact.reward_initial, rows, exact.frontier(between(config.kl_weights)))
+            return _conclude(config, summary, directory)
 
 
 @main_only
-def _conclude(config: Config, summary: Summary, exact: ExactTilt, directory: RunDirectory) -> dict[str, Any]:
+def _conclude(config: Config, summary: Summary, directory: RunDirectory) -> dict[str, Any]:
     """The figure and the table; returns what summary.json holds."""
-    plot(summary, exact, directory.figure("tilt"))
+    plot(summary, directory.figure("tilt"))
     written: dict[str, Any] = to_json(summary)
     directory.write_summary(written)  # the last file: with it, the run is finished
     show(summary, config.arms[0], directory)
@@ -81,17 +83,10 @@ def _conclude(config: Config, summary: Summary, exact: ExactTilt, directory: Run
 
 @main_only
 def report(directory: RunDirectory) -> dict[str, Any]:
-    """Draw the figure of a finished study again, print its table, and return its summary.
-
-    Raises:
-        InvalidInputError: a model that is no longer there; a reward of the user's own, which would have to run for it.
-    """
+    """Draw the figure of a finished study again, print its table, and return its summary."""
     config = read_options(Config, directory)
-    if config.reward != "half-plane":
-        raise InvalidInputError(f"{directory.path}: its figure needs the reward, which is code: run `tilt` again")
     summary = read_summary(Summary, directory)
-    check_inputs(directory, inputs(config))
-    plot(summary, ExactTilt(load_energy_model(config.model), half_plane), directory.figure("tilt"))
+    plot(summary, directory.figure("tilt"))
     show(summary, config.arms[0], directory)
     written: dict[str, Any] = to_json(summary)
     return written
@@ -159,7 +154,18 @@ def _study(
                 for seed in seeds:
                     key = weight, arm, seed
                     results.append(study.once(*key, make=partial(make, *key), lines=partial(line, *key)))
+                    if (arm, seed) == (config.arms[0], config.seed):
+                        _show(study.directory, f"w-{folders[weight]}", group_of(line(*key, results[-1])[0]), model)
                     bar.update()
                 arms[arm] = over_seeds([TrainedTradeoff(**result) for result in results])
             rows.append(Row(weight, optimum, **arms))
     return rows
+
+
+def _show(directory: RunDirectory, folder: str, group: str, model: EnergyModel) -> None:
+    """Show the particles of a model that is kept to the trackers, beside those of the model before."""
+    if directory.tracking.wanted:
+        models = load_energy_model(directory.model / folder), model
+        trained, before = (each.particles * each.scale + each.shift for each in models)
+        pixels = plane_pixels(trained, beside=before, words="before training")
+        directory.tracking.picture(0, "particles", pixels, group)

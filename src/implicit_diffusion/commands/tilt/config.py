@@ -10,6 +10,7 @@ from typing import Literal
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
+from implicit_diffusion.runs.trackers.opening import TrackerName
 
 Arm = Literal["unweighted", "weighted"]
 ARMS: tuple[Arm, ...] = ("unweighted", "weighted")  # the first is the one to use
@@ -43,6 +44,9 @@ class Config:
     """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/tilt-<time>."""
+    track: tuple[TrackerName, ...] = ()
+    """Where else to show the numbers and pictures of the training.
+    "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""

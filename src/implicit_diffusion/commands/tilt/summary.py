@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,7 +11,7 @@ from statistics import mean, stdev
 import torch
 
 from implicit_diffusion.commands.tilt.config import ARMS
-from implicit_diffusion.commands.tilt.exact import AT_EDGE, ExactTilt, Tradeoff, TrainedTradeoff
+from implicit_diffusion.commands.tilt.exact import AT_EDGE, Tradeoff, TrainedTradeoff
 from implicit_diffusion.runs import RunDirectory
 
 
@@ -39,10 +40,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """E_π R before training, and a row for every weight."""
+    """The study.
+
+    Args:
+        reward_initial: E_π R before training.
+        rows: one for every weight.
+        frontier: KL to π_0 and reward of the optima of many weights, the largest first.
+    """
 
     reward_initial: float
     rows: list[Row]
+    frontier: list[tuple[float, float]]
+
+
+def between(kl_weights: Sequence[float]) -> list[float]:
+    """Weights for the frontier, from the smallest of these to four times the largest."""
+    logs = torch.tensor(kl_weights).log()
+    curve: list[float] = torch.linspace(logs.amax() + math.log(4), logs.amin(), 50).exp().tolist()
+    return curve
 
 
 def over_seeds(results: list[TrainedTradeoff]) -> TiltArm:
@@ -80,16 +95,14 @@ def show(summary: Summary, kept_arm: str, directory: RunDirectory) -> None:
     print(f"run       {directory.path}")
 
 
-def plot(summary: Summary, exact: ExactTilt, path: Path) -> None:
+def plot(summary: Summary, path: Path) -> None:
     """Reward against KL to π_0: the frontier of optima, and what the arms reach."""
     from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, legend_above, sheet
 
     figure = sheet(5.6, 4)
     axis = figure.subplots()
     rows = summary.rows
-    weights = torch.tensor([row.kl_weight for row in rows]).log()
-    curve = torch.linspace(weights.amax() + math.log(4), weights.amin(), 50).exp().tolist()
-    axis.plot(*zip(*exact.frontier(curve)), color="0.3", lw=1.2, label="optima of all w")
+    axis.plot(*zip(*summary.frontier), color="0.3", lw=1.2, label="optima of all w")
     optima = [(row.optimum.kl, row.optimum.reward) for row in rows]
     axis.plot(*zip(*optima), color="0.3", marker="x", ls="", label="optima of these w")
     colours = {"unweighted": UNWEIGHTED, "weighted": WEIGHTED}

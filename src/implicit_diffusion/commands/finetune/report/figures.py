@@ -11,42 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from implicit_diffusion.commands.finetune.result import Result
-from implicit_diffusion.commands.shared.drawing import save, sheet
+from implicit_diffusion.commands.shared.drawing import STYLE, save, sheet
 from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.extras import require
 from implicit_diffusion.runs import RunDirectory
 
 WIDTH = 5.0  # inches
 BEFORE, AFTER, BOUND, REAL, EXPORTED = "#7d838c", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-INK, FAINT = "#22272e", "#d9dde2"
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#9aa1ab",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": "#e9ecef",
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": "#5b626c",
-    "ytick.color": "#5b626c",
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
-    "savefig.dpi": 200,
-}
 
 Drawing = Callable[[Result], tuple[Any, str, str] | None]
 

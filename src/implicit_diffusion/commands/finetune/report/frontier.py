@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, FAINT, INK, canvas
+from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, canvas
 from implicit_diffusion.commands.finetune.result import Result
-from implicit_diffusion.commands.shared.drawing import legend_above
+from implicit_diffusion.commands.shared.drawing import FAINT, INK, legend_above
 from implicit_diffusion.commands.shared.formatting import number, percent
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.extras import require

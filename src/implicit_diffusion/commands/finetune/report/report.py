@@ -242,7 +242,7 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
 
 def command(config: Config) -> str:
     """The command line with these options, to be pasted as it is; options that are None or off are left out."""
-    given = {name: value for name, value in vars(config).items() if value is not None and value is not False}
+    given = {name: value for name, value in vars(config).items() if value is not None and value not in (False, ())}
     return ranges.command("finetune", {name: value for name, value in given.items() if name not in NOT_IN_COMMAND})
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, EXPORTED, FAINT, INK, REAL, WIDTH, canvas
+from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, EXPORTED, REAL, WIDTH, canvas
 from implicit_diffusion.commands.finetune.result import Result
-from implicit_diffusion.commands.shared.drawing import legend_above
+from implicit_diffusion.commands.shared.drawing import FAINT, INK, legend_above
 from implicit_diffusion.commands.shared.formatting import decimals
 from implicit_diffusion.digits import Appearance, Quality
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, INK, canvas
+from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, canvas
 from implicit_diffusion.commands.finetune.result import Result
-from implicit_diffusion.commands.shared.drawing import legend_above, smooth
+from implicit_diffusion.commands.shared.drawing import INK, legend_above, smooth
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Estimate
 

@@ -1,0 +1,65 @@
+"""Pictures for trackers: a grid of images, or points of the plane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.commands.shared.drawing import WEIGHTED, sheet, tiled
+from implicit_diffusion.extras import require
+from implicit_diffusion.runs.trackers.tracking import Pixels
+
+PICTURED = 16  # images in a grid
+COLUMNS = 4
+SIDE = 400  # pixels, at least, of a picture: trackers show small ones blurred
+PLOTTED = 1000  # points in a picture
+
+
+def image_pixels(images: Float[Tensor, "n C H W"], low: float | int, high: float | int) -> Pixels:
+    """The images in a grid, each pixel of a small image as a square of pixels; `low` is black, `high` white."""
+    picture = tiled(images, low, high, COLUMNS)
+    times = -(-SIDE // max(picture.shape[:2]))
+    large = picture.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    return np.round(255 * large.numpy()).astype(np.uint8)
+
+
+def plane_pixels(
+    points: Float[Tensor, "n 2"],
+    weights: Float[Tensor, " n"] | None = None,
+    *,
+    beside: Float[Tensor, "m 2"],
+    words: str = "data",
+    names: Sequence[str] = ("$x_1$", "$x_2$"),
+) -> Pixels:
+    """Points over others, on axes that the others set, so that pictures of one run can be compared.
+
+    Args:
+        points: of the model.
+        weights: of the points, which their areas show; None for equal ones.
+        beside: data, or points of another law.
+        words: what the others are.
+        names: of the two coordinates, as labels of axes.
+    """
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = sheet(4.2, 4.2)
+    axes = figure.subplots()
+    low, high = beside.amin(0), beside.amax(0)
+    margin = 0.15 * (high - low)
+    x, y = beside[:PLOTTED].T.numpy()
+    axes.scatter(x, y, s=4, color="0.75", lw=0, label=words)
+    label = "particles" if weights is None else "particles, areas: weights"
+    sizes: Any = np.full(len(points), 6.0) if weights is None else 6 * len(points) * weights.detach().cpu().numpy()
+    x, y = points[:PLOTTED].T.numpy()
+    axes.scatter(x, y, s=sizes[:PLOTTED], color=WEIGHTED, alpha=0.7, lw=0, label=label)
+    limits = [(a - m, b + m) for a, b, m in zip(low.tolist(), high.tolist(), margin.tolist())]
+    axes.set(xlim=limits[0], ylim=limits[1], xlabel=names[0], ylabel=names[1])
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
