@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
     from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
     from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
+    from implicit_diffusion.denoisers.sharded import shard, whole_copy
     from implicit_diffusion.frozen import eval_mode, frozen_copy
 else:
 
@@ -31,4 +32,6 @@ __all__ = [
     "eval_mode",
     "frozen_copy",
     "merged",
+    "shard",
+    "whole_copy",
 ]

@@ -270,10 +270,6 @@ class RunDirectory(Shown):
         """Write summary.json; values and errors as in `write_config`."""
         records.write(self.path / "summary.json", summary)
 
-    def write_plan(self, plan: Any) -> None:
-        """Write plan.json; values and errors as in `write_config`."""
-        records.write(self.path / "plan.json", plan)
-
     @main_only
     def append_metrics(self, *metrics: Mapping[str, Any]) -> None:
         """Append a line for each to metrics.jsonl; they are on the disk when this returns. Errors as in `write_config`.

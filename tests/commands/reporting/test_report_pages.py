@@ -15,7 +15,7 @@ from implicit_diffusion.commands.reporting.course import Number, over_seeds
 from implicit_diffusion.commands.reporting.curves import draw_courses
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.lock import hold
-from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs import RunDirectory, records
 
 SE = {"held_out_reward_se": 0.1, "held_out_path_kl_se": 0.02, "held_out_objective_se": 0.1}
 PLAN = {
@@ -86,7 +86,7 @@ def begun(path, kind="finetune", lines=None, **options):
     directory.write_config(config(**needed | options), command)
     directory.append_metrics(*(LINES[kind] if lines is None else lines))
     if command == "finetune":
-        directory.write_plan(PLAN)
+        records.write(directory.path / "plan.json", PLAN)
     return directory
 
 

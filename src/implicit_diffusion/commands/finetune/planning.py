@@ -31,7 +31,7 @@ from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.files.manifest import MANIFEST
 from implicit_diffusion.files.states import STATE_FILE, has_state, load_state
 from implicit_diffusion.processes import main_only
-from implicit_diffusion.runs import RunDirectory, progress
+from implicit_diffusion.runs import RunDirectory, progress, records
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.surroundings import describe
 
@@ -94,7 +94,7 @@ def planned(
             show(plan)
         if spec.alone:
             _show_files(setup, samples, directory)
-        directory.write_plan(plan.to_json())  # the last file: with it, the plan is complete
+        records.write(directory.path / "plan.json", plan.to_json())  # the last file: with it, the plan is complete
 
     conclude()
     return plan, samples

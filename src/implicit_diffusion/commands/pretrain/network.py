@@ -72,8 +72,7 @@ class Dropout(nn.Dropout):
         """The tensor with entries set to zero at random in training mode, and the others scaled."""
         if count() == 1 or not self.training or self.p == 0:
             return super().forward(x)
-        kept = x.new_empty((count() * len(x), *x.shape[1:])).bernoulli_(1 - self.p)
-        return x * share(kept.div_(1 - self.p))
+        return x * share(super().forward(x.new_ones((count() * len(x), *x.shape[1:]))))
 
 
 def shared_dropout(network: nn.Module) -> None:
