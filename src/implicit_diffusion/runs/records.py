@@ -19,6 +19,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.atomic import replacing
+from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.processes import main_only
 
 
