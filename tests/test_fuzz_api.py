@@ -407,6 +407,7 @@ PUBLIC = {
     "merged": Call(
         idf.denoisers.merged, {"denoiser": lambda: idf.denoisers.DiffusersDenoiser(tiny.unet(**tiny.PLAIN))}
     ),
+    "whole_copy": Call(idf.denoisers.whole_copy, {"denoiser": Net}, denoise),
     "checkpoint_activations": Call(idf.denoisers.checkpoint_activations, {"network": lambda: tiny.unet(**tiny.PLAIN)}),
     "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
     "save_pipeline": Call(
@@ -530,7 +531,7 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL", "Stored"),
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl"),
-    *("pipeline_for", "progress", "save_adapter", "save_state", "sharpest", "tracked"),
+    *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
 }
 
 

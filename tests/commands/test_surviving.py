@@ -72,7 +72,7 @@ def test_a_folder_in_use_is_refused_until_its_process_has_ended(small):
 
 def test_an_error_that_nobody_expected_is_one_line_unless_its_traceback_is_asked_for(tmp_path, monkeypatch, capsys):
     """It names what was raised, where, and what continues the run."""
-    monkeypatch.setattr(recovery, "Study", lambda directory: {}["colour"])
+    monkeypatch.setattr(recovery, "Study", lambda directory, keep: {}["colour"])
     call = ["recovery", "--steps", "500", "--out", str(tmp_path / "run")]
     monkeypatch.delenv(TRACEBACK, raising=False)
     assert main(call) == 2

@@ -49,7 +49,6 @@ COMMANDS = {
     "pretrain": [],
     "tilt": ["--model", "nowhere"],
     "resume": None,
-    "report": None,
 }
 
 

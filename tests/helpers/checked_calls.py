@@ -15,9 +15,11 @@ from types import FunctionType
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 of_jaxtyping, config = jaxtyping.jaxtyped, jaxtyping.config
 SCOPE = of_jaxtyping("context")
+CHECKER = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # a TypeError, as jaxtyping raises it
 
 
 def checked(function=None, *, typechecker):
@@ -31,6 +33,7 @@ def checked(function=None, *, typechecker):
         return function
     if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function):
         return of_jaxtyping(function, typechecker=typechecker)
+    typechecker = CHECKER  # what the plugin passes is beartype, whose violations are no TypeErrors
     hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
     has_shapes = any(map(_has_shapes, hints.values()))
     check_result = _result(hints.pop("return", Any), typechecker)

@@ -97,10 +97,11 @@ def whole_copy(denoiser: nn.Module) -> nn.Module:
 
     In the other processes its weights are on the meta device. A denoiser that is not shared out is returned as it is.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
+    check_type("denoiser", denoiser, nn.Module, "its network is a module")
     if not is_sharded(denoiser):
         return denoiser
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     network, inner = network_of(denoiser), unwrapped(denoiser)
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     whole = copy.deepcopy(network.__dict__[ORIGINAL])

@@ -51,20 +51,25 @@ def refuse_unless_regular(path: Path, mode: int) -> None:
         raise InvalidInputError(f"{path} is {kind}, and only regular files are read")
 
 
-def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most: int = MOST_BYTES, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object in a file.
 
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+        finite: whether it must be strict JSON, which has neither NaN nor infinity; schedulers of diffusers have some.
+
     Raises:
-        InvalidInputError: as `read_bytes`; it is not JSON, which has neither NaN nor infinity, not an object, or has
-            more than `DEEPEST` levels.
+        InvalidInputError: as `read_bytes`; it is not JSON, not an object, or has more than `DEEPEST` levels.
     """
-    return parse_json(path, read_bytes(path, most))
+    return parse_json(path, read_bytes(path, most), finite=finite)
 
 
-def parse_json(path: Path, contents: bytes) -> dict[str, Any]:
-    """The JSON object in the contents of a file; errors as in `read_json`."""
+def parse_json(path: Path, contents: bytes, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in the contents of a file; arguments and errors as in `read_json`."""
+    number = _finite if finite else float
     try:
-        value = json.loads(contents.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        value = json.loads(contents.decode("utf-8"), parse_constant=number, parse_float=number)
     except RecursionError:
         raise InvalidInputError(f"{path} is nested deeper than {DEEPEST} levels") from None
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits

@@ -206,7 +206,7 @@ def load_scheduler(checkpoint: Checkpoint, source: str) -> Any:
     with checkpoint.laid_out() as folder:
         place = folder / "scheduler"
         try:
-            for name, value in read_json(place / "scheduler_config.json").items():
+            for name, value in read_json(place / "scheduler_config.json", finite=False).items():
                 if isinstance(value, int | float) and abs(value) > LARGEST_OPTION and float(value).is_integer():
                     raise ValueError(f"its {name} is {value:.4g}, and no scheduler needs more than {LARGEST_OPTION}")
             return scheduler_class.from_pretrained(str(place), local_files_only=True)

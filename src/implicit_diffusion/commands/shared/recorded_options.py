@@ -22,9 +22,7 @@ def read_options(kind: type[C], directory: RunDirectory) -> C:
     Raises:
         InvalidInputError: config.json is gone or damaged, has an option that `kind` does not have, or lacks one,
             or has one of another type.
-        StorageError: it has vanished.
     """
-    directory.check_there()
     values = directory.read_config()
     if values is None:
         raise InvalidInputError(
