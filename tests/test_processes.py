@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, ProcessError
@@ -71,6 +72,46 @@ def hand_over():
 
 def refuse():
     raise InvalidInputError("as it was said")
+
+
+class OfALibrary(OSError):
+    """An error that takes more than words, as those of huggingface_hub, and is known where it was raised only."""
+
+    def __init__(self, message, *, response):
+        super().__init__(message)
+
+
+def hand_over_errors_of_others():
+    """What each process learns of an error of a library in the main one, and of a refusal by the last one."""
+
+    def fail():
+        raise OfALibrary("not found", response=404)
+
+    def refuse_in_the_last():
+        if processes.rank() == processes.world_size() - 1:
+            refuse()
+        return processes.rank()
+
+    with pytest.raises(OSError, match="not found"):
+        processes.from_main(fail)
+    assert processes.everywhere(processes.rank) == processes.rank()
+    with pytest.raises(InvalidInputError, match="as it was said"):
+        processes.everywhere(refuse_in_the_last)
+    return processes.collected(processes.rank())
+
+
+def interrupted_in_step():
+    """One of the processes is interrupted where the others wait for its share of the weights."""
+
+    def part(number):
+        if number == 1:
+            raise KeyboardInterrupt
+        dist.all_reduce(torch.ones(1))
+
+    try:
+        list(processes.in_turns(part, range(2), in_step=True))
+    except KeyboardInterrupt:
+        os._exit(7)
 
 
 def divides():
@@ -143,6 +184,10 @@ def test_the_main_process_hands_over_results_and_errors():
     ]
 
 
+def test_errors_of_libraries_and_of_other_processes_reach_all():
+    assert together(2, "tests.test_processes:hand_over_errors_of_others") == [[0, 1]] * 2
+
+
 def test_what_processes_cannot_share_equally_is_refused():
     together(3, "tests.test_processes:divides")
 
@@ -150,4 +195,12 @@ def test_what_processes_cannot_share_equally_is_refused():
 def test_a_process_that_ends_is_noticed_at_once():
     with pytest.raises(AssertionError, match="process 1 ended with status 7"):
         together(2, "tests.test_processes:end_early")
+    stop()
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_one_that_others_wait_for_in_a_network_ends_all():
+    with pytest.raises(AssertionError, match="another process of this run has ended|ended with status 7") as e:
+        together(2, "tests.test_processes:interrupted_in_step", timeout=20)
+    assert "no answer" not in str(e.value)
     stop()

@@ -3,7 +3,9 @@
 import os
 import signal
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 from implicit_diffusion import processes
+from implicit_diffusion.commands.reporting import command as reporting
+from implicit_diffusion.commands.shared import opening
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
@@ -67,6 +72,43 @@ def test_a_signal_to_one_stops_all_after_the_same_update_and_any_number_continue
     for left, right in zip(one, other, strict=True):
         if isinstance(left, torch.Tensor):
             torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+
+
+def stopped_by_clocks(first):
+    """Runs whose callback stops them by the clock of each process, which differ; `first` is the fastest."""
+
+    def callback(run):
+        return "time is up" if run.updates >= (2 if processes.rank() == first else 4) else None
+
+    run = fit(loop(), UPDATES, callbacks=[callback])
+    return run.updates, run.stopped
+
+
+def test_the_clock_of_the_main_process_decides_when_to_stop():
+    for first, updates in ((0, 2), (1, 4)):
+        assert together(2, f"{HERE}:stopped_by_clocks", first, timeout=20) == [(updates, "time is up")] * 2
+
+
+def dated_by_clocks():
+    """The folder of a new run, where the processes have different clocks."""
+    with patch.object(opening, "datetime") as clock:
+        clock.now.return_value = datetime(2020 + processes.rank(), 1, 1)  # noqa: DTZ001
+        return str(opening.dated("finetune"))
+
+
+def test_all_processes_have_one_folder():
+    assert together(2, f"{HERE}:dated_by_clocks") == ["runs/finetune-20200101T000000"] * 2
+
+
+def report_by_main(folder):
+    """A report that the main process writes; the others do not look."""
+    path = Path(folder if processes.is_main() else "nowhere")
+    with pytest.raises(InvalidInputError, match="no run has begun in it"):
+        reporting.run(reporting.Report((path,)))
+
+
+def test_the_main_process_alone_reports(tmp_path):
+    together(2, f"{HERE}:report_by_main", str(tmp_path))
 
 
 def slow_main(folder):

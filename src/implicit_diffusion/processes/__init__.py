@@ -22,6 +22,7 @@ from implicit_diffusion.processes.group import alone, count, is_main, rank, shar
 from implicit_diffusion.processes.main_process import (
     any_of,
     collected,
+    everywhere,
     from_main,
     highest,
     in_turns,
@@ -37,6 +38,7 @@ __all__ = [
     "check_divides",
     "collected",
     "count",
+    "everywhere",
     "from_main",
     "gathered",
     "highest",

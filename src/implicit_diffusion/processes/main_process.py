@@ -53,9 +53,26 @@ def collected(value: Result) -> list[Result]:
     return values
 
 
+def everywhere(function: Callable[[], Result]) -> Result:
+    """What the function returns in this process; all call it, and an error of ours that one raises is raised in all.
+
+    This is for what may be refused by one process alone, such as one whose device has too little memory left.
+    """
+    refused: ImplicitDiffusionError | None = None
+    try:
+        made = function()
+    except ImplicitDiffusionError as error:
+        refused = error
+    of_others = next(filter(None, collected(refused)), None)
+    if refused is not None or of_others is not None:
+        raise refused or of_others  # type: ignore[misc]
+    return made
+
+
 def from_main(function: Callable[[], Result]) -> Result:
     """What the function returns, or raises, in the main process, where alone it is called; the others wait for it.
 
+    An error of a class that is neither Python's nor ours reaches the others as one of the nearest class of Python.
     Where another process has ended, the main process calls it by itself, and nothing is called elsewhere.
     """
     if world_size() == 1 or state.for_all:
@@ -69,7 +86,7 @@ def from_main(function: Callable[[], Result]) -> Result:
             with for_all():
                 made[0] = function()
         except BaseException as error:  # an interrupt as well: the others are not left waiting
-            raised, made[1] = error, error
+            raised, made[1] = error, _for_others(error)
     if not state.lost:
         with noticing_the_lost():
             traffic.calls += 1
@@ -80,6 +97,17 @@ def from_main(function: Callable[[], Result]) -> Result:
         raise made[1]
     returned: Result = made[0]
     return returned
+
+
+def _for_others(error: BaseException) -> BaseException:
+    """The error as it can be handed over: a class from elsewhere may not be there, or not take its own words."""
+    if isinstance(error, ImplicitDiffusionError) or type(error).__module__ == "builtins":
+        return error
+    nearest = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    try:
+        return nearest(f"{type(error).__name__}: {error}")
+    except TypeError:  # it takes more than words
+        return ProcessError(f"process {rank()} raised {type(error).__name__}: {error}")
 
 
 def main_only(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -113,7 +141,8 @@ def in_turns(function: Callable[[int], Result], numbers: Sequence[int], *, in_st
         function: of a number.
         numbers: that it is called with.
         in_step: whether all processes must call it equally often, because it gathers weights that are shared out; those
-            that are left over in the last turn then repeat its last number.
+            that are left over in the last turn then repeat its last number. An error is raised where it occurs only:
+            the others may be waiting for weights, and notice when this process ends.
     """
     if world_size() == 1 or state.lost or state.for_all:
         yield from map(function, numbers)
@@ -126,6 +155,8 @@ def in_turns(function: Callable[[int], Result], numbers: Sequence[int], *, in_st
                 with for_all():
                     made = function(batch[min(rank(), len(batch) - 1)])
             except BaseException as error:
+                if in_step:
+                    raise
                 raised = error
         ours = raised is None or isinstance(raised, (ImplicitDiffusionError, KeyboardInterrupt))
         shown = raised if ours else ProcessError(f"process {rank()} raised {type(raised).__name__}: {raised}")

@@ -21,7 +21,7 @@ state is saved with the run; when `fit` returns, the caller's own generators are
 
 Several processes call `fit` alike, with a loop each, and make the same updates: a signal to one stops all of them, the
 clock of the main one decides when something is written, and it alone writes and prints. Callbacks are called in all of
-them with the same metrics, and must decide alike.
+them with the same metrics, but for the seconds; whether to stop, by a clock too, the main one decides.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from implicit_diffusion.errors import (
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.files.foreign import fitting
 from implicit_diffusion.loops.base import Loop
-from implicit_diffusion.processes import main_alone
+from implicit_diffusion.processes import from_main, main_alone
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.console import progress
 from implicit_diffusion.runs.directory import RunDirectory
@@ -137,7 +137,6 @@ def _drive(
                     fit.metrics = metrics | {"seconds": fit.seconds}
                     with fit.generators:
                         fit.verdict = verdict(fit, callbacks)
-                    fit.stopped = fit.verdict and fit.verdict[1]
                     bar.update(_shown(metrics), advance=fit.updates - bar.done)
                     lines.append(fit.metrics)
                     if waits is not None and directory is not None:  # it is known now what that state led to
@@ -148,10 +147,13 @@ def _drive(
                         waits = None
                 else:
                     bar.update(_shown(metrics), advance=0)
-                save, read = stop.agree(
+                save, read, stops = stop.agree(
                     directory is not None and time.monotonic() - last_saved > checkpoint_every,
                     time.monotonic() - last_read > READ_EVERY,
+                    fit.verdict is not None,
                 )
+                fit.verdict = from_main(lambda: fit.verdict) if stops else None
+                fit.stopped = fit.verdict and fit.verdict[1]
                 if stop.requested:
                     fit.stopped = "interrupted"
                 if fit.stopped:

@@ -47,7 +47,7 @@ from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
 from implicit_diffusion.models.pretrained import save_pipeline
-from implicit_diffusion.processes import from_main, main_only
+from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
@@ -92,7 +92,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     with GlobalGenerators(setup.spec.noise, PLAN, 1, device=device):
         loop = make_loop(spec, setup, config.kl_weight)
         predicted = memory.predict_memory(loop)
-    memory.check_memory(predicted, device)
+    everywhere(lambda: memory.check_memory(predicted, device))
     if setup.conditioning.prompts:  # from here on, nothing is refused
         fingerprints |= {"prompts": _keep_prompts(setup, directory, resumed)}
     trained = directory.has_state

@@ -13,6 +13,7 @@ import torch
 
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.errors import NOT_OF_THE_RUN, ImplicitDiffusionError, NonFiniteError
+from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.provenance import is_recorded
@@ -95,6 +96,7 @@ def continuing(directory: RunDirectory, again: str | None = None) -> Iterator[No
         raise
 
 
+@main_only
 def dated(name: str) -> Path:
-    """The default folder of a run: runs/`name`-<UTC time>."""
+    """The default folder of a run: runs/`name`-<UTC time>, by the clock of the main process."""
     return Path(f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}")

@@ -31,7 +31,8 @@ def tracked(directory: RunDirectory, names: Collection[str]) -> Iterator[RunDire
         MissingExtraError: the package of a tracker is not installed; the message has the command that installs it.
         InvalidInputError: no tracker has such a name; a tracker refuses.
     """
-    trackers = [_open(name, directory) for name in dict.fromkeys(names)] if processes.is_main() else []
+    own = dict.fromkeys(names) if processes.is_main() else ()
+    trackers = processes.everywhere(lambda: [_open(name, directory) for name in own])
     tracking = Tracking(trackers, wanted=bool(names))
     try:
         yield RunDirectory(directory.path, tracking)
