@@ -74,7 +74,7 @@ def refuse():
     raise InvalidInputError("as it was said")
 
 
-class OfALibrary(OSError):
+class LibraryError(OSError):
     """An error that takes more than words, as those of huggingface_hub, and is known where it was raised only."""
 
     def __init__(self, message, *, response):
@@ -85,7 +85,7 @@ def hand_over_errors_of_others():
     """What each process learns of an error of a library in the main one, and of a refusal by the last one."""
 
     def fail():
-        raise OfALibrary("not found", response=404)
+        raise LibraryError("not found", response=404)
 
     def refuse_in_the_last():
         if processes.rank() == processes.world_size() - 1:
@@ -200,7 +200,7 @@ def test_a_process_that_ends_is_noticed_at_once():
 
 @pytest.mark.slow
 def test_an_interrupt_of_one_that_others_wait_for_in_a_network_ends_all():
-    with pytest.raises(AssertionError, match="another process of this run has ended|ended with status 7") as e:
+    with pytest.raises(AssertionError, match=r"another process of this run has ended|ended with status 7") as e:
         together(2, "tests.test_processes:interrupted_in_step", timeout=20)
     assert "no answer" not in str(e.value)
     stop()

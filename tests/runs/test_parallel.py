@@ -92,7 +92,7 @@ def test_the_clock_of_the_main_process_decides_when_to_stop():
 def dated_by_clocks():
     """The folder of a new run, where the processes have different clocks."""
     with patch.object(opening, "datetime") as clock:
-        clock.now.return_value = datetime(2020 + processes.rank(), 1, 1)  # noqa: DTZ001
+        clock.now.return_value = datetime(2020 + processes.rank(), 1, 1)
         return str(opening.dated("finetune"))
 
 
