@@ -134,7 +134,7 @@ def test_units_that_have_died_are_noticed_though_the_gradient_is_not_zero():
     nn.init.ones_(last.weight)
     for layer in hidden:
         nn.init.constant_(layer.bias, -20.0)
-    with pytest.raises(DivergenceError, match="V hardly depends on θ at the data: .* smaller learning rate"):
+    with pytest.raises(DivergenceError, match=r"V hardly depends on θ at the data: .* smaller learning rate"):
         fit(loop, 50, callbacks=[lambda f: norms.append(f.metrics["grad_norm"]), Watch(say=said.append)])
     assert loop.update.updates == 40 and "units of a network have died" in said[0] and min(norms) > 0
 

@@ -16,6 +16,7 @@ from implicit_diffusion.commands.resuming import check_no_plan, command_of, open
 from implicit_diffusion.commands.shared.opening import dated
 from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.files.atomic import check_place, writing
+from implicit_diffusion.processes import main_only
 
 SO_FAR = "so-far.html"  # in the folder of an unfinished run
 
@@ -31,6 +32,7 @@ class Report:
     By default it is so-far.html in the folder of the run, or a new file in runs/ for a comparison."""
 
 
+@main_only
 def run(config: Report) -> dict[str, Any]:
     """The command `report`.
 
