@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from implicit_diffusion import cli
+from implicit_diffusion.commands.reporting import command as reporting
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers.launched import launched
+from tests.helpers.together import together
 
 pytestmark = pytest.mark.slow
 FINETUNE = ["finetune", "--num-steps", "3", "--batch", "6", "--updates", "4", "--starts", "8", "--kl-weight", "2.5"]
@@ -159,3 +161,17 @@ def test_launchers_start_a_run_of_two(launcher, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held out") == 1
     agree(command(EBM, tmp_path / "one"), tmp_path / "run")
+
+
+def reported(folder):
+    """The pages that this process writes of an unfinished run."""
+    pages = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "write_so_far", lambda run, page: pages.append(page.name))
+        reporting.run(reporting.Report((folder,)))
+    return pages
+
+
+def test_a_page_of_progress_is_written_once(tmp_path):
+    RunDirectory.create(tmp_path / "run").write_config({}, "recovery")
+    assert together(2, "tests.commands.test_several_processes:reported", tmp_path / "run") == [["so-far.html"], []]

@@ -1,7 +1,7 @@
 """Networks that do not fit one device: each of W processes keeps 1/W of every weight (FSDP2).
 
 A block's weights are gathered when the block is called, and dropped after it. So all processes must call a network
-equally often; loops and evaluations do. Weights, gradients and the optimizer's moments are `DTensor`s, of which each
+equally often; loops and evaluations do. Weights, gradients and the optimizer's moments are of the class `DTensor`: each
 process holds its part, and the gradient is summed over the processes once per update, by the last of its calls.
 
 (PyTorch's `fully_shard`; Zhao et al., *PyTorch FSDP*, arXiv 2304.11277; Rajbhandari et al., *ZeRO*, arXiv 1910.02054.)

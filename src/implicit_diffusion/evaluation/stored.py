@@ -155,7 +155,7 @@ def from_state(state: Mapping[str, Any], device: torch.device) -> Evaluation:
 
 def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:
     if not isinstance(before, dict):
-        yield "it does not say what it depends_on on"
+        yield "it does not say what it depends on"
         return
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

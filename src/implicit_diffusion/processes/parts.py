@@ -1,4 +1,4 @@
-"""Tensors of which each process keeps a part: the `DTensor`s of networks whose weights are shared out (FSDP2)."""
+"""Tensors of which each process keeps a part: those (`DTensor`) of networks whose weights are shared out (FSDP2)."""
 
 from __future__ import annotations
 

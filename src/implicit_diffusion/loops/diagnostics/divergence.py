@@ -16,15 +16,16 @@ outside of the data, where no particle has come, log Ẑ says so. Contrastive di
 is blind to such places, and so are the energies of its particles. In many dimensions q hits few of them: the bound
 holds, but detects less.
 
-Where the objective is maximum likelihood alone, three more signs are checked, which need no log Z: particles more than
-ten times as far out as any datum, mean energies of data and particles that differ by more than ten of their deviations,
-and a Γ that is exactly zero.
+Where the objective is maximum likelihood alone, more signs are checked, which need no log Z: particles more than ten
+times as far out as any datum, mean energies of data and particles that differ by more than ten of their deviations, a Γ
+that is exactly zero, and a V that hardly depends on θ at the data. The last is what units that have died leave, whose
+gradients are tiny but need not be zero (SiLU).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -36,12 +37,13 @@ from implicit_diffusion.errors import check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import CHECK, ParticleLoop
 from implicit_diffusion.objectives import ForwardKL
-from implicit_diffusion.potentials.energy import value_of
+from implicit_diffusion.potentials.energy import COARSE, value_of
 
 SCALES = tuple(2.0**k for k in range(-3, 7))  # of the particles' deviations
 EACH = 64  # points of each scale
 ENOUGH = 16  # effective particles, to know their variances
 MOST_DATA = 1000  # at most, to compare with
+DIFFERENTIATED = 16  # data at most, one by one
 
 WORDS = {  # what messages call the things to change, from Python
     "weigh": "weighted=True",
@@ -121,11 +123,8 @@ def diverged(
     """
     data = data_of(loop) if data is None else data
     reason = None if data is None else _against(loop, data, words)
-    if reason is None and data is not None and float(metrics.get("grad_norm", 1.0)) == 0:
-        reason = (
-            "Γ is exactly zero: V no longer depends on θ at particles and data, as where all units of a network have "
-            f"died. Start again with a smaller {words['rate']}"
-        )
+    if reason is None and data is not None:
+        reason = _dead(loop, data, float(metrics.get("grad_norm", 1.0)), words)
     nats = distance(loop) if nats is None else nats
     if reason is None and nats > limit(loop):
         reason = (
@@ -159,3 +158,24 @@ def _against(loop: ParticleLoop, data: Tensor, words: Mapping[str, str]) -> str 
             f"{words['particles']}"
         )
     return None
+
+
+def _dead(loop: ParticleLoop, data: Tensor, grad_norm: float, words: Mapping[str, str]) -> str | None:
+    """Whether V still depends on θ; by single data, since means of ∇_θ V vanish for a normalised model that fits."""
+    advised = f"as where all units of a network have died. Start again with a smaller {words['rate']}"
+    if grad_norm == 0:
+        return f"Γ is exactly zero: V no longer depends on θ at particles and data, {advised}"
+    theta = [p for p in loop.model.parameters() if p.requires_grad]
+    with eval_mode(loop.model), torch.enable_grad():
+        value = value_of(loop.model, data[:DIFFERENTIATED])
+        slope = max(_norm(torch.autograd.grad(v, theta, retain_graph=True, allow_unused=True)) for v in value)
+    radius = data.flatten(1).norm(dim=1).amax()
+    size = max(_norm(theta), float(radius), float(1 / radius))  # of places or slopes, where θ begins at zero
+    if slope * size < COARSE:
+        return f"V hardly depends on θ at the data: it changes by {slope * size:.1g} nats if θ doubles, {advised}"
+    return None
+
+
+def _norm(parts: Iterable[Tensor | None]) -> float:
+    """Of several tensors as one vector."""
+    return math.hypot(*(part.detach().double().norm().item() for part in parts if part is not None))
