@@ -356,19 +356,22 @@ def _refuse(constant: str) -> None:
 
 
 def left_in(folder: Path) -> dict[str, Any]:
-    """What a run has left: numbers, words and weights by file, without seconds; only the names of other files."""
+    """What a run has left: numbers, words and weights by file, without times; only the names of other files.
+
+    A manifest is left out: it has the time when the run began, and the checksums of what is compared.
+    """
     return {path.relative_to(folder).as_posix(): _content(path) for path in folder.rglob("*") if _counts(path)}
 
 
 def _counts(path: Path) -> bool:
     kinds = (".json", ".jsonl", ".md", ".png", ".html", ".safetensors", ".tmp")
-    kept = path.suffix in kinds and path.name not in ("seconds.json", "provenance.json")
+    kept = path.suffix in kinds and path.name not in ("seconds.json", "provenance.json", "manifest.json")
     return kept and not {"checkpoint", "wandb"} & set(path.parts)
 
 
 def _content(path: Path) -> Any:
     if path.suffix in (".json", ".jsonl"):
-        return [_without_seconds(json.loads(text)) for text in _texts(path)]
+        return [_without_times(json.loads(text)) for text in _texts(path)]
     return path.read_bytes() if path.suffix == ".safetensors" and "model" in path.parts else "there"
 
 
@@ -377,10 +380,10 @@ def _texts(path: Path) -> list[str]:
     return text.splitlines() if path.suffix == ".jsonl" else [text]
 
 
-def _without_seconds(value: Any) -> Any:
+def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_seconds(item) for key, item in value.items() if "seconds" not in key}
-    return [_without_seconds(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_times(item) for key, item in value.items() if "seconds" not in key and key != "begun"}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def clear(root: Path, kept: set[str]) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError
 from implicit_diffusion.files.reading import one_line, refuse_unless_regular
 
+LOG_OF_WANDB = "wandb/*/logs/debug-core.log"  # a link to its own cache; each start of it logs into another folder
+
 
 def inside(folder: Path, path: Path, *, linked: bool = False) -> Path:
     """The path of a regular file in a model's folder, with links followed.
@@ -92,6 +94,8 @@ def check_folder(folder: Path) -> None:
             except FileNotFoundError:  # a temporary file of the process that holds the folder
                 continue
             if stat.S_ISLNK(status.st_mode):
+                if path.relative_to(folder).match(LOG_OF_WANDB):
+                    continue
                 target = Path(os.path.realpath(path))
                 if not target.is_relative_to(home):
                     raise InvalidInputError(

@@ -102,7 +102,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], tree: str, about: Mapping[s
             save_file(tensors, new, metadata={HEADER: tree})
             sync(new)
             manifest = Manifest.of(new, tensors, about)
-        _read_back(new, lambda: manifest.load(new, copied=False)[1] == {HEADER: tree})
+        _read_back(new, lambda: manifest.check(new) == {HEADER: tree})
         manifest.write(folder)
         _read_back(folder / MANIFEST, lambda: read_manifest(folder) == manifest)
         with writing(new.with_suffix("")):

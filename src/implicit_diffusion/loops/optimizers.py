@@ -107,7 +107,7 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     Of tensors that are shared out, the mean over the processes of the largest that each has: finite where all are.
     """
     foreach = False if torch.compiler.is_compiling() else None
-    parts = [part for tensor in tensors if (part := processes.own(tensor)).numel()]
+    parts = [part for part in map(processes.own, tensors) if part.numel()]
     norm = torch.nn.utils.get_total_norm(parts, math.inf, foreach=foreach)
     norm = norm.to(at_least_single(norm.dtype))
     return processes.mean(norm) if any(map(processes.is_part, tensors)) else norm

@@ -11,8 +11,8 @@
     checkpoint/     the newest states to continue from, as checkpoint/000120 of update 120
     seconds.json    where the time went
     kept/           models of earlier updates that a run may end with
-    tensorboard/    event files, and wandb/ with wandb.json, where a run is tracked (`runs.trackers`)
-    so-far.html     how far an unfinished run had come, for people; no run reads or writes it
+    tensorboard/    event files, and wandb/ with wandb.json, of a run that is tracked (`runs.trackers`)
+    so-far.html     how far an unfinished run had come, for people; no run reads it
 
 The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
 (`files.manifest`). Whatever writes to the folder holds it meanwhile (`RunDirectory.held`): one run at a time. Where
@@ -108,8 +108,10 @@ class RunDirectory(Shown):
             if any(f not in allowed | unfinished and not fnmatch(f, f"checkpoint/*{UNFINISHED}/*") for f in files):
                 holds, there = "exists and is not empty", RunDirectory(path)
                 reported = "report.html" in files or f"judged/{MANIFEST}" not in files
-                if "config.json" in files and there.has_state and not ("summary.json" in files and reported):
-                    holds = f"holds a run that was interrupted: continue with {there.resume_command}"
+                if "config.json" in files and there.has_state:
+                    holds += f": a run that {there.resume_command} continues, unless it is finished"
+                    if not ("summary.json" in files and reported):  # as far as can be told without its command
+                        holds = f"holds a run that was interrupted: continue with {there.resume_command}"
                 raise InvalidInputError(f"`path` {path} {holds}; choose another `path`, or move it away")
         except OSError as error:  # such as a name that is too long
             raise InvalidInputError(f"`path` {path} cannot be made ({error}); name a folder elsewhere") from error

@@ -125,9 +125,10 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import judging
 from implicit_diffusion.commands.finetune.report import figures
-from implicit_diffusion.runs import state
+from implicit_diffusion.files import checkpoints
 end = lambda *arguments, **options: os._exit(9)
-where = {"first": (state, "save_state"), "export": (finetune, "write_chain"), "figure": (figures, "save")}[sys.argv[1]]
+first = checkpoints, "save_state_there"
+where = {"first": first, "export": (finetune, "write_chain"), "figure": (figures, "save")}[sys.argv[1]]
 setattr(*where, end)
 main(sys.argv[2:])
 """
@@ -190,17 +191,19 @@ class Full:
     def __call__(self, path, to):
         self.left -= 1
         if self.left == -1:
+            self.refused = path
             raise FULL
         os.replace(path, to)
 
 
 @pytest.mark.slow
 def test_a_full_disk_at_every_write(call, whole, tmp_path, monkeypatch, capsys):
-    for number, name in enumerate(whole[1]):
-        out = tmp_path / f"{number}"
+    for number in range(len(whole[1])):
+        out, full = tmp_path / f"{number}", Full(number)
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "replace", Full(number))
+            patched.setattr(Path, "replace", full)
             assert main([*call, "--out", str(out)]) == 2
+        name = full.refused.name.removesuffix(".tmp")
         assert f"{name} cannot be written (No space left on device)" in capsys.readouterr().err.splitlines()[-1]
         finish(call, out, capsys)
         same(out, whole[0])
