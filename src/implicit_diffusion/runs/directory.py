@@ -10,8 +10,7 @@
     report.html     all of it, for people
     checkpoint/     the newest states to continue from, as checkpoint/000120 of update 120
     seconds.json    where the time went
-    kept/           models of earlier updates that a run may end with
-    tensorboard/    event files, and wandb/ with wandb.json, of a run that is tracked (`runs.trackers`)
+    kept/           models of earlier updates that a run may end with; tensorboard/, wandb/: see `runs.trackers`
     so-far.html     how far an unfinished run had come, for people; no run reads it
 
 The states in checkpoint/, plan/, judged/ and kept/ have manifests, by which a bit that has flipped is noticed
