@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update
+from implicit_diffusion.loops import Nested, NestedParticles, Queue, Single, Unrolled, Update, optimizers
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers import MALA, ULA
@@ -136,3 +136,13 @@ def test_a_state_that_tells_less_is_taken_to_agree():
     saved.step()
     other.load_state_dict({k: v for k, v in saved.state_dict().items() if k not in ("terms", "stream", "batch")})
     assert other.iteration == 1
+
+
+def test_gradients_that_wait_continue_in_the_layout_of_their_parameters():
+    """A norm adds in the order of memory: what a checkpoint lays out otherwise rounds otherwise."""
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last))
+    weight.grad = torch.randn_like(weight)
+    parts = [part.contiguous() for part in optimizers.parts_of_gradients([weight])]
+    before, weight.grad = weight.grad, None
+    optimizers.load_gradients([weight], parts)
+    assert weight.grad.stride() == weight.stride() == before.stride() and torch.equal(weight.grad, before)

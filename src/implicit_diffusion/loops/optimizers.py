@@ -167,7 +167,7 @@ def load_gradients(parameters: Sequence[Tensor], parts: Sequence[Tensor | None])
         if part is not None and processes.is_part(p):
             p.grad = processes.part_of(part.sum(0).to(p.dtype), p)
         else:
-            p.grad = None if part is None else own(part).to(p)
+            p.grad = None if part is None else torch.empty_like(p).copy_(own(part))  # in its layout: norms round alike
 
 
 def unsound_gradients(parameters: Sequence[Tensor]) -> str | None:
