@@ -179,7 +179,8 @@ class Lab(Commands):
         words, met, place = self.words(name, out), 0, self.root / out
         for does, of in [*stops, (None, "")]:
             ended = self.run(words, does=does, at=1, of=of)
-            if ended.status == 2 and "holds a run" in ended.line and words[0] != "resume":
+            refused = any(phrase in ended.line for phrase in ("holds a run", "not empty: a run that"))
+            if ended.status == 2 and refused and words[0] != "resume":
                 words = ["resume", out]  # what the refusal of the same command says
                 ended = self.run(words, does=does, at=1, of=of)
             if ended.status == 0 or (ended.status == 2 and words[0] == "resume" and "it is finished" in ended.line):
@@ -209,10 +210,10 @@ class Lab(Commands):
 
 
 def advice(ended):
-    """What the last line says to do: "resume", "repeat" the command, or nothing."""
-    if "`implicit-diffusion resume " in ended.line:
-        return "resume"
-    return "repeat" if "the same command" in ended.line else None
+    """What the last line says to do: "repeat" the command (a run of a sweep may be named too), "resume", or nothing."""
+    if "the same command" in ended.line:
+        return "repeat"
+    return "resume" if "`implicit-diffusion resume " in ended.line else None
 
 
 def prepare(root):
