@@ -7,6 +7,7 @@ import pytest
 
 UPDATES, READINGS = 400, 40
 STEPS = UPDATES / 2  # between the middles of the quarters that are compared
+LONGER = {"ebm": 3}  # caches of torch fill more slowly there: fewer than 0.3 pieces per update after 800 updates
 RUNS = ["finetune", "ebm", "queue", "queue, truncated at random", "nested"]
 RUNS += ["single", "single, weighted", "single, on a terminal"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_users_run")]
@@ -21,10 +22,11 @@ def endurance():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_a_run_holds_does_not_grow(name, endurance):
-    growth = endurance.measure(name, UPDATES, READINGS)["growth"]
+    times = LONGER.get(name, 1)
+    growth, steps = endurance.measure(name, times * UPDATES, READINGS)["growth"], times * STEPS
     assert growth["descriptors"] == growth["threads"] == growth["files"] == 0
-    assert growth["objects"] < 0.1 * STEPS and growth["tensors"] < 0.1 * STEPS
-    assert growth["blocks"] < STEPS  # caches of Python and torch fill at first: less than one piece per update
+    assert growth["objects"] < 0.1 * steps and growth["tensors"] < 0.1 * steps
+    assert growth["blocks"] < steps  # caches of Python and torch fill at first: less than one piece per update
     assert growth["rss"] < 20e6
 
 
