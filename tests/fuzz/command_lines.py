@@ -360,7 +360,12 @@ def left_in(folder: Path) -> dict[str, Any]:
 
     A manifest is left out: it has the time when the run began, and the checksums of what is compared.
     """
-    return {path.relative_to(folder).as_posix(): _content(path) for path in folder.rglob("*") if _counts(path)}
+    return {_named(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if _counts(path)}
+
+
+def _named(path: Path) -> str:
+    """A state whose manifest was written is whole, and gets its name when its folder is written to again."""
+    return path.as_posix().replace("state.safetensors.tmp", "state.safetensors")
 
 
 def _counts(path: Path) -> bool:
