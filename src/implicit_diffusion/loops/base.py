@@ -127,19 +127,19 @@ class Loop(Shown, ABC):
                 this one could not continue.
         """
         check_type("state", state, Mapping, "use the state_dict() of a loop like this one")
-        own = self._like()  # what a state does not say is assumed to agree
-        if missing := self.state_dict().keys() - own.keys() - state.keys():
+        own, present = self._like(), self.state_dict()  # what a state does not say is assumed to agree
+        if missing := present.keys() - own.keys() - state.keys():
             raise InvalidInputError(
                 f"state is not that of a loop, or damaged: it lacks {', '.join(sorted(missing))}; use what "
                 "state_dict() of a loop like this one returned"
             )
         other = [f"{name} was {state[name]}, is {own[name]}" for name in own if state.get(name, own[name]) != own[name]]
-        before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], trained_state(self.model)))
+        before, now = ({k: tuple(v.shape) for k, v in m.items()} for m in (state["model"], present["model"]))
         if name := next((name for name in before | now if before.get(name) != now.get(name)), None):
             other.append(f"{name} in the model had shape {before.get(name)}, has {now.get(name)}")
         if other:
             raise InvalidInputError(f"state is that of another loop: {'; '.join(other)}; build from the same arguments")
-        present = deepcopy(self.state_dict())  # no larger than the gradients that a step will need
+        present = deepcopy(present)  # as large as the copy by which every update undoes a failed step
         try:
             self._load(state)
         except BaseException:

@@ -20,7 +20,6 @@ while an error is on its way (`finally`, the end of a context) asks nobody, sinc
 
 from implicit_diffusion.processes.group import alone, count, is_main, rank, sharing, traffic, world_size
 from implicit_diffusion.processes.main_process import (
-    any_of,
     collected,
     everywhere,
     from_main,
@@ -34,7 +33,6 @@ from implicit_diffusion.processes.shares import check_divides, gathered, mean, s
 
 __all__ = [
     "alone",
-    "any_of",
     "check_divides",
     "collected",
     "count",

@@ -26,11 +26,6 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in one of all W processes; a call that waits for all of them."""
-    return bool(highest(int(flag))[0])
-
-
 def highest(*numbers: int) -> list[int]:
     """The largest of all W processes for each of these integers; one small call, which waits for all of them."""
     if world_size() == 1 or state.lost or state.for_all:

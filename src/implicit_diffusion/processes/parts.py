@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is shared out, in every process; others as they are. A call for all processes."""
-    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    """All of a tensor that is shared out, in every process; others as they are. A call for all processes.
+
+    It is on the CPU: of a network that does not fit one device, the device holds one tensor at a time.
+    """
+    return tensor.full_tensor().cpu() if is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
