@@ -6,10 +6,8 @@ inside says neither which argument it was nor what would work.
 
 import math
 import random
-import signal
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +25,8 @@ from implicit_diffusion.objectives import Sum
 from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers import tiny
+from tests.helpers.potentials import Gaussian
+from tests.helpers.stops import limited
 
 CALLS, SEED, SECONDS = 1200, 0, 20
 
@@ -43,22 +43,6 @@ class Net(nn.Module):
 
     def forward(self, x, t, **condition):
         return self.weight * x
-
-
-class V(nn.Module):
-    """A Gaussian that can be sampled."""
-
-    log_z = math.log(2 * math.pi)
-
-    def __init__(self):
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x):
-        return (x - self.mean).square().sum(1) / 2
-
-    def sample(self, n, noise, *key):
-        return self.mean.detach() + noise.normal((n, 2), *key)
 
 
 def reward(x):
@@ -118,7 +102,7 @@ def on_particles(kind, **more):
         return kind(potential=potential, update=update, **rest)
 
     own = {
-        "potential": V,
+        "potential": Gaussian,
         "optimizer": lambda: "sgd",
         "kernel": lambda: idf.ULA(0.1),
         "objective": lambda: idf.Reward(reward),
@@ -134,7 +118,7 @@ def method(make, name, use=lambda result: result, **arguments):
 
 
 def single(**more):
-    net = V()
+    net = Gaussian()
     return idf.Single(net, idf.ULA(0.1), idf.Reward(reward), sgd(net), particles=X, noise=NOISE, **more)
 
 
@@ -145,7 +129,7 @@ def queue():
 
 def kernel(kind, **more):
     def use(made):
-        return [state.x for state, _ in simulate(made, V(), X, NOISE, 2)]
+        return [state.x for state, _ in simulate(made, Gaussian(), X, NOISE, 2)]
 
     return Call(kind, {"step_size": lambda: 0.1} | more, use)
 
@@ -154,7 +138,7 @@ def term(kind, arguments, name="term"):
     """A term of a stationary law, on the particles and under a loop."""
 
     def use(made):
-        net = V()
+        net = Gaussian()
         return steps(idf.Single(net, idf.ULA(0.1), made, sgd(net), particles=X, noise=NOISE))
 
     return Call(kind, arguments | {"name": lambda: name}, use)
@@ -203,7 +187,7 @@ TABLES = {
 }
 PREDICTION = {"mean": lambda: torch.zeros(2), "variance": lambda: 0.5, "prediction": lambda: "score"}
 SCHEDULED = {"scheduler": ddpm, "sampler": lambda: "ddpm"}
-TUNED = {"potential": V, "x": lambda: X, "noise": lambda: NOISE}
+TUNED = {"potential": Gaussian, "x": lambda: X, "noise": lambda: NOISE}
 PLAIN = {"batch": lambda: 2, "index": lambda: 0, "noise": lambda: NOISE}
 BOUND = {"evaluation": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}
 BEFORE = {"before": evaluation, "after": evaluation, "beta": lambda: 0.5}
@@ -221,8 +205,8 @@ PUBLIC = {
     "MMD": term(idf.MMD, {"data": lambda: X + 1, "kernel": lambda: None}),
     "Sinkhorn": term(idf.objectives.Sinkhorn, {"data": lambda: X + 1, "epsilon": lambda: 1.0}),
     "ForwardKL": term(idf.ForwardKL, {"data": lambda: X + 1, "batch": lambda: 4}),
-    "ReverseKL": term(idf.ReverseKL, {"potential": V, "log_z": lambda: 0.0}),
-    "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": V}),
+    "ReverseKL": term(idf.ReverseKL, {"potential": Gaussian, "log_z": lambda: 0.0}),
+    "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": Gaussian}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
     "Functional": term(idf.objectives.Functional, {"function": lambda: lambda x, w: (w @ x - 1).square().sum()}),
     "gaussian_kernel": Call(idf.objectives.gaussian_kernel, {"bandwidth": lambda: 1.0}, lambda made: made(X, X)),
@@ -439,7 +423,7 @@ PUBLIC = {
     ),
     "Guided": Call(
         idf.potentials.Guided,
-        {"potential": V, "reward": lambda: reward, "weight": lambda: 0.5},
+        {"potential": Gaussian, "reward": lambda: reward, "weight": lambda: 0.5},
         lambda made: check_potential(made, X),
     ),
     "Tilted": Call(
@@ -475,22 +459,22 @@ PUBLIC = {
     "Replicas": Call(
         idf.samplers.Replicas,
         {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"groups": lambda: 4, "log_z": lambda: 0.0},
-        lambda made: (made.step(V()), made.log_z(V())),
+        lambda made: (made.step(Gaussian()), made.log_z(Gaussian())),
     ),
     "annealed": Call(
         idf.samplers.annealed,
         {
-            "path": lambda: lambda t: V(),
+            "path": lambda: lambda t: Gaussian(),
             "kernel": lambda: idf.ULA(0.1),
             "n": lambda: 16,
             "noise": lambda: NOISE,
             "steps": lambda: 3,
             "groups": lambda: 4,
         },
-        lambda made: made.log_z(V()),
+        lambda made: made.log_z(Gaussian()),
     ),
     "simulate": Call(simulate, {"kernel": lambda: idf.ULA(0.1)} | TUNED | {"steps": lambda: 3}, list),
-    "check_potential": Call(check_potential, {"potential": V, "x": lambda: X}),
+    "check_potential": Call(check_potential, {"potential": Gaussian, "x": lambda: X}),
 }
 
 # Public names that are no calls of their own: errors, results, and terms without arguments.
@@ -610,20 +594,6 @@ def cases():
             if isinstance(value, torch.Tensor) and value.ndim:
                 for kind, change in OF_TENSORS.items():
                     yield name, argument, kind, lambda change=change, value=value: change(value)
-
-
-@contextmanager
-def limited(seconds):
-    def ring(number, frame):
-        raise TimeoutError(f"still at work after {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def outcome(name, argument, wrong):

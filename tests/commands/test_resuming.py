@@ -1,10 +1,8 @@
 """What a resumed run trusts: nothing that has changed, and no code that its user has not named."""
 
 import json
-import os
 import re
 import shutil
-import signal
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.runs import surroundings
 from implicit_diffusion.runs.directory import RunDirectory
 from tests.helpers import tiny
+from tests.helpers.stops import interrupt_at
 
 TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "4", "--lr", "1e-3", "--kl-weight", "2.5"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -52,11 +51,6 @@ def model(folder, shift=0.0):
 CALLBACKS = training.callbacks
 
 
-def stop_at_two(fit):
-    if fit.updates == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A whole run and an interrupted one, named by relative paths; the reward draws at random and changes directory."""
@@ -66,7 +60,7 @@ def home(tmp_path_factory):
     (home / "scale_of_reward.py").write_text("scale = 2.0\n")
     with pytest.MonkeyPatch.context() as patched:
         for out in ("whole", "half", "adapters"):
-            first = [] if out == "whole" else [stop_at_two]
+            first = [] if out == "whole" else [interrupt_at(2)]
             patched.setattr(training, "callbacks", lambda *arguments, first=first: [*first, *CALLBACKS(*arguments)])
             lora = ["--lora-rank", "2"] if out == "adapters" else []
             patched.chdir(home)

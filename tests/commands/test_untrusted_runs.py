@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
-from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import training
 from tests.helpers import tiny, toy_model
+from tests.helpers.stops import interrupt_at, limited
 
 TINY = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "4", "--kl-weight", "2.5", "--device", "cpu"]
 FILES = ("config.json", "provenance.json", "metrics.jsonl", "summary.json", "seconds.json", "plan.json", ".lock")
@@ -27,11 +26,6 @@ ORIGIN = ("command", "version")  # of a run, in its config.json
 CALLBACKS = training.callbacks
 
 
-def stop_at_two(fit):
-    if fit.updates == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """An interrupted run of fine-tuning, and the same one when it was resumed."""
@@ -39,7 +33,7 @@ def runs(tmp_path_factory):
     model = toy_model.folder(home / "tiny", tiny.scheduler())
     call = ["finetune", "--model", str(model), "--reward", "brightness", *TINY]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "callbacks", lambda *arguments: [stop_at_two, *CALLBACKS(*arguments)])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(2), *CALLBACKS(*arguments)])
         assert main([*call, "--out", str(home / "half")]) == 130
     shutil.copytree(home / "half", home / "whole")
     assert main(["resume", str(home / "whole")]) == 0
@@ -66,20 +60,6 @@ def outside(tmp_path):
 
 def contents(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-@contextmanager
-def limited():
-    def ring(number, frame):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def place(run, name):
@@ -128,7 +108,7 @@ FEW = random.Random(0).sample(list(itertools.product(COMMANDS, ATTACKS)), 30)
 
 def refused(command, run, capsys):
     capsys.readouterr()
-    with limited():
+    with limited(SECONDS):
         status = main([*command, str(run)])
     said = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and said[-1].startswith("error: "), said
@@ -212,7 +192,7 @@ def check_report(run, capsys):
     for page in (*run.rglob("report.html"), run / "model/README.md"):
         page.unlink(missing_ok=True)
     capsys.readouterr()
-    with limited():
+    with limited(SECONDS):
         status = main(["report", str(run)])
     out, err = capsys.readouterr()
     assert status in (0, 2) and "Traceback" not in out + err

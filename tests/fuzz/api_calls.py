@@ -18,6 +18,7 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion.errors import ImplicitDiffusionError
 from implicit_diffusion.files.states import load_state, save_state
+from tests.helpers.potentials import Gaussian
 
 MOST = 4  # updates before the interruption, and after it
 KERNELS = {kind.__name__: kind for kind in (idf.ULA, idf.MALA, idf.HMC, idf.samplers.Underdamped)}
@@ -193,22 +194,6 @@ class Scalar(nn.Module):
 
     def forward(self, x, t, **condition):
         return self.weight * self.frozen * x
-
-
-class Gaussian(nn.Module):
-    """V of N(mean, I), which can be sampled."""
-
-    log_z = math.log(2 * math.pi)
-
-    def __init__(self):
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x):
-        return (x - self.mean).square().sum(1) / 2
-
-    def sample(self, n, noise, *key):
-        return self.mean.detach() + noise.normal((n, 2), *key, dtype=self.mean.dtype)
 
 
 def reward(x):

@@ -1,9 +1,7 @@
 """A run that is continued is the run that was: its stop, what its reward draws at random, its metrics."""
 
 import json
-import os
 import random
-import signal
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.runs.metrics import restore_metrics
 from tests.helpers.oracles import affine_chain
+from tests.helpers.stops import interrupt_at
 
 
 def build(reward=None, seed=0):
@@ -30,10 +29,6 @@ def build(reward=None, seed=0):
 
 def weights(loop):
     return torch.cat([p.detach().flatten().clone() for p in loop.model.parameters()])
-
-
-def interrupt_at(update):
-    return lambda f: os.kill(os.getpid(), signal.SIGINT) if f.updates == update else None
 
 
 def test_a_run_that_has_stopped_does_not_train_on(tmp_path):

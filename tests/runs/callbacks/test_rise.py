@@ -1,8 +1,6 @@
 """A training that makes J worse is told, stopped, and ended with the best model that was seen."""
 
 import math
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +19,7 @@ from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.fit import fit
 from tests.files.test_manifest import flip
 from tests.helpers.oracles import affine_chain, exact_terms, table
+from tests.helpers.stops import interrupt_at
 
 BETA = 0.7
 
@@ -204,10 +203,6 @@ def kick(at, by):
     return callback
 
 
-def interrupt(at):
-    return lambda state: os.kill(os.getpid(), signal.SIGINT) if state.updates == at else None
-
-
 @pytest.mark.parametrize("ema", [None, 0.5])
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_the_run_ends_with_the_best_model_that_was_seen(on_disk, ema, tmp_path):
@@ -230,8 +225,8 @@ def test_the_run_ends_with_the_best_model_that_was_seen(on_disk, ema, tmp_path):
     assert objective(chain, reward) < objective(chain.pretrained(), reward) - 3 * whole.kept["fall_se"]
     if on_disk:
         assert (tmp_path / "whole" / "kept" / "better" / "state.safetensors").is_file()
-        run("parts", interrupt(9)), run("parts", interrupt(13))
-        assert run("parts", interrupt(whole.updates))[0].stopped == "interrupted"
+        run("parts", interrupt_at(9)), run("parts", interrupt_at(13))
+        assert run("parts", interrupt_at(whole.updates))[0].stopped == "interrupted"
         for _ in range(2):
             again = run("parts")[0]
             assert torch.equal(weights(again.model), seen[12]) and again.stopped == whole.stopped

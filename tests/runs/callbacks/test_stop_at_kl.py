@@ -1,8 +1,6 @@
 """A run that stops at a path KL is there: in closed form, whatever the size of its steps."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.fit import fit
 from tests.helpers.oracles import affine_chain, exact_terms
+from tests.helpers.stops import interrupt_at
 
 TARGET = 0.1
 
@@ -50,16 +49,12 @@ def test_the_path_kl_is_the_target(lr, ema):
     assert len(training) <= 3 * math.log2(2 * found.updates) + 4
 
 
-def interrupt(at):
-    return lambda state: os.kill(os.getpid(), signal.SIGINT) if state.updates == at else None
-
-
 def test_it_goes_on_bit_for_bit_and_not_beyond(tmp_path):
     """Interrupted before, and where it stops; called again when it has stopped."""
     whole = run(5e-3)[0]
     directory = RunDirectory(tmp_path / "run")
     for at in (1, 7, whole.updates):
-        assert run(5e-3, interrupt(at), directory=directory)[0].stopped == "interrupted"
+        assert run(5e-3, interrupt_at(at), directory=directory)[0].stopped == "interrupted"
     for _ in range(2):
         again = run(5e-3, directory=directory)[0]
         assert (again.updates, again.stopped, again.kept) == (whole.updates, whole.stopped, whole.kept)

@@ -1,9 +1,7 @@
 """What trackers get: the lines of metrics.jsonl, pictures in the order of steps, nothing twice after a resume."""
 
 import json
-import os
 import shutil
-import signal
 import sys
 
 import numpy as np
@@ -22,6 +20,7 @@ from implicit_diffusion.runs.study import Study
 from implicit_diffusion.runs.trackers.opening import tracked
 from implicit_diffusion.runs.trackers.tracking import Tracking, series
 from tests.helpers.oracles import affine_chain
+from tests.helpers.stops import interrupt_at
 from tests.helpers.tracked import of_tensorboard, of_wandb
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -106,10 +105,6 @@ def draw(state):
     """A picture of samples at fixed noise."""
     x = state.chain.sample(Noise(1), 4)
     return (255 * x.sigmoid()).byte()[..., None].expand(-1, -1, 3).numpy()
-
-
-def interrupt_at(update):
-    return lambda f: os.kill(os.getpid(), signal.SIGINT) if f.updates == update else None
 
 
 def train(folder, trackers, *callbacks):
