@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 LENGTH = 8  # bytes that hold the length of the rest of a safetensors header
 LONGEST_HEADER = 100_000_000  # bytes, the most that safetensors reads
+# what readers raise of a damaged file, whose sizes may overflow, or exceed the memory
+OF_READERS = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError)
 
 
 class OtherSchemaError(InvalidInputError):
@@ -92,15 +94,21 @@ class Manifest:
             InvalidInputError: a bit of it is not as it was written; the message says what is damaged.
         """
         with _naming_damage(path):
-            self._check_header(path)
+            size, header = _header(path)
+            if size != self.file["size"]:
+                raise ValueError(f"it has {size} bytes, and was written with {self.file['size']}")
+            if header != self.file["header"]:  # dtypes and shapes are in it
+                raise ValueError("its header is not what was written")
             with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as contents:
                 start = LENGTH + int.from_bytes(contents[:LENGTH], "little")
-                header = json.loads(contents[LENGTH:start])
-                metadata: dict[str, str] = header.pop("__metadata__", {})
-                for name in sorted({*header, *self.tensors}):
-                    first, last = header[name]["data_offsets"]
+                entries = json.loads(contents[LENGTH:start])
+                metadata: dict[str, str] = entries.pop("__metadata__", {})
+                for name in sorted({*entries, *self.tensors}):
+                    first, last = entries[name]["data_offsets"]
                     with memoryview(contents) as view, view[start + first : start + last] as part:
-                        self._check_sum(name, hashlib.sha256(part).hexdigest())
+                        sha256 = hashlib.sha256(part).hexdigest()
+                    if sha256 != self.tensors.get(name, {}).get("sha256"):
+                        raise ValueError(f"tensor {name} is not what was written: its checksum differs")
         return metadata
 
     def load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -109,27 +117,10 @@ class Manifest:
         Raises:
             InvalidInputError: as `check`.
         """
-        tensors = {}
-        with _naming_damage(path):
-            self._check_header(path)
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                for name in sorted({*file.keys(), *self.tensors}):
-                    tensor = file.get_tensor(name)
-                    self._check_sum(name, digest(tensor))
-                    tensors[name] = tensor.clone()  # safe_open maps the file; a copy outlives it and may be written to
-        return tensors, metadata
-
-    def _check_header(self, path: Path) -> None:
-        size, header = _header(path)
-        if size != self.file["size"]:
-            raise ValueError(f"it has {size} bytes, and was written with {self.file['size']}")
-        if header != self.file["header"]:  # dtypes and shapes are in it
-            raise ValueError("its header is not what was written")
-
-    def _check_sum(self, name: str, sha256: str) -> None:
-        if sha256 != self.tensors.get(name, {}).get("sha256"):
-            raise ValueError(f"tensor {name} is not what was written: its checksum differs")
+        metadata = self.check(path)
+        with _naming_damage(path), safe_open(path, framework="pt") as file:
+            # safe_open maps the file; a copy outlives it and may be written to
+            return {name: file.get_tensor(name).clone() for name in self.tensors}, metadata
 
 
 @contextmanager
@@ -137,19 +128,9 @@ def _naming_damage(path: Path) -> Iterator[None]:
     """Turn whatever a damaged file makes readers raise into one error of ours."""
     try:
         yield
-    # sizes in a header may overflow, or exceed the memory
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
-        if isinstance(error, InvalidInputError):
-            raise
+    except InvalidInputError:
+        raise
+    except OF_READERS as error:
         raise InvalidInputError(f"{path} is damaged: {one_line(error)}") from error
 
 

@@ -15,7 +15,7 @@ from implicit_diffusion.commands.reporting.unfinished import write_so_far
 from implicit_diffusion.commands.resuming import check_no_plan, command_of, open_run, report
 from implicit_diffusion.commands.shared.opening import dated
 from implicit_diffusion.errors import InvalidInputError, check_path
-from implicit_diffusion.files.atomic import check_place, writing
+from implicit_diffusion.files.atomic import check_place, make_folder
 from implicit_diffusion.processes import main_only
 
 SO_FAR = "so-far.html"  # in the folder of an unfinished run
@@ -57,14 +57,11 @@ def run(config: Report) -> dict[str, Any]:
         return summary
     page = config.out or (paths[0] / SO_FAR if len(runs) == 1 else dated("comparison").with_suffix(".html"))
     _check_page(page, None if config.out else paths[0])
+    _check_comparable(runs)
+    make_folder(page.parent)
     if len(runs) > 1:
-        _check_comparable(runs)
-        with writing(page.parent):
-            page.parent.mkdir(parents=True, exist_ok=True)
         write_comparison(runs, page)
     else:
-        with writing(page.parent):
-            page.parent.mkdir(parents=True, exist_ok=True)
         write_so_far(runs[0], page)
     print(f"report    {page}")
     return {"page": str(page)}
