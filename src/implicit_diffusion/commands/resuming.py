@@ -16,7 +16,7 @@ from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
-from implicit_diffusion.files.foreign import check_folder, fitting
+from implicit_diffusion.files.foreign import check_folder, consistent
 from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
@@ -64,7 +64,7 @@ def resume(
         check_version(directory, accept_changes)
         if finished:
             _adopt(directory, command, values)
-            with fitting(path):
+            with consistent(path):
                 return command.report(directory)
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
@@ -130,7 +130,7 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
             )
         command, _ = command_of(directory)
         check_version(directory, advice="draw its report with that version")
-        with fitting(path):
+        with consistent(path):
             return command.report(directory)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,12 +48,23 @@ def inside(folder: Path, path: Path, *, linked: bool = False) -> Path:
     return target
 
 
+def inconsistent(error: Exception) -> str:
+    """What is said of a folder whose contents do not fit each other."""
+    return f"cannot be used: what is in it does not fit together ({type(error).__name__}: {one_line(error)})"
+
+
+def of_another(error: Exception) -> str:
+    """What is said of a state that does not fit the run that would continue from it."""
+    return f"does not fit this run: {one_line(error)}"
+
+
 @contextmanager
-def fitting(folder: Path) -> Iterator[None]:
-    """Turn errors about contents that are sound by themselves, but do not fit each other, into one that names them.
+def consistent(folder: Path, says: Callable[[Exception], str] = inconsistent) -> Iterator[None]:
+    """Turn errors about contents that are sound by themselves, but do not fit, into one that names their folder.
 
     Args:
         folder: that the block works on the contents of.
+        says: what to say of it.
 
     Raises:
         InvalidInputError: for the errors that Python raises about a wrong type, key, attribute or number.
@@ -65,8 +76,7 @@ def fitting(folder: Path) -> Iterator[None]:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if "out of memory" in str(error):
             raise
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InvalidInputError(f"{folder} cannot be used: what is in it does not fit together ({reason})") from error
+        raise InvalidInputError(f"{folder} {says(error)}") from error
 
 
 def check_folder(folder: Path) -> None:

@@ -42,7 +42,6 @@ from implicit_diffusion.errors import (
     check_path,
 )
 from implicit_diffusion.files.checkpoints import KEEP
-from implicit_diffusion.files.foreign import fitting
 from implicit_diffusion.loops.base import Loop
 from implicit_diffusion.processes import from_main, main_alone
 from implicit_diffusion.runs.clock import part
@@ -114,8 +113,7 @@ def _drive(
 ) -> None:
     if directory is not None:
         if directory.has_state:
-            with fitting(directory.checkpoints.folder):
-                restore(fit, directory, callbacks)
+            restore(fit, directory, callbacks)
         checkpoint(fit, directory, callbacks, keep=keep)
     if not fit.stopped:
         begin(fit, callbacks)

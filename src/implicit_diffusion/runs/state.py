@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.files.checkpoints import KEEP
-from implicit_diffusion.files.reading import one_line
+from implicit_diffusion.files.foreign import consistent, of_another
 from implicit_diffusion.files.states import check_finite
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops.base import Loop
@@ -151,14 +151,8 @@ def restore(fit: Fit, directory: RunDirectory, callbacks: list[Callback]) -> Non
         InvalidInputError: no checkpoint is as it was written, or the newest does not fit this loop.
     """
     number, saved = directory.read_checkpoint()
-    try:
+    with consistent(directory.checkpoints.path(number), of_another):
         _restore(fit, saved, directory, callbacks)
-    except InvalidInputError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InvalidInputError(
-            f"{directory.checkpoints.path(number)} does not fit this run: {one_line(error)}"
-        ) from error
 
 
 def _restore(fit: Fit, saved: dict[str, Any], directory: RunDirectory, callbacks: list[Callback]) -> None:

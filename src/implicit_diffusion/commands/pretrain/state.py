@@ -19,7 +19,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.files.fingerprints import fingerprint
-from implicit_diffusion.files.reading import one_line
+from implicit_diffusion.files.foreign import consistent, of_another
 from implicit_diffusion.files.states import check_finite
 from implicit_diffusion.processes import mean, sum_gradients
 from implicit_diffusion.runs import RunDirectory
@@ -141,7 +141,7 @@ class Pretraining(Shown):
             InvalidInputError: all checkpoints are damaged; or the newest is one of another network or of other images.
         """
         number, state = directory.read_checkpoint()
-        try:
+        with consistent(directory.checkpoints.path(number), of_another):
             state = state["pretraining"]
             if state["images"] != images:
                 raise InvalidInputError(
@@ -156,11 +156,6 @@ class Pretraining(Shown):
                 generator.set_state(saved)
             self.step, self.seconds, self.lines = state["step"], state["seconds"], state["lines"]
             self.losses = [loss.to(self.unet.device) for loss in state["losses"]]
-        except InvalidInputError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            path = directory.checkpoints.path(number)
-            raise InvalidInputError(f"{path} does not fit this run: {one_line(error)}") from error
         restore_metrics(directory, self.step, self.lines)
 
     def _generators(self) -> list[torch.Generator]:
