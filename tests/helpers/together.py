@@ -75,6 +75,7 @@ def _serve(pipe):
             dist.init_process_group(
                 "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
             )
+            dist.barrier()  # a case that ends at once would break the connections of the others
             module, _, name = place.partition(":")
             answer = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:

@@ -20,6 +20,8 @@ from implicit_diffusion.loops import Single
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
 from implicit_diffusion.potentials import GaussianMixture
+from implicit_diffusion.processes.group import control
+from implicit_diffusion.runs import parallel
 from implicit_diffusion.runs.directory import RunDirectory
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.runs.parallel import End, concluded, speaks
@@ -172,6 +174,33 @@ def test_what_the_main_process_says(ends, status, text):
 )
 def test_one_process_speaks(own, ends, expected):
     assert speaks(own, ends) is expected
+
+
+def joined_while_the_main_process_connects(folder):
+    """Whether the main process was connected when this one was told that the group is there."""
+    number, count = processes.rank(), processes.world_size()
+    dist.destroy_process_group()
+    ready = Path(folder, "ready")
+
+    def slow_control():
+        group = control()
+        if number == 0:
+            time.sleep(0.5)
+            ready.touch()
+        return group
+
+    meeting = iter([(dist.FileStore(f"{folder}/store", count), number, count)])
+    with (
+        patch.object(parallel, "rendezvous", return_value=meeting),
+        patch.object(parallel, "control", slow_control),
+        patch.object(parallel, "deaf"),
+    ):
+        parallel._join()
+    return ready.exists()
+
+
+def test_no_process_can_end_before_all_are_connected(tmp_path):
+    assert together(2, f"{HERE}:joined_while_the_main_process_connects", str(tmp_path)) == [True] * 2
 
 
 def test_an_error_of_all_is_printed_once(tmp_path):

@@ -166,11 +166,11 @@ def _join() -> Any:
     try:
         store, number, count = next(rendezvous("env://"))
         dist.init_process_group(store=PrefixStore("run", store), rank=number, world_size=count, timeout=PATIENCE)
+        dist.barrier(group=control())  # one that is refused ends at once, which breaks the connections of the others
     except (RuntimeError, ValueError) as error:
         raise InvalidInputError(
             f"the processes of the launcher cannot be connected: {str(error).splitlines()[0]}; start them again"
         ) from error
-    control()
     deaf()  # between a command and its end: a launcher ends the others as soon as one has ended
     return PrefixStore("ends", store)
 
