@@ -7,7 +7,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import TruncatedBackprop
 from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
-from implicit_diffusion.loops.timetable import Timetable, gradients_to_come, injects
+from implicit_diffusion.loops.timetable import Timetable, coming, injects
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from tests.helpers.oracles import affine_chain
@@ -93,7 +93,7 @@ def test_a_run_ends_when_what_is_in_flight_has_given_all_its_gradients():
         alone = len(table.moving)
         for updates in range(4 * table.length, 5 * table.length):
             injected, slots = drained(table, updates)
-            assert gradients_to_come((table, stage) for stage in slots) == 0
+            assert not coming((table, stage) for stage in slots)
             assert injected * alone >= updates  # no update without a gradient
 
 
@@ -108,7 +108,7 @@ def test_a_drain_wastes_no_trajectory_and_begins_none_in_vain(stride, pretrained
     first = phases.index("draining")
     assert set(phases[first:]) == {"draining"}  # nothing is injected after the drain has begun
     left = [(slot.timetable, slot.stage) for slot in loop.slots]
-    assert gradients_to_come(left) == 0
+    assert not coming(left)
     fill = min(loop.timetable.moving)
     assert loop.iteration == 20 + fill and loop.update.updates == 20
 
@@ -150,7 +150,7 @@ def test_trajectories_of_random_depth_leave_no_iteration_idle(total):
     loop = Queue(chain, Reward(reward), sgd, batch=2, noise=Noise(3), estimator=estimator)
     assert len(list(loop.run(total))) == total
     assert loop.iteration == total + 5  # the stages on the way forward, except the one that turns round
-    cut = [slot for slot in loop.slots if gradients_to_come([(slot.timetable, slot.stage)])]
+    cut = [slot for slot in loop.slots if coming([(slot.timetable, slot.stage)])]
     assert len(cut) <= 1
 
 

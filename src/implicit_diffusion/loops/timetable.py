@@ -138,15 +138,6 @@ class Timetable(Shown):
         return " ".join([*forward, *(f"({k})" if k in self.silent else f"←{k}" for k in self.backward(stage))])
 
 
-def gradients_to_come(slots: Iterable[tuple[Timetable, int]]) -> int:
-    """Iterations that bring a gradient until all trajectories have left, if no other is injected.
-
-    Args:
-        slots: the timetable of each, and its next stage.
-    """
-    return len(_coming(slots))
-
-
 def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Timetable) -> bool:
     """Whether to inject one more trajectory now, so that none is wasted if `wanted` more gradients are to be made.
 
@@ -156,11 +147,15 @@ def injects(wanted: int, present: Sequence[tuple[Timetable, int]], next_one: Tim
     """
     if wanted >= next_one.length:
         return True
-    coming = _coming(present)
-    totals = [len(coming | {stage + delay for stage in next_one.moving}) for delay in range(1 + max(coming, default=0))]
-    return totals[0] <= wanted or len(coming) < wanted < min(totals)
+    brought, moving = coming(present), next_one.moving
+    totals = [len(brought | {stage + delay for stage in moving}) for delay in range(1 + max(brought, default=0))]
+    return totals[0] <= wanted or len(brought) < wanted < min(totals)
 
 
-def _coming(slots: Iterable[tuple[Timetable, int]]) -> set[int]:
-    """The iterations from now on that bring a gradient."""
+def coming(slots: Iterable[tuple[Timetable, int]]) -> set[int]:
+    """The iterations from now on, counted from 0, that bring a gradient if no other trajectory is injected.
+
+    Args:
+        slots: the timetable of each trajectory in flight, and its next stage.
+    """
     return {stage - now for timetable, now in slots for stage in timetable.moving if stage >= now}
