@@ -198,11 +198,16 @@ def test_sequential_monte_carlo_has_the_tilted_law(name, start, look_ahead):
     assert made.law.log_normaliser.mean == pytest.approx(made.log_normaliser.mean().item(), abs=1e-9)
 
 
-def test_resampled_particles_keep_the_normaliser():
-    """Half the β, where populations are resampled on their way: Ẑ stays unbiased, the particles' law exact."""
+@pytest.mark.parametrize("control", ["pretrained", "controlled"])
+def test_resampled_particles_keep_the_normaliser(control):
+    """A smaller β, where populations are resampled on their way: Ẑ stays unbiased."""
     chain, reward = affine_chain(5, 2)
     beta = 0.25
     exact = torch.tensor(-tilted_bound(chain, reward, beta)[1] / beta).exp()
+    if control == "controlled":
+        shifts = torch.tensor([[0.5], [-0.5], [0.5], [-0.5], [0.5]])
+        pushed = type(chain.denoiser)(chain.denoiser.gain - 0.2, chain.denoiser.shift + shifts)
+        chain = chain.replace(denoiser=pushed, reference=chain.reference)
     made = sequential_monte_carlo(
         chain, reward, beta, Noise(7), particles=64, populations=2000, start="tilted", chunk=200_000
     )
