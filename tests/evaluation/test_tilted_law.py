@@ -206,7 +206,7 @@ def test_resampled_particles_keep_the_normaliser(control):
     exact = torch.tensor(-tilted_bound(chain, reward, beta)[1] / beta).exp()
     if control == "controlled":
         shifts = torch.tensor([[0.5], [-0.5], [0.5], [-0.5], [0.5]])
-        pushed = type(chain.denoiser)(chain.denoiser.gain - 0.2, chain.denoiser.shift + shifts)
+        pushed = type(chain.denoiser)(chain.denoiser.gain - 0.5, chain.denoiser.shift + shifts)
         chain = chain.replace(denoiser=pushed, reference=chain.reference)
     made = sequential_monte_carlo(
         chain, reward, beta, Noise(7), particles=64, populations=2000, start="tilted", chunk=200_000
