@@ -61,6 +61,14 @@ def objective():
     return idf.Reward(reward) + 0.1 * idf.PathKL()
 
 
+def interaction(x, y):
+    return torch.cdist(x, y)
+
+
+def coupling(particles, charges):
+    return charges
+
+
 def evaluation():
     return idf.evaluate(chain(), reward, NOISE, starts=4, repeats=2)
 
@@ -287,6 +295,20 @@ PUBLIC = {
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
     "possible": Call(possible, BEFORE),
+    "MeanField": Call(
+        idf.potentials.MeanField,
+        {
+            "potential": lambda: idf.GaussianMixture(torch.eye(2)),
+            "interaction": lambda: interaction,
+            "temperature": lambda: 0.5,
+        },
+        lambda made: made(X),
+    ),
+    "ConjugateGradients": Call(
+        idf.gradients.ConjugateGradients,
+        {"coupling": lambda: coupling, "tolerance": lambda: 1e-6, "steps": lambda: 9},
+        lambda made: made(idf.objectives.FirstVariation(X[:, 0]), idf.Particles(X)),
+    ),
     "tilted_law": Call(
         idf.evaluation.tilted_law,
         {"evaluation": evaluation, "beta": lambda: 0.5, "start": lambda: "tilted", "condition": lambda: None},
@@ -503,7 +525,16 @@ RESULTS = {
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
-    *("Estimator", "GibbsObjective", "Kernel", "MetropolisKernel", "RowEstimator", "RunningCost", "TerminalObjective"),
+    *(
+        "Estimator",
+        "GibbsObjective",
+        "InnerProblem",
+        "Kernel",
+        "MetropolisKernel",
+        "RowEstimator",
+        "RunningCost",
+        "TerminalObjective",
+    ),
 }
 PARTS = {  # for those who write such a class, or look inside a loop
     *(
