@@ -1,4 +1,4 @@
-"""Adjoint matching under the contract: where it is the adjoint, where it is unbiased, and how biased it is elsewhere."""
+"""Adjoint matching under the contract: where it is the adjoint, where it is unbiased, and how biased elsewhere."""
 
 import pytest
 import torch
@@ -43,17 +43,15 @@ def test_at_the_pretrained_network_it_is_the_adjoint(cost):
 def test_it_is_the_recursion_by_jacobians_of_the_pretrained_network(cost, pretrained_rows):
     """λ̃ by explicit matrices, Γ by autograd with λ̃ and the states held fixed."""
     chain = tanh_chain(pretrained_rows=pretrained_rows)
-    ours, states, tab = (
-        gradient(AdjointMatching(), chain, Reward(reward) + BETA * cost),
-        *((torch.stack(chain.trajectory(Noise(3), BATCH)), chain.table)),
-    )
+    ours = gradient(AdjointMatching(), chain, Reward(reward) + BETA * cost)
+    states, tab = chain.trajectory(Noise(3), BATCH), chain.table
     end = states[-1].requires_grad_()
     (lean,) = torch.autograd.grad(-reward(end).mean(), end)
     total = torch.zeros((), dtype=torch.float64)
     for k in reversed(range(chain.num_steps)):
         t = tab.t[k : k + 1]
         if k not in pretrained_rows:
-            x, times = states[k].detach(), t.expand(BATCH)
+            x, times = states[k], t.expand(BATCH)
             u, u0 = chain.denoiser(tab.m[k] * x, times), chain.reference(tab.m[k] * x, times)
             scale = tab.s[k] ** 2 if isinstance(cost, PathKL) else tab.h[k]
             paid = (tab.b[k] * (u - u0)).square().sum(1).mean() / (2 * scale)
@@ -65,20 +63,13 @@ def test_it_is_the_recursion_by_jacobians_of_the_pretrained_network(cost, pretra
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
 
 
-def lean_gradient(chain, quadratic, beta, slope="lean"):
-    """E Γ on an affine chain in closed form: λ̃_{k+1} = −g_{k+1} (p − q x_N) with g the product of the later rows' factors
-    under u_0, and x_N = α x_{k+1} + γ + noise under u_θ.
+def lean_gradient(chain, quadratic, beta):
+    """E Γ on an affine chain in closed form: λ̃_{k+1} = −g_{k+1} (p − q x_N), with g the product of the later rows'
+    factors under u_0, and x_N = α x_{k+1} + γ + noise under u_θ.
     """
     net, ref, tab = chain.denoiser, chain.reference, chain.table
-    with torch.no_grad():
-        factors, offsets = (
-            [
-                [tab.a[k] + tab.b[k] * tab.m[k] * u.gain[k] for k in range(len(tab))],
-                [tab.b[k] * u.shift[k] for k in range(len(tab))],
-            ]
-            for u in (ref, net)
-        )
-    (lean, _), (factor, offset) = factors, offsets
+    lean, factor = ((tab.a[:, None] + (tab.b * tab.m)[:, None] * u.gain).detach() for u in (ref, net))
+    offset = (tab.b[:, None] * net.shift).detach()
     mean, square, moments = 0 * quadratic.p, 0 * quadratic.p + tab.initial_std**2, []
     for k in range(len(tab)):
         moments.append((mean, square))
@@ -143,5 +134,5 @@ def test_what_it_needs_and_lacks_is_refused():
         with pytest.raises(InvalidInputError, match="reward is not differentiable"):
             kind(chain, Reward(lambda x: x.detach().sum(1)), sgd, **options)
         silent = chain.replace(reference=lambda x, t: chain.reference(x, t).detach())
-        with pytest.raises(InvalidInputError, match="reference returns a result without a gradient.* use Adjoint"):
+        with pytest.raises(InvalidInputError, match=r"reference returns a result without a gradient.* use Adjoint"):
             kind(silent, Reward(lambda x: x.sum(1)), sgd, **options)
