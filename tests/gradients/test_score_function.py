@@ -1,10 +1,12 @@
 """The score function under the contract, and against exact gradients."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 
+from implicit_diffusion import processes
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint, ScoreFunction, score_function
@@ -16,6 +18,7 @@ from tests.gradients.contract import BATCH, BETA, N, RowEstimatorContract, gamma
 from tests.helpers.chain_loops import Recorder
 from tests.helpers.estimates import estimates, exact_gradient, moved_affine_chain, tanh_chain, z_scores
 from tests.helpers.oracles import AffineDenoiser, affine_chain, table
+from tests.helpers.together import together
 
 
 class TestScoreFunction(RowEstimatorContract):
@@ -69,6 +72,25 @@ class TestScoreFunctionOfClasses(RowEstimatorContract):
         (_, reward), _ = objective.terms
         chain, labelled = of_classes(chain, reward.function)
         return chain, labelled + BETA * PathKL()
+
+
+@processes.sharing()
+def asked():
+    """Collective calls of a trajectory, and the bytes that a process contributes to them."""
+    found = []
+    for kind in (TestScoreFunction, TestScoreFunctionOfClasses):
+        before = copy.copy(processes.traffic)
+        kind().gradient(*kind().problem())
+        found.append((processes.traffic.calls - before.calls, processes.traffic.bytes - before.bytes))
+    return found
+
+
+def test_the_other_processes_are_asked_once_a_row_for_two_numbers_per_sample_at_most():
+    """Besides, for the mean reward, for the costs, and for the conditions."""
+    (plain, of_labels), other = together(2, f"{__name__}:asked")
+    assert [plain, of_labels] == other
+    assert plain == (N + 2, 8 * (N + 1 + 2))
+    assert of_labels == (N + 3, 8 * (BATCH // 2) * (2 * N + 1) + 8 * (1 + 2))
 
 
 @pytest.fixture(scope="module")
