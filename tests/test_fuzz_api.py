@@ -229,12 +229,21 @@ PUBLIC = {
         lambda **given: idf.gradients.Adjoint()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
+    "AdjointMatching": Call(
+        lambda **given: idf.gradients.AdjointMatching()(**given),
+        {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
+    ),
     "FullBackprop": Call(
         lambda **given: idf.gradients.FullBackprop()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
     "Queue": on_chain(idf.Queue, stride=lambda: 1, estimator=lambda: None),
     "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "ScoreFunction": Call(
+        idf.gradients.ScoreFunction,
+        {"clip": lambda: 0.2},
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
     "TruncatedBackprop": Call(
         idf.gradients.TruncatedBackprop,
         {"depth": lambda: 2, "random": lambda: True},

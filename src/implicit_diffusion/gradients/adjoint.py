@@ -32,6 +32,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.tables.transition import Transition
 
 LOST = (
     "does not depend on the samples any more: its result comes without a gradient, as after .detach(), .numpy() or "
@@ -100,18 +101,26 @@ def pull_back(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
-        surrogate = (transition.b * adjoint * transition.u).sum()
-        costs = {}
-        for weight, term in objective.running:
-            cost = term.cost(transition).mean(1)
-            surrogate = surrogate + weight * cost.sum() / processes.count()
-            costs[term.name] = cost.detach()
-    if loss_scaling.computes_in_float16(chain.denoiser):
-        loss_scaling.backward(surrogate, (transition.u, transition.u0), (x, *chain.denoiser.parameters()))
-    else:
-        surrogate.backward()
+        cost, costs = running_costs(objective, transition)
+        surrogate = (transition.b * adjoint * transition.u).sum() + cost
+    loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None
     return transition.a * adjoint + x.grad, costs, transition.evaluations
+
+
+def running_costs(
+    objective: Objective, transition: Transition
+) -> tuple[Float[Tensor, ""] | float, dict[str, Float[Tensor, " slots"]]]:
+    """This process's part of the mean over the batch of all running costs, weighted and added up; and the mean of every
+    running cost over its own samples on every slot, unweighted, by name.
+    """
+    total: Tensor | float = 0.0
+    costs = {}
+    for weight, term in objective.running:
+        cost = term.cost(transition).mean(1)
+        total = total + weight * cost.sum() / processes.count()
+        costs[term.name] = cost.detach()
+    return total, costs
 
 
 class Adjoint(RowEstimator):
