@@ -110,19 +110,11 @@ def pull_back(
             surrogate = surrogate + weight * cost.sum() / processes.count()
             costs[term.name] = cost.detach()
         further = None if at_fixed_states is None else at_fixed_states(transition)
-    predictions, half = (transition.u, transition.u0), loss_scaling.computes_in_float16(chain.denoiser)
     through: Tensor | float = 0.0
-    if further is not None and further.requires_grad:
-        # The graph serves both scalars, at the price of one more pass, which stops at x.
-        if half:
-            through = loss_scaling.slope(further, predictions, x)
-        else:
-            (through,) = torch.autograd.grad(further, x, retain_graph=True)
+    if further is not None:  # the graph serves both scalars, at the price of one more pass, which stops at x
+        through = loss_scaling.slope_through(chain.denoiser, further, transition, x)
         surrogate = surrogate + further
-    if half:
-        loss_scaling.backward(surrogate, predictions, (x, *chain.denoiser.parameters()))
-    else:
-        surrogate.backward()
+    loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None
     return transition.a * adjoint + (x.grad - through), costs, transition.evaluations
 
