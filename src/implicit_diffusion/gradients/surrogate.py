@@ -123,20 +123,7 @@ class Surrogate(RowEstimator):
     def check(self, chain: Chain, objective: Objective, end: Particles) -> None:
         """Raise `InvalidInputError` where a trained row has no noise, or where R̂ cannot be trained on such samples."""
         check_noise(chain, "Surrogate")
-        held = None if self.regression is None else self.regression.buffer.get("x")
-        if held is not None and (held.shape[1:], held.dtype, held.device) != (
-            end.x.shape[1:],
-            end.x.dtype,
-            end.x.device,
-        ):
-            raise InvalidInputError(
-                f"the surrogate has learned from samples of shape {tuple(held.shape[1:])} in {held.dtype} on "
-                f"{held.device}, but those of this chain have shape {tuple(end.x.shape[1:])} in {end.x.dtype} on "
-                f"{end.x.device}; make a new Surrogate"
-            )
-        if self.network is not None:
-            check_network(self.network, end.x, end.condition)
-        self._begun(end.x)
+        self._checked(end.x, end.condition)
 
     def learn(
         self,
