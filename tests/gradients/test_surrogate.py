@@ -313,7 +313,7 @@ def test_options_out_of_bounds_are_refused():
         ({"clip": 2.0}, "clip must lie in"),
         ({"pairs": 1}, "pairs must be an integer ≥ 2"),
         ({"steps": 0}, "steps must be an integer ≥ 1"),
-        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"learning_rate": 0}, "learning_rate must lie in"),
         ({"noise": 3}, "noise must be of type Noise"),
     ):
         with pytest.raises(InvalidInputError, match=message):

@@ -105,7 +105,7 @@ class Surrogate(RowEstimator):
             )
         self.clip = None if clip is None else check_number("clip", clip, 0, 1, note=", or None")
         self.pairs, self.steps = check_integer("pairs", pairs, 2), check_integer("steps", steps)
-        self.learning_rate = check_number("learning_rate", learning_rate, 0)
+        self.learning_rate = check_number("learning_rate", learning_rate, 0, 1)
         self.noise = Noise(0) if noise is None else noise
         check_type("noise", self.noise, Noise, "use Noise(0), for example")
         self.network = network
@@ -144,11 +144,13 @@ class Surrogate(RowEstimator):
         """
         check_tensor("x", x, "n *event", finite=True)
         check_tensor("rewards", rewards, "n", finite=True)
-        entries = {} if condition is None else dict(condition)
+        if condition is not None:
+            check_type("condition", condition, Mapping, "it maps names to tensors with leading dimension n")
+        entries = {} if condition is None else {str(name): entry for name, entry in condition.items()}
         for name, entry in {"rewards": rewards, **entries}.items():
             if not isinstance(entry, Tensor) or entry.shape[:1] != x.shape[:1]:
                 raise InvalidInputError(f"{name} must have one entry for each of {len(x)} samples, got {shown(entry)}")
-        regression = self._checked(x, condition)
+        regression = self._checked(x, entries or None)
         for first in range(0, len(x), CHUNK):
             part = slice(first, first + CHUNK)
             given = {name: entry[part] for name, entry in entries.items()} or None
@@ -161,7 +163,7 @@ class Surrogate(RowEstimator):
         """
         costs, values = terminal_costs(objective, end)
         whole, rewards = end.whole(), -processes.gathered(costs)
-        regression, batch = self._begun(whole.x), len(rewards)
+        regression, batch = self.regression or self._checked(whole.x, whole.condition), len(rewards)
         with processes.alone(), torch.enable_grad():
             x = whole.x.detach().requires_grad_()
             guess = regression(x, whole.condition)
