@@ -16,7 +16,7 @@ network computes in float16, each call's surrogate is scaled into its range: see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -84,6 +84,7 @@ def pull_back(
     rows: Sequence[int],
     adjoint: Float[Tensor, "slots batch *event"],
     condition: Mapping[str, Tensor] | None = None,
+    at_fixed_states: Callable[[Transition], Float[Tensor, ""]] | None = None,
 ) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]], int]:
     """One row of the adjoint on several slots at once: adds ∇_θ surrogate to `.grad`.
 
@@ -94,6 +95,7 @@ def pull_back(
         rows: the rows k, one per slot.
         adjoint: λ_{k+1}.
         condition: of the slots, from `Chain.conditions`.
+        at_fixed_states: a further scalar of the transition, differentiated in θ alone: it has no part in λ_k.
 
     Returns:
         λ_k; the mean of every running cost over every slot, unweighted, by name; network calls × samples.
@@ -103,9 +105,14 @@ def pull_back(
         transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
         cost, costs = running_costs(objective, transition)
         surrogate = (transition.b * adjoint * transition.u).sum() + cost
+        further = None if at_fixed_states is None else at_fixed_states(transition)
+    through: Tensor | float = 0.0
+    if further is not None:  # the graph serves both scalars, at the price of one more pass, which stops at x
+        through = loss_scaling.slope_through(chain.denoiser, further, transition, x)
+        surrogate = surrogate + further
     loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None
-    return transition.a * adjoint + x.grad, costs, transition.evaluations
+    return transition.a * adjoint + (x.grad - through), costs, transition.evaluations
 
 
 def running_costs(
