@@ -99,9 +99,9 @@ def test_a_watched_reward_counts_nothing_and_needs_no_gradient():
 def test_every_reward_that_counts_needs_a_gradient():
     """Their sum has one: without the part of the black box it would be the gradient of something else."""
     x = Particles(torch.randn(4, 2, generator=torch.Generator().manual_seed(4)))
-    with pytest.raises(InvalidInputError, match="^detached: reward is not differentiable"):
+    with pytest.raises(InvalidInputError, match=r"^detached: reward is not differentiable"):
         WeightedRewards({"bright": bright, "detached": lambda x: bright(x.detach())}).check_slope(x)
-    with pytest.raises(InvalidInputError, match="^mean: .*one number per sample"):
+    with pytest.raises(InvalidInputError, match=r"^mean: .*one number per sample"):
         WeightedRewards({"bright": bright, "mean": lambda x: x.mean()}).check_value(x)
 
 

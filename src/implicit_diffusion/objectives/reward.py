@@ -211,7 +211,8 @@ def _check_dtype(reward: Tensor, x: Tensor) -> None:
         )
 
 
-def check_values(what: str, reward: Tensor) -> None:
+def check_values(what: str, reward: Float[Tensor, " n"]) -> None:
+    """Raise `NonFiniteError` where some rewards are NaN or infinite."""
     if not reward.isfinite().all():
         bad = int((~reward.isfinite()).sum())
         raise NonFiniteError(f"{what} of {bad} of {len(reward)} samples is NaN or infinite")

@@ -107,7 +107,7 @@ class WeightedRewards(Reward):
                 member.check_value(particles)
 
     def check_slope(self, particles: Particles) -> None:
-        """Each of the rewards that are not only watched must have a gradient: R without some of its parts is another."""
+        """Every reward that is not only watched must have a gradient: that of R without some R_j is another one."""
         for name, member, c in zip(self.names, self.members, self.coefficients):
             if c:
                 with _named(name):
