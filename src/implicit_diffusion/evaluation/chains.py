@@ -186,7 +186,8 @@ def moved(evaluation: Evaluation, device: torch.device | str) -> Evaluation:
 def mapped(function: Callable[..., Tensor], *evaluations: Evaluation) -> Evaluation:
     """The evaluation whose columns are a function of the columns of these, all of which hold the same rewards."""
     columns: Any = zip(*(vars(each).values() for each in evaluations), strict=True)
-    return Evaluation(*(values[0] if values[0] is None else function(*values) for values in columns))
+    made: Any = (None if values[0] is None else function(*values) for values in columns)
+    return Evaluation(*made)
 
 
 def weighed(evaluation: Evaluation, reward: Callable[..., Any] | Reward) -> Evaluation:
@@ -227,5 +228,6 @@ def _part(
             if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers
                 score.probe(end)
             reward, rewards = score.scored(end)
-        columns = (each.unflatten(0, (-1, repeats)) for each in (reward, kl, log_ratio, x))
-        return Evaluation(*columns, None if rewards is None else rewards.unflatten(0, (-1, repeats)))
+        columns = (reward, kl, log_ratio, x, rewards)
+        made: Any = (None if each is None else each.unflatten(0, (-1, repeats)) for each in columns)
+        return Evaluation(*made)

@@ -103,14 +103,14 @@ class WeightedRewards(Reward):
 
     def check_value(self, particles: Particles) -> None:
         for name, member in zip(self.names, self.members):
-            with _named(name):
+            with named(name):
                 member.check_value(particles)
 
     def check_slope(self, particles: Particles) -> None:
         """Every reward that is not only watched must have a gradient: that of R without some R_j is another one."""
         for name, member, c in zip(self.names, self.members, self.coefficients):
             if c:
-                with _named(name):
+                with named(name):
                     member.check_slope(particles)
 
 
@@ -122,7 +122,7 @@ def _together(functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Floa
         made = []
         for name, function in functions.items():
             own = x.clone()  # a black box may write into it
-            with _named(name):
+            with named(name):
                 scores = scores_of(function(own, *condition) if conditional[name] else function(own), own)
             made.append(scores.to(x.dtype))
         return torch.stack(made, 1)
@@ -137,8 +137,8 @@ def _together(functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Floa
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which of the rewards is refused."""
+def named(name: str) -> Iterator[None]:
+    """Turn an error in the block into one that begins with the name of the reward that is refused."""
     try:
         yield
     except InvalidInputError as error:

@@ -33,6 +33,7 @@ from implicit_diffusion.commands.finetune.training import (
     train,
     weight_of_penalty,
 )
+from implicit_diffusion.commands.finetune.weighing import weighed
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.recorded_options import read_options
@@ -103,9 +104,10 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
-        return plan.to_json()
+        return planning.plan_as_json(plan, config.reward)
+    setup = weighed(setup, plan)
     beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-    scale(loop, beta, config.max_grad_norm * plan.reward_std)
+    scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
     print(f"memory predicted: {predicted}")
     with continuing(directory):

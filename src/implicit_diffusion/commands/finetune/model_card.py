@@ -5,7 +5,7 @@ from __future__ import annotations
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
-from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import markdown, model_name, number
 from implicit_diffusion.commands.shared.usage import PipelineUse, usage
 from implicit_diffusion.evaluation.chains import Estimate
@@ -22,7 +22,7 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
         chain: that was trained.
     """
     assert config.scheduler is not None
-    given = (short(config.reward), model_name(config.model), chain.table.name, summary.model.pipeline)
+    given = (title(config.reward), model_name(config.model), chain.table.name, summary.model.pipeline)
     reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"

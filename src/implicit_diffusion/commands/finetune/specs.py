@@ -71,7 +71,7 @@ class SetupSpec:
         network: see there.
         conditions: see there.
         chain: see there.
-        reward: its name.
+        reward: the rewards as they were given, each with its weight.
         noise: of the run.
         device: its name, or "auto".
     """
@@ -79,7 +79,7 @@ class SetupSpec:
     network: NetworkSpec
     conditions: ConditioningSpec
     chain: ChainSpec
-    reward: str
+    reward: tuple[str, ...]
     noise: Noise
     device: str
 

@@ -14,7 +14,7 @@ from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.planning import PROMPTS
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.result import Result, outside
-from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.rewards.weights import title as titled
 from implicit_diffusion.commands.shared import page, ranges
 from implicit_diffusion.commands.shared.formatting import beside, decimals, distinct, model_name, number, percent
 from implicit_diffusion.commands.shared.page import Picture, duration, table, tile, write_page
@@ -36,7 +36,7 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
     Returns:
         The path of the report.
     """
-    title = f"{model_name(result.config.model)}, fine-tuned for {short(result.config.reward)}"
+    title = f"{model_name(result.config.model)}, fine-tuned for {titled(result.config.reward)}"
     body = [
         _headline(result, title),
         _warnings(result),
