@@ -23,6 +23,7 @@ def show(plan: Plan, rewards: Sequence[str]) -> None:
     require("rich")
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     statistics = f"pretrained reward {number(plan.reward, plan.reward_se)}{' in deviations' * bool(plan.rewards)}"
     statistics += f", deviation between samples {number(plan.reward_std)}"
@@ -56,7 +57,7 @@ def show(plan: Plan, rewards: Sequence[str]) -> None:
     )
     several.add_column("--kl-weight", justify="right")
     for name in rewards:
-        several.add_column(name, justify="right")
+        several.add_column(Text(name), justify="right")
     several.add_row("pretrained", *(number(each.reward, each.reward_se) for each in plan.rewards))
     for place, weight in enumerate(distinct([row.kl_weight for row in rows], 3)):
         several.add_row(weight, *(gained(each, place) for each in plan.rewards))
