@@ -1,10 +1,10 @@
 """Options as the fields of frozen dataclasses.
 
 The type of a field says what values its option takes. Where None is among them, the option may be left out; None itself
-is not offered. A tuple field with `repeatable` in its metadata is an option that may be given several times, with one
-value each. A field whose type is another dataclass stands for the options of that one. Its metadata may leave some
-of them out (`without`, by name, each with the reason) and may give some another help text (`texts`, by name). A field
-with `positional` in its metadata is a word without a name.
+is not offered; of other unions, the first type counts. A tuple field with `repeatable` in its metadata is an option
+that may be given several times, with one value each. A field whose type is another dataclass stands for the options of
+that one. Its metadata may leave some of them out (`without`, by name, each with the reason) and may give some another
+help text (`texts`, by name). A field with `positional` in its metadata is a word without a name.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def options_of(config: type) -> tuple[Option, ...]:
             options += [option._replace(text=own.get(option.field, option.text)) for option in taken]
             continue
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
+            kind = next(one for one in typing.get_args(kind) if one is not type(None))
         default = field.default if field.default_factory is MISSING else field.default_factory()
         positional, repeatable = (field.metadata.get(mark, False) for mark in ("positional", "repeatable"))
         options.append(Option(field.name, kind, default, texts[field.name], positional, repeatable))

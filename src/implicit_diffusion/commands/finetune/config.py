@@ -22,7 +22,7 @@ class Config:
 
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
-    reward: tuple[str, ...] = field(default=("brightness",), metadata={"repeatable": True})
+    reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
     """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
     Several rewards are raised together, by their weights, as in --reward brightness --reward "FILE.py:function=2".
     Weights, by default 1, are in units of each reward's standard deviation under the pretrained model.

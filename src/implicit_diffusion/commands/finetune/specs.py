@@ -9,6 +9,7 @@ Nothing but the command itself sees all options.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,7 +80,7 @@ class SetupSpec:
     network: NetworkSpec
     conditions: ConditioningSpec
     chain: ChainSpec
-    reward: tuple[str, ...]
+    reward: Sequence[str]
     noise: Noise
     device: str
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
 
-from implicit_diffusion.commands.command_line.options import options_of
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
@@ -25,7 +24,7 @@ from implicit_diffusion.digits import Appearance
 from implicit_diffusion.runs import RunDirectory, clock
 
 NOT_IN_COMMAND = ("out", "plan")
-REPEATED = [option.field for option in options_of(Config) if option.repeatable]
+REPEATED = [field.name for field in fields(Config) if field.metadata.get("repeatable")]
 
 
 def write_report(result: Result, figures: Sequence[Picture], directory: RunDirectory) -> Path:

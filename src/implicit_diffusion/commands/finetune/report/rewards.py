@@ -31,7 +31,9 @@ def rewards(result: Result) -> tuple[Any, str, str] | None:
     for place, (each, start, colour) in enumerate(zip(several, before, COLOURS)):
         seen = result.column("updates", f"held_out_{each_reward(each.name)}")
         x, y = np.array([(0.0, start), *seen]).T
-        axes.plot(x, (y - start) / each.deviation, "o-", ms=3.5, color=colour, lw=1.4, label=each.name)
+        axes.plot(
+            x, (y - start) / each.deviation, "o-", ms=3.5, color=colour, lw=1.4, label=each.name.replace("$", r"\$")
+        )
         aside = end * (1.03 + 0.012 * place)  # so that bars of the same height can be told apart
         gain, error = (value / each.deviation for value in each.gain)
         axes.errorbar(aside, gain, 2 * error, fmt="D", ms=6.5, color=colour, **bars)
