@@ -41,13 +41,6 @@ def pasted(line):
 
 OTHERS = {int: 7, float: 0.3, bool: True, str: "a 'b' -c", Path: Path("/some where/prompts.txt")}
 OTHERS[tuple[str, ...]] = ("a 'b' -c", "--x=2")
-    int: 7,
-    float: 0.3,
-    bool: True,
-    str: "a 'b' -c",
-    tuple[str, ...]: ("a 'b' -c", "--x=2"),
-    Path: Path("/some where/prompts.txt"),
-}
 
 
 @pytest.mark.parametrize("option", options_of(Config), ids=lambda option: option.field)
