@@ -218,6 +218,10 @@ PUBLIC = {
     "ReverseKL": term(idf.ReverseKL, {"potential": Gaussian, "log_z": lambda: 0.0}),
     "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": Gaussian}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
+    "WeightedRewards": term(
+        idf.objectives.WeightedRewards,
+        {"functions": lambda: {"a": reward, "b": reward}, "coefficients": lambda: (1.0, -0.5)},
+    ),
     "Functional": term(idf.objectives.Functional, {"function": lambda: lambda x, w: (w @ x - 1).square().sum()}),
     "gaussian_kernel": Call(idf.objectives.gaussian_kernel, {"bandwidth": lambda: 1.0}, lambda made: made(X, X)),
     "Objective": Call(Sum, {"terms": lambda: ((1.0, idf.Reward(reward)),)}, repr),

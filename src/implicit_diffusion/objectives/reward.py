@@ -64,15 +64,19 @@ class Reward(TerminalObjective):
             InvalidInputError: a function of two arguments, but particles without a condition; something other than one
                 number per sample.
         """
+        return scores_of(self.called(particles), particles.x)
+
+    def called(self, particles: Particles) -> Any:
+        """What the function returns at the particles, in its own form; errors as of `of`."""
         if not self.conditional:
-            return scores_of(self.function(particles.x), particles.x)
+            return self.function(particles.x)
         if particles.condition is None:
             raise InvalidInputError(
                 "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
                 "these samples come without a condition; use a reward of the samples alone, or a model (in Python, a "
                 "chain) that is sampled under one"
             )
-        return scores_of(self.function(particles.x, particles.condition), particles.x)
+        return self.function(particles.x, particles.condition)
 
     def finite_values(self, particles: Particles) -> Float[Tensor, " n"]:
         """R at samples, as floating-point numbers; it need not be differentiable.
@@ -81,11 +85,13 @@ class Reward(TerminalObjective):
             InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
+        return self.scored(particles)[0]
+
+    def scored(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, "n rewards"] | None]:
+        """`finite_values`, and the rewards that they are made of, where there are several (`WeightedRewards`)."""
         reward = self._numbers(particles)
-        if not reward.isfinite().all():
-            bad = int((~reward.isfinite()).sum())
-            raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
-        return reward
+        check_values("the reward", reward)
+        return reward, None
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
@@ -203,6 +209,13 @@ def _check_dtype(reward: Tensor, x: Tensor) -> None:
         raise InvalidInputError(
             f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
         )
+
+
+def check_values(what: str, reward: Float[Tensor, " n"]) -> None:
+    """Raise `NonFiniteError` where some rewards are NaN or infinite."""
+    if not reward.isfinite().all():
+        bad = int((~reward.isfinite()).sum())
+        raise NonFiniteError(f"{what} of {bad} of {len(reward)} samples is NaN or infinite")
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

@@ -33,12 +33,14 @@ from implicit_diffusion.commands.finetune.training import (
     train,
     weight_of_penalty,
 )
+from implicit_diffusion.commands.finetune.weighing import weighed
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.each_reward import judge_rewards
 from implicit_diffusion.evaluation.judging import judge
 from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import replacing, writing
@@ -103,9 +105,10 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
-        return plan.to_json()
+        return planning.plan_as_json(plan, config.reward)
+    setup = weighed(setup, plan)
     beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-    scale(loop, beta, config.max_grad_norm * plan.reward_std)
+    scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
     print(f"memory predicted: {predicted}")
     with continuing(directory):
@@ -146,6 +149,7 @@ def _training_summary(
         kept=state.kept,
         staleness_max=state.metrics.get("staleness_max"),
         predicted_memory_bytes=predicted,
+        held_out_rewards_before=[values.mean().item() for values in before.each_reward],
     )
 
 
@@ -177,7 +181,8 @@ def _conclude(
     directory: RunDirectory,
 ) -> None:
     """What follows from the three evaluations; arguments as in `finish`, and the trained model in one place."""
-    judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
+    beta = None if config.penalty == "drift" else training.kl_weight
+    judgement = judge(*judged, beta)
     headline = headline_of(
         judgement,
         lr=config.lr,
@@ -186,7 +191,8 @@ def _conclude(
     )
     looks = judging.qualities(judged)
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
-    summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
+    rewards = judging.each_reward(config.reward, plan, judge_rewards(*judged, beta))
+    summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks, rewards)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from implicit_diffusion.commands.rewards.weights import weighted
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
@@ -21,8 +22,10 @@ class Config:
 
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
-    reward: str = "brightness"
+    reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
     """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
+    Several rewards are raised together, by their weights, as in --reward brightness --reward "FILE.py:function=2".
+    Weights, by default 1, are in units of each reward's standard deviation under the pretrained model.
     A class, or a function that makes the reward, may be given literal arguments, as in "FILE.py:Class(weight=2)".
     The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
@@ -34,7 +37,7 @@ class Config:
     null_class: int | None = None
     """Class label that means "no class"; the guidance of a class-conditional U-Net needs it."""
     kl_weight: float | None = None
-    """Weight β of the KL divergence, in units of reward per nat.
+    """Weight β of the KL divergence, in units of reward per nat; of several rewards, in deviations per nat.
     By default it is chosen so that the reward can rise by about one standard deviation of the pretrained reward.
     With --penalty drift it must be given."""
     target_kl: float | None = None
@@ -106,8 +109,13 @@ class Config:
     device: str = "auto"
     """Device to compute on, such as "cpu" or "cuda"; "auto" uses an accelerator if there is one."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reward, str):  # as a single one may be written in Python
+            object.__setattr__(self, "reward", (self.reward,))
+
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
+        weighted(self.reward)
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1)
         positive(self, "lr", "max_grad_norm", "target_kl")
         not_negative(self, "kl_weight", "guidance", "eta")

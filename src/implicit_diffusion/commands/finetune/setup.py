@@ -8,6 +8,7 @@ What is quick to refuse comes first: text encoders read prompts only when model,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,25 +19,27 @@ from implicit_diffusion.commands.finetune.precision import check_precision, comp
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.rewards.names import blamed, load_reward
 from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.rewards.weights import labels, names_of
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
-from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
+from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.function_checks import FunctionWarning
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import Reward
+from implicit_diffusion.objectives import Reward, WeightedRewards
+from implicit_diffusion.objectives.weighted_rewards import named
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.named import clipped_for, default_sampler, pipeline_for, scheduler_for, table_for
+from implicit_diffusion.tables.named import default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER, SHOWN = 1, 2, 3, 4, 5  # streams of noise apart from training's
@@ -65,8 +68,8 @@ class Setup(Shown):
         pretrained: the checkpoint.
         sampler: name of the chain's sampler.
         chain: that is trained.
-        reward: of the chain's states, tried on two samples.
-        clipping: effect of switching `clip_sample` off; None where it was not on.
+        reward: of the chain's states, tried on two samples. Of several, R has meaning once it is `weighing.weighed`.
+        clipping: effect of switching `clip_sample` off; None where it was not on, and before `weighing.weighed`.
         exported: scheduler and table of the exported pipeline.
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
@@ -115,7 +118,8 @@ def build(spec: SetupSpec) -> Setup:
 
 
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
-    loaded = load_reward(spec.reward, device)
+    names = names_of(spec.reward)
+    functions = {label: load_reward(name, device) for label, name in zip(labels(spec.reward), names)}
     precision = check_precision(spec.network.precision, device)
     pretrained = load_pretrained(spec.network.model)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
@@ -133,14 +137,22 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     conditions = conditioning(spec.conditions, pretrained, device)
     chain = _chain(spec, table, pretrained, original, conditions, device)
     note = compiled(chain) if spec.network.compile else None
-    reward = Reward(conditions.of_states(loaded, pretrained.decoder))
-    reward = _checked(reward, spec.reward, chain, spec.noise)
-    clipping = None
-    if spec.chain.no_clip and pretrained.scheduler.config.get("clip_sample", False):
-        noisy, eta = bool(table.s.any()), spec.chain.eta
-        clipped, options = clipped_for(pretrained.scheduler, sampler, noisy=noisy, eta=eta)
-        clipping = effect_of_clipping(chain, clipped, reward, spec.noise.stream(PLAN), options)
-    return Setup(spec, pretrained, sampler, chain, reward, clipping, exported, conditions, note)
+    reward = _checked(_reward(functions, conditions, pretrained), names, chain, spec.noise)
+    return Setup(spec, pretrained, sampler, chain, reward, None, exported, conditions, note)
+
+
+def _reward(
+    functions: Mapping[str, Callable[..., Any]], conditions: Conditioning, pretrained: Pretrained
+) -> Reward | WeightedRewards:
+    """The reward of the chain's states, which are decoded once for all functions."""
+
+    def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
+        return conditions.of_states(function, pretrained.decoder)
+
+    if len(functions) > 1:
+        return WeightedRewards(functions, through=of_states)
+    (function,) = functions.values()
+    return Reward(of_states(function))
 
 
 def _chain(
@@ -179,10 +191,21 @@ def _chain(
     return chain
 
 
-def _checked(reward: Reward, name: str, chain: Chain, noise: Noise) -> Reward:
-    """The reward, checked on two pretrained samples; what is unusual about it is printed."""
+def _checked(reward: Reward, names: Sequence[str], chain: Chain, noise: Noise) -> Reward:
+    """The reward, or each of several, checked on two pretrained samples; what is unusual about it is printed."""
     source = Noise(0)
     trial = chain.endpoint(chain.sample(source, 2, TRIAL), source, TRIAL)
+    if isinstance(reward, WeightedRewards):
+        for member, name in zip(reward.members, names):
+            with named(short(name)):
+                _check(member, name, trial, noise)
+    else:
+        _check(reward, names[0], trial, noise)
+    return reward.as_checked()
+
+
+def _check(reward: Reward, name: str, trial: Particles, noise: Noise) -> None:
+    """One reward."""
     with blamed(name, "; a reward maps samples (n, …) to (n,), by torch operations that leave the samples alone"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -193,9 +216,7 @@ def _checked(reward: Reward, name: str, chain: Chain, noise: Noise) -> Reward:
                 print(f"reward    {short(name)} {str(each.message).removeprefix('reward ')}")
             else:
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        reward = reward.as_checked()
         _say_if_unsteady(reward, name, trial, noise)
-    return reward
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ Nothing but the command itself sees all options.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +72,7 @@ class SetupSpec:
         network: see there.
         conditions: see there.
         chain: see there.
-        reward: its name.
+        reward: the rewards as they were given, each with its weight.
         noise: of the run.
         device: its name, or "auto".
     """
@@ -79,7 +80,7 @@ class SetupSpec:
     network: NetworkSpec
     conditions: ConditioningSpec
     chain: ChainSpec
-    reward: str
+    reward: Sequence[str]
     noise: Noise
     device: str
 
