@@ -54,6 +54,13 @@ class Config:
     track: tuple[TrackerName, ...] = ()
     """Where else to show the numbers and pictures of the training.
     "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
+    estimator: Literal["auto", "adjoint", "truncated", "adjoint-matching", "score", "surrogate"] = "auto"
+    """How the gradient of the reward is estimated; "auto" takes "adjoint" if the reward has a gradient, and "surrogate"
+    if it has none. "adjoint" is exact, "truncated" follows the last sampling steps alone, "adjoint-matching" leaves out
+    terms that vanish at the optimum. "score" follows values alone; "surrogate" fits a network to them and follows that,
+    and corrects it by "score"."""
+    depth: int | None = None
+    """Number of last sampling steps that --estimator truncated follows; by default as few as reach a trained one."""
     loop: Literal["queue", "nested"] = "queue"
     """The algorithm: "queue" samples and trains in one pipelined loop; "nested" samples each batch to the end first."""
     scheduler: (
@@ -116,13 +123,15 @@ class Config:
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         weighted(self.reward)
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1)
+        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
         positive(self, "lr", "max_grad_norm", "target_kl")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":
             raise InvalidInputError(
                 f"--eta is the noise of --scheduler ddim; {self.scheduler or 'the default'} has none"
             )
+        if self.depth is not None and self.estimator != "truncated":
+            raise InvalidInputError(f"--depth is for --estimator truncated; {self.estimator} has none")
         if self.stride is not None and self.loop != "queue":
             raise InvalidInputError(f"--stride is for --loop queue; a {self.loop} loop has no batches in flight")
         if self.target_kl_mode is not None and self.target_kl is None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.estimators import Asked
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
 from implicit_diffusion.noise import Noise
 
@@ -73,6 +74,7 @@ class SetupSpec:
         conditions: see there.
         chain: see there.
         reward: the rewards as they were given, each with its weight.
+        estimator: of the gradient, by name, or "auto".
         noise: of the run.
         device: its name, or "auto".
     """
@@ -81,6 +83,7 @@ class SetupSpec:
     conditions: ConditioningSpec
     chain: ChainSpec
     reward: Sequence[str]
+    estimator: Asked
     noise: Noise
     device: str
 
@@ -119,6 +122,7 @@ class TrainingSpec:
         stop_at_target: whether to stop at the target, rather than adapt β.
         held_out: trajectories of the checks on held-out noise.
         keep: number of checkpoints that stay.
+        depth: steps that the truncated estimator reaches; None for the least.
     """
 
     loop: Literal["queue", "nested"]
@@ -133,6 +137,7 @@ class TrainingSpec:
     stop_at_target: bool
     held_out: int
     keep: int
+    depth: int | None
 
 
 def setup_spec(config: Config) -> SetupSpec:
@@ -150,7 +155,7 @@ def setup_spec(config: Config) -> SetupSpec:
     conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
-    return SetupSpec(network, conditions, chain, config.reward, Noise(config.seed), config.device)
+    return SetupSpec(network, conditions, chain, config.reward, config.estimator, Noise(config.seed), config.device)
 
 
 def plan_spec(config: Config) -> PlanSpec:
@@ -173,4 +178,5 @@ def training_spec(config: Config) -> TrainingSpec:
         stop_at_target=config.target_kl_mode == "stop",
         held_out=min(64, 8 * config.starts),
         keep=config.keep,
+        depth=config.depth,
     )
