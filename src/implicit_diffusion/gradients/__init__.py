@@ -8,7 +8,13 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
     from implicit_diffusion.gradients.estimator import Estimator, Pulled, RowEstimator, RowStates, TrajectoryResult
-    from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
+    from implicit_diffusion.gradients.footprint import (
+        Footprint,
+        bytes_of,
+        end_activations,
+        row_activations,
+        variation_activations,
+    )
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
     from implicit_diffusion.gradients.score_function import ScoreFunction
@@ -46,4 +52,5 @@ __all__ = [
     "pull_back",
     "row_activations",
     "terminal_adjoint",
+    "variation_activations",
 ]
