@@ -103,12 +103,8 @@ def pull_back(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
-        surrogate = (transition.b * adjoint * transition.u).sum()
-        costs = {}
-        for weight, term in objective.running:
-            cost = term.cost(transition).mean(1)
-            surrogate = surrogate + weight * cost.sum() / processes.count()
-            costs[term.name] = cost.detach()
+        cost, costs = running_costs(objective, transition)
+        surrogate = (transition.b * adjoint * transition.u).sum() + cost
         further = None if at_fixed_states is None else at_fixed_states(transition)
     through: Tensor | float = 0.0
     if further is not None:  # the graph serves both scalars, at the price of one more pass, which stops at x
@@ -117,6 +113,21 @@ def pull_back(
     loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None
     return transition.a * adjoint + (x.grad - through), costs, transition.evaluations
+
+
+def running_costs(
+    objective: Objective, transition: Transition
+) -> tuple[Float[Tensor, ""] | float, dict[str, Float[Tensor, " slots"]]]:
+    """This process's part of the mean over the batch of all running costs, weighted and added up; and the mean of every
+    running cost over its own samples on every slot, unweighted, by name.
+    """
+    total: Tensor | float = 0.0
+    costs = {}
+    for weight, term in objective.running:
+        cost = term.cost(transition).mean(1)
+        total = total + weight * cost.sum() / processes.count()
+        costs[term.name] = cost.detach()
+    return total, costs
 
 
 class Adjoint(RowEstimator):
