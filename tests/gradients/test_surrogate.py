@@ -280,7 +280,7 @@ def test_samples_of_another_kind_than_those_learned_are_refused():
     surrogate = Surrogate(steps=1)
     surrogate.learn(torch.zeros(4, 3), torch.zeros(4))
     sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
-    message = r"learned from samples of shape \(3,\) in torch.float32 .*, and now there are samples of shape \(2,\)"
+    message = r"begun with samples of shape \(3,\) in torch.float32 .*, and now there are samples of shape \(2,\)"
     with pytest.raises(InvalidInputError, match=message):
         Nested(chain, Reward(quadratic), sgd, batch=4, noise=Noise(0), estimator=surrogate)
 
