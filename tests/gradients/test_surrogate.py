@@ -218,6 +218,24 @@ def test_it_sees_the_class():
     assert surrogate.explained > 0.9 and blind.explained < 0.1
 
 
+class PerClass(nn.Module):
+    """A network of the user's own that sees the class."""
+
+    def __init__(self):
+        super().__init__()
+        self.slopes = nn.Parameter(torch.zeros(3, 2, dtype=F64))
+
+    def forward(self, x, condition):
+        return (self.slopes[condition["label"]] * x).sum(1)
+
+
+def test_the_users_own_network_may_see_the_class():
+    x, label = Noise(0).normal((768, 2), dtype=F64), torch.arange(768) % 3
+    surrogate = Surrogate(PerClass(), learning_rate=0.05)
+    surrogate.learn(x, (label - 1) * x[:, 0], {"label": label})
+    assert surrogate.explained > 0.9
+
+
 class Slope(nn.Module):
     """A network of the user's own: w · x, in another form where asked for."""
 

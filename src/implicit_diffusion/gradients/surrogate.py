@@ -246,7 +246,8 @@ class Surrogate(RowEstimator):
                 f"the surrogate was begun with {self.kind}, and now there are {given}; make a new one for these"
             )
         if self.network is not None:
-            check_network(self.network, x[:2], condition)
+            few = None if condition is None else {name: entry[:2] for name, entry in condition.items()}
+            check_network(self.network, x[:2], few)
         self.kind = given
         return self._begun(x)
 
