@@ -25,6 +25,7 @@ PRINTED = {
     "docs/howto/flow.md",
     "docs/howto/python.md",
     "docs/mathematics/inner-problems.md",
+    "docs/mathematics/estimators.md",
     "docs/mathematics/queue.md",
     "docs/mathematics/tilted.md",
 }
