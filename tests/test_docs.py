@@ -26,6 +26,7 @@ PRINTED = {
     "docs/howto/python.md",
     "docs/mathematics/estimators.md",
     "docs/mathematics/inner-problems.md",
+    "docs/mathematics/estimators.md",
     "docs/mathematics/queue.md",
     "docs/mathematics/tilted.md",
 }

@@ -11,6 +11,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
 from tests.helpers.chain_loops import Recorder
+from tests.helpers.estimates import TanhDenoiser, move
 from tests.helpers.oracles import table
 from tests.helpers.shared_runs import recorded
 
@@ -59,28 +60,25 @@ def using(regression, kind=Surrogate, **options):
     return surrogate
 
 
-class Small(nn.Module):
-    """u(x, t, c): a small network with a curved drift, which may differ between classes."""
+class Labelled(nn.Module):
+    """A small network of x, t and a class."""
 
-    def __init__(self, dim, classes=1):
+    def __init__(self, classes):
         super().__init__()
-        self.first, self.last = nn.Linear(dim + 1, 8).to(F64), nn.Linear(8, dim).to(F64)
-        self.labels = nn.Embedding(classes, 8).to(F64)
-        for index, p in enumerate(self.parameters()):
-            p.data.copy_(0.4 * Noise(1).normal(tuple(p.shape), index, dtype=F64))
+        self.network, self.shifts = TanhDenoiser(), nn.Embedding(classes, 2, dtype=F64)
+        for p in self.parameters():
+            p.data.zero_()
+        move(self, 0.5)
 
-    def forward(self, x, t, label=None):
-        h = self.first(torch.cat([x, 0.2 * t[:, None].to(x)], 1))
-        return self.last(torch.tanh(h if label is None else h + self.labels(label)))
+    def forward(self, x, t, label):
+        return self.network(x, t) + self.shifts(label)
 
 
-def small_chain(steps=4, dim=2, classes=None, pretrained_rows=()):
-    """A chain on the small network, away from its reference."""
-    condition = None if classes is None else Drawn("label", torch.arange(classes))
-    net = Small(dim, classes or 1)
-    chain = Chain(net, table(steps), (dim,), pretrained_rows=pretrained_rows, condition=condition)
-    for p in net.parameters():
-        p.data *= 1.3
+def of_classes(classes):
+    """A chain under classes that has moved from the pretrained one."""
+    condition = Drawn("label", torch.arange(classes))
+    chain = Chain(Labelled(classes), table(4), (2,), pretrained_rows=(3,), condition=condition)
+    move(chain.denoiser, 0.2)
     return chain
 
 
@@ -92,7 +90,7 @@ def per_class(x, condition):
 
 def class_loop(kind, optimizer=Recorder, lr=0.02, batch=6, **options):
     """A loop under classes, whose surrogate has learned from pretrained samples."""
-    chain = small_chain(classes=CLASSES, pretrained_rows=(3,))
+    chain = of_classes(CLASSES)
     surrogate = Surrogate(pairs=128, steps=3, learning_rate=1e-2)
     before = chain.pretrained()
     end = before.endpoint(before.sample(Noise(5), 96), Noise(5))
@@ -105,3 +103,17 @@ def class_loop(kind, optimizer=Recorder, lr=0.02, batch=6, **options):
 def class_runs(updates):
     """Runs under classes, nested and queued; called in all processes alike."""
     return [recorded(class_loop(Nested), updates), recorded(class_loop(Queue, stride=2), updates)]
+
+
+def sharded_run(kind, sharded):
+    """Metrics and θ of a run whose network's weights may be shared out over the processes."""
+    from implicit_diffusion import processes
+    from tests.denoisers import sharded_cases
+
+    loop = sharded_cases.loop(kind, sharded=sharded)
+    loop.estimator = Surrogate(steps=4, learning_rate=1e-2)
+    x = Noise(1).normal((256, 1, 8, 8), dtype=F64)
+    loop.estimator.learn(x, x.flatten(1).sum(1))
+    metrics = sharded_cases.numbers(loop.run(3))
+    with processes.sharing():
+        return metrics, sharded_cases.trained_state(loop.model)

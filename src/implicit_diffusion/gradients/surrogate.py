@@ -52,7 +52,7 @@ from implicit_diffusion.gradients.score_function import (
     terminal_costs,
 )
 from implicit_diffusion.gradients.surrogate_network import RewardNetwork, check_network, predicted
-from implicit_diffusion.gradients.surrogate_regression import MINIBATCH, Regression, kind_of
+from implicit_diffusion.gradients.surrogate_regression import MINIBATCH, Regression
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
@@ -110,6 +110,7 @@ class Surrogate(RowEstimator):
         check_type("noise", self.noise, Noise, "use Noise(0), for example")
         self.network = network
         self.regression: Regression | None = None  # once the event shape is known
+        self.kind: str | None = None  # of the samples, in words
 
     @property
     def name(self) -> str:
@@ -239,12 +240,15 @@ class Surrogate(RowEstimator):
 
     def _checked(self, x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None) -> Regression:
         """The regression, if it can be trained on samples of this kind, under such a condition."""
-        held = None if self.regression is None else self.regression.kind
         given = kind_of(x, condition)
-        if held is not None and held != given:
-            raise InvalidInputError(f"the surrogate has learned from {held}, and now there are {given}; make a new one")
+        if self.kind not in (None, given):
+            raise InvalidInputError(
+                f"the surrogate was begun with {self.kind}, and now there are {given}; make a new one for these"
+            )
         if self.network is not None:
-            check_network(self.network, x[:2], condition)
+            few = None if condition is None else {name: entry[:2] for name, entry in condition.items()}
+            check_network(self.network, x[:2], few)
+        self.kind = given
         return self._begun(x)
 
     def _begun(self, x: Float[Tensor, "n *event"]) -> Regression:
@@ -260,3 +264,10 @@ class Surrogate(RowEstimator):
                 learning_rate=self.learning_rate,
             )
         return self.regression
+
+
+def kind_of(x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None) -> str:
+    """Shapes, precision and device of samples and of their condition, in words."""
+    words = f"samples of shape {tuple(x.shape[1:])} in {x.dtype} on {x.device}"
+    entries = [f"{name} of shape {tuple(entry.shape[1:])}" for name, entry in sorted((condition or {}).items())]
+    return f"{words} under {', '.join(entries)}" if entries else words

@@ -68,11 +68,6 @@ class Regression:
             return mean + deviation * predicted(self.network, x, condition)
 
     @property
-    def kind(self) -> str | None:
-        """Of which kind the samples are that it has learned from, in words; None before there are any."""
-        return kind_of(self.buffer["x"], _condition(self.buffer)) if self.seen else None
-
-    @property
     def share(self) -> float:
         """α."""
         n, rr, rp, pp = self.measured.tolist()
@@ -167,10 +162,3 @@ def _prefixed(condition: Condition) -> dict[str, Tensor]:
 def _condition(pairs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     inside = {name.removeprefix(CONDITION): p for name, p in pairs.items() if name.startswith(CONDITION)}
     return inside or None
-
-
-def kind_of(x: Float[Tensor, "n *event"], condition: Condition) -> str:
-    """Shapes, precision and device of samples and of their condition, in words."""
-    words = f"samples of shape {tuple(x.shape[1:])} in {x.dtype} on {x.device}"
-    entries = [f"{name} of shape {tuple(entry.shape[1:])}" for name, entry in sorted((condition or {}).items())]
-    return f"{words} under {', '.join(entries)}" if entries else words
