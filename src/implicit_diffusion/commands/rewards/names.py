@@ -24,7 +24,7 @@ from implicit_diffusion.commands.rewards.trust import Code, code_of, remember, s
 from implicit_diffusion.digits import digit_log_probability
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, reason_of
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.reward_values import takes_condition
+from implicit_diffusion.reward_values import of_tensors, takes_condition
 
 SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
 
@@ -40,6 +40,9 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
     `rewards.trust`). A file can import what lies beside it, also later, when the reward is called; installed modules
     come before those beside it, and these before those beside rewards that were loaded earlier. The module of the file
     gets a name that no other module has. A network found there, or held by an instance, is put in eval mode.
+
+    What is returned is called with tensors, also where the reward is a function of arrays or pictures, to which they
+    are converted then (see `reward_values`).
 
     Args:
         name: of the reward.
@@ -90,6 +93,7 @@ def _function(name: str, arguments: Arguments | None, device: torch.device | Non
             network.to(device)
     with blamed(name):
         takes_condition(reward)
+        reward = of_tensors(reward)
     return _with_named_errors(reward, name)
 
 

@@ -26,7 +26,7 @@ from implicit_diffusion.files.reading import read_bytes
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
-from implicit_diffusion.reward_values import takes_condition
+from implicit_diffusion.reward_values import like, of_tensors, takes_condition
 from implicit_diffusion.showing import Shown
 
 PROMPT, CLASS = "prompt", "class_labels"
@@ -93,7 +93,7 @@ class Conditioning(Shown):
         """
         if self.drawn is None:
             return reward
-        conditional = takes_condition(reward)
+        conditional, reward = takes_condition(reward), of_tensors(reward)
 
         def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
             images = x if decoder is None else decoder(x)
@@ -103,7 +103,7 @@ class Conditioning(Shown):
                 return reward(images, [self.prompts[i] for i in condition[PROMPT].tolist()])
             return reward(images, condition[CLASS])
 
-        return of_states
+        return like(of_states, reward)
 
 
 def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:
