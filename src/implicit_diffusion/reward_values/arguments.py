@@ -98,7 +98,7 @@ def form_of(function: Callable[..., Any]) -> Form | None:
     annotation = _annotation(function)
     names = set(re.findall(r"\w+", annotation))
     dotted = re.findall(r"[\w.]+", annotation)
-    pictures = any(name == "Image" or name.endswith("Image.Image") for name in dotted)
+    pictures = any(name in ("Image", "PIL.Image") or name.endswith("Image.Image") for name in dotted)  # or its module
     arrays, listed = bool(names & {"ndarray", "NDArray"}), bool(LISTED.match(annotation))
     if "Tensor" in names or not (pictures or arrays):
         return None

@@ -90,8 +90,17 @@ class Conditioning(Shown):
         """R(x, condition) of the chain's states, from a reward of images, or of images and prompts or labels.
 
         It returns whatever the reward returns.
+
+        Raises:
+            InvalidInputError: a reward of images and prompts, but an unconditional model.
         """
         if self.drawn is None:
+            if takes_condition(reward):
+                raise InvalidInputError(
+                    "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), "
+                    "but the model is unconditional; use a reward of the samples alone (clip:MODEL is one with a text "
+                    'of yours, clip:MODEL(text="…")), or a model that is sampled under prompts or classes'
+                )
             return reward
         conditional, reward = takes_condition(reward), of_tensors(reward)
 
