@@ -87,24 +87,8 @@ def test_with_prompts_and_with_a_text(place):
         prompted(x, torch.arange(2))
 
 
-RUN = [
-    "--num-steps",
-    "2",
-    "--batch",
-    "2",
-    "--updates",
-    "2",
-    "--starts",
-    "4",
-    "--lr",
-    "1e-9",
-    "--kl-weight",
-    "1",
-    "--stride",
-    "1",
-    "--guidance",
-    "2",
-]
+SIZES = {"num-steps": 2, "batch": 2, "updates": 2, "starts": 4, "stride": 1, "guidance": 2, "lr": 1e-9, "kl-weight": 1}
+RUN = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from implicit_diffusion.commands.rewards.names import load_reward
+from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.loops import Nested, Queue
@@ -55,6 +57,28 @@ def test_the_size_of_a_jpeg_is_that_of_the_file_that_diffusers_would_save(channe
     assert flat < noisy / 2
     with pytest.raises(InvalidInputError, match=r"called with 8-bit PIL images.*no gradient"):
         check(Reward(load_reward("jpeg-size")), Particles(x))
+
+
+def test_pictures_of_latents_are_those_of_their_decoded_images():
+    """Under prompts or classes, where states are decoded before the reward sees them."""
+    conditions = Conditioning(Drawn("class_labels", torch.arange(3)))
+    states, labels = images(3, torch.float32, size=(8, 8)), {"class_labels": torch.arange(4) % 3}
+    given = []
+
+    def reward(pictures: list, labels: torch.Tensor):
+        given.append(labels)
+        return [picture.size[0] + int(label) for picture, label in zip(pictures, labels)]
+
+    reward.__annotations__["pictures"] = "list[Image.Image]"
+    for function, right in (
+        (load_reward("jpeg-size"), lambda x: load_reward("jpeg-size")(x)),
+        (reward, lambda x: labels["class_labels"] + 16.0),
+    ):
+        of_states = Reward(conditions.of_states(function, lambda z: z.repeat_interleave(2, 3)))
+        assert of_states.given_as == "8-bit PIL images"
+        decoded = states.repeat_interleave(2, 3)
+        assert torch.equal(of_states.of(Particles(states, condition=labels)), right(decoded))
+    assert torch.equal(given[0], labels["class_labels"])
 
 
 def test_unknown_names_are_told_all_that_there_are():
