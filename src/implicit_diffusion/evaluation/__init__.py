@@ -23,7 +23,10 @@ else:
         return attribute(__name__, name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__ = [
+        return sorted({*globals(), *__all__})
+
+
+__all__ = [
     "Bound",
     "ClippingEffect",
     "Draws",

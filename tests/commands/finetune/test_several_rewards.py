@@ -224,7 +224,10 @@ def test_a_single_reward_is_listed_and_stays_in_its_own_units(home):
         (("r.py:left", "r.py:outside"), "r.py:outside: reward is not differentiable"),
         (("r.py:scalar", "r.py:left"), "r.py:scalar: reward must return one number per sample"),
         (("r.py:left", "r.py:fails=2"), "r.py:10: ValueError: not today"),
-        (("r.py:left", "r.py:labelled"), "samples come without a condition"),
+        (
+            ("r.py:left", "r.py:labelled"),
+            "r.py:labelled: reward takes two arguments, the samples and what they were sampled under",
+        ),
     ],
 )
 def test_what_is_refused_before_any_work(rewards, message, tmp_path, monkeypatch, capsys):

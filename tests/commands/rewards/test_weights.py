@@ -28,6 +28,11 @@ SPLIT = {
     "runs=2/a.py:f=4": ("runs=2/a.py:f", 4.0),
     "a=2.py:f": ("a=2.py:f", 1.0),
     "pkg.mod:f=.25": ("pkg.mod:f", 0.25),
+    "clip:openai/clip-vit": ("clip:openai/clip-vit", 1.0),
+    "clip:openai/clip-vit=2": ("clip:openai/clip-vit", 2.0),
+    "clip:a=b/clip=-.5": ("clip:a=b/clip", -0.5),
+    "clip:/x/clip(text='a=1')": ("clip:/x/clip(text='a=1')", 1.0),
+    "clip:/x/clip(text='a=1')=3": ("clip:/x/clip(text='a=1')", 3.0),
     "a.py:C(w=2": ("a.py:C(w=2", 1.0),  # refused where it is loaded, in words of its own
 }
 

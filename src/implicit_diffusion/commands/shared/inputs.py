@@ -20,6 +20,7 @@ from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.image_text import find_image_text
 from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
@@ -67,6 +68,11 @@ def inputs(config: Any) -> dict[str, Any]:
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
     if own := _own_rewards(config):
         fingerprints["reward"] = fingerprint(sorted({file for code in own for file in code.files}))
+    names = names_of(getattr(config, "reward", ""))
+    for name in names:
+        if model := reward_trust.image_text_model(name):
+            which = "reward" if len(names) == 1 else f"reward {reward_trust.short(name)}"
+            fingerprints[which] = fingerprint(find_image_text(model).folder, MODEL_FILES)
     return fingerprints
 
 
