@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -142,21 +141,16 @@ def remember(code: Code) -> None:
             (folder / _hash(code.place) / code.digest).touch(mode=0o600)
 
 
-def check_trust(names: Iterable[str], directory: Path) -> None:
-    """Refuse rewards that a run directory names, unless the user has named each of them before; nothing has run then.
+def check_trust(name: str, directory: Path) -> None:
+    """Refuse a reward that a run directory names, unless the user has named it before; nothing of it has run then.
 
     Args:
-        names: of the rewards, as in config.json.
+        name: of one of its rewards, without the weight.
         directory: of the run.
 
     Raises:
         InvalidInputError: code inside the directory, code that has changed or was never named, or no such code.
     """
-    for name in names:
-        _check_trust(name, directory)
-
-
-def _check_trust(name: str, directory: Path) -> None:
     if not is_own(name):
         return
     try:
