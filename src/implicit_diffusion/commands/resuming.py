@@ -68,7 +68,8 @@ def resume(
                 return command.report(directory)
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
-            from_main(lambda: check_trust(str(values.get("reward", "")), path))
+            python = getattr(config, "reward_python", None)
+            from_main(lambda: check_trust(str(values.get("reward", "")), path, python))
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
             _adopt(directory, command, values)
             device = device_of(directory)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.objectives.reward import Reward
     from implicit_diffusion.objectives.sinkhorn import Sinkhorn
     from implicit_diffusion.objectives.variation import Density, FirstVariation
+    from implicit_diffusion.scorers.scorer import Scorer
 else:
 
     def __getattr__(name: str) -> object:
@@ -35,6 +36,7 @@ __all__ = [
     "ReverseKL",
     "Reward",
     "RunningCost",
+    "Scorer",
     "Sinkhorn",
     "Sum",
     "Term",

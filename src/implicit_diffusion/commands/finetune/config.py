@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
+from implicit_diffusion.scorers import TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Config:
     The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
     It returns one number per image: shape (n,) or (n, 1), or a pair (scores, info) or a dict that holds these."""
+    reward_python: Path | None = None
+    """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own reward with.
+    It runs in a process of its own, needs NumPy and safetensors, and passes no gradient on."""
+    reward_timeout: float = TIMEOUT
+    """Seconds that the process of --reward-python may take to load, and to score a batch, before it is restarted."""
     prompts: Path | None = None
     """Text file with one prompt per line; for models that are conditioned on text."""
     guidance: float | None = None
@@ -109,7 +116,8 @@ class Config:
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1)
-        positive(self, "lr", "max_grad_norm", "target_kl")
+        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
+        check_python(self.reward, self.reward_python)
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":
             raise InvalidInputError(

@@ -229,6 +229,9 @@ def _files(fingerprints: Mapping[str, Any]) -> dict[str, str]:
     for name, entry in fingerprints.items():
         if name == "prompts":  # their text is compared
             continue
+        if "version" in entry:
+            digests[name] = entry["version"]
+            continue
         files = dict(entry["files"])
         if "folder" not in entry and files:
             base = os.path.commonpath([Path(file).parent for file in files])

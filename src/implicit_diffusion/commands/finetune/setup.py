@@ -115,7 +115,7 @@ def build(spec: SetupSpec) -> Setup:
 
 
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
-    loaded = load_reward(spec.reward, device)
+    loaded = load_reward(spec.reward, device, python=spec.reward_python, timeout=spec.reward_timeout)
     precision = check_precision(spec.network.precision, device)
     pretrained = load_pretrained(spec.network.model)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None

@@ -10,6 +10,7 @@ Nothing but the command itself sees all options.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.finetune.config import Config
@@ -72,6 +73,8 @@ class SetupSpec:
         conditions: see there.
         chain: see there.
         reward: its name.
+        reward_python: that computes it in a process of its own; None for this process.
+        reward_timeout: seconds that such a process may take for an answer.
         noise: of the run.
         device: its name, or "auto".
     """
@@ -80,6 +83,8 @@ class SetupSpec:
     conditions: ConditioningSpec
     chain: ChainSpec
     reward: str
+    reward_python: Path | None
+    reward_timeout: float
     noise: Noise
     device: str
 
@@ -149,7 +154,8 @@ def setup_spec(config: Config) -> SetupSpec:
     conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
-    return SetupSpec(network, conditions, chain, config.reward, Noise(config.seed), config.device)
+    reward = config.reward, config.reward_python, config.reward_timeout
+    return SetupSpec(network, conditions, chain, *reward, Noise(config.seed), config.device)
 
 
 def plan_spec(config: Config) -> PlanSpec:

@@ -24,6 +24,7 @@ from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import forget, record
+from implicit_diffusion.scorers import versions
 
 NAMES = {
     "model": {"digits"},
@@ -65,7 +66,10 @@ def inputs(config: Any) -> dict[str, Any]:
     if _is_place("data", data):
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
     if reward_trust.is_own(reward):
-        fingerprints["reward"] = fingerprint(reward_trust.code_of(reward).files)
+        python = getattr(config, "reward_python", None)
+        fingerprints["reward"] = fingerprint(reward_trust.code_of(reward, python).files)
+        if python is not None:
+            fingerprints["reward python"] = {"version": versions(python)}
     elif model := reward_trust.image_text_model(reward):
         fingerprints["reward"] = fingerprint(find_image_text(model).folder, MODEL_FILES)
     return fingerprints
@@ -110,7 +114,7 @@ def with_imports(options: Any, fingerprints: dict[str, Any]) -> dict[str, Any]:
     """The fingerprints, with those of the modules that a loaded reward has imported from its own folder."""
     if not reward_trust.is_own(getattr(options, "reward", "")):
         return fingerprints
-    code = reward_trust.code_of(options.reward)
+    code = reward_trust.code_of(options.reward, getattr(options, "reward_python", None))
     beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
     return fingerprints | ({"reward imports": fingerprint(beside)} if beside else {})
 
