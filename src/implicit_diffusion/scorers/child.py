@@ -18,6 +18,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import io
 import json
 import os
 import queue
@@ -30,13 +31,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GRACE = 5.0  # seconds that a reward has to return when the run has ended
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A name in the file that is no reward."""
 
 
@@ -62,7 +63,7 @@ def main() -> None:
                 reward, answer = _load(head, arrays["code"].tobytes())
             else:
                 answer = {"returned": messages.pack(_call(messages, reward, head, arrays), returned)}
-        except Refused as error:
+        except RefusedError as error:
             answer = {"refused": str(error)}
         except (Exception, SystemExit) as error:
             answer, returned = _described(error, file), {}
@@ -70,7 +71,7 @@ def main() -> None:
         sending.flush()
 
 
-def _streams() -> tuple[BinaryIO, BinaryIO]:
+def _streams() -> tuple[io.BufferedIOBase, io.BufferedIOBase]:
     """The pipes of the protocol, on descriptors of their own; 0 reads nothing, 1 writes to standard error."""
     receiving, sending = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -81,7 +82,7 @@ def _streams() -> tuple[BinaryIO, BinaryIO]:
     return receiving, sending
 
 
-def _receive(messages: Any, stream: BinaryIO, inbox: queue.Queue) -> None:
+def _receive(messages: Any, stream: io.BufferedIOBase, inbox: queue.Queue) -> None:
     """Read messages as they come, so that the end of the run is noticed while a reward is computed."""
     for message in iter(lambda: messages.read(stream), None):
         inbox.put(message)
@@ -102,10 +103,10 @@ def _load(head: dict[str, Any], code: bytes) -> tuple[Callable[..., Any], dict[s
     target = getattr(module, name, None)
     if not callable(target):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise Refused(f"{path} has no function {name!r}; it has {', '.join(callables) or 'none'}")
+        raise RefusedError(f"{path} has no function {name!r}; it has {', '.join(callables) or 'none'}")
     reward = _made(target, head["arguments"])
     if not callable(reward):
-        raise Refused(f"{name}{head['arguments']} must make a function of images, got {type(reward).__name__}")
+        raise RefusedError(f"{name}{head['arguments']} must make a function of images, got {type(reward).__name__}")
     for network in _networks(reward):
         network.eval()
     files = {getattr(each, "__file__", None) for each in list(sys.modules.values())}
@@ -135,7 +136,7 @@ def _binds(target: Callable[..., Any], named: dict[str, Any]) -> bool:
 
 def _parameters(reward: Callable[..., Any]) -> list[list[Any]] | None:
     """Name, kind, whether there is a default, and annotation of each parameter; None where they are not known."""
-    function: Any = reward.forward if next(_networks(reward), None) is reward else reward  # type: ignore[attr-defined]
+    function: Any = reward.forward if next(_networks(reward), None) is reward else reward
     try:
         signature = inspect.signature(function, eval_str=True)
     except Exception:  # names that only a type checker imports, or an old Python

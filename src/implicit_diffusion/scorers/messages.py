@@ -12,9 +12,10 @@ safetensors alone, and runs with Python 3.8.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -39,7 +40,7 @@ def size_of(line: bytes) -> int:
     return int(json.loads(line)["bytes"])
 
 
-def read(stream: BinaryIO) -> tuple[dict[str, Any], Arrays] | None:
+def read(stream: io.BufferedIOBase) -> tuple[dict[str, Any], Arrays] | None:
     """The next message of a stream, or None at its end."""
     line = stream.readline()
     if not line.endswith(b"\n"):

@@ -98,9 +98,8 @@ class Process:
             raise LostError(f"its process {_ending(status)}{self._last_words()}") from error
         except TimeoutError as error:
             self.kill()
-            raise LostError(
-                f"its process does not answer within {timeout:g} s (`timeout`){self._last_words()}"
-            ) from error
+            words = f"its process does not answer within {timeout:g} s (`timeout`){self._last_words()}"
+            raise LostError(words) from error
         except BaseException:
             self.kill()
             raise

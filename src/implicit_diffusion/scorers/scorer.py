@@ -40,8 +40,8 @@ class Scorer(Shown):
 
     The process starts here, and ends when `close` is called, when a block `with Scorer(…) as reward:` is left, or when
     this process ends, however it does. A process that has died or does not answer is started again, with a line that
-    says so, and asked again, twice at most. What the reward draws from the global generators of Python, NumPy and torch follows from
-    torch's global generator in this process, of which each call uses a few numbers.
+    says so, and asked again, twice at most. What the reward draws from the global generators of Python, NumPy and torch
+    follows from torch's global generator in this process, of which each call uses a few numbers.
 
     Args:
         file: FILE.py, which runs in the other process only.
@@ -107,6 +107,9 @@ class Scorer(Shown):
                 if start == STARTS:
                     raise RewardError(f"`reward` {self._name}: {error} ({STARTS} times in a row)") from error
                 print(f"reward    {self._name}: {error}; started again ({start} of {STARTS - 1})")
+            except BaseException:  # an interrupt
+                self._process = None
+                raise
             else:
                 return unpack(self._checked(answer)["returned"], returned)
         raise AssertionError("unreachable")

@@ -169,7 +169,8 @@ def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
         python: that the directory names to run it.
 
     Raises:
-        InvalidInputError: code or python inside the directory, code that has changed or was never named, or no such code.
+        InvalidInputError: code inside the directory, or its python; code that has changed or was never named, or no
+            such code.
     """
     if not is_own(name):
         return
@@ -189,8 +190,9 @@ def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
     else:
         kept = "" if _folder() else " (with IMPLICIT_DIFFUSION_CACHE=off, nothing is recorded)"
         why = f"you have not named it on this machine before{kept}"
+    by = "" if python is None else f", run by {python},"
     raise InvalidInputError(
-        f"{directory} names the reward {name}{'' if python is None else f', run by {python},'}, which is code, and {why}. Read it; if it may run, add "
+        f"{directory} names the reward {name}{by}, which is code, and {why}. Read it; if it may run, add "
         "`trust_reward=True`"
     )
 
