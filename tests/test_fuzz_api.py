@@ -61,6 +61,14 @@ def objective():
     return idf.Reward(reward) + 0.1 * idf.PathKL()
 
 
+def interaction(x, y):
+    return torch.cdist(x, y)
+
+
+def coupling(particles, charges):
+    return charges
+
+
 def evaluation():
     return idf.evaluate(chain(), reward, NOISE, starts=4, repeats=2)
 
@@ -210,6 +218,10 @@ PUBLIC = {
     "ReverseKL": term(idf.ReverseKL, {"potential": Gaussian, "log_z": lambda: 0.0}),
     "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": Gaussian}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
+    "WeightedRewards": term(
+        idf.objectives.WeightedRewards,
+        {"functions": lambda: {"a": reward, "b": reward}, "coefficients": lambda: (1.0, -0.5)},
+    ),
     "Functional": term(idf.objectives.Functional, {"function": lambda: lambda x, w: (w @ x - 1).square().sum()}),
     "gaussian_kernel": Call(idf.objectives.gaussian_kernel, {"bandwidth": lambda: 1.0}, lambda made: made(X, X)),
     "Objective": Call(Sum, {"terms": lambda: ((1.0, idf.Reward(reward)),)}, repr),
@@ -221,12 +233,36 @@ PUBLIC = {
         lambda **given: idf.gradients.Adjoint()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
+    "AdjointMatching": Call(
+        lambda **given: idf.gradients.AdjointMatching()(**given),
+        {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
+    ),
     "FullBackprop": Call(
         lambda **given: idf.gradients.FullBackprop()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
     "Queue": on_chain(idf.Queue, stride=lambda: 1, estimator=lambda: None),
     "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "ScoreFunction": Call(
+        idf.gradients.ScoreFunction,
+        {"clip": lambda: 0.2},
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
+    "Surrogate": Call(
+        idf.gradients.Surrogate,
+        {
+            "network": lambda: None,
+            "clip": lambda: 0.2,
+            "pairs": lambda: 8,
+            "steps": lambda: 2,
+            "learning_rate": lambda: 1e-3,
+            "noise": lambda: NOISE,
+        },
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
+    "Surrogate.learn": method(
+        idf.gradients.Surrogate, "learn", x=lambda: X, rewards=lambda: X[:, 0], condition=lambda: None
+    ),
     "TruncatedBackprop": Call(
         idf.gradients.TruncatedBackprop,
         {"depth": lambda: 2, "random": lambda: True},
@@ -287,6 +323,20 @@ PUBLIC = {
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
     "possible": Call(possible, BEFORE),
+    "MeanField": Call(
+        idf.potentials.MeanField,
+        {
+            "potential": lambda: idf.GaussianMixture(torch.eye(2)),
+            "interaction": lambda: interaction,
+            "temperature": lambda: 0.5,
+        },
+        lambda made: made(X),
+    ),
+    "ConjugateGradients": Call(
+        idf.gradients.ConjugateGradients,
+        {"coupling": lambda: coupling, "tolerance": lambda: 1e-6, "steps": lambda: 9},
+        lambda made: made(idf.objectives.FirstVariation(X[:, 0]), idf.Particles(X)),
+    ),
     "tilted_law": Call(
         idf.evaluation.tilted_law,
         {"evaluation": evaluation, "beta": lambda: 0.5, "start": lambda: "tilted", "condition": lambda: None},
@@ -503,7 +553,16 @@ RESULTS = {
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
-    *("Estimator", "GibbsObjective", "Kernel", "MetropolisKernel", "RowEstimator", "RunningCost", "TerminalObjective"),
+    *(
+        "Estimator",
+        "GibbsObjective",
+        "InnerProblem",
+        "Kernel",
+        "MetropolisKernel",
+        "RowEstimator",
+        "RunningCost",
+        "TerminalObjective",
+    ),
 }
 PARTS = {  # for those who write such a class, or look inside a loop
     *(

@@ -13,6 +13,7 @@ from typing import Any
 from implicit_diffusion import __version__
 from implicit_diffusion.commands.registry import COMMANDS, Command
 from implicit_diffusion.commands.rewards.trust import check_trust
+from implicit_diffusion.commands.rewards.weights import names_of
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
@@ -68,8 +69,8 @@ def resume(
                 return command.report(directory)
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
-            python = getattr(config, "reward_python", None)
-            from_main(lambda: check_trust(str(values.get("reward", "")), path, python))
+            names, python = names_of(getattr(config, "reward", "")), getattr(config, "reward_python", None)
+            from_main(lambda: check_trust(names, path, python))
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
             _adopt(directory, command, values)
             device = device_of(directory)

@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.evaluation.cache import evaluate_pretrained
     from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error
     from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
+    from implicit_diffusion.evaluation.each_reward import RewardJudgement, RewardPlan, judge_rewards
     from implicit_diffusion.evaluation.gains import captured, gain, gain_of_j, memory_of_start, possible
     from implicit_diffusion.evaluation.independence import Draws, metropolis
     from implicit_diffusion.evaluation.judging import Judgement, judge
@@ -34,6 +35,8 @@ __all__ = [
     "Judgement",
     "Plan",
     "PlanRow",
+    "RewardJudgement",
+    "RewardPlan",
     "Steered",
     "Stored",
     "TiltedLaw",
@@ -45,6 +48,7 @@ __all__ = [
     "gain",
     "gain_of_j",
     "judge",
+    "judge_rewards",
     "make_plan",
     "mean_and_error",
     "memory_of_start",

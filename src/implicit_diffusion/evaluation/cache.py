@@ -28,7 +28,7 @@ from torch import Tensor
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.sharded import is_sharded
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation.chains import Evaluation, evaluate
+from implicit_diffusion.evaluation.chains import Evaluation, evaluate, moved, weighed
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.states import load_state, save_state
@@ -58,7 +58,8 @@ def evaluate_pretrained(
         chain: the chain whose reference is evaluated.
         reward: R, (n, *event) → (n,).
         noise: of the evaluation.
-        name: of the reward, which must decide what it computes; None for a reward that is never kept.
+        name: of the reward, which must decide what it computes; None for a reward that is never kept. Coefficients of
+            several rewards are not part of it: R is added up again.
         starts: number of independent x_0.
         repeats: number of trajectories from each x_0.
         progress: called with the number of trajectories just completed.
@@ -84,7 +85,7 @@ def evaluate_pretrained(
     folder = cache_folder / _key(chain, chain.reference, what | {"samples": samples})
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged
         saved = from_main(lambda: load_state(folder))
-        kept = Evaluation(**{column: value.to(chain.device) for column, value in saved.items()})
+        kept = weighed(moved(Evaluation(**saved), chain.device), reward)
         skip(starts * repeats)
         if stored is not None:
             stored.write(kept)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
 from implicit_diffusion.objectives.reward import Reward, as_reward
+from implicit_diffusion.objectives.weighted_rewards import WeightedRewards
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown, mean_with_error, of_tensor, with_error
 
@@ -45,12 +46,14 @@ class Evaluation(Shown):
         path_kl: Σ_k ‖Δ_k‖²/(2 s_k²) along each trajectory, in nats; infinite where a trained row has no noise.
         log_ratio: log dP_θ/dP_0 of each trajectory, in nats; NaN where a trained row has no noise.
         samples: x_N; after `stored.Stored`, only those of the first starts and the first repeat.
+        rewards: those that R is made of (`objectives.WeightedRewards`); None where it is one reward.
     """
 
     reward: Float[Tensor, "starts repeats"]
     path_kl: Float[Tensor, "starts repeats"]
     log_ratio: Float[Tensor, "starts repeats"]
     samples: Float[Tensor, "shown_starts shown_repeats *event"]
+    rewards: Float[Tensor, "starts repeats rewards"] | None = None
 
     def _words(self) -> Iterable[str]:
         starts, repeats = self.reward.shape
@@ -58,6 +61,13 @@ class Evaluation(Shown):
         yield f"reward={mean_with_error(self.reward)}"
         yield f"path_kl={mean_with_error(self.path_kl)} nats"
         yield f"samples={of_tensor(self.samples[0, 0])}"
+        if self.rewards is not None:
+            yield f"{self.rewards.shape[-1]} rewards"
+
+    @property
+    def each_reward(self) -> tuple[Float[Tensor, "starts repeats"], ...]:
+        """The rewards that R is made of; R alone where it is one reward."""
+        return (self.reward,) if self.rewards is None else self.rewards.unbind(-1)
 
     def objective(self, beta: float, *, control_variate: bool = False) -> Float[Tensor, "starts repeats"]:
         """β·path_kl − R of every trajectory, whose mean is J = β·KL(path) − E R.
@@ -153,9 +163,7 @@ def evaluate_in_parts(
     check_type("noise", noise, Noise, "use Noise(0), for example")
     starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
     chunk = None if chunk is None else check_integer("chunk", chunk)
-    if chunk is None:
-        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
-    size, score = max(1, chunk // repeats), as_reward(reward)
+    size, score = _starts_at_once(chain, repeats, chunk), as_reward(reward)
     away = processes.world_size() > 1  # from the device, on the way to other processes
 
     def part(index: int) -> Evaluation:
@@ -168,15 +176,48 @@ def evaluate_in_parts(
     return (moved(each, chain.device) for each in parts)
 
 
+def conditions_of(
+    chain: Chain, noise: Noise, *, starts: int, repeats: int, chunk: int | None = None
+) -> dict[str, Tensor] | None:
+    """What the starts of an evaluation were sampled under, tensors with leading dimension `starts`; None without a
+    condition. Arguments as in `evaluate`.
+    """
+    size = _starts_at_once(chain, repeats, chunk)
+    counts = [min(size, starts - first) for first in range(0, starts, size)]
+    parts = [chain.conditions(noise, count, [index]) for index, count in enumerate(counts)]
+    given = [part for part in parts if part is not None]
+    return {name: torch.cat([part[name][0] for part in given]) for name in given[0]} if given else None
+
+
+def _starts_at_once(chain: Chain, repeats: int, chunk: int | None) -> int:
+    """The number of starts in one network batch."""
+    if chunk is None:
+        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
+    return max(1, chunk // repeats)
+
+
 def moved(evaluation: Evaluation, device: torch.device | str) -> Evaluation:
     """The same numbers on a device."""
-    return Evaluation(*(values.to(device) for values in vars(evaluation).values()))
+    return mapped(lambda values: values.to(device), evaluation)
+
+
+def mapped(function: Callable[..., Tensor], *evaluations: Evaluation) -> Evaluation:
+    """The evaluation whose columns are a function of the columns of these, all of which hold the same rewards."""
+    columns: Any = zip(*(vars(each).values() for each in evaluations), strict=True)
+    made: Any = (None if values[0] is None else function(*values) for values in columns)
+    return Evaluation(*made)
+
+
+def weighed(evaluation: Evaluation, reward: Callable[..., Any] | Reward) -> Evaluation:
+    """The evaluation with R by the coefficients of `reward`; those that it was made, and stored, with may be others."""
+    if evaluation.rewards is None or not isinstance(reward, WeightedRewards):
+        return evaluation
+    return replace(evaluation, reward=reward.total(evaluation.rewards))
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
     """One evaluation of the given parts, in their order."""
-    columns = zip(*((part.reward, part.path_kl, part.log_ratio, part.samples) for part in parts), strict=True)
-    return Evaluation(*map(torch.cat, columns))
+    return mapped(lambda *values: torch.cat(values), *parts)
 
 
 class Travelled(NamedTuple):
@@ -217,5 +258,7 @@ def _part(
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
             if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers
                 score.probe(end)
-            rewards = score.finite_values(end)
-        return Evaluation(*(values.unflatten(0, (-1, repeats)) for values in (rewards, kl, log_ratio, x)))
+            reward, rewards = score.scored(end)
+        columns = (reward, kl, log_ratio, x, rewards)
+        made: Any = (None if each is None else each.unflatten(0, (-1, repeats)) for each in columns)
+        return Evaluation(*made)

@@ -14,7 +14,13 @@ from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
 from implicit_diffusion.evaluation.soft_values import control_variate, influence, jackknife, log_weights_of
 
 
-def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:
+def gain(
+    pretrained: Evaluation,
+    beta: float,
+    *,
+    conditional: bool = True,
+    of: Float[Tensor, "starts repeats"] | None = None,
+) -> tuple[float, float]:
     """E R under the optimal path law less E R of the pretrained chain, with the standard error of the difference.
 
     Both means are over the same trajectories, so that most of their noise cancels.
@@ -23,12 +29,14 @@ def gain(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tu
         pretrained: evaluation of the pretrained chain.
         beta: KL weight > 0.
         conditional: as in `bounds.bound`.
+        of: another number of every trajectory, whose mean is compared in place of that of R; the law stays that of R.
     """
     check_type("conditional", conditional, bool, "use True or False")
     check_type("pretrained", pretrained, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     beta, reward = check_number("beta", beta, 0), pretrained.reward.double()
-    tilted = (jackknife if conditional else influence)(reward / beta, reward)[1]
-    return mean_and_error(tilted - reward.mean(1))
+    value = reward if of is None else check_tensor("of", of, "starts repeats").double()
+    tilted = (jackknife if conditional else influence)(reward / beta, value)[1]
+    return mean_and_error(tilted - value.mean(1))
 
 
 def gain_of_j(pretrained: Evaluation, beta: float, *, conditional: bool = True) -> tuple[float, float]:

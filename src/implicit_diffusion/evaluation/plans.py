@@ -18,6 +18,7 @@ from typing import Any
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.bounds import Bound, bound
 from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
+from implicit_diffusion.evaluation.each_reward import RewardPlan, deviation, plan_rewards
 from implicit_diffusion.evaluation.gains import gain, gain_of_j, memory_of_start
 from implicit_diffusion.showing import Shown, brief, with_error
 
@@ -56,6 +57,7 @@ class Plan(Shown):
         memory_of_start: share of the reward's variance that x_0 decides; 0 for a memoryless chain.
         memory_of_start_se: its standard error.
         conditional: whether the bounds are given the start.
+        rewards: what of each reward is gained at each β, where R is made of several; otherwise empty.
     """
 
     reward: float
@@ -67,6 +69,7 @@ class Plan(Shown):
     memory_of_start: float
     memory_of_start_se: float
     conditional: bool = False
+    rewards: tuple[RewardPlan, ...] = ()
 
     def _words(self) -> Iterable[str]:
         yield f"reward={with_error(self.reward, self.reward_se)}"
@@ -108,7 +111,8 @@ class Plan(Shown):
             name: getattr(self, name)
             for name in ("reward", "reward_se", "reward_std", "memory_of_start", "memory_of_start_se")
         }
-        return statistics | {"rows": [asdict(row) for row in self.rows()]}
+        several = {"rewards": [asdict(each) for each in self.rewards]} if self.rewards else {}
+        return statistics | {"rows": [asdict(row) for row in self.rows()]} | several
 
     def state_dict(self) -> dict[str, Any]:
         """All fields as plain numbers, from which `from_state` makes the plan again."""
@@ -120,6 +124,9 @@ class Plan(Shown):
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in state.items()
         }
+        fields["rewards"] = tuple(
+            RewardPlan(**each | {name: tuple(each[name]) for name in ("gain", "gain_se")}) for each in state["rewards"]
+        )
         return Plan(**fields | {"bounds": tuple(Bound(**b) for b in state["bounds"])})
 
 
@@ -144,8 +151,7 @@ def make_plan(
             starts or 2 repeats; a KL weight that `bound` refuses.
     """
     reward, reward_se = mean_and_error(evaluation.reward)
-    values = evaluation.reward.double()
-    std = (values.var(1).mean().sqrt() if conditional else values.std()).item()
+    std = deviation(evaluation.reward, conditional=conditional)
     if not std > 0:
         raise InvalidInputError(f"reward is {reward:g} for every pretrained sample; fine-tuning needs one that varies")
     tried = [std / share for share in GAINS] if betas is None else betas
@@ -159,4 +165,5 @@ def make_plan(
     gain_se, j_gain_se = (
         tuple(of(evaluation, beta, conditional=conditional)[1] for beta in chosen) for of in (gain, gain_of_j)
     )
-    return Plan(reward, reward_se, std, tuple(bounds), gain_se, j_gain_se, share, share_se, conditional)
+    several = () if evaluation.rewards is None else plan_rewards(evaluation, chosen, conditional=conditional)
+    return Plan(reward, reward_se, std, tuple(bounds), gain_se, j_gain_se, share, share_se, conditional, several)

@@ -7,6 +7,7 @@ Several processes call all of this alike; the main one reads and writes.
     state.safetensors   depends_on   what the numbers depend on, by name
                         parts        number of complete parts
                         reward, path_kl, log_ratio   (starts so far, repeats)
+                        rewards      (starts so far, repeats, rewards), where there are several; otherwise None
                         samples      the first sample of each start, for as many starts as are wanted
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation.chains import Evaluation, evaluate_in_parts, joined
+from implicit_diffusion.evaluation.chains import Evaluation, evaluate_in_parts, joined, moved, weighed
 from implicit_diffusion.files.states import has_state, load_state, save_state
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward
@@ -34,7 +35,7 @@ from implicit_diffusion.showing import Shown
 WRITE_EVERY = 5.0  # seconds between two writes, at least
 WRITING_SHARE = 0.05  # of the time, that writing takes at most
 DIFFERENCES = 3  # number of differences that are named
-STORED_COLUMNS = ("reward", "path_kl", "log_ratio", "samples")
+STORED_COLUMNS = ("reward", "path_kl", "log_ratio", "samples", "rewards")
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +116,7 @@ class Stored(Shown):
         parts: list[Evaluation] = []
         written = 0
         if state is not None:
-            parts, written = [from_state(state, chain.device)], state["parts"]
+            parts, written = [weighed(from_state(state, chain.device), reward)], state["parts"]
             skip(parts[0].reward.numel())
             if self.is_whole(state):
                 return parts[0]
@@ -150,7 +151,7 @@ class Stored(Shown):
 
 def from_state(state: Mapping[str, Any], device: torch.device) -> Evaluation:
     """The evaluation in a state that `Stored.read` returned, as far as it was drawn."""
-    return Evaluation(*(state[name].to(device) for name in STORED_COLUMNS))
+    return moved(Evaluation(*(state[name] for name in STORED_COLUMNS)), device)
 
 
 def _differences(before: Any, now: Mapping[str, str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.objectives.reward import Reward
     from implicit_diffusion.objectives.sinkhorn import Sinkhorn
     from implicit_diffusion.objectives.variation import Density, FirstVariation
+    from implicit_diffusion.objectives.weighted_rewards import WeightedRewards
     from implicit_diffusion.scorers.scorer import Scorer
 else:
 
@@ -41,5 +42,6 @@ __all__ = [
     "Sum",
     "Term",
     "TerminalObjective",
+    "WeightedRewards",
     "gaussian_kernel",
 ]

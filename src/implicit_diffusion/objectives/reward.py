@@ -10,9 +10,16 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
+from implicit_diffusion.errors import InvalidInputError, NoGradientError, NonFiniteError, shown
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.function_checks import BY_TORCH, TRIED, check_own_gradient, check_separate, check_slope
+from implicit_diffusion.function_checks import (
+    BY_TORCH,
+    NEEDS_NO_SLOPE,
+    TRIED,
+    check_own_gradient,
+    check_separate,
+    check_slope,
+)
 from implicit_diffusion.objectives.attributes import changed, check_name
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.variation import Density, FirstVariation
@@ -74,15 +81,19 @@ class Reward(TerminalObjective):
             InvalidInputError: a function of two arguments, but particles without a condition; something other than one
                 number per sample.
         """
+        return scores_of(self.called(particles), particles.x)
+
+    def called(self, particles: Particles) -> Any:
+        """What the function returns at the particles, in its own form; errors as of `of`."""
         if not self.conditional:
-            return scores_of(self._of_tensors(particles.x), particles.x)
+            return self._of_tensors(particles.x)
         if particles.condition is None:
             raise InvalidInputError(
                 "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
                 "these samples come without a condition; use a reward of the samples alone, or a model (in Python, a "
                 "chain) that is sampled under one"
             )
-        return scores_of(self._of_tensors(particles.x, particles.condition), particles.x)
+        return self._of_tensors(particles.x, particles.condition)
 
     def finite_values(self, particles: Particles) -> Float[Tensor, " n"]:
         """R at samples, as floating-point numbers; it need not be differentiable.
@@ -91,11 +102,13 @@ class Reward(TerminalObjective):
             InvalidInputError: not one number per sample.
             NonFiniteError: NaN or infinity.
         """
+        return self.scored(particles)[0]
+
+    def scored(self, particles: Particles) -> tuple[Float[Tensor, " n"], Float[Tensor, "n rewards"] | None]:
+        """`finite_values`, and the rewards that they are made of, where there are several (`WeightedRewards`)."""
         reward = self._numbers(particles)
-        if not reward.isfinite().all():
-            bad = int((~reward.isfinite()).sum())
-            raise NonFiniteError(f"the reward of {bad} of {len(reward)} samples is NaN or infinite")
-        return reward
+        check_values("the reward", reward)
+        return reward, None
 
     def value(self, particles: Particles) -> Float[Tensor, ""]:
         return -particles.mean(self.of(particles))
@@ -103,7 +116,7 @@ class Reward(TerminalObjective):
     def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
         """F′ = −R; it needs no ∇R."""
         with torch.no_grad():
-            reward = self.of(particles)
+            reward = self._numbers(particles)
             return FirstVariation(-reward, value=-particles.mean(reward))
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
@@ -132,8 +145,9 @@ class Reward(TerminalObjective):
         One that is flat at all of the samples causes a warning, unless the reward is `checked`.
 
         Raises:
-            InvalidInputError: another dtype than the samples', no gradient, NaN or infinity in it, one that is 0 at all
-                samples though their rewards differ, or a reward whose gradient depends on other samples.
+            NoGradientError: no gradient, or one that is 0 at all samples though their rewards differ.
+            InvalidInputError: another dtype than the samples', NaN or infinity in the gradient, or a reward whose
+                gradient depends on other samples.
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
@@ -141,21 +155,23 @@ class Reward(TerminalObjective):
                 warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
                 reward = self.of(Particles(x, condition=particles.condition))
             if self.given_as is not None:
-                raise InvalidInputError(
+                raise NoGradientError(
                     f"reward is called with {self.given_as}, as the annotation of its first argument asks for, and has "
                     "no gradient there, which fine-tuning would follow here; use an estimator of the gradient that "
                     "needs none of the reward, or write it for torch.Tensor, with torch operations throughout"
                 )
             if not reward.requires_grad:  # before the dtype: integers would not have a gradient in another one either
-                raise InvalidInputError(
-                    "reward is not differentiable, and fine-tuning follows its gradient: its result does not depend on "
-                    f"the samples through torch operations; {BY_TORCH}, and without integers and comparisons"
+                raise NoGradientError(
+                    "reward is not differentiable, and its gradient was to be followed: its result does not depend on "
+                    f"the samples through torch operations; {BY_TORCH}, and without integers and comparisons; or "
+                    f"{NEEDS_NO_SLOPE}"
                 )
             _check_dtype(reward, x)
             gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
             if gradient is None:
-                raise InvalidInputError(
-                    f"reward is not differentiable: its result does not depend on the samples; {BY_TORCH}"
+                raise NoGradientError(
+                    f"reward is not differentiable: its result does not depend on the samples; {BY_TORCH}; or "
+                    f"{NEEDS_NO_SLOPE}"
                 )
             of_first = torch.autograd.grad(reward[0], x)[0]
         _check_finite("a gradient", gradient)
@@ -219,6 +235,13 @@ def _check_dtype(reward: Tensor, x: Tensor) -> None:
         raise InvalidInputError(
             f"reward must return the dtype of the samples, {x.dtype}, got {reward.dtype}; end it with .to(x.dtype)"
         )
+
+
+def check_values(what: str, reward: Float[Tensor, " n"]) -> None:
+    """Raise `NonFiniteError` where some rewards are NaN or infinite."""
+    if not reward.isfinite().all():
+        bad = int((~reward.isfinite()).sum())
+        raise NonFiniteError(f"{what} of {bad} of {len(reward)} samples is NaN or infinite")
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

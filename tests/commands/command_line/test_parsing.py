@@ -117,7 +117,9 @@ def test_a_mistake_in_any_option_is_one_line_that_names_it(command, option):
     if not option.many and not any(o.positional and o.many for o in options_of(COMMANDS[command])):
         assert "does not expect 'more'" in refused([command, option.name, *good(option), *["more"] * 2])
     twice = [option.name, *good(option)] * 2
-    if option.many:
+    if option.repeatable:
+        assert check([command, *twice], COMMANDS) == []
+    elif option.many:
         assert refused([command, *twice]).startswith(f"{option.name} is given twice; name all")
     elif option.default is not dataclasses.MISSING:
         needed = [w for o in options_of(COMMANDS[command]) if o.default is dataclasses.MISSING for w in must(o)]
@@ -214,6 +216,43 @@ class Outer:
     """What is within."""
     c: bool = True
     """A switch."""
+
+
+@dataclass(frozen=True)
+class Repeating:
+    """Repeating."""
+
+    names: tuple[str, ...] = field(default=("one",), metadata={"repeatable": True})
+    """Names."""
+    others: tuple[str, ...] = field(default=(), metadata={"repeatable": True})
+    """Others."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """Around."""
+
+    each: Repeating = field(default_factory=Repeating)
+    """What is within."""
+
+
+def test_a_repeatable_option_takes_one_value_each_time_and_the_first_replaces_its_default(monkeypatch, capsys):
+    commands = {"repeating": Repeating, "around": Around}
+
+    def names(*words):
+        chosen = read(words, commands, prog="x", description="")
+        return getattr(chosen, "each", chosen)
+
+    for command in commands:
+        assert names(command) == Repeating(("one",), ())
+        assert names(command, "--names", "a") == Repeating(("a",), ())
+        assert names(command, "--names", "a=2", "--others=-x", "--names=--b") == Repeating(("a=2", "--b"), ("-x",))
+        with pytest.raises(InvalidInputError, match="does not expect 'b' after --names, which takes a name"):
+            check([command, "--names", "a", "b"], commands)
+    with pytest.raises(SystemExit):
+        read(["repeating", "--help"], commands, prog="x", description="")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--names NAME Names. (repeatable; default: one)" in text and "Others. (repeatable)" in text
 
 
 def test_nested_options_are_those_of_the_whole_less_what_it_does_not_take():

@@ -40,6 +40,7 @@ def pasted(line):
 
 
 OTHERS = {int: 7, float: 0.3, bool: True, str: "a 'b' -c", Path: Path("/some where/prompts.txt")}
+OTHERS[tuple[str, ...]] = ("a 'b' -c", "--x=2")
 
 
 @pytest.mark.parametrize("option", options_of(Config), ids=lambda option: option.field)
@@ -57,7 +58,7 @@ def test_the_command_is_read_as_the_same_configuration(option):
 @pytest.mark.parametrize("value", ["-x.py:f", "--lr", "", " ", "a\nb", "$HOME", "ß"])
 def test_any_name_survives_the_command(value):
     chosen = read(pasted(command(Config(reward=value)))[1:], CONFIGURATIONS, prog="", description="")
-    assert chosen.reward == value
+    assert chosen.reward == (value,)
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """Options as the fields of frozen dataclasses.
 
 The type of a field says what values its option takes. Where None is among them, the option may be left out; None itself
-is not offered. A field whose type is another dataclass stands for the options of that one. Its metadata may leave some
-of them out (`without`, by name, each with the reason) and may give some another help text (`texts`, by name). A field
-with `positional` in its metadata is a word without a name.
+is not offered; of other unions, the first type counts. A tuple field with `repeatable` in its metadata is an option
+that may be given several times, with one value each. A field whose type is another dataclass stands for the options of
+that one. Its metadata may leave some of them out (`without`, by name, each with the reason) and may give some another
+help text (`texts`, by name). A field with `positional` in its metadata is a word without a name.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Option(NamedTuple):
     default: Any
     text: str
     positional: bool
+    repeatable: bool = False
 
     @property
     def name(self) -> str:
@@ -68,13 +70,15 @@ class Option(NamedTuple):
     @property
     def many(self) -> bool:
         """Whether one or more words follow it."""
-        return typing.get_args(self.type)[1:] == (...,)
+        return typing.get_args(self.type)[1:] == (...,) and not self.repeatable
 
     @property
     def _count(self) -> int:
         """The number of words that follow it, where that is fixed."""
         if self.type is bool:
             return 0
+        if self.repeatable:
+            return 1
         return len(typing.get_args(self.type)) if typing.get_origin(self.type) is tuple else 1
 
     @property
@@ -134,9 +138,10 @@ def options_of(config: type) -> tuple[Option, ...]:
             options += [option._replace(text=own.get(option.field, option.text)) for option in taken]
             continue
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
+            kind = next(one for one in typing.get_args(kind) if one is not type(None))
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        options.append(Option(field.name, kind, default, texts[field.name], field.metadata.get("positional", False)))
+        positional, repeatable = (field.metadata.get(mark, False) for mark in ("positional", "repeatable"))
+        options.append(Option(field.name, kind, default, texts[field.name], positional, repeatable))
     return tuple(options)
 
 

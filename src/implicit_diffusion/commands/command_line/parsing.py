@@ -115,11 +115,17 @@ def _registry(configurations: Iterable[type]) -> Any:
         config: Any = info.type
         fields = []
         for option in options_of(config):
-            default = tyro.MISSING if option.default is MISSING else option.default
+            default = tyro.MISSING if option.default is MISSING else () if option.repeatable else option.default
             fields.append(StructFieldSpec(option.field, _annotated(option), default, option.text))
-        return StructConstructorSpec(functools.partial(make, config), tuple(fields))
+        return StructConstructorSpec(functools.partial(_made, config), tuple(fields))
 
     return registry
+
+
+def _made(config: type, **values: Any) -> Any:
+    """The configuration; a repeatable option that was not given has its default, to which tyro would add."""
+    absent = {option.field for option in options_of(config) if option.repeatable and not values[option.field]}
+    return make(config, **{name: value for name, value in values.items() if name not in absent})
 
 
 def _annotated(option: Option) -> Any:
@@ -127,10 +133,15 @@ def _annotated(option: Option) -> Any:
     default = option.default
     silent = default is None or default is False or default == () or (option.positional and option.many)
     hint = {"help_behavior_hint": ""} if silent else {}
+    if option.repeatable:
+        again = " ".join(["repeatable", *(["; default:", *map(str, default)] if default else [])]).replace(" ;", ";")
+        hint = {"help_behavior_hint": f"({again})"}
     kind: Any = option.type | None if default is None else option.type
     marks = [tyro.conf.arg(metavar=None if option.type is bool else option.metavar, **hint)]  # type: ignore[call-overload]
     if option.type is bool and default is False:
         marks.append(tyro.conf.FlagCreatePairsOff)
+    if option.repeatable:
+        marks.append(tyro.conf.UseAppendAction)
     positional: Any = tyro.conf.Positional
     return Annotated[(positional[kind] if option.positional else kind, *marks)]
 
@@ -169,7 +180,7 @@ def check(words: Sequence[str], commands: Mapping[str, type]) -> list[str]:
                 raise InvalidInputError(reason or f"{command} has no option {quoted(name)[1:-1]}; {guess}")
             option = spelled[name]
             values = [value] if equals else option.cut(rest)
-            if option.field in given:
+            if option.field in given and not option.repeatable:
                 notes.append(_twice(option, " ".join([name, *values])))
         refusal = option.refusal(values)
         if refusal:

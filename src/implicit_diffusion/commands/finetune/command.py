@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune import estimators, judging, planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.model_card import model_card
@@ -33,12 +33,14 @@ from implicit_diffusion.commands.finetune.training import (
     train,
     weight_of_penalty,
 )
+from implicit_diffusion.commands.finetune.weighing import weighed
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.each_reward import judge_rewards
 from implicit_diffusion.evaluation.judging import judge
 from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import replacing, writing
@@ -88,7 +90,9 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     clock.keep(directory.path)
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
-    config = replace(config, guidance=setup.guidance, eta=setup.eta)
+    config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
+    if setup.estimator.why is not None:
+        print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
     spec, device = training_spec(config), setup.chain.device
     with GlobalGenerators(setup.spec.noise, PLAN, 1, device=device):
         loop = make_loop(spec, setup, config.kl_weight)
@@ -104,9 +108,12 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
     if config.plan:
-        return plan.to_json()
+        return planning.plan_as_json(plan, config.reward)
+    setup = weighed(setup, plan)
     beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-    scale(loop, beta, config.max_grad_norm * plan.reward_std)
+    scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
+    if not trained:
+        estimators.begin(loop.estimator, setup.chain, samples, setup.spec.noise.stream(PLAN))
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
     print(f"memory predicted: {predicted}")
     with continuing(directory):
@@ -114,7 +121,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
             begin(directory, "finetune", config, fingerprints, device)
         held_out = held_out_checks(spec, setup)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup))
-        facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
+        facts = _training_summary(config, state, held_out, weight_of_penalty(loop, spec.penalty), predicted.total)
         finish(setup, state, plan, facts, directory)
         return report(directory)
 
@@ -129,15 +136,14 @@ def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
     return path
 
 
-def _training_summary(
-    state: Fit, held_out: HeldOut, beta: float, beta_at_start: float, predicted: int
-) -> TrainingSummary:
-    """What the training did."""
+def _training_summary(config: Config, state: Fit, held_out: HeldOut, beta: float, predicted: int) -> TrainingSummary:
+    """What the training did, with resolved options."""
+    assert config.kl_weight is not None
     with part("judging"):
         before = held_out.pretrained(state)
     return TrainingSummary(
         kl_weight=beta,
-        kl_weight_at_start=beta_at_start,
+        kl_weight_at_start=config.kl_weight,
         held_out_reward_before=before.reward.mean().item(),
         seconds=state.seconds,
         network_evaluations=state.loop.cost()["network_evaluations"],
@@ -147,6 +153,8 @@ def _training_summary(
         kept=state.kept,
         staleness_max=state.metrics.get("staleness_max"),
         predicted_memory_bytes=predicted,
+        estimator=config.estimator,
+        held_out_rewards_before=[values.mean().item() for values in before.each_reward],
     )
 
 
@@ -178,7 +186,8 @@ def _conclude(
     directory: RunDirectory,
 ) -> None:
     """What follows from the three evaluations; arguments as in `finish`, and the trained model in one place."""
-    judgement = judge(*judged, None if config.penalty == "drift" else training.kl_weight)
+    beta = None if config.penalty == "drift" else training.kl_weight
+    judgement = judge(*judged, beta)
     headline = headline_of(
         judgement,
         lr=config.lr,
@@ -187,7 +196,8 @@ def _conclude(
     )
     looks = judging.qualities(judged)
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
-    summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks)
+    rewards = judging.each_reward(config.reward, plan, judge_rewards(*judged, beta))
+    summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks, rewards)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)

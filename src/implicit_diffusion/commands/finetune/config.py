@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.rewards.elsewhere import check_python
+from implicit_diffusion.commands.rewards.weights import weighted
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
@@ -23,8 +24,10 @@ class Config:
 
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
-    reward: str = "brightness"
+    reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
     """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
+    Several rewards are raised together, by their weights, as in --reward brightness --reward "FILE.py:function=2".
+    Weights, by default 1, are in units of each reward's standard deviation under the pretrained model.
     A class, or a function that makes the reward, may be given literal arguments, as in "FILE.py:Class(weight=2)".
     The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
@@ -41,7 +44,7 @@ class Config:
     null_class: int | None = None
     """Class label that means "no class"; the guidance of a class-conditional U-Net needs it."""
     kl_weight: float | None = None
-    """Weight β of the KL divergence, in units of reward per nat.
+    """Weight β of the KL divergence, in units of reward per nat; of several rewards, in deviations per nat.
     By default it is chosen so that the reward can rise by about one standard deviation of the pretrained reward.
     With --penalty drift it must be given."""
     target_kl: float | None = None
@@ -58,6 +61,13 @@ class Config:
     track: tuple[TrackerName, ...] = ()
     """Where else to show the numbers and pictures of the training.
     "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
+    estimator: Literal["auto", "adjoint", "truncated", "adjoint-matching", "score", "surrogate"] = "auto"
+    """How the gradient of the reward is estimated; "auto" takes "adjoint" if the reward has a gradient, and "surrogate"
+    if it has none. "adjoint" is exact, "truncated" follows the last sampling steps alone, "adjoint-matching" leaves out
+    terms that vanish at the optimum. "score" follows values alone; "surrogate" fits a network to them and follows that,
+    and corrects it by "score"."""
+    depth: int | None = None
+    """Number of last sampling steps that --estimator truncated follows; by default as few as reach a trained one."""
     loop: Literal["queue", "nested"] = "queue"
     """The algorithm: "queue" samples and trains in one pipelined loop; "nested" samples each batch to the end first."""
     scheduler: (
@@ -113,16 +123,23 @@ class Config:
     device: str = "auto"
     """Device to compute on, such as "cpu" or "cuda"; "auto" uses an accelerator if there is one."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reward, str):  # as a single one may be written in Python
+            object.__setattr__(self, "reward", (self.reward,))
+
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1)
+        names = [name for name, _ in weighted(self.reward)]
+        check_python(names, self.reward_python)
+        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
-        check_python(self.reward, self.reward_python)
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":
             raise InvalidInputError(
                 f"--eta is the noise of --scheduler ddim; {self.scheduler or 'the default'} has none"
             )
+        if self.depth is not None and self.estimator != "truncated":
+            raise InvalidInputError(f"--depth is for --estimator truncated; {self.estimator} has none")
         if self.stride is not None and self.loop != "queue":
             raise InvalidInputError(f"--stride is for --loop queue; a {self.loop} loop has no batches in flight")
         if self.target_kl_mode is not None and self.target_kl is None:

@@ -120,6 +120,7 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     before, after = (number(reward.mean, digits=4) for reward in (headline.reward_before, headline.reward_after))
     deviations = number(headline.gain_in_std, sign=True)
     yield f"reward    {before} → {after} ({number(*headline.reward_gain, sign=True)}, or {deviations} deviations)"
+    yield from _lines_of_rewards(summary)
     if headline.path_kl is not None:
         yield f"path KL   {number(*headline.path_kl)} nats"
     if headline.j_bound is not None:
@@ -129,6 +130,15 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield f"model     {directory.model}"
     if summary.model.adapter:
         yield f"adapter   {directory.model / 'lora'}: {summary.model.adapter}"
+
+
+def _lines_of_rewards(summary: Summary) -> Iterator[str]:
+    """Each of several rewards, which the line above has the weighted sum of."""
+    for each in summary.rewards if len(summary.rewards) > 1 else ():
+        before, after = (number(reward.mean, digits=4) for reward in (each.before, each.after))
+        gain = f"{number(*each.gain, sign=True)}, or {number(each.gain_in_std, sign=True)} deviations"
+        best = "" if each.expected is None else f"; the best law for the sum gains {number(*each.expected, sign=True)}"
+        yield f"          {each.name} {before} → {after} ({gain}{best})"
 
 
 def _lines_of_j(headline: Headline, beta: float) -> Iterator[str]:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from implicit_diffusion.commands.finetune.result import JUDGED
 from implicit_diffusion.commands.finetune.setup import AFTER, Setup
-from implicit_diffusion.commands.rewards.trust import name_of_all
+from implicit_diffusion.commands.finetune.summary import RewardSummary
+from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
 from implicit_diffusion.digits import EVENT_SHAPE, Quality, judge_samples
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.each_reward import RewardJudgement
+from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.processes import from_main, main_only
@@ -56,7 +59,7 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
     stored = _storage(directory, network.state_dict().values(), starts)
-    name = name_of_all(setup.spec.reward)
+    name = name_in_cache(setup.spec.reward)
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
         return Judged(
@@ -109,6 +112,19 @@ def forget(directory: RunDirectory) -> None:
     """Remove the three evaluations, once the result is kept."""
     for side in Judged._fields:
         shutil.rmtree(directory.path / JUDGED / side, ignore_errors=True)
+
+
+def each_reward(rewards: Sequence[str], plan: Plan, judgements: Iterable[RewardJudgement]) -> list[RewardSummary]:
+    """The judgement of each reward under its name.
+
+    Args:
+        rewards: as they were given.
+        plan: of the run, which has measured them.
+        judgements: of the rewards, in their order.
+    """
+    deviations = [each.reward_std for each in plan.rewards] or [plan.reward_std]
+    rows = zip(labels(rewards), weighted(rewards), deviations, judgements, strict=True)
+    return [RewardSummary(name, weight, std, **vars(judged)) for name, (_, weight), std, judged in rows]
 
 
 def qualities(judged: Judged) -> tuple[Quality | None, Quality | None, Quality | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
-from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import markdown, model_name, number
 from implicit_diffusion.commands.shared.usage import PipelineUse, usage
 from implicit_diffusion.evaluation.chains import Estimate
@@ -22,7 +22,7 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
         chain: that was trained.
     """
     assert config.scheduler is not None
-    given = (short(config.reward), model_name(config.model), chain.table.name, summary.model.pipeline)
+    given = (title(config.reward), model_name(config.model), chain.table.name, summary.model.pipeline)
     reward, model, table, pipeline = map(markdown, given)
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
@@ -48,6 +48,7 @@ The low-rank adapter is merged into these weights. By itself, of rank {config.lo
 added to {model}, loaded as `pipeline`: `{summary.model.adapter}`.
 """
     headline = summary.headline
+    units = ", each in deviations of pretrained samples" * (len(summary.rewards) > 1)
     return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {beta:.4g} × {leash},
@@ -55,7 +56,7 @@ over a chain of {chain.num_steps} {kind.words} steps ({table}).
 
 | | before | after |
 |---|---|---|
-| reward, training chain | {headline.reward_before.mean:.4g} | {headline.reward_after.mean:.4g} |
+{_each(summary)}| reward, training chain | {headline.reward_before.mean:.4g} | {headline.reward_after.mean:.4g} |
 | reward, this pipeline (network on all rows) | | {headline.reward_exported.mean:.4g} |
 {judged}
 {runs}
@@ -68,7 +69,7 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 {adapter}
 Chain: {config.scheduler}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
-β = {beta:.6g}, reward = {reward}, {updates_in_words(summary)}, seed {config.seed}.
+β = {beta:.6g}, reward = {reward}{units}, {updates_in_words(summary)}, seed {config.seed}.
 """
 
 
@@ -84,6 +85,16 @@ def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
         num_classes=model.num_classes,
         null_class=config.null_class,
     )
+
+
+def _each(summary: Summary) -> str:
+    """The rows of the table for each of several rewards, whose weighted sum is the reward of the other rows."""
+    rows = (
+        f"| {markdown(each.name)} (weight {each.weight:g}, deviation {each.deviation:.4g}) | {each.before.mean:.4g} | "
+        f"{each.after.mean:.4g} |\n"
+        for each in summary.rewards
+    )
+    return "".join(rows) if len(summary.rewards) > 1 else ""
 
 
 def _judged(headline: Headline, beta: float) -> str:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from implicit_diffusion.commands.shared.formatting import distinct, number, percent
 from implicit_diffusion.evaluation.chains import Evaluation
+from implicit_diffusion.evaluation.each_reward import RewardPlan
 from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.extras import require
 from implicit_diffusion.runs.clock import part
 
 
-def show(plan: Plan) -> None:
-    """Print the plan as a table, or in a line where it has no bounds."""
+def show(plan: Plan, rewards: Sequence[str]) -> None:
+    """Print the plan as a table, or in a line where it has no bounds; of several rewards, what is gained of each.
+
+    Args:
+        plan: of a run.
+        rewards: their names.
+    """
     require("rich")
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    statistics = f"pretrained reward {number(plan.reward, plan.reward_se)}"
+    statistics = f"pretrained reward {number(plan.reward, plan.reward_se)}{' in deviations' * bool(plan.rewards)}"
     statistics += f", deviation between samples {number(plan.reward_std)}"
     if not plan.bounds:
         print(statistics)
@@ -42,6 +50,24 @@ def show(plan: Plan) -> None:
             number(row.j_gain, row.j_gain_se),
         )
     Console().print(table)
+    if not plan.rewards:
+        return
+    several = Table(
+        title="What of each reward is gained at the optimum of their weighted sum, in its own units and in deviations"
+    )
+    several.add_column("--kl-weight", justify="right")
+    for name in rewards:
+        several.add_column(Text(name), justify="right")
+    several.add_row("pretrained", *(number(each.reward, each.reward_se) for each in plan.rewards))
+    for place, weight in enumerate(distinct([row.kl_weight for row in rows], 3)):
+        several.add_row(weight, *(gained(each, place) for each in plan.rewards))
+    Console().print(several)
+
+
+def gained(reward: RewardPlan, place: int) -> str:
+    """The gain of one of several rewards at a KL weight of the plan, by its place, also in deviations."""
+    gain, error = reward.gain[place], reward.gain_se[place]
+    return f"{number(gain, error, sign=True)} ({number(gain / reward.reward_std, sign=True, digits=2)})"
 
 
 @part("planning")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 from implicit_diffusion.commands.finetune.plan_table import plot, show
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup
 from implicit_diffusion.commands.finetune.specs import PlanSpec
-from implicit_diffusion.commands.rewards.trust import name_of_all, short
+from implicit_diffusion.commands.finetune.weighing import weighed_samples
+from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
 from implicit_diffusion.commands.shared.inputs import with_imports
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import code_digest, evaluate_pretrained
@@ -37,7 +38,8 @@ from implicit_diffusion.runs.surroundings import describe
 
 PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
-KEPT_FOR_PICTURE = 64  # starts whose first sample is stored, for a picture
+KEPT = 256  # starts whose first sample is stored, for a picture and for a surrogate
+PICTURED = 64  # of them
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
 FILES = (
     "plan.json",
@@ -58,6 +60,9 @@ def planned(
 ) -> tuple[Plan, Evaluation]:
     """The plan of a run, and the trajectories that it is made of; what is new is written, drawn and printed.
 
+    Of several rewards, R is in deviations in both (`weighing`), whatever weights the trajectories have been
+    drawn or stored with.
+
     Args:
         spec: of the plan.
         setup: of the run.
@@ -66,38 +71,50 @@ def planned(
         pretrained: the trajectories, where they have been drawn and shown before, as in a sweep.
 
     Raises:
-        InvalidInputError: the reward does not vary over the samples.
+        InvalidInputError: the reward, or one of several, does not vary over the samples.
     """
     known = None
     if directory.has_state:
         with suppress(InvalidInputError):  # damaged: the reason is printed where they are drawn again
             known = read_rewards(directory)
-    samples = pretrained or known or pretrained_samples(setup, spec.starts, directory, fingerprints)
+    drawn = pretrained or known or pretrained_samples(setup, spec.starts, directory, fingerprints)
     betas = None if spec.bounded else ()
     asked = spec.asked if spec.bounded else None
     try:
         with part("planning"):
+            samples = weighed_samples(setup, drawn)
             plan = make_plan(samples, betas, asked=asked, conditional=setup.chain.condition is not None)
     except InvalidInputError:
         if not directory.has_state:
             _abandon(directory)
         raise
-    if samples is known:
+    if drawn is known:
         return plan, samples
 
     @main_only
     def conclude() -> None:
         plot(plan, samples, directory.figure("plan"))
-        if samples is pretrained:
+        if drawn is pretrained:
             storage(setup, spec.starts, directory, fingerprints).write(samples)
         else:
-            show(plan)
+            show(plan, labels(setup.spec.reward))
         if spec.alone:
             _show_files(setup, samples, directory)
-        records.write(directory.path / "plan.json", plan.to_json())  # the last file: with it, the plan is complete
+        # the last file: with it, the plan is complete
+        records.write(directory.path / "plan.json", plan_as_json(plan, setup.spec.reward))
 
     conclude()
     return plan, samples
+
+
+def plan_as_json(plan: Plan, rewards: Sequence[str]) -> dict[str, Any]:
+    """The plan as plan.json holds it: of several rewards with their names and weights."""
+    content = plan.to_json()
+    pairs = zip(labels(rewards), weighted(rewards))
+    named = [{"name": label, "weight": weight} for label, (_, weight) in pairs]
+    return content | (
+        {"rewards": [name | each for name, each in zip(named, content["rewards"], strict=True)]} if plan.rewards else {}
+    )
 
 
 @part("planning")
@@ -140,7 +157,7 @@ def draw(setup: Setup, stored: Stored) -> Evaluation:
             setup.chain,
             setup.reward,
             setup.spec.noise.stream(PLAN),
-            name=name_of_all(setup.spec.reward),
+            name=name_in_cache(setup.spec.reward),
             starts=stored.starts,
             repeats=REPEATS,
             progress=bar.advance,
@@ -168,15 +185,15 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
     """
     if not has_state(directory.path / PLANNED):
         return None
-    reward = load_state(directory.path / PLANNED)["reward"]
-    none = torch.zeros_like(reward)
-    return Evaluation(reward, none, none, none[..., None][..., :0])
+    state = load_state(directory.path / PLANNED)
+    none = torch.zeros_like(state["reward"])
+    return Evaluation(state["reward"], none, none, none[..., None][..., :0], state["rewards"])
 
 
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
     depends_on = what_it_depends_on(setup, starts, fingerprints)
-    return Stored(directory.path / PLANNED, depends_on, starts, KEPT_FOR_PICTURE)
+    return Stored(directory.path / PLANNED, depends_on, starts, KEPT)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
@@ -186,7 +203,7 @@ def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> N
     print(f"plan      {directory.path / 'plan.json'}")
     print(f"figures   {directory.figure('plan')}")
     decoded = setup.decoded(samples)
-    images = samples.samples[:KEPT_FOR_PICTURE, 0] if decoded is None else decoded[0]
+    images = samples.samples[:PICTURED, 0] if decoded is None else decoded[0]
     if images.ndim == 4:
         figure = sheet(5.0, 5.0)
         image_grid(figure.subplots(), images, -1.0, 1.0)
@@ -204,7 +221,7 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
     options = {
         "--model": None if "model" in fingerprints else spec.network.model,
         "--reference": None if "reference" in fingerprints else spec.network.reference,
-        "--reward": short(spec.reward),
+        "--reward": " ".join(labels(spec.reward)),
         "--scheduler": setup.sampler,
         "--num-steps": spec.chain.num_steps,
         "--eta": setup.eta,

@@ -91,7 +91,7 @@ def outside(images: Tensor, margin: float = 0.1) -> float:
 def keep_result(result: Result, directory: RunDirectory) -> None:
     """Write what the JSON files of a run lack for its report: rewards, path KLs and images, but not all samples."""
     sides = {
-        side: {name: getattr(evaluation, name) for name in ("reward", "path_kl", "log_ratio")}
+        side: {name: getattr(evaluation, name) for name in ("reward", "path_kl", "log_ratio", "rewards")}
         for side, evaluation in (("before", result.before), ("after", result.after))
     }
     bound = None if result.bound is None else asdict(result.bound)

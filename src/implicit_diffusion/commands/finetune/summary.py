@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, to_json
@@ -75,6 +75,8 @@ class TrainingSummary:
         kept: what was seen of an earlier model that was put back; None where none was.
         staleness_max: largest age of a gradient in the queue, in updates; None for the nested loop.
         predicted_memory_bytes: the prediction before the run.
+        held_out_rewards_before: of each reward, as `held_out_reward_before`.
+        estimator: of the gradient, by its name on the command line.
     """
 
     kl_weight: float
@@ -88,6 +90,8 @@ class TrainingSummary:
     kept: dict[str, float | int] | None
     staleness_max: int | None
     predicted_memory_bytes: int
+    estimator: str
+    held_out_rewards_before: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,38 @@ class MemoryOfStart:
 
 
 @dataclass(frozen=True)
+class RewardSummary:
+    """One of several rewards, or the only one, in its own units: `evaluation.RewardJudgement` by name.
+
+    Args:
+        name: short, for people.
+        weight: in the weighted sum.
+        deviation: standard deviation between pretrained samples, under one condition.
+        before: of the pretrained chain.
+        after: of the trained chain.
+        gain: the paired difference of the two.
+        exported: of the exported pipeline.
+        expected: the gain under the law that is best for the weighted sum; None without a bound.
+        captured: the share of the expected gain; None where it means nothing.
+    """
+
+    name: str
+    weight: float
+    deviation: float
+    before: Estimate
+    after: Estimate
+    gain: Estimate
+    exported: Estimate
+    expected: Estimate | None
+    captured: Estimate | None
+
+    @property
+    def gain_in_std(self) -> float:
+        """Reward gained, in deviations."""
+        return self.gain.mean / self.deviation
+
+
+@dataclass(frozen=True)
 class Summary:
     """All of summary.json.
 
@@ -138,6 +174,7 @@ class Summary:
         quality_before: of the pretrained chain's samples, where they are digits.
         quality_after: of the trained chain's samples.
         quality_exported: of the exported pipeline's samples.
+        rewards: each reward by itself.
     """
 
     headline: Headline
@@ -148,12 +185,14 @@ class Summary:
     quality_before: Quality | None
     quality_after: Quality | None
     quality_exported: Quality | None
+    rewards: list[RewardSummary] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
         content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
         content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
+        content |= {"rewards": to_json(self.rewards)}
         content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
@@ -170,12 +209,15 @@ class Summary:
             KeyError: a field is missing.
             TypeError: a field of a part is missing, or one that the part does not have.
         """
-        looks = (f"quality_{when}" for when in ("before", "after", "exported"))
+        before, after, exported = (content[f"quality_{when}"] for when in ("before", "after", "exported"))
         return Summary(
             part_from_json(Headline, content),
             part_from_json(TrainingSummary, content),
             part_from_json(ModelSummary, content),
             from_json(MemoryOfStart, content["memory_of_start"]),
             from_json(list[PlanRow], content["plan"]),
-            *(from_json(Quality | None, content[look]) for look in looks),
+            from_json(Quality | None, before),
+            from_json(Quality | None, after),
+            from_json(Quality | None, exported),
+            from_json(list[RewardSummary], content["rewards"]),
         )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from implicit_diffusion.commands.finetune.setup import DURING, SHOWN, Setup
+from implicit_diffusion.commands.finetune.estimators import estimator_of
+from implicit_diffusion.commands.finetune.setup import DURING, ESTIMATOR, SHOWN, Setup
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
 from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.chain_loop import ChainLoop
-from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL
+from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward, Sum
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.rise import Rise
@@ -42,15 +45,18 @@ def make_loop(spec: TrainingSpec, setup: Setup, beta: float | None = None) -> Ch
         ema_decay=spec.ema,
         accumulate=spec.accumulate,
     )
-    noise = setup.spec.noise
+    noise, chain = setup.spec.noise, setup.chain
+    estimator = estimator_of(setup.estimator.name, chain, noise.stream(ESTIMATOR), spec.depth)
+    given: dict[str, Any] = {"batch": spec.batch, "noise": noise, "estimator": estimator}
     if spec.loop == "nested":
-        return Nested(setup.chain, objective, update, batch=spec.batch, noise=noise)
-    return Queue(setup.chain, objective, update, batch=spec.batch, noise=noise, stride=spec.stride)
+        return Nested(chain, objective, update, **given)
+    return Queue(chain, objective, update, **given, stride=spec.stride)
 
 
-def scale(loop: ChainLoop, beta: float, max_grad_norm: float) -> None:
-    """Set what the plan decides: β, and the clip, since the norm of Γ is in units of the reward."""
-    loop.objective = loop.objective.with_weight(PathKL, beta).with_weight(DriftPenalty, beta)
+def scale(loop: ChainLoop, reward: Reward, beta: float, max_grad_norm: float) -> None:
+    """Set what the plan decides: the units of several rewards, β, and the clip, as the norm of Γ is in those units."""
+    terms = ((1.0, reward) if isinstance(term, Reward) else (beta, term) for _, term in loop.objective.terms)
+    loop.objective = Sum(tuple(terms))
     loop.update.max_grad_norm = max_grad_norm
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -33,10 +33,10 @@ def load_elsewhere(name: str, python: Path, timeout: float) -> Callable[..., Ten
     return of_tensors(scorer)
 
 
-def check_python(reward: str, python: Path | None) -> None:
-    """Raise `InvalidInputError` where another python is given for a reward that is computed in this process."""
-    if python is not None and not is_own(reward):
+def check_python(rewards: Sequence[str], python: Path | None) -> None:
+    """Raise `InvalidInputError` where another python is given, and all rewards are computed in this process."""
+    if python is not None and not any(map(is_own, rewards)):
         raise InvalidInputError(
-            f"`reward_python` computes a reward of your own, FILE.py:function, and `reward` {reward} is not one; leave "
-            "it out"
+            f"`reward_python` computes rewards of your own, FILE.py:function, and `reward` {' '.join(rewards)} is not "
+            "one; leave it out"
         )

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from implicit_diffusion.commands.rewards import trust as reward_trust
+from implicit_diffusion.commands.rewards.weights import names_of, with_absolute_names
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
@@ -44,7 +45,8 @@ def absolute(config: C) -> C:
         elif _is_place(field.name, value):
             changed[field.name] = str(Path(value).absolute())
         elif field.name == "reward":
-            changed[field.name] = reward_trust.absolute(value)
+            one = isinstance(value, str)
+            changed[field.name] = reward_trust.absolute(value) if one else with_absolute_names(value)
     return replace(config, **changed)  # type: ignore[type-var]
 
 
@@ -62,17 +64,22 @@ def inputs(config: Any) -> dict[str, Any]:
             fingerprints[name] = fingerprint(value, MODEL_FILES)
         elif isinstance(value, str) and value not in NAMES[name]:
             fingerprints[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
-    data, reward = getattr(config, "data", None), getattr(config, "reward", "")
+    data = getattr(config, "data", None)
     if _is_place("data", data):
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
-    if reward_trust.is_own(reward):
-        python = getattr(config, "reward_python", None)
-        fingerprints["reward"] = fingerprint(reward_trust.code_of(reward, python).files)
-        if python is not None:
+    if own := _own_rewards(config):
+        fingerprints["reward"] = fingerprint(sorted({file for code in own for file in code.files}))
+        if (python := getattr(config, "reward_python", None)) is not None:
             fingerprints["reward python"] = {"version": versions(python)}
-    elif model := reward_trust.image_text_model(reward):
-        fingerprints["reward"] = fingerprint(find_image_text(model).folder, MODEL_FILES)
+    for model in filter(None, map(reward_trust.image_text_model, names_of(getattr(config, "reward", "")))):
+        fingerprints[f"reward {model}"] = fingerprint(find_image_text(model).folder, MODEL_FILES)
     return fingerprints
+
+
+def _own_rewards(options: Any) -> list[reward_trust.Code]:
+    """The code of the rewards among the options that is the user's own."""
+    names, python = names_of(getattr(options, "reward", "")), getattr(options, "reward_python", None)
+    return [reward_trust.code_of(name, python) for name in names if reward_trust.is_own(name)]
 
 
 @main_only
@@ -112,11 +119,10 @@ def begin(
 
 def with_imports(options: Any, fingerprints: dict[str, Any]) -> dict[str, Any]:
     """The fingerprints, with those of the modules that a loaded reward has imported from its own folder."""
-    if not reward_trust.is_own(getattr(options, "reward", "")):
-        return fingerprints
-    code = reward_trust.code_of(options.reward, getattr(options, "reward_python", None))
-    beside = [file for file in reward_trust.loaded_with(code) if file not in code.files]
-    return fingerprints | ({"reward imports": fingerprint(beside)} if beside else {})
+    own = _own_rewards(options)
+    beside = {file for code in own for file in reward_trust.loaded_with(code)}
+    beside -= {file for code in own for file in code.files}
+    return fingerprints | ({"reward imports": fingerprint(sorted(beside))} if beside else {})
 
 
 def _is_place(name: str, value: object) -> bool:

@@ -54,9 +54,10 @@ def option(name: str, value: object = None) -> str:
 
 
 def command(name: str, settings: Mapping[str, object]) -> str:
-    """The command line with these settings, quoted for a shell."""
+    """The command line with these settings, quoted for a shell; the option of a list is repeated for each value."""
     words = [f"implicit-diffusion {name}"]
-    for key, value in settings.items():
+    pairs = ((key, one) for key, value in settings.items() for one in (value if isinstance(value, list) else [value]))
+    for key, value in pairs:
         values = [shlex.quote(str(one)) for one in (value if isinstance(value, tuple) else (value,))]
         flag, join = option(key, value), "=" if values[:1] and values[0].startswith("-") else " "  # or it is an option
         words.append(flag if isinstance(value, bool) else join.join([flag, " ".join(values)]))

@@ -24,8 +24,9 @@ from implicit_diffusion.commands.finetune.planning import pretrained_samples
 from implicit_diffusion.commands.finetune.result import read_run_summary
 from implicit_diffusion.commands.finetune.setup import build
 from implicit_diffusion.commands.finetune.specs import setup_spec
+from implicit_diffusion.commands.finetune.weighing import weighed_samples
 from implicit_diffusion.commands.resuming import resume
-from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import beside, distinct, number, percent
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated
@@ -79,7 +80,8 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
     directory.write_config(settings(config), "sweep")
     with continuing(directory, f"the same command, with --out {shlex.quote(str(out))}, continues the sweep"):
         record_inputs(directory, config.each, fingerprints, config=settings(config))
-        samples = pretrained_samples(setup, config.each.starts, directory, fingerprints)
+        drawn = pretrained_samples(setup, config.each.starts, directory, fingerprints)
+        samples = weighed_samples(setup, drawn)
         betas = sorted(config.kl_weights or (b.beta for b in _bounds(samples, None, conditional=conditional)))
         for place, beta in enumerate(betas, start=1):
             print(f"KL weight {beta:.6g}, run {place} of {len(betas)}")
@@ -93,7 +95,7 @@ def _conclude(config: Config, samples: Evaluation, directory: RunDirectory, *, c
     folders = finished(out)
     frontier = _bounds(samples, _curve(list(folders)), conditional=conditional)
     summary = SweepSummary(
-        reward=short(config.each.reward),
+        reward=title(config.each.reward),
         reward_pretrained=mean_and_error(samples.reward),
         rows=[SweepRow.of(read_run_summary(folder), beta, folder.name) for beta, folder in folders.items()],
         frontier=[FrontierPoint.of(b) for b in frontier],

@@ -67,4 +67,4 @@ class Config:
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise InvalidInputError(f"--arms must be one or both of {' '.join(ARMS)}, got {self.arms}")
         positive(self, "lr", "reward_timeout")
-        check_python(self.reward, self.reward_python)
+        check_python([self.reward], self.reward_python)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from implicit_diffusion.evaluation import Evaluation, evaluate
-from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.evaluation.chains import mean_and_error, moved
 from implicit_diffusion.function_checks import TRIED
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.objectives import PathKL, Reward, WeightedRewards
 from implicit_diffusion.objectives.reward import as_reward
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.state import Fit
@@ -20,9 +20,16 @@ from implicit_diffusion.samplers.chain import TRIAL
 from implicit_diffusion.showing import Shown
 
 
+def each_reward(name: str) -> str:
+    """The name of one of several rewards in the metrics, where it follows `held_out_`."""
+    return f"reward/{name}"
+
+
 @dataclass(repr=False)
 class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
+
+    Of `WeightedRewards` each reward as well, as `held_out_reward/NAME`.
 
     Other callbacks may evaluate at other updates too (`look`); at one update all of them share one evaluation.
 
@@ -52,10 +59,12 @@ class HeldOut(Shown):
         result = self.evaluate(fit)
         # of this line of the metrics, even if a later callback changes it
         beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))
+        several = self.reward.names if isinstance(self.reward, WeightedRewards) else ()
         for name, values in (
             ("reward", result.reward),
             ("path_kl", result.path_kl),
             ("objective", result.objective(beta)),
+            *((each_reward(name), values) for name, values in zip(several, result.each_reward)),
         ):
             mean, error = mean_and_error(values)
             seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no standard error
@@ -78,13 +87,12 @@ class HeldOut(Shown):
             with part("held-out checks"):
                 before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
             self._before = replace(before, samples=before.reward[..., None][..., :0])
-        device = fit.chain.device
-        return Evaluation(*(value.to(device) for value in vars(self._before).values()))
+        return moved(self._before, fit.chain.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The evaluation of the pretrained chain, so that a resumed run need not draw it again."""
         before = self._before
-        columns = ("reward", "path_kl", "log_ratio")
+        columns = ("reward", "path_kl", "log_ratio", "rewards")
         return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import Evaluation
 from implicit_diffusion.evaluation.bounds import bound, most_kl
-from implicit_diffusion.evaluation.chains import mean_and_error
+from implicit_diffusion.evaluation.chains import mapped, mean_and_error
 from implicit_diffusion.evaluation.judging import CLEAR
 from implicit_diffusion.objectives import PathKL
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
@@ -180,7 +180,7 @@ class Rise(Shown):
         if seen.reward.shape[1] > 1:
             return seen
         even = len(seen.reward) // 2 * 2
-        return Evaluation(*(torch.stack([value[0:even:2, 0], value[1:even:2, 0]], 1) for value in vars(seen).values()))
+        return mapped(lambda values: torch.stack([values[0:even:2, 0], values[1:even:2, 0]], 1), seen)
 
     def _beta(self, fit: Fit) -> float:
         """The smallest β so far: a β that is raised to bring the path KL down raises J until it has done so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.planning import PROMPTS
+from implicit_diffusion.commands.finetune.report.rewards import rewards_at_the_end, rewards_of_the_plan
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.result import Result, outside
-from implicit_diffusion.commands.rewards.trust import short
+from implicit_diffusion.commands.rewards.weights import title as titled
 from implicit_diffusion.commands.shared import page, ranges
 from implicit_diffusion.commands.shared.formatting import beside, decimals, distinct, model_name, number, percent
 from implicit_diffusion.commands.shared.page import Picture, duration, table, tile, write_page
@@ -23,6 +24,7 @@ from implicit_diffusion.digits import Appearance
 from implicit_diffusion.runs import RunDirectory, clock
 
 NOT_IN_COMMAND = ("out", "plan")
+REPEATED = [field.name for field in fields(Config) if field.metadata.get("repeatable")]
 
 
 def write_report(result: Result, figures: Sequence[Picture], directory: RunDirectory) -> Path:
@@ -36,11 +38,12 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
     Returns:
         The path of the report.
     """
-    title = f"{model_name(result.config.model)}, fine-tuned for {short(result.config.reward)}"
+    title = f"{model_name(result.config.model)}, fine-tuned for {titled(result.config.reward)}"
     body = [
         _headline(result, title),
         _warnings(result),
         page.figures(figures),
+        rewards_at_the_end(result),
         _quality(result),
         _time(directory),
         _plan(result),
@@ -55,7 +58,7 @@ def _headline(result: Result, title: str) -> str:
     weight = f"{'drift' if result.drift else 'KL'} weight {result.beta:.4g}"
     if result.adapted:
         weight += f" (adapted, {result.summary.training.kl_weight_at_start:.4g} at the start)"
-    facts = [result.chain, f"{config.loop} loop", weight, f"seed {config.seed}"]
+    facts = [result.chain, f"{config.loop} loop", f"estimator {config.estimator}", weight, f"seed {config.seed}"]
     return f"""<header>
 <p class="kicker">implicit-diffusion · fine-tuning report</p>
 <h1>{escape(title)}</h1>
@@ -207,7 +210,8 @@ a penalty on drifts no bound says how much could be gained.</p></section>
 what training attains. The pretrained reward is {number(plan.reward, plan.reward_se)}, with a deviation of
 {number(plan.reward_std)} between samples; the first noise x<sub>0</sub> decides
 {percent(plan.memory_of_start, plan.memory_of_start_se)} of its variance (0 % is memoryless).{doubt}</p>
-{table(columns, rows, chosen)}</section>
+{table(columns, rows, chosen)}
+{rewards_of_the_plan(result)}</section>
 """
 
 
@@ -243,13 +247,16 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
 def command(config: Config) -> str:
     """The command line with these options, to be pasted as it is; options that are None or off are left out."""
     given = {name: value for name, value in vars(config).items() if value is not None and value not in (False, ())}
-    return ranges.command("finetune", {name: value for name, value in given.items() if name not in NOT_IN_COMMAND})
+    repeated = {name: list(given[name]) for name in REPEATED}
+    return ranges.command("finetune", {n: v for n, v in (given | repeated).items() if n not in NOT_IN_COMMAND})
 
 
 def _settings(result: Result) -> Iterator[tuple[str, object]]:
     """The options, with the KL weight at both ends of the run where it was adapted."""
     for name, value in vars(result.config).items():
-        if name == "kl_weight" and result.adapted:
+        if name == "reward" and len(value) == 1:
+            yield name, value[0]
+        elif name == "kl_weight" and result.adapted:
             yield "kl_weight, at the start", f"{result.summary.training.kl_weight_at_start:.6g}"
             yield "kl_weight, at the end (adapted to target_kl)", f"{result.beta:.6g}"
         else:

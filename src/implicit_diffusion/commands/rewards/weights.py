@@ -1,0 +1,101 @@
+"""Several rewards and their weights, by name: brightness, FILE.py:function=2, FILE.py:Class(weight=2)=-0.5.
+
+A weight is a number behind the last "=", after a whole name: neither an argument in parentheses, nor a part of a path.
+Weights compare rewards in units of their standard deviations under the pretrained model. A negative one makes a reward
+a penalty. A single reward has no weight: what it counts against is the path KL, which has one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from implicit_diffusion.commands.rewards.trust import absolute, name_of_all, short, spelled
+from implicit_diffusion.errors import InvalidInputError
+
+MOST = 8  # rewards: a colour each
+
+
+class Weighted(NamedTuple):
+    """The name of a reward, as `load_reward` reads it, and its weight."""
+
+    name: str
+    weight: float
+
+
+def weighted(rewards: Sequence[str]) -> tuple[Weighted, ...]:
+    """The names and weights of rewards as they were given.
+
+    Raises:
+        InvalidInputError: no reward, or more than `MOST`; the same one twice; a weight that is not a finite number, or
+            zero; a weight of a single reward.
+    """
+    if not rewards:
+        raise InvalidInputError("`reward`: none is named; leave the option out for the default")
+    if len(rewards) > MOST:
+        raise InvalidInputError(f"`reward` is given {len(rewards)} times; at most {MOST} can be weighed at once")
+    pairs = [_split(given) for given in rewards]
+    if len(pairs) == 1 and pairs[0][1] is not None:
+        raise InvalidInputError(
+            f"`reward` {rewards[0]}: a single reward has no weight; leave ={pairs[0][1]} out, and use `kl_weight` to "
+            "say how much it counts against the path KL"
+        )
+    places = [absolute(name) for name, _ in pairs]
+    for i, (name, _) in enumerate(pairs):
+        if places[i] in places[:i]:
+            raise InvalidInputError(f"`reward` {name} is given twice; give it once, with the sum of the weights")
+    return tuple(Weighted(name, _number(name, weight)) for name, weight in pairs)
+
+
+def _split(given: str) -> tuple[str, str | None]:
+    """A name, and the text of its weight; None where it has none."""
+    name, equals, weight = given.rpartition("=")
+    whole = re.fullmatch(r"[^\W\d][\w-]*", spelled(name).function)
+    return (name, weight) if equals and whole and not re.search(r"[:/\\()]", weight) else (given, None)
+
+
+def _number(name: str, weight: str | None) -> float:
+    try:
+        number = 1.0 if weight is None else float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidInputError(f"`reward` {name}: its weight, behind the =, must be a finite number, got {weight!r}")
+    if number == 0:
+        raise InvalidInputError(f"`reward` {name}: its weight is 0, so that it would not count; leave it out")
+    return number
+
+
+def names_of(reward: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in an option that takes one reward, or several with their weights."""
+    return (reward,) if isinstance(reward, str) else tuple(name for name, _ in weighted(reward))
+
+
+def with_absolute_names(rewards: Sequence[str]) -> tuple[str, ...]:
+    """The rewards with absolute paths, as they were given otherwise."""
+    pairs = map(_split, rewards)
+    return tuple(absolute(name) + ("" if weight is None else f"={weight}") for name, weight in pairs)
+
+
+def labels(rewards: Sequence[str]) -> tuple[str, ...]:
+    """Short names for people, all different."""
+    names = names_of(rewards)
+    brief = [short(name) for name in names]
+    return tuple(name if brief.count(alike) > 1 else alike for name, alike in zip(names, brief))
+
+
+def title(rewards: Sequence[str]) -> str:
+    """What is raised, in a title: `brightness`, or `brightness + 2 × sharp.py:sharpness − digit-3`."""
+    words = ""
+    for (_, weight), label in zip(weighted(rewards), labels(rewards)):
+        sign = ("" if weight > 0 else "−") if not words else " + " if weight > 0 else " − "
+        words += sign + (f"{abs(weight):g} × " if abs(weight) != 1 else "") + label
+    return words
+
+
+def name_in_cache(rewards: Sequence[str]) -> str | None:
+    """A name that decides what is computed from samples, whatever the weights; None for code of the user's own."""
+    names = names_of(rewards)
+    return None if None in map(name_of_all, names) else " ".join(names)
