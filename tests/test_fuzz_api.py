@@ -233,12 +233,36 @@ PUBLIC = {
         lambda **given: idf.gradients.Adjoint()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
+    "AdjointMatching": Call(
+        lambda **given: idf.gradients.AdjointMatching()(**given),
+        {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
+    ),
     "FullBackprop": Call(
         lambda **given: idf.gradients.FullBackprop()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
     "Queue": on_chain(idf.Queue, stride=lambda: 1, estimator=lambda: None),
     "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "ScoreFunction": Call(
+        idf.gradients.ScoreFunction,
+        {"clip": lambda: 0.2},
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
+    "Surrogate": Call(
+        idf.gradients.Surrogate,
+        {
+            "network": lambda: None,
+            "clip": lambda: 0.2,
+            "pairs": lambda: 8,
+            "steps": lambda: 2,
+            "learning_rate": lambda: 1e-3,
+            "noise": lambda: NOISE,
+        },
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
+    "Surrogate.learn": method(
+        idf.gradients.Surrogate, "learn", x=lambda: X, rewards=lambda: X[:, 0], condition=lambda: None
+    ),
     "TruncatedBackprop": Call(
         idf.gradients.TruncatedBackprop,
         {"depth": lambda: 2, "random": lambda: True},

@@ -24,6 +24,7 @@ __all__ = [  # the public ones; the checks are for the package itself
     "InvalidInputError",
     "MemoryLimitError",
     "MissingExtraError",
+    "NoGradientError",
     "NonAffineError",
     "NonFiniteError",
     "ProcessError",
@@ -38,6 +39,10 @@ class ImplicitDiffusionError(Exception):
 
 class InvalidInputError(ImplicitDiffusionError, ValueError):
     """An argument, option, file or folder that cannot be used; raised before any long work."""
+
+
+class NoGradientError(InvalidInputError):
+    """A function of samples without a gradient that could be followed: a black box."""
 
 
 class NonAffineError(InvalidInputError):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NoGradientError
 
 ROUNDING_SHARE = 0.01  # of the values' spread: smaller changes may be rounding in layers of low precision
 ALONE = (
@@ -24,6 +24,7 @@ ALONE = (
     "over the batch"
 )
 REPEATS = 4  # calls on the same samples before a change is put down to mixing: two calls of a random function may agree
+NEEDS_NO_SLOPE = "follow its values: on a chain by Surrogate() or ScoreFunction(), on a potential by Single"
 BY_TORCH = "write it with torch operations throughout, without .detach(), .numpy(), .item() and torch.no_grad()"
 TRIED = 8  # samples, or particles, that are tried for influence on each other
 ROUNDINGS = 16  # units in the last place of the largest value: smaller changes may be rounding
@@ -31,6 +32,10 @@ ROUNDINGS = 16  # units in the last place of the largest value: smaller changes 
 
 class FunctionWarning(UserWarning):
     """A function of samples can be used, but is random, or flat where it was tried."""
+
+
+class FlatWarning(FunctionWarning):
+    """A function of samples has the same value and no slope wherever it was tried."""
 
 
 @torch.no_grad()
@@ -100,19 +105,19 @@ def check_slope(
     set.
 
     Raises:
-        InvalidInputError: all derivatives are 0, though the values differ.
+        NoGradientError: all derivatives are 0, though the values differ.
     """
     if gradient.any():
         return
     if bool(values.max() > values.min()):
-        raise InvalidInputError(
+        raise NoGradientError(
             f"{what} has no slope: its gradient is 0 at all {len(gradient)} samples tried, though their values differ. "
-            "It rounds, compares or counts; avoid that, or train a potential with Single, which needs no slope"
+            f"It rounds, compares or counts; avoid that, or {NEEDS_NO_SLOPE}"
         )
     if warn:
         warnings.warn(
             f"{what} is flat: the same value without a slope at all {len(gradient)} samples tried. Training "
             "follows it only where it has a slope",
-            FunctionWarning,
+            FlatWarning,
             stacklevel=2,
         )

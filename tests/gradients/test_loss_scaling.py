@@ -6,7 +6,7 @@ from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.gradients import Adjoint, FullBackprop, loss_scaling
+from implicit_diffusion.gradients import Adjoint, AdjointMatching, FullBackprop, ScoreFunction, loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -56,8 +56,9 @@ def relative_error(loop, **options):
 
 
 @pytest.mark.parametrize("loop", [Nested, Queue])
-def test_small_adjoints_survive(loop):
-    assert relative_error(loop) < 5e-3
+@pytest.mark.parametrize("estimator", [Adjoint, AdjointMatching, ScoreFunction])
+def test_small_cotangents_survive(loop, estimator):
+    assert relative_error(loop, estimator=estimator()) < 5e-3
 
 
 @pytest.mark.parametrize("loop", [Nested, Queue])

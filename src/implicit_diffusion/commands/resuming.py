@@ -88,7 +88,7 @@ def resume(
 def _check_trust(config: Any, path: Path) -> None:
     """Refuse options with a reward that is not to be trusted; see `trust.check_trust`."""
     for name in names_of(getattr(config, "reward", "")):
-        check_trust(name, path)
+        check_trust(name, path, getattr(config, "reward_python", None))
 
 
 def _interrupted(directory: RunDirectory) -> tuple[Command, dict[str, Any], bool]:

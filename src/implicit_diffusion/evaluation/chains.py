@@ -163,9 +163,7 @@ def evaluate_in_parts(
     check_type("noise", noise, Noise, "use Noise(0), for example")
     starts, repeats = check_integer("starts", starts), check_integer("repeats", repeats)
     chunk = None if chunk is None else check_integer("chunk", chunk)
-    if chunk is None:
-        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
-    size, score = max(1, chunk // repeats), as_reward(reward)
+    size, score = _starts_at_once(chain, repeats, chunk), as_reward(reward)
     away = processes.world_size() > 1  # from the device, on the way to other processes
 
     def part(index: int) -> Evaluation:
@@ -176,6 +174,26 @@ def evaluate_in_parts(
     in_step = is_sharded(chain.denoiser) or is_sharded(chain.reference)
     parts = processes.in_turns(part, range(first, -(-starts // size)), in_step=in_step)
     return (moved(each, chain.device) for each in parts)
+
+
+def conditions_of(
+    chain: Chain, noise: Noise, *, starts: int, repeats: int, chunk: int | None = None
+) -> dict[str, Tensor] | None:
+    """What the starts of an evaluation were sampled under, tensors with leading dimension `starts`; None without a
+    condition. Arguments as in `evaluate`.
+    """
+    size = _starts_at_once(chain, repeats, chunk)
+    counts = [min(size, starts - first) for first in range(0, starts, size)]
+    parts = [chain.conditions(noise, count, [index]) for index, count in enumerate(counts)]
+    given = [part for part in parts if part is not None]
+    return {name: torch.cat([part[name][0] for part in given]) for name in given[0]} if given else None
+
+
+def _starts_at_once(chain: Chain, repeats: int, chunk: int | None) -> int:
+    """The number of starts in one network batch."""
+    if chunk is None:
+        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
+    return max(1, chunk // repeats)
 
 
 def moved(evaluation: Evaluation, device: torch.device | str) -> Evaluation:

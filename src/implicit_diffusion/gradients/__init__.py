@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint import Adjoint, pull_back, terminal_adjoint
+    from implicit_diffusion.gradients.adjoint_matching import AdjointMatching
     from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
     from implicit_diffusion.gradients.conjugate_gradients import ConjugateGradients
@@ -11,6 +12,8 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
+    from implicit_diffusion.gradients.score_function import ScoreFunction
+    from implicit_diffusion.gradients.surrogate import Surrogate
     from implicit_diffusion.gradients.truncated import TruncatedBackprop
 else:
 
@@ -25,6 +28,7 @@ else:
 
 __all__ = [
     "Adjoint",
+    "AdjointMatching",
     "AdjointMeasure",
     "AdjointSolver",
     "ConjugateGradients",
@@ -36,6 +40,8 @@ __all__ = [
     "Pulled",
     "RowEstimator",
     "RowStates",
+    "ScoreFunction",
+    "Surrogate",
     "TrajectoryResult",
     "TruncatedBackprop",
     "bytes_of",

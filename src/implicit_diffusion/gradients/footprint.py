@@ -22,34 +22,45 @@ from implicit_diffusion.showing import Shown
 
 @dataclass(frozen=True, repr=False)
 class Footprint(Shown):
-    """Bytes per sample.
+    """Bytes per sample, except those of `kept`.
 
     Args:
         carry: what a trajectory carries on its way back.
         turn: activations of the call in which it turns round.
         pull: activations of one call with gradient, on one row.
         held: activations kept from its whole way forward; zero where only states are kept.
+        kept: bytes in all, of what the estimator has learned, for any number of samples.
     """
 
     carry: int
     turn: int
     pull: int
     held: int = 0
+    kept: int = 0
 
 
-def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[int, int]:
+def row_activations(
+    chain: Chain, objective: Objective, noise: Noise, *, reference: bool | None = None
+) -> tuple[int, int]:
     """Bytes per sample of the activations of network and running costs on one row, and of those of the largest block
     that is computed again in the backward pass.
 
     The first trained row represents all of them.
+
+    Args:
+        chain: the sampler.
+        objective: gives the running costs.
+        noise: of the conditions.
+        reference: whether u_0 is evaluated as well; where there are running costs if None.
     """
+    reference = bool(objective.running) if reference is None else reference
 
     def row(n: int) -> object:
         x = torch.zeros(1, n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
         condition = chain.conditions(noise, n, [TRIAL])
         rows = chain.trained_rows[:1] or [0]
-        transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
-        return [transition.u, *(cost.cost(transition) for _, cost in objective.running)]
+        transition = chain.transition(x, rows, reference=reference, condition=condition)
+        return [transition.u, transition.u0, *(cost.cost(transition) for _, cost in objective.running)]
 
     with chain.evaluating(), objective.evaluating():
         return saved_per_sample(row)
@@ -62,6 +73,19 @@ def end_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
         x = torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
         particles = chain.endpoint(x, noise, TRIAL)
         return [term.value(particles) for _, term in objective.terminal]
+
+    with chain.evaluating(), objective.evaluating():
+        return saved_per_sample(end)[0]
+
+
+def variation_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
+    """Bytes per sample of the activations of the terminal terms' first variations at the end of a trajectory."""
+
+    def end(n: int) -> object:
+        particles = chain.endpoint(
+            torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype), noise, TRIAL
+        )
+        return [term.first_variation(particles) for weight, term in objective.terminal if weight != 0]
 
     with chain.evaluating(), objective.evaluating():
         return saved_per_sample(end)[0]

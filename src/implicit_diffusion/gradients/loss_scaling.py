@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.adapter import unwrapped
+from implicit_diffusion.tables.transition import Transition
 
 TOTAL = 2.0**11  # T
 SMALLEST = 2.0**-100  # ‖v‖₁ below this is not scaled up to T: S stays a float32
@@ -48,6 +49,21 @@ def scale(cotangents: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, ""]:
     return torch.where(sound, TOTAL * (mantissa / norm), 1.0)  # norm = mantissa · 2ᵉ, so that the quotient is exact
 
 
+def backward_through(denoiser: object, surrogate: Float[Tensor, ""], transition: Transition, *others: Tensor) -> None:
+    """`surrogate.backward()`, scaled where the network computes in float16.
+
+    Args:
+        denoiser: u_θ.
+        surrogate: a scalar.
+        transition: the call of the network that it follows.
+        others: what needs a gradient besides the parameters, such as the states.
+    """
+    if computes_in_float16(denoiser):
+        backward(surrogate, (transition.u, transition.u0), (*others, *denoiser.parameters()))
+    else:
+        surrogate.backward()
+
+
 def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None], leaves: Iterable[Tensor]) -> None:
     """`surrogate.backward()` with float16 in between: adds ∇ surrogate to the leaves' `.grad`.
 
@@ -56,12 +72,25 @@ def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None],
         predictions: the network's outputs, u_θ and, where it was evaluated, u_0.
         leaves: all tensors that need a gradient.
     """
-    outputs = [u for u in predictions if u is not None and u.requires_grad]
-    cotangents = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
-    factor = scale(v for v in cotangents if v is not None)
+    factor = _factor(surrogate, predictions)
     hooks = [leaf.register_hook(lambda g: g / factor) for leaf in leaves if leaf.requires_grad]
     try:
         surrogate.backward(factor)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def slope_through(denoiser: object, surrogate: Float[Tensor, ""], transition: Transition, x: Tensor) -> Tensor:
+    """∇_x surrogate alone, scaled where the network computes in float16; the graph is kept. Arguments as above."""
+    factor = torch.ones_like(surrogate)
+    if computes_in_float16(denoiser):
+        factor = _factor(surrogate, (transition.u, transition.u0))
+    return torch.autograd.grad(surrogate, x, factor, retain_graph=True)[0] / factor
+
+
+def _factor(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None]) -> Float[Tensor, ""]:
+    """S."""
+    outputs = [u for u in predictions if u is not None and u.requires_grad]
+    cotangents = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
+    return scale(v for v in cotangents if v is not None)

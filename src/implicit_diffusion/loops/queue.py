@@ -30,7 +30,15 @@ from implicit_diffusion import processes
 from implicit_diffusion.denoisers.sharded import gradient_sync
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients import Estimator
-from implicit_diffusion.gradients.estimator import Carry, RowEstimator, RowStates, averaged, require_rows
+from implicit_diffusion.gradients.estimator import (
+    Carry,
+    Pulled,
+    RowEstimator,
+    RowStates,
+    add_up,
+    averaged,
+    require_rows,
+)
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.timetable import Timetable, injects
 from implicit_diffusion.loops.update import Update
@@ -125,8 +133,9 @@ class Queue(ChainLoop):
         watched: list[Tensor] = []
         info: dict[str, Any] = {}
         arrived: dict[str, Tensor] = {}
-        costs: dict[str, list[Tensor]] = {}
-        pulled: set[int] = set()
+        costs: dict[str, Tensor] = {}
+        measured: dict[str, Tensor] = {}
+        pulled: list[int] = []
         with self.chain.evaluating():
             for call in range(self.stride):
                 states, values = self._advance(call)
@@ -137,23 +146,23 @@ class Queue(ChainLoop):
             last = max(filter(self._trains, range(self.stride)), default=None)
             for call in range(self.stride):
                 with gradient_sync(self.chain.denoiser, call == last):
-                    carried, rows, paid = self._pull(call)
-                watched += carried
-                pulled.update(rows)
-                for name, cost in paid.items():
-                    costs.setdefault(name, []).append(cost.sum())
+                    rows, made = self._pull(call)
+                watched += made.carry.values()
+                pulled += rows
+                add_up(costs, made.costs)
+                add_up(measured, made.measured)
             full = {slot.stage for slot in self.slots}.issuperset(self.timetable.back)
             for slot in self.slots:
                 slot.stage += 1
-            if not pulled <= self.chain.pretrained_rows:
+            if trained := len([row for row in pulled if row not in self.chain.pretrained_rows]):
                 watched += self.values.values()
                 info = self.update.step(watched, lambda: self._why(self._diagnose(), self.values))
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self._retire()
-        every = len(pulled) == self.chain.num_steps
-        sums = averaged({name: torch.stack(cost).sum() for name, cost in costs.items() if every})
+        every = len(set(pulled)) == self.chain.num_steps
+        sums, means = averaged(costs if every else {}, measured if trained else {}, trained)
         phase = {"phase": "draining"} if not inject else {} if full else {"phase": "filling"}
-        return self._metrics(arrived | sums) | info | phase
+        return self._metrics(arrived | sums) | means | info | phase
 
     def steps(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
@@ -234,14 +243,14 @@ class Queue(ChainLoop):
                 arrived |= values
         return [x], arrived
 
-    def _pull(self, call: int) -> tuple[list[Tensor], list[int], dict[str, Tensor]]:
-        """All slots on their way back are pulled back over their next row; returns what they carry, the rows and costs.
+    def _pull(self, call: int) -> tuple[list[int], Pulled]:
+        """All slots on their way back are pulled back over their next row; returns the rows and what the call returned.
 
         `call` counts the calls of this iteration, of which there are `stride`.
         """
         turned = self._turned(call)
         if not turned:
-            return [], [], {}
+            return [], Pulled({}, {}, 0)
         slots, rows = [slot for slot, _ in turned], [row for _, row in turned]
         x = torch.stack([slot.states.pop(row) for slot, row in turned])
         at = RowStates(x, rows, [slot.index for slot in slots], self.noise, self._conditions(slots))
@@ -250,7 +259,7 @@ class Queue(ChainLoop):
         self.evaluations += pulled.evaluations
         for place, slot in enumerate(slots):
             slot.carry = {name: part[place] for name, part in pulled.carry.items()}
-        return list(pulled.carry.values()), rows, pulled.costs
+        return rows, pulled
 
     def _turned(self, call: int) -> list[tuple[Slot, int]]:
         """The slots that are pulled back in a call of this iteration, and over which row."""

@@ -10,9 +10,16 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, NonFiniteError, shown
+from implicit_diffusion.errors import InvalidInputError, NoGradientError, NonFiniteError, shown
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.function_checks import BY_TORCH, TRIED, check_own_gradient, check_separate, check_slope
+from implicit_diffusion.function_checks import (
+    BY_TORCH,
+    NEEDS_NO_SLOPE,
+    TRIED,
+    check_own_gradient,
+    check_separate,
+    check_slope,
+)
 from implicit_diffusion.objectives.attributes import changed, check_name
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.variation import Density, FirstVariation
@@ -109,7 +116,7 @@ class Reward(TerminalObjective):
     def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
         """F′ = −R; it needs no ∇R."""
         with torch.no_grad():
-            reward = self.of(particles)
+            reward = self._numbers(particles)
             return FirstVariation(-reward, value=-particles.mean(reward))
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
@@ -138,8 +145,9 @@ class Reward(TerminalObjective):
         One that is flat at all of the samples causes a warning, unless the reward is `checked`.
 
         Raises:
-            InvalidInputError: another dtype than the samples', no gradient, NaN or infinity in it, one that is 0 at all
-                samples though their rewards differ, or a reward whose gradient depends on other samples.
+            NoGradientError: no gradient, or one that is 0 at all samples though their rewards differ.
+            InvalidInputError: another dtype than the samples', NaN or infinity in the gradient, or a reward whose
+                gradient depends on other samples.
         """
         x = particles.x.detach().clone().requires_grad_()
         with torch.enable_grad(), self.evaluating():
@@ -147,21 +155,23 @@ class Reward(TerminalObjective):
                 warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
                 reward = self.of(Particles(x, condition=particles.condition))
             if self.given_as is not None:
-                raise InvalidInputError(
+                raise NoGradientError(
                     f"reward is called with {self.given_as}, as the annotation of its first argument asks for, and has "
                     "no gradient there, which fine-tuning would follow here; use an estimator of the gradient that "
                     "needs none of the reward, or write it for torch.Tensor, with torch operations throughout"
                 )
             if not reward.requires_grad:  # before the dtype: integers would not have a gradient in another one either
-                raise InvalidInputError(
-                    "reward is not differentiable, and fine-tuning follows its gradient: its result does not depend on "
-                    f"the samples through torch operations; {BY_TORCH}, and without integers and comparisons"
+                raise NoGradientError(
+                    "reward is not differentiable, and its gradient was to be followed: its result does not depend on "
+                    f"the samples through torch operations; {BY_TORCH}, and without integers and comparisons; or "
+                    f"{NEEDS_NO_SLOPE}"
                 )
             _check_dtype(reward, x)
             gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True, retain_graph=True)[0]
             if gradient is None:
-                raise InvalidInputError(
-                    f"reward is not differentiable: its result does not depend on the samples; {BY_TORCH}"
+                raise NoGradientError(
+                    f"reward is not differentiable: its result does not depend on the samples; {BY_TORCH}; or "
+                    f"{NEEDS_NO_SLOPE}"
                 )
             of_first = torch.autograd.grad(reward[0], x)[0]
         _check_finite("a gradient", gradient)

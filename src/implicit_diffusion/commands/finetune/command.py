@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune import estimators, judging, planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.model_card import model_card
@@ -57,6 +57,7 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.trackers.opening import tracked
+from implicit_diffusion.scorers import closing
 
 
 def run(
@@ -74,7 +75,7 @@ def run(
     config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
     assert config.out is not None
     directory = RunDirectory(config.out)
-    with directory.held(), clock.run(), tracked(directory, config.track) as directory:
+    with directory.held(), clock.run(), closing(), tracked(directory, config.track) as directory:
         return _run(config, directory, resumed, pretrained)
 
 
@@ -89,7 +90,9 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     clock.keep(directory.path)
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
-    config = replace(config, guidance=setup.guidance, eta=setup.eta)
+    config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
+    if setup.estimator.why is not None:
+        print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
     spec, device = training_spec(config), setup.chain.device
     with GlobalGenerators(setup.spec.noise, PLAN, 1, device=device):
         loop = make_loop(spec, setup, config.kl_weight)
@@ -109,6 +112,8 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     setup = weighed(setup, plan)
     beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
     scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
+    if not trained:
+        estimators.begin(loop.estimator, setup.chain, samples, setup.spec.noise.stream(PLAN))
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
     print(f"memory predicted: {predicted}")
     with continuing(directory):
@@ -116,7 +121,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
             begin(directory, "finetune", config, fingerprints, device)
         held_out = held_out_checks(spec, setup)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup))
-        facts = _training_summary(state, held_out, weight_of_penalty(loop, spec.penalty), beta, predicted.total)
+        facts = _training_summary(config, state, held_out, weight_of_penalty(loop, spec.penalty), predicted.total)
         finish(setup, state, plan, facts, directory)
         return report(directory)
 
@@ -131,15 +136,14 @@ def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
     return path
 
 
-def _training_summary(
-    state: Fit, held_out: HeldOut, beta: float, beta_at_start: float, predicted: int
-) -> TrainingSummary:
-    """What the training did."""
+def _training_summary(config: Config, state: Fit, held_out: HeldOut, beta: float, predicted: int) -> TrainingSummary:
+    """What the training did, with resolved options."""
+    assert config.kl_weight is not None
     with part("judging"):
         before = held_out.pretrained(state)
     return TrainingSummary(
         kl_weight=beta,
-        kl_weight_at_start=beta_at_start,
+        kl_weight_at_start=config.kl_weight,
         held_out_reward_before=before.reward.mean().item(),
         seconds=state.seconds,
         network_evaluations=state.loop.cost()["network_evaluations"],
@@ -149,6 +153,7 @@ def _training_summary(
         kept=state.kept,
         staleness_max=state.metrics.get("staleness_max"),
         predicted_memory_bytes=predicted,
+        estimator=config.estimator,
         held_out_rewards_before=[values.mean().item() for values in before.each_reward],
     )
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.rewards.weights import weighted
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
+from implicit_diffusion.scorers import TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Config:
     if its first argument is annotated as list[PIL.Image.Image] or np.ndarray, with 8-bit pictures or arrays.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
     It returns one number per image: shape (n,) or (n, 1), a list, or a pair (scores, info) or a dict with these."""
+    reward_python: Path | None = None
+    """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own reward with.
+    It runs in a process of its own, needs NumPy and safetensors, and passes no gradient on."""
+    reward_timeout: float = TIMEOUT
+    """Seconds that the process of --reward-python may take to load, and to score a batch, before it is restarted."""
     prompts: Path | None = None
     """Text file with one prompt per line; for models that are conditioned on text."""
     guidance: float | None = None
@@ -57,6 +64,13 @@ class Config:
     track: tuple[TrackerName, ...] = ()
     """Where else to show the numbers and pictures of the training.
     "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
+    estimator: Literal["auto", "adjoint", "truncated", "adjoint-matching", "score", "surrogate"] = "auto"
+    """How the gradient of the reward is estimated; "auto" takes "adjoint" if the reward has a gradient, and "surrogate"
+    if it has none. "adjoint" is exact, "truncated" follows the last sampling steps alone, "adjoint-matching" leaves out
+    terms that vanish at the optimum. "score" follows values alone; "surrogate" fits a network to them and follows that,
+    and corrects it by "score"."""
+    depth: int | None = None
+    """Number of last sampling steps that --estimator truncated follows; by default as few as reach a trained one."""
     loop: Literal["queue", "nested"] = "queue"
     """The algorithm: "queue" samples and trains in one pipelined loop; "nested" samples each batch to the end first."""
     scheduler: (
@@ -118,14 +132,17 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        weighted(self.reward)
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1)
-        positive(self, "lr", "max_grad_norm", "target_kl")
+        names = [name for name, _ in weighted(self.reward)]
+        check_python(names, self.reward_python)
+        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
+        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":
             raise InvalidInputError(
                 f"--eta is the noise of --scheduler ddim; {self.scheduler or 'the default'} has none"
             )
+        if self.depth is not None and self.estimator != "truncated":
+            raise InvalidInputError(f"--depth is for --estimator truncated; {self.estimator} has none")
         if self.stride is not None and self.loop != "queue":
             raise InvalidInputError(f"--stride is for --loop queue; a {self.loop} loop has no batches in flight")
         if self.target_kl_mode is not None and self.target_kl is None:

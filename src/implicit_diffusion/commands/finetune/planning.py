@@ -38,7 +38,8 @@ from implicit_diffusion.runs.surroundings import describe
 
 PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
-KEPT_FOR_PICTURE = 64  # starts whose first sample is stored, for a picture
+KEPT = 256  # starts whose first sample is stored, for a picture and for a surrogate
+PICTURED = 64  # of them
 PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
 FILES = (
     "plan.json",
@@ -192,7 +193,7 @@ def read_rewards(directory: RunDirectory) -> Evaluation | None:
 def storage(setup: Setup, starts: int, directory: RunDirectory, fingerprints: Mapping[str, Any]) -> Stored:
     """What keeps the trajectories in the folder of the run; arguments as in `pretrained_samples`."""
     depends_on = what_it_depends_on(setup, starts, fingerprints)
-    return Stored(directory.path / PLANNED, depends_on, starts, KEPT_FOR_PICTURE)
+    return Stored(directory.path / PLANNED, depends_on, starts, KEPT)
 
 
 def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> None:
@@ -202,7 +203,7 @@ def _show_files(setup: Setup, samples: Evaluation, directory: RunDirectory) -> N
     print(f"plan      {directory.path / 'plan.json'}")
     print(f"figures   {directory.figure('plan')}")
     decoded = setup.decoded(samples)
-    images = samples.samples[:KEPT_FOR_PICTURE, 0] if decoded is None else decoded[0]
+    images = samples.samples[:PICTURED, 0] if decoded is None else decoded[0]
     if images.ndim == 4:
         figure = sheet(5.0, 5.0)
         image_grid(figure.subplots(), images, -1.0, 1.0)
@@ -244,6 +245,9 @@ def _files(fingerprints: Mapping[str, Any]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name, entry in fingerprints.items():
         if name == "prompts":  # their text is compared
+            continue
+        if "version" in entry:
+            digests[name] = entry["version"]
             continue
         files = dict(entry["files"])
         if "folder" not in entry and files:

@@ -8,13 +8,15 @@ What is quick to refuse comes first: text encoders read prompts only when model,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion.commands.finetune.estimators import BLACK_BOX, Chosen, check_chain, chosen, no_gradient
 from implicit_diffusion.commands.finetune.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.rewards.names import blamed, load_reward
@@ -23,7 +25,7 @@ from implicit_diffusion.commands.rewards.weights import labels, names_of
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, NoGradientError, RewardError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
@@ -42,7 +44,7 @@ from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
-PLAN, DURING, AFTER, ADAPTER, SHOWN = 1, 2, 3, 4, 5  # streams of noise apart from training's
+PLAN, DURING, AFTER, ADAPTER, SHOWN, ESTIMATOR = 1, 2, 3, 4, 5, 6  # streams of noise apart from training's
 IN_REPORT = 20  # starts whose images a report shows
 MEANING = ("prediction_type", "num_train_timesteps")  # of a network's output and of its times
 
@@ -73,6 +75,7 @@ class Setup(Shown):
         exported: scheduler and table of the exported pipeline.
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
+        estimator: of the gradient.
     """
 
     spec: SetupSpec
@@ -84,6 +87,7 @@ class Setup(Shown):
     exported: Exported
     conditioning: Conditioning
     compiled: str | None
+    estimator: Chosen
 
     @torch.no_grad()
     def decoded(self, *evaluations: Evaluation) -> tuple[Tensor, ...] | None:
@@ -118,8 +122,9 @@ def build(spec: SetupSpec) -> Setup:
 
 
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
+    elsewhere: dict[str, Any] = {"python": spec.reward_python, "timeout": spec.reward_timeout}
     names = names_of(spec.reward)
-    functions = {label: load_reward(name, device) for label, name in zip(labels(spec.reward), names)}
+    functions = {label: load_reward(name, device, **elsewhere) for label, name in zip(labels(spec.reward), names)}
     precision = check_precision(spec.network.precision, device)
     pretrained = load_pretrained(spec.network.model)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
@@ -137,8 +142,9 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     conditions = conditioning(spec.conditions, pretrained, device)
     chain = _chain(spec, table, pretrained, original, conditions, device)
     note = compiled(chain) if spec.network.compile else None
-    reward = _checked(_reward(functions, conditions, pretrained), names, chain, spec.noise)
-    return Setup(spec, pretrained, sampler, chain, reward, None, exported, conditions, note)
+    reward, estimator = _checked(_reward(functions, conditions, pretrained), spec, chain)
+    check_chain(estimator.name, chain)
+    return Setup(spec, pretrained, sampler, chain, reward, None, exported, conditions, note, estimator)
 
 
 def _reward(
@@ -191,32 +197,47 @@ def _chain(
     return chain
 
 
-def _checked(reward: Reward, names: Sequence[str], chain: Chain, noise: Noise) -> Reward:
-    """The reward, or each of several, checked on two pretrained samples; what is unusual about it is printed."""
+def _checked(reward: Reward, spec: SetupSpec, chain: Chain) -> tuple[Reward, Chosen]:
+    """The reward, or each of several, checked on two pretrained samples; and the estimator that suits it.
+
+    What is unusual about it is printed.
+    """
     source = Noise(0)
     trial = chain.endpoint(chain.sample(source, 2, TRIAL), source, TRIAL)
-    if isinstance(reward, WeightedRewards):
-        for member, name in zip(reward.members, names):
-            with named(short(name)):
-                _check(member, name, trial, noise)
-    else:
-        _check(reward, names[0], trial, noise)
-    return reward.as_checked()
+    names = names_of(spec.reward)
+    members = reward.members if isinstance(reward, WeightedRewards) else (reward,)
+    reasons: list[str | None] = []
+    for member, name in zip(members, names, strict=True):
+        with named(short(name)) if len(names) > 1 else nullcontext():
+            reasons.append(_check(member, name, trial, spec))
+    return reward.as_checked(), chosen(spec.estimator, next(filter(None, reasons), None))
 
 
-def _check(reward: Reward, name: str, trial: Particles, noise: Noise) -> None:
-    """One reward."""
-    with blamed(name, "; a reward maps samples (n, …) to (n,), by torch operations that leave the samples alone"):
+def _check(reward: Reward, name: str, trial: Particles, spec: SetupSpec) -> str | None:
+    """Check one reward; why its gradient cannot be followed, where that is to be decided."""
+    why_not = None
+    with blamed(name, "; a reward maps samples (n, …) to (n,), and leaves the samples alone"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             reward.check_value(trial)
-            reward.check_slope(trial)
+            if spec.estimator == "auto":
+                why_not = no_gradient(reward, trial)
+            elif spec.estimator not in BLACK_BOX:
+                _check_slope(reward, trial, spec.estimator)
         for each in caught:
             if issubclass(each.category, FunctionWarning):
                 print(f"reward    {short(name)} {str(each.message).removeprefix('reward ')}")
             else:
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        _say_if_unsteady(reward, name, trial, noise)
+        _say_if_unsteady(reward, name, trial, spec.noise)
+    return why_not
+
+
+def _check_slope(reward: Reward, trial: Particles, estimator: str) -> None:
+    try:
+        reward.check_slope(trial)
+    except (NoGradientError, RewardError) as error:
+        raise InvalidInputError(f"{error}; or leave out --estimator {estimator}, which needs a gradient") from error
 
 
 @torch.no_grad()

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.estimators import Asked
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
 from implicit_diffusion.noise import Noise
 
@@ -73,6 +75,9 @@ class SetupSpec:
         conditions: see there.
         chain: see there.
         reward: the rewards as they were given, each with its weight.
+        reward_python: that computes those of the user's own in processes of their own; None for this process.
+        reward_timeout: seconds that such a process may take for an answer.
+        estimator: of the gradient, by name, or "auto".
         noise: of the run.
         device: its name, or "auto".
     """
@@ -81,6 +86,9 @@ class SetupSpec:
     conditions: ConditioningSpec
     chain: ChainSpec
     reward: Sequence[str]
+    reward_python: Path | None
+    reward_timeout: float
+    estimator: Asked
     noise: Noise
     device: str
 
@@ -119,6 +127,7 @@ class TrainingSpec:
         stop_at_target: whether to stop at the target, rather than adapt β.
         held_out: trajectories of the checks on held-out noise.
         keep: number of checkpoints that stay.
+        depth: steps that the truncated estimator reaches; None for the least.
     """
 
     loop: Literal["queue", "nested"]
@@ -133,6 +142,7 @@ class TrainingSpec:
     stop_at_target: bool
     held_out: int
     keep: int
+    depth: int | None
 
 
 def setup_spec(config: Config) -> SetupSpec:
@@ -150,7 +160,8 @@ def setup_spec(config: Config) -> SetupSpec:
     conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
-    return SetupSpec(network, conditions, chain, config.reward, Noise(config.seed), config.device)
+    reward = config.reward, config.reward_python, config.reward_timeout
+    return SetupSpec(network, conditions, chain, *reward, config.estimator, Noise(config.seed), config.device)
 
 
 def plan_spec(config: Config) -> PlanSpec:
@@ -173,4 +184,5 @@ def training_spec(config: Config) -> TrainingSpec:
         stop_at_target=config.target_kl_mode == "stop",
         held_out=min(64, 8 * config.starts),
         keep=config.keep,
+        depth=config.depth,
     )

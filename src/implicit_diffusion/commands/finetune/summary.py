@@ -76,6 +76,7 @@ class TrainingSummary:
         staleness_max: largest age of a gradient in the queue, in updates; None for the nested loop.
         predicted_memory_bytes: the prediction before the run.
         held_out_rewards_before: of each reward, as `held_out_reward_before`.
+        estimator: of the gradient, by its name on the command line.
     """
 
     kl_weight: float
@@ -89,6 +90,7 @@ class TrainingSummary:
     kept: dict[str, float | int] | None
     staleness_max: int | None
     predicted_memory_bytes: int
+    estimator: str
     held_out_rewards_before: list[float] = field(default_factory=list)
 
 

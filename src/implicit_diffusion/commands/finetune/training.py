@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from implicit_diffusion.commands.finetune.setup import DURING, SHOWN, Setup
+from implicit_diffusion.commands.finetune.estimators import estimator_of
+from implicit_diffusion.commands.finetune.setup import DURING, ESTIMATOR, SHOWN, Setup
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
 from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -42,10 +45,12 @@ def make_loop(spec: TrainingSpec, setup: Setup, beta: float | None = None) -> Ch
         ema_decay=spec.ema,
         accumulate=spec.accumulate,
     )
-    noise = setup.spec.noise
+    noise, chain = setup.spec.noise, setup.chain
+    estimator = estimator_of(setup.estimator.name, chain, noise.stream(ESTIMATOR), spec.depth)
+    given: dict[str, Any] = {"batch": spec.batch, "noise": noise, "estimator": estimator}
     if spec.loop == "nested":
-        return Nested(setup.chain, objective, update, batch=spec.batch, noise=noise)
-    return Queue(setup.chain, objective, update, batch=spec.batch, noise=noise, stride=spec.stride)
+        return Nested(chain, objective, update, **given)
+    return Queue(chain, objective, update, **given, stride=spec.stride)
 
 
 def scale(loop: ChainLoop, reward: Reward, beta: float, max_grad_norm: float) -> None:

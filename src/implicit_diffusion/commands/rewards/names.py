@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.commands.rewards.arguments import Arguments, made, read_arguments
+from implicit_diffusion.commands.rewards.elsewhere import load_elsewhere
 from implicit_diffusion.commands.rewards.shipped import SHIPPED
 from implicit_diffusion.commands.rewards.trust import Code, code_of, image_text_model, remember, short, spelled
 from implicit_diffusion.digits import digit_log_probability
@@ -26,6 +27,7 @@ from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError,
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.models.image_text import load_image_text
 from implicit_diffusion.reward_values import of_tensors, takes_condition
+from implicit_diffusion.scorers import TIMEOUT
 
 NAMES = (
     f"{', '.join(SHIPPED)}, digit-0 … digit-9 (log-probability of a class under the digits classifier), clip:MODEL (an "
@@ -33,7 +35,9 @@ NAMES = (
 )
 
 
-def load_reward(name: str, device: torch.device | None = None) -> Callable[..., Tensor]:
+def load_reward(
+    name: str, device: torch.device | None = None, *, python: Path | None = None, timeout: float = TIMEOUT
+) -> Callable[..., Tensor]:
     """The reward called `name`.
 
     It may be
@@ -55,6 +59,9 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
     Args:
         name: of the reward.
         device: that networks are moved to; None leaves them where they are.
+        python: of another environment, which runs a file of the user's own in a process of its own (see `Scorer`). Its
+            networks stay where the file puts them. None for this process.
+        timeout: seconds that such a process may take to load, and to score a batch.
 
     Raises:
         InvalidInputError: there is no such reward, and the message says what was looked for; arguments that do not fit;
@@ -66,6 +73,8 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
     if "(" in function:
         raise InvalidInputError(f"`reward` {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
     arguments = read_arguments(name, call) if call else None
+    if python is not None:
+        return load_elsewhere(name, python, timeout)
     paths = list(sys.path)
     try:
         return _function(name, arguments, device)

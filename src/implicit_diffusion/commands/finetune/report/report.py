@@ -58,7 +58,7 @@ def _headline(result: Result, title: str) -> str:
     weight = f"{'drift' if result.drift else 'KL'} weight {result.beta:.4g}"
     if result.adapted:
         weight += f" (adapted, {result.summary.training.kl_weight_at_start:.4g} at the start)"
-    facts = [result.chain, f"{config.loop} loop", weight, f"seed {config.seed}"]
+    facts = [result.chain, f"{config.loop} loop", f"estimator {config.estimator}", weight, f"seed {config.seed}"]
     return f"""<header>
 <p class="kicker">implicit-diffusion · fine-tuning report</p>
 <h1>{escape(title)}</h1>
