@@ -24,7 +24,7 @@ def large(x): return 1024 * left(x)
 def wide(x): return x.flatten(1).std(1)
 def labelled(x, labels): return left(x) * (labels.to(x.dtype) + 1)
 def flat(x): return 0 * left(x) + 3
-def rounded(x): return left(x).round()
+def rounded(x): return (8 * left(x)).round()
 def outside(x): return left(x).detach()
 def scalar(x): return x.mean()
 def fails(x): raise ValueError("not today")
@@ -221,7 +221,6 @@ def test_a_single_reward_is_listed_and_stays_in_its_own_units(home):
         (("r.py:left=2",), "a single reward has no weight; leave =2 out, and use --kl-weight"),
         (tuple(f"digit-{d}" for d in range(9)), "--reward is given 9 times; at most 8"),
         (("r.py:left", "r.py:missing=2"), "no function 'missing'"),
-        (("r.py:left", "r.py:outside"), "r.py:outside: reward is not differentiable"),
         (("r.py:scalar", "r.py:left"), "r.py:scalar: reward must return one number per sample"),
         (("r.py:left", "r.py:fails=2"), "r.py:10: ValueError: not today"),
         (
@@ -236,6 +235,15 @@ def test_what_is_refused_before_any_work(rewards, message, tmp_path, monkeypatch
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error, error
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_one_without_a_gradient_makes_the_sum_a_black_box(home, capsys):
+    """Its gradient without the part of that one would be that of another reward."""
+    assert main(words("refused", "r.py:left", "r.py:outside", more=["--estimator", "adjoint"])) == 2
+    assert "r.py:outside: reward is not differentiable" in capsys.readouterr().err
+    assert main(words("mixed", "r.py:wide", "r.py:rounded=0.5")) == 0
+    summary = summary_of("mixed")
+    assert summary["estimator"] == "surrogate" and [each["weight"] for each in summary["rewards"]] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
