@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     {"errors", "lazily", "showing"},
     {"extras", "processes", "rounding"},
-    {"compiled", "files", "frozen", "function_checks", "noise", "particles", "reward_values"},
+    {"compiled", "files", "frozen", "function_checks", "noise", "particles", "reward_values", "scorers"},
     {"global_generators", "tables"},
     {"denoisers", "potentials"},
     {"objectives", "samplers"},

@@ -3,6 +3,7 @@
 {"files": {path: sha256, ...}}                            single files
 {"folder": path, "endings": [...], "files": {...}}        all files below a folder, by their relative paths
 {"tensor": sha256}                                        numbers from any source
+{"version": words}                                        a program
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def fingerprint(source: Input, endings: Collection[str] = ()) -> dict[str, Any]:
 
 def is_fingerprint(entry: object) -> bool:
     """Whether `entry`, read from a file, can be what `fingerprint` returned."""
-    if not isinstance(entry, dict) or not entry.keys() <= {"files", "folder", "endings", "tensor"}:
+    if not isinstance(entry, dict) or not entry.keys() <= {"files", "folder", "endings", "tensor", "version"}:
         return False
     files, endings = entry.get("files"), entry.get("endings", [])
     named = isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
     placed = isinstance(entry.get("folder", ""), str) and isinstance(endings, list)
-    return (named and placed) or isinstance(entry.get("tensor"), str)
+    return (named and placed) or isinstance(entry.get("tensor", entry.get("version")), str)
 
 
 def fingerprint_now(entry: Mapping[str, Any], base: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.objectives.sinkhorn import Sinkhorn
     from implicit_diffusion.objectives.variation import Density, FirstVariation
     from implicit_diffusion.objectives.weighted_rewards import WeightedRewards
+    from implicit_diffusion.scorers.scorer import Scorer
 else:
 
     def __getattr__(name: str) -> object:
@@ -36,6 +37,7 @@ __all__ = [
     "ReverseKL",
     "Reward",
     "RunningCost",
+    "Scorer",
     "Sinkhorn",
     "Sum",
     "Term",

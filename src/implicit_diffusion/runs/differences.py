@@ -65,6 +65,8 @@ def of_inputs(folder: Path, before: Mapping[str, Any], after: Mapping[str, Any])
             yield Difference(
                 change, f"{name} was {short_digest(was.get('tensor'))} and is {short_digest(now.get('tensor'))}"
             )
+        if was.get("version") != now.get("version"):
+            yield Difference(change, f"{name} was {was.get('version')} and is {now.get('version')}")
         old, new = was.get("files", {}), now.get("files", {})
         different = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
         for file in different[:NAMED]:

@@ -202,7 +202,7 @@ def _now(name: str, entry: dict[str, Any], directory: RunDirectory, given: Mappi
     """The fingerprint of an input that had the fingerprint `entry`."""
     if name in given:
         return relative(fingerprint(given[name]), directory.path)
-    return entry if "tensor" in entry else fingerprint_now(entry, directory.path)
+    return fingerprint_now(entry, directory.path) if "files" in entry else entry
 
 
 def _refuse_or_accept(

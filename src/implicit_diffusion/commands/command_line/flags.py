@@ -20,6 +20,8 @@ OPTIONS = {  # by the name of an argument in the library: its options where thes
     "rank": ("lora_rank",),
     "sampler": ("scheduler",),
     "targets": ("lora_targets",),
+    "python": ("reward_python",),
+    "timeout": ("reward_timeout",),
     "ema_decay": ("ema_decay", "ema"),
 }
 PHRASES = {  # arguments with a value that an option expresses in another way

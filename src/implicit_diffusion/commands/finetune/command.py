@@ -57,6 +57,7 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.runs.provenance import is_recorded
 from implicit_diffusion.runs.trackers.opening import tracked
+from implicit_diffusion.scorers import closing
 
 
 def run(
@@ -74,7 +75,7 @@ def run(
     config = absolute(replace(config, out=directory.path if directory else config.out or dated("finetune")))
     assert config.out is not None
     directory = RunDirectory(config.out)
-    with directory.held(), clock.run(), tracked(directory, config.track) as directory:
+    with directory.held(), clock.run(), closing(), tracked(directory, config.track) as directory:
         return _run(config, directory, resumed, pretrained)
 
 

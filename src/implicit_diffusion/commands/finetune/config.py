@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.rewards.weights import weighted
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
+from implicit_diffusion.scorers import TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,21 @@ class Config:
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
-    """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
+    """The reward: "brightness", "darkness", "redness", "sharpness", "jpeg-size", "compressibility", "digit-0" …
+    "digit-9", "clip:MODEL" (how well images match their prompts), or your own "FILE.py:function".
+    MODEL is the folder or hub id of a CLIP-like model of transformers; 'clip:MODEL(text="…")' compares with one text.
     Several rewards are raised together, by their weights, as in --reward brightness --reward "FILE.py:function=2".
     Weights, by default 1, are in units of each reward's standard deviation under the pretrained model.
     A class, or a function that makes the reward, may be given literal arguments, as in "FILE.py:Class(weight=2)".
-    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
+    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents;
+    if its first argument is annotated as list[PIL.Image.Image] or np.ndarray, with 8-bit pictures or arrays.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
-    It returns one number per image: shape (n,) or (n, 1), or a pair (scores, info) or a dict that holds these."""
+    It returns one number per image: shape (n,) or (n, 1), a list, or a pair (scores, info) or a dict with these."""
+    reward_python: Path | None = None
+    """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own reward with.
+    It runs in a process of its own, needs NumPy and safetensors, and passes no gradient on."""
+    reward_timeout: float = TIMEOUT
+    """Seconds that the process of --reward-python may take to load, and to score a batch, before it is restarted."""
     prompts: Path | None = None
     """Text file with one prompt per line; for models that are conditioned on text."""
     guidance: float | None = None
@@ -122,9 +132,10 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
-        weighted(self.reward)
+        names = [name for name, _ in weighted(self.reward)]
+        check_python(names, self.reward_python)
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
-        positive(self, "lr", "max_grad_norm", "target_kl")
+        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.eta is not None and self.scheduler != "ddim":
             raise InvalidInputError(

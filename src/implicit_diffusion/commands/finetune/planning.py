@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.commands.finetune.plan_table import plot, show
+from implicit_diffusion.commands.finetune.report.plan_table import plot, show
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup
 from implicit_diffusion.commands.finetune.specs import PlanSpec
 from implicit_diffusion.commands.finetune.weighing import weighed_samples
@@ -245,6 +245,9 @@ def _files(fingerprints: Mapping[str, Any]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name, entry in fingerprints.items():
         if name == "prompts":  # their text is compared
+            continue
+        if "version" in entry:
+            digests[name] = entry["version"]
             continue
         files = dict(entry["files"])
         if "folder" not in entry and files:

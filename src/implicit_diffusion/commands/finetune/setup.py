@@ -122,8 +122,9 @@ def build(spec: SetupSpec) -> Setup:
 
 
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
+    elsewhere: dict[str, Any] = {"python": spec.reward_python, "timeout": spec.reward_timeout}
     names = names_of(spec.reward)
-    functions = {label: load_reward(name, device) for label, name in zip(labels(spec.reward), names)}
+    functions = {label: load_reward(name, device, **elsewhere) for label, name in zip(labels(spec.reward), names)}
     precision = check_precision(spec.network.precision, device)
     pretrained = load_pretrained(spec.network.model)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None

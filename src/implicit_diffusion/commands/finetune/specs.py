@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.finetune.config import Config
@@ -74,6 +75,8 @@ class SetupSpec:
         conditions: see there.
         chain: see there.
         reward: the rewards as they were given, each with its weight.
+        reward_python: that computes those of the user's own in processes of their own; None for this process.
+        reward_timeout: seconds that such a process may take for an answer.
         estimator: of the gradient, by name, or "auto".
         noise: of the run.
         device: its name, or "auto".
@@ -83,6 +86,8 @@ class SetupSpec:
     conditions: ConditioningSpec
     chain: ChainSpec
     reward: Sequence[str]
+    reward_python: Path | None
+    reward_timeout: float
     estimator: Asked
     noise: Noise
     device: str
@@ -155,7 +160,8 @@ def setup_spec(config: Config) -> SetupSpec:
     conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
-    return SetupSpec(network, conditions, chain, config.reward, config.estimator, Noise(config.seed), config.device)
+    reward = config.reward, config.reward_python, config.reward_timeout
+    return SetupSpec(network, conditions, chain, *reward, config.estimator, Noise(config.seed), config.device)
 
 
 def plan_spec(config: Config) -> PlanSpec:

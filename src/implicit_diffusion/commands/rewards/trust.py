@@ -6,8 +6,9 @@ place and sha256, and if it does not lie in the run directory. What was named is
 
     $XDG_STATE_HOME/implicit-diffusion/rewards/<sha256 of the place>/<sha256 of the code>
 
-with ~/.local/state for $XDG_STATE_HOME by default. With IMPLICIT_DIFFUSION_CACHE=off, or where nothing can be written,
-it is remembered by the process alone.
+with ~/.local/state for $XDG_STATE_HOME by default. A place includes the python that runs the code, where that is not
+this process: a run directory names it as well. With IMPLICIT_DIFFUSION_CACHE=off, or where nothing can be written, it
+is remembered by the process alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -26,7 +27,10 @@ from typing import NamedTuple
 from implicit_diffusion.errors import InvalidInputError
 
 SHORT = 60  # letters of arguments in a title
+CLIP = "clip:"  # before the folder or hub id of an image–text model, which is data
+CALL = r"\((?:\s*|\s*(?:\w+\s*=|[\"']).*)\)"  # of such a model, whose folder may end with parentheses
 _named: set[tuple[str, str]] = set()  # place and sha256, in this process
+_elsewhere: dict[str, tuple[Path, ...]] = {}  # by place: what code that runs in a process of its own has imported
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,11 @@ class Code:
 
     Args:
         name: the reward's, as it was given.
-        place: where it is, with its function and the arguments of that function.
+        place: where it is, with its function, the arguments of that function, and the python that runs it.
         files: with links resolved; for a module also those of its packages; none where it is built in.
         content: the bytes of the last file.
         digest: the sha256 of all files.
+        python: that runs it in a process of its own; None for this process.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Code:
     files: tuple[Path, ...]
     content: bytes
     digest: str
+    python: Path | None = None
 
 
 class Spelling(NamedTuple):
@@ -53,7 +59,7 @@ class Spelling(NamedTuple):
 
     Args:
         place: FILE.py or a module; empty for a shipped reward.
-        function: or class, or instance.
+        function: or class, or instance; for an image–text model "clip:MODEL".
         call: the arguments with their parentheses, as they were given; empty where there are none.
     """
 
@@ -64,6 +70,8 @@ class Spelling(NamedTuple):
 
 def spelled(name: str) -> Spelling:
     """The parts of a reward's name; nothing of it is evaluated."""
+    if match := re.fullmatch(rf"({CLIP}.+?)\s*({CALL})?\s*", name, re.DOTALL):
+        return Spelling("", match[1], match[2] or "")
     for place in (r"(.+?\.py):", r"([\w.]+):", r"()"):  # a file, whatever its folders are called; a module; shipped
         if match := re.fullmatch(place + r"([^\W\d][\w-]*)\s*(\(.*\))?\s*", name, re.DOTALL):
             return Spelling(match[1], match[2], match[3] or "")
@@ -76,9 +84,22 @@ def is_own(name: str) -> bool:
     return bool(spelled(name).place)
 
 
+def image_text_model(name: str) -> str | None:
+    """The folder or hub id of the image–text model in a reward's name; None where there is none."""
+    function = spelled(name).function
+    return function.removeprefix(CLIP) if function.startswith(CLIP) else None
+
+
+def name_of_all(name: str) -> str | None:
+    """The name of a reward that decides by itself what is computed; None where files of the user's do."""
+    return None if is_own(name) or image_text_model(name) else name
+
+
 def absolute(name: str) -> str:
-    """FILE.py:function with the file's absolute path; other names as they are."""
+    """FILE.py:function and clip:FOLDER with absolute paths; other names as they are."""
     place, function, call = spelled(name)
+    if (model := image_text_model(name)) and Path(model).expanduser().is_dir():
+        return f"{CLIP}{Path(model).expanduser().absolute()}{call}"
     return f"{Path(place).absolute()}:{function}{call}" if place.endswith(".py") else name
 
 
@@ -86,19 +107,29 @@ def short(name: str) -> str:
     """A name for people, without the folder of its file; long arguments are cut."""
     place, function, call = spelled(name)
     call = call if len(call) <= SHORT else f"{call[: SHORT - 2]}…)"
+    if model := image_text_model(name):
+        return f"{CLIP}{Path(model).name if Path(model).is_absolute() else model}{call}"
     return f"{Path(place).name}:{function}{call}" if place else name
 
 
-def code_of(name: str) -> Code:
+def code_of(name: str, python: Path | None = None) -> Code:
     """Find and read the code of "FILE.py:function" or "module:function", without running any of it.
 
     Its place includes the arguments: a user who has named `loader("mine")` has not named `loader("yours")`.
 
+    Args:
+        name: of the reward.
+        python: that runs it in a process of its own; None for this process.
+
     Raises:
-        InvalidInputError: there is no such file or module.
+        InvalidInputError: there is no such file or module; a module of another python, which is not searched here.
         OSError: it cannot be read.
     """
     place, function, call = spelled(name)
+    if python is not None and not place.endswith(".py"):
+        raise InvalidInputError(
+            f"`reward` {name}: `reward_python` runs a file, FILE.py:function; write one that imports {place}"
+        )
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise InvalidInputError(f"`reward`: there is no file {place}")
@@ -109,7 +140,8 @@ def code_of(name: str) -> Code:
         where = " ".join(["module", place, *map(str, files)])
     contents = [file.read_bytes() for file in files]
     digest = hashlib.sha256(b"".join(contents)).hexdigest()
-    return Code(name, f"{where}:{function}{call}", files, contents[-1] if contents else b"", digest)
+    by = "" if python is None else f" by {python}"
+    return Code(name, f"{where}:{function}{call}{by}", files, contents[-1] if contents else b"", digest, python)
 
 
 def remember(code: Code) -> None:
@@ -123,28 +155,31 @@ def remember(code: Code) -> None:
             (folder / _hash(code.place) / code.digest).touch(mode=0o600)
 
 
-def check_trust(names: Iterable[str], directory: Path) -> None:
-    """Refuse rewards that a run directory names, unless the user has named each of them before; nothing has run then.
+def has_imported(code: Code, files: Iterable[Path]) -> None:
+    """Note what code that runs in a process of its own has imported."""
+    _elsewhere[code.place] = tuple(files)
+
+
+def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
+    """Refuse a reward that a run directory names, unless the user has named it before; nothing of it has run then.
 
     Args:
-        names: of the rewards, as in config.json.
+        name: of one of its rewards, without the weight.
         directory: of the run.
+        python: that the directory names to run it.
 
     Raises:
-        InvalidInputError: code inside the directory, code that has changed or was never named, or no such code.
+        InvalidInputError: code inside the directory, or its python; code that has changed or was never named, or no
+            such code.
     """
-    for name in names:
-        _check_trust(name, directory)
-
-
-def _check_trust(name: str, directory: Path) -> None:
     if not is_own(name):
         return
     try:
-        code = code_of(name)
+        code = code_of(name, python)
     except OSError as error:
         raise InvalidInputError(f"`reward` {name} cannot be read: {error}") from error
-    inside = [file for file in code.files if file.is_relative_to(directory.resolve())]
+    places = [*code.files, *([] if python is None else [python.absolute(), python.resolve()])]
+    inside = [file for file in places if file.is_relative_to(directory.resolve())]
     known = _known(code.place)
     if inside:
         why = f"{inside[0]} lies inside the run directory"
@@ -155,8 +190,9 @@ def _check_trust(name: str, directory: Path) -> None:
     else:
         kept = "" if _folder() else " (with IMPLICIT_DIFFUSION_CACHE=off, nothing is recorded)"
         why = f"you have not named it on this machine before{kept}"
+    by = "" if python is None else f", run by {python},"
     raise InvalidInputError(
-        f"{directory} names the reward {name}, which is code, and {why}. Read it; if it may run, add "
+        f"{directory} names the reward {name}{by}, which is code, and {why}. Read it; if it may run, add "
         "`trust_reward=True`"
     )
 
@@ -167,10 +203,7 @@ def loaded_with(code: Code) -> list[Path]:
         return list(code.files)
     folder, files = code.files[0].parent, set(code.files)
     beside: dict[str, bool] = {}  # by folder: of thousands of modules, few lie near a reward
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or name.partition(".")[0] == __name__.partition(".")[0]:
-            continue
+    for file in _imported(code):
         with suppress(OSError, ValueError):
             place = os.path.dirname(file)
             if place not in beside:
@@ -178,6 +211,17 @@ def loaded_with(code: Code) -> list[Path]:
             if beside[place] and _lies_in(path := Path(file).resolve(), folder) and path.is_file():
                 files.add(path)
     return sorted(files)
+
+
+def _imported(code: Code) -> Iterator[str]:
+    """The files of all modules in the process that runs the code; ours do not count."""
+    if code.python is not None:
+        yield from map(str, _elsewhere.get(code.place, ()))
+        return
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and name.partition(".")[0] != __name__.partition(".")[0]:
+            yield file
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

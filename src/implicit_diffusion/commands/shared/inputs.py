@@ -20,10 +20,12 @@ from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.image_text import find_image_text
 from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import forget, record
+from implicit_diffusion.scorers import versions
 
 NAMES = {
     "model": {"digits"},
@@ -67,13 +69,20 @@ def inputs(config: Any) -> dict[str, Any]:
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
     if own := _own_rewards(config):
         fingerprints["reward"] = fingerprint(sorted({file for code in own for file in code.files}))
+        if (python := getattr(config, "reward_python", None)) is not None:
+            fingerprints["reward python"] = {"version": versions(python)}
+    names = names_of(getattr(config, "reward", ""))
+    for name in names:
+        if model := reward_trust.image_text_model(name):
+            which = "reward" if len(names) == 1 else f"reward {reward_trust.short(name)}"
+            fingerprints[which] = fingerprint(find_image_text(model).folder, MODEL_FILES)
     return fingerprints
 
 
 def _own_rewards(options: Any) -> list[reward_trust.Code]:
     """The code of the rewards among the options that is the user's own."""
-    names = names_of(getattr(options, "reward", ""))
-    return [reward_trust.code_of(name) for name in names if reward_trust.is_own(name)]
+    names, python = names_of(getattr(options, "reward", "")), getattr(options, "reward_python", None)
+    return [reward_trust.code_of(name, python) for name in names if reward_trust.is_own(name)]
 
 
 @main_only

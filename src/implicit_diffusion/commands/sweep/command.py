@@ -43,6 +43,7 @@ from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.provenance import Change, check_version, verified
+from implicit_diffusion.scorers import closing
 
 CURVE = 12  # KL weights of the drawn frontier
 
@@ -62,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
     config = replace(config, each=absolute(replace(config.each, out=config.each.out or dated("sweep"))))
     assert config.each.out is not None
     directory = RunDirectory(config.each.out)
-    with directory.held(), clock.run():
+    with directory.held(), clock.run(), closing():
         check_version(directory, config.accept_changes)
         check_folder(directory, config)
         clock.keep(directory.path)

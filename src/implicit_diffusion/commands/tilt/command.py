@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +40,7 @@ from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.study import Study
 from implicit_diffusion.runs.trackers.opening import tracked
 from implicit_diffusion.runs.trackers.tracking import group_of
+from implicit_diffusion.scorers import TIMEOUT, closing
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -57,12 +59,12 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     check_divides("particles", config.particles)
     resumed = directory is not None
     config, directory = in_folder(config, directory, dated("tilt"))
-    with directory.held(), tracked(directory, config.track) as directory:
+    with directory.held(), closing(), tracked(directory, config.track) as directory:
         fingerprints = inputs(config)
         model = load_energy_model(config.model)
         check_model(model)
         with GlobalGenerators(Noise(config.seed), START, 0):
-            reward = read_reward(config.reward)
+            reward = read_reward(config.reward, config.reward_python, config.reward_timeout)
             exact = ExactTilt(model, reward)
         optima = {weight: exact.optimum(weight) for weight in config.kl_weights}
         with opened("tilt", config, directory, resumed=resumed, fingerprints=fingerprints):
@@ -102,8 +104,8 @@ def check_model(model: EnergyModel) -> None:
         )
 
 
-def read_reward(name: str) -> Callable[[Tensor], Tensor]:
-    """The reward called `name`.
+def read_reward(name: str, python: Path | None = None, timeout: float = TIMEOUT) -> Callable[[Tensor], Tensor]:
+    """The reward called `name`; the other arguments are those of `load_reward`.
 
     Raises:
         InvalidInputError: no such reward, or one of images.
@@ -115,7 +117,7 @@ def read_reward(name: str) -> Callable[[Tensor], Tensor]:
             f"--reward {name!r} is neither half-plane nor of the form FILE.py:function or "
             "FILE.py:Class(weight=2); shipped rewards are of images, and the model is of the plane"
         )
-    return load_reward(name)
+    return load_reward(name, python=python, timeout=timeout)
 
 
 def _study(

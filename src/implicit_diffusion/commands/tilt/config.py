@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.shared.ranges import at_least, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
+from implicit_diffusion.scorers import TIMEOUT
 
 Arm = Literal["unweighted", "weighted"]
 ARMS: tuple[Arm, ...] = ("unweighted", "weighted")  # the first is the one to use
@@ -26,6 +28,11 @@ class Config:
     """The reward: "half-plane", which is 1 where x_1 ≥ 0, or your own "FILE.py:function".
     It is called with points of shape (n, 2), and returns shape (n,); it needs no gradient.
     A class may be given literal arguments, as in "FILE.py:Class(weight=2)"."""
+    reward_python: Path | None = None
+    """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own reward with.
+    It runs in a process of its own, and needs NumPy and safetensors."""
+    reward_timeout: float = TIMEOUT
+    """Seconds that the process of --reward-python may take to load, and to score a batch, before it is restarted."""
     kl_weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 5.0)
     """KL weights w to train with, in units of reward per nat."""
     arms: tuple[Arm, ...] = ARMS
@@ -59,4 +66,5 @@ class Config:
             raise InvalidInputError(f"--kl-weights must differ from each other, got {self.kl_weights}")
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise InvalidInputError(f"--arms must be one or both of {' '.join(ARMS)}, got {self.arms}")
-        positive(self, "lr")
+        positive(self, "lr", "reward_timeout")
+        check_python([self.reward], self.reward_python)
