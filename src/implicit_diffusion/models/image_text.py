@@ -173,7 +173,7 @@ def load_image_text(model: str) -> ImageText:
             another kind; a processor that does something else than `Preparation`.
         MissingExtraError: transformers is not installed.
     """
-    require("transformers", "PIL")
+    require("transformers")
     from transformers import AutoImageProcessor, AutoTokenizer
 
     checkpoint = find_image_text(model)
@@ -248,6 +248,7 @@ def _verified(processor: Any) -> Preparation:
     Raises:
         ValueError: they differ.
     """
+    require("PIL")
     from PIL import Image
 
     name = type(processor).__name__
