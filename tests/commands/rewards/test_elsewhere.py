@@ -72,9 +72,10 @@ def test_a_scorer_that_dies_stops_the_run_which_resumes_bit_for_bit(home, tmp_pa
         if state.updates == 2:
             (home / "die").touch()
 
-    monkeypatch.setattr(training, "callbacks", lambda *arguments: [*original(*arguments), dying])
     try:
-        assert main([*call, str(run), "--reward-python", sys.executable]) == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "callbacks", lambda *arguments: [*original(*arguments), dying])
+            assert main([*call, str(run), "--reward-python", sys.executable]) == 2
     finally:
         (home / "die").unlink(missing_ok=True)
     out, err = capfd.readouterr()
