@@ -23,7 +23,11 @@ from implicit_diffusion.samplers.chain import Chain
 
 EstimatorName = Literal["adjoint", "truncated", "adjoint-matching", "score", "surrogate"]
 Asked = Literal["auto"] | EstimatorName
-BLACK_BOX = ("score", "surrogate")  # follow the reward's values, and need noise
+BLACK_BOX = ("score", "surrogate")  # follow the reward's values
+NEEDS_NOISE = {  # and what for
+    **dict.fromkeys(BLACK_BOX, "follows a reward by what noise does to it"),
+    "adjoint-matching": "is for samplers that forget where they began",
+}
 
 
 class Chosen(NamedTuple):
@@ -65,14 +69,14 @@ def chosen(asked: Asked, why_not: str | None) -> Chosen:
 
 
 def check_chain(name: EstimatorName, chain: Chain) -> None:
-    """Raise `InvalidInputError` where a black box is to be followed through steps that add no noise."""
+    """Raise `InvalidInputError` where an estimator that rests on noise is to go through steps that add none."""
     bare = set(chain.table.noiseless()).intersection(chain.trained_rows)
-    if name in BLACK_BOX and bare:
+    if name in NEEDS_NOISE and bare:
         raise InvalidInputError(
-            f"--estimator {name} follows a reward by what noise does to it, and {len(bare)} of the "
-            f"{chain.num_steps} steps of {chain.table.name} are trained without noise; use --penalty path-kl, with a "
-            "--scheduler that adds noise (ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or a reward with "
-            "a gradient and --estimator adjoint"
+            f"--estimator {name} {NEEDS_NOISE[name]}, and {len(bare)} of the {chain.num_steps} steps of "
+            f"{chain.table.name} are trained without noise; use --penalty path-kl, with a --scheduler that adds noise "
+            "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or a reward with a gradient and "
+            "--estimator adjoint"
         )
 
 

@@ -126,7 +126,8 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     if headline.j_bound is not None:
         yield from _lines_of_j(headline, training.kl_weight)
     yield f"cost      {clock.in_words(clock.seconds(directory.path) or {'training': training.seconds})}"
-    yield f"          {updates_in_words(summary)} with {training.network_evaluations:,} network evaluations"
+    evaluations = f"{training.network_evaluations:,} network evaluations"
+    yield f"          {updates_in_words(summary)} with {evaluations}, estimator {training.estimator}"
     yield f"model     {directory.model}"
     if summary.model.adapter:
         yield f"adapter   {directory.model / 'lora'}: {summary.model.adapter}"

@@ -69,7 +69,8 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 ```
 {adapter}
 Chain: {config.scheduler}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
-β = {beta:.6g}, reward = {reward}{units}, {updates_in_words(summary)}, seed {config.seed}.
+β = {beta:.6g}, reward = {reward}{units}, {updates_in_words(summary)}, estimator {summary.training.estimator}, \
+seed {config.seed}.
 """
 
 
