@@ -322,6 +322,7 @@ PUBLIC = {
     "bound": Call(idf.evaluation.bound, BOUND),
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
+    "weighed": Call(idf.evaluation.weighed, {"evaluation": evaluation, "reward": lambda: reward}, repr),
     "possible": Call(possible, BEFORE),
     "MeanField": Call(
         idf.potentials.MeanField,
@@ -549,7 +550,7 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
-    *("Draws", "Steered", "TiltedLaw"),
+    *("Draws", "RewardJudgement", "RewardPlan", "Steered", "TiltedLaw"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
@@ -590,6 +591,7 @@ PARTS = {  # for those who write such a class, or look inside a loop
 OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL", "Stored"),
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
+    *("judge_rewards",),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl", "Scorer"),
     *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
 }

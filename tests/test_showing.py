@@ -18,6 +18,7 @@ from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits
 from implicit_diffusion.evaluation.clipping import ClippingEffect
+from implicit_diffusion.evaluation.each_reward import RewardPlan
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.gradients import Gibbs, TruncatedBackprop
 from implicit_diffusion.gradients.fused import fused_pass
@@ -234,6 +235,8 @@ EXAMPLES = {
     "PlanRow": lambda: idf.make_plan(evaluation()).rows()[0],
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
+    "RewardPlan": lambda: RewardPlan(1 / 3, 0.01, 2 / 3, (0.1, 0.2), (0.01, 0.02)),
+    "RewardJudgement": lambda: idf.evaluation.judge_rewards(*[evaluation()] * 3, 0.5)[0],
     "ClippingEffect": lambda: ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),
     "Stored": lambda: Stored(Path("plan"), {"--seed": "0"}, 4),
     "Conditioning": lambda: Conditioning(table={"embeddings": torch.zeros(5, 7, 16)}),

@@ -92,9 +92,8 @@ def nothing_runs(monkeypatch):
 def test_a_run_goes_on_from_another_directory_bit_for_bit(home, tmp_path, monkeypatch):
     """Though its reward draws from all global generators; these are as they were afterwards, and so is the config."""
     config = json.loads((home / "half" / "config.json").read_text())
-    assert [config[name] for name in ("model", "reward", "out")] == [
-        f"{home}/{p}" for p in ("model", "my.py:f", "half")
-    ]
+    assert [config[name] for name in ("model", "out")] == [f"{home}/{p}" for p in ("model", "half")]
+    assert config["reward"] == [f"{home}/my.py:f"]
     copy = shutil.copytree(home / "half", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(7), np.random.seed(7)  # noqa: NPY002
@@ -415,9 +414,9 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     config = finetune_config.Config(model="mine", reference="other", prompts=Path("p"), out=Path("o"))
     found = absolute(config)
     assert (found.model, found.reference) == (str(tmp_path / "mine"), str(tmp_path / "other"))
-    assert (found.prompts, found.out, found.reward) == (tmp_path / "p", tmp_path / "o", "brightness")
+    assert (found.prompts, found.out, found.reward) == (tmp_path / "p", tmp_path / "o", ("brightness",))
     kept = absolute(finetune_config.Config(model="digits", reference="owner/name", reward="pkg.mod:f"))
-    assert (kept.model, kept.reference, kept.reward) == ("digits", "owner/name", "pkg.mod:f")
+    assert (kept.model, kept.reference, kept.reward) == ("digits", "owner/name", ("pkg.mod:f",))
     assert absolute(ebm_config.Config(data="moons")).data == "moons"
     assert absolute(tilt.Config(Path("mine"), reward="r.py:f")).reward == f"{tmp_path}/r.py:f"
     assert absolute(tilt.Config(Path("mine"))).model == tmp_path / "mine"

@@ -69,8 +69,7 @@ def resume(
                 return command.report(directory)
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
-            names, python = names_of(getattr(config, "reward", "")), getattr(config, "reward_python", None)
-            from_main(lambda: check_trust(names, path, python))
+            _check_trust(config, path)
         with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
             _adopt(directory, command, values)
             device = device_of(directory)
@@ -83,6 +82,13 @@ def resume(
                     raise
                 raise InvalidInputError(f"{path}/config.json cannot be used: {error}") from error
             return command.run(config, directory)
+
+
+@main_only
+def _check_trust(config: Any, path: Path) -> None:
+    """Refuse options with a reward that is not to be trusted; see `trust.check_trust`."""
+    for name in names_of(getattr(config, "reward", "")):
+        check_trust(name, path, getattr(config, "reward_python", None))
 
 
 def _interrupted(directory: RunDirectory) -> tuple[Command, dict[str, Any], bool]:

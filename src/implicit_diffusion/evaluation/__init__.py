@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.evaluation.bounds import Bound, bound, most_kl, sharpest
     from implicit_diffusion.evaluation.cache import evaluate_pretrained
-    from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error
+    from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error, weighed
     from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
     from implicit_diffusion.evaluation.each_reward import RewardJudgement, RewardPlan, judge_rewards
     from implicit_diffusion.evaluation.gains import captured, gain, gain_of_j, memory_of_start, possible
@@ -58,4 +58,5 @@ __all__ = [
     "sequential_monte_carlo",
     "sharpest",
     "tilted_law",
+    "weighed",
 ]

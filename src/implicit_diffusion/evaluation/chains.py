@@ -210,6 +210,7 @@ def mapped(function: Callable[..., Tensor], *evaluations: Evaluation) -> Evaluat
 
 def weighed(evaluation: Evaluation, reward: Callable[..., Any] | Reward) -> Evaluation:
     """The evaluation with R by the coefficients of `reward`; those that it was made, and stored, with may be others."""
+    check_type("evaluation", evaluation, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
     if evaluation.rewards is None or not isinstance(reward, WeightedRewards):
         return evaluation
     return replace(evaluation, reward=reward.total(evaluation.rewards))

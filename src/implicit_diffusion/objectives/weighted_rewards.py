@@ -23,7 +23,7 @@ from implicit_diffusion.errors import InvalidInputError, check_number, check_typ
 from implicit_diffusion.objectives.attributes import changed, check_name
 from implicit_diffusion.objectives.reward import Reward, check_values
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.reward_values import scores_of, takes_condition
+from implicit_diffusion.reward_values import of_tensors, scores_of, takes_condition
 
 
 class WeightedRewards(Reward):
@@ -56,10 +56,11 @@ class WeightedRewards(Reward):
             raise InvalidInputError(
                 'functions must hold at least one reward, as in {"bright": f, "sharp": g}, got none'
             )
-        self.names = tuple(map(check_name, functions))
-        self.members = tuple(
-            Reward(through(Reward(f).function), each, checked=checked) for each, f in functions.items()
-        )
+        members = []
+        for each, function in functions.items():
+            with named(check_name(each)):
+                members.append(Reward(through(Reward(function).function), each, checked=checked))
+        self.names, self.members = tuple(functions), tuple(members)
         super().__init__(through(_together(functions)), name, checked=checked)
         self.coefficients = self._checked(coefficients)
 
@@ -117,6 +118,7 @@ class WeightedRewards(Reward):
 def _together(functions: Mapping[str, Callable[..., Any]]) -> Callable[..., Float[Tensor, "n rewards"]]:
     """One function with a column for each; it takes a condition where one of them does."""
     conditional = {name: takes_condition(function) for name, function in functions.items()}
+    functions = {name: of_tensors(function) for name, function in functions.items()}
 
     def columns(x: Tensor, *condition: Any) -> Tensor:
         made = []

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from implicit_diffusion.commands.finetune.plan_table import plot, show
+from implicit_diffusion.commands.finetune.report.plan_table import plot, show
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup
 from implicit_diffusion.commands.finetune.specs import PlanSpec
 from implicit_diffusion.commands.finetune.weighing import weighed_samples

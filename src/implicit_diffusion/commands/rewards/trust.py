@@ -160,11 +160,11 @@ def has_imported(code: Code, files: Iterable[Path]) -> None:
     _elsewhere[code.place] = tuple(files)
 
 
-def check_trust(names: Iterable[str], directory: Path, python: Path | None = None) -> None:
-    """Refuse rewards that a run directory names, unless the user has named each of them before; nothing has run then.
+def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
+    """Refuse a reward that a run directory names, unless the user has named it before; nothing of it has run then.
 
     Args:
-        names: of the rewards, as in config.json.
+        name: of one of its rewards, without the weight.
         directory: of the run.
         python: that the directory names to run it.
 
@@ -172,11 +172,6 @@ def check_trust(names: Iterable[str], directory: Path, python: Path | None = Non
         InvalidInputError: code inside the directory, or its python; code that has changed or was never named, or no
             such code.
     """
-    for name in names:
-        _check_trust(name, directory, python)
-
-
-def _check_trust(name: str, directory: Path, python: Path | None) -> None:
     if not is_own(name):
         return
     try:

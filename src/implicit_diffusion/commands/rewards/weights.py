@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from implicit_diffusion.commands.rewards.trust import absolute, name_of_all, short, spelled
+from implicit_diffusion.commands.rewards.trust import absolute, image_text_model, name_of_all, short, spelled
 from implicit_diffusion.errors import InvalidInputError
 
 MOST = 8  # rewards: a colour each
@@ -52,7 +52,7 @@ def weighted(rewards: Sequence[str]) -> tuple[Weighted, ...]:
 def _split(given: str) -> tuple[str, str | None]:
     """A name, and the text of its weight; None where it has none."""
     name, equals, weight = given.rpartition("=")
-    whole = re.fullmatch(r"[^\W\d][\w-]*", spelled(name).function)
+    whole = image_text_model(name) or re.fullmatch(r"[^\W\d][\w-]*", spelled(name).function)
     return (name, weight) if equals and whole and not re.search(r"[:/\\()]", weight) else (given, None)
 
 
@@ -96,6 +96,6 @@ def title(rewards: Sequence[str]) -> str:
 
 
 def name_in_cache(rewards: Sequence[str]) -> str | None:
-    """A name that decides what is computed from samples, whatever the weights; None for code of the user's own."""
-    names = names_of(rewards)
-    return None if None in map(name_of_all, names) else " ".join(names)
+    """A name that decides what is computed from samples, whatever the weights; None where files of the user's do."""
+    names = [name_of_all(name) for name in names_of(rewards)]
+    return None if None in names else " ".join(filter(None, names))

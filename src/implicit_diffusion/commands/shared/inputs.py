@@ -71,8 +71,11 @@ def inputs(config: Any) -> dict[str, Any]:
         fingerprints["reward"] = fingerprint(sorted({file for code in own for file in code.files}))
         if (python := getattr(config, "reward_python", None)) is not None:
             fingerprints["reward python"] = {"version": versions(python)}
-    for model in filter(None, map(reward_trust.image_text_model, names_of(getattr(config, "reward", "")))):
-        fingerprints[f"reward {model}"] = fingerprint(find_image_text(model).folder, MODEL_FILES)
+    names = names_of(getattr(config, "reward", ""))
+    for name in names:
+        if model := reward_trust.image_text_model(name):
+            which = "reward" if len(names) == 1 else f"reward {reward_trust.short(name)}"
+            fingerprints[which] = fingerprint(find_image_text(model).folder, MODEL_FILES)
     return fingerprints
 
 

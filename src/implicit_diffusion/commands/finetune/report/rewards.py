@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from implicit_diffusion.commands.finetune.plan_table import gained
 from implicit_diffusion.commands.finetune.report.figures import canvas
+from implicit_diffusion.commands.finetune.report.plan_table import gained
 from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import INK, legend_above
 from implicit_diffusion.commands.shared.formatting import distinct, number, percent

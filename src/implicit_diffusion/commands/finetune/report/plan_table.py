@@ -13,12 +13,12 @@ from implicit_diffusion.extras import require
 from implicit_diffusion.runs.clock import part
 
 
-def show(plan: Plan, rewards: Sequence[str]) -> None:
+def show(plan: Plan, rewards: Sequence[str] = ()) -> None:
     """Print the plan as a table, or in a line where it has no bounds; of several rewards, what is gained of each.
 
     Args:
         plan: of a run.
-        rewards: their names.
+        rewards: the names of several rewards.
     """
     require("rich")
     from rich.console import Console
