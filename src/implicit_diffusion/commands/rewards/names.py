@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ from implicit_diffusion.commands.rewards.elsewhere import load_elsewhere
 from implicit_diffusion.commands.rewards.shipped import SHIPPED
 from implicit_diffusion.commands.rewards.trust import Code, code_of, image_text_model, remember, short, spelled
 from implicit_diffusion.digits import digit_log_probability
-from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, reason_of
+from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, check_path, reason_of
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.models.image_text import load_image_text
 from implicit_diffusion.reward_values import of_tensors, takes_condition
@@ -36,7 +37,11 @@ NAMES = (
 
 
 def load_reward(
-    name: str, device: torch.device | None = None, *, python: Path | None = None, timeout: float = TIMEOUT
+    name: str,
+    device: torch.device | None = None,
+    *,
+    python: str | PathLike[str] | None = None,
+    timeout: float = TIMEOUT,
 ) -> Callable[..., Tensor]:
     """The reward called `name`.
 
@@ -74,7 +79,7 @@ def load_reward(
         raise InvalidInputError(f"`reward` {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
     arguments = read_arguments(name, call) if call else None
     if python is not None:
-        return load_elsewhere(name, python, timeout)
+        return load_elsewhere(name, check_path("python", python).absolute(), timeout)
     paths = list(sys.path)
     try:
         return _function(name, arguments, device)
