@@ -225,6 +225,11 @@ PUBLIC = {
     ),
     "Queue": on_chain(idf.Queue, stride=lambda: 1, estimator=lambda: None),
     "Nested": on_chain(idf.Nested, estimator=lambda: None),
+    "ScoreFunction": Call(
+        idf.gradients.ScoreFunction,
+        {"clip": lambda: 0.2},
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
     "TruncatedBackprop": Call(
         idf.gradients.TruncatedBackprop,
         {"depth": lambda: 2, "random": lambda: True},

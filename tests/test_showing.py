@@ -170,6 +170,7 @@ EXAMPLES = {
     "FullBackprop": idf.gradients.FullBackprop,
     "Estimator": idf.gradients.FullBackprop,
     "RowEstimator": idf.gradients.Adjoint,
+    "ScoreFunction": idf.gradients.ScoreFunction,
     "TruncatedBackprop": lambda: TruncatedBackprop(3, random=True),
     "RowStates": lambda: idf.gradients.RowStates(DATA[None], [0], [0], NOISE),
     "Pulled": lambda: idf.gradients.Pulled({"adjoint": DATA[None]}, {}, 64),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients import Adjoint, FullBackprop, TruncatedBackprop
+from implicit_diffusion.gradients import Adjoint, FullBackprop, ScoreFunction, TruncatedBackprop
 from implicit_diffusion.gradients.estimator import TrajectoryResult
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
@@ -12,7 +12,7 @@ from implicit_diffusion.objectives import PathKL, Reward
 from tests.gradients.contract import BATCH, BETA, EstimatorContract, N, RowEstimatorContract, gamma, gammas
 from tests.helpers.chain_loops import Recorder
 from tests.helpers.oracles import affine_chain, exact_terms
-from tests.helpers.score_function import ScoreFunction, WithBaseline
+from tests.helpers.score_function import WithBaseline
 
 
 class TestAdjoint(RowEstimatorContract):
@@ -136,7 +136,9 @@ class TestScoreFunction(RowEstimatorContract):
                 kind(chain, black_box, Update(sgd), batch=BATCH, noise=Noise(0))
         silent, reward = affine_chain(N, 2, noise=False)
         sgd = torch.optim.SGD(silent.denoiser.parameters(), lr=0.1)
-        with pytest.raises(InvalidInputError, match="ScoreFunction needs noise on every trained row, but row 0"):
+        with pytest.raises(
+            InvalidInputError, match="ScoreFunction needs noise on every trained row: 6 rows, among them row 5,"
+        ):
             Nested(silent, Reward(reward), sgd, batch=BATCH, noise=Noise(0), estimator=self.make())
 
 

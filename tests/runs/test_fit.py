@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.gradients import TruncatedBackprop
+from implicit_diffusion.gradients import ScoreFunction, TruncatedBackprop
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -20,7 +20,6 @@ from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
 from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.fit import fit
 from tests.helpers.oracles import affine_chain, exact_terms, riccati
-from tests.helpers.score_function import ScoreFunction
 
 BETA = 0.3
 

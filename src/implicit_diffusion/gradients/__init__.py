@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
+    from implicit_diffusion.gradients.score_function import ScoreFunction
     from implicit_diffusion.gradients.truncated import TruncatedBackprop
 else:
 
@@ -34,6 +35,7 @@ __all__ = [
     "Pulled",
     "RowEstimator",
     "RowStates",
+    "ScoreFunction",
     "TrajectoryResult",
     "TruncatedBackprop",
     "bytes_of",

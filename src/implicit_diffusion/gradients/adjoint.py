@@ -106,10 +106,7 @@ def pull_back(
             cost = term.cost(transition).mean(1)
             surrogate = surrogate + weight * cost.sum() / processes.count()
             costs[term.name] = cost.detach()
-    if loss_scaling.computes_in_float16(chain.denoiser):
-        loss_scaling.backward(surrogate, (transition.u, transition.u0), (x, *chain.denoiser.parameters()))
-    else:
-        surrogate.backward()
+    loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None
     return transition.a * adjoint + x.grad, costs, transition.evaluations
 

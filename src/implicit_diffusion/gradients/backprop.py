@@ -61,7 +61,7 @@ class FullBackprop(Estimator):
                 total = total + weight * value
                 values[term.name] = value.detach()
             total.backward()
-        return TrajectoryResult(averaged(costs) | values, evaluations)
+        return TrajectoryResult(averaged(costs)[0] | values, evaluations)
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
         """The activations of all rows at once."""

@@ -18,7 +18,8 @@ or the state x_{k+1}.
 Where samples are shared out over W processes, an estimator holds this process's and adds their part of Γ to `.grad`: a
 mean over the batch is the mean over its own samples divided by W (`processes.mean`), terminal terms are asked by
 `shared_value` and `shared_variation`, and the values that it returns are those of the whole batch. Nobody communicates
-in a backward pass, nor once per row: the parts of Γ are added up by `Update`.
+in a backward pass; a call with gradient may ask the others once, for a few numbers per sample (a baseline is a mean
+over all of them). The parts of Γ are added up by `Update`, once.
 
 An `Estimator` that is not a `RowEstimator` computes the gradient of a whole trajectory at once, and serves `Nested`
 alone.
@@ -29,6 +30,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -81,11 +83,14 @@ class Pulled(NamedTuple):
         carry: what every slot carries before its row k; each entry (slots, batch, ...).
         costs: the mean of every running cost over this process's samples on every slot, unweighted, by name.
         evaluations: network calls × samples that were made.
+        measured: what the estimator tells about itself besides, by name: one number per trained slot, a mean over this
+            process's samples. Metrics show the mean over all of them.
     """
 
     carry: Carry
     costs: dict[str, Float[Tensor, " slots"]]
     evaluations: int
+    measured: Mapping[str, Float[Tensor, " trained"]] = MappingProxyType({})
 
     def __repr__(self) -> str:
         return of_tuple(self)
@@ -97,10 +102,12 @@ class TrajectoryResult(NamedTuple):
     Args:
         values: of every term whose value is known, unweighted, by name; running costs summed over the rows.
         evaluations: network calls × samples that were made.
+        measured: what the estimator tells about itself besides, by name: means over the trained rows.
     """
 
     values: dict[str, Float[Tensor, ""]]
     evaluations: int
+    measured: Mapping[str, Float[Tensor, ""]] = MappingProxyType({})
 
     def __repr__(self) -> str:
         return of_tuple(self)
@@ -229,22 +236,29 @@ class RowEstimator(Estimator):
                 carry, values = self.turn(objective, chain.endpoint(x, noise, index))
             carry = {name: part[None] for name, part in carry.items()}
             costs: dict[str, Tensor] = {}
+            measured: dict[str, list[Tensor]] = {}
             last = min(set(rows) - chain.pretrained_rows, default=None)  # in the order of the way back
             for row in reversed(rows):
                 at = RowStates(states.pop(row), [row], [index], noise, condition)
                 with gradient_sync(chain.denoiser, row == last):
-                    carry, paid, made = self.pull(chain, objective, at, carry)
-                evaluations += made
-                for name, cost in paid.items():
+                    pulled = self.pull(chain, objective, at, carry)
+                carry, evaluations = pulled.carry, evaluations + pulled.evaluations
+                for name, cost in pulled.costs.items():
                     costs[name] = costs.get(name, 0) + cost.sum()
-        return TrajectoryResult(values | (averaged(costs) if len(rows) == chain.num_steps else {}), evaluations)
+                for name, numbers in pulled.measured.items():
+                    measured.setdefault(name, []).append(numbers)
+        costs, means = averaged(costs if len(rows) == chain.num_steps else {}, measured)
+        return TrajectoryResult(values | costs, evaluations, means)
 
 
-def averaged(costs: Mapping[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor, ""]]:
-    """The means over all processes of numbers that each has for its own samples, in one call."""
-    if not costs or processes.count() == 1:
-        return dict(costs)
-    return dict(zip(costs, processes.mean(torch.stack(list(costs.values())))))
+def averaged(
+    costs: Mapping[str, Float[Tensor, ""]], measured: Mapping[str, Sequence[Float[Tensor, " trained"]]] | None = None
+) -> tuple[dict[str, Float[Tensor, ""]], dict[str, Float[Tensor, ""]]]:
+    """Means over all processes, in one call: of costs that each has for its own samples, and of what calls measured."""
+    own = list(costs.values()) + [torch.cat(list(each)).mean() for each in (measured or {}).values()]
+    if own and processes.count() > 1:
+        own = list(processes.mean(torch.stack(own)))
+    return dict(zip(costs, own)), dict(zip(measured or {}, own[len(costs) :]))
 
 
 def check_rows(estimator: Estimator, chain: Chain, rows: range) -> None:

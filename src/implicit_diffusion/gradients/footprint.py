@@ -67,6 +67,19 @@ def end_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
         return saved_per_sample(end)[0]
 
 
+def variation_activations(chain: Chain, objective: Objective, noise: Noise) -> int:
+    """Bytes per sample of the activations of the terminal terms' first variations at the end of a trajectory."""
+
+    def end(n: int) -> object:
+        particles = chain.endpoint(
+            torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype), noise, TRIAL
+        )
+        return [term.first_variation(particles) for weight, term in objective.terminal if weight != 0]
+
+    with chain.evaluating(), objective.evaluating():
+        return saved_per_sample(end)[0]
+
+
 def saved_per_sample(function: Callable[[int], object]) -> tuple[int, int]:
     """Bytes that autograd saves for each sample that `function` is given, and those of its largest block that is
     computed again in the backward pass.

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.adapter import unwrapped
+from implicit_diffusion.tables.transition import Transition
 
 TOTAL = 2.0**11  # T
 SMALLEST = 2.0**-100  # ‖v‖₁ below this is not scaled up to T: S stays a float32
@@ -46,6 +47,21 @@ def scale(cotangents: Iterable[Float[Tensor, "..."]]) -> Float[Tensor, ""]:
     norm = torch.where(sound, norm, 1.0).clamp(min=SMALLEST)
     mantissa, _ = torch.frexp(norm)
     return torch.where(sound, TOTAL * (mantissa / norm), 1.0)  # norm = mantissa · 2ᵉ, so that the quotient is exact
+
+
+def backward_through(denoiser: object, surrogate: Float[Tensor, ""], transition: Transition, *others: Tensor) -> None:
+    """`surrogate.backward()`, scaled where the network computes in float16.
+
+    Args:
+        denoiser: u_θ.
+        surrogate: a scalar.
+        transition: the call of the network that it follows.
+        others: what needs a gradient besides the parameters, such as the states.
+    """
+    if computes_in_float16(denoiser):
+        backward(surrogate, (transition.u, transition.u0), (*others, *denoiser.parameters()))
+    else:
+        surrogate.backward()
 
 
 def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None], leaves: Iterable[Tensor]) -> None:

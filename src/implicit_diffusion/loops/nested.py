@@ -47,11 +47,13 @@ class Nested(ChainLoop):
     def step(self) -> dict[str, Any]:
         self.iteration += 1
         self.update.begin()
-        values, made = self.estimator.gradient(self.chain, self.objective, self.noise, self.batch, self.injected)
+        values, made, measured = self.estimator.gradient(
+            self.chain, self.objective, self.noise, self.batch, self.injected
+        )
         self.evaluations += made
         info = self.update.step(list(values.values()), lambda: self._why(self._diagnose(), values))
         self.injected += 1
-        return self._metrics(values) | info
+        return self._metrics(values) | dict(measured) | info
 
     def _diagnose(self) -> str | None:
         """Replay this process's trajectory, whose noise is addressed by its number, up to the first bad state."""

@@ -30,7 +30,7 @@ from implicit_diffusion import processes
 from implicit_diffusion.denoisers.sharded import gradient_sync
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients import Estimator
-from implicit_diffusion.gradients.estimator import Carry, RowEstimator, RowStates, averaged, require_rows
+from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates, averaged, require_rows
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.timetable import Timetable, injects
 from implicit_diffusion.loops.update import Update
@@ -126,6 +126,7 @@ class Queue(ChainLoop):
         info: dict[str, Any] = {}
         arrived: dict[str, Tensor] = {}
         costs: dict[str, list[Tensor]] = {}
+        measured: dict[str, list[Tensor]] = {}
         pulled: set[int] = set()
         with self.chain.evaluating():
             for call in range(self.stride):
@@ -137,11 +138,13 @@ class Queue(ChainLoop):
             last = max(filter(self._trains, range(self.stride)), default=None)
             for call in range(self.stride):
                 with gradient_sync(self.chain.denoiser, call == last):
-                    carried, rows, paid = self._pull(call)
-                watched += carried
+                    rows, made = self._pull(call)
+                watched += made.carry.values()
                 pulled.update(rows)
-                for name, cost in paid.items():
+                for name, cost in made.costs.items():
                     costs.setdefault(name, []).append(cost.sum())
+                for name, numbers in made.measured.items():
+                    measured.setdefault(name, []).append(numbers)
             full = {slot.stage for slot in self.slots}.issuperset(self.timetable.back)
             for slot in self.slots:
                 slot.stage += 1
@@ -151,9 +154,9 @@ class Queue(ChainLoop):
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self._retire()
         every = len(pulled) == self.chain.num_steps
-        sums = averaged({name: torch.stack(cost).sum() for name, cost in costs.items() if every})
+        sums, means = averaged({name: torch.stack(cost).sum() for name, cost in costs.items() if every}, measured)
         phase = {"phase": "draining"} if not inject else {} if full else {"phase": "filling"}
-        return self._metrics(arrived | sums) | info | phase
+        return self._metrics(arrived | sums) | means | info | phase
 
     def steps(self, updates: int) -> Iterator[dict[str, Any]]:
         """Step until `updates` updates of θ have been made in all; the last of them drain the queue.
@@ -234,14 +237,14 @@ class Queue(ChainLoop):
                 arrived |= values
         return [x], arrived
 
-    def _pull(self, call: int) -> tuple[list[Tensor], list[int], dict[str, Tensor]]:
-        """All slots on their way back are pulled back over their next row; returns what they carry, the rows and costs.
+    def _pull(self, call: int) -> tuple[list[int], Pulled]:
+        """All slots on their way back are pulled back over their next row; returns the rows and what the call returned.
 
         `call` counts the calls of this iteration, of which there are `stride`.
         """
         turned = self._turned(call)
         if not turned:
-            return [], [], {}
+            return [], Pulled({}, {}, 0)
         slots, rows = [slot for slot, _ in turned], [row for _, row in turned]
         x = torch.stack([slot.states.pop(row) for slot, row in turned])
         at = RowStates(x, rows, [slot.index for slot in slots], self.noise, self._conditions(slots))
@@ -250,7 +253,7 @@ class Queue(ChainLoop):
         self.evaluations += pulled.evaluations
         for place, slot in enumerate(slots):
             slot.carry = {name: part[place] for name, part in pulled.carry.items()}
-        return list(pulled.carry.values()), rows, pulled.costs
+        return rows, pulled
 
     def _turned(self, call: int) -> list[tuple[Slot, int]]:
         """The slots that are pulled back in a call of this iteration, and over which row."""

@@ -93,7 +93,7 @@ class Reward(TerminalObjective):
     def first_variation(self, particles: Particles, density: Density | None = None) -> FirstVariation:
         """F′ = −R; it needs no ∇R."""
         with torch.no_grad():
-            reward = self.of(particles)
+            reward = self._numbers(particles)
             return FirstVariation(-reward, value=-particles.mean(reward))
 
     def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
