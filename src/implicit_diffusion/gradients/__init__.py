@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
     from implicit_diffusion.gradients.score_function import ScoreFunction
+    from implicit_diffusion.gradients.surrogate import Surrogate
     from implicit_diffusion.gradients.truncated import TruncatedBackprop
 else:
 
@@ -36,6 +37,7 @@ __all__ = [
     "RowEstimator",
     "RowStates",
     "ScoreFunction",
+    "Surrogate",
     "TrajectoryResult",
     "TruncatedBackprop",
     "bytes_of",

@@ -16,7 +16,7 @@ network computes in float16, each call's surrogate is scaled into its range: see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.tables.transition import Transition
 
 LOST = (
     "does not depend on the samples any more: its result comes without a gradient, as after .detach(), .numpy() or "
@@ -83,6 +84,7 @@ def pull_back(
     rows: Sequence[int],
     adjoint: Float[Tensor, "slots batch *event"],
     condition: Mapping[str, Tensor] | None = None,
+    at_fixed_states: Callable[[Transition], Float[Tensor, ""]] | None = None,
 ) -> tuple[Float[Tensor, "slots batch *event"], dict[str, Float[Tensor, " slots"]], int]:
     """One row of the adjoint on several slots at once: adds ∇_θ surrogate to `.grad`.
 
@@ -93,6 +95,7 @@ def pull_back(
         rows: the rows k, one per slot.
         adjoint: λ_{k+1}.
         condition: of the slots, from `Chain.conditions`.
+        at_fixed_states: a further scalar of the transition, differentiated in θ alone: it has no part in λ_k.
 
     Returns:
         λ_k; the mean of every running cost over every slot, unweighted, by name; network calls × samples.
@@ -106,9 +109,22 @@ def pull_back(
             cost = term.cost(transition).mean(1)
             surrogate = surrogate + weight * cost.sum() / processes.count()
             costs[term.name] = cost.detach()
-    loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
+        further = None if at_fixed_states is None else at_fixed_states(transition)
+    predictions, half = (transition.u, transition.u0), loss_scaling.computes_in_float16(chain.denoiser)
+    through: Tensor | float = 0.0
+    if further is not None and further.requires_grad:
+        # The graph serves both scalars, at the price of one more pass, which stops at x.
+        if half:
+            through = loss_scaling.slope(further, predictions, x)
+        else:
+            (through,) = torch.autograd.grad(further, x, retain_graph=True)
+        surrogate = surrogate + further
+    if half:
+        loss_scaling.backward(surrogate, predictions, (x, *chain.denoiser.parameters()))
+    else:
+        surrogate.backward()
     assert x.grad is not None
-    return transition.a * adjoint + x.grad, costs, transition.evaluations
+    return transition.a * adjoint + (x.grad - through), costs, transition.evaluations
 
 
 class Adjoint(RowEstimator):

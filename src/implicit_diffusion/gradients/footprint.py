@@ -22,19 +22,21 @@ from implicit_diffusion.showing import Shown
 
 @dataclass(frozen=True, repr=False)
 class Footprint(Shown):
-    """Bytes per sample.
+    """Bytes per sample, except those of `kept`.
 
     Args:
         carry: what a trajectory carries on its way back.
         turn: activations of the call in which it turns round.
         pull: activations of one call with gradient, on one row.
         held: activations kept from its whole way forward; zero where only states are kept.
+        kept: bytes in all, of what the estimator has learned, for any number of samples.
     """
 
     carry: int
     turn: int
     pull: int
     held: int = 0
+    kept: int = 0
 
 
 def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[int, int]:

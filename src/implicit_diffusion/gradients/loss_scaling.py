@@ -72,12 +72,23 @@ def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None],
         predictions: the network's outputs, u_θ and, where it was evaluated, u_0.
         leaves: all tensors that need a gradient.
     """
-    outputs = [u for u in predictions if u is not None and u.requires_grad]
-    cotangents = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
-    factor = scale(v for v in cotangents if v is not None)
+    factor = _factor(surrogate, predictions)
     hooks = [leaf.register_hook(lambda g: g / factor) for leaf in leaves if leaf.requires_grad]
     try:
         surrogate.backward(factor)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def slope(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None], x: Tensor) -> Tensor:
+    """∇_x surrogate with float16 in between; the graph is kept. Arguments as in `backward`."""
+    factor = _factor(surrogate, predictions)
+    return torch.autograd.grad(surrogate, x, factor, retain_graph=True)[0] / factor
+
+
+def _factor(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None]) -> Float[Tensor, ""]:
+    """S."""
+    outputs = [u for u in predictions if u is not None and u.requires_grad]
+    cotangents = torch.autograd.grad(surrogate, outputs, retain_graph=True, allow_unused=True)
+    return scale(v for v in cotangents if v is not None)

@@ -37,7 +37,7 @@ class Memory(Shown):
     Args:
         states: of all trajectories in flight, with what they carry back (adjoints).
         activations: kept by autograd during the largest call with gradient.
-        parameters: θ, its gradient, the optimizer's moments, its moving average, and u_0.
+        parameters: θ, its gradient, the optimizer's moments, its moving average, u_0, and what the estimator learns.
         resident: the part of `parameters` that is in memory already.
         undo: the copy of θ and of the moments that undoes a failed update, made when the activations are freed.
     """
@@ -81,7 +81,7 @@ def predict_memory(loop: ChainLoop) -> Memory:
     trained = sum(own(p).nbytes for p in loop.update.parameters if p.requires_grad)
     resident = sum(held.values())
     moved = round((1 + _moments(loop.update.optimizer)) * trained)
-    return Memory(states, activations, resident + moved, resident, moved)
+    return Memory(states, activations, resident + moved + need.kept, resident, moved)
 
 
 def check_memory(memory: Memory, device: torch.device | str, available: int | None = None) -> None:
