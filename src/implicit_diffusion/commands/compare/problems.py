@@ -29,6 +29,7 @@ from implicit_diffusion.tables.named import scheduler_for, table_for
 
 PLAN = 1  # stream of the noise of the bound
 REPEATS = 16  # trajectories from each start, for the bound
+PAIRS = 256  # pretrained samples with their rewards, for what learns from them
 
 Clean = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,6 +46,8 @@ class Problem:
             none. It is R itself where R is differentiable.
         clean: (x, u, t) ↦ the prediction of x_N from a state and the network's output.
         rate: learning rate that searches begin with.
+        deviation: of the pretrained reward.
+        pairs: pretrained samples and their rewards.
         before: J of the pretrained chain, −E R.
         best: the bound J* at the KL weight.
     """
@@ -56,6 +59,7 @@ class Problem:
     clean: Clean
     rate: float
     deviation: float
+    pairs: tuple[Tensor, Tensor]
     before: Estimate
     best: Bound
 
@@ -111,7 +115,8 @@ def build(name: str, num_steps: int, starts: int, noise: Noise) -> Problem:
     pretrained = evaluate(chain.pretrained(), reward, noise.stream(PLAN), starts=starts, repeats=REPEATS)
     deviation = pretrained.reward.std().item()
     before = mean_and_error(-pretrained.reward)
-    return Problem(name, chain, reward, smooth, predict, rate, deviation, before, bound(pretrained, deviation))
+    pairs = pretrained.samples.flatten(0, 1)[:PAIRS], pretrained.reward.flatten()[:PAIRS]
+    return Problem(name, chain, reward, smooth, predict, rate, deviation, pairs, before, bound(pretrained, deviation))
 
 
 def _digits(num_steps: int) -> tuple[Chain, Clean]:
