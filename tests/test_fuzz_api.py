@@ -219,6 +219,10 @@ PUBLIC = {
         lambda **given: idf.gradients.Adjoint()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
     ),
+    "AdjointMatching": Call(
+        lambda **given: idf.gradients.AdjointMatching()(**given),
+        {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},
+    ),
     "FullBackprop": Call(
         lambda **given: idf.gradients.FullBackprop()(**given),
         {"chain": chain, "objective": objective, "noise": lambda: NOISE, "batch": lambda: 2, "index": lambda: 0},

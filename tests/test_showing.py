@@ -167,6 +167,7 @@ EXAMPLES = {
     "AdjointSolver": Gibbs,
     "AdjointMeasure": lambda: Gibbs()(FirstVariation(DATA[:, 0]), idf.Particles(DATA)),
     "Adjoint": idf.gradients.Adjoint,
+    "AdjointMatching": idf.gradients.AdjointMatching,
     "FullBackprop": idf.gradients.FullBackprop,
     "Estimator": idf.gradients.FullBackprop,
     "RowEstimator": idf.gradients.Adjoint,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint import Adjoint, pull_back, terminal_adjoint
+    from implicit_diffusion.gradients.adjoint_matching import AdjointMatching
     from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
     from implicit_diffusion.gradients.estimator import Estimator, Pulled, RowEstimator, RowStates, TrajectoryResult
@@ -26,6 +27,7 @@ else:
 
 __all__ = [
     "Adjoint",
+    "AdjointMatching",
     "AdjointMeasure",
     "AdjointSolver",
     "Estimator",

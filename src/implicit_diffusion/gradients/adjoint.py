@@ -103,28 +103,35 @@ def pull_back(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
-        surrogate = (transition.b * adjoint * transition.u).sum()
-        costs = {}
-        for weight, term in objective.running:
-            cost = term.cost(transition).mean(1)
-            surrogate = surrogate + weight * cost.sum() / processes.count()
-            costs[term.name] = cost.detach()
+        cost, costs = running_costs(objective, transition)
+        surrogate = (transition.b * adjoint * transition.u).sum() + cost
         further = None if at_fixed_states is None else at_fixed_states(transition)
-    predictions, half = (transition.u, transition.u0), loss_scaling.computes_in_float16(chain.denoiser)
     through: Tensor | float = 0.0
     if further is not None and further.requires_grad:
         # The graph serves both scalars, at the price of one more pass, which stops at x.
-        if half:
-            through = loss_scaling.slope(further, predictions, x)
+        if loss_scaling.computes_in_float16(chain.denoiser):
+            through = loss_scaling.slope(further, (transition.u, transition.u0), x)
         else:
             (through,) = torch.autograd.grad(further, x, retain_graph=True)
         surrogate = surrogate + further
-    if half:
-        loss_scaling.backward(surrogate, predictions, (x, *chain.denoiser.parameters()))
-    else:
-        surrogate.backward()
+    loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None
     return transition.a * adjoint + (x.grad - through), costs, transition.evaluations
+
+
+def running_costs(
+    objective: Objective, transition: Transition
+) -> tuple[Float[Tensor, ""] | float, dict[str, Float[Tensor, " slots"]]]:
+    """This process's part of the mean over the batch of all running costs, weighted and added up; and the mean of every
+    running cost over its own samples on every slot, unweighted, by name.
+    """
+    total: Tensor | float = 0.0
+    costs = {}
+    for weight, term in objective.running:
+        cost = term.cost(transition).mean(1)
+        total = total + weight * cost.sum() / processes.count()
+        costs[term.name] = cost.detach()
+    return total, costs
 
 
 class Adjoint(RowEstimator):

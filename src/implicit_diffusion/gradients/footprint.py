@@ -39,19 +39,28 @@ class Footprint(Shown):
     kept: int = 0
 
 
-def row_activations(chain: Chain, objective: Objective, noise: Noise) -> tuple[int, int]:
+def row_activations(
+    chain: Chain, objective: Objective, noise: Noise, *, reference: bool | None = None
+) -> tuple[int, int]:
     """Bytes per sample of the activations of network and running costs on one row, and of those of the largest block
     that is computed again in the backward pass.
 
     The first trained row represents all of them.
+
+    Args:
+        chain: the sampler.
+        objective: gives the running costs.
+        noise: of the conditions.
+        reference: whether u_0 is evaluated as well; where there are running costs if None.
     """
+    reference = bool(objective.running) if reference is None else reference
 
     def row(n: int) -> object:
         x = torch.zeros(1, n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
         condition = chain.conditions(noise, n, [TRIAL])
         rows = chain.trained_rows[:1] or [0]
-        transition = chain.transition(x, rows, reference=bool(objective.running), condition=condition)
-        return [transition.u, *(cost.cost(transition) for _, cost in objective.running)]
+        transition = chain.transition(x, rows, reference=reference, condition=condition)
+        return [transition.u, transition.u0, *(cost.cost(transition) for _, cost in objective.running)]
 
     with chain.evaluating(), objective.evaluating():
         return saved_per_sample(row)

@@ -138,6 +138,7 @@ class Chain(Shown):
         rows: Sequence[int],
         *,
         reference: bool = False,
+        held: bool = False,
         condition: Mapping[str, Tensor] | None = None,
     ) -> Transition:
         """Predictions and coefficients for states on the given rows, one row per slot.
@@ -148,6 +149,7 @@ class Chain(Shown):
             x: the states.
             rows: one per slot.
             reference: evaluate u_0 on every slot as well.
+            held: hold x fixed in u, so that x has a gradient through u_0 alone.
             condition: tensors with leading dimensions (slots, batch), from `conditions`.
 
         Raises:
@@ -155,12 +157,12 @@ class Chain(Shown):
         """
         c, given = self._rows(tuple(rows)), condition or {}
         u0 = self._predict(self.reference, x, c, given) if reference else None
+        x, acting = (x.detach(), None if u0 is None else u0.detach()) if held else (x, u0)
         if c.pretrained_slots.numel() == 0:
             u = self._predict(self.denoiser, x, c, given)
         else:
-            parts = [
-                self._predict(self.reference, x, c, given, c.pretrained_slots) if u0 is None else u0[c.pretrained_slots]
-            ]
+            own = c.pretrained_slots
+            parts = [self._predict(self.reference, x, c, given, own) if acting is None else acting[own]]
             if c.trained_slots.numel():
                 parts.append(self._predict(self.denoiser, x, c, given, c.trained_slots))
             u = torch.cat(parts)
