@@ -122,7 +122,7 @@ class Comparison:
 
         @cache
         def at() -> Exact:
-            return exact(problem, config.batch, config.batches, self.noise)
+            return exact(problem, config.batch, problem.many * config.batches, self.noise)
 
         def make(method: str) -> dict[str, Any]:
             quality: dict[str, Any] = to_json(measure(problem, method, at(), config.batch, config.depth, self.noise))

@@ -20,9 +20,9 @@ from implicit_diffusion.gradients import (
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.samplers.chain import TRIAL, Chain
 
-FITTED = 4  # stream of the surrogate's own numbers
+FITTED = TRIAL + 1  # stream of the surrogate's own numbers, beside those of trajectories
 
 
 @dataclass(frozen=True)

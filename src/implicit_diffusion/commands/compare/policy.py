@@ -42,8 +42,8 @@ class SharedStart(Chain):
     """A chain whose samples come in groups of `GROUP` from the same x_0."""
 
     def initial(self, noise: Noise, batch: int, index: int = 0) -> Float[Tensor, "batch *event"]:
-        """x_0 of trajectory `index`, every one `GROUP` times."""
-        return super().initial(noise, batch // GROUP, index).repeat_interleave(GROUP, 0)
+        """x_0 of trajectory `index`, every one `GROUP` times; a batch that is no multiple has a smaller last group."""
+        return super().initial(noise, -(-batch // GROUP), index).repeat_interleave(GROUP, 0)[:batch]
 
 
 class Standardised(ScoreFunction):

@@ -27,9 +27,9 @@ from implicit_diffusion.objectives import Objective, PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.named import scheduler_for, table_for
 
-PLAN = 1  # stream of the noise of the bound
+PLAN = 0  # stream of the noise of the bound
 REPEATS = 16  # trajectories from each start, for the bound
-PAIRS = 256  # pretrained samples with their rewards, for what learns from them
+PAIRS = 128  # pretrained samples with their rewards, for what learns from them
 
 Clean = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,6 +46,7 @@ class Problem:
             none. It is R itself where R is differentiable.
         clean: (x, u, t) ↦ the prediction of x_N from a state and the network's output.
         rate: learning rate that searches begin with.
+        many: how many times as many gradients are measured as are asked for, since those of a tiny network cost little.
         deviation: of the pretrained reward.
         pairs: pretrained samples and their rewards.
         before: J of the pretrained chain, −E R.
@@ -58,6 +59,7 @@ class Problem:
     smooth: Callable[[Tensor], Tensor] | None
     clean: Clean
     rate: float
+    many: int
     deviation: float
     pairs: tuple[Tensor, Tensor]
     before: Estimate
@@ -103,10 +105,10 @@ def build(name: str, num_steps: int, starts: int, noise: Noise) -> Problem:
     smooth: Callable[[Tensor], Tensor] | None
     if name == "gaussian":
         chain, smooth = affine_problem(num_steps)
-        reward, predict, rate = smooth, clean, 0.03
+        reward, predict, rate, many = smooth, clean, 0.03, 16
     else:
         chain, predict = _digits(num_steps)
-        brightness, rate = load_reward("brightness"), 1e-4
+        brightness, rate, many = load_reward("brightness"), 1e-4, 1
         reward, smooth = {
             "brightness": (brightness, brightness),
             "brightness-rounded": (lambda x: brightness(x).round(), brightness),
@@ -116,7 +118,9 @@ def build(name: str, num_steps: int, starts: int, noise: Noise) -> Problem:
     deviation = pretrained.reward.std().item()
     before = mean_and_error(-pretrained.reward)
     pairs = pretrained.samples.flatten(0, 1)[:PAIRS], pretrained.reward.flatten()[:PAIRS]
-    return Problem(name, chain, reward, smooth, predict, rate, deviation, pairs, before, bound(pretrained, deviation))
+    return Problem(
+        name, chain, reward, smooth, predict, rate, many, deviation, pairs, before, bound(pretrained, deviation)
+    )
 
 
 def _digits(num_steps: int) -> tuple[Chain, Clean]:

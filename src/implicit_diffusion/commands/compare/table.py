@@ -16,6 +16,7 @@ from implicit_diffusion.runs import RunDirectory
 
 OF_GRADIENTS = ("bias along g", "squared bias", "variance", "cosine to g", "ms", "MB", "evaluations")
 OF_TRAINING = ("setting", "fall of J", "captured", "path KL", "evaluations", "s", "calls/sample")
+WIDTH = 120  # of the table, in characters
 EXPLAINED = (
     "Gradients at a fixed θ, of one batch, beside the exact gradient g: bias and variance are relative to ‖g‖ and ‖g‖²; "
     "MB are states and activations beyond the weights. Training: the setting is the learning rate, the strength of "
@@ -85,6 +86,7 @@ def show(summary: Summary, folder: Path) -> None:
     from rich.table import Table
 
     console = Console()
+    console.width = max(console.width, WIDTH)
     for columns, part in ((OF_GRADIENTS, slice(1, 8)), (OF_TRAINING, slice(8, None))):
         for problem in summary.problems:
             lines = [line for line in rows(problem, summary) if any(line[part])]
@@ -93,7 +95,7 @@ def show(summary: Summary, folder: Path) -> None:
             table = Table(box=SIMPLE_HEAD, title=heading(problem))
             table.add_column("method", no_wrap=True)
             for column in columns:
-                table.add_column(column, justify="right")
+                table.add_column(column, justify="right", no_wrap=True)
             for line in lines:
                 table.add_row(line[0], *line[part])
             console.print(table)

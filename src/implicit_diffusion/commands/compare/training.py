@@ -19,7 +19,7 @@ import torch
 from implicit_diffusion.commands.compare.methods import make_loop, paid_before
 from implicit_diffusion.commands.compare.problems import Problem
 from implicit_diffusion.commands.compare.summary import Point, Reached, Search
-from implicit_diffusion.commands.compare.untrained import best_of, best_of_kl, guided
+from implicit_diffusion.commands.compare.untrained import best_of_kl, guided, rewards_of
 from implicit_diffusion.errors import NonFiniteError
 from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error
 from implicit_diffusion.loops import Update
@@ -74,12 +74,10 @@ class Judge:
 
     def best_of(self, count: int) -> Point:
         """The point of best of `count`, in groups of the noise's trajectories."""
-        best = best_of(self.problem, count, self.noise, self.starts)
-        reward, error = mean_and_error(best)
-        kl = best_of_kl(count)
-        before, before_error = self.problem.before
-        fall = Estimate(before + reward - self.problem.beta * kl, math.hypot(error, before_error))
-        return Point(0, 0.0, 0, fall, reward, kl)
+        rewards, kl = rewards_of(self.problem, count, self.noise, self.starts), best_of_kl(count)
+        best = rewards.amax(1)
+        fall = mean_and_error(best - rewards.mean(1) - self.problem.beta * kl)
+        return Point(0, 0.0, 0, fall, best.double().mean().item(), kl)
 
     def _evaluated(self, chain: Chain) -> Evaluation:
         return evaluate(chain, self.problem.reward, self.noise, starts=self.starts)

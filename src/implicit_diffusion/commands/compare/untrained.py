@@ -70,11 +70,10 @@ def guided(problem: Problem, strength: float) -> Chain:
     return chain.replace(denoiser=network)
 
 
-def best_of(problem: Problem, count: int, noise: Noise, starts: int) -> Float[Tensor, " starts"]:
-    """The largest reward of `count` pretrained samples, `starts` times."""
+def rewards_of(problem: Problem, count: int, noise: Noise, groups: int) -> Float[Tensor, "groups count"]:
+    """Rewards of groups of `count` independent pretrained samples."""
     chain = problem.pretrained.pretrained()
-    rewards = evaluate(chain, problem.reward, noise, starts=starts * count).reward
-    return rewards.reshape(starts, count).amax(1)
+    return evaluate(chain, problem.reward, noise, starts=groups * count).reward.reshape(groups, count)
 
 
 def best_of_kl(count: int) -> float:
