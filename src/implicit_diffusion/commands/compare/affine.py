@@ -36,9 +36,7 @@ class AffineDenoiser(nn.Module):
 
     times: Tensor
 
-    def __init__(
-        self, gain: Float[Tensor, "N d"], shift: Float[Tensor, "N d"], times: Float[Tensor, " N"]
-    ) -> None:
+    def __init__(self, gain: Float[Tensor, "N d"], shift: Float[Tensor, "N d"], times: Float[Tensor, " N"]) -> None:
         super().__init__()
         self.gain, self.shift = nn.Parameter(gain), nn.Parameter(shift)
         self.register_buffer("times", times)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from implicit_diffusion.commands.compare.config import Config
@@ -109,7 +109,7 @@ class Comparison:
         self.problem: Problem = build(name, config.num_steps, config.held_out, self.noise)
         self.budget = Budget(config.updates, config.batch, config.depth, config.points, config.held_out)
         self.methods = [method for method in METHODS if method in config.methods and applies(method, self.problem)]
-        self.judge = cache(lambda *stream: Judge(self.problem, self.noise.stream(*stream), config.held_out))
+        self.judges: dict[tuple[int, ...], Judge] = {}
 
     def described(self) -> ProblemSummary:
         """The problem itself."""
@@ -132,7 +132,7 @@ class Comparison:
         found = []
         with progress(len(methods), f"{problem.name}, gradients") as bar:
             for method in methods:
-                found.append(self._once("gradient", method, make=lambda method=method: make(method)))
+                found.append(self._once("gradient", method, make=partial(make, method)))
                 bar.update()
         return [from_json(Quality, each) for each in found]
 
@@ -154,7 +154,7 @@ class Comparison:
 
         def fall_at(setting: float) -> float:
             def make() -> list[dict[str, Any]]:
-                noise, judge = self.noise.stream(SEARCH, TRAIN), self.judge(SEARCH, JUDGE)
+                noise, judge = self.noise.stream(SEARCH, TRAIN), self._judge(SEARCH, JUDGE)
                 trial = train(self.problem, method, setting, self.budget, noise, judge, points=1)
                 return [to_json(point) for point in trial]
 
@@ -167,7 +167,7 @@ class Comparison:
 
     def _curve(self, method: str, setting: float, seed: int) -> list[Point]:
         def make() -> list[dict[str, Any]]:
-            noise, judge = Noise(seed).stream(TRAIN), self.judge(JUDGE)
+            noise, judge = Noise(seed).stream(TRAIN), self._judge(JUDGE)
             curve = train(self.problem, method, setting, self.budget, noise, judge, self.config.points)
             return [to_json(point) for point in curve]
 
@@ -176,6 +176,12 @@ class Comparison:
 
         kept = self._once("train", method, setting, seed, make=make, lines=lines)
         return [from_json(Point, point) for point in kept]
+
+    def _judge(self, *stream: int) -> Judge:
+        """The judge on a stream of noise, made once."""
+        if stream not in self.judges:
+            self.judges[stream] = Judge(self.problem, self.noise.stream(*stream), self.config.held_out)
+        return self.judges[stream]
 
     def _once(self, *key: str | int | float, make: Callable[[], Any], lines: Any = None) -> Any:
         return self.study.once(self.problem.name, *key, make=make, lines=lines)

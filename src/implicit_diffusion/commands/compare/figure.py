@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from implicit_diffusion.commands.compare.summary import ProblemSummary, Reached, Summary
 from implicit_diffusion.commands.shared.drawing import finish_figure, sheet
@@ -40,7 +41,7 @@ def draw(summary: Summary, path: Path) -> None:
     finish_figure(figure, path, grid.flat)
 
 
-def _curve(axis, each: Reached, problem: ProblemSummary, what: str) -> None:  # type: ignore[no-untyped-def]
+def _curve(axis: Any, each: Reached, problem: ProblemSummary, what: str) -> None:
     colour = COLOURS[each.method.removesuffix("-queue")]
     possible = problem.before.mean - problem.best.mean
     points = list(zip(*each.curves))

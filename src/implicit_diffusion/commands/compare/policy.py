@@ -1,21 +1,21 @@
-"""What others do with rewards of any kind: policy gradients with standardised advantages, and several updates per batch.
+"""What others do with rewards of any kind: policy gradients with standardised advantages, several updates per batch.
 
-For a batch of trajectories drawn under θ_old, in groups g of samples,
+For a batch of trajectories drawn under θ_old, in groups of samples,
 
-    A_i = σ (−R_i + mean_g R)/std_g R,       Γ = ∇_θ (1/B) Σ_i Σ_k max(ρ A, clip(ρ, 1 − ε, 1 + ε) A) + β ∇_θ Σ_k mean c_k
+    A_i = σ (mean_group R − R_i)/std_group R,
+    Γ = ∇_θ (1/B) Σ_i Σ_k max(ρ A, clip(ρ, 1 − ε, 1 + ε) A) + β ∇_θ Σ_k mean c_k
 
-is formed and followed `inner` times, with ρ_k the ratio of the present density of x_{k+1} to that of θ_old; ratio, clip
-and the penalty's gradient are those of `ScoreFunction`, from which they differ in the advantage: it is divided by a
-deviation, and the same on all rows, without the later costs. σ, the deviation of the pretrained reward, only keeps the
-scale at which β is given.
+is followed `INNER` times, with ρ_k the ratio of the present density of x_{k+1} to that under θ_old. Ratio, clip and the
+gradient of the penalty are those of `ScoreFunction`. The advantage differs: it is divided by a deviation, and it is the
+same on all rows, without the costs of later ones. σ, the deviation of the pretrained reward, keeps the scale of β.
 
     DDPO    one group, the whole batch. Black, Janner, Du, Kostrikov and Levine, arXiv 2305.13301.
-    GRPO    groups of `GROUP` samples from the same x_0, as DanceGRPO makes them from the same prompt and noise. Shao et
-            al., arXiv 2402.03300; on flows and diffusion: Liu et al., arXiv 2505.05470; Xue et al., arXiv 2505.07818.
+    GRPO    groups of `GROUP` samples from the same x_0. Shao et al., arXiv 2402.03300; on flows and diffusion: Liu et
+            al., arXiv 2505.05470; Xue et al., arXiv 2505.07818.
 
-Simplified here: DDPO has the penalty as well, since J contains it (as DPOK, Fan et al., arXiv 2305.16381); its statistics
-are those of one batch, not of each prompt's history; an update uses the whole batch and all rows; and the clip is that of
-the density of a row, while the authors' programs average log-densities over pixels.
+Simplified: DDPO has the penalty as well, since J contains it (as in DPOK, Fan et al., arXiv 2305.16381). Its statistics
+are those of one batch, not of each prompt's history. An update uses the whole batch and all rows. The clip is on the
+density of a row, while the authors' programs average log-densities over pixels.
 """
 
 from __future__ import annotations

@@ -31,7 +31,18 @@ PLAN = 0  # stream of the noise of the bound
 REPEATS = 16  # trajectories from each start, for the bound
 PAIRS = 128  # pretrained samples with their rewards, for what learns from them
 
+Function = Callable[[Tensor], Tensor]
 Clean = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A reward to whole numbers."""
+
+    reward: Function
+
+    def __call__(self, x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+        return self.reward(x).round()
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,8 @@ class Problem:
 
     name: str
     pretrained: Chain
-    reward: Callable[[Tensor], Tensor]
-    smooth: Callable[[Tensor], Tensor] | None
+    reward: Function
+    smooth: Function | None
     clean: Clean
     rate: float
     many: int
@@ -80,7 +91,7 @@ class Problem:
         chain = self.pretrained
         return chain.replace(denoiser=copied(chain.denoiser))  # type: ignore[type-var]  # a module
 
-    def objective(self, reward: Callable[[Tensor], Tensor] | None = None) -> Objective:
+    def objective(self, reward: Function | None = None) -> Objective:
         """F = −E R + β KL(path), of its own reward or of another."""
         return Reward(reward or self.reward, checked=True) + self.beta * PathKL()
 
@@ -102,18 +113,20 @@ def build(name: str, num_steps: int, starts: int, noise: Noise) -> Problem:
         starts: number of initial noises, with `REPEATS` trajectories each.
         noise: its stream `PLAN` is used.
     """
-    smooth: Callable[[Tensor], Tensor] | None
+    reward: Function
+    smooth: Function | None
+    predict: Clean
     if name == "gaussian":
-        chain, smooth = affine_problem(num_steps)
-        reward, predict, rate, many = smooth, clean, 0.03, 16
+        chain, quadratic = affine_problem(num_steps)
+        reward, smooth, predict, rate, many = quadratic, quadratic, clean, 0.03, 16
     else:
         chain, predict = _digits(num_steps)
-        brightness, rate, many = load_reward("brightness"), 1e-4, 1
-        reward, smooth = {
-            "brightness": (brightness, brightness),
-            "brightness-rounded": (lambda x: brightness(x).round(), brightness),
-            "jpeg-size": (_jpeg_size, None),
-        }[name]
+        rate, many = 1e-4, 1
+        reward = smooth = load_reward(name.removesuffix("-rounded"))
+        if name == "brightness-rounded":
+            reward = Rounded(smooth)
+        if name == "jpeg-size":
+            smooth = None
     pretrained = evaluate(chain.pretrained(), reward, noise.stream(PLAN), starts=starts, repeats=REPEATS)
     deviation = pretrained.reward.std().item()
     before = mean_and_error(-pretrained.reward)
@@ -135,9 +148,3 @@ def _digits(num_steps: int) -> tuple[Chain, Clean]:
         return alpha * x - sigma * u
 
     return Chain(model.denoiser, table, model.event_shape, pretrained_rows="noiseless"), predict
-
-
-def _jpeg_size(x: Tensor) -> Tensor:
-    """The reward jpeg-size, which is found when it is first called."""
-    rewards: Tensor = load_reward("jpeg-size")(x)
-    return rewards

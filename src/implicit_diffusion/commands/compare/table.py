@@ -18,11 +18,11 @@ OF_GRADIENTS = ("bias along g", "squared bias", "variance", "cosine to g", "ms",
 OF_TRAINING = ("setting", "fall of J", "captured", "path KL", "evaluations", "s", "calls/sample")
 WIDTH = 120  # of the table, in characters
 EXPLAINED = (
-    "Gradients at a fixed θ, of one batch, beside the exact gradient g: bias and variance are relative to ‖g‖ and ‖g‖²; "
-    "MB are states and activations beyond the weights. Training: the setting is the learning rate, the strength of "
-    "guidance, or M, as searched; the fall of J = β path KL − E R is on held-out noise, and captured is its share of J "
-    "before training less the bound J*. Evaluations are network calls × samples; ms and s are those of the processor. "
-    "Each ± is one standard error."
+    "Gradients are those of one batch at a fixed θ, beside the exact gradient g. Bias and variance are relative to ‖g‖ "
+    "and ‖g‖². MB are states and activations beyond the weights. In training, the setting is the learning rate, the "
+    "strength of guidance, or M, as the search found it. The fall of J = β path KL − E R is on held-out noise, and "
+    "captured is its share of J before training less the bound J*. Evaluations are network calls × samples; ms and s "
+    "are processor time. Each ± is one standard error."
 )
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -172,9 +172,9 @@ def summarise(problem: Problem, method: str, searched: Search, curves: list[list
     fall = captured = None
     if ends:
         falls = [end.fall.mean for end in ends]
-        noise = mean(end.fall.error for end in ends)
+        noise = fmean(end.fall.error for end in ends)
         seeds = stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
-        fall = Estimate(mean(falls), math.hypot(noise, seeds))
+        fall = Estimate(fmean(falls), math.hypot(noise, seeds))
         captured = Estimate(fall.mean / possible, fall.error / possible)
     samples = round(searched.best) if method == "best-of" else 1
     return Reached(
@@ -183,9 +183,9 @@ def summarise(problem: Problem, method: str, searched: Search, curves: list[list
         search=searched,
         fall=fall,
         captured=captured,
-        path_kl=mean(end.path_kl for end in ends) if ends else None,
-        evaluations=mean(end.evaluations for end in ends) if ends else 0.0,
-        seconds=mean(end.seconds for end in ends) if ends else 0.0,
+        path_kl=fmean(end.path_kl for end in ends) if ends else None,
+        evaluations=fmean(end.evaluations for end in ends) if ends else 0.0,
+        seconds=fmean(end.seconds for end in ends) if ends else 0.0,
         calls_per_sample=samples * problem.pretrained.num_steps,
         diverged=len(curves) - len(through),
         curves=through,
