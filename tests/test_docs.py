@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[1]
 GENERATED = {"_build", "api"}
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not GENERATED & set(page.relative_to(ROOT).parts)]
 # Pages that show all that their examples print.
-PRINTED = {"docs/howto/flow.md", "docs/howto/python.md", "docs/mathematics/queue.md"}
+PRINTED = {
+    "docs/howto/flow.md",
+    "docs/howto/python.md",
+    "docs/mathematics/inner-problems.md",
+    "docs/mathematics/queue.md",
+    "docs/mathematics/tilted.md",
+}
 SLOW = {"docs/howto/memory.md"}
 NUMBER = re.compile(r"\d+\.\d+")
 

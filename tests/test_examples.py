@@ -45,6 +45,12 @@ def test_an_energy_model_beats_a_gaussian_on_held_out_points(run):
     assert model > gaussian + 0.5
 
 
+def test_messages_bring_opinions_together(run):
+    spread, _ = run("opinions.py", "--agents", "100", "--updates", "120")
+    before, after = numbers(spread)
+    assert after < before / 2
+
+
 @pytest.mark.slow
 def test_a_folder_is_fine_tuned_for_more_reward(run, tmp_path):
     before, after, captured, _ = run("finetune_folder.py", "--out", "tuned")

@@ -61,6 +61,14 @@ def objective():
     return idf.Reward(reward) + 0.1 * idf.PathKL()
 
 
+def interaction(x, y):
+    return torch.cdist(x, y)
+
+
+def coupling(particles, charges):
+    return charges
+
+
 def evaluation():
     return idf.evaluate(chain(), reward, NOISE, starts=4, repeats=2)
 
@@ -190,6 +198,8 @@ SCHEDULED = {"scheduler": ddpm, "sampler": lambda: "ddpm"}
 TUNED = {"potential": Gaussian, "x": lambda: X, "noise": lambda: NOISE}
 PLAIN = {"batch": lambda: 2, "index": lambda: 0, "noise": lambda: NOISE}
 BOUND = {"evaluation": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}
+TILTED = {"chain": chain, "reward": lambda: reward, "beta": lambda: 0.5, "noise": lambda: NOISE}
+TILTED |= {"start": lambda: "given", "chunk": lambda: 4}
 BEFORE = {"before": evaluation, "after": evaluation, "beta": lambda: 0.5}
 
 PUBLIC = {
@@ -294,6 +304,34 @@ PUBLIC = {
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
     "possible": Call(possible, BEFORE),
+    "MeanField": Call(
+        idf.potentials.MeanField,
+        {
+            "potential": lambda: idf.GaussianMixture(torch.eye(2)),
+            "interaction": lambda: interaction,
+            "temperature": lambda: 0.5,
+        },
+        lambda made: made(X),
+    ),
+    "ConjugateGradients": Call(
+        idf.gradients.ConjugateGradients,
+        {"coupling": lambda: coupling, "tolerance": lambda: 1e-6, "steps": lambda: 9},
+        lambda made: made(idf.objectives.FirstVariation(X[:, 0]), idf.Particles(X)),
+    ),
+    "tilted_law": Call(
+        idf.evaluation.tilted_law,
+        {"evaluation": evaluation, "beta": lambda: 0.5, "start": lambda: "tilted", "condition": lambda: None},
+        lambda made: made.average(torch.ones_like(made.weights)),
+    ),
+    "metropolis": Call(
+        idf.evaluation.metropolis,
+        TILTED | {"draws": lambda: 4, "steps": lambda: 2},
+        lambda made: made.autocorrelation_time,
+    ),
+    "sequential_monte_carlo": Call(
+        idf.evaluation.sequential_monte_carlo,
+        TILTED | {"particles": lambda: 4, "populations": lambda: 2, "look_ahead": lambda: True},
+    ),
     "memory_of_start": Call(memory_of_start, {"values": lambda: torch.rand(4, 2)}),
     "advice": Call(
         idf.loops.advice,
@@ -492,10 +530,20 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
+    *("Draws", "Steered", "TiltedLaw"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
-    *("Estimator", "GibbsObjective", "Kernel", "MetropolisKernel", "RowEstimator", "RunningCost", "TerminalObjective"),
+    *(
+        "Estimator",
+        "GibbsObjective",
+        "InnerProblem",
+        "Kernel",
+        "MetropolisKernel",
+        "RowEstimator",
+        "RunningCost",
+        "TerminalObjective",
+    ),
 }
 PARTS = {  # for those who write such a class, or look inside a loop
     *(

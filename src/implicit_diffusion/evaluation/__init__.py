@@ -8,9 +8,12 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error
     from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
     from implicit_diffusion.evaluation.gains import captured, gain, gain_of_j, memory_of_start, possible
+    from implicit_diffusion.evaluation.independence import Draws, metropolis
     from implicit_diffusion.evaluation.judging import Judgement, judge
     from implicit_diffusion.evaluation.plans import Plan, PlanRow, make_plan
+    from implicit_diffusion.evaluation.sequential import Steered, sequential_monte_carlo
     from implicit_diffusion.evaluation.stored import Stored
+    from implicit_diffusion.evaluation.tilting import TiltedLaw, tilted_law
 else:
 
     def __getattr__(name: str) -> object:
@@ -25,12 +28,15 @@ else:
 __all__ = [
     "Bound",
     "ClippingEffect",
+    "Draws",
     "Estimate",
     "Evaluation",
     "Judgement",
     "Plan",
     "PlanRow",
+    "Steered",
     "Stored",
+    "TiltedLaw",
     "bound",
     "captured",
     "effect_of_clipping",
@@ -42,7 +48,10 @@ __all__ = [
     "make_plan",
     "mean_and_error",
     "memory_of_start",
+    "metropolis",
     "most_kl",
     "possible",
+    "sequential_monte_carlo",
     "sharpest",
+    "tilted_law",
 ]

@@ -179,27 +179,40 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(*map(torch.cat, columns))
 
 
+class Travelled(NamedTuple):
+    """The end of trajectories, and what they tell of their path: `path_kl` and `log_ratio` as in `Evaluation`."""
+
+    x: Float[Tensor, "batch *event"]
+    path_kl: Float[Tensor, " batch"]
+    log_ratio: Float[Tensor, " batch"]
+
+
+@torch.no_grad()
+def travelled(chain: Chain, x: Float[Tensor, "batch *event"], noise: Noise, index: int, *, repeats: int) -> Travelled:
+    """Trajectory `index` from x_0 = `x`, of which `repeats` consecutive states share a condition."""
+    compare = chain.denoiser is not chain.reference
+    singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
+    kl = log_ratio = x.new_zeros(len(x))
+    for row, (transition, xi, state) in enumerate(
+        chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
+    ):
+        x = state[0]
+        if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
+            shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
+            step = squared_norm(shift)[0] / 2
+            kl = kl + step
+            log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
+    return Travelled(x, kl + math.inf, log_ratio + math.nan) if singular else Travelled(x, kl, log_ratio)
+
+
 @torch.no_grad()
 def _part(
     chain: Chain, score: Reward, noise: Noise, index: int, starts: int, repeats: int, *, first: bool
 ) -> Evaluation:
     """Part `index`: its trajectories have that number as the key of their noise."""
-    compare = chain.denoiser is not chain.reference
-    singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
     with chain.evaluating(), score.evaluating():
-        x = chain.initial(noise, starts, index).repeat_interleave(repeats, 0)
-        kl = log_ratio = x.new_zeros(len(x))
-        for row, (transition, xi, state) in enumerate(
-            chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
-        ):
-            x = state[0]
-            if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
-                shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
-                step = squared_norm(shift)[0] / 2
-                kl = kl + step
-                log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
-        if singular:
-            kl, log_ratio = kl + math.inf, log_ratio + math.nan
+        begun = chain.initial(noise, starts, index).repeat_interleave(repeats, 0)
+        x, kl, log_ratio = travelled(chain, begun, noise, index, repeats=repeats)
         end = chain.endpoint(x.clone(), noise, index, repeats=repeats)  # a black box may write into it
         with trying("reward", f"samples of shape {tuple(x.shape)}") if first else nullcontext():
             if not score.checked and index == 0:  # later parts were tried with the first; a try may draw random numbers

@@ -19,16 +19,22 @@ from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.evaluation.chains import Evaluation
 
 
-def log_weights_of(evaluation: Evaluation, beta: float) -> Float[Tensor, "starts repeats"]:
+def log_weights_of(evaluation: Evaluation, beta: float, *, least: int = 2) -> Float[Tensor, "starts repeats"]:
     """R/β − log dP_θ/dP_0 of every trajectory.
 
+    Args:
+        evaluation: of any control.
+        beta: KL weight > 0.
+        least: number of trajectories per start that are needed.
+
     Raises:
-        InvalidInputError: one trajectory per start; path KLs that are not finite; a β for which R/β overflows.
+        InvalidInputError: fewer than `least` trajectories per start; path KLs that are not finite; a β for which R/β
+            overflows.
     """
     check_type("evaluation", evaluation, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
-    if evaluation.reward.shape[1] < 2:
+    if evaluation.reward.shape[1] < least:
         raise InvalidInputError(
-            "evaluation must hold at least 2 trajectories per start, got 1; pass repeats=8, for example"
+            f"evaluation must hold at least {least} trajectories per start, got 1; pass repeats=8, for example"
         )
     if not evaluation.log_ratio.isfinite().all():
         raise InvalidInputError(

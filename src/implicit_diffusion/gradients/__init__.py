@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.adjoint_matching import AdjointMatching
     from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
     from implicit_diffusion.gradients.backprop import FullBackprop
+    from implicit_diffusion.gradients.conjugate_gradients import ConjugateGradients
     from implicit_diffusion.gradients.estimator import Estimator, Pulled, RowEstimator, RowStates, TrajectoryResult
     from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
     from implicit_diffusion.gradients.fused import Fused, fused_pass
@@ -30,6 +31,7 @@ __all__ = [
     "AdjointMatching",
     "AdjointMeasure",
     "AdjointSolver",
+    "ConjugateGradients",
     "Estimator",
     "Footprint",
     "FullBackprop",

@@ -13,9 +13,9 @@ particles ν is a charge c_j on each point y_j.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -65,20 +65,25 @@ class AdjointSolver(ABC):
             particles: p.
         """
 
-    def shared(self, variation: FirstVariation, own: Particles) -> AdjointMeasure:
+    def solve(self, variation: FirstVariation, particles: Particles, name: str) -> AdjointMeasure:
+        """The same for the term of this name, whose last solution a solver may begin with."""
+        return self(variation, particles)
+
+    def shared(self, variation: FirstVariation, own: Particles, name: str = "") -> AdjointMeasure:
         """The adjoint measure where particles are shared out over processes: at this process's, and its part on points.
 
         Args:
             variation: at this process's particles and, unless the solver is separable, on all points, by 1/W each.
             own: this process's share of p.
+            name: of the term.
         """
         if self.separable or processes.count() == 1:
-            return self(variation, own)
+            return self.solve(variation, own, name)
         whole, W, on_points = own.whole(), processes.count(), variation.on_points
         function = None if variation.function is None else processes.gathered(variation.function)
         on_points = None if on_points is None else on_points * W
         with processes.alone():
-            measure = self(replace(variation, function=function, on_points=on_points), whole)
+            measure = self.solve(replace(variation, function=function, on_points=on_points), whole, name)
         on_points = None if measure.on_points is None else measure.on_points / W
         return AdjointMeasure(processes.share(measure.on_particles), on_points)
 
@@ -94,3 +99,15 @@ class AdjointSolver(ABC):
     def same_charges(self, terms: Terms) -> bool:
         """Whether particles of uniform weights all carry the same charge, wherever they are."""
         return False
+
+    def take_info(self) -> dict[str, float]:
+        """Metrics of the solves since the last call; nothing by default."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next solve begins with; empty by default. A solver that has a state serves one loop."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        return

@@ -109,7 +109,7 @@ def fused_pass(
             with torch.no_grad():
                 variation = term.shared_variation(own, density)
                 variation.check_support(term.name, term.support)
-                measure = solver.shared(variation, particles)
+                measure = solver.shared(variation, particles, term.name)
             charges = charges.add(measure.on_particles, alpha=weight)
             if measure.on_points is not None:
                 if at_points is None or at_points.shape != measure.on_points.shape:

@@ -23,6 +23,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of, value_of
+from implicit_diffusion.potentials.inner_problem import InnerProblem, field_at
 from implicit_diffusion.samplers.draws import innermost
 from implicit_diffusion.samplers.kernel import Kernel, Step
 
@@ -94,15 +95,17 @@ class NestedParticles(ParticleLoop):
             state = state._replace(x=innermost(processes.share(self._data(points))))
         with self.evaluating():
             for k in range(start, start + self.inner_steps):
-                state, info = self._move(state, energy_of(self.model, state.x), self._draws(k), self._h(k))
-            fused = fused_pass(self.model, self.parameters, self.objective.stationary, state.x, points)
+                here = energy_of(field_at(self.model, state.x), state.x)
+                state, info = self._move(state, here, self._draws(k), self._h(k))
+            field, terms = field_at(self.model, state.x), self.objective.stationary
+            fused = fused_pass(field, self.parameters, terms, state.x, points, solver=self.solver)
         self._hand_over(fused.gradients)
         self.iteration += 1
         self.gradient_evaluations += self.inner_steps * self.kernel.evaluations_per_step + 1
         moved = self.update.step([state.x.sum(), fused.total], lambda: self._diagnose(state, fused.values))
         self._state = state
         acceptance = {} if info.acceptance is None else {"acceptance": processes.mean(info.acceptance.mean())}
-        return self._metrics(fused.values) | acceptance | moved
+        return self._metrics(fused.values) | acceptance | self.solver.take_info() | moved
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"inner_steps": self.inner_steps, "begin": self.begin}
@@ -157,6 +160,8 @@ class Unrolled(ParticleLoop):
     ) -> None:
         super().__init__(potential, kernel, objective, update, particles=particles, noise=noise)
         unrolled_steps = check_integer("unrolled_steps", unrolled_steps)
+        if isinstance(self.model, InnerProblem):
+            raise InvalidInputError(f"{type(self.model).__name__} holds its field fixed within a step; use Single")
         if self.kernel.target_acceptance is not None:
             raise InvalidInputError(
                 f"{type(self.kernel).__name__} accepts or rejects, which has no derivative; unroll ULA or Underdamped"

@@ -1,4 +1,4 @@
-"""Particles that a loop is given: at its start, and in place of its own while it runs."""
+"""What a loop over particles is given: particles, at its start and while it runs, and parts that must fit them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, memory_for, trying
+from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
+from implicit_diffusion.gradients.conjugate_gradients import ConjugateGradients
+from implicit_diffusion.gradients.fused import GIBBS
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles, checked_particles
+from implicit_diffusion.potentials.inner_problem import InnerProblem, check_interaction
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.samplers.draws import innermost
+from implicit_diffusion.samplers.kernel import Kernel
 
 
 def initial_particles(potential: nn.Module, particles: Tensor | int, noise: Noise) -> Float[Tensor, "n *event"]:
@@ -94,3 +100,58 @@ def replacing_particles(
             f"refresh needs log-weights of shape ({n},) that are finite, or −∞ for some, got {tuple(log_weights.shape)}"
         )
     return innermost(x.clone()), log_weights
+
+
+def check_parts(kernel: Kernel, objective: Objective, *, keeps_weights: bool) -> None:
+    """Raise `InvalidInputError` for a kernel without the weights that are asked for, or a term of denoising chains."""
+    if keeps_weights and not kernel.weighted:
+        raise InvalidInputError(
+            f"{type(kernel).__name__} has no increment of weights; use ULA, MALA or HMC, or weighted=False"
+        )
+    if objective.running:
+        names = ", ".join(type(term).__name__ for _, term in objective.running)
+        raise InvalidInputError(
+            f"{names} is paid along a denoising chain, and a stationary sampler has none; to stay near the initial "
+            "potential use ReverseKL.to_initial(potential)"
+        )
+
+
+def solver_of(
+    potential: nn.Module,
+    kernel: Kernel,
+    x: Float[Tensor, "n *event"],
+    solver: AdjointSolver | None,
+    objective: Objective,
+    *,
+    keeps_weights: bool,
+) -> AdjointSolver:
+    """The solver of a loop, checked.
+
+    Args:
+        potential: V, or an inner problem.
+        kernel: the sampler's step.
+        x: the initial particles.
+        solver: that was asked for.
+        objective: F.
+        keeps_weights: whether the particles are to be weighted.
+
+    Raises:
+        InvalidInputError: something that particles which interact cannot have: weights, or a Metropolis test; an
+            interaction that is not symmetric; an objective that the solver has no solution for.
+    """
+    if solver is not None:
+        check_type("solver", solver, AdjointSolver, "use ConjugateGradients(coupling), or leave it out")
+    if isinstance(potential, InnerProblem):
+        name = type(potential).__name__
+        if keeps_weights:
+            raise InvalidInputError(f"{name}: particles that interact have no weights; use weighted=False, lag=False")
+        if kernel.target_acceptance is not None:
+            raise InvalidInputError(
+                f"{type(kernel).__name__} accepts particles one by one, but those of {name} interact; use ULA or "
+                "Underdamped"
+            )
+        check_interaction(potential, x)
+        solver = ConjugateGradients(potential.coupling) if solver is None else solver
+    solver = GIBBS if solver is None else solver
+    solver.check(objective.stationary)
+    return solver

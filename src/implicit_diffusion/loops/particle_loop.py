@@ -16,16 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn, optim
 
 from implicit_diffusion import processes
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, trying
+from implicit_diffusion.errors import check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
+from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
 from implicit_diffusion.loops.base import Loop, check_same
-from implicit_diffusion.loops.given_particles import initial_particles, replacing_particles
+from implicit_diffusion.loops.given_particles import check_parts, initial_particles, replacing_particles, solver_of
 from implicit_diffusion.loops.nonfinite import what_failed
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import GibbsObjective, Objective, ReverseKL
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, check_potential, coarse, energy_of, known_log_z, precision
+from implicit_diffusion.potentials.inner_problem import field_at
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.draws import Blocks, innermost
 from implicit_diffusion.samplers.kernel import Info, Kernel, Step
@@ -59,6 +61,7 @@ class ParticleLoop(Loop):
         weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
             of them are effective, and keep log Z. X_0 must then be draws from π_θ.
         lag: also report by how much unweighted particles lag behind π_θ.
+        solver: from the objective's first variations to the charges; if None, the one of the potential's inner problem.
 
     Attributes:
         gradient_evaluations: how often this loop has pulled through V at all the particles, for the sampler or for Γ.
@@ -82,6 +85,7 @@ class ParticleLoop(Loop):
         noise: Noise,
         weighted: bool = False,
         lag: bool = False,
+        solver: AdjointSolver | None = None,
     ) -> None:
         check_type("kernel", kernel, Kernel, "use ULA(0.1), for example")
         check_type("weighted", weighted, bool, "use True or False")
@@ -90,24 +94,16 @@ class ParticleLoop(Loop):
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
         self.inner_steps = 1
         self.step_scale = 1.0
-        if (weighted or lag) and not kernel.weighted:
-            raise InvalidInputError(
-                f"{type(kernel).__name__} has no increment of weights; use ULA, MALA or HMC, or weighted=False"
-            )
-        if objective.running:
-            names = ", ".join(type(term).__name__ for _, term in objective.running)
-            raise InvalidInputError(
-                f"{names} is paid along a denoising chain, and a stationary sampler has none; to stay near the initial "
-                "potential use ReverseKL.to_initial(potential)"
-            )
+        check_parts(kernel, objective, keeps_weights=weighted or lag)
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         processes.check_divides("particles", len(x))
         check_same(noise, particles=x)
         check_resolved(kernel, x, 0)
+        self.solver = solver_of(self.model, kernel, x, solver, objective, keeps_weights=weighted or lag)
         self.parameters = [p for p in self.update.parameters if p.requires_grad]
         with self.evaluating():
-            check_potential(potential, x)
-            value = energy_of(potential, x).value
+            check_potential(field_at(self.model, x), x)
+            value = energy_of(field_at(self.model, x), x).value
             for _, term in objective.stationary:
                 with trying(term.name, "the initial particles"):  # it may write into what it is given
                     term.check_stationary(Particles(x.clone()), value)
@@ -211,14 +207,16 @@ class ParticleLoop(Loop):
 
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("log_z0", "gradient_evaluations", "step_scale")}
-        return super().state_dict() | {"weighted_state": self.weighted_state._asdict()} | own
+        parts = {"weighted_state": self.weighted_state._asdict(), "solver_state": self.solver.state_dict()}
+        return super().state_dict() | parts | own
 
     def _like(self) -> dict[str, Any]:
         own = {"particles": [self.n, *self._state.x.shape[1:]], "kernel": type(self.kernel).__name__}
         return super()._like() | own | {"weighted": self.weighted, "lag": self.lag}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict({"step_scale": 1.0} | dict(state) if isinstance(state, Mapping) else state)
+        older = {"step_scale": 1.0, "solver_state": {}}
+        super().load_state_dict(older | dict(state) if isinstance(state, Mapping) else state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
@@ -227,6 +225,7 @@ class ParticleLoop(Loop):
         self.weighted_state = WeightedState(**saved)
         self.log_z0, self.gradient_evaluations = state["log_z0"], state["gradient_evaluations"]
         self.step_scale = state["step_scale"]
+        self.solver.load_state_dict(state["solver_state"])
         self._blocks.forget()
 
     def _as_particles(self, state: WeightedState) -> Particles:
@@ -275,7 +274,8 @@ class ParticleLoop(Loop):
         *numbers, uniform = draws
         if self.weighted:
             state, here = resample(state, here, uniform)
-        step = Step(state.x, state.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h)
+        field = field_at(self.model, state.x)
+        step = Step(state.x, state.momentum, here, lambda y: energy_of(field, y), tuple(numbers), h)
         after, info = self.kernel.move(step)
         momentum = None if after.momentum is None else innermost(after.momentum)
         moved = state._replace(x=innermost(after.x), momentum=momentum)  # one layout: a resumed run rounds the same

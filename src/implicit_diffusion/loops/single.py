@@ -20,6 +20,7 @@ from torch import Tensor, nn, optim
 from implicit_diffusion import processes
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
 from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call
@@ -28,6 +29,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
+from implicit_diffusion.potentials.inner_problem import field_at
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Info, Kernel
 from implicit_diffusion.samplers.weighted_state import WeightedState, exhausted, reweighted, settled
@@ -63,6 +65,8 @@ class Single(ParticleLoop):
             nothing else, it is compiled along, from the second call on: the first one creates the optimizer's state.
         iterations: how many one `step()` makes; its metrics are those of the last one. For small problems, where the
             calls themselves are what costs. θ moves in each iteration.
+        solver: from the objective's first variations to the charges, e.g. of an inner problem of your own; if None,
+            that of the potential: the closed form, or `ConjugateGradients` for an `InnerProblem` such as `MeanField`.
 
     Raises:
         InvalidInputError: an argument that does not fit the others; several iterations per step that would skip a
@@ -83,9 +87,18 @@ class Single(ParticleLoop):
         order: Literal["paper", "x-first"] = "paper",
         compiled: bool = False,
         iterations: int = 1,
+        solver: AdjointSolver | None = None,
     ) -> None:
         super().__init__(
-            potential, kernel, objective, update, particles=particles, noise=noise, weighted=weighted, lag=lag
+            potential,
+            kernel,
+            objective,
+            update,
+            particles=particles,
+            noise=noise,
+            weighted=weighted,
+            lag=lag,
+            solver=solver,
         )
         if not isinstance(order, str) or order not in ("paper", "x-first"):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
@@ -102,9 +115,15 @@ class Single(ParticleLoop):
         function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function
-        if self.compiled is not None and processes.world_size() > 1:
-            self.compiled.stay_eager("several processes exchange numbers within an iteration")
+        if self.compiled is not None and (reason := self._eager_because()):
+            self.compiled.stay_eager(reason)
             self._function = function
+
+    def _eager_because(self) -> str | None:
+        """Why the iteration is not compiled."""
+        if processes.world_size() > 1:
+            return "several processes exchange numbers within an iteration"
+        return None if self.solver is GIBBS else "a solve for the charges looks at its residual"
 
     def _words(self) -> Iterable[str]:
         yield from super()._words()
@@ -123,7 +142,7 @@ class Single(ParticleLoop):
         self.gradient_evaluations += count * self._evaluations_per_iteration
         done, moved = self._iterations_in_one_call(inputs) if self._updates_inside else self._one_iteration(*inputs)
         self._state = done.state
-        return self._metrics(done.values) | done.info | moved
+        return self._metrics(done.values) | done.info | self.solver.take_info() | moved
 
     def _one_iteration(self, inputs: Inputs) -> tuple[Iteration, dict[str, Any]]:
         """An iteration, then its update of θ."""
@@ -149,7 +168,7 @@ class Single(ParticleLoop):
     @property
     def _evaluations_per_iteration(self) -> int:
         """Pulls through V: the kernel's, one for Γ where it needs its own, and one at the particles of x-first."""
-        shared = not self.keeps_weights and one_pull(self.objective.stationary)
+        shared = not self.keeps_weights and one_pull(self.objective.stationary, self.solver)
         return self.kernel.evaluations_per_step + (not shared) + (self.order == "x-first")
 
     def _in_one_call(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
@@ -167,7 +186,7 @@ class Single(ParticleLoop):
         self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
     ) -> Iteration:
         """The move, then Γ at the new particles."""
-        here = energy_of(self.model, state.x)
+        here = energy_of(field_at(self.model, state.x), state.x)
         if self.keeps_weights:
             state = reweighted(self.kernel, state, here)
         state, of_move = self._move(state, here, draws, h)
@@ -178,9 +197,9 @@ class Single(ParticleLoop):
         self, state: WeightedState, points: list[Tensor | None]
     ) -> tuple[WeightedState, Fused, dict[str, Any]]:
         """V, ∇V and Γ from one pass, the weights under the present θ, and their diagnostics."""
-        terms = self.objective.stationary
+        terms, field = self.objective.stationary, field_at(self.model, state.x)
         if not self.keeps_weights:
-            return state, fused_pass(self.model, self.parameters, terms, state.x, points), {}
+            return state, fused_pass(field, self.parameters, terms, state.x, points, solver=self.solver), {}
         under = state
 
         def weigh(here: Energy) -> Particles:
@@ -188,9 +207,9 @@ class Single(ParticleLoop):
             under = reweighted(self.kernel, state, here)
             return self._as_particles(under)
 
-        fused = fused_pass(self.model, self.parameters, terms, state.x, points, weigh)
+        fused = fused_pass(field, self.parameters, terms, state.x, points, weigh, self.solver)
         if not self.weighted:
-            under, lag = lag_of(under, fused, same_charges=GIBBS.same_charges(terms))
+            under, lag = lag_of(under, fused, same_charges=self.solver.same_charges(terms))
             return under, fused, {"lag": lag}
         particles = fused.particles
         log_z = {"log_z_growth": particles.log_z_growth} if particles.log_z is None else {"log_z": particles.log_z}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
     from implicit_diffusion.potentials.guided import Guided
+    from implicit_diffusion.potentials.inner_problem import InnerProblem, MeanField
     from implicit_diffusion.potentials.mixture import GaussianMixture
     from implicit_diffusion.potentials.tilted import Tilted, conv, mlp
 else:
@@ -22,6 +23,8 @@ __all__ = [
     "Energy",
     "GaussianMixture",
     "Guided",
+    "InnerProblem",
+    "MeanField",
     "Tilted",
     "check_potential",
     "conv",
