@@ -84,8 +84,8 @@ BASES = {
     "tilt": "--model energy/model --kl-weights 1 --steps 2 --particles 16 --seeds 1 --out out",
     "hexagon": "--steps 10 --particles 16 --seeds 1 --out out",
     "recovery": "--steps 500 --particles 16 --seeds 1 --out out",
-    "compare": "--problems gaussian --methods adjoint --num-steps 2 --depth 2 --batch 4 --batches 0 --updates 1 --points 1 "
-    "--held-out 8 --widest 3 --seeds 1 --out out",
+    "compare": "--problems gaussian --methods adjoint --num-steps 2 --depth 2 --batch 4 --batches 0 --updates 1 "
+    "--points 1 --held-out 8 --widest 3 --seeds 1 --out out",
     "resume": "run",
     "report": "run",
 }

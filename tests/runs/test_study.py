@@ -75,9 +75,11 @@ STUDIES = {
     "compare": (
         compare,
         "train",
-        ["--problems", "gaussian", "--methods", "adjoint", "guidance", "--num-steps", "2", "--depth", "2"]
-        + ["--batch", "4", "--batches", "2", "--updates", "2", "--points", "1", "--held-out", "8", "--widest", "3"]
-        + ["--seeds", "1"],
+        [
+            *("--problems", "gaussian", "--methods", "adjoint", "guidance", "--num-steps", "2", "--depth", "2"),
+            *("--batch", "4", "--batches", "2", "--updates", "2", "--points", "1", "--held-out", "8", "--widest", "3"),
+            *("--seeds", "1"),
+        ],
         8,
     ),
 }

@@ -59,7 +59,11 @@ def test_unbiased_estimators_are_found_unbiased(method, problem, at):
     assert abs(found.squared_bias.mean) < 4 * found.squared_bias.error
     if not method.startswith("score"):
         assert found.bias.error < 0.06 and found.cosine.mean > 0.5
-    assert found.bytes > 0 and found.seconds > 0 and found.evaluations == 8 * (6 if method == "full-backprop" else 9)
+    assert (
+        found.predicted_memory_bytes > 0
+        and found.seconds > 0
+        and found.evaluations == 8 * (6 if method == "full-backprop" else 9)
+    )
 
 
 def test_a_truncated_gradient_is_found_biased_by_what_it_leaves_out(problem, at):

@@ -97,7 +97,7 @@ def measure(problem: Problem, method: str, at: Exact, batch: int, depth: int, no
         variance=(spread / at.squared_norm).item(),
         cosine=mean_and_error(gradients @ at.mean / (lengths * norm)),
         seconds=seconds,
-        bytes=memory.states + memory.activations,
+        predicted_memory_bytes=memory.states + memory.activations,
         evaluations=evaluations,
     )
 

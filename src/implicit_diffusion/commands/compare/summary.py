@@ -17,7 +17,8 @@ class Quality:
         variance: E‖Γ − E Γ‖²/‖g‖², of a gradient of one batch.
         cosine: mean cosine of the angle between Γ and g.
         seconds: of the processor, for one gradient.
-        bytes: states, activations and what trajectories carry back, at the fullest moment; weights are not counted.
+        predicted_memory_bytes: states, activations and what trajectories carry back, at the fullest moment, by
+            `loops.memory`; weights are not counted.
         evaluations: network calls × samples, for one gradient.
     """
 
@@ -28,7 +29,7 @@ class Quality:
     variance: float
     cosine: Estimate
     seconds: float
-    bytes: int
+    predicted_memory_bytes: int
     evaluations: float
 
 

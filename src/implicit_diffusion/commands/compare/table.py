@@ -45,7 +45,7 @@ def _of_gradients(quality: Quality | None) -> tuple[str, ...]:
         number(quality.variance),
         number(*quality.cosine),
         number(1e3 * quality.seconds),
-        number(quality.bytes / 1e6),
+        number(quality.predicted_memory_bytes / 1e6),
         f"{quality.evaluations:.0f}",
     )
 
