@@ -93,7 +93,7 @@ def measure(problem: Problem, method: str, at: Exact, batch: int, depth: int, no
         problem=problem.name,
         method=method,
         bias=mean_and_error(off @ at.mean / at.squared_norm),
-        squared_bias=_jackknifed(off, at.squared_norm),
+        squared_bias=squared_bias(off, at.squared_norm),
         variance=(spread / at.squared_norm).item(),
         cosine=mean_and_error(gradients @ at.mean / (lengths * norm)),
         seconds=seconds,
@@ -133,14 +133,20 @@ def squared_norm_of_mean(values: Float[Tensor, "n parameters"]) -> Float[Tensor,
     return (values @ total - values.square().sum(1)) / (len(values) - 1)
 
 
-def _jackknifed(off: Float[Tensor, "n parameters"], squared_norm: float) -> Estimate:
-    """The squared bias relative to ‖g‖², and the jackknife's standard error of this U-statistic."""
-    n, pairs = len(off), squared_norm_of_mean(off) / squared_norm
-    mean = pairs.mean().item()
-    if n < 3:
-        return Estimate(mean, math.nan)
-    without = (n * mean - 2 * pairs.double()) / (n - 2)  # the statistic when one gradient is left out
-    return Estimate(mean, math.sqrt((n - 1) / n * (without - without.mean()).square().sum().item()))
+def squared_bias(off: Float[Tensor, "n parameters"], squared_norm: float) -> Estimate:
+    """‖E d‖²/‖g‖² without bias, and its standard error.
+
+    The statistic is a mean over pairs, h(d, d′) = ⟨d, d′⟩, whose variance has a part of the first order, zero where
+    there is no bias, and one of the second, v = 2 Var h/(n (n − 1)). The jackknife estimates the first and 2 v, and
+    where d̄ is near zero by chance it is far too small.
+    """
+    n, off = len(off), off.double() / math.sqrt(squared_norm)
+    each = squared_norm_of_mean(off)
+    jackknife = 4 * (n - 1) / n * (each - each.mean()).square().sum().item() / max(n - 2, 1) ** 2
+    centred = off - off.mean(0)
+    products = (centred @ centred.T).square()
+    second = 2 * (products.sum() - products.trace()).item() / (n * (n - 1)) ** 2
+    return Estimate(each.mean().item(), math.sqrt(max(jackknife - second, second)))
 
 
 def _filled(parameter: Tensor) -> Tensor:
