@@ -244,6 +244,21 @@ PUBLIC = {
         {"clip": lambda: 0.2},
         lambda made: made(chain(), objective(), NOISE, 2),
     ),
+    "Surrogate": Call(
+        idf.gradients.Surrogate,
+        {
+            "network": lambda: None,
+            "clip": lambda: 0.2,
+            "pairs": lambda: 8,
+            "steps": lambda: 2,
+            "learning_rate": lambda: 1e-3,
+            "noise": lambda: NOISE,
+        },
+        lambda made: made(chain(), objective(), NOISE, 2),
+    ),
+    "Surrogate.learn": method(
+        idf.gradients.Surrogate, "learn", x=lambda: X, rewards=lambda: X[:, 0], condition=lambda: None
+    ),
     "TruncatedBackprop": Call(
         idf.gradients.TruncatedBackprop,
         {"depth": lambda: 2, "random": lambda: True},

@@ -172,6 +172,7 @@ EXAMPLES = {
     "Estimator": idf.gradients.FullBackprop,
     "RowEstimator": idf.gradients.Adjoint,
     "ScoreFunction": idf.gradients.ScoreFunction,
+    "Surrogate": idf.gradients.Surrogate,
     "TruncatedBackprop": lambda: TruncatedBackprop(3, random=True),
     "RowStates": lambda: idf.gradients.RowStates(DATA[None], [0], [0], NOISE),
     "Pulled": lambda: idf.gradients.Pulled({"adjoint": DATA[None]}, {}, 64),

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.gradients import Adjoint, FullBackprop, ScoreFunction, TruncatedBackprop
+from implicit_diffusion.gradients import Adjoint, FullBackprop, TruncatedBackprop
 from implicit_diffusion.gradients.estimator import TrajectoryResult
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
-from tests.gradients.contract import BATCH, BETA, EstimatorContract, N, RowEstimatorContract, gamma, gammas
-from tests.helpers.chain_loops import Recorder
-from tests.helpers.oracles import affine_chain, exact_terms
+from tests.gradients.contract import BATCH, BETA, EstimatorContract, N, RowEstimatorContract, gamma
+from tests.helpers.oracles import affine_chain
 from tests.helpers.score_function import WithBaseline
 
 
@@ -119,77 +118,9 @@ class TestTruncatedAtRandom(RowEstimatorContract):
         assert [m.get("phase") for m in metrics] == ["filling"] * filling + [None] * (4 * N - filling)
 
 
-class TestScoreFunction(RowEstimatorContract):
-    def make(self):
-        return ScoreFunction()
-
-    def test_black_boxes_are_welcome_and_rows_without_noise_are_not(self):
-        """A loop demands of the reward what its estimator demands, no more."""
-        chain, reward = affine_chain(N, 2)
-        black_box = Reward(lambda x: torch.from_numpy(reward(x).detach().numpy().round()))
-        sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
-        for kind in (Nested, Queue):
-            made = kind(chain, black_box, Update(sgd), batch=BATCH, noise=Noise(0), estimator=self.make())
-            for _ in made.run(2):
-                pass
-            with pytest.raises(InvalidInputError, match=r"reward is not differentiable|reward .*gradient"):
-                kind(chain, black_box, Update(sgd), batch=BATCH, noise=Noise(0))
-        silent, reward = affine_chain(N, 2, noise=False)
-        sgd = torch.optim.SGD(silent.denoiser.parameters(), lr=0.1)
-        with pytest.raises(
-            InvalidInputError, match="ScoreFunction needs noise on every trained row: 6 rows, among them row 5,"
-        ):
-            Nested(silent, Reward(reward), sgd, batch=BATCH, noise=Noise(0), estimator=self.make())
-
-
 class TestWithBaseline(RowEstimatorContract):
     def make(self):
         return WithBaseline()
-
-
-@pytest.fixture(scope="module")
-def score_gradients():
-    """The score function's estimates on independent batches, the mean of a queue's, and the exact gradient."""
-    chain, quadratic = affine_chain(3, 2, pretrained_rows=(2,))
-    for p in chain.denoiser.parameters():
-        p.data += 0.2 * Noise(8).normal(p.shape, p.numel(), dtype=p.dtype)
-    objective, parameters = Reward(quadratic) + BETA * PathKL(), list(chain.denoiser.parameters())
-    nested, queue = (
-        kind(chain, objective, Recorder(parameters, lr=0.0), batch=4000, noise=Noise(5), estimator=ScoreFunction())
-        for kind in (Nested, Queue)
-    )
-    for _ in range(200):
-        nested.step(), queue.step()
-    for _ in queue.drain():
-        pass
-    r, kl, _ = exact_terms(chain, quadratic)
-    exact = torch.cat([g.flatten() for g in torch.autograd.grad(-r + BETA * kl, parameters)])
-    draws = torch.stack(gammas(nested))
-    return draws, sum(gammas(queue)) / queue.injected, exact
-
-
-def z_scores(draws, mean, exact):
-    """Of the mean's projection on the exact gradient, and of every entry; with the projection's relative error."""
-    share, moved = draws @ exact / exact.square().sum(), exact != 0
-    error = share.std() / len(draws) ** 0.5
-    each = (mean - exact)[moved] / (draws.std(0)[moved] / len(draws) ** 0.5)
-    return ((mean @ exact / exact.square().sum() - 1) / error).item(), each.abs().max().item(), error.item()
-
-
-def test_the_score_function_is_unbiased_in_nested_and_queue(score_gradients):
-    draws, through_queue, exact = score_gradients
-    for mean in (draws.mean(0), through_queue):
-        z, each, error = z_scores(draws, mean, exact)
-        assert error < 0.02 / 4  # a 2 % error of Γ would show at 4 σ
-        assert abs(z) < 4 and each < 4.5
-
-
-@pytest.mark.parametrize("factor", [1.02, 0.98, -1.0])
-def test_the_test_sees_wrong_factors(score_gradients, factor):
-    draws, through_queue, exact = score_gradients
-    for mean in (draws.mean(0), through_queue):
-        z, _, _ = z_scores(factor * draws, factor * mean, exact)
-        assert abs(z) > 4
 
 
 @pytest.mark.parametrize("kind", [Nested, Queue])

@@ -6,11 +6,12 @@ from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.gradients import Adjoint, FullBackprop, loss_scaling
+from implicit_diffusion.gradients import Adjoint, AdjointMatching, FullBackprop, ScoreFunction, loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from tests.gradients.surrogate_cases import Fixed, using
 from tests.helpers import tiny
 from tests.helpers.oracles import table
 
@@ -56,8 +57,15 @@ def relative_error(loop, **options):
 
 
 @pytest.mark.parametrize("loop", [Nested, Queue])
-def test_small_adjoints_survive(loop):
-    assert relative_error(loop) < 5e-3
+@pytest.mark.parametrize("estimator", [Adjoint, AdjointMatching, ScoreFunction])
+def test_small_cotangents_survive(loop, estimator):
+    assert relative_error(loop, estimator=estimator()) < 5e-3
+
+
+@pytest.mark.parametrize("loop", [Nested, Queue])
+def test_both_parts_of_a_surrogate_survive(loop):
+    estimator = using(Fixed(lambda x: 0.8 * reward(x)))
+    assert relative_error(loop, estimator=estimator) < 5e-3
 
 
 @pytest.mark.parametrize("loop", [Nested, Queue])

@@ -10,7 +10,7 @@ from torch import nn
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.gradients import loss_scaling
+from implicit_diffusion.gradients import AdjointMatching, ScoreFunction, loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -43,7 +43,7 @@ class Convolution(nn.Module):
         return (y if class_labels is None else y + self.labels(class_labels)[..., None, None],)
 
 
-def build(kind, *, network=None, precision=None, guided=False, pretrained=(N - 1,), **options):
+def build(kind, *, estimator=None, network=None, precision=None, guided=False, pretrained=(N - 1,), **options):
     denoiser = inner = DiffusersDenoiser(network or Convolution()).to(DEVICE)
     condition = None
     if guided:
@@ -55,7 +55,7 @@ def build(kind, *, network=None, precision=None, guided=False, pretrained=(N - 1
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 100)
     update = Update(adam, schedule=schedule, max_grad_norm=1.0, **options)
     objective = Reward(lambda x: x.flatten(1).mean(1)) + PathKL()
-    return kind(chain, objective, update, batch=2, noise=Noise(0))
+    return kind(chain, objective, update, batch=2, noise=Noise(0), estimator=estimator)
 
 
 CASES = {
@@ -66,6 +66,8 @@ CASES = {
     "guidance": {"kind": Queue, "guided": True},
     "an average of the weights": {"kind": Queue, "ema_decay": 0.9},
     "accumulation": {"kind": Nested, "accumulate": 2},
+    "the score function": {"kind": Queue, "estimator": ScoreFunction()},
+    "adjoint matching": {"kind": Queue, "estimator": AdjointMatching()},
 }
 
 

@@ -107,12 +107,8 @@ def pull_back(
         surrogate = (transition.b * adjoint * transition.u).sum() + cost
         further = None if at_fixed_states is None else at_fixed_states(transition)
     through: Tensor | float = 0.0
-    if further is not None and further.requires_grad:
-        # The graph serves both scalars, at the price of one more pass, which stops at x.
-        if loss_scaling.computes_in_float16(chain.denoiser):
-            through = loss_scaling.slope(further, (transition.u, transition.u0), x)
-        else:
-            (through,) = torch.autograd.grad(further, x, retain_graph=True)
+    if further is not None:  # the graph serves both scalars, at the price of one more pass, which stops at x
+        through = loss_scaling.slope_through(chain.denoiser, further, transition, x)
         surrogate = surrogate + further
     loss_scaling.backward_through(chain.denoiser, surrogate, transition, x)
     assert x.grad is not None

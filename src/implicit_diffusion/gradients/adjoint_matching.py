@@ -18,11 +18,11 @@ With c_k the path KL, weighted by β, this is the gradient of the regression of 
 the mean over the batch of half the squared residual, times β. (Domingo-Enrich, Drozdzal, Karrer and Chen, *Adjoint
 Matching*, arXiv 2409.08861.)
 
-*Bias.* Γ is the adjoint's, sample by sample, where u_θ = u_0, as when training begins; and it is unbiased where every
-trained row is the best function of x_k there is: then E[λ̃_k | x_k] = E[λ_k | x_k] by induction from the end. In between,
-and where the network is too small to reach that point, it is biased by what it leaves out. The point where it comes to
-rest is the optimum of J itself, for every chain with noise; whether that optimum makes the outputs π_0 e^{R/β} is another
-matter, which asks for a memoryless chain, whose x_N does not depend on x_0.
+*Bias.* Γ is the adjoint's, sample by sample, where u_θ = u_0, as when training begins. It is unbiased where every
+trained row is the best function of x_k there is: then E[λ̃_k | x_k] = E[λ_k | x_k], by induction from the end. In
+between, and where the network is too small to reach that point, it is biased by what it leaves out. So it comes to rest
+at the optimum of J itself, on every chain with noise. Whether that optimum makes the outputs π_0 e^{R/β} is another
+matter: for that the chain must be memoryless, x_N independent of x_0 (`evaluation.memory_of_start` measures it).
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ from implicit_diffusion.samplers.chain import Chain
 class AdjointMatching(Adjoint):
     """∇ℓ by the lean adjoint, over all rows. Needs the gradient of the reward; biased away from start and optimum.
 
-    Each call evaluates u_0 as well as u_θ, so that without a running cost it costs more than `Adjoint`. Whether a chain
-    is memoryless, `evaluation.memory_of_start` measures; on others the optimum is tilted given x_0, as that of every
-    estimator.
+    Each call evaluates u_0 as well as u_θ: without a running cost it costs more than `Adjoint`.
     """
 
     def check(self, chain: Chain, objective: Objective, end: Particles) -> None:
@@ -59,9 +57,9 @@ class AdjointMatching(Adjoint):
             u = chain.transition(x, chain.trained_rows[:1] or [0], reference=True, held=True, condition=condition).u0
         if u is None or not u.requires_grad:
             raise InvalidInputError(
-                "AdjointMatching differentiates the pretrained network in the states, and the chain's reference returns "
-                "a result without gradient history, as after .detach() or torch.no_grad(); return it with its history, "
-                "or use Adjoint"
+                "AdjointMatching differentiates the pretrained network in the states, and the chain's reference "
+                "returns a result without a gradient, as after .detach() or torch.no_grad(); return it with its "
+                "gradient, or use Adjoint"
             )
 
     def pull(self, chain: Chain, objective: Objective, at: RowStates, carry: Carry) -> Pulled:

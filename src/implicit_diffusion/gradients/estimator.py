@@ -83,14 +83,14 @@ class Pulled(NamedTuple):
         carry: what every slot carries before its row k; each entry (slots, batch, ...).
         costs: the mean of every running cost over this process's samples on every slot, unweighted, by name.
         evaluations: network calls × samples that were made.
-        measured: what the estimator tells about itself besides, by name: one number per trained slot, a mean over this
-            process's samples. Metrics show the mean over all of them.
+        measured: what else the call has to tell, by name: on every slot a mean over this process's samples, zero where
+            the row is not trained. Metrics show the mean over the trained ones.
     """
 
     carry: Carry
     costs: dict[str, Float[Tensor, " slots"]]
     evaluations: int
-    measured: Mapping[str, Float[Tensor, " trained"]] = MappingProxyType({})
+    measured: Mapping[str, Float[Tensor, " slots"]] = MappingProxyType({})
 
     def __repr__(self) -> str:
         return of_tuple(self)
@@ -102,7 +102,7 @@ class TrajectoryResult(NamedTuple):
     Args:
         values: of every term whose value is known, unweighted, by name; running costs summed over the rows.
         evaluations: network calls × samples that were made.
-        measured: what the estimator tells about itself besides, by name: means over the trained rows.
+        measured: what else the calls had to tell, by name: means over the trained rows.
     """
 
     values: dict[str, Float[Tensor, ""]]
@@ -236,29 +236,38 @@ class RowEstimator(Estimator):
                 carry, values = self.turn(objective, chain.endpoint(x, noise, index))
             carry = {name: part[None] for name, part in carry.items()}
             costs: dict[str, Tensor] = {}
-            measured: dict[str, list[Tensor]] = {}
+            measured: dict[str, Tensor] = {}
             last = min(set(rows) - chain.pretrained_rows, default=None)  # in the order of the way back
             for row in reversed(rows):
                 at = RowStates(states.pop(row), [row], [index], noise, condition)
                 with gradient_sync(chain.denoiser, row == last):
                     pulled = self.pull(chain, objective, at, carry)
                 carry, evaluations = pulled.carry, evaluations + pulled.evaluations
-                for name, cost in pulled.costs.items():
-                    costs[name] = costs.get(name, 0) + cost.sum()
-                for name, numbers in pulled.measured.items():
-                    measured.setdefault(name, []).append(numbers)
-        costs, means = averaged(costs if len(rows) == chain.num_steps else {}, measured)
+                add_up(costs, pulled.costs)
+                add_up(measured, pulled.measured)
+        trained = len(set(rows) - chain.pretrained_rows)
+        costs, means = averaged(costs if len(rows) == chain.num_steps else {}, measured, trained)
         return TrajectoryResult(values | costs, evaluations, means)
 
 
+def add_up(totals: dict[str, Float[Tensor, ""]], by_slot: Mapping[str, Float[Tensor, " slots"]]) -> None:
+    """Add the numbers of a call's slots to the totals of their names."""
+    for name, numbers in by_slot.items():
+        totals[name] = totals.get(name, 0) + numbers.sum()
+
+
 def averaged(
-    costs: Mapping[str, Float[Tensor, ""]], measured: Mapping[str, Sequence[Float[Tensor, " trained"]]] | None = None
+    costs: Mapping[str, Float[Tensor, ""]],
+    measured: Mapping[str, Float[Tensor, ""]] = MappingProxyType({}),
+    trained: int = 0,
 ) -> tuple[dict[str, Float[Tensor, ""]], dict[str, Float[Tensor, ""]]]:
-    """Means over all processes, in one call: of costs that each has for its own samples, and of what calls measured."""
-    own = list(costs.values()) + [torch.cat(list(each)).mean() for each in (measured or {}).values()]
+    """The means over all processes of costs that each has for its own samples, and of what calls measured on `trained`
+    trained rows in all; in one call.
+    """
+    own = [*costs.values(), *(total / trained for total in measured.values())]
     if own and processes.count() > 1:
         own = list(processes.mean(torch.stack(own)))
-    return dict(zip(costs, own)), dict(zip(measured or {}, own[len(costs) :]))
+    return dict(zip(costs, own)), dict(zip(measured, own[len(costs) :]))
 
 
 def check_rows(estimator: Estimator, chain: Chain, rows: range) -> None:

@@ -81,9 +81,11 @@ def backward(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None],
             hook.remove()
 
 
-def slope(surrogate: Float[Tensor, ""], predictions: Iterable[Tensor | None], x: Tensor) -> Tensor:
-    """∇_x surrogate with float16 in between; the graph is kept. Arguments as in `backward`."""
-    factor = _factor(surrogate, predictions)
+def slope_through(denoiser: object, surrogate: Float[Tensor, ""], transition: Transition, x: Tensor) -> Tensor:
+    """∇_x surrogate alone, scaled where the network computes in float16; the graph is kept. Arguments as above."""
+    factor = torch.ones_like(surrogate)
+    if computes_in_float16(denoiser):
+        factor = _factor(surrogate, (transition.u, transition.u0))
     return torch.autograd.grad(surrogate, x, factor, retain_graph=True)[0] / factor
 
 

@@ -111,8 +111,7 @@ class ScoreFunction(RowEstimator):
                 go = go + weight * cost.detach()
         if total.requires_grad:  # not where all rows keep the pretrained network
             loss_scaling.backward_through(chain.denoiser, total, transition)
-        trained = transition.trained.flatten()
-        measured = {"clipped": clipped.to(go.dtype).mean(1)[trained]} if trained.any() else {}
+        measured = {"clipped": clipped.to(go.dtype).mean(1)}
         return Pulled({**carry, "go": go, "after": x}, costs, transition.evaluations, measured)
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
@@ -178,16 +177,13 @@ def leave_one_out(
         go: costs to go of this process's samples.
         group: their conditions, from `groups`; all the same where None.
     """
+    batch = go.shape[1] * processes.count()
     if group is None:
-        total, count = processes.total(go.sum(1, keepdim=True)), go.new_tensor(go.shape[1] * processes.count())
-    else:
-        everyone, of = processes.gathered(torch.stack([go, group.to(go.dtype)]), -1)
-        same = group[:, :, None] == of[:, None, :]
-        count, total = same.sum(-1), torch.where(same, everyone[:, None, :], 0).sum(-1)
-        alone = count == 1
-        total = torch.where(alone, everyone.sum(1, keepdim=True), total)
-        count = torch.where(alone, everyone.shape[1], count)
-    return go - (total - go) / (count - 1).clamp(min=1)
+        return go - (processes.total(go.sum(1, keepdim=True)) - go) / max(batch - 1, 1)
+    everyone, of = processes.gathered(torch.stack([go, group.to(go.dtype)]), -1)
+    same = group[:, :, None] == of[:, None, :]
+    same = same | (same.sum(-1, keepdim=True) == 1)
+    return go - (torch.where(same, everyone[:, None, :], 0).sum(-1) - go) / (same.sum(-1) - 1).clamp(min=1)
 
 
 def log_ratio(

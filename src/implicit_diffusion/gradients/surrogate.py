@@ -36,12 +36,25 @@ from implicit_diffusion.errors import InvalidInputError, check_integer, check_nu
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.adjoint import pull_back
 from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
-from implicit_diffusion.gradients.footprint import Footprint, bytes_of, row_activations, saved_per_sample
+from implicit_diffusion.gradients.footprint import (
+    Footprint,
+    bytes_of,
+    row_activations,
+    saved_per_sample,
+    variation_activations,
+)
+from implicit_diffusion.gradients.score_function import (
+    check_noise,
+    clipped_objective,
+    groups,
+    leave_one_out,
+    log_ratio,
+    terminal_costs,
+)
 from implicit_diffusion.gradients.surrogate_network import RewardNetwork, check_network, predicted
-from implicit_diffusion.gradients.surrogate_regression import MINIBATCH, Regression
+from implicit_diffusion.gradients.surrogate_regression import MINIBATCH, Regression, kind_of
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
-from implicit_diffusion.objectives.variation import Density
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.tables.transition import Transition
@@ -57,7 +70,8 @@ class Surrogate(RowEstimator):
 
         surrogate = Surrogate()
         surrogate.learn(samples, rewards)  # of the pretrained chain
-        loop = Queue(chain, Reward(black_box) + 0.1 * PathKL(), optimizer, batch=16, noise=Noise(0), estimator=surrogate)
+        objective = Reward(black_box) + 0.1 * PathKL()
+        loop = Queue(chain, objective, optimizer, batch=16, noise=Noise(0), estimator=surrogate)
 
     Args:
         network: R̂, from samples of shape (n, *event) to (n,) or (n, 1), trained in place. If it has two arguments, the
@@ -86,10 +100,12 @@ class Surrogate(RowEstimator):
         noise: Noise | None = None,
     ) -> None:
         if network is not None:
-            check_type("network", network, nn.Module, "use a module from (n, *event) to (n,), or None for one that fits")
+            check_type(
+                "network", network, nn.Module, "use a module from (n, *event) to (n,), or None for one that fits"
+            )
         self.clip = None if clip is None else check_number("clip", clip, 0, 1, note=", or None")
         self.pairs, self.steps = check_integer("pairs", pairs, 2), check_integer("steps", steps)
-        self.learning_rate = check_number("learning_rate", learning_rate, 0)
+        self.learning_rate = check_number("learning_rate", learning_rate, 0, 1)
         self.noise = Noise(0) if noise is None else noise
         check_type("noise", self.noise, Noise, "use Noise(0), for example")
         self.network = network
@@ -106,19 +122,8 @@ class Surrogate(RowEstimator):
 
     def check(self, chain: Chain, objective: Objective, end: Particles) -> None:
         """Raise `InvalidInputError` where a trained row has no noise, or where R̂ cannot be trained on such samples."""
-        bad = [row for row in chain.trained_rows if row in chain.table.noiseless()]
-        if bad:
-            raise InvalidInputError(f"Surrogate needs noise on every trained row, but row {bad[0]} has none")
-        held = None if self.regression is None else self.regression.buffer.get("x")
-        if held is not None and (held.shape[1:], held.dtype, held.device) != (end.x.shape[1:], end.x.dtype, end.x.device):
-            raise InvalidInputError(
-                f"the surrogate has learned from samples of shape {tuple(held.shape[1:])} in {held.dtype} on "
-                f"{held.device}, but those of this chain have shape {tuple(end.x.shape[1:])} in {end.x.dtype} on "
-                f"{end.x.device}; make a new Surrogate"
-            )
-        if self.network is not None:
-            check_network(self.network, end.x, end.condition)
-        self._begun(end.x)
+        check_noise(chain, "Surrogate")
+        self._checked(end.x, end.condition)
 
     def learn(
         self,
@@ -139,50 +144,61 @@ class Surrogate(RowEstimator):
         """
         check_tensor("x", x, "n *event", finite=True)
         check_tensor("rewards", rewards, "n", finite=True)
-        entries = {} if condition is None else dict(condition)
-        for name, part in {"rewards": rewards, **entries}.items():
-            if not isinstance(part, Tensor) or part.shape[:1] != x.shape[:1]:
-                raise InvalidInputError(f"{name} must have one entry for each of {len(x)} samples, got {shown(part)}")
-        if self.network is not None:
-            check_network(self.network, x[:2], condition)
-        regression = self._begun(x)
+        if condition is not None:
+            check_type("condition", condition, Mapping, "it maps names to tensors with leading dimension n")
+        entries = {} if condition is None else {str(name): entry for name, entry in condition.items()}
+        for name, entry in {"rewards": rewards, **entries}.items():
+            if not isinstance(entry, Tensor) or entry.shape[:1] != x.shape[:1]:
+                raise InvalidInputError(f"{name} must have one entry for each of {len(x)} samples, got {shown(entry)}")
+        regression = self._checked(x, entries or None)
         for first in range(0, len(x), CHUNK):
             part = slice(first, first + CHUNK)
             given = {name: entry[part] for name, entry in entries.items()} or None
             regression.learn(x[part].detach(), rewards[part].detach().to(x), given)
 
     def turn(self, objective: Objective, end: Particles) -> tuple[Carry, dict[str, Float[Tensor, ""]]]:
-        """λ_N of α R̂ and the advantage A of the rest, fixed under the R̂ of earlier trajectories; then R̂ learns this one.
+        """λ_N of α R̂ and the advantage A of the rest, under the R̂ of earlier trajectories; then R̂ learns this one too.
 
         Every process sees the whole batch here, and fits the same.
         """
         costs, values = terminal_costs(objective, end)
         whole, rewards = end.whole(), -processes.gathered(costs)
-        regression, batch = self._begun(whole.x), len(rewards)
+        regression, batch = self.regression or self._checked(whole.x, whole.condition), len(rewards)
         with processes.alone(), torch.enable_grad():
             x = whole.x.detach().requires_grad_()
             guess = regression(x, whole.condition)
             (slope,) = torch.autograd.grad(guess.sum(), x)
-        share = regression.share
-        advantage = less_the_others(share * guess.detach() - rewards)
-        if rewards.isfinite().all():  # the loop stops where they are not
-            regression.learn(whole.x.detach(), rewards, whole.condition)
-        carry = {"adjoint": processes.share(-share * slope / batch), "advantage": processes.share(advantage / batch)}
+            rest = regression.share * guess.detach() - rewards
+            group = groups(whole.condition)
+            advantage = leave_one_out(rest[None], None if group is None else group[None])[0]
+            adjoint = -regression.share * slope / batch
+            if rewards.isfinite().all():  # where they are not, the loop stops
+                regression.learn(whole.x, rewards, whole.condition)
+        carry = {"adjoint": processes.share(adjoint), "advantage": processes.share(advantage / batch)}
         return {**carry, "after": end.x}, values
 
     def pull(self, chain: Chain, objective: Objective, at: RowStates, carry: Carry) -> Pulled:
         """λ_k from λ_{k+1}, with the score function's part of Γ; see `pull_back`."""
-        xi = at.innovation(chain)
+        xi, measured = at.innovation(chain), {}
 
         def score(transition: Transition) -> Tensor:
-            assert xi is not None
-            return clipped(log_ratio(transition, carry["after"], xi), carry["advantage"], self.clip).sum()
+            log_rho = log_ratio(transition, carry["after"], xi)
+            ratio_times_advantage, clipped = clipped_objective(log_rho, carry["advantage"], self.clip)
+            trained = transition.trained.flatten()
+            measured["clipped"] = clipped.to(at.x.dtype).mean(1)[trained]
+            measured["surrogate_explained"] = torch.full_like(measured["clipped"], self.explained)
+            return ratio_times_advantage.sum()
 
         trains = not chain.pretrained_rows.issuperset(at.rows)
         adjoint, costs, evaluations = pull_back(
             chain, objective, at.x, at.rows, carry["adjoint"], at.condition, score if trains else None
         )
-        return Pulled({**carry, "adjoint": adjoint, "after": at.x}, costs, evaluations)
+        return Pulled({**carry, "adjoint": adjoint, "after": at.x}, costs, evaluations, measured)
+
+    @property
+    def explained(self) -> float:
+        """The share of the variance of the rewards that R̂ explained, as far as it is used, on pairs new to it."""
+        return 0.0 if self.regression is None else self.regression.explained
 
     def memory(self, chain: Chain, objective: Objective, noise: Noise) -> Footprint:
         """An adjoint, a state and an advantage per sample, the activations of a single row, and R̂ with its pairs."""
@@ -199,7 +215,7 @@ class Surrogate(RowEstimator):
         weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in network.parameters())  # gradient, two moments
         return Footprint(
             carry=2 * event + number,
-            turn=processes.world_size() * (event + activations),
+            turn=variation_activations(chain, objective, noise) + processes.world_size() * (event + activations),
             pull=row + recomputed,
             kept=weights + self.pairs * (event + number) + MINIBATCH * activations,
         )
@@ -221,6 +237,16 @@ class Surrogate(RowEstimator):
     def _own(self, event_shape: Sequence[int]) -> RewardNetwork:
         return RewardNetwork(event_shape, self.noise.stream(0))
 
+    def _checked(self, x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None) -> Regression:
+        """The regression, if it can be trained on samples of this kind, under such a condition."""
+        held = None if self.regression is None else self.regression.kind
+        given = kind_of(x, condition)
+        if held is not None and held != given:
+            raise InvalidInputError(f"the surrogate has learned from {held}, and now there are {given}; make a new one")
+        if self.network is not None:
+            check_network(self.network, x[:2], condition)
+        return self._begun(x)
+
     def _begun(self, x: Float[Tensor, "n *event"]) -> Regression:
         """The regression on samples of this kind, built when the first are seen."""
         if self.regression is None:
@@ -234,42 +260,3 @@ class Surrogate(RowEstimator):
                 learning_rate=self.learning_rate,
             )
         return self.regression
-
-
-def terminal_costs(
-    objective: Objective, end: Particles
-) -> tuple[Float[Tensor, " batch"], dict[str, Float[Tensor, ""]]]:
-    """Σ_j w_j F′_j at each sample, −Σ_j w_j R_j for rewards, and the terminal terms' values by name."""
-    energy = end.x.new_zeros(len(end.x))
-    total, values = energy, {}
-    for weight, term in objective.terminal:
-        variation = term.shared_variation(end, Density(energy))
-        assert variation.function is not None and variation.value is not None
-        values[term.name] = variation.value
-        if weight != 0:
-            total = total + weight * variation.function
-    return total, values
-
-
-def less_the_others(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Each value less the mean of the others."""
-    return (values - values.mean()) * (len(values) / (len(values) - 1)) if len(values) > 1 else values
-
-
-def log_ratio(
-    transition: Transition, after: Float[Tensor, "slots batch *event"], xi: Float[Tensor, "slots batch *event"]
-) -> Float[Tensor, "slots batch"]:
-    """log ρ = ⟨D, ξ⟩/s − ‖D‖²/2s² with D = mean_θ − (x_{k+1} − s ξ); zero on rows that keep the pretrained network."""
-    moved = transition.mean - (after - transition.s * xi)
-    moved = torch.where(transition.trained, moved / transition.s, 0)
-    return (moved * xi - moved.square() / 2).flatten(2).sum(-1)
-
-
-def clipped(
-    log_ratio: Float[Tensor, "slots batch"], advantage: Float[Tensor, "slots batch"], clip: float | None
-) -> Float[Tensor, "slots batch"]:
-    """ρ A, which is minimised; without a gradient where ρ has left [1 − ε, 1 + ε] in the direction that lowers it."""
-    ratio = log_ratio.exp()
-    if clip is None:
-        return ratio * advantage
-    return torch.maximum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)

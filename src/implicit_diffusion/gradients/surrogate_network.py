@@ -1,4 +1,4 @@
-"""R̂, the network that stands in for a reward without a gradient: the one that a surrogate brings along, and checks of any.
+"""R̂, the network in place of a reward without a gradient: the one that a surrogate brings along, and checks of any.
 
     R̂(x, c) = w_c · h(z) + v · z + d_c,        w_c = w + W[c],        z = (x − shift)/scale
 
@@ -90,9 +90,7 @@ def predicted(
     return scores_of(network(x, condition) if sees else network(x), x)
 
 
-def check_network(
-    network: nn.Module, x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None
-) -> None:
+def check_network(network: nn.Module, x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None) -> None:
     """Try a network of the user's own on a few samples.
 
     Raises:
@@ -134,9 +132,9 @@ def _features(event: Sequence[int], noise: Noise) -> nn.Sequential:
         if math.prod(event) > LARGEST:
             raise InvalidInputError(
                 f"network: the surrogate's own reads vectors of up to {LARGEST} numbers or images (channels, height, "
-                f"width), and events have the shape {tuple(event)}; pass a network of your own, from (n, *event) to (n,)"
+                f"width), not events of shape {tuple(event)}; pass a network of your own, from (n, *event) to (n,)"
             )
-        return nn.Sequential(nn.Flatten(), *mlp(math.prod(event), noise, width=FEATURES, depth=2)[:-1])
+        return nn.Sequential(nn.Flatten(), mlp(math.prod(event), noise, width=FEATURES, depth=2)[:-1])
     channels, *sides = event
     generator = noise.generator(0)
     layers: list[nn.Module] = [_conv(channels, WIDTH, 1, generator), nn.SiLU()]
@@ -146,7 +144,7 @@ def _features(event: Sequence[int], noise: Noise) -> nn.Sequential:
         layers += [_conv(width, wider, 2, generator), nn.SiLU()]
         width = wider
     head = mlp(width * math.prod(sides), noise.stream(1), width=FEATURES, depth=1)[:-1]
-    return nn.Sequential(*layers, nn.Flatten(), *head)
+    return nn.Sequential(*layers, nn.Flatten(), head)
 
 
 def _conv(channels: int, out: int, stride: int, generator: torch.Generator) -> nn.Conv2d:

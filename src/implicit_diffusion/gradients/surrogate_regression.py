@@ -9,9 +9,9 @@ Every batch of pairs is first predicted, then learned:
 Rewards are standardised by those in the buffer, so that R̂ = mean + deviation · network.
 
 **The share that is used.** A surrogate writes R = α R̂ + (R − α R̂), and any α fixed in advance leaves the gradient
-unbiased. With r and p for R and R̂ less their means over a batch, the rest has the least variance at the regression
-coefficient S_rp/S_pp, from sums over earlier batches in which the past fades. Known from n pairs, it has the squared
-standard error e² = (S_rr/S_pp − (S_rp/S_pp)²)/n, by which it is shrunk (James and Stein):
+unbiased. Let r and p be R and R̂ less their means over the other samples of a batch. The rest has the least variance at
+the regression coefficient S_rp/S_pp, from sums over earlier batches in which the past fades. Known from n pairs, it has
+the squared standard error e² = (S_rr/S_pp − (S_rp/S_pp)²)/n, by which it is shrunk (James and Stein):
 
     α = (S_rp/S_pp) · max(0, 1 − e² (S_pp/S_rp)²), at most 1, and 0 where S_rp ≤ 0
 
@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.frozen import eval_mode, load_trained_state, trained_state
+from implicit_diffusion.gradients.score_function import groups, leave_one_out
 from implicit_diffusion.gradients.surrogate_network import RewardNetwork, predicted
 from implicit_diffusion.noise import Noise
 
@@ -67,6 +68,11 @@ class Regression:
             return mean + deviation * predicted(self.network, x, condition)
 
     @property
+    def kind(self) -> str | None:
+        """Of which kind the samples are that it has learned from, in words; None before there are any."""
+        return kind_of(self.buffer["x"], _condition(self.buffer)) if self.seen else None
+
+    @property
     def share(self) -> float:
         """α."""
         n, rr, rp, pp = self.measured.tolist()
@@ -82,13 +88,13 @@ class Regression:
         """Measure R̂ on pairs that it has not seen, then fit it to these as well."""
         with torch.no_grad():
             if self.fits:
-                self._measure(self(x, condition), rewards)
+                self._measure(self(x, condition), rewards, groups(condition))
             self._add({"x": x, "rewards": rewards} | _prefixed(condition))
         self._fit()
 
-    def _measure(self, prediction: Tensor, rewards: Tensor) -> None:
-        n = len(rewards)
-        r, p = (v.double() - v.double().mean() for v in (rewards, prediction))
+    def _measure(self, prediction: Tensor, rewards: Tensor, group: Tensor | None) -> None:
+        n, both = len(rewards), torch.stack([rewards, prediction]).double()
+        r, p = leave_one_out(both, None if group is None else group.expand(2, n))
         self.measured *= max(0.0, 1 - n / MEMORY)
         self.measured += torch.stack([r.new_tensor(n - 1), r @ r, r @ p, p @ p]).cpu()
 
@@ -161,3 +167,10 @@ def _prefixed(condition: Condition) -> dict[str, Tensor]:
 def _condition(pairs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     inside = {name.removeprefix(CONDITION): p for name, p in pairs.items() if name.startswith(CONDITION)}
     return inside or None
+
+
+def kind_of(x: Float[Tensor, "n *event"], condition: Condition) -> str:
+    """Shapes, precision and device of samples and of their condition, in words."""
+    words = f"samples of shape {tuple(x.shape[1:])} in {x.dtype} on {x.device}"
+    entries = [f"{name} of shape {tuple(entry.shape[1:])}" for name, entry in sorted((condition or {}).items())]
+    return f"{words} under {', '.join(entries)}" if entries else words

@@ -30,7 +30,15 @@ from implicit_diffusion import processes
 from implicit_diffusion.denoisers.sharded import gradient_sync
 from implicit_diffusion.errors import check_integer
 from implicit_diffusion.gradients import Estimator
-from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates, averaged, require_rows
+from implicit_diffusion.gradients.estimator import (
+    Carry,
+    Pulled,
+    RowEstimator,
+    RowStates,
+    add_up,
+    averaged,
+    require_rows,
+)
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.timetable import Timetable, injects
 from implicit_diffusion.loops.update import Update
@@ -125,9 +133,9 @@ class Queue(ChainLoop):
         watched: list[Tensor] = []
         info: dict[str, Any] = {}
         arrived: dict[str, Tensor] = {}
-        costs: dict[str, list[Tensor]] = {}
-        measured: dict[str, list[Tensor]] = {}
-        pulled: set[int] = set()
+        costs: dict[str, Tensor] = {}
+        measured: dict[str, Tensor] = {}
+        pulled: list[int] = []
         with self.chain.evaluating():
             for call in range(self.stride):
                 states, values = self._advance(call)
@@ -140,21 +148,19 @@ class Queue(ChainLoop):
                 with gradient_sync(self.chain.denoiser, call == last):
                     rows, made = self._pull(call)
                 watched += made.carry.values()
-                pulled.update(rows)
-                for name, cost in made.costs.items():
-                    costs.setdefault(name, []).append(cost.sum())
-                for name, numbers in made.measured.items():
-                    measured.setdefault(name, []).append(numbers)
+                pulled += rows
+                add_up(costs, made.costs)
+                add_up(measured, made.measured)
             full = {slot.stage for slot in self.slots}.issuperset(self.timetable.back)
             for slot in self.slots:
                 slot.stage += 1
-            if not pulled <= self.chain.pretrained_rows:
+            if trained := len([row for row in pulled if row not in self.chain.pretrained_rows]):
                 watched += self.values.values()
                 info = self.update.step(watched, lambda: self._why(self._diagnose(), self.values))
                 info |= {"staleness_mean": sum(ages) / len(ages), "staleness_max": max(ages)}
         self._retire()
-        every = len(pulled) == self.chain.num_steps
-        sums, means = averaged({name: torch.stack(cost).sum() for name, cost in costs.items() if every}, measured)
+        every = len(set(pulled)) == self.chain.num_steps
+        sums, means = averaged(costs if every else {}, measured if trained else {}, trained)
         phase = {"phase": "draining"} if not inject else {} if full else {"phase": "filling"}
         return self._metrics(arrived | sums) | means | info | phase
 
