@@ -193,17 +193,41 @@ def _listing(folder: Path) -> str:
 def _from_hub(hub_id: str) -> Checkpoint:
     """The checkpoint from the local cache if it is complete there, otherwise from the hub."""
     require("huggingface_hub")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return inspect_folder(Path(snapshot_download(hub_id, local_files_only=True)))
     except (LocalEntryNotFoundError, InvalidInputError):
         pass  # not in the cache, or not completely
 
+    names = names_on_hub(hub_id, "give the folder, or use 'digits'")
+    if INDEX not in names:
+        raise InvalidInputError(f"model: {hub_id!r} is not a diffusers pipeline: it holds {listing(names)}.")
+    family, index = _read_index(Path(snapshot_download(hub_id, allow_patterns=[INDEX])))
+    try:
+        wanted = [INDEX, CHAIN, *_wanted(hub_id, family, _parts(index), names)]
+    except InvalidInputError as error:
+        raise InvalidInputError(f"model: {error}") from error
+    return inspect_folder(Path(snapshot_download(hub_id, allow_patterns=wanted)))
+
+
+def names_on_hub(hub_id: str, then: str) -> set[str]:
+    """The files of a repository on the hub.
+
+    Args:
+        hub_id: owner/name.
+        then: what to do once it has been downloaded elsewhere, for messages.
+
+    Raises:
+        InvalidInputError: there is no such repository, or no answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     advice = (
         f"There is no folder {hub_id!r} here, and it is not in the local cache of the hub. Download it where there is "
-        f"a network (`hf download {hub_id} --local-dir FOLDER`) and give the folder, or use 'digits'."
+        f"a network (`hf download {hub_id} --local-dir FOLDER`) and {then}."
     )
     try:
         # This request is not repeated; the downloads below are, with growing pauses.
@@ -213,15 +237,7 @@ def _from_hub(hub_id: str) -> Checkpoint:
     except Exception as error:  # the HTTP libraries have errors of their own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         raise InvalidInputError(f"model: {hub_id!r} cannot be reached on the hub ({reason}). {advice}") from error
-    names = {sibling.rfilename for sibling in siblings}
-    if INDEX not in names:
-        raise InvalidInputError(f"model: {hub_id!r} is not a diffusers pipeline: it holds {listing(names)}.")
-    family, index = _read_index(Path(snapshot_download(hub_id, allow_patterns=[INDEX])))
-    try:
-        wanted = [INDEX, CHAIN, *_wanted(hub_id, family, _parts(index), names)]
-    except InvalidInputError as error:
-        raise InvalidInputError(f"model: {error}") from error
-    return inspect_folder(Path(snapshot_download(hub_id, allow_patterns=wanted)))
+    return {sibling.rfilename for sibling in siblings}
 
 
 def _wanted(hub_id: str, family: PipelineFamily, parts: dict[str, tuple[str, str]], names: set[str]) -> Iterator[str]:

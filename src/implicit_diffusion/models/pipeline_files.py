@@ -52,9 +52,13 @@ def needed(part: str, library: str, names: Collection[str]) -> list[str]:
     """
     if part == "scheduler":
         return ["scheduler_config.json"]
-    if part.startswith("tokenizer") or part == "feature_extractor":
+    if _consists_of_tables(part):
         return sorted(name for name in names if name.endswith(TABLES))
     return ["config.json", *weights(library, names)]
+
+
+def _consists_of_tables(part: str) -> bool:
+    return part.startswith("tokenizer") or part == "feature_extractor"
 
 
 def weights(library: str, names: Collection[str]) -> list[str]:
@@ -96,7 +100,7 @@ def located(folder: Path, place: Path, part: str, library: str, *, linked: bool 
         either = ", or ".join(" and ".join(sorted(one)) for one in VOCABULARIES)
         raise InvalidInputError(f"{place} has no vocabulary ({either}); it holds {listing(names)}")
     paths = {name: inside(folder, place / name, linked=linked) for name in files}
-    if files[0] != "config.json":
+    if files[0] != "config.json" or _consists_of_tables(part):
         sources: dict[str, Source] = dict(paths)
         if TOKENIZER in paths:
             sources[TOKENIZER] = without_places(paths[TOKENIZER])

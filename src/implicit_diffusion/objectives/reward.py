@@ -17,7 +17,7 @@ from implicit_diffusion.objectives.attributes import changed, check_name
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.objectives.variation import Density, FirstVariation
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.reward_values import scores_of, takes_condition
+from implicit_diffusion.reward_values import given_as, of_tensors, scores_of, takes_condition
 from implicit_diffusion.showing import brief
 
 
@@ -28,14 +28,17 @@ class Reward(TerminalObjective):
 
     Args:
         function: R, any callable from samples of shape (n, *event) to rewards of shape (n,), in the samples' dtype, or
-            in another form that `reward_values.scores_of` reads: a column (n, 1), a pair (scores, info), a dict. Each
-            reward depends on its own sample alone. A function of two arguments, R(x, condition), also receives what the
-            samples were sampled under: tensors by name, as the denoiser receives them.
+            in another form that `reward_values.scores_of` reads: a column (n, 1), a list, an array, a pair
+            (scores, info), a dict. Each reward depends on its own sample alone. A function of two arguments,
+            R(x, condition), also receives what the samples were sampled under: tensors by name, as the denoiser
+            receives them. A function whose first argument is annotated as `list[PIL.Image.Image]` or `np.ndarray`
+            is called with that (see `reward_values`), and has no gradient.
         name: under which metrics report it.
         checked: whether `probe` has accepted it already, so that checks need not call it so often, nor warn again.
 
     Raises:
-        InvalidInputError: something other than a function of one argument or two, or an empty name.
+        InvalidInputError: something other than a function of one argument or two, an annotation of its first argument
+            that is no form of a batch, or an empty name.
     """
 
     separable = True
@@ -45,17 +48,24 @@ class Reward(TerminalObjective):
             make = f"; use an instance of it, {function.__name__}(...)" if isinstance(function, type) else ""
             raise InvalidInputError(f"reward must be a function of samples, got {shown(function)}{make}")
         self.function, self.name, self.conditional = function, check_name(name), takes_condition(function)
+        self._of_tensors = of_tensors(function)
         self.checked = checked
 
     def as_checked(self) -> Reward:
         """The same reward for callers that have checked it."""
         return changed(self, checked=True)
 
+    @property
+    def given_as(self) -> str | None:
+        """What the function is given in place of tensors, such as "NumPy arrays"; None where it is given tensors."""
+        return given_as(self._of_tensors)
+
     def networks(self) -> Iterable[nn.Module]:
         return modules_in(self.function)
 
     def _words(self) -> Iterable[str]:
-        return (f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional)
+        words = [f"function={brief(self.function)}", f"name={self.name!r}", *["conditional"] * self.conditional]
+        return words if self.given_as is None else [*words, f"given {self.given_as}"]
 
     def of(self, particles: Particles) -> Shaped[Tensor, " n"]:
         """R at the particles: R(x), or R(x, condition) for a function of two arguments.
@@ -65,14 +75,14 @@ class Reward(TerminalObjective):
                 number per sample.
         """
         if not self.conditional:
-            return scores_of(self.function(particles.x), particles.x)
+            return scores_of(self._of_tensors(particles.x), particles.x)
         if particles.condition is None:
             raise InvalidInputError(
                 "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), but "
                 "these samples come without a condition; use a reward of the samples alone, or a model (in Python, a "
                 "chain) that is sampled under one"
             )
-        return scores_of(self.function(particles.x, particles.condition), particles.x)
+        return scores_of(self._of_tensors(particles.x, particles.condition), particles.x)
 
     def finite_values(self, particles: Particles) -> Float[Tensor, " n"]:
         """R at samples, as floating-point numbers; it need not be differentiable.
@@ -130,6 +140,12 @@ class Reward(TerminalObjective):
             with warnings.catch_warnings():  # of float(tensor): its advice, .detach(), is refused below
                 warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
                 reward = self.of(Particles(x, condition=particles.condition))
+            if self.given_as is not None:
+                raise InvalidInputError(
+                    f"reward is called with {self.given_as}, as the annotation of its first argument asks for, and has "
+                    "no gradient there, which fine-tuning would follow here; use an estimator of the gradient that "
+                    "needs none of the reward, or write it for torch.Tensor, with torch operations throughout"
+                )
             if not reward.requires_grad:  # before the dtype: integers would not have a gradient in another one either
                 raise InvalidInputError(
                     "reward is not differentiable, and fine-tuning follows its gradient: its result does not depend on "

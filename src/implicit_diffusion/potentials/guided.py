@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import check_call, check_number
-from implicit_diffusion.reward_values import scores_of
+from implicit_diffusion.errors import InvalidInputError, check_call, check_number
+from implicit_diffusion.reward_values import given_as, of_tensors, scores_of
 from implicit_diffusion.showing import ShownModule, brief
 
 
@@ -26,14 +26,19 @@ class Guided(ShownModule):
         weight: λ; finite.
 
     Raises:
-        InvalidInputError: a potential or reward that is not a function of one argument; a weight that is NaN or
-            infinite.
+        InvalidInputError: a potential or reward that is not a function of one argument; a reward that is given arrays
+            or pictures; a weight that is NaN or infinite.
     """
 
     def __init__(self, potential: nn.Module, reward: Callable[[Tensor], Tensor], weight: float) -> None:
         super().__init__()
         check_call("potential", potential, "x")
         check_call("reward", reward, "x")
+        if words := given_as(of_tensors(reward)):
+            raise InvalidInputError(
+                f"reward is called with {words}, as the annotation of its first argument asks for, and has no "
+                "gradient, which guidance follows; write it for torch.Tensor, with torch operations throughout"
+            )
         self.potential, self.reward, self.weight = potential, reward, check_number("weight", weight)
 
     def _words(self) -> Iterable[str]:

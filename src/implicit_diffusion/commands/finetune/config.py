@@ -22,11 +22,14 @@ class Config:
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: str = "brightness"
-    """The reward: "brightness", "darkness", "redness", "digit-0" … "digit-9", or your own "FILE.py:function".
+    """The reward: "brightness", "darkness", "redness", "sharpness", "jpeg-size", "compressibility", "digit-0" …
+    "digit-9", "clip:MODEL" (how well images match their prompts), or your own "FILE.py:function".
+    MODEL is the folder or hub id of a CLIP-like model of transformers; 'clip:MODEL(text="…")' compares with one text.
     A class, or a function that makes the reward, may be given literal arguments, as in "FILE.py:Class(weight=2)".
-    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
+    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents;
+    if its first argument is annotated as list[PIL.Image.Image] or np.ndarray, with 8-bit pictures or arrays.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
-    It returns one number per image: shape (n,) or (n, 1), or a pair (scores, info) or a dict that holds these."""
+    It returns one number per image: shape (n,) or (n, 1), a list, or a pair (scores, info) or a dict with these."""
     prompts: Path | None = None
     """Text file with one prompt per line; for models that are conditioned on text."""
     guidance: float | None = None

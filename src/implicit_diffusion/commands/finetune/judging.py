@@ -14,7 +14,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.result import JUDGED
 from implicit_diffusion.commands.finetune.setup import AFTER, Setup
-from implicit_diffusion.commands.rewards.trust import is_own
+from implicit_diffusion.commands.rewards.trust import name_of_all
 from implicit_diffusion.digits import EVENT_SHAPE, Quality, judge_samples
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import evaluate_pretrained
@@ -56,7 +56,7 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
     stored = _storage(directory, network.state_dict().values(), starts)
-    name = None if is_own(setup.spec.reward) else setup.spec.reward
+    name = name_of_all(setup.spec.reward)
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
         return Judged(

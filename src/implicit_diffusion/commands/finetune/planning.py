@@ -20,7 +20,7 @@ import torch
 from implicit_diffusion.commands.finetune.plan_table import plot, show
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup
 from implicit_diffusion.commands.finetune.specs import PlanSpec
-from implicit_diffusion.commands.rewards.trust import is_own, short
+from implicit_diffusion.commands.rewards.trust import name_of_all, short
 from implicit_diffusion.commands.shared.inputs import with_imports
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import code_digest, evaluate_pretrained
@@ -140,7 +140,7 @@ def draw(setup: Setup, stored: Stored) -> Evaluation:
             setup.chain,
             setup.reward,
             setup.spec.noise.stream(PLAN),
-            name=None if is_own(setup.spec.reward) else setup.spec.reward,
+            name=name_of_all(setup.spec.reward),
             starts=stored.starts,
             repeats=REPEATS,
             progress=bar.advance,

@@ -1,4 +1,4 @@
-"""Rewards by name: shipped ones, or functions in a module or file of the user's own."""
+"""Rewards by name: shipped ones, image–text models, or functions in a module or file of the user's own."""
 
 from __future__ import annotations
 
@@ -18,28 +18,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.commands.rewards import shipped as rewards
 from implicit_diffusion.commands.rewards.arguments import Arguments, made, read_arguments
-from implicit_diffusion.commands.rewards.trust import Code, code_of, remember, spelled
+from implicit_diffusion.commands.rewards.shipped import SHIPPED
+from implicit_diffusion.commands.rewards.trust import Code, code_of, image_text_model, remember, short, spelled
 from implicit_diffusion.digits import digit_log_probability
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, reason_of
 from implicit_diffusion.frozen import modules_in
-from implicit_diffusion.reward_values import takes_condition
+from implicit_diffusion.models.image_text import load_image_text
+from implicit_diffusion.reward_values import of_tensors, takes_condition
 
-SHIPPED = "brightness, darkness, redness, digit-0 … digit-9 (log-probability of a class under the digits classifier)"
+NAMES = (
+    f"{', '.join(SHIPPED)}, digit-0 … digit-9 (log-probability of a class under the digits classifier), clip:MODEL (an "
+    "image–text model of transformers)"
+)
 
 
 def load_reward(name: str, device: torch.device | None = None) -> Callable[..., Tensor]:
     """The reward called `name`.
 
-    It may be a shipped one, such as "brightness" or "digit-3", or the user's own, as "module:function" or
-    "file.py:function". In place of the function there may be an instance, a class, or a class or factory with literal
-    arguments: "file.py:Class(weight=2)" (see `rewards.arguments`).
+    It may be
+
+    - a shipped one, such as "brightness" or "digit-3";
+    - "clip:MODEL", the similarity of images and prompts under a CLIP-like model of transformers, a folder or a hub id;
+      or 'clip:MODEL(text="a red house")', that of images and one text (see `models.image_text`);
+    - the user's own, "module:function" or "file.py:function". In place of the function there may be an instance, a
+      class, or a class or factory with literal arguments: "file.py:Class(weight=2)" (see `rewards.arguments`).
 
     A file or module that the user names is imported, and so executed, and recorded as one that this user has named (see
     `rewards.trust`). A file can import what lies beside it, also later, when the reward is called; installed modules
     come before those beside it, and these before those beside rewards that were loaded earlier. The module of the file
     gets a name that no other module has. A network found there, or held by an instance, is put in eval mode.
+
+    What is returned is called with tensors, also where the reward is a function of arrays or pictures, to which they
+    are converted then (see `reward_values`).
 
     Args:
         name: of the reward.
@@ -50,15 +61,8 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
             whatever the file raises.
     """
     place, function, call = spelled(name)
-    shipped = re.fullmatch(r"brightness|darkness|redness|digit-(\d)", function)
-    if shipped and not place:
-        if call:
-            raise InvalidInputError(f"`reward` {name}: {function} takes no arguments; name it without parentheses")
-        return digit_log_probability(int(shipped[1])) if shipped[1] else getattr(rewards, function)
     if not place:
-        raise InvalidInputError(
-            f"`reward` {name!r} is neither {SHIPPED}, nor of the form FILE.py:function or FILE.py:Class(weight=2)"
-        )
+        return _image_text(name, device) if image_text_model(name) else _shipped(name)
     if "(" in function:
         raise InvalidInputError(f"`reward` {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
     arguments = read_arguments(name, call) if call else None
@@ -68,6 +72,41 @@ def load_reward(name: str, device: torch.device | None = None) -> Callable[..., 
     except BaseException:
         sys.path[:] = paths
         raise
+
+
+def _shipped(name: str) -> Callable[..., Tensor]:
+    _, function, call = spelled(name)
+    digit = re.fullmatch(r"digit-(\d)", function)
+    if digit is None and function not in SHIPPED:
+        raise InvalidInputError(
+            f"`reward` {name!r} is neither {NAMES}, nor of the form FILE.py:function or FILE.py:Class(weight=2)"
+        )
+    if call:
+        raise InvalidInputError(f"`reward` {name}: {function} takes no arguments; name it without parentheses")
+    return digit_log_probability(int(digit[1])) if digit else of_tensors(SHIPPED[function])
+
+
+def _image_text(name: str, device: torch.device | None) -> Callable[..., Tensor]:
+    """R(images, prompts), or R(images) with a text for all of them."""
+    model, call = str(image_text_model(name)), spelled(name).call
+    arguments = read_arguments(name, call) if call else ((), {})
+
+    def similarity(text: str | None = None) -> str | None:
+        return text
+
+    try:
+        text = similarity(*arguments[0], **arguments[1])
+    except TypeError as error:
+        raise InvalidInputError(f'`reward` {name}: {error}; give a text alone, clip:{model}(text="…")') from error
+    if text is not None and (not isinstance(text, str) or not text.strip()):
+        raise InvalidInputError(f"`reward` {name}: text must be words in quotes, got {text!r}")
+    try:
+        scores = load_image_text(model)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"`reward` {short(name)}: {error}") from error
+    if device is not None:
+        scores.to(device)
+    return scores if text is None else functools.partial(scores, prompts=text)
 
 
 def _function(name: str, arguments: Arguments | None, device: torch.device | None) -> Callable[..., Tensor]:
@@ -90,6 +129,7 @@ def _function(name: str, arguments: Arguments | None, device: torch.device | Non
             network.to(device)
     with blamed(name):
         takes_condition(reward)
+        reward = of_tensors(reward)
     return _with_named_errors(reward, name)
 
 

@@ -25,6 +25,8 @@ from typing import NamedTuple
 from implicit_diffusion.errors import InvalidInputError
 
 SHORT = 60  # letters of arguments in a title
+CLIP = "clip:"  # before the folder or hub id of an image–text model, which is data
+CALL = r"\((?:\s*|\s*(?:\w+\s*=|[\"']).*)\)"  # of such a model, whose folder may end with parentheses
 _named: set[tuple[str, str]] = set()  # place and sha256, in this process
 
 
@@ -52,7 +54,7 @@ class Spelling(NamedTuple):
 
     Args:
         place: FILE.py or a module; empty for a shipped reward.
-        function: or class, or instance.
+        function: or class, or instance; for an image–text model "clip:MODEL".
         call: the arguments with their parentheses, as they were given; empty where there are none.
     """
 
@@ -63,6 +65,8 @@ class Spelling(NamedTuple):
 
 def spelled(name: str) -> Spelling:
     """The parts of a reward's name; nothing of it is evaluated."""
+    if match := re.fullmatch(rf"({CLIP}.+?)\s*({CALL})?\s*", name, re.DOTALL):
+        return Spelling("", match[1], match[2] or "")
     for place in (r"(.+?\.py):", r"([\w.]+):", r"()"):  # a file, whatever its folders are called; a module; shipped
         if match := re.fullmatch(place + r"([^\W\d][\w-]*)\s*(\(.*\))?\s*", name, re.DOTALL):
             return Spelling(match[1], match[2], match[3] or "")
@@ -75,9 +79,22 @@ def is_own(name: str) -> bool:
     return bool(spelled(name).place)
 
 
+def image_text_model(name: str) -> str | None:
+    """The folder or hub id of the image–text model in a reward's name; None where there is none."""
+    function = spelled(name).function
+    return function.removeprefix(CLIP) if function.startswith(CLIP) else None
+
+
+def name_of_all(name: str) -> str | None:
+    """The name of a reward that decides by itself what is computed; None where files of the user's do."""
+    return None if is_own(name) or image_text_model(name) else name
+
+
 def absolute(name: str) -> str:
-    """FILE.py:function with the file's absolute path; other names as they are."""
+    """FILE.py:function and clip:FOLDER with absolute paths; other names as they are."""
     place, function, call = spelled(name)
+    if (model := image_text_model(name)) and Path(model).expanduser().is_dir():
+        return f"{CLIP}{Path(model).expanduser().absolute()}{call}"
     return f"{Path(place).absolute()}:{function}{call}" if place.endswith(".py") else name
 
 
@@ -85,6 +102,8 @@ def short(name: str) -> str:
     """A name for people, without the folder of its file; long arguments are cut."""
     place, function, call = spelled(name)
     call = call if len(call) <= SHORT else f"{call[: SHORT - 2]}…)"
+    if model := image_text_model(name):
+        return f"{CLIP}{Path(model).name if Path(model).is_absolute() else model}{call}"
     return f"{Path(place).name}:{function}{call}" if place else name
 
 

@@ -26,7 +26,7 @@ from implicit_diffusion.files.reading import read_bytes
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
-from implicit_diffusion.reward_values import takes_condition
+from implicit_diffusion.reward_values import like, of_tensors, takes_condition
 from implicit_diffusion.showing import Shown
 
 PROMPT, CLASS = "prompt", "class_labels"
@@ -90,10 +90,19 @@ class Conditioning(Shown):
         """R(x, condition) of the chain's states, from a reward of images, or of images and prompts or labels.
 
         It returns whatever the reward returns.
+
+        Raises:
+            InvalidInputError: a reward of images and prompts, but an unconditional model.
         """
         if self.drawn is None:
+            if takes_condition(reward):
+                raise InvalidInputError(
+                    "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), "
+                    "but the model is unconditional; use a reward of the samples alone (clip:MODEL is one with a text "
+                    'of yours, clip:MODEL(text="…")), or a model that is sampled under prompts or classes'
+                )
             return reward
-        conditional = takes_condition(reward)
+        conditional, reward = takes_condition(reward), of_tensors(reward)
 
         def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
             images = x if decoder is None else decoder(x)
@@ -103,7 +112,7 @@ class Conditioning(Shown):
                 return reward(images, [self.prompts[i] for i in condition[PROMPT].tolist()])
             return reward(images, condition[CLASS])
 
-        return of_states
+        return like(of_states, reward)
 
 
 def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:

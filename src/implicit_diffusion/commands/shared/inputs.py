@@ -19,6 +19,7 @@ from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.image_text import find_image_text
 from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
@@ -65,6 +66,8 @@ def inputs(config: Any) -> dict[str, Any]:
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
     if reward_trust.is_own(reward):
         fingerprints["reward"] = fingerprint(reward_trust.code_of(reward).files)
+    elif model := reward_trust.image_text_model(reward):
+        fingerprints["reward"] = fingerprint(find_image_text(model).folder, MODEL_FILES)
     return fingerprints
 
 

@@ -1,4 +1,4 @@
-"""Arguments and results of reward functions: one number per sample, in any of the usual forms.
+"""Results of reward functions: one number per sample, in any of the usual forms.
 
 Reward libraries return columns of shape (n, 1), dicts of scores, pairs (scores, info), lists of numbers or NumPy
 arrays. The form is recognised by type, never by the number of samples, so that a form that is accepted in the first
@@ -7,31 +7,18 @@ check is accepted in every batch. Other entries of a pair or a dict are ignored.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError
 
 KEYS = ("reward", "rewards", "score", "scores")  # of a dict of scores, in this order
-CONDITION_NAMES = {
-    "prompt",
-    "prompts",
-    "caption",
-    "captions",
-    "text",
-    "texts",
-    "label",
-    "labels",
-    "class_labels",
-    "condition",
-}
 
 
 def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Shaped[Tensor, " n"]:
@@ -39,52 +26,19 @@ def scores_of(returned: Any, x: Float[Tensor, "n *event"]) -> Shaped[Tensor, " n
 
     The result may be a tensor or NumPy array of n numbers along one of its dimensions, (n,), (n, 1) or (1, n); a list
     of n numbers or of tensors that hold one; a pair (scores, info) whose info is a dict, or None; a dict with one of
-    `KEYS`, or with a single entry that is a tensor or an array. Tensors keep their gradient history, dtype and device;
-    other numbers become a tensor with the dtype and device of x.
+    `KEYS`, or with a single entry that is a tensor, an array or a list of numbers. Tensors keep their gradient history
+    and dtype; other numbers become a tensor with the dtype of x. All end on the device of x.
 
     Raises:
         InvalidInputError: any other result.
     """
     values = _tensor(_chosen(returned), x)
-    if values is None or values.numel() != len(x) or values.ndim - sum(size == 1 for size in values.shape) > 1:
+    if values is None or values.numel() != len(x) or not _in_a_row(values):
         raise InvalidInputError(
             f"reward must return one number per sample, shape ({len(x)},) for input {tuple(x.shape)}, "
-            f"got {_given(returned, values)}"
+            f"got {_given(returned, values, len(x))}"
         )
-    return values.reshape(len(x))  # a view
-
-
-def takes_condition(function: Callable[..., Any]) -> bool:
-    """Whether a reward function has a second required argument: what its samples were sampled under.
-
-    Raises:
-        InvalidInputError: it has more than two required arguments, one that is keyword-only, or the samples second.
-    """
-    try:
-        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
-    except (TypeError, ValueError):  # built-in functions may have no signature
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in parameters.values() if p.default is p.empty and p.kind not in UNNAMED]
-    given = [p.name for p in required if p.kind in positional]
-    named = [p.name for p in required if p.kind not in positional]
-    if len(given) > 2 or named:
-        raise InvalidInputError(
-            "reward must have one required argument, the samples (images), or two, the samples and what they were "
-            f"sampled under (prompts, class labels), got {'one' if len(required) == 1 else 'a function'} of "
-            f"{', '.join([*given, *(f'{name}=…' for name in named)])}; give the others defaults"
-            + ", and let the samples come by position"
-            * bool(named)
-        )
-    if len(given) == 2 and given[0] in CONDITION_NAMES and given[1] not in CONDITION_NAMES:
-        raise InvalidInputError(
-            f"reward is called with the samples first and what they were sampled under second, but its arguments are "
-            f"({', '.join(given)}); exchange them"
-        )
-    return len(given) == 2
-
-
-UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return values.reshape(len(x)).to(x.device)  # a view, where they are there
 
 
 def _chosen(returned: Any) -> Any:
@@ -96,7 +50,7 @@ def _chosen(returned: Any) -> Any:
     for key in KEYS:
         if key in returned:
             return returned[key]
-    numbers = [value for value in returned.values() if isinstance(value, (Tensor, np.ndarray))]
+    numbers = [value for value in returned.values() if isinstance(value, (Tensor, np.ndarray)) or _are_numbers(value)]
     if len(numbers) == 1:
         return numbers[0]
     keys = ", ".join(map(repr, returned))
@@ -121,7 +75,15 @@ def _tensor(scores: Any, x: Tensor) -> Tensor | None:
     return None
 
 
-def _given(returned: Any, values: Tensor | None) -> str:
+def _in_a_row(values: Tensor) -> bool:
+    return values.ndim - sum(size == 1 for size in values.shape) <= 1
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, Real) for each in value)
+
+
+def _given(returned: Any, values: Tensor | None, n: int) -> str:
     """Describe what was returned instead, and what would work."""
     scores = _chosen(returned)
     of = "" if scores is returned else f" in a {type(returned).__name__}"
@@ -133,13 +95,20 @@ def _given(returned: Any, values: Tensor | None) -> str:
             "Reward(make()) in Python"
         )
     if values is None:
-        return f"{_kind(scores)}{of}; return a tensor with that shape, or a pair (scores, info) whose info is a dict"
+        words = isinstance(scores, (list, tuple)) and any(isinstance(each, str) for each in scores)
+        number = ", and words are no numbers: convert each, as float(answer) does" * words
+        return (
+            f"{_kind(scores)}{of}{number}; return a tensor with that shape, a list or an array of {n} numbers, or a "
+            "pair (scores, info) whose info is a dict"
+        )
     given = f"{tuple(values.shape)}{of}" if isinstance(scores, Tensor) else f"{_kind(scores)}{of}"
     if values.numel() == 1:
         return (
             f"{given}, one number for all samples; average within each sample alone, as x.flatten(1).mean(1) does, and "
             'call metrics that average over their batch with reduction="none"'
         )
+    if _in_a_row(values):
+        return f"{given}; return {n} numbers, one for each sample, in the order of the samples"
     return f"{given}; average over all dimensions but the first, as .flatten(1).mean(1) does"
 
 
