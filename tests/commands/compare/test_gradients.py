@@ -90,6 +90,10 @@ def test_the_squared_bias_of_gradients_whose_law_is_known(bias, most):
     assert abs(means.mean() - mean.square().sum() / 4) < 4 * means.std() / math.sqrt(200)
     ratio = errors.square().mean().sqrt() / means.std()
     assert 0.85 < ratio < most
+    assert errors.min() > means.std() / 3  # not as small as the bias is by chance
+    pairs = draws[0] @ draws[0].T / 4
+    exact_mean = (pairs.sum() - pairs.trace()) / (30 * 29)
+    assert estimates[0].mean == pytest.approx(exact_mean.item(), rel=1e-12)
 
 
 def test_the_reference_of_the_digits_is_the_adjoint(monkeypatch):
