@@ -134,6 +134,10 @@ BAD = {
     "--factor must be above": {"factor": math.nan},
     "--batches must be 0 or at least 2": {"batches": 1},
     "there is nothing to compare": {"batches": 0, "updates": 0},
+    "brightness-rounded does not have; add one of score": {
+        "problems": ("gaussian", "brightness-rounded"),
+        "methods": ("adjoint", "guidance"),
+    },
     "--widest": {"widest": 2},
     "--seeds": {"seeds": 0},
 }

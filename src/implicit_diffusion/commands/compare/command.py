@@ -38,6 +38,7 @@ from implicit_diffusion.commands.compare.training import (
 )
 from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
 from implicit_diffusion.commands.shared.summaries import from_json, read_summary, to_json
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only
@@ -57,6 +58,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
         InvalidInputError: a number out of range, or an `out` with something in it.
     """
     config.check()
+    check_methods(config)
     check_divides("batch", config.batch)
     resumed = directory is not None
     config, directory = in_folder(config, directory, dated("compare"))
@@ -75,6 +77,17 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             if config.updates:
                 summary.reached.extend(comparison.trainings())
         return _conclude(summary, directory)
+
+
+def check_methods(config: Config) -> None:
+    """Raise `InvalidInputError` where no method applies to one of the problems."""
+    for problem in config.problems:
+        if not any(applies(method, problem) for method in config.methods):
+            fitting = ", ".join(method for method in METHODS if applies(method, problem))
+            raise InvalidInputError(
+                f"--methods {' '.join(config.methods)}: each needs the gradient of the reward, which {problem} does "
+                f"not have; add one of {fitting}"
+            )
 
 
 @main_only
@@ -108,7 +121,7 @@ class Comparison:
         self.config, self.study, self.noise = config, study, Noise(config.seed)
         self.problem: Problem = build(name, config.num_steps, config.held_out, self.noise)
         self.budget = Budget(config.updates, config.batch, config.depth, config.points, config.held_out)
-        self.methods = [method for method in METHODS if method in config.methods and applies(method, self.problem)]
+        self.methods = [method for method in METHODS if method in config.methods and applies(method, name)]
         self.judges: dict[tuple[int, ...], Judge] = {}
 
     def described(self) -> ProblemSummary:

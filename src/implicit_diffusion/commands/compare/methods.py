@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from implicit_diffusion.commands.compare.policy import GROUP, Reusing, Standardised, shared_start
-from implicit_diffusion.commands.compare.problems import Problem
+from implicit_diffusion.commands.compare.problems import DIFFERENTIABLE, Problem
 from implicit_diffusion.gradients import (
     Adjoint,
     AdjointMatching,
@@ -60,9 +60,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def applies(name: str, problem: Problem) -> bool:
+def applies(name: str, problem: str) -> bool:
     """Whether a method can be used for a problem: the reward has a gradient, or the method needs none."""
-    return problem.differentiable or not METHODS[name].gradient
+    return problem in DIFFERENTIABLE or not METHODS[name].gradient
 
 
 def make_loop(

@@ -27,6 +27,7 @@ from implicit_diffusion.objectives import Objective, PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.named import scheduler_for, table_for
 
+DIFFERENTIABLE = ("gaussian", "brightness")  # the problems whose rewards have a gradient
 PLAN = 0  # stream of the noise of the bound
 REPEATS = 16  # trajectories from each start, for the bound
 PAIRS = 128  # pretrained samples with their rewards, for what learns from them
@@ -80,11 +81,6 @@ class Problem:
     def beta(self) -> float:
         """The KL weight: the deviation of the pretrained reward, per nat."""
         return self.deviation
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether R has a gradient."""
-        return self.smooth is self.reward
 
     def chain(self) -> Chain:
         """The chain with a network of its own, to be trained."""
