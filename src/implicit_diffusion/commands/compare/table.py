@@ -17,6 +17,7 @@ from implicit_diffusion.runs import RunDirectory
 OF_GRADIENTS = ("bias along g", "squared bias", "variance", "cosine to g", "ms", "MB", "evaluations")
 OF_TRAINING = ("setting", "fall of J", "captured", "path KL", "evaluations", "s", "calls/sample")
 WIDTH = 120  # of the table, in characters
+ROUNDING = 1e-5  # of gradients in single precision, as a share
 EXPLAINED = (
     "Gradients are those of one batch at a fixed θ, beside the exact gradient g. Bias and variance are relative to ‖g‖ "
     "and ‖g‖². MB are states and activations beyond the weights. In training, the setting is the learning rate, the "
@@ -40,14 +41,19 @@ def _of_gradients(quality: Quality | None) -> tuple[str, ...]:
     if quality is None:
         return ("",) * len(OF_GRADIENTS)
     return (
-        number(*quality.bias, sign=True),
-        number(*quality.squared_bias),
+        _share(quality.bias, sign=True),
+        _share(quality.squared_bias),
         number(quality.variance),
         number(*quality.cosine),
         number(1e3 * quality.seconds),
         number(quality.predicted_memory_bytes / 1e6),
         f"{quality.evaluations:.0f}",
     )
+
+
+def _share(estimate: Estimate, *, sign: bool = False) -> str:
+    """A share of the exact gradient; what is not more than rounding is zero."""
+    return "0" if max(map(abs, estimate)) < ROUNDING else number(*estimate, sign=sign)
 
 
 def _of_training(end: Reached | None) -> tuple[str, ...]:
