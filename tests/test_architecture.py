@@ -40,7 +40,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 COMMAND_FLOORS = [
     {"__init__", "command_line", "rewards"},
     {"shared"},
-    {"ebm", "finetune", "hexagon", "pretrain", "recovery", "sample", "score", "tilt"},
+    {"compare", "ebm", "finetune", "hexagon", "pretrain", "recovery", "sample", "score", "tilt"},
     {"registry"},
     {"resuming"},
     {"reporting", "sweep"},
@@ -49,6 +49,7 @@ COMMAND_LEVEL = {room: level for level, rooms in enumerate(COMMAND_FLOORS) for r
 ARROWS = {
     ("shared", "rewards"),
     ("finetune", "rewards"),
+    ("compare", "rewards"),
     ("tilt", "rewards"),
     ("sweep", "rewards"),
     ("resuming", "rewards"),

@@ -384,6 +384,7 @@ def test_a_reward_with_a_state_of_its_own_is_said(half, capsys):
         "pretrain --steps 1",
         "hexagon",
         "recovery",
+        "compare",
         "resume",
     ],
 )
@@ -451,6 +452,7 @@ CONFIGS = {
     "own": ("tilt", {"model": Path("energy"), "reward": "mine.py:f"}),
     "recovery": ("recovery", {}),
     "hexagon": ("hexagon", {}),
+    "methods": ("compare", {}),
 }
 
 

@@ -22,6 +22,11 @@ COMMANDS = {
     "nested": [*FINETUNE, "--loop", "nested", "--lora-rank", "2"],
     "ebm": [*EBM, "--refresh", "2"],
     "pretrain": ["pretrain", "--steps", "3", "--batch", "6", "--channels", "8", "8", "--samples", "8", "--chains", "2"],
+    "compare": [
+        *("compare", "--problems", "gaussian", "--methods", "adjoint-queue", "score", "surrogate", "grpo", "best-of"),
+        *("--num-steps", "2", "--depth", "2", "--batch", "8", "--batches", "2", "--updates", "16", "--points", "1"),
+        *("--held-out", "8", "--widest", "3", "--seeds", "1"),
+    ],
     "recovery": ["recovery", "--steps", "500", "--particles", "6", "--seeds", "1"],
 }
 DIFFERENT = ("seconds", "out", "predicted_memory_bytes")  # by run, or by the number of processes

@@ -65,6 +65,7 @@ REWARDS += ["rewards.py:Class(x)", "rewards.py:Class(", "brightness", "darkness"
 WORDS = ["cpu", "meta", "cuda:7", "digits", "moons"]
 COSTLY = {"compile", "compare", "long_chains"}  # these take minutes, and have tests of their own
 LENGTHS = {"steps", "updates", "num_steps", "seeds", "judge_steps", "accumulate", "leapfrogs", "chains", "sample_steps"}
+LENGTHS |= {"batches", "points", "held_out", "widest"}
 SIZES = {"starts", "samples", "particles", "batch", "num", "width", "channels"}
 LONG = {
     "hexagon",
@@ -83,6 +84,8 @@ BASES = {
     "tilt": "--model energy/model --kl-weights 1 --steps 2 --particles 16 --seeds 1 --out out",
     "hexagon": "--steps 10 --particles 16 --seeds 1 --out out",
     "recovery": "--steps 500 --particles 16 --seeds 1 --out out",
+    "compare": "--problems gaussian --methods adjoint --num-steps 2 --depth 2 --batch 4 --batches 0 --updates 1 "
+    "--points 1 --held-out 8 --widest 3 --seeds 1 --out out",
     "resume": "run",
     "report": "run",
 }

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from implicit_diffusion.cli import main
+from implicit_diffusion.commands.compare import command as compare
 from implicit_diffusion.commands.hexagon import arms as hexagon_arms
 from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon import figures as hexagon_figures
@@ -71,6 +72,16 @@ STUDIES = {
         ["--steps", "20", "--particles", "16", "--seeds", "1", "--grid", "0.1", "1"],
         9,
     ),
+    "compare": (
+        compare,
+        "train",
+        [
+            *("--problems", "gaussian", "--methods", "adjoint", "guidance", "--num-steps", "2", "--depth", "2"),
+            *("--batch", "4", "--batches", "2", "--updates", "2", "--points", "1", "--held-out", "8", "--widest", "3"),
+            *("--seeds", "1"),
+        ],
+        8,
+    ),
 }
 
 
@@ -83,6 +94,7 @@ def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, c
     monkeypatch.setattr(recovery, "TAIL", 4)
     monkeypatch.setattr(recovery_config, "TAIL", 4)
     monkeypatch.setattr(hexagon_figures, "draw", sketch)
+    monkeypatch.setattr(compare, "draw", lambda summary, path: None)  # it has a panel against seconds
     monkeypatch.setattr(hexagon, "HexagonQuadrature", partial(hexagon.HexagonQuadrature, cells=80))
     bent().save(tmp_path / "model")
     call = [name, *call, *([str(tmp_path / "model")] if name == "tilt" else []), "--out"]

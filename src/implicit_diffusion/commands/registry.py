@@ -94,6 +94,7 @@ COMMANDS: Mapping[str, Command] = {
         _trains("tilt", "summary.json"),
         _trains("hexagon", "summary.json"),
         _trains("recovery", "summary.json"),
+        _trains("compare", "report.html"),
     )
 }
 
