@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
@@ -10,6 +11,8 @@ from tests.denoisers import sharded_cases
 from tests.helpers.together import together
 
 CASES = "tests.denoisers.sharded_cases:"
+HAS_SUMS = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")  # torch 2.8
+sums = pytest.mark.skipif(not HAS_SUMS, reason="this torch divides the gradients that it sums")
 
 
 def check_same_run(one, many, rtol=1e-10):
@@ -30,11 +33,13 @@ def check_same_run(one, many, rtol=1e-10):
         pytest.param("queue", True, marks=pytest.mark.slow),
     ],
 )
+@sums
 def test_training_is_that_of_one_process(kind, lora):
     one = sharded_cases.trained(kind, False, lora=lora)
     check_same_run(one, together(2, CASES + "trained_with", kind, True, {"lora": lora}))
 
 
+@sums
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("estimator", [AdjointMatching(), ScoreFunction()])
@@ -44,6 +49,7 @@ def test_estimators_that_hold_states_fixed_see_shared_weights(estimator, lora):
     check_same_run(one, together(2, CASES + "trained_with", "queue", True, options))
 
 
+@sums
 def test_each_process_holds_half():
     (alone, predicted), each = sharded_cases.sizes(), together(2, CASES + "sizes")
     for held, foreseen in each:
@@ -54,6 +60,7 @@ def test_each_process_holds_half():
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("after", [True, False])
+@sums
 def test_a_state_continues_with_weights_shared_out_or_not(before, after, tmp_path):
     sharded_cases.interrupted(tmp_path / "one", False)
     one = sharded_cases.continued(tmp_path / "one", False)
@@ -63,6 +70,7 @@ def test_a_state_continues_with_weights_shared_out_or_not(before, after, tmp_pat
 
 
 @pytest.mark.slow
+@sums
 def test_the_export_loads_in_diffusers(tmp_path):
     import diffusers
 
@@ -74,6 +82,7 @@ def test_the_export_loads_in_diffusers(tmp_path):
 
 
 @pytest.mark.slow
+@sums
 def test_a_process_that_ends_is_noticed_inside_of_the_network():
     with pytest.raises(
         AssertionError, match=r"another process of this run has ended|process 1 ended with status 7"
@@ -82,6 +91,13 @@ def test_a_process_that_ends_is_noticed_inside_of_the_network():
     assert "no answer" not in str(e.value)
 
 
+@sums
 def test_a_single_process_has_nobody_to_share_with():
     with pytest.raises(InvalidInputError, match="this is the only one; start them by torchrun"):
+        shard(torch.nn.Linear(2, 2))
+
+
+def test_an_older_torch_is_refused(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
+    with pytest.raises(InvalidInputError, match=r"torch 2\.8 or newer"):
         shard(torch.nn.Linear(2, 2))

@@ -134,7 +134,7 @@ class OwnBatchFirst(Surrogate):
 def test_it_is_unbiased_while_it_learns_and_fitting_its_own_batch_first_is_not(kind):
     """With an R̂ that goes through all pairs of the batch that it learned last."""
     estimator = using(ByHeart(), kind, clip=None)
-    draws, _, exact = through_loop(Nested, estimator, 300, 12, scale=0.2)
+    draws, _, exact = through_loop(Nested, estimator, 150, 12, scale=0.2)
     z, _, _ = z_scores(draws, exact)
     assert abs(z) < 4 if kind is Surrogate else abs(z) > 6
 

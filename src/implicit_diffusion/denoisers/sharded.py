@@ -35,12 +35,17 @@ def shard(denoiser: nn.Module, device: torch.device | str = "cpu") -> None:
         device: where the network computes.
 
     Raises:
-        InvalidInputError: there is a single process; a network that is shared out already.
+        InvalidInputError: there is a single process; a network that is shared out already; torch before 2.8.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     check_type("denoiser", denoiser, nn.Module, "its network is a module")
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise InvalidInputError(
+            f"weights are shared out by torch 2.8 or newer, and this is torch {torch.__version__}, which divides the "
+            "gradients that it sums; install a newer one"
+        )
     network = network_of(denoiser)
     if processes.world_size() == 1:
         raise InvalidInputError(
