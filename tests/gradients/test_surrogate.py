@@ -11,6 +11,7 @@ from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from tests.denoisers.test_sharded import sums
 from tests.gradients.contract import BETA, RowEstimatorContract, gamma, gammas
 from tests.gradients.surrogate_cases import F64, ByHeart, Fixed, class_loop, class_runs, sharded_run, using
 from tests.helpers.chain_loops import Recorder
@@ -200,6 +201,7 @@ def test_two_processes_under_classes_compute_what_one_does():
         same_run(each, one, states=False)
 
 
+@sums
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nested", "queue"])
 def test_weights_may_be_shared_out_over_processes(kind):
