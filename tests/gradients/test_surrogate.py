@@ -27,8 +27,8 @@ class TestSurrogate(RowEstimatorContract):
     def make(self):
         chain, objective = self.problem()
         (_, reward), _ = objective.terms
-        surrogate = Surrogate(pairs=256, steps=4, learning_rate=1e-2)
-        x = chain.pretrained().sample(Noise(9), 256)
+        surrogate = Surrogate(pairs=64, steps=4, learning_rate=2e-2)
+        x = chain.pretrained().sample(Noise(9), 80)
         surrogate.learn(x, reward.function(x).detach())
         assert 0.3 < surrogate.regression.share <= 1
         return surrogate

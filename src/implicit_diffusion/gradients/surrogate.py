@@ -59,7 +59,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.tables.transition import Transition
 
-CHUNK = 64  # pairs that are predicted together before they are learned, where many come at once
+CHUNK = 16  # pairs that are predicted together before they are learned, where many come at once
 
 
 class Surrogate(RowEstimator):

@@ -33,7 +33,7 @@ from implicit_diffusion.gradients.fitted.network import RewardNetwork, predicted
 from implicit_diffusion.gradients.score_function import groups, leave_one_out
 from implicit_diffusion.noise import Noise
 
-MEMORY = 512  # pairs over which what was measured fades
+MEMORY = 256  # pairs over which what was measured fades
 MINIBATCH = 64  # pairs of one step
 
 Condition = Mapping[str, Tensor] | None
