@@ -187,6 +187,11 @@ EXAMPLES = {
     "GaussianMixture": mixture,
     "Guided": lambda: idf.potentials.Guided(mixture(), reward, 0.5),
     "Tilted": lambda: idf.potentials.Tilted(LONG, (2,)),
+    "InnerProblem": lambda: idf.potentials.MeanField(LONG, torch.cdist),
+    "MeanField": lambda: idf.potentials.MeanField(LONG, torch.cdist, 0.5),
+    "ConjugateGradients": lambda: idf.gradients.ConjugateGradients(
+        idf.potentials.MeanField(LONG, torch.cdist).coupling
+    ),
     "GaussianDenoiser": lambda: chain().denoiser,
     "DiffusersDenoiser": lambda: digits().denoiser,
     "ClassifierFree": lambda: idf.denoisers.ClassifierFree(Denoiser(), 2.0, {"class_labels": 3}),
@@ -198,6 +203,9 @@ EXAMPLES = {
     "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
     "Evaluation": evaluation,
     "Bound": lambda: idf.evaluation.bound(evaluation(), 0.5),
+    "TiltedLaw": lambda: idf.evaluation.tilted_law(evaluation(), 0.5),
+    "Draws": lambda: idf.evaluation.metropolis(chain(), reward, 0.5, NOISE, draws=4, steps=8),
+    "Steered": lambda: idf.evaluation.sequential_monte_carlo(chain(), reward, 0.5, NOISE, particles=8, populations=4),
     "Particles": lambda: weighted().particles,
     "Replicas": lambda: idf.samplers.annealed(
         idf.potentials.Tilted(idf.potentials.mlp(2, NOISE), (2,)).tempered, idf.ULA(0.1), 32, NOISE, steps=2

@@ -83,7 +83,7 @@ def labels(rewards: Sequence[str]) -> tuple[str, ...]:
     """Short names for people, all different."""
     names = names_of(rewards)
     brief = [short(name) for name in names]
-    return tuple(name if brief.count(alike) > 1 else alike for name, alike in zip(names, brief))
+    return tuple(name if brief.count(label) > 1 else label for name, label in zip(names, brief))
 
 
 def title(rewards: Sequence[str]) -> str:
