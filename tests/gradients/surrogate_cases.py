@@ -5,7 +5,7 @@ from torch import nn
 
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.gradients import Surrogate
-from implicit_diffusion.gradients.surrogate_regression import Regression
+from implicit_diffusion.gradients.fitted.regression import Regression
 from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward

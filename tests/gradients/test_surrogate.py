@@ -11,6 +11,7 @@ from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from tests.denoisers.test_sharded import sums
 from tests.gradients.contract import BETA, RowEstimatorContract, gamma, gammas
 from tests.gradients.surrogate_cases import F64, ByHeart, Fixed, class_loop, class_runs, sharded_run, using
 from tests.helpers.chain_loops import Recorder
@@ -26,8 +27,8 @@ class TestSurrogate(RowEstimatorContract):
     def make(self):
         chain, objective = self.problem()
         (_, reward), _ = objective.terms
-        surrogate = Surrogate(pairs=256, steps=4, learning_rate=1e-2)
-        x = chain.pretrained().sample(Noise(9), 256)
+        surrogate = Surrogate(pairs=64, steps=4, learning_rate=2e-2)
+        x = chain.pretrained().sample(Noise(9), 80)
         surrogate.learn(x, reward.function(x).detach())
         assert 0.3 < surrogate.regression.share <= 1
         return surrogate
@@ -134,7 +135,7 @@ class OwnBatchFirst(Surrogate):
 def test_it_is_unbiased_while_it_learns_and_fitting_its_own_batch_first_is_not(kind):
     """With an R̂ that goes through all pairs of the batch that it learned last."""
     estimator = using(ByHeart(), kind, clip=None)
-    draws, _, exact = through_loop(Nested, estimator, 300, 12, scale=0.2)
+    draws, _, exact = through_loop(Nested, estimator, 150, 12, scale=0.2)
     z, _, _ = z_scores(draws, exact)
     assert abs(z) < 4 if kind is Surrogate else abs(z) > 6
 
@@ -200,6 +201,7 @@ def test_two_processes_under_classes_compute_what_one_does():
         same_run(each, one, states=False)
 
 
+@sums
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nested", "queue"])
 def test_weights_may_be_shared_out_over_processes(kind):

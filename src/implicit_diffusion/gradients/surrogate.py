@@ -17,7 +17,7 @@ drawn from, and the running costs c_k differentiated as they are,
 The score function holds the states fixed: T_k has no part in λ. One call of the network serves both. Its graph is gone
 through once for ∇_{x_k} T_k, which is subtracted, and once for everything.
 
-R̂ is a regression on pairs (x_N, R) of *earlier* trajectories (`gradients.surrogate_regression`): a batch turns round
+R̂ is a regression on pairs (x_N, R) of *earlier* trajectories (`gradients.fitted.regression`): a batch turns round
 under the R̂ of those before it, its λ_N and A are fixed there, and only then is it learned. An R̂ fitted to its own batch
 would know that batch's rewards by heart, and A would be missing from Γ.
 """
@@ -36,6 +36,8 @@ from implicit_diffusion.errors import InvalidInputError, check_integer, check_nu
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.adjoint import pull_back
 from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
+from implicit_diffusion.gradients.fitted.network import RewardNetwork, check_network, predicted
+from implicit_diffusion.gradients.fitted.regression import MINIBATCH, Regression
 from implicit_diffusion.gradients.footprint import (
     Footprint,
     bytes_of,
@@ -51,15 +53,13 @@ from implicit_diffusion.gradients.score_function import (
     log_ratio,
     terminal_costs,
 )
-from implicit_diffusion.gradients.surrogate_network import RewardNetwork, check_network, predicted
-from implicit_diffusion.gradients.surrogate_regression import MINIBATCH, Regression
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.tables.transition import Transition
 
-CHUNK = 64  # pairs that are predicted together before they are learned, where many come at once
+CHUNK = 16  # pairs that are predicted together before they are learned, where many come at once
 
 
 class Surrogate(RowEstimator):

@@ -29,11 +29,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.frozen import eval_mode, load_trained_state, trained_state
+from implicit_diffusion.gradients.fitted.network import RewardNetwork, predicted
 from implicit_diffusion.gradients.score_function import groups, leave_one_out
-from implicit_diffusion.gradients.surrogate_network import RewardNetwork, predicted
 from implicit_diffusion.noise import Noise
 
-MEMORY = 512  # pairs over which what was measured fades
+MEMORY = 256  # pairs over which what was measured fades
 MINIBATCH = 64  # pairs of one step
 
 Condition = Mapping[str, Tensor] | None
