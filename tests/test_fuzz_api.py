@@ -592,7 +592,7 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("AdaptKL", "AdaptStep", "HeldOut", "Progress", "Rise", "RunDirectory", "Runaway", "Stop", "StopAtKL", "Stored"),
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("judge_rewards",),
-    *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl"),
+    *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl", "Scorer"),
     *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
 }
 

@@ -323,6 +323,22 @@ def test_pythons_that_cannot_be_used(folder, tmp_path):
     assert versions(Path(sys.executable)).startswith(f"{sys.version_info[0]}.{sys.version_info[1]}, numpy ")
 
 
+WRONG = {
+    "there is no file /nowhere.py": {"file": "/nowhere.py"},
+    "file must be a path": {"file": 3},
+    "function must be of type str, got int": {"function": 3},
+    "arguments must be of type str, got dict": {"arguments": {"scale": 2}},
+    "timeout must": {"timeout": 0},
+    "python must be a path": {"python": None},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message, folder):
+    with pytest.raises(InvalidInputError, match=message):
+        Scorer(**({"file": folder / "mine.py", "function": "points"} | WRONG[message]))
+
+
 def test_a_python_without_torch(folder, tmp_path):
     """Arrays work; a function of tensors is refused with the way out."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
@@ -427,7 +443,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("function", "grace"), [("points", 3), ("hangs", 15)])
+@pytest.mark.parametrize(("function", "grace"), [("points", 3), pytest.param("hangs", 15, marks=pytest.mark.slow)])
 def test_it_ends_with_the_run_also_where_that_is_killed(function, grace, folder):
     run = subprocess.Popen(
         [sys.executable, "-c", RUN, str(folder / "mine.py"), function], stdin=subprocess.PIPE, stdout=subprocess.PIPE

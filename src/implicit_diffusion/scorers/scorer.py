@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicit_diffusion.errors import InvalidInputError, RewardError, check_number, check_path
+from implicit_diffusion.errors import InvalidInputError, RewardError, check_number, check_path, check_type
 from implicit_diffusion.scorers.messages import Arrays, pack, unpack
 from implicit_diffusion.scorers.process import LostError, Process
 from implicit_diffusion.showing import Shown
@@ -65,6 +65,8 @@ class Scorer(Shown):
         timeout: float = TIMEOUT,
         code: bytes | None = None,
     ) -> None:
+        check_type("function", function, str, "name a function, class or instance of the file")
+        check_type("arguments", arguments, str, 'write them with their parentheses, as in "(weight=2)"')
         self.file = check_path("file", file).absolute()
         self.python = check_path("python", python).absolute()  # links lead out of an environment: not resolved
         self.timeout = check_number("timeout", timeout, 0.0)
@@ -132,6 +134,9 @@ class Scorer(Shown):
     def __del__(self) -> None:
         if getattr(self, "_process", None) is not None:
             self.close()
+
+    def _words(self) -> Iterator[str]:
+        yield from (self._name, f"python={self.python}", f"timeout={self.timeout:g}", *["closed"] * self._closed)
 
     @property
     def _name(self) -> str:

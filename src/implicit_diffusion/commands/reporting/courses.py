@@ -16,10 +16,12 @@ from implicit_diffusion.commands.reporting.course import (
     over_seeds,
     trainings,
 )
+from implicit_diffusion.commands.shared.drawing import in_legend
 from implicit_diffusion.runs.callbacks.held_out import each_reward
 
 EACH_REWARD = f"held_out_{each_reward('')}"
 HELD_OUT = "held-out noise, ± 2 s.e."
+FEW = 8  # rewards with a picture each, in whatever file
 WORK = {"updates": "updates", "seconds of training": "seconds"}
 
 
@@ -32,7 +34,7 @@ def finetune(files: Files) -> Course:
         Panel("objective", "J  (lower is better)", "held_out_objective", HELD_OUT),
         Panel("reward", "mean reward", "held_out_reward", HELD_OUT),
         Panel("path_kl", "path KL (nats)", "held_out_path_kl", HELD_OUT),
-        *(Panel("", name.removeprefix(EACH_REWARD), name, HELD_OUT) for name in several),
+        *(Panel("", in_legend(name.removeprefix(EACH_REWARD)), name, HELD_OUT) for name in several[:FEW]),
         Panel("kl_weight", "KL weight β, adapted"),
         Panel("grad_norm", "norm of the gradient Γ", log=True),
         Panel("staleness_max", "age of the oldest gradient (updates)"),
