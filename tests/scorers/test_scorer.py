@@ -15,16 +15,14 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError, RewardError
-from implicit_diffusion.loops import Single
-from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward, Scorer
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials import GaussianMixture
 from implicit_diffusion.reward_values import takes_condition
 from implicit_diffusion.runs.fit import fit
-from implicit_diffusion.samplers import ULA
 from implicit_diffusion.scorers import closing, versions
 from implicit_diffusion.scorers import scorer as scorers
+from tests.helpers.together import together
+from tests.scorers.cases import loop_with, theta, trained
 
 NUMPY = """
 import os, random, subprocess, sys, time
@@ -333,6 +331,7 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(message, folder):
     with pytest.raises(InvalidInputError, match=message):
@@ -365,17 +364,6 @@ def test_draws_follow_from_the_global_generator_of_the_run(file, scorer):
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-def loop_with(reward):
-    g = torch.Generator().manual_seed(0)
-    potential = GaussianMixture(torch.randn(3, 2, generator=g))
-    adam = torch.optim.Adam(potential.parameters(), lr=0.05)
-    return Single(potential, ULA(0.1), Reward(reward), adam, particles=32, noise=Noise(3))
-
-
-def theta(loop):
-    return [p.detach().clone() for p in loop.model.parameters()]
-
-
 def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -401,6 +389,14 @@ def test_a_run_whose_scorer_dies_continues_bit_for_bit(scorer, folder, tmp_path)
     resumed = loop_with(scorer("dies_where_asked"))
     state = fit(resumed, 12, directory=tmp_path)
     assert state.updates == 12 and same(theta(resumed), theta(here))
+
+
+def test_each_of_several_processes_scores_its_own_samples(folder):
+    one, all_of_them = trained(str(folder / "mine.py"))
+    each = together(2, "tests.scorers.cases:trained", str(folder / "mine.py"))
+    for ours, part in each:
+        assert 2 * part == all_of_them == 32
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(ours, one, strict=True))
 
 
 def processes():
