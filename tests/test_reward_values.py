@@ -72,7 +72,7 @@ def test_black_boxes_may_leave_torch(form):
     assert torch.equal(reward.finite_values(Particles(X)), plain(X))
     assert reward.finite_values(Particles(X.float())).dtype == torch.float32
     reward.check_stationary(Particles(X), X.sum((1, 2, 3)))
-    with pytest.raises(InvalidInputError, match="not differentiable, and fine-tuning follows its gradient"):
+    with pytest.raises(InvalidInputError, match="not differentiable, and its gradient was to be followed"):
         check(reward, Particles(X))
 
 

@@ -122,3 +122,10 @@ def test_adjoint_matching_needs_noise(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--estimator adjoint-matching is for samplers that forget" in error and "--penalty path-kl" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_target_kl_cannot_be_adapted_to_by_the_last_steps_alone(tmp_path, capsys):
+    call = ["finetune", *SIZES, "--estimator", "truncated", "--target-kl", "0.1", "--out", str(tmp_path / "run")]
+    assert main(call) == 2
+    assert "use --target-kl-mode stop" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*call, "--target-kl-mode", "stop"]) == 0

@@ -151,6 +151,12 @@ class Config:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
+        followed = self.num_steps if self.estimator != "truncated" else self.depth or 1
+        if self.target_kl is not None and self.target_kl_mode != "stop" and followed < self.num_steps:
+            raise InvalidInputError(
+                "--target-kl adapts β to the path KL of all steps, and --estimator truncated follows the last ones "
+                "alone; use --target-kl-mode stop, or another --estimator"
+            )
         if self.penalty == "drift" and (self.kl_weight is None or self.plan):
             raise InvalidInputError("--penalty drift is not a KL and has no plan: name its --kl-weight, without --plan")
         if self.shard and (self.ema is not None or self.compile):

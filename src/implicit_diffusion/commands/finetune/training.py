@@ -132,6 +132,8 @@ def train(
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
     watching: list[Callback] = [shown, *callbacks(spec, held_out, samples, reward_std)]
+    if loop.unreported:  # no step has a path KL, and `Rise` watches held-out noise
+        watching = [callback for callback in watching if not isinstance(callback, Runaway)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory, keep=spec.keep)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
