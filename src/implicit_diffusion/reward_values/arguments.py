@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.reward_values.results import scores_of
+from implicit_diffusion.showing import Shown
 
 GIVEN_AS = "__given_as__"  # attribute of a function that was adapted: what the one inside is given
 CONDITION_NAMES = {
@@ -76,8 +77,8 @@ def takes_condition(function: Callable[..., Any]) -> bool:
     return len(given) == 2
 
 
-@dataclass(frozen=True)
-class Form:
+@dataclass(frozen=True, repr=False)
+class Form(Shown):
     """What samples are turned into for a reward that is not one of tensors.
 
     Args:

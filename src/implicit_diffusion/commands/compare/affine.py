@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.ornstein_uhlenbeck import ou_marginal, ou_reverse_sde
 
 DIMENSION, HORIZON = 8, 2.0
@@ -47,8 +48,8 @@ class AffineDenoiser(nn.Module):
         return self.gain[row] * x + self.shift[row]
 
 
-@dataclass(frozen=True)
-class QuadraticReward:
+@dataclass(frozen=True, repr=False)
+class QuadraticReward(Shown):
     """R(x) = Σ_j (p_j x_j − r_j x_j²/2)."""
 
     slope: Float[Tensor, " d"]

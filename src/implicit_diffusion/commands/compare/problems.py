@@ -25,6 +25,7 @@ from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, PathKL, Reward
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import scheduler_for, table_for
 
 DIFFERENTIABLE = ("gaussian", "brightness")  # the problems whose rewards have a gradient
@@ -46,8 +47,8 @@ class Rounded:
         return self.reward(x).round()
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, repr=False)
+class Problem(Shown):
     """One problem.
 
     Args:

@@ -34,13 +34,14 @@ from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
+from implicit_diffusion.showing import Shown
 
 AWAY, REFERENCE, SHARED = 1, 2, 3  # streams of noise
 UPDATES_AWAY = 10  # by which θ has left the pretrained network, where the path KL has no gradient
 
 
-@dataclass(frozen=True)
-class Exact:
+@dataclass(frozen=True, repr=False)
+class Exact(Shown):
     """The exact gradient at θ.
 
     Args:
