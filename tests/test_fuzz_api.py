@@ -331,7 +331,6 @@ PUBLIC = {
             "interaction": lambda: interaction,
             "temperature": lambda: 0.5,
         },
-        lambda made: made(X),
     ),
     "ConjugateGradients": Call(
         idf.gradients.ConjugateGradients,

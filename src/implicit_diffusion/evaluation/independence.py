@@ -19,7 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer, check_number, check_type
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    check_call,
+    check_choice,
+    check_integer,
+    check_number,
+    check_type,
+)
 from implicit_diffusion.evaluation.chains import NUMBERS, travelled
 from implicit_diffusion.evaluation.tilting import STARTS, Start
 from implicit_diffusion.global_generators import GlobalGenerators
@@ -106,6 +113,8 @@ def metropolis(
     beta = check_number("beta", beta, 0, note=": without a KL nothing is tilted")
     check_choice("start", start, STARTS)
     check_noise(chain)
+    check_type("noise", noise, Noise, "use Noise(0), for example")
+    check_call("progress", progress, "done")
     draws, steps, score = check_integer("draws", draws), check_integer("steps", steps), as_reward(reward)
     chunk = chunk_of(chain) if chunk is None else check_integer("chunk", chunk)
     parts = [

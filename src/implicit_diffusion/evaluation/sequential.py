@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import check_choice, check_integer, check_number, check_type
+from implicit_diffusion.errors import check_choice, check_integer, check_number, check_type, trying
 from implicit_diffusion.evaluation.independence import check_noise, chunk_of, with_condition
 from implicit_diffusion.evaluation.tilting import STARTS, Start, TiltedLaw, weighed
 from implicit_diffusion.global_generators import GlobalGenerators
@@ -109,6 +109,7 @@ def sequential_monte_carlo(
     check_choice("start", start, STARTS)
     check_type("look_ahead", look_ahead, bool, "use True or False")
     check_noise(chain)
+    check_type("noise", noise, Noise, "use Noise(0), for example")
     n, m, score = check_integer("populations", populations), check_integer("particles", particles, 2), as_reward(reward)
     size = chunk_of(chain) if chunk is None else check_integer("chunk", chunk)
     fixed, condition = with_condition(chain, noise, n)
@@ -119,7 +120,8 @@ def sequential_monte_carlo(
 
         def guess(x: Tensor) -> Float[Tensor, "populations particles"]:
             given = Particles(x.clone(), condition=each or None)  # a black box may write into it
-            return score.finite_values(given).double().view(n, m) / beta
+            with trying("reward", f"samples of shape {tuple(x.shape)}"):
+                return score.finite_values(given).double().view(n, m) / beta
 
         log_w = torch.zeros(n, m, dtype=torch.double, device=x.device)
         psi, paid, carried = torch.zeros_like(log_w), torch.zeros_like(log_w), log_w[:, 0].clone()

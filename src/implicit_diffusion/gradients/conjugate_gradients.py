@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.errors import check_call, check_integer, check_number
+from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_number, shown, trying
 from implicit_diffusion.gradients.adjoint_measure import AdjointMeasure, AdjointSolver
 from implicit_diffusion.objectives import FirstVariation
 from implicit_diffusion.particles import Particles
@@ -59,6 +59,7 @@ class ConjugateGradients(Shown, AdjointSolver):
         check_call("coupling", coupling, "particles", "charges")
         self.coupling = coupling
         self.tolerance, self.steps = check_number("tolerance", tolerance, 0), check_integer("steps", steps)
+        self._tried = False
         self._last: dict[str, Tensor] = {}
         self._info: dict[str, float] = {}
 
@@ -79,7 +80,7 @@ class ConjugateGradients(Shown, AdjointSolver):
             return v - (q @ v) * q
 
         def system(y: Tensor) -> Tensor:
-            return onto(y + q * exact(self.coupling(particles, q * y)))
+            return onto(y + q * self._coupled(particles, q * y))
 
         function = exact(variation.function)
         b = onto(-q * (function - q.square() @ function))
@@ -107,6 +108,19 @@ class ConjugateGradients(Shown, AdjointSolver):
             self._last[name] = y
         charges = q * y / (1 - q.square().square().sum())
         return AdjointMeasure(charges.to(particles.x.dtype))
+
+    def _coupled(self, particles: Particles, charges: Tensor) -> Tensor:
+        """C ν, tried when it is first asked for."""
+        if self._tried:
+            return exact(self.coupling(particles, charges))
+        with trying("coupling", f"{len(particles)} particles and charges of shape {tuple(charges.shape)}"):
+            image = self.coupling(particles, charges.clone())
+        if not isinstance(image, Tensor) or image.shape != charges.shape:
+            raise InvalidInputError(
+                f"coupling must return one number per particle, shape {tuple(charges.shape)}, got {shown(image)}"
+            )
+        self._tried = True
+        return exact(image)
 
     def take_info(self) -> dict[str, float]:
         """What the solves since the last call were like: the largest residual, all steps, whether one met negative
