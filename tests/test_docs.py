@@ -26,7 +26,6 @@ PRINTED = {
     "docs/howto/python.md",
     "docs/mathematics/estimators.md",
     "docs/mathematics/inner-problems.md",
-    "docs/mathematics/estimators.md",
     "docs/mathematics/queue.md",
     "docs/mathematics/tilted.md",
 }
