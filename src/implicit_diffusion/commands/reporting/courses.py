@@ -34,7 +34,7 @@ def finetune(files: Files) -> Course:
         Panel("objective", "J  (lower is better)", "held_out_objective", HELD_OUT),
         Panel("reward", "mean reward", "held_out_reward", HELD_OUT),
         Panel("path_kl", "path KL (nats)", "held_out_path_kl", HELD_OUT),
-        *(Panel("", in_legend(name.removeprefix(EACH_REWARD)), name, HELD_OUT) for name in several[:FEW]),
+        *(Panel("", f"reward {in_legend(name.removeprefix(EACH_REWARD))}", name, HELD_OUT) for name in several[:FEW]),
         Panel("kl_weight", "KL weight β, adapted"),
         Panel("grad_norm", "norm of the gradient Γ", log=True),
         Panel("staleness_max", "age of the oldest gradient (updates)"),
