@@ -32,7 +32,7 @@ def frame(head: dict[str, Any], arrays: Arrays) -> bytes:
 def unframed(line: bytes, file: bytes) -> tuple[dict[str, Any], Arrays]:
     """The message that `frame` has made; arrays may be written to."""
     arrays = load(file) if file else {}
-    return json.loads(line), {name: np.array(array) for name, array in arrays.items()}
+    return json.loads(line), {name: x if x.flags.writeable else x.copy() for name, x in arrays.items()}
 
 
 def size_of(line: bytes) -> int:
