@@ -347,6 +347,17 @@ def test_rewards_that_are_not_finite_are_not_learned():
     assert after["seen"] == 8 and all(torch.equal(part, after["network"][name]) for name, part in before.items())
 
 
+def test_a_batch_of_one_has_nobody_to_be_compared_with():
+    """Its baseline is what R̂ says, once R̂ explains something."""
+    chain, quadratic = moved_affine_chain(scale=0.5)
+    optimizer = Recorder(chain.denoiser.parameters(), lr=1e-3)
+    estimator = Surrogate(learning_rate=1e-2)
+    loop = Nested(chain, Reward(quadratic), optimizer, batch=1, noise=Noise(0), estimator=estimator)
+    for _ in loop.run(60):
+        pass
+    assert all(gradient.isfinite().all() for gradient in gammas(loop)) and 0 < estimator.regression.share <= 1
+
+
 def test_memory_counts_what_it_keeps():
     loop = class_loop(Nested)
     surrogate = loop.estimator

@@ -91,7 +91,7 @@ class Regression:
         n, both = len(rewards), torch.stack([rewards, prediction]).double()
         r, p = leave_one_out(both, None if group is None else group.expand(2, n))
         self.measured *= max(0.0, 1 - n / MEMORY)
-        self.measured += torch.stack([r.new_tensor(n - 1), r @ r, r @ p, p @ p]).cpu()
+        self.measured += torch.stack([r.new_tensor(n), r @ r, r @ p, p @ p]).cpu()
 
     def _add(self, pairs: Mapping[str, Tensor]) -> None:
         """Write pairs over the oldest ones."""
