@@ -20,7 +20,7 @@ BAD = {
     "one number per sample": ["--reward", "{file}:scalar"],
     "must return the dtype": ["--reward", "{file}:other_dtype"],
     "NaN or infinite": ["--reward", "{file}:nan"],
-    "not differentiable": ["--reward", "{file}:detached"],
+    "not differentiable": ["--reward", "{file}:detached", "--estimator", "adjoint"],
     "no function 'missing'": ["--reward", "{file}:missing"],
     "there is no file": ["--reward", "nowhere.py:fine"],
     "no module 'nowhere'": ["--reward", "nowhere:fine"],

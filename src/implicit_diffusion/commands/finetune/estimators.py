@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Literal, NamedTuple
 
@@ -48,7 +49,7 @@ def no_gradient(reward: Reward, trial: Particles) -> str | None:
         try:
             reward.check_slope(trial)
         except (NoGradientError, FlatWarning) as error:
-            return str(error).partition(":")[0]
+            return re.split("[:,]", str(error))[0]
         except RewardError as error:  # it meets a tensor with a gradient, and cannot use it
             return str(error)
     return None
