@@ -100,6 +100,9 @@ def tried(
     estimator = chosen(spec.estimator, next(filter(None, reasons), None))
     if not loaded.judges:
         return Tried(reward.as_checked(), None, estimator)
+    for label, function in loaded.judges.items():
+        with named(f"`judge` {label}"):
+            through(function)  # refused here, and by name, where the model has no condition for it
     judged = WeightedRewards({**loaded.rewards, **loaded.judges}, through=through)
     for member, label, name in zip(judged.members[len(members) :], loaded.judges, spec.judge, strict=True):
         with _as_judge(), blamed(name, MUST.format("judge")):

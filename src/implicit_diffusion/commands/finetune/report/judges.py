@@ -101,10 +101,10 @@ def judges_at_the_end(result: Result) -> str:
         "change",
         "in deviations",
         "exported",
-        "highest after update",
-        "warned after update",
+        "highest after",
+        "warned after",
     )
     return f"""<section><h2>Each judge</h2>
-<p>Judges were measured on the samples of every check, and never raised.</p>
+<p>Judges were measured on the samples of every check, and never raised. “Highest” and “warned” count updates.</p>
 {table(columns, rows)}</section>
 """

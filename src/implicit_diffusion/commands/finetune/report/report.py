@@ -249,7 +249,7 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
 def command(config: Config) -> str:
     """The command line with these options, to be pasted as it is; options that are None or off are left out."""
     given = {name: value for name, value in vars(config).items() if value is not None and value not in (False, ())}
-    repeated = {name: list(given[name]) for name in REPEATED}
+    repeated = {name: list(given[name]) for name in REPEATED if name in given}
     return ranges.command("finetune", {n: v for n, v in (given | repeated).items() if n not in NOT_IN_COMMAND})
 
 
