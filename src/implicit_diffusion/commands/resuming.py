@@ -13,7 +13,7 @@ from typing import Any
 from implicit_diffusion import __version__
 from implicit_diffusion.commands.registry import COMMANDS, Command
 from implicit_diffusion.commands.rewards.trust import check_trust
-from implicit_diffusion.commands.rewards.weights import names_of
+from implicit_diffusion.commands.rewards.weights import functions_in
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
@@ -23,7 +23,7 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
 
 RESULTS = ("model", "report.html", "figures", "summary.json")  # of a run, as far as it has them
-PARTS = ("model", "figures", "checkpoint", "judged", "plan")  # folders in that of a run
+PARTS = ("model", "figures", "checkpoint", "judged", "plan", "course")  # folders in that of a run
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def resume(
 
 @main_only
 def _check_trust(config: Any, path: Path) -> None:
-    """Refuse options with a reward that is not to be trusted; see `trust.check_trust`."""
-    for name in names_of(getattr(config, "reward", "")):
+    """Refuse options with a reward or a judge that is not to be trusted; see `trust.check_trust`."""
+    for name in functions_in(config):
         check_trust(name, path, getattr(config, "reward_python", None))
 
 

@@ -11,6 +11,7 @@ stages resolve them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, tr
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import (
     held_out_checks,
+    judges_of,
     make_loop,
     pictures,
     scale,
@@ -34,6 +36,7 @@ from implicit_diffusion.commands.finetune.training import (
     weight_of_penalty,
 )
 from implicit_diffusion.commands.finetune.weighing import weighed
+from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.recorded_options import read_options
@@ -52,6 +55,7 @@ from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.judges import Judges
 from implicit_diffusion.runs.callbacks.targets import StopAtKL
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Fit
@@ -120,9 +124,10 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         if not trained:
             begin(directory, "finetune", config, fingerprints, device)
         held_out = held_out_checks(spec, setup)
-        state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup))
+        judges = judges_of(spec, setup, held_out)
+        state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup), judges)
         facts = _training_summary(config, state, held_out, weight_of_penalty(loop, spec.penalty), predicted.total)
-        finish(setup, state, plan, facts, directory)
+        finish(setup, state, plan, facts, judges, directory)
         return report(directory)
 
 
@@ -154,12 +159,19 @@ def _training_summary(config: Config, state: Fit, held_out: HeldOut, beta: float
         staleness_max=state.metrics.get("staleness_max"),
         predicted_memory_bytes=predicted,
         estimator=config.estimator,
-        held_out_rewards_before=[values.mean().item() for values in before.each_reward],
+        held_out_rewards_before=[values.mean().item() for values in before.each_reward[: len(config.reward)]],
     )
 
 
 @part("judging")
-def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, directory: RunDirectory) -> None:
+def finish(
+    setup: Setup,
+    state: Fit,
+    plan: Plan,
+    training: TrainingSummary,
+    judges: Sequence[Judges],
+    directory: RunDirectory,
+) -> None:
     """Judge, export, and write the summary, after which only the report is left to be made.
 
     Args:
@@ -167,12 +179,13 @@ def finish(setup: Setup, state: Fit, plan: Plan, training: TrainingSummary, dire
         state: at the end of the training.
         plan: of the run.
         training: what the training did.
+        judges: that watched it, if any.
         directory: of the run, with its resolved options.
     """
     config = read_options(Config, directory)
     judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
     model = whole_copy(state.model)
-    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, directory))
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, directory))
 
 
 def _conclude(
@@ -183,6 +196,7 @@ def _conclude(
     plan: Plan,
     training: TrainingSummary,
     judged: judging.Judged,
+    judges: Sequence[Judges],
     directory: RunDirectory,
 ) -> None:
     """What follows from the three evaluations; arguments as in `finish`, and the trained model in one place."""
@@ -196,8 +210,12 @@ def _conclude(
     )
     looks = judging.qualities(judged)
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
-    rewards = judging.each_reward(config.reward, plan, judge_rewards(*judged, beta))
-    summary = Summary(headline, training, _model_summary(setup), memory_of_start, plan.rows(), *looks, rewards)
+    each = judge_rewards(*judged, beta)
+    rewards = judging.each_reward(config.reward, plan, each)
+    by = judge_labels(config.reward, config.judge)
+    judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
+    model_facts = _model_summary(setup)
+    summary = Summary(headline, training, model_facts, memory_of_start, plan.rows(), *looks, rewards, judged_by)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.rewards.elsewhere import check_python
-from implicit_diffusion.commands.rewards.weights import weighted
+from implicit_diffusion.commands.rewards.weights import check_judges, weighted
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
@@ -35,8 +35,14 @@ class Config:
     if its first argument is annotated as list[PIL.Image.Image] or np.ndarray, with 8-bit pictures or arrays.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
     It returns one number per image: shape (n,) or (n, 1), a list, or a pair (scores, info) or a dict with these."""
+    judge: tuple[str, ...] = field(default=(), metadata={"repeatable": True})
+    """A function of images that is measured and never raised, in any form of --reward; may be repeated.
+    It scores the samples on which the reward is checked during training, and those on which the run is judged.
+    A clear fall is reported while the run goes on: the reward may be raised by what the judge does not like."""
+    export: Literal["last", "best"] = "last"
+    """The model to judge and export: the "last", or the "best" by the first --judge of those it was asked about."""
     reward_python: Path | None = None
-    """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own reward with.
+    """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own rewards and judges with.
     It runs in a process of its own, needs NumPy and safetensors, and passes no gradient on."""
     reward_timeout: float = TIMEOUT
     """Seconds that the process of --reward-python may take to load, and to score a batch, before it is restarted."""
@@ -133,7 +139,10 @@ class Config:
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         names = [name for name, _ in weighted(self.reward)]
-        check_python(names, self.reward_python)
+        check_judges(self.reward, self.judge)
+        if self.export == "best" and not self.judge:
+            raise InvalidInputError("export must be 'last' without a `judge`, which says which model is the best")
+        check_python([*names, *self.judge], self.reward_python)
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
         not_negative(self, "kl_weight", "guidance", "eta")

@@ -121,6 +121,7 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     deviations = number(headline.gain_in_std, sign=True)
     yield f"reward    {before} → {after} ({number(*headline.reward_gain, sign=True)}, or {deviations} deviations)"
     yield from _lines_of_rewards(summary)
+    yield from _lines_of_judges(summary)
     if headline.path_kl is not None:
         yield f"path KL   {number(*headline.path_kl)} nats"
     if headline.j_bound is not None:
@@ -140,6 +141,16 @@ def _lines_of_rewards(summary: Summary) -> Iterator[str]:
         gain = f"{number(*each.gain, sign=True)}, or {number(each.gain_in_std, sign=True)} deviations"
         best = "" if each.expected is None else f"; the best law for the sum gains {number(*each.expected, sign=True)}"
         yield f"          {each.name} {before} → {after} ({gain}{best})"
+
+
+def _lines_of_judges(summary: Summary) -> Iterator[str]:
+    """Each judge, and whether it says that the reward was hacked."""
+    for place, each in enumerate(summary.judges):
+        before, after = (number(value.mean, digits=4) for value in (each.before, each.after))
+        moved = f"{number(*each.change, sign=True)}, or {number(each.change_in_std, sign=True)} deviations"
+        fell = "; it fell: look at the pictures before you use the model" if each.fell else ""
+        best = "" if each.best_update is None else f"; highest after update {each.best_update}"
+        yield f"{'' if place else 'judge':10}{each.name} {before} → {after} ({moved}{best}){fell}"
 
 
 def _lines_of_j(headline: Headline, beta: float) -> Iterator[str]:

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.result import JUDGED
 from implicit_diffusion.commands.finetune.setup import AFTER, Setup
-from implicit_diffusion.commands.finetune.summary import RewardSummary
-from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
+from implicit_diffusion.commands.finetune.summary import JudgeSummary, Look, RewardSummary
+from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, names_of, weighted
 from implicit_diffusion.digits import EVENT_SHAPE, Quality, judge_samples
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
-from implicit_diffusion.evaluation.each_reward import RewardJudgement
+from implicit_diffusion.evaluation.each_reward import RewardJudgement, deviation
 from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.evaluation.stored import Stored
 from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.processes import from_main, main_only
 from implicit_diffusion.runs import RunDirectory, progress, provenance
+from implicit_diffusion.runs.callbacks.judges import Judges, fell
 from implicit_diffusion.samplers.chain import Chain
 
 REPEATS = 8  # trajectories from each start
@@ -54,12 +55,12 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
         starts: number of initial noises.
         directory: of the run.
     """
-    reward, noise = setup.reward, setup.spec.noise.stream(AFTER)
+    reward, noise = setup.measured, setup.spec.noise.stream(AFTER)
     network: Any = trained.denoiser
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
     stored = _storage(directory, network.state_dict().values(), starts)
-    name = name_in_cache(setup.spec.reward)
+    name = name_in_cache((*names_of(setup.spec.reward), *setup.spec.judge))
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
         return Judged(
@@ -114,17 +115,47 @@ def forget(directory: RunDirectory) -> None:
         shutil.rmtree(directory.path / JUDGED / side, ignore_errors=True)
 
 
-def each_reward(rewards: Sequence[str], plan: Plan, judgements: Iterable[RewardJudgement]) -> list[RewardSummary]:
+def each_reward(rewards: Sequence[str], plan: Plan, judgements: Sequence[RewardJudgement]) -> list[RewardSummary]:
     """The judgement of each reward under its name.
 
     Args:
         rewards: as they were given.
         plan: of the run, which has measured them.
-        judgements: of the rewards, in their order.
+        judgements: of the rewards, in their order, and of the judges.
     """
     deviations = [each.reward_std for each in plan.rewards] or [plan.reward_std]
-    rows = zip(labels(rewards), weighted(rewards), deviations, judgements, strict=True)
+    rows = zip(labels(rewards), weighted(rewards), deviations, judgements[: len(rewards)], strict=True)
     return [RewardSummary(name, weight, std, **vars(judged)) for name, (_, weight), std, judged in rows]
+
+
+def each_judge(
+    labels: Sequence[str], before: Evaluation, judgements: Sequence[RewardJudgement], judges: Judges
+) -> list[JudgeSummary]:
+    """The judgement of each judge under its name, with its course.
+
+    Args:
+        labels: of the judges.
+        before: the judged evaluation of the pretrained chain.
+        judgements: of the rewards and the judges, the judges last.
+        judges: that watched the run.
+    """
+    columns = before.each_reward[-len(labels) :]
+    rows = zip(labels, map(deviation, columns), judgements[-len(labels) :], strict=True)
+    return [
+        JudgeSummary(
+            name=name,
+            deviation=std,
+            before=judged.before,
+            after=judged.after,
+            change=judged.gain,
+            exported=judged.exported,
+            course=[Look(int(updates), change, se) for updates, change, se in judges.course[name]],
+            best_update=judges.best_update(name),
+            warned=judges.warned.get(name),
+            fell=fell(judged.gain, std),
+        )
+        for name, std, judged in rows
+    ]
 
 
 def qualities(judged: Judged) -> tuple[Quality | None, Quality | None, Quality | None]:

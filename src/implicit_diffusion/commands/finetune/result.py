@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.reading import read_json
 from implicit_diffusion.runs import RunDirectory
+from implicit_diffusion.runs.callbacks.judges import COURSE
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
@@ -38,6 +39,7 @@ class Result(Shown):
         metrics: the lines of metrics.jsonl, one per update.
         decoded: images before and after where these are not the samples: images of the first starts where samples are
             latents; of every start where the result was read from disk.
+        course: 8-bit images of the same noise, (n, C, H, W), by the updates before them; empty without a judge.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Result(Shown):
     bound: Bound | None
     metrics: list[dict[str, Any]]
     decoded: tuple[Tensor, ...] | None = None
+    course: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def images(self) -> tuple[Tensor, ...] | None:
@@ -122,7 +125,15 @@ def read_result(directory: RunDirectory) -> Result:
     except (KeyError, TypeError) as error:
         raise InvalidInputError(f"{path} was written by another release: its plan has other fields") from error
     config, metrics = read_options(Config, directory), directory.read_metrics()
-    return Result(config, read_run_summary(path), plan, before, after, bound, metrics, kept["images"])
+    return Result(
+        config, read_run_summary(path), plan, before, after, bound, metrics, kept["images"], _course(directory)
+    )
+
+
+def _course(directory: RunDirectory) -> dict[int, Tensor]:
+    """The images that the judges have seen during the run."""
+    looks = sorted(int(folder.name) for folder in (directory.path / COURSE).glob("[0-9]*") if folder.name.isdecimal())
+    return {updates: directory.load_part(f"{COURSE}/{updates}")["images"] for updates in looks}
 
 
 def read_run_summary(path: Path) -> Summary:

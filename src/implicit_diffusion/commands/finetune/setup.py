@@ -7,39 +7,31 @@ What is quick to refuse comes first: text encoders read prompts only when model,
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.commands.finetune.estimators import BLACK_BOX, Chosen, check_chain, chosen, no_gradient
+from implicit_diffusion.commands.finetune import functions
+from implicit_diffusion.commands.finetune.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
-from implicit_diffusion.commands.rewards.names import blamed, load_reward
-from implicit_diffusion.commands.rewards.trust import short
-from implicit_diffusion.commands.rewards.weights import labels, names_of
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
-from implicit_diffusion.errors import InvalidInputError, NoGradientError, RewardError
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
-from implicit_diffusion.function_checks import FunctionWarning
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
-from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Reward, WeightedRewards
-from implicit_diffusion.objectives.weighted_rewards import named
-from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
-from implicit_diffusion.samplers.chain import TRIAL, Chain
+from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
@@ -71,6 +63,7 @@ class Setup(Shown):
         sampler: name of the chain's sampler.
         chain: that is trained.
         reward: of the chain's states, tried on two samples. Of several, R has meaning once it is `weighing.weighed`.
+        judged: the reward with its judges; None without a judge.
         clipping: effect of switching `clip_sample` off; None where it was not on, and before `weighing.weighed`.
         exported: scheduler and table of the exported pipeline.
         conditioning: what trajectories are sampled under.
@@ -83,11 +76,20 @@ class Setup(Shown):
     sampler: str
     chain: Chain
     reward: Reward
+    judged: WeightedRewards | None
     clipping: ClippingEffect | None
     exported: Exported
     conditioning: Conditioning
     compiled: str | None
     estimator: Chosen
+
+    @property
+    def measured(self) -> Reward:
+        """What evaluations measure: the reward, and beside it the judges, which have no part in R."""
+        if self.judged is None:
+            return self.reward
+        raised = self.reward.coefficients if isinstance(self.reward, WeightedRewards) else (1.0,)
+        return self.judged.with_coefficients((*raised, *[0.0] * len(self.spec.judge)))
 
     @torch.no_grad()
     def decoded(self, *evaluations: Evaluation) -> tuple[Tensor, ...] | None:
@@ -122,9 +124,7 @@ def build(spec: SetupSpec) -> Setup:
 
 
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
-    elsewhere: dict[str, Any] = {"python": spec.reward_python, "timeout": spec.reward_timeout}
-    names = names_of(spec.reward)
-    functions = {label: load_reward(name, device, **elsewhere) for label, name in zip(labels(spec.reward), names)}
+    loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     pretrained = load_pretrained(spec.network.model)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
@@ -142,23 +142,18 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     conditions = conditioning(spec.conditions, pretrained, device)
     chain = _chain(spec, table, pretrained, original, conditions, device)
     note = compiled(chain) if spec.network.compile else None
-    reward, estimator = _checked(_reward(functions, conditions, pretrained), spec, chain)
-    check_chain(estimator.name, chain)
-    return Setup(spec, pretrained, sampler, chain, reward, None, exported, conditions, note, estimator)
-
-
-def _reward(
-    functions: Mapping[str, Callable[..., Any]], conditions: Conditioning, pretrained: Pretrained
-) -> Reward | WeightedRewards:
-    """The reward of the chain's states, which are decoded once for all functions."""
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
         return conditions.of_states(function, pretrained.decoder)
 
-    if len(functions) > 1:
-        return WeightedRewards(functions, through=of_states)
-    (function,) = functions.values()
-    return Reward(of_states(function))
+    def generators() -> GlobalGenerators:
+        return GlobalGenerators(spec.noise, PLAN, 3, device=device)
+
+    tried = functions.tried(loaded, of_states, spec, chain, generators)
+    check_chain(tried.estimator.name, chain)
+    return Setup(
+        spec, pretrained, sampler, chain, tried.reward, tried.judged, None, exported, conditions, note, tried.estimator
+    )
 
 
 def _chain(
@@ -195,64 +190,6 @@ def _chain(
             "(ddpm, ddim with --eta 1, euler-ancestral, flow-memoryless), or finetune with --penalty drift"
         )
     return chain
-
-
-def _checked(reward: Reward, spec: SetupSpec, chain: Chain) -> tuple[Reward, Chosen]:
-    """The reward, or each of several, checked on two pretrained samples; and the estimator that suits it.
-
-    What is unusual about it is printed.
-    """
-    source = Noise(0)
-    trial = chain.endpoint(chain.sample(source, 2, TRIAL), source, TRIAL)
-    names = names_of(spec.reward)
-    members = reward.members if isinstance(reward, WeightedRewards) else (reward,)
-    reasons: list[str | None] = []
-    for member, name in zip(members, names, strict=True):
-        with named(short(name)) if len(names) > 1 else nullcontext():
-            reasons.append(_check(member, name, trial, spec))
-    return reward.as_checked(), chosen(spec.estimator, next(filter(None, reasons), None))
-
-
-def _check(reward: Reward, name: str, trial: Particles, spec: SetupSpec) -> str | None:
-    """Check one reward; why its gradient cannot be followed, where that is to be decided."""
-    why_not = None
-    with blamed(name, "; a reward maps samples (n, …) to (n,), and leaves the samples alone"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            reward.check_value(trial)
-            if spec.estimator == "auto":
-                why_not = no_gradient(reward, trial)
-            elif spec.estimator not in BLACK_BOX:
-                _check_slope(reward, trial, spec.estimator)
-        for each in caught:
-            if issubclass(each.category, FunctionWarning):
-                print(f"reward    {short(name)} {str(each.message).removeprefix('reward ')}")
-            else:
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        _say_if_unsteady(reward, name, trial, spec.noise)
-    return why_not
-
-
-def _check_slope(reward: Reward, trial: Particles, estimator: str) -> None:
-    try:
-        reward.check_slope(trial)
-    except (NoGradientError, RewardError) as error:
-        raise InvalidInputError(f"{error}; or leave out --estimator {estimator}, which needs a gradient") from error
-
-
-@torch.no_grad()
-def _say_if_unsteady(reward: Reward, name: str, trial: Particles, noise: Noise) -> None:
-    """Print that a reward has a state of its own: other values from the same samples and the same global generators."""
-    values: list[Tensor] = []
-    for _ in range(2):
-        with GlobalGenerators(noise, PLAN, 3, device=trial.x.device):
-            values.append(reward.of(trial))
-    if not torch.allclose(values[0], values[1]):
-        print(
-            f"reward    {short(name)} gives other values on the same samples when called again, with the global "
-            "generators as they were: it has a state of its own, which no checkpoint keeps, and a resumed run will not "
-            "be the same. Let it draw from the generators of torch, NumPy or Python themselves"
-        )
 
 
 def _exported(pretrained: Pretrained, scheduler: Any, sampler: str, chain: ChainSpec) -> Exported:

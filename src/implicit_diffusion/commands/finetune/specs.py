@@ -16,6 +16,7 @@ from typing import Literal
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.estimators import Asked
+from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
 from implicit_diffusion.noise import Noise
 
@@ -75,6 +76,7 @@ class SetupSpec:
         conditions: see there.
         chain: see there.
         reward: the rewards as they were given, each with its weight.
+        judge: the names of the judges.
         reward_python: that computes those of the user's own in processes of their own; None for this process.
         reward_timeout: seconds that such a process may take for an answer.
         estimator: of the gradient, by name, or "auto".
@@ -86,6 +88,7 @@ class SetupSpec:
     conditions: ConditioningSpec
     chain: ChainSpec
     reward: Sequence[str]
+    judge: Sequence[str]
     reward_python: Path | None
     reward_timeout: float
     estimator: Asked
@@ -127,6 +130,8 @@ class TrainingSpec:
         stop_at_target: whether to stop at the target, rather than adapt β.
         held_out: trajectories of the checks on held-out noise.
         keep: number of checkpoints that stay.
+        judged_by: labels of the judges.
+        best: whether the run ends with the best model by the first judge.
         depth: steps that the truncated estimator reaches; None for the least.
     """
 
@@ -142,6 +147,8 @@ class TrainingSpec:
     stop_at_target: bool
     held_out: int
     keep: int
+    judged_by: tuple[str, ...]
+    best: bool
     depth: int | None
 
 
@@ -160,7 +167,7 @@ def setup_spec(config: Config) -> SetupSpec:
     conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
-    reward = config.reward, config.reward_python, config.reward_timeout
+    reward = config.reward, config.judge, config.reward_python, config.reward_timeout
     return SetupSpec(network, conditions, chain, *reward, config.estimator, Noise(config.seed), config.device)
 
 
@@ -184,5 +191,7 @@ def training_spec(config: Config) -> TrainingSpec:
         stop_at_target=config.target_kl_mode == "stop",
         held_out=min(64, 8 * config.starts),
         keep=config.keep,
+        judged_by=judge_labels(config.reward, config.judge),
+        best=config.export == "best",
         depth=config.depth,
     )

@@ -162,6 +162,55 @@ class RewardSummary:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a judge said during the run, on held-out noise.
+
+    Args:
+        updates: that had been made.
+        change: of the mean, from the pretrained chain on the same noise.
+        se: its standard error.
+    """
+
+    updates: int
+    change: float
+    se: float
+
+
+@dataclass(frozen=True)
+class JudgeSummary:
+    """One judge, a function that was measured and never raised.
+
+    Args:
+        name: short, for people.
+        deviation: standard deviation between pretrained samples.
+        before: of the pretrained chain.
+        after: of the trained chain.
+        change: the paired difference of the two.
+        exported: of the exported pipeline.
+        course: what it said during the run.
+        best_update: after which it was highest; None where it was never asked during the run.
+        warned: update after which it had first clearly fallen; None where it never had.
+        fell: whether it has clearly fallen at the end.
+    """
+
+    name: str
+    deviation: float
+    before: Estimate
+    after: Estimate
+    change: Estimate
+    exported: Estimate
+    course: list[Look]
+    best_update: int | None
+    warned: int | None
+    fell: bool
+
+    @property
+    def change_in_std(self) -> float | None:
+        """The change, in deviations; None where pretrained samples do not differ."""
+        return self.change.mean / self.deviation if self.deviation > 0 else None
+
+
+@dataclass(frozen=True)
 class Summary:
     """All of summary.json.
 
@@ -175,6 +224,7 @@ class Summary:
         quality_after: of the trained chain's samples.
         quality_exported: of the exported pipeline's samples.
         rewards: each reward by itself.
+        judges: each judge by itself.
     """
 
     headline: Headline
@@ -186,13 +236,14 @@ class Summary:
     quality_after: Quality | None
     quality_exported: Quality | None
     rewards: list[RewardSummary] = field(default_factory=list)
+    judges: list[JudgeSummary] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
         content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
         content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
-        content |= {"rewards": to_json(self.rewards)}
+        content |= {"rewards": to_json(self.rewards), "judges": to_json(self.judges)}
         content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
@@ -220,4 +271,5 @@ class Summary:
             from_json(Quality | None, after),
             from_json(Quality | None, exported),
             from_json(list[RewardSummary], content["rewards"]),
+            from_json(list[JudgeSummary], content["judges"]),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from implicit_diffusion.commands.finetune.estimators import estimator_of
 from implicit_diffusion.commands.finetune.setup import DURING, ESTIMATOR, SHOWN, Setup
@@ -17,6 +18,7 @@ from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward, Sum
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
+from implicit_diffusion.runs.callbacks.judges import Judges
 from implicit_diffusion.runs.callbacks.rise import Rise
 from implicit_diffusion.runs.callbacks.targets import AdaptKL, StopAtKL
 from implicit_diffusion.runs.callbacks.track import Pictures
@@ -24,6 +26,8 @@ from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Callback, Fit, fit
 from implicit_diffusion.runs.trackers.tracking import Pixels
+
+SHOWN_OF_COURSE = 6  # samples of the held-out noise that are stored at each look of the judges
 
 
 @part("loading")
@@ -68,10 +72,26 @@ def weight_of_penalty(loop: ChainLoop, penalty: str) -> float:
 def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
     """Checks of reward and path KL on noise that training never sees, ten times in a run."""
     noise, every = setup.spec.noise.stream(DURING), max(1, spec.updates // 10)
-    return HeldOut(setup.reward, noise, every=every, starts=spec.held_out)
+    shown = SHOWN_OF_COURSE if spec.judged_by else 0
+    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown)
 
 
-def callbacks(spec: TrainingSpec, held_out: HeldOut, samples: Evaluation, reward_std: float) -> list[Callback]:
+def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judges]:
+    """The callback that asks the judges, if there are any; it stores images, where samples are such."""
+    decoder = setup.pretrained.decoder
+    pictured = len(setup.chain.event_shape) == 3
+
+    @torch.no_grad()
+    def pixels(x: Tensor) -> Tensor:
+        images = x if decoder is None else decoder(x)
+        return ((images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    return [Judges(held_out, pixels if pictured else None)] if spec.judged_by else []
+
+
+def callbacks(
+    spec: TrainingSpec, held_out: HeldOut, samples: Evaluation, reward_std: float, judges: list[Judges]
+) -> list[Callback]:
     """What looks at the run after every update.
 
     Args:
@@ -79,20 +99,22 @@ def callbacks(spec: TrainingSpec, held_out: HeldOut, samples: Evaluation, reward
         held_out: checks on held-out noise.
         samples: of the pretrained chain, that the plan is made of.
         reward_std: standard deviation of the pretrained reward.
+        judges: from `judges_of`.
     """
     runaway = Runaway(reward_std)
+    checks: list[Callback] = [held_out, *judges]
     if spec.penalty == "drift":
-        return [held_out, runaway]
+        return [*checks, runaway]
 
     def rate(factor: int) -> str:
         return f"--lr {spec.lr / factor:.1g}, {factor} times smaller"
 
     rise = Rise(held_out, pretrained=samples, rate=rate)
     if spec.target_kl is None:
-        return [held_out, rise, runaway]
+        return [*checks, rise, runaway]
     if spec.stop_at_target:
-        return [held_out, StopAtKL(spec.target_kl, held_out=held_out), rise, runaway]
-    return [AdaptKL(spec.target_kl), held_out, rise, runaway]
+        return [*checks, StopAtKL(spec.target_kl, held_out=held_out), rise, runaway]
+    return [AdaptKL(spec.target_kl), *checks, rise, runaway]
 
 
 def pictures(setup: Setup) -> Pictures:
@@ -116,6 +138,7 @@ def train(
     reward_std: float,
     directory: RunDirectory,
     shown: Pictures,
+    judges: list[Judges],
 ) -> Fit:
     """Train until all updates are made, or a callback stops the run.
 
@@ -127,14 +150,18 @@ def train(
         reward_std: as in `callbacks`.
         directory: of the run.
         shown: pictures for its trackers.
+        judges: from `judges_of`.
 
     Raises:
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
-    watching: list[Callback] = [shown, *callbacks(spec, held_out, samples, reward_std)]
+    watching: list[Callback] = [shown, *callbacks(spec, held_out, samples, reward_std, judges)]
     if loop.unreported:  # no step has a path KL, and `Rise` watches held-out noise
         watching = [callback for callback in watching if not isinstance(callback, Runaway)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory, keep=spec.keep)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt
+    if spec.best and state.kept is None:  # else what stopped the run has chosen another model, since this one is worse
+        for each in judges:
+            each.put_back_best(state)
     return state

@@ -17,9 +17,9 @@ from implicit_diffusion.commands.reporting.course import (
     trainings,
 )
 from implicit_diffusion.commands.shared.drawing import in_legend
-from implicit_diffusion.runs.callbacks.held_out import each_reward
+from implicit_diffusion.runs.callbacks.held_out import each_reward, watched_reward
 
-EACH_REWARD = f"held_out_{each_reward('')}"
+EACH_REWARD, EACH_JUDGE = f"held_out_{each_reward('')}", f"held_out_{watched_reward('')}"
 HELD_OUT = "held-out noise, ± 2 s.e."
 FEW = 8  # rewards with a picture each, in whatever file
 WORK = {"updates": "updates", "seconds of training": "seconds"}
@@ -28,13 +28,13 @@ WORK = {"updates": "updates", "seconds of training": "seconds"}
 def finetune(files: Files) -> Course:
     """J, reward and path KL, on training noise and on held-out noise; the frontier of the plan."""
     drift = files.options.get("penalty") == "drift"
-    seen = dict.fromkeys(name for line in files.lines for name in line if name.startswith(EACH_REWARD))
+    seen = dict.fromkeys(name for line in files.lines for name in line if name.startswith((EACH_REWARD, EACH_JUDGE)))
     several = [name for name in seen if name.removesuffix("_se") == name or name.removesuffix("_se") not in seen]
     panels = (
         Panel("objective", "J  (lower is better)", "held_out_objective", HELD_OUT),
         Panel("reward", "mean reward", "held_out_reward", HELD_OUT),
         Panel("path_kl", "path KL (nats)", "held_out_path_kl", HELD_OUT),
-        *(Panel("", f"reward {in_legend(name.removeprefix(EACH_REWARD))}", name, HELD_OUT) for name in several[:FEW]),
+        *(Panel("", in_legend(_scored(name)), name, HELD_OUT) for name in several[:FEW]),
         Panel("kl_weight", "KL weight β, adapted"),
         Panel("grad_norm", "norm of the gradient Γ", log=True),
         Panel("staleness_max", "age of the oldest gradient (updates)"),
@@ -55,6 +55,12 @@ def finetune(files: Files) -> Course:
         "by the KL weight: with another weight it is another J.",
         so_far="The numbers of an unfinished run are those of its last check on held-out noise.",
     )
+
+
+def _scored(metric: str) -> str:
+    """What a metric on held-out noise is of, in words."""
+    judged = metric.startswith(EACH_JUDGE)
+    return f"judge {metric.removeprefix(EACH_JUDGE)}" if judged else f"reward {metric.removeprefix(EACH_REWARD)}"
 
 
 def _frontier(files: Files) -> Frontier | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from implicit_diffusion.commands.rewards.trust import absolute, image_text_model, name_of_all, short, spelled
 from implicit_diffusion.errors import InvalidInputError
@@ -84,6 +84,39 @@ def labels(rewards: Sequence[str]) -> tuple[str, ...]:
     names = names_of(rewards)
     brief = [short(name) for name in names]
     return tuple(name if brief.count(label) > 1 else label for name, label in zip(names, brief))
+
+
+def check_judges(rewards: Sequence[str], judges: Sequence[str]) -> None:
+    """Refuse judges that could not judge the rewards.
+
+    Raises:
+        InvalidInputError: more than can be told apart beside the rewards; one with a weight; the same one twice; one
+            that is raised itself.
+    """
+    if len(rewards) + len(judges) > MOST:
+        raise InvalidInputError(
+            f"`judge` is given {len(judges)} times beside {len(rewards)} rewards; at most {MOST} can be measured"
+        )
+    raised = {absolute(name) for name in names_of(rewards)}
+    for i, given in enumerate(judges):
+        name, weight = _split(given)
+        if weight is not None:
+            raise InvalidInputError(f"`judge` {given}: a judge has no weight, it is never raised; leave ={weight} out")
+        if absolute(name) in raised:
+            raise InvalidInputError(f"`judge` {name} is raised by `reward` itself; judge by something else")
+        if absolute(name) in map(absolute, judges[:i]):
+            raise InvalidInputError(f"`judge` {name} is given twice; give it once")
+
+
+def judge_labels(rewards: Sequence[str], judges: Sequence[str]) -> tuple[str, ...]:
+    """Short names of the judges, all different, and different from those of the rewards."""
+    brief = [*labels(rewards), *map(short, judges)]
+    return tuple(name if brief.count(short(name)) > 1 else short(name) for name in judges)
+
+
+def functions_in(options: Any) -> tuple[str, ...]:
+    """The names of all rewards and judges among the options of a command."""
+    return (*names_of(getattr(options, "reward", "")), *getattr(options, "judge", ()))
 
 
 def title(rewards: Sequence[str]) -> str:

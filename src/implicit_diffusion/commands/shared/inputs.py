@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from implicit_diffusion.commands.rewards import trust as reward_trust
-from implicit_diffusion.commands.rewards.weights import names_of, with_absolute_names
+from implicit_diffusion.commands.rewards.weights import functions_in, with_absolute_names
 from implicit_diffusion.commands.shared.array_files import place_of
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
@@ -47,12 +47,14 @@ def absolute(config: C) -> C:
         elif field.name == "reward":
             one = isinstance(value, str)
             changed[field.name] = reward_trust.absolute(value) if one else with_absolute_names(value)
+        elif field.name == "judge":
+            changed[field.name] = tuple(map(reward_trust.absolute, value))
     return replace(config, **changed)  # type: ignore[type-var]
 
 
 @main_only
 def inputs(config: Any) -> dict[str, Any]:
-    """Fingerprints of model, reference, data and reward, for `record` and `verify`; what is shipped has none.
+    """Fingerprints of model, reference, data, rewards and judges, for `record` and `verify`; what is shipped has none.
 
     Raises:
         InvalidInputError: there is no such model or reward, or a file that cannot be read.
@@ -71,7 +73,7 @@ def inputs(config: Any) -> dict[str, Any]:
         fingerprints["reward"] = fingerprint(sorted({file for code in own for file in code.files}))
         if (python := getattr(config, "reward_python", None)) is not None:
             fingerprints["reward python"] = {"version": versions(python)}
-    names = names_of(getattr(config, "reward", ""))
+    names = functions_in(config)
     for name in names:
         if model := reward_trust.image_text_model(name):
             which = "reward" if len(names) == 1 else f"reward {reward_trust.short(name)}"
@@ -80,9 +82,9 @@ def inputs(config: Any) -> dict[str, Any]:
 
 
 def _own_rewards(options: Any) -> list[reward_trust.Code]:
-    """The code of the rewards among the options that is the user's own."""
-    names, python = names_of(getattr(options, "reward", "")), getattr(options, "reward_python", None)
-    return [reward_trust.code_of(name, python) for name in names if reward_trust.is_own(name)]
+    """The code of the rewards and judges among the options that is the user's own."""
+    python = getattr(options, "reward_python", None)
+    return [reward_trust.code_of(name, python) for name in functions_in(options) if reward_trust.is_own(name)]
 
 
 @main_only

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from implicit_diffusion.evaluation import Evaluation, evaluate
 from implicit_diffusion.evaluation.chains import mean_and_error, moved
 from implicit_diffusion.function_checks import TRIED
@@ -25,11 +27,17 @@ def each_reward(name: str) -> str:
     return f"reward/{name}"
 
 
+def watched_reward(name: str) -> str:
+    """The name of a reward that is only watched in the metrics, where it follows `held_out_`."""
+    return f"judge/{name}"
+
+
 @dataclass(repr=False)
 class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
-    Of `WeightedRewards` each reward as well, as `held_out_reward/NAME`.
+    Of several `WeightedRewards` each as well, as `held_out_reward/NAME`, and as `held_out_judge/NAME` those that are
+    only watched.
 
     Other callbacks may evaluate at other updates too (`look`); at one update all of them share one evaluation.
 
@@ -38,12 +46,14 @@ class HeldOut(Shown):
         noise: of the evaluation, the same at every call.
         every: number of updates between two evaluations.
         starts: number of trajectories of each.
+        shown: number of samples that the evaluations of `look` keep.
     """
 
     reward: Callable[..., Any] | Reward
     noise: Noise
     every: int = 25
     starts: int = 128
+    shown: int = 0
     _last: tuple[tuple[Any, ...], Evaluation] | None = field(default=None, init=False, repr=False, compare=False)
     _before: Evaluation | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -52,19 +62,19 @@ class HeldOut(Shown):
             self.look(fit)
 
     def look(self, fit: Fit) -> Evaluation:
-        """The evaluation after the present update, without samples; its numbers are in `fit.metrics` then."""
+        """The evaluation after the present update, with the samples shown; its numbers are in `fit.metrics` then."""
         which = fit.loop, fit.updates, fit.kept  # once another model is put back, it is another evaluation
         if self._last is not None and self._last[0] == which:
             return self._last[1]
         result = self.evaluate(fit)
         # of this line of the metrics, even if a later callback changes it
         beta = fit.metrics.get("kl_weight", fit.loop.objective.weight(PathKL))
-        several = self.reward.names if isinstance(self.reward, WeightedRewards) else ()
+        several = self._named(self.reward, result) if isinstance(self.reward, WeightedRewards) else ()
         for name, values in (
             ("reward", result.reward),
             ("path_kl", result.path_kl),
             ("objective", result.objective(beta)),
-            *((each_reward(name), values) for name, values in zip(several, result.each_reward)),
+            *several,
         ):
             mean, error = mean_and_error(values)
             seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no standard error
@@ -73,12 +83,20 @@ class HeldOut(Shown):
         return result
 
     def evaluate(self, fit: Fit) -> Evaluation:
-        """Evaluate the chain as it is now, without samples; the metrics are left as they are."""
+        """Evaluate the chain as it is now, without samples but those shown; the metrics are left as they are."""
         chain = fit.chain
         score = self._score(fit)
         with part("held-out checks"):
             result = evaluate(chain, score, self.noise, starts=self.starts)
-        return replace(result, samples=result.reward[..., None][..., :0])
+        nothing = result.reward[..., None][..., :0]
+        return replace(result, samples=result.samples[: self.shown] if self.shown else nothing)
+
+    @staticmethod
+    def _named(reward: WeightedRewards, result: Evaluation) -> list[tuple[str, Tensor]]:
+        """Each reward under its name in the metrics; a single one that is raised is R itself."""
+        alone = sum(map(bool, reward.coefficients)) == 1
+        rows = zip(reward.names, reward.coefficients, result.each_reward)
+        return [(each_reward(n) if c else watched_reward(n), values) for n, c, values in rows if not (c and alone)]
 
     def pretrained(self, fit: Fit) -> Evaluation:
         """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""

@@ -26,20 +26,22 @@ def draw(result: Result, directory: RunDirectory) -> list[Picture]:
     """Draw what the result has data for into figures/.
 
     Returns:
-        The pictures in the order of the report: samples, frontier, training, rewards, hacking, cost, staleness. There
-        are no samples where they are not images (C, H, W), no frontier without a finite path KL, no rewards where there
-        is a single one, and no staleness of a nested loop.
+        The pictures in the order of the report: samples, frontier, training, rewards, judges, course, hacking, cost,
+        staleness. There are no samples and no course where they are not images (C, H, W), no frontier without a finite
+        path KL, no rewards where there is a single one, no judges and no course of the samples without a judge, and no
+        staleness of a nested loop.
     """
     require("matplotlib")
     import matplotlib
 
     from implicit_diffusion.commands.finetune.report.frontier import frontier
+    from implicit_diffusion.commands.finetune.report.judges import course, judges
     from implicit_diffusion.commands.finetune.report.rewards import rewards
     from implicit_diffusion.commands.finetune.report.samples import hacking, samples
     from implicit_diffusion.commands.finetune.report.training import cost, staleness, training
 
     pictures = []
-    for drawing in (samples, frontier, training, rewards, hacking, cost, staleness):
+    for drawing in (samples, frontier, training, rewards, judges, course, hacking, cost, staleness):
         with matplotlib.rc_context(STYLE):
             drawn = drawing(result)
             if drawn is None:

@@ -12,6 +12,7 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.planning import PROMPTS
+from implicit_diffusion.commands.finetune.report.judges import judges_at_the_end
 from implicit_diffusion.commands.finetune.report.rewards import rewards_at_the_end, rewards_of_the_plan
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.result import Result, outside
@@ -44,6 +45,7 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
         _warnings(result),
         page.figures(figures),
         rewards_at_the_end(result),
+        judges_at_the_end(result),
         _quality(result),
         _time(directory),
         _plan(result),
@@ -247,7 +249,7 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
 def command(config: Config) -> str:
     """The command line with these options, to be pasted as it is; options that are None or off are left out."""
     given = {name: value for name, value in vars(config).items() if value is not None and value not in (False, ())}
-    repeated = {name: list(given[name]) for name in REPEATED}
+    repeated = {name: list(given[name]) for name in REPEATED if name in given}
     return ranges.command("finetune", {n: v for n, v in (given | repeated).items() if n not in NOT_IN_COMMAND})
 
 

@@ -48,7 +48,7 @@ class RunWarning:
 
 def run_warnings(result: Result) -> list[RunWarning]:
     """All warnings, the serious ones first."""
-    parts = (_worse, _stopped, _gain, _captured, _bound, _target, _clipping, _export, _pixels, _quality)
+    parts = (_worse, _stopped, _judges, _gain, _captured, _bound, _target, _clipping, _export, _pixels, _quality)
     return sorted((warning for part in parts for warning in part(result)), key=lambda warning: not warning.serious)
 
 
@@ -63,6 +63,27 @@ def _stopped(result: Result) -> Iterator[RunWarning]:
     if training.stopped:
         text = f"It ended after {training.updates} of {result.config.updates} updates: {training.stopped}."
         yield RunWarning(not training.reached_target, "The run stopped early", text)
+
+
+def _judges(result: Result) -> Iterator[RunWarning]:
+    training = result.summary.training
+    for each in result.summary.judges:
+        moved = f"{number(*each.change, sign=True)}, or {number(each.change_in_std, sign=True)} of its deviations"
+        seen = "" if each.warned is None else f" It had clearly fallen after update {each.warned}."
+        best = "" if each.best_update is None else f" It was highest after update {each.best_update} of the run."
+        if each.fell:
+            text = (
+                f"The judge {each.name}, which was never raised, changed by {moved}, while the reward changed by "
+                f"{number(*result.summary.headline.reward_gain, sign=True)}.{seen}{best} The reward may be raised by "
+                "what the judge does not like: a larger KL weight, or --export best, stays nearer to the "
+                "pretrained model."
+            )
+            yield RunWarning(True, f"The judge {each.name} fell", text)
+        elif each.warned is not None:
+            yield RunWarning(False, f"The judge {each.name} fell on the way", f"{seen.strip()} At the end: {moved}.")
+    if result.config.export == "best" and training.kept is not None:
+        text = f"It is the model of update {training.kept['updates']}, and the run made {training.updates}."
+        yield RunWarning(False, "The model is not the last one", text)
 
 
 def _gain(result: Result) -> Iterator[RunWarning]:
