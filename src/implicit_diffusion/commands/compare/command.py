@@ -142,12 +142,12 @@ class Comparison:
             return quality
 
         methods = [method for method in self.methods if METHODS[method].measured]
-        measured = []
+        kept = []
         with progress(len(methods), f"{problem.name}, gradients") as bar:
             for method in methods:
-                measured.append(self._once("gradient", method, make=partial(make, method)))
+                kept.append(self._once("gradient", method, make=partial(make, method)))
                 bar.update()
-        return [from_json(Quality, each) for each in measured]
+        return [from_json(Quality, each) for each in kept]
 
     def trainings(self) -> list[Reached]:
         """What every method reaches, with the setting that its search finds best."""

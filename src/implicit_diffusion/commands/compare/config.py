@@ -52,9 +52,10 @@ class Config:
     """Compare the ways of fine-tuning for a reward: quality and price of their gradients, and what they reach."""
 
     problems: tuple[ProblemName, ...] = PROBLEMS
-    """What to train for: a linear Gaussian chain with a quadratic reward, whose gradient is a closed form, and the
-    shipped digits with their brightness, with the brightness rounded to whole per cents, and with the size of their
-    JPEG file. The last two have no gradient."""
+    """What to train for.
+    "gaussian" is a linear Gaussian chain with a quadratic reward, whose exact gradient is a closed form.
+    The others are the shipped digits with three rewards.
+    "brightness-rounded" (the brightness in whole per cents) and "jpeg-size" (of their file) have no gradient."""
     methods: tuple[MethodName, ...] = METHODS
     """Methods to compare; each is left out where it does not apply, and full-backprop from the training."""
     num_steps: int = 10
@@ -67,7 +68,7 @@ class Config:
     """Number of gradients of each method whose bias and variance are measured; 0 leaves this part out."""
     updates: int = 50
     """Budget of each training: the network evaluations that so many updates of the method "adjoint" make.
-    0 leaves the training out."""
+    The training is left out if it is 0."""
     points: int = 5
     """Number of measurements of J during each training."""
     held_out: int = 128
