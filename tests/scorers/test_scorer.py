@@ -198,7 +198,12 @@ def test_functions_classes_factories_and_conditions(scorer):
     prompted = scorer("prompted")
     assert takes_condition(prompted) and not takes_condition(scorer("points"))
     assert prompted(np.zeros((2, 1)), ["a", "abc"]) == [1.0, 3.0]
-    labelled = Particles(particles.x, condition={"label": torch.arange(4)})
+
+
+@pytest.mark.slow
+def test_conditions_of_the_library(scorer):
+    """Tensors by name, as the denoiser receives them; they need torch there."""
+    labelled = Particles(x_of(4, 2), condition={"label": torch.arange(4)})
     assert Reward(scorer("labelled")).of(labelled).tolist() == [0.5, 1.5, 2.5, 3.5]
 
 
@@ -391,6 +396,7 @@ def test_a_run_whose_scorer_dies_continues_bit_for_bit(scorer, folder, tmp_path)
     assert state.updates == 12 and same(theta(resumed), theta(here))
 
 
+@pytest.mark.slow
 def test_each_of_several_processes_scores_its_own_samples(folder):
     one, all_of_them = trained(str(folder / "mine.py"))
     each = together(2, "tests.scorers.cases:trained", str(folder / "mine.py"))
