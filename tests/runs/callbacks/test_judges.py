@@ -92,7 +92,7 @@ def test_the_best_model_is_kept_and_put_back(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
-    whole, judged, said = run(opposite, directory=RunDirectory(tmp_path / "whole"))
+    whole, judged, _ = run(opposite, directory=RunDirectory(tmp_path / "whole"))
     place = RunDirectory(tmp_path / "parts")
     assert run(opposite, directory=place, more=[interrupt_at(7)])[0].stopped == "interrupted"
     again, resumed, _ = run(opposite, directory=place)
