@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.headline import headline_of
+from implicit_diffusion.commands.finetune.report.headline import headline_of
 from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.digits import Appearance, Quality, load_digits

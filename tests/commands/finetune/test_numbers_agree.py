@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.report import plan_table
+from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.report.report import write_report
 from implicit_diffusion.commands.sweep import command as sweep
 from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary

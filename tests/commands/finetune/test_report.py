@@ -12,10 +12,10 @@ import torch
 from matplotlib.image import imread
 
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.headline import headline_of, opening, print_headline, smaller_rate
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.report.figures import draw
 from implicit_diffusion.commands.finetune.report.frontier import frontier, tangent_curve
+from implicit_diffusion.commands.finetune.report.headline import headline_of, opening, print_headline, smaller_rate
 from implicit_diffusion.commands.finetune.report.report import command, write_report
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.report.samples import samples

@@ -20,8 +20,8 @@ from torch import nn
 
 from implicit_diffusion.commands.finetune import estimators, judging, planning
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.model_card import model_card
+from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec

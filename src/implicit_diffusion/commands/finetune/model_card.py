@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
+from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
 from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import markdown, model_name, number

@@ -19,8 +19,8 @@ import numpy as np
 
 from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import config as finetune_config
-from implicit_diffusion.commands.finetune.headline import opening
 from implicit_diffusion.commands.finetune.planning import pretrained_samples
+from implicit_diffusion.commands.finetune.report.headline import opening
 from implicit_diffusion.commands.finetune.result import read_run_summary
 from implicit_diffusion.commands.finetune.setup import build
 from implicit_diffusion.commands.finetune.specs import setup_spec

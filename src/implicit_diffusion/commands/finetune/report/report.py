@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.planning import PROMPTS
+from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.report.judges import judges_at_the_end
 from implicit_diffusion.commands.finetune.report.rewards import rewards_at_the_end, rewards_of_the_plan
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
