@@ -24,6 +24,7 @@ WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not GENERAT
 PRINTED = {
     "docs/howto/flow.md",
     "docs/howto/python.md",
+    "docs/mathematics/estimators.md",
     "docs/mathematics/inner-problems.md",
     "docs/mathematics/queue.md",
     "docs/mathematics/tilted.md",

@@ -579,7 +579,7 @@ PARTS = {  # for those who write such a class, or look inside a loop
         "Term",
         "TrajectoryResult",
     ),
-    *("bytes_of", "end_activations", "row_activations"),
+    *("bytes_of", "end_activations", "row_activations", "variation_activations"),
     *("NAMED_SAMPLERS", "Timetable", "Transition", "alpha", "energy_of", "fused_pass"),
     *("ou_marginal", "pull_back", "systematic", "terminal_adjoint", "statistics", "eval_mode", "frozen_copy"),
 }

@@ -37,7 +37,7 @@ def network():
     return DiffusersDenoiser(unet.double()).eval()
 
 
-def loop(kind, *, sharded, lora=False, accumulate=1):
+def loop(kind, *, sharded, lora=False, accumulate=1, estimator=None):
     from diffusers import DDPMScheduler
 
     denoiser = network()
@@ -58,8 +58,8 @@ def loop(kind, *, sharded, lora=False, accumulate=1):
     update = Update(adam, max_grad_norm=0.5, accumulate=accumulate)
     objective = Reward(lambda x: x.flatten(1).mean(1)) + 0.3 * PathKL()
     if kind == "nested":
-        return Nested(chain, objective, update, batch=B, noise=Noise(0))
-    return Queue(chain, objective, update, batch=B, noise=Noise(0), stride=2)
+        return Nested(chain, objective, update, batch=B, noise=Noise(0), estimator=estimator)
+    return Queue(chain, objective, update, batch=B, noise=Noise(0), stride=2, estimator=estimator)
 
 
 def numbers(rows):

@@ -6,6 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.gradients import AdjointMatching, ScoreFunction
 from tests.denoisers import sharded_cases
 from tests.helpers.together import together
 
@@ -36,6 +37,16 @@ def check_same_run(one, many, rtol=1e-10):
 def test_training_is_that_of_one_process(kind, lora):
     one = sharded_cases.trained(kind, False, lora=lora)
     check_same_run(one, together(2, CASES + "trained_with", kind, True, {"lora": lora}))
+
+
+@sums
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("estimator", [AdjointMatching(), ScoreFunction()])
+def test_estimators_that_hold_states_fixed_see_shared_weights(estimator, lora):
+    options = {"lora": lora, "estimator": estimator}
+    one = sharded_cases.trained("queue", False, **options)
+    check_same_run(one, together(2, CASES + "trained_with", "queue", True, options))
 
 
 @sums

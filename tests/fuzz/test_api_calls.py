@@ -23,7 +23,7 @@ DETERMINED = settings(
 
 
 def test_every_estimator_is_tried():
-    assert {"Adjoint", "FullBackprop", "TruncatedBackprop"} <= set(ESTIMATORS)
+    assert {"Adjoint", "AdjointMatching", "FullBackprop", "ScoreFunction", "TruncatedBackprop"} <= set(ESTIMATORS)
 
 
 @pytest.mark.slow

@@ -9,7 +9,13 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.gradients.backprop import FullBackprop
     from implicit_diffusion.gradients.conjugate_gradients import ConjugateGradients
     from implicit_diffusion.gradients.estimator import Estimator, Pulled, RowEstimator, RowStates, TrajectoryResult
-    from implicit_diffusion.gradients.footprint import Footprint, bytes_of, end_activations, row_activations
+    from implicit_diffusion.gradients.footprint import (
+        Footprint,
+        bytes_of,
+        end_activations,
+        row_activations,
+        variation_activations,
+    )
     from implicit_diffusion.gradients.fused import Fused, fused_pass
     from implicit_diffusion.gradients.gibbs import Gibbs
     from implicit_diffusion.gradients.score_function import ScoreFunction
@@ -50,4 +56,5 @@ __all__ = [
     "pull_back",
     "row_activations",
     "terminal_adjoint",
+    "variation_activations",
 ]
