@@ -11,10 +11,11 @@ from implicit_diffusion.loops import Nested, Queue
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from tests.denoisers.test_sharded import sums
 from tests.gradients.contract import BETA, RowEstimatorContract, gamma, gammas
-from tests.gradients.surrogate_cases import F64, ByHeart, Fixed, class_loop, class_runs, sharded_run, using
+from tests.gradients.surrogate_cases import F64, ByHeart, Fixed, class_loop, class_runs, sharded_run, small_chain, using
 from tests.helpers.chain_loops import Recorder
-from tests.helpers.estimates import exact_gradient, moved_affine_chain, tanh_chain, z_scores
+from tests.helpers.estimates import exact_gradient, moved_affine_chain, z_scores
 from tests.helpers.oracles import affine_chain
 from tests.helpers.shared_runs import same_run
 from tests.helpers.together import together
@@ -26,8 +27,8 @@ class TestSurrogate(RowEstimatorContract):
     def make(self):
         chain, objective = self.problem()
         (_, reward), _ = objective.terms
-        surrogate = Surrogate(pairs=256, steps=4, learning_rate=1e-2)
-        x = chain.pretrained().sample(Noise(9), 256)
+        surrogate = Surrogate(pairs=64, steps=4, learning_rate=2e-2)
+        x = chain.pretrained().sample(Noise(9), 80)
         surrogate.learn(x, reward.function(x).detach())
         assert 0.3 < surrogate.regression.share <= 1
         return surrogate
@@ -41,28 +42,30 @@ SURROGATES = {  # of a quadratic reward R
 
 
 def through_loop(kind, estimator, updates, batch, scale=0.5):
-    """Γ of every update in a loop without learning, its mean over trajectories, and the exact gradient."""
+    """Γ of every update in a loop without learning, its mean over trajectories, and the exact gradient.
+
+    The objective is the reward alone, so that nothing hides an error of the part that sees its values.
+    """
     chain, quadratic = moved_affine_chain(scale=scale)
-    parameters = list(chain.denoiser.parameters())
-    objective = Reward(quadratic) + BETA * PathKL()
-    loop = kind(chain, objective, Recorder(parameters, lr=0.0), batch=batch, noise=Noise(5), estimator=estimator)
+    optimizer = Recorder(chain.denoiser.parameters(), lr=0.0)
+    loop = kind(chain, Reward(quadratic), optimizer, batch=batch, noise=Noise(5), estimator=estimator)
     for _ in range(updates):
         loop.step()
     if kind is Queue:
         for _ in loop.drain():
             pass
-    return torch.stack(gammas(loop)), sum(gammas(loop)) / loop.injected, exact_gradient(chain, quadratic, BETA)
+    return torch.stack(gammas(loop)), sum(gammas(loop)) / loop.injected, exact_gradient(chain, quadratic, 0.0)
 
 
 @pytest.fixture(scope="module")
 def fixed_gradients():
     """Estimates by every R̂ in a nested loop, and the mean of a queue's by the good one."""
-    quadratic, sizes = moved_affine_chain(scale=0.5)[1], {"good": 20, "unrelated": 70, "of the wrong sign": 90}
+    quadratic, sizes = moved_affine_chain(scale=0.5)[1], {"good": 40, "unrelated": 130, "of the wrong sign": 150}
     draws = {
-        name: through_loop(Nested, using(Fixed(make(quadratic))), sizes[name], 4000)
+        name: through_loop(Nested, using(Fixed(make(quadratic))), sizes[name], 10_000)
         for name, make in SURROGATES.items()
     }
-    _, mean, _ = through_loop(Queue, using(Fixed(SURROGATES["good"](quadratic))), 20, 4000)
+    _, mean, _ = through_loop(Queue, using(Fixed(SURROGATES["good"](quadratic))), 40, 10_000)
     return draws, mean
 
 
@@ -82,14 +85,14 @@ def test_the_test_sees_wrong_factors(fixed_gradients, factor):
 
 
 def test_a_good_surrogate_has_far_less_variance_than_the_score_function(fixed_gradients):
-    ours, (theirs, _, _) = fixed_gradients[0]["good"][0], through_loop(Nested, ScoreFunction(), 20, 4000)
+    ours, (theirs, _, _) = fixed_gradients[0]["good"][0], through_loop(Nested, ScoreFunction(), 20, 10_000)
     assert ours.var(0).sum() < theirs.var(0).sum() / 5
 
 
-@pytest.mark.parametrize(("factor", "count"), [(0.9, 40), pytest.param(-0.4, 500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("factor", "count"), [(0.9, 40), pytest.param(-0.4, 1200, marks=pytest.mark.slow)])
 def test_on_a_small_network_it_agrees_with_backpropagation(factor, count):
     """On the same trajectories, so that the difference alone has a variance."""
-    chain = tanh_chain(pretrained_rows=(3,))
+    chain = small_chain()
     parameters = list(chain.denoiser.parameters())
 
     def reward(x):
@@ -105,7 +108,7 @@ def test_on_a_small_network_it_agrees_with_backpropagation(factor, count):
             found.append(gamma(parameters))
     ours, theirs = map(torch.stack, draws.values())
     z, each, error = z_scores(ours, theirs.mean(0), theirs - theirs.mean(0))
-    assert error < 0.02 / 4
+    assert error < 0.02 / 4, error
     assert abs(z) < 4 and each < 4.5
 
 
@@ -132,7 +135,7 @@ class OwnBatchFirst(Surrogate):
 def test_it_is_unbiased_while_it_learns_and_fitting_its_own_batch_first_is_not(kind):
     """With an R̂ that goes through all pairs of the batch that it learned last."""
     estimator = using(ByHeart(), kind, clip=None)
-    draws, _, exact = through_loop(Nested, estimator, 300, 12, scale=0.2)
+    draws, _, exact = through_loop(Nested, estimator, 150, 12, scale=0.2)
     z, _, _ = z_scores(draws, exact)
     assert abs(z) < 4 if kind is Surrogate else abs(z) > 6
 
@@ -198,6 +201,7 @@ def test_two_processes_under_classes_compute_what_one_does():
         same_run(each, one, states=False)
 
 
+@sums
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nested", "queue"])
 def test_weights_may_be_shared_out_over_processes(kind):
@@ -216,6 +220,24 @@ def test_it_sees_the_class():
     surrogate.learn(x, rewards, {"label": label})
     blind.learn(x, rewards)
     assert surrogate.explained > 0.9 and blind.explained < 0.1
+
+
+class PerClass(nn.Module):
+    """A network of the user's own that sees the class."""
+
+    def __init__(self):
+        super().__init__()
+        self.slopes = nn.Parameter(torch.zeros(3, 2, dtype=F64))
+
+    def forward(self, x, condition):
+        return (self.slopes[condition["label"]] * x).sum(1)
+
+
+def test_the_users_own_network_may_see_the_class():
+    x, label = Noise(0).normal((768, 2), dtype=F64), torch.arange(768) % 3
+    surrogate = Surrogate(PerClass(), learning_rate=0.05)
+    surrogate.learn(x, (label - 1) * x[:, 0], {"label": label})
+    assert surrogate.explained > 0.9
 
 
 class Slope(nn.Module):
@@ -280,7 +302,7 @@ def test_samples_of_another_kind_than_those_learned_are_refused():
     surrogate = Surrogate(steps=1)
     surrogate.learn(torch.zeros(4, 3), torch.zeros(4))
     sgd = torch.optim.SGD(chain.denoiser.parameters(), lr=0.1)
-    message = r"learned from samples of shape \(3,\) in torch.float32 .*, and now there are samples of shape \(2,\)"
+    message = r"begun with samples of shape \(3,\) in torch.float32 .*, and now there are samples of shape \(2,\)"
     with pytest.raises(InvalidInputError, match=message):
         Nested(chain, Reward(quadratic), sgd, batch=4, noise=Noise(0), estimator=surrogate)
 
@@ -323,6 +345,17 @@ def test_rewards_that_are_not_finite_are_not_learned():
     surrogate.turn(Reward(lambda x: x[:, 0] / 0), end)
     after = surrogate.state_dict()
     assert after["seen"] == 8 and all(torch.equal(part, after["network"][name]) for name, part in before.items())
+
+
+def test_a_batch_of_one_has_nobody_to_be_compared_with():
+    """Its baseline is what R̂ says, once R̂ explains something."""
+    chain, quadratic = moved_affine_chain(scale=0.5)
+    optimizer = Recorder(chain.denoiser.parameters(), lr=1e-3)
+    estimator = Surrogate(learning_rate=1e-2)
+    loop = Nested(chain, Reward(quadratic), optimizer, batch=1, noise=Noise(0), estimator=estimator)
+    for _ in loop.run(60):
+        pass
+    assert all(gradient.isfinite().all() for gradient in gammas(loop)) and 0 < estimator.regression.share <= 1
 
 
 def test_memory_counts_what_it_keeps():

@@ -17,7 +17,7 @@ drawn from, and the running costs c_k differentiated as they are,
 The score function holds the states fixed: T_k has no part in λ. One call of the network serves both. Its graph is gone
 through once for ∇_{x_k} T_k, which is subtracted, and once for everything.
 
-R̂ is a regression on pairs (x_N, R) of *earlier* trajectories (`gradients.surrogate_regression`): a batch turns round
+R̂ is a regression on pairs (x_N, R) of *earlier* trajectories (`gradients.fitted.regression`): a batch turns round
 under the R̂ of those before it, its λ_N and A are fixed there, and only then is it learned. An R̂ fitted to its own batch
 would know that batch's rewards by heart, and A would be missing from Γ.
 """
@@ -36,6 +36,8 @@ from implicit_diffusion.errors import InvalidInputError, check_integer, check_nu
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.adjoint import pull_back
 from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
+from implicit_diffusion.gradients.fitted.network import RewardNetwork, check_network, predicted
+from implicit_diffusion.gradients.fitted.regression import MINIBATCH, Regression
 from implicit_diffusion.gradients.footprint import (
     Footprint,
     bytes_of,
@@ -51,15 +53,13 @@ from implicit_diffusion.gradients.score_function import (
     log_ratio,
     terminal_costs,
 )
-from implicit_diffusion.gradients.surrogate_network import RewardNetwork, check_network, predicted
-from implicit_diffusion.gradients.surrogate_regression import MINIBATCH, Regression, kind_of
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.tables.transition import Transition
 
-CHUNK = 64  # pairs that are predicted together before they are learned, where many come at once
+CHUNK = 16  # pairs that are predicted together before they are learned, where many come at once
 
 
 class Surrogate(RowEstimator):
@@ -78,7 +78,7 @@ class Surrogate(RowEstimator):
             second is the condition, as for a `Reward`. If None, a small network of the surrogate's own: a perceptron
             for vectors, convolutions for images, with a row of weights for every class label or prompt number.
         clip: ε: ratios ρ that have left [1 − ε, 1 + ε] to an action's advantage bring no gradient; None to keep all.
-        pairs: that are remembered, the last ones seen; their states take `pairs` events of memory.
+        pairs: that are remembered, the last ones seen; they take `pairs` events of memory, and of every checkpoint.
         steps: of Adam per batch that turns round.
         learning_rate: of Adam.
         noise: of R̂'s first weights, and of the pairs that a step draws; `Noise(0)` if None.
@@ -110,6 +110,7 @@ class Surrogate(RowEstimator):
         check_type("noise", self.noise, Noise, "use Noise(0), for example")
         self.network = network
         self.regression: Regression | None = None  # once the event shape is known
+        self.kind: str | None = None  # of the samples, in words
 
     @property
     def name(self) -> str:
@@ -239,12 +240,15 @@ class Surrogate(RowEstimator):
 
     def _checked(self, x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None) -> Regression:
         """The regression, if it can be trained on samples of this kind, under such a condition."""
-        held = None if self.regression is None else self.regression.kind
         given = kind_of(x, condition)
-        if held is not None and held != given:
-            raise InvalidInputError(f"the surrogate has learned from {held}, and now there are {given}; make a new one")
+        if self.kind not in (None, given):
+            raise InvalidInputError(
+                f"the surrogate was begun with {self.kind}, and now there are {given}; make a new one for these"
+            )
         if self.network is not None:
-            check_network(self.network, x[:2], condition)
+            few = None if condition is None else {name: entry[:2] for name, entry in condition.items()}
+            check_network(self.network, x[:2], few)
+        self.kind = given
         return self._begun(x)
 
     def _begun(self, x: Float[Tensor, "n *event"]) -> Regression:
@@ -260,3 +264,10 @@ class Surrogate(RowEstimator):
                 learning_rate=self.learning_rate,
             )
         return self.regression
+
+
+def kind_of(x: Float[Tensor, "n *event"], condition: Mapping[str, Tensor] | None) -> str:
+    """Shapes, precision and device of samples and of their condition, in words."""
+    words = f"samples of shape {tuple(x.shape[1:])} in {x.dtype} on {x.device}"
+    entries = [f"{name} of shape {tuple(entry.shape[1:])}" for name, entry in sorted((condition or {}).items())]
+    return f"{words} under {', '.join(entries)}" if entries else words

@@ -29,11 +29,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.frozen import eval_mode, load_trained_state, trained_state
+from implicit_diffusion.gradients.fitted.network import RewardNetwork, predicted
 from implicit_diffusion.gradients.score_function import groups, leave_one_out
-from implicit_diffusion.gradients.surrogate_network import RewardNetwork, predicted
 from implicit_diffusion.noise import Noise
 
-MEMORY = 512  # pairs over which what was measured fades
+MEMORY = 256  # pairs over which what was measured fades
 MINIBATCH = 64  # pairs of one step
 
 Condition = Mapping[str, Tensor] | None
@@ -68,11 +68,6 @@ class Regression:
             return mean + deviation * predicted(self.network, x, condition)
 
     @property
-    def kind(self) -> str | None:
-        """Of which kind the samples are that it has learned from, in words; None before there are any."""
-        return kind_of(self.buffer["x"], _condition(self.buffer)) if self.seen else None
-
-    @property
     def share(self) -> float:
         """α."""
         n, rr, rp, pp = self.measured.tolist()
@@ -96,7 +91,7 @@ class Regression:
         n, both = len(rewards), torch.stack([rewards, prediction]).double()
         r, p = leave_one_out(both, None if group is None else group.expand(2, n))
         self.measured *= max(0.0, 1 - n / MEMORY)
-        self.measured += torch.stack([r.new_tensor(n - 1), r @ r, r @ p, p @ p]).cpu()
+        self.measured += torch.stack([r.new_tensor(n), r @ r, r @ p, p @ p]).cpu()
 
     def _add(self, pairs: Mapping[str, Tensor]) -> None:
         """Write pairs over the oldest ones."""
@@ -167,10 +162,3 @@ def _prefixed(condition: Condition) -> dict[str, Tensor]:
 def _condition(pairs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     inside = {name.removeprefix(CONDITION): p for name, p in pairs.items() if name.startswith(CONDITION)}
     return inside or None
-
-
-def kind_of(x: Float[Tensor, "n *event"], condition: Condition) -> str:
-    """Shapes, precision and device of samples and of their condition, in words."""
-    words = f"samples of shape {tuple(x.shape[1:])} in {x.dtype} on {x.device}"
-    entries = [f"{name} of shape {tuple(entry.shape[1:])}" for name, entry in sorted((condition or {}).items())]
-    return f"{words} under {', '.join(entries)}" if entries else words

@@ -1,0 +1,1 @@
+"""R̂, a network fitted to the rewards of earlier trajectories."""
