@@ -66,12 +66,25 @@ class Labelled(nn.Module):
     def __init__(self, classes):
         super().__init__()
         self.network, self.shifts = TanhDenoiser(), nn.Embedding(classes, 2, dtype=F64)
-        for p in self.parameters():
-            p.data.zero_()
-        move(self, 0.5)
+        drawn(self)
 
     def forward(self, x, t, label):
         return self.network(x, t) + self.shifts(label)
+
+
+def drawn(module):
+    """The module with weights that are drawn by key: layers draw their first ones from the global generator."""
+    for p in module.parameters():
+        p.data.zero_()
+    move(module, 0.5)
+    return module
+
+
+def small_chain():
+    """A chain on a small network that has moved from the pretrained one."""
+    chain = Chain(drawn(TanhDenoiser()), table(4), (2,), pretrained_rows=(3,))
+    move(chain.denoiser, 0.2, seed=9)
+    return chain
 
 
 def of_classes(classes):
