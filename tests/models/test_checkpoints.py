@@ -11,6 +11,8 @@ import torch
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import DIGITS, find_checkpoint, inspect_folder
+from implicit_diffusion.models.image_text import find_image_text
+from tests.helpers import image_text
 
 INDEX = {
     "_class_name": "DDPMPipeline",
@@ -249,6 +251,26 @@ def test_a_latent_pipeline_is_fetched_with_all_its_parts_and_nothing_else(tmp_pa
     (found.folder / "tokenizer").rmdir()
     with pytest.raises(InvalidInputError, match="lacks tokenizer, which its model_index"):
         find_checkpoint(found.folder)
+
+
+def test_an_image_text_model_is_fetched_without_pickles_and_code(tmp_path, downloads):
+    remote = image_text.clip(tmp_path / "remote")
+    needed = {path.name for path in remote.iterdir()}
+    for extra in ("pytorch_model.bin", "model.fp16.safetensors", "code.py", "onnx/config.json"):
+        (remote / extra).parent.mkdir(exist_ok=True)
+        (remote / extra).write_bytes(b"")
+    assert find_image_text("some/model").folder == tmp_path / "local"
+    assert set(downloads) == needed and "model.safetensors" in needed
+    (remote / "model.safetensors").unlink()
+    (remote / "model.fp16.safetensors").unlink()
+    with pytest.raises(InvalidInputError, match=r"model: some/model holds only pickled weights \(pytorch_model\.bin\)"):
+        find_image_text("some/model")
+
+
+def test_an_image_text_model_that_cannot_be_reached(hub):
+    hub(port=9)
+    with pytest.raises(InvalidInputError, match=f"'nobody/nothing' cannot be reached .*refused.*{ADVICE}"):
+        find_image_text("nobody/nothing")
 
 
 def test_a_model_that_is_a_variant_alone_is_fetched_as_such(tmp_path, downloads):

@@ -154,6 +154,15 @@ def test_other_models_and_damaged_ones_are_refused(folders, tmp_path):
         load_image_text(str(copy))
 
 
+def test_weights_of_older_releases_hold_positions_as_well(folders, tmp_path):
+    """Those of CLIP and of PickScore on the hub do."""
+    copy = shutil.copytree(folders["clip"], tmp_path / "copy")
+    positions = {f"{tower}_model.embeddings.position_ids": torch.arange(12)[None] for tower in ("text", "vision")}
+    save_file(load_file(copy / "model.safetensors") | positions, copy / "model.safetensors", {"format": "pt"})
+    x = pictures(34, 40)[0]
+    assert torch.equal(load_image_text(str(copy))(x, PROMPTS), load_image_text(str(folders["clip"]))(x, PROMPTS))
+
+
 def test_code_of_a_folder_is_never_run(folders, tmp_path):
     """Neither by its config, nor by those of its tokenizer and its processor."""
     for file, entries in (

@@ -172,6 +172,19 @@ def test_it_may_write_into_what_it_is_given_and_answer_in_any_dtype():
         assert torch.equal(x, images(3, dtype))
 
 
+def test_particles_are_trained_by_a_reward_of_arrays():
+    """Which needs no ∇R; the values are those of the same reward in torch."""
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def reward(points: np.ndarray) -> np.ndarray:
+        return np.sin(points).sum(1)
+
+    ours, right = Reward(reward), Reward(lambda x: x.sin().sum(1))
+    ours.check_stationary(Particles(x), x.sum(1))
+    found, expected = (each.first_variation(Particles(x)).function for each in (ours, right))
+    assert torch.allclose(found, expected, rtol=1e-14)
+
+
 def test_the_forms_of_a_file_whose_annotations_are_strings(tmp_path):
     (tmp_path / "my.py").write_text(
         "from __future__ import annotations\n"

@@ -222,6 +222,7 @@ def names_on_hub(hub_id: str, then: str) -> set[str]:
     Raises:
         InvalidInputError: there is no such repository, or no answer.
     """
+    require("huggingface_hub")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -26,7 +26,7 @@ from implicit_diffusion.files.foreign import inside
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import HUB_ID, Checkpoint, names_on_hub
 from implicit_diffusion.models.parts import load_model, quiet, refused
-from implicit_diffusion.models.pipeline_files import TABLES, listing, located, names_in, weights
+from implicit_diffusion.models.pipeline_files import TABLES, listing, located, names_in, no_weights, weights
 from implicit_diffusion.showing import ShownModule, of_network
 
 MODEL, TOKENIZER, PROCESSOR = "model", "tokenizer", "feature_extractor"  # the parts
@@ -173,7 +173,7 @@ def load_image_text(model: str) -> ImageText:
             another kind; a processor that does something else than `Preparation`.
         MissingExtraError: transformers is not installed.
     """
-    require("transformers", "PIL")
+    require("transformers")
     from transformers import AutoImageProcessor, AutoTokenizer
 
     checkpoint = find_image_text(model)
@@ -236,6 +236,8 @@ def _from_hub(hub_id: str) -> Checkpoint:
     except (LocalEntryNotFoundError, InvalidInputError):
         pass
     names = {name for name in names_on_hub(hub_id, "give the folder") if "/" not in name}
+    if not weights("transformers", names):
+        raise InvalidInputError(f"model: {no_weights(hub_id, names)}")
     wanted = [*weights("transformers", names), *(name for name in names if name.endswith(TABLES))]
     return _inspect(Path(snapshot_download(hub_id, allow_patterns=wanted)))
 
@@ -246,6 +248,7 @@ def _verified(processor: Any) -> Preparation:
     Raises:
         ValueError: they differ.
     """
+    require("PIL")
     from PIL import Image
 
     name = type(processor).__name__

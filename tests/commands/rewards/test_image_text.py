@@ -81,7 +81,7 @@ def test_with_prompts_and_with_a_text(place):
         InvalidInputError, match="`reward` clip:no-such-folder: model: 'no-such-folder' is not a folder"
     ):
         load_reward("clip:no-such-folder")
-    with pytest.raises(InvalidInputError, match=r"model is unconditional.*clip:MODEL\(text="):
+    with pytest.raises(InvalidInputError, match=r"come without a condition.*clip:MODEL\(text="):
         Conditioning().of_states(prompted, None)
     with pytest.raises(InvalidInputError, match="give prompts, or one text for all images"):
         prompted(x, torch.arange(2))

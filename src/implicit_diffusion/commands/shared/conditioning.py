@@ -98,8 +98,8 @@ class Conditioning(Shown):
             if takes_condition(reward):
                 raise InvalidInputError(
                     "reward takes two arguments, the samples and what they were sampled under (prompts, class labels), "
-                    "but the model is unconditional; use a reward of the samples alone (clip:MODEL is one with a text "
-                    'of yours, clip:MODEL(text="…")), or a model that is sampled under prompts or classes'
+                    "but samples of this model come without a condition; use a reward of the samples alone (clip:MODEL "
+                    'is one with a text of yours, clip:MODEL(text="…")), or a model that is sampled under a condition'
                 )
             return reward
         conditional, reward = takes_condition(reward), of_tensors(reward)
