@@ -83,6 +83,7 @@ def digits_result(shift=0.93, waste=0.15, **config):
         kept=None,
         staleness_max=18,
         predicted_memory_bytes=10**7,
+        estimator="adjoint",
     )
     model = ModelSummary(None, None, [1, 8, 8], None, None, None, None, "DDPM", pipeline_is_the_chain=True)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))

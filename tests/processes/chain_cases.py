@@ -16,7 +16,7 @@ from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.objectives import MMD, DriftPenalty, Functional, PathKL, Reward, Sinkhorn
+from implicit_diffusion.objectives import MMD, DriftPenalty, Functional, PathKL, Reward, Sinkhorn, WeightedRewards
 from implicit_diffusion.objectives.base import TerminalObjective
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.samplers.chain import Chain
@@ -261,13 +261,16 @@ def calls(loop):
     return [number for number, _ in found], found[-1][1], sum(p.nbytes for p in made.model.parameters())
 
 
+SEVERAL = WeightedRewards({"own": lambda x: x.mean(1), "random": random_reward}, (2.0, -0.5))
+
+
 def evaluated(reward):
     """An evaluation in parts of which some are shorter."""
     chain = prompted() if reward == "conditional" else affine_chain(N, DIM)[0]
     for p in chain.denoiser.parameters():
         p.data += 0.1
     done = []
-    score = {"own": lambda x: x.mean(1), "random": random_reward, "conditional": asked_for}[reward]
+    score = {"own": lambda x: x.mean(1), "random": random_reward, "conditional": asked_for, "several": SEVERAL}[reward]
     options = {"starts": 10, "repeats": 3, "chunk": 9, "progress": done.append}
     torch.manual_seed(processes.rank())
     before = torch.get_rng_state()

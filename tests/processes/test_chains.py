@@ -173,7 +173,7 @@ def test_outside_of_loops_every_process_computes_the_whole():
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(3, marks=SLOW)])
-@pytest.mark.parametrize("reward", ["own", "random", "conditional"])
+@pytest.mark.parametrize("reward", ["own", "random", "conditional", "several"])
 def test_evaluations_are_those_of_one_process_to_the_bit(reward, W):
     one = chain_cases.evaluated(reward)
     for ours in processes(W, "evaluated", reward):

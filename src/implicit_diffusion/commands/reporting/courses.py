@@ -16,10 +16,12 @@ from implicit_diffusion.commands.reporting.course import (
     over_seeds,
     trainings,
 )
+from implicit_diffusion.commands.shared.drawing import in_legend
 from implicit_diffusion.runs.callbacks.held_out import each_reward, watched_reward
 
 EACH_REWARD, EACH_JUDGE = f"held_out_{each_reward('')}", f"held_out_{watched_reward('')}"
 HELD_OUT = "held-out noise, ± 2 s.e."
+FEW = 8  # rewards and judges with a picture each, in whatever file
 WORK = {"updates": "updates", "seconds of training": "seconds"}
 
 
@@ -32,7 +34,7 @@ def finetune(files: Files) -> Course:
         Panel("objective", "J  (lower is better)", "held_out_objective", HELD_OUT),
         Panel("reward", "mean reward", "held_out_reward", HELD_OUT),
         Panel("path_kl", "path KL (nats)", "held_out_path_kl", HELD_OUT),
-        *(Panel("", name.removeprefix(EACH_REWARD).replace(EACH_JUDGE, "judge "), name, HELD_OUT) for name in several),
+        *(Panel("", _title(name), name, HELD_OUT) for name in several[:FEW]),
         Panel("kl_weight", "KL weight β, adapted"),
         Panel("grad_norm", "norm of the gradient Γ", log=True),
         Panel("staleness_max", "age of the oldest gradient (updates)"),
@@ -53,6 +55,12 @@ def finetune(files: Files) -> Course:
         "by the KL weight: with another weight it is another J.",
         so_far="The numbers of an unfinished run are those of its last check on held-out noise.",
     )
+
+
+def _title(name: str) -> str:
+    """The words for one of several rewards, or for a judge: `held_out_judge/NAME` is called judge NAME."""
+    kind, _, label = name.removeprefix("held_out_").partition("/")
+    return f"{kind} {in_legend(label)}"
 
 
 def _frontier(files: Files) -> Frontier | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from implicit_diffusion.commands.reporting.course import Course, Frontier, Number, Panel, columns, trainings
-from implicit_diffusion.commands.shared.drawing import INK, STYLE, legend_above, save, sheet, smooth
+from implicit_diffusion.commands.shared.drawing import INK, STYLE, in_legend, legend_above, save, sheet, smooth
 from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.extras import require
 
@@ -22,7 +22,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7
 DASHES = ("-", "--", ":")
 MOST = len(COLOURS) * len(DASHES)  # curves that look different
 WIDTH = 5.0  # inches
-LONGEST = 26  # letters of a name in a legend
 NOISY = 12  # lines of a training from which on a running mean is drawn
 
 Lines = Sequence[Mapping[str, Any]]
@@ -42,7 +41,7 @@ def draw_courses(courses: Mapping[str, Course], folder: Path) -> list[Picture]:
     require("matplotlib")
     import matplotlib
 
-    named = {_name(name): course for name, course in courses.items()}
+    named = {in_legend(name): course for name, course in courses.items()}
     panels = next(iter(named.values())).panels
     drawings: list[tuple[str, Callable[[], Figure | None], str, str]] = [
         ("frontier", partial(draw_frontier, named), "Reward against path KL", FRONTIER)
@@ -86,8 +85,8 @@ def draw_panel(panel: Panel, courses: Mapping[str, Course]) -> Figure | None:
         return _diagrams(panel, {"": {name: [course.lines] for name, course in courses.items()}})
     if len(courses) == 1:
         (by_arm,) = arms.values()
-        return _diagrams(panel, {"": {_name(str(arm)): by_arm[arm,] for arm in names}})
-    each = {_name(str(arm)): {run: arms[run].get((arm,), []) for run in courses} for arm in names}
+        return _diagrams(panel, {"": {in_legend(str(arm)): by_arm[arm,] for arm in names}})
+    each = {in_legend(str(arm)): {run: arms[run].get((arm,), []) for run in courses} for arm in names}
     return _diagrams(panel, each)
 
 
@@ -246,10 +245,3 @@ def _errorbars(axes: Any, points: Sequence[tuple[Number, Number]], **options: An
 
 def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "ls": DASHES[number // len(COLOURS) % len(DASHES)]}
-
-
-def _name(name: str) -> str:
-    """A name for a legend: short, one line, and never a formula or hidden, as matplotlib reads `$…$` and `_…`."""
-    words = " ".join("".join(c if c.isprintable() else "\ufffd" for c in name).split())
-    short = words if len(words) <= LONGEST else f"{words[: LONGEST // 2]}…{words[-LONGEST // 2 + 1 :]}"
-    return ("\N{HAIR SPACE}" if short.startswith("_") else "") + short.replace("$", r"\$")

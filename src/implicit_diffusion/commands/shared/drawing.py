@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHTED, UNWEIGHTED = "#2a9d5c", "#1f6f8b"  # colours of weighted and of plain particles
+LONGEST = 26  # letters of a name in a legend
 INK, FAINT = "#22272e", "#d9dde2"  # colours of text and of grounds
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -89,6 +90,13 @@ def _title_left(axis: Any, **options: Any) -> None:
         size = axis.title.get_fontsize()
         axis.set_title("", loc="center")
         axis.set_title(title, loc="left", fontsize=size, **options)
+
+
+def in_legend(name: str) -> str:
+    """A name for a legend: short, one line, and never a formula or hidden, as matplotlib reads `$…$` and `_…`."""
+    words = " ".join("".join(c if c.isprintable() else "\ufffd" for c in name).split())
+    short = words if len(words) <= LONGEST else f"{words[: LONGEST // 2]}…{words[-LONGEST // 2 + 1 :]}"
+    return ("\N{HAIR SPACE}" if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def image_grid(

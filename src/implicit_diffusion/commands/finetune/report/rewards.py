@@ -9,7 +9,7 @@ import numpy as np
 from implicit_diffusion.commands.finetune.report.figures import canvas
 from implicit_diffusion.commands.finetune.report.plan_table import gained
 from implicit_diffusion.commands.finetune.result import Result
-from implicit_diffusion.commands.shared.drawing import INK, legend_above
+from implicit_diffusion.commands.shared.drawing import INK, in_legend, legend_above
 from implicit_diffusion.commands.shared.formatting import distinct, number, percent
 from implicit_diffusion.commands.shared.page import table
 from implicit_diffusion.runs.callbacks.held_out import each_reward
@@ -31,9 +31,7 @@ def rewards(result: Result) -> tuple[Any, str, str] | None:
     for place, (each, start, colour) in enumerate(zip(several, before, COLOURS)):
         seen = result.column("updates", f"held_out_{each_reward(each.name)}")
         x, y = np.array([(0.0, start), *seen]).T
-        axes.plot(
-            x, (y - start) / each.deviation, "o-", ms=3.5, color=colour, lw=1.4, label=each.name.replace("$", r"\$")
-        )
+        axes.plot(x, (y - start) / each.deviation, "o-", ms=3.5, color=colour, lw=1.4, label=in_legend(each.name))
         aside = end * (1.03 + 0.012 * place)  # so that bars of the same height can be told apart
         gain, error = (value / each.deviation for value in each.gain)
         axes.errorbar(aside, gain, 2 * error, fmt="D", ms=6.5, color=colour, **bars)
