@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import training
+from implicit_diffusion.commands.rewards import trust
 from tests.helpers import tiny, toy_model
 from tests.helpers.stops import interrupt_at
 
@@ -187,12 +188,17 @@ def test_the_best_model_needs_a_judge(capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_another_user_does_not_run_its_judges(hacked, monkeypatch, tmp_path, capsys):
+def test_a_run_of_another_user_does_not_run_its_judges(home, monkeypatch, tmp_path, capsys):
+    (home / "j.py").write_text("def right(x): return x[..., 4:].flatten(1).mean(1)")
     monkeypatch.setattr(training, "callbacks", lambda *given: [*CALLBACKS(*given), interrupt_at(1)])
-    assert main(words("foreign", "r.py:right")) == 130
+    assert main(words("foreign", "j.py:right")) == 130
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(trust, "_named", set())  # another process of another user, who knows the reward alone
+    trust.remember(trust.code_of(f"{home}/r.py:left"))
+    capsys.readouterr()
     assert main(["resume", "foreign"]) == 2
-    assert "--trust-reward" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--trust-reward" in said and "j.py:right" in said
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from implicit_diffusion.runs.callbacks.held_out import each_reward, watched_rewa
 
 EACH_REWARD, EACH_JUDGE = f"held_out_{each_reward('')}", f"held_out_{watched_reward('')}"
 HELD_OUT = "held-out noise, ± 2 s.e."
-FEW = 8  # rewards with a picture each, in whatever file
+FEW = 8  # rewards and judges with a picture each, in whatever file
 WORK = {"updates": "updates", "seconds of training": "seconds"}
 
 
@@ -34,7 +34,7 @@ def finetune(files: Files) -> Course:
         Panel("objective", "J  (lower is better)", "held_out_objective", HELD_OUT),
         Panel("reward", "mean reward", "held_out_reward", HELD_OUT),
         Panel("path_kl", "path KL (nats)", "held_out_path_kl", HELD_OUT),
-        *(Panel("", in_legend(_scored(name)), name, HELD_OUT) for name in several[:FEW]),
+        *(Panel("", _title(name), name, HELD_OUT) for name in several[:FEW]),
         Panel("kl_weight", "KL weight β, adapted"),
         Panel("grad_norm", "norm of the gradient Γ", log=True),
         Panel("staleness_max", "age of the oldest gradient (updates)"),
@@ -57,10 +57,10 @@ def finetune(files: Files) -> Course:
     )
 
 
-def _scored(metric: str) -> str:
-    """What a metric on held-out noise is of, in words."""
-    judged = metric.startswith(EACH_JUDGE)
-    return f"judge {metric.removeprefix(EACH_JUDGE)}" if judged else f"reward {metric.removeprefix(EACH_REWARD)}"
+def _title(name: str) -> str:
+    """The words for one of several rewards, or for a judge: `held_out_judge/NAME` is called judge NAME."""
+    kind, _, label = name.removeprefix("held_out_").partition("/")
+    return f"{kind} {in_legend(label)}"
 
 
 def _frontier(files: Files) -> Frontier | None:
@@ -194,21 +194,6 @@ def recovery(files: Files) -> Course:
         lines=files.lines,
         numbers=_by_arm(files.lines, {"KL(data‖model)": "kl", "KL(model‖data)": "kl_to_data"}),
         defining=("problem",),
-    )
-
-
-def compare(files: Files) -> Course:
-    """The fall of J of every training of every method, by problem."""
-    lines = [line | {"arm": f"{line.get('problem')}: {line.get('arm')}"} for line in files.lines]
-    return Course(
-        kind="compare",
-        panels=(
-            Panel("fall", "fall of J", x=("evaluations", "network evaluations")),
-            Panel("fall", "fall of J", x=("seconds", "processor seconds")),
-        ),
-        lines=lines,
-        numbers=_by_arm(lines, {"fall of J": "fall", "path KL (nats)": "path_kl"}),
-        defining=("num_steps",),
     )
 
 
