@@ -254,14 +254,14 @@ def command(config: Config) -> str:
 
 
 def _settings(result: Result) -> Iterator[tuple[str, object]]:
-    """The options, with the KL weight at both ends of the run where it was adapted."""
+    """The options that were given or have a default, with the KL weight at both ends of the run if it was adapted."""
     for name, value in vars(result.config).items():
         if name == "reward" and len(value) == 1:
             yield name, value[0]
         elif name == "kl_weight" and result.adapted:
             yield "kl_weight, at the start", f"{result.summary.training.kl_weight_at_start:.6g}"
             yield "kl_weight, at the end (adapted to target_kl)", f"{result.beta:.6g}"
-        else:
+        elif value != ():
             yield name, value
 
 
