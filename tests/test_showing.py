@@ -292,7 +292,7 @@ def test_no_dataclass_prints_its_tensors_or_functions():
 
 def test_what_a_callback_remembers_is_no_news():
     """Fields that a dataclass keeps out of its repr are kept out of ours; of a reward, that it was checked."""
-    assert repr(Rise(HeldOut(reward, NOISE))).endswith("starts=128), patience=3)")
+    assert repr(Rise(HeldOut(reward, NOISE))).endswith("starts=128, shown=0), patience=3)")
     assert repr(weighted().objective.as_checked()) == "Reward(function=reward, name='reward')"
 
 
