@@ -25,14 +25,15 @@ class Config:
     model: str = "digits"
     """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
     reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
-    """The reward: "brightness", "darkness", "redness", "sharpness", "jpeg-size", "compressibility", "digit-0" …
-    "digit-9", "clip:MODEL" (how well images match their prompts), or your own "FILE.py:function".
+    """The reward: a name, or your own "FILE.py:function".
+    Names: "brightness", "darkness", "redness", "sharpness", "jpeg-size", "compressibility", "digit-0" … "digit-9".
+    "clip:MODEL" says how well images match their prompts.
     MODEL is the folder or hub id of a CLIP-like model of transformers; 'clip:MODEL(text="…")' compares with one text.
     Several rewards are raised together, by their weights, as in --reward brightness --reward "FILE.py:function=2".
     Weights, by default 1, are in units of each reward's standard deviation under the pretrained model.
     A class, or a function that makes the reward, may be given literal arguments, as in "FILE.py:Class(weight=2)".
-    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents;
-    if its first argument is annotated as list[PIL.Image.Image] or np.ndarray, with 8-bit pictures or arrays.
+    The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
+    If its first argument is annotated as list[PIL.Image.Image] or np.ndarray, it gets 8-bit pictures or arrays.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
     It returns one number per image: shape (n,) or (n, 1), a list, or a pair (scores, info) or a dict with these."""
     judge: tuple[str, ...] = field(default=(), metadata={"repeatable": True})
@@ -71,10 +72,11 @@ class Config:
     """Where else to show the numbers and pictures of the training.
     "tensorboard" writes event files into the folder of the run; "wandb" sends them to Weights & Biases."""
     estimator: Literal["auto", "adjoint", "truncated", "adjoint-matching", "score", "surrogate"] = "auto"
-    """How the gradient of the reward is estimated; "auto" takes "adjoint" if the reward has a gradient, and "surrogate"
-    if it has none. "adjoint" is exact, "truncated" follows the last sampling steps alone, "adjoint-matching" leaves out
-    terms that vanish at the optimum. "score" follows values alone; "surrogate" fits a network to them and follows that,
-    and corrects it by "score"."""
+    """How the gradient of the reward is estimated.
+    By "auto" it is "adjoint" if the reward has a gradient, and "surrogate" if it has none.
+    The exact gradient is "adjoint"; "truncated" follows the last sampling steps alone.
+    What vanishes at the optimum is left out by "adjoint-matching".
+    Values alone are followed by "score"; "surrogate" follows a network that is fitted to them, corrected by "score"."""
     depth: int | None = None
     """Number of last sampling steps that --estimator truncated follows; by default as few as reach a trained one."""
     loop: Literal["queue", "nested"] = "queue"

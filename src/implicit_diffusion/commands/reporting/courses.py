@@ -197,6 +197,21 @@ def recovery(files: Files) -> Course:
     )
 
 
+def compare(files: Files) -> Course:
+    """The fall of J of every training of every method, by problem."""
+    lines = [line | {"arm": f"{line.get('problem')}: {line.get('arm')}"} for line in files.lines]
+    return Course(
+        kind="compare",
+        panels=(
+            Panel("fall", "fall of J", x=("evaluations", "network evaluations")),
+            Panel("fall", "fall of J", x=("seconds", "processor seconds")),
+        ),
+        lines=lines,
+        numbers=_by_arm(lines, {"fall of J": "fall", "path KL (nats)": "path_kl"}),
+        defining=("num_steps",),
+    )
+
+
 def _by_arm(lines: list[dict[str, Any]], names: dict[str, str], *also: str) -> dict[str, Number]:
     """Numbers over the seeds of every arm, and of every value of further columns."""
     groups = trainings(lines, "arm", *also)
