@@ -36,6 +36,7 @@ def test_particles_drift_by_what_all_of_them_exert():
     torch.testing.assert_close(made.particles.x, X - h * force.detach() / tau + (2 * h) ** 0.5 * xi, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_gamma_at_draws_from_the_law_is_that_of_the_law():
     """Its bias is O(1/n) and drops out of 2 Γ(2n) − Γ(n)."""
     exact, _ = gamma(OBJECTIVES["reward"], mean_field.problem())

@@ -89,7 +89,7 @@ def test_auto_takes_what_suits_the_reward_and_says_why(reward, name, why, finetu
     assert f"estimator {name}" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["truncated", "adjoint-matching", "score"])
+@pytest.mark.parametrize("name", ["truncated", pytest.param("adjoint-matching", marks=pytest.mark.slow), "score"])
 def test_estimators_by_name(name, finetune, tmp_path):
     status, said, _ = finetune("rounded" if name == "score" else "smooth", "--estimator", name, "--loop", "nested")
     assert status == 0 and "estimator" not in said.splitlines()[0]
@@ -116,6 +116,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(reward, words, message, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_box_that_fails_loses_nothing(finetune, tmp_path, capsys):
     """It raises in the plan; once it is mended, the run is the one that nothing has met."""
     (tmp_path / "down").touch()
@@ -130,6 +131,7 @@ def test_a_box_that_fails_loses_nothing(finetune, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_random_box_is_said_to_be_one(finetune):
     status, said, _ = finetune("noisy")
     assert status == 0 and "is random" in said

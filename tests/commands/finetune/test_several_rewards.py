@@ -124,6 +124,7 @@ def test_units_do_not_matter(finished, home):
     assert large["captured"] == left["captured"] and ours["rewards"][1] == theirs["rewards"][1]
 
 
+@pytest.mark.slow
 def test_other_weights_reuse_the_trajectories_of_a_plan(finished, monkeypatch, capsys):
     assert main(words("planned", "r.py:left=3", "r.py:wide=7", more=["--plan"])) == 0
     said = capsys.readouterr().out
