@@ -371,3 +371,20 @@ def test_memory_counts_what_it_keeps():
     without = class_loop(Nested)
     without.estimator = ScoreFunction()
     assert predict_memory(loop).parameters - predict_memory(without).parameters == need.kept
+
+
+def test_what_it_remembers_of_large_events_is_bounded_in_bytes():
+    """256 events of 2¹⁸ bytes in place of 4096; but as many as a step draws, however large."""
+    for shape, pairs in (((1, 256, 256), 256), ((1, 8, 8), 4096), ((1, 1024, 1024), 64)):
+        surrogate = Surrogate(Mean())
+        surrogate.learn(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(3.0))
+        assert surrogate.regression.pairs == pairs
+
+
+class Mean(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * x.flatten(1).mean(1)

@@ -59,6 +59,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.tables.transition import Transition
 
+MOST = 2**26  # bytes of the states that are remembered, in memory and in every checkpoint
 CHUNK = 16  # pairs that are predicted together before they are learned, where many come at once
 
 
@@ -78,7 +79,8 @@ class Surrogate(RowEstimator):
             second is the condition, as for a `Reward`. If None, a small network of the surrogate's own: a perceptron
             for vectors, convolutions for images, with a row of weights for every class label or prompt number.
         clip: ε: ratios ρ that have left [1 − ε, 1 + ε] to an action's advantage bring no gradient; None to keep all.
-        pairs: that are remembered, the last ones seen; they take `pairs` events of memory, and of every checkpoint.
+        pairs: that are remembered, the last ones seen: fewer of large events, so that these take at most 64 MB, in memory
+            and in every checkpoint, but no fewer than a step of Adam draws.
         steps: of Adam per batch that turns round.
         learning_rate: of Adam.
         noise: of R̂'s first weights, and of the pairs that a step draws; `Noise(0)` if None.
@@ -218,7 +220,7 @@ class Surrogate(RowEstimator):
             carry=2 * event + number,
             turn=variation_activations(chain, objective, noise) + processes.world_size() * (event + activations),
             pull=row + recomputed,
-            kept=weights + self.pairs * (event + number) + MINIBATCH * activations,
+            kept=weights + self._remembered(event) * (event + number) + MINIBATCH * activations,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,6 +236,10 @@ class Surrogate(RowEstimator):
             return
         first = next(iter(state["network"].values()))
         self._begun(first.new_empty(0, *state["event_shape"])).load_state_dict(state)
+
+    def _remembered(self, event: int) -> int:
+        """The number of pairs that are remembered, of events of so many bytes."""
+        return min(self.pairs, max(MINIBATCH, MOST // event))
 
     def _own(self, event_shape: Sequence[int]) -> RewardNetwork:
         return RewardNetwork(event_shape, self.noise.stream(0))
@@ -259,7 +265,7 @@ class Surrogate(RowEstimator):
             self.regression = Regression(
                 network,
                 self.noise.stream(1),
-                pairs=self.pairs,
+                pairs=self._remembered(bytes_of(self.event_shape, x.dtype)),
                 steps=self.steps,
                 learning_rate=self.learning_rate,
             )
