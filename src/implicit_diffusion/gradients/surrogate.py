@@ -79,8 +79,8 @@ class Surrogate(RowEstimator):
             second is the condition, as for a `Reward`. If None, a small network of the surrogate's own: a perceptron
             for vectors, convolutions for images, with a row of weights for every class label or prompt number.
         clip: ε: ratios ρ that have left [1 − ε, 1 + ε] to an action's advantage bring no gradient; None to keep all.
-        pairs: that are remembered, the last ones seen: fewer of large events, so that these take at most 64 MB, in memory
-            and in every checkpoint, but no fewer than a step of Adam draws.
+        pairs: that are remembered, the last ones seen. Of large events these are fewer, so that they take at most 64 MB
+            in memory and in every checkpoint, but no fewer than a step of Adam draws.
         steps: of Adam per batch that turns round.
         learning_rate: of Adam.
         noise: of R̂'s first weights, and of the pairs that a step draws; `Noise(0)` if None.
