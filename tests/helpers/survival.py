@@ -235,7 +235,8 @@ def contents(folder, out):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() or (STATES | OVER_SECONDS) & set(name.parts):
+        times = folder.name.startswith("methods") and path.suffix == ".html"  # columns of them, in its table
+        if path.is_dir() or times or (STATES | OVER_SECONDS) & set(name.parts):
             continue
         if path.suffix == ".jsonl":
             found[str(name)] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
