@@ -402,6 +402,16 @@ def test_of_a_condition_it_remembers_what_its_network_looks_at(network, kept, pa
     assert again.regression.pairs == pairs
 
 
+def test_a_batch_of_one_is_measured_by_its_distance_from_earlier_rewards():
+    """Rewards far from zero are not explained by predicting their mean."""
+    x, rewards = Noise(6).normal((600, 2), dtype=F64), 1000 + Noise(7).normal((600,), dtype=F64)
+    surrogate = Surrogate(steps=1)
+    surrogate.learn(x[:200], rewards[:200])
+    for one in range(200, 600):
+        surrogate.learn(x[one : one + 1], rewards[one : one + 1])
+    assert surrogate.explained < 0.1
+
+
 class Mean(torch.nn.Module):
     def __init__(self):
         super().__init__()

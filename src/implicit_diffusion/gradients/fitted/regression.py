@@ -91,6 +91,8 @@ class Regression:
 
     def _measure(self, prediction: Tensor, rewards: Tensor, group: Tensor | None) -> None:
         n, both = len(rewards), torch.stack([rewards, prediction]).double()
+        if n == 1:  # there are no others, but earlier ones
+            both = both - self._scale()[0].double()
         r, p = leave_one_out(both, None if group is None else group.expand(2, n))
         self.measured *= max(0.0, 1 - n / MEMORY)
         self.measured += torch.stack([r.new_tensor(n), r @ r, r @ p, p @ p]).cpu()
