@@ -188,8 +188,8 @@ class Surrogate(RowEstimator):
             log_rho = log_ratio(transition, carry["after"], xi)
             ratio_times_advantage, clipped = clipped_objective(log_rho, carry["advantage"], self.clip)
             trained = transition.trained.flatten()
-            measured["clipped"] = clipped.to(at.x.dtype).mean(1)[trained]
-            measured["surrogate_explained"] = torch.full_like(measured["clipped"], self.explained)
+            measured["clipped"] = clipped.to(at.x.dtype).mean(1)
+            measured["surrogate_explained"] = trained * at.x.new_tensor(self.explained)
             return ratio_times_advantage.sum()
 
         trains = not chain.pretrained_rows.issuperset(at.rows)
