@@ -181,6 +181,23 @@ class RowEstimatorContract(EstimatorContract):
 
     loops = ((Nested, {}), *((Queue, {"stride": stride}) for stride in (1, 2, N)))
 
+    def test_what_a_call_measures_is_a_number_per_slot_and_zero_where_nothing_is_trained(self, monkeypatch):
+        loop, calls = self.loop(Queue), []
+        pull = loop.estimator.pull
+
+        def watched(chain, objective, at, carry):
+            calls.append((at.rows, pull(chain, objective, at, carry)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(loop.estimator, "pull", watched)
+        for _ in range(2 * N):
+            loop.step()
+        assert any(len(rows) > 1 for rows, _ in calls)
+        for rows, pulled in calls:
+            for numbers in pulled.measured.values():
+                assert numbers.shape == (len(rows),)
+                assert not numbers[[row in self.pretrained_rows for row in rows]].any()
+
     @pytest.mark.parametrize("stride", [1, 2, 4, N])
     def test_without_learning_a_queue_adds_up_to_the_nested_gradients(self, stride):
         loop = self.loop(Queue, Recorder, lr=0.0, stride=stride)

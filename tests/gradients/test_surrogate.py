@@ -374,11 +374,42 @@ def test_memory_counts_what_it_keeps():
 
 
 def test_what_it_remembers_of_large_events_is_bounded_in_bytes():
-    """256 events of 2¹⁸ bytes in place of 4096; but as many as a step draws, however large."""
-    for shape, pairs in (((1, 256, 256), 256), ((1, 8, 8), 4096), ((1, 1024, 1024), 64)):
+    """As many pairs as 64 MB hold, in place of 4096; but as many as a step draws, however large they are."""
+    for shape, pairs in (((1, 256, 256), 244), ((1, 8, 8), 4096), ((1, 1024, 1024), 64)):
         surrogate = Surrogate(Mean())
         surrogate.learn(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(3.0))
         assert surrogate.regression.pairs == pairs
+
+
+@pytest.mark.parametrize(
+    ("network", "kept", "pairs"),
+    [
+        (lambda: None, {"x", "rewards", "condition.prompt"}, 4096),
+        (lambda: Mean(), {"x", "rewards"}, 4096),
+        (lambda: MeanUnder(), {"x", "rewards", "condition.prompt", "condition.states"}, 976),
+    ],
+)
+def test_of_a_condition_it_remembers_what_its_network_looks_at(network, kept, pairs):
+    """Embeddings of prompts may be larger than the samples: they count, and are kept only where they are of use."""
+    surrogate = Surrogate(network(), steps=1)
+    condition = {"prompt": torch.arange(3), "states": torch.ones(3, 16, 1024)}
+    x = torch.arange(3.0)[:, None].expand(3, 4)
+    surrogate.learn(x, torch.arange(3.0), condition)
+    assert surrogate.regression.buffer.keys() == kept
+    assert surrogate.regression.pairs == pairs
+    again = Surrogate(network(), steps=1)
+    again.load_state_dict(surrogate.state_dict())
+    assert again.regression.pairs == pairs
+
+
+def test_a_batch_of_one_is_measured_by_its_distance_from_earlier_rewards():
+    """Rewards far from zero are not explained by predicting their mean."""
+    x, rewards = Noise(6).normal((600, 2), dtype=F64), 1000 + Noise(7).normal((600,), dtype=F64)
+    surrogate = Surrogate(steps=1)
+    surrogate.learn(x[:200], rewards[:200])
+    for one in range(200, 600):
+        surrogate.learn(x[one : one + 1], rewards[one : one + 1])
+    assert surrogate.explained < 0.1
 
 
 class Mean(torch.nn.Module):
@@ -388,3 +419,8 @@ class Mean(torch.nn.Module):
 
     def forward(self, x):
         return self.scale * x.flatten(1).mean(1)
+
+
+class MeanUnder(Mean):
+    def forward(self, x, condition):
+        return super().forward(x) + 0 * condition["states"].flatten(1).sum(1)

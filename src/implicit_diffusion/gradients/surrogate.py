@@ -36,8 +36,8 @@ from implicit_diffusion.errors import InvalidInputError, check_integer, check_nu
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.gradients.adjoint import pull_back
 from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
-from implicit_diffusion.gradients.fitted.network import RewardNetwork, check_network, predicted
-from implicit_diffusion.gradients.fitted.regression import MINIBATCH, Regression
+from implicit_diffusion.gradients.fitted.network import RewardNetwork, check_network, predicted, seen
+from implicit_diffusion.gradients.fitted.regression import MINIBATCH, Regression, capacity
 from implicit_diffusion.gradients.footprint import (
     Footprint,
     bytes_of,
@@ -59,7 +59,6 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.tables.transition import Transition
 
-MOST = 2**26  # bytes of the states that are remembered, in memory and in every checkpoint
 CHUNK = 16  # pairs that are predicted together before they are learned, where many come at once
 
 
@@ -79,8 +78,9 @@ class Surrogate(RowEstimator):
             second is the condition, as for a `Reward`. If None, a small network of the surrogate's own: a perceptron
             for vectors, convolutions for images, with a row of weights for every class label or prompt number.
         clip: ε: ratios ρ that have left [1 − ε, 1 + ε] to an action's advantage bring no gradient; None to keep all.
-        pairs: that are remembered, the last ones seen. Of large events these are fewer, so that they take at most 64 MB
-            in memory and in every checkpoint, but no fewer than a step of Adam draws.
+        pairs: that are remembered, the last ones seen, with what R̂ looks at of their condition. Where they are large
+            these are fewer, so that they take at most 64 MB in memory and in every checkpoint, but no fewer than a step
+            of Adam draws.
         steps: of Adam per batch that turns round.
         learning_rate: of Adam.
         noise: of R̂'s first weights, and of the pairs that a step draws; `Noise(0)` if None.
@@ -188,8 +188,8 @@ class Surrogate(RowEstimator):
             log_rho = log_ratio(transition, carry["after"], xi)
             ratio_times_advantage, clipped = clipped_objective(log_rho, carry["advantage"], self.clip)
             trained = transition.trained.flatten()
-            measured["clipped"] = clipped.to(at.x.dtype).mean(1)[trained]
-            measured["surrogate_explained"] = torch.full_like(measured["clipped"], self.explained)
+            measured["clipped"] = clipped.to(at.x.dtype).mean(1)
+            measured["surrogate_explained"] = trained * at.x.new_tensor(self.explained)
             return ratio_times_advantage.sum()
 
         trains = not chain.pretrained_rows.issuperset(at.rows)
@@ -208,19 +208,24 @@ class Surrogate(RowEstimator):
         row, recomputed = row_activations(chain, objective, noise)
         network = self.network or self._own(chain.event_shape).to(chain.device, chain.dtype)
 
-        def end(n: int) -> object:
+        def samples(n: int) -> Particles:
             x = torch.zeros(n, *chain.event_shape, device=chain.device, dtype=chain.dtype, requires_grad=True)
-            return predicted(network, x, chain.endpoint(x, noise, TRIAL).condition)
+            return chain.endpoint(x, noise, TRIAL)
+
+        def end(n: int) -> object:
+            return predicted(network, (few := samples(n)).x, few.condition)
 
         with eval_mode(network):
             activations, _ = saved_per_sample(end)
         event, number = bytes_of(chain.event_shape, chain.dtype), bytes_of((), chain.dtype)
+        looked_at = seen(network, samples(2).condition).values()
+        pair = event + number + sum(entry[:1].nbytes for entry in looked_at)
         weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in network.parameters())  # gradient, two moments
         return Footprint(
             carry=2 * event + number,
             turn=variation_activations(chain, objective, noise) + processes.world_size() * (event + activations),
             pull=row + recomputed,
-            kept=weights + self._remembered(event) * (event + number) + MINIBATCH * activations,
+            kept=weights + capacity(self.pairs, pair) * pair + MINIBATCH * activations,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,10 +241,6 @@ class Surrogate(RowEstimator):
             return
         first = next(iter(state["network"].values()))
         self._begun(first.new_empty(0, *state["event_shape"])).load_state_dict(state)
-
-    def _remembered(self, event: int) -> int:
-        """The number of pairs that are remembered, of events of so many bytes."""
-        return min(self.pairs, max(MINIBATCH, MOST // event))
 
     def _own(self, event_shape: Sequence[int]) -> RewardNetwork:
         return RewardNetwork(event_shape, self.noise.stream(0))
@@ -265,7 +266,7 @@ class Surrogate(RowEstimator):
             self.regression = Regression(
                 network,
                 self.noise.stream(1),
-                pairs=self._remembered(bytes_of(self.event_shape, x.dtype)),
+                pairs=self.pairs,
                 steps=self.steps,
                 learning_rate=self.learning_rate,
             )

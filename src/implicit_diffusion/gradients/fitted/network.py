@@ -70,16 +70,23 @@ class RewardNetwork(nn.Module):
         z = (x - self.shift) / self.scale
         h = self.features(z)
         value = self.last(h) + self.line(z.flatten(1)) / math.sqrt(z[0].numel())
-        for label in labels(condition):
+        for _, label in sorted(labels(condition).items()):
             weight, offset = self.classes(label % ROWS).split([FEATURES, 1], 1)
             value = value + (weight * h).sum(1, keepdim=True) + offset
         return value.squeeze(1)
 
 
-def labels(condition: Mapping[str, Tensor] | None) -> list[Int[Tensor, " n"]]:
+def labels(condition: Mapping[str, Tensor] | None) -> dict[str, Int[Tensor, " n"]]:
     """The entries of a condition that hold an integer per sample: class labels, numbers of prompts."""
-    entries = [] if condition is None else [condition[name] for name in sorted(condition)]
-    return [entry.long() for entry in entries if entry.ndim == 1 and not entry.is_floating_point()]
+    given = (condition or {}).items()
+    return {name: entry.long() for name, entry in given if entry.ndim == 1 and not entry.is_floating_point()}
+
+
+def seen(network: Callable[..., Tensor], condition: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """The entries of a condition that a network looks at: none of them where it has one argument."""
+    if isinstance(network, RewardNetwork):
+        return labels(condition)
+    return (condition or {}) if takes_condition(network) else {}
 
 
 def predicted(

@@ -3,7 +3,7 @@
 Every batch of pairs is first predicted, then learned:
 
     measure   the batch is new to R̂: what R̂ says of it is a test
-    add       its pairs replace the oldest in a bounded buffer
+    add       its pairs replace the oldest in a buffer that is bounded, in pairs and in bytes
     fit       a fixed number of Adam's steps on the squared error of pairs drawn from the buffer by key
 
 Rewards are standardised by those in the buffer, so that R̂ = mean + deviation · network.
@@ -29,12 +29,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_diffusion.frozen import eval_mode, load_trained_state, trained_state
-from implicit_diffusion.gradients.fitted.network import RewardNetwork, predicted
+from implicit_diffusion.gradients.fitted.network import RewardNetwork, predicted, seen
 from implicit_diffusion.gradients.score_function import groups, leave_one_out
 from implicit_diffusion.noise import Noise
 
 MEMORY = 256  # pairs over which what was measured fades
 MINIBATCH = 64  # pairs of one step
+MOST = 64_000_000  # bytes of the pairs that are kept, in memory and in every checkpoint
 
 Condition = Mapping[str, Tensor] | None
 
@@ -45,13 +46,14 @@ class Regression:
     Args:
         network: from (n, *event) to (n,), trained in place.
         noise: of the pairs that a step draws.
-        pairs: that are kept, the last ones seen.
+        pairs: that are kept, the last ones seen; see `capacity`.
         steps: of Adam for each batch of new pairs.
         learning_rate: of Adam.
     """
 
     def __init__(self, network: nn.Module, noise: Noise, *, pairs: int, steps: int, learning_rate: float) -> None:
-        self.network, self.noise, self.pairs, self.steps = network, noise, pairs, steps
+        self.network, self.noise, self.steps = network, noise, steps
+        self.pairs = pairs  # until the first ones say how large they are
         self.weights = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, lr=learning_rate)
         self.buffer: dict[str, Tensor] = {}  # "x", "rewards" and the entries of the condition, each (pairs, ...)
@@ -84,11 +86,13 @@ class Regression:
         with torch.no_grad():
             if self.fits:
                 self._measure(self(x, condition), rewards, groups(condition))
-            self._add({"x": x, "rewards": rewards} | _prefixed(condition))
+            self._add({"x": x, "rewards": rewards} | _prefixed(seen(self.network, condition)))
         self._fit()
 
     def _measure(self, prediction: Tensor, rewards: Tensor, group: Tensor | None) -> None:
         n, both = len(rewards), torch.stack([rewards, prediction]).double()
+        if n == 1:  # there are no others, but earlier ones
+            both = both - self._scale()[0].double()
         r, p = leave_one_out(both, None if group is None else group.expand(2, n))
         self.measured *= max(0.0, 1 - n / MEMORY)
         self.measured += torch.stack([r.new_tensor(n), r @ r, r @ p, p @ p]).cpu()
@@ -96,6 +100,8 @@ class Regression:
     def _add(self, pairs: Mapping[str, Tensor]) -> None:
         """Write pairs over the oldest ones."""
         n = len(pairs["x"])
+        if not self.buffer:
+            self.pairs = capacity(self.pairs, sum(new[:1].nbytes for new in pairs.values()))
         places = torch.arange(self.seen, self.seen + n, device=pairs["x"].device)[-self.pairs :] % self.pairs
         for name, new in pairs.items():
             if name not in self.buffer:
@@ -152,11 +158,16 @@ class Regression:
         self.seen, self.fits, self.measured = state["seen"], state["fits"], state["measured"].clone()
 
 
+def capacity(pairs: int, bytes_each: int) -> int:
+    """The number of pairs that are kept of so many that are wished for: `MOST` bytes of them, but enough for a step."""
+    return min(pairs, max(MINIBATCH, MOST // bytes_each))
+
+
 CONDITION = "condition."  # before the names of a condition's entries in the buffer
 
 
-def _prefixed(condition: Condition) -> dict[str, Tensor]:
-    return {CONDITION + name: entry for name, entry in (condition or {}).items()}
+def _prefixed(condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {CONDITION + name: entry for name, entry in condition.items()}
 
 
 def _condition(pairs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
