@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -17,6 +18,9 @@ from implicit_diffusion.objectives import Reward
 from implicit_diffusion.particles import Particles
 from tests.helpers import image_text
 from tests.objectives.contract import check
+
+# Versions before 5 cannot load the tokenizer of these SigLIP folders, and know other keys of old weights.
+of_five = pytest.mark.skipif(not hasattr(transformers, "CLIPImageProcessorPil"), reason="transformers before 5")
 
 PROMPTS = ["a red cat", "dog, 3", "a red cat", "the sea at night. the sea at night"]  # the last is cut
 KINDS = {"clip": image_text.clip, "siglip": image_text.siglip}
@@ -50,7 +54,7 @@ def test_images_are_prepared_as_the_processor_does(kind, size, folders):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[of_five] * (kind == "siglip")) for kind in KINDS])
 def test_scores_are_those_of_transformers(kind, channels, folders):
     """At the model's own size nothing is resized, and everything agrees to rounding."""
     x, pils = pictures(image_text.SIDE, image_text.SIDE, channels)
@@ -119,6 +123,7 @@ def test_a_processor_that_does_something_else_is_refused(folders, tmp_path):
             load_image_text(str(folder))
 
 
+@of_five
 def test_a_processor_is_compared_with_its_numbers(folders, monkeypatch):
     """Such as one that subtracts the mean after it has divided: its numbers would be read as those of another."""
     from transformers import CLIPImageProcessorPil
@@ -154,6 +159,7 @@ def test_other_models_and_damaged_ones_are_refused(folders, tmp_path):
         load_image_text(str(copy))
 
 
+@of_five
 def test_weights_of_older_releases_hold_positions_as_well(folders, tmp_path):
     """Those of CLIP and of PickScore on the hub do."""
     copy = shutil.copytree(folders["clip"], tmp_path / "copy")
