@@ -8,8 +8,7 @@ import pytest
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.compare import command as compare
-from implicit_diffusion.commands.compare.config import METHODS as NAMES
-from implicit_diffusion.commands.compare.config import PROBLEMS, Config
+from implicit_diffusion.commands.compare.config import NAMES, PROBLEMS, Config
 from implicit_diffusion.commands.compare.methods import METHODS
 from implicit_diffusion.commands.compare.problems import build
 from implicit_diffusion.commands.compare.summary import Summary
