@@ -7,7 +7,10 @@ import pytest
 
 UPDATES, READINGS = 400, 40
 STEPS = UPDATES / 2  # between the middles of the quarters that are compared
-LONGER = {"ebm": 3}  # caches of torch fill more slowly there: fewer than 0.3 pieces per update after 800 updates
+LONGER = {  # what fills at first fills more slowly there
+    "ebm": 3,  # caches of torch: fewer than 0.3 pieces per update after 800 updates
+    "single, on a terminal": 10,  # the recent steps from which a bar tells its speed, those of half a minute at most
+}
 RUNS = ["finetune", "ebm", "queue", "queue, truncated at random", "nested"]
 RUNS += ["single", "single, weighted", "single, on a terminal"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_users_run")]

@@ -137,7 +137,7 @@ OTHERS = {
     "--eta was not there and is 0.5; --scheduler was ddpm": ["--scheduler", "ddim", "--eta", "0.5"],
     "--seed was 0 and is 1": ["--seed", "1"],
     "--starts was 8 and is 10": ["--starts", "10"],
-    "--reward was my.py:mine and is my.py:other": ["--reward", "my.py:other"],
+    "--reward was my.py:mine and is my.py:mine my.py:other": ["--reward", "my.py:other"],
     "reward my.py was sha256": lambda place: edit(place / "my.py", "4", "3"),
     "reward imports scale_of_reward.py was sha256": lambda place: edit(place / "scale_of_reward.py", "2.0", "3.25"),
     "model unet/diffusion_pytorch_model.safetensors was sha256": shift,

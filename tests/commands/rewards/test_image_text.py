@@ -100,7 +100,7 @@ def test_a_run_depends_on_the_folder(place, folder, tmp_path, monkeypatch, capsy
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(1), *callbacks(*arguments)])
         assert main(["finetune", *RUN, "--model", str(place / "sd" / "model"), *reward, "--out", "run"]) == 130
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward"] == f"clip:{folder}"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward"] == [f"clip:{folder}"]
     recorded = json.loads((tmp_path / "run" / "provenance.json").read_text())["inputs"]["reward"]
     assert recorded["folder"] == str(folder) and {"model.safetensors", "config.json"} <= recorded["files"].keys()
     weights = load_file(folder / "model.safetensors")
