@@ -60,7 +60,7 @@ class ScoreFunction(RowEstimator):
     and pixels: where there is a ∇R, `Adjoint` needs far fewer samples.
 
     Args:
-        clip: ε in (0, 1), how far a ratio may leave 1 before its sample stops to contribute; None to clip nothing.
+        clip: ε in (0, 1), how far a ratio may leave 1 before its sample stops contributing; None to clip nothing.
 
     Raises:
         InvalidInputError: a clip outside of (0, 1).

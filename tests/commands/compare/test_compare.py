@@ -8,8 +8,7 @@ import pytest
 
 from implicit_diffusion import cli
 from implicit_diffusion.commands.compare import command as compare
-from implicit_diffusion.commands.compare.config import METHODS as NAMES
-from implicit_diffusion.commands.compare.config import PROBLEMS, Config
+from implicit_diffusion.commands.compare.config import NAMES, PROBLEMS, Config
 from implicit_diffusion.commands.compare.methods import METHODS
 from implicit_diffusion.commands.compare.problems import build
 from implicit_diffusion.commands.compare.summary import Summary
@@ -153,3 +152,12 @@ def test_bad_options_are_named_and_leave_no_folder(message, tmp_path):
 def test_unknown_names_are_refused(tmp_path, capsys):
     assert cli.main(["compare", "--methods", "reinforce", "--out", str(tmp_path / "run")]) == 2
     assert "adjoint-queue" in capsys.readouterr().err
+
+
+def test_groups_that_processes_cannot_share_are_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "world_size", lambda: 2)
+    config = dataclasses.replace(TINY, batch=12, methods=("adjoint", "grpo"), out=tmp_path / "run")
+    with pytest.raises(InvalidInputError, match="--batch must be a multiple of 8, got 12: grpo makes groups of 4"):
+        compare.run(config)
+    compare.check_batch(dataclasses.replace(config, methods=("adjoint",)))
+    assert not (tmp_path / "run").exists()

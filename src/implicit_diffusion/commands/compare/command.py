@@ -21,6 +21,7 @@ from typing import Any
 from implicit_diffusion.commands.compare.config import Config
 from implicit_diffusion.commands.compare.figure import draw
 from implicit_diffusion.commands.compare.methods import METHODS, applies
+from implicit_diffusion.commands.compare.policy import GROUP
 from implicit_diffusion.commands.compare.problems import Problem, build
 from implicit_diffusion.commands.compare.quality import Exact, exact, measure
 from implicit_diffusion.commands.compare.summary import Point, ProblemSummary, Quality, Reached, Search, Summary
@@ -41,7 +42,7 @@ from implicit_diffusion.commands.shared.summaries import from_json, read_summary
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.noise import Noise
-from implicit_diffusion.processes import check_divides, main_only
+from implicit_diffusion.processes import check_divides, main_only, world_size
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.study import Study
 from implicit_diffusion.runs.trackers.opening import tracked
@@ -59,7 +60,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     """
     config.check()
     check_methods(config)
-    check_divides("batch", config.batch)
+    check_batch(config)
     resumed = directory is not None
     config, directory = in_folder(config, directory, dated("compare"))
     with (
@@ -88,6 +89,16 @@ def check_methods(config: Config) -> None:
                 f"--methods {' '.join(config.methods)}: each needs the gradient of the reward, which {problem} does "
                 f"not have; add one of {fitting}"
             )
+
+
+def check_batch(config: Config) -> None:
+    """Raise `InvalidInputError` where processes cannot have equally many samples, or groups of them."""
+    if "grpo" in config.methods and config.batch % (GROUP * world_size()):
+        raise InvalidInputError(
+            f"--batch must be a multiple of {GROUP * world_size()}, got {config.batch}: grpo makes groups of {GROUP}, "
+            f"which are shared out over {world_size()} processes"
+        )
+    check_divides("batch", config.batch)
 
 
 @main_only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from implicit_diffusion.commands.shared.ranges import at_least
 from implicit_diffusion.errors import InvalidInputError
@@ -28,23 +28,8 @@ MethodName = Literal[
     "guidance",
     "best-of",
 ]
-PROBLEMS: tuple[ProblemName, ...] = ("gaussian", "brightness", "brightness-rounded", "jpeg-size")
-METHODS: tuple[MethodName, ...] = (
-    "adjoint",
-    "adjoint-queue",
-    "full-backprop",
-    "draft",
-    "alignprop",
-    "adjoint-matching",
-    "score",
-    "score-queue",
-    "surrogate",
-    "surrogate-queue",
-    "ddpo",
-    "grpo",
-    "guidance",
-    "best-of",
-)
+PROBLEMS: tuple[ProblemName, ...] = get_args(ProblemName)
+NAMES: tuple[MethodName, ...] = get_args(MethodName)
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Config:
     "gaussian" is a linear Gaussian chain with a quadratic reward, whose exact gradient is a closed form.
     The others are the shipped digits with three rewards.
     "brightness-rounded" (the brightness in whole per cents) and "jpeg-size" (of their file) have no gradient."""
-    methods: tuple[MethodName, ...] = METHODS
+    methods: tuple[MethodName, ...] = NAMES
     """Methods to compare; each is left out where it does not apply, and full-backprop from the training."""
     num_steps: int = 10
     """Number N of sampling steps."""

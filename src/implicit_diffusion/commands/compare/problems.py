@@ -3,7 +3,7 @@
 "gaussian" has its exact gradient in closed form. The exact gradient of "brightness" is the mean of the adjoint's over
 many trajectories. That of "brightness-rounded" is the same: rounding to a grid changes the mean of a smooth law of
 deviation σ (in units of the grid) by a factor e^{−2π²σ²} of a period (Poisson's summation formula), and the brightness
-of the digits has σ = 2.5. The size of a JPEG file has no gradient to compare with.
+of the digits has σ = 2.6. The size of a JPEG file has no gradient to compare with.
 """
 
 from __future__ import annotations
