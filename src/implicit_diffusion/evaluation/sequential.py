@@ -31,7 +31,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import check_choice, check_integer, check_number, check_type, trying
 from implicit_diffusion.evaluation.independence import check_noise, chunk_of, with_condition
-from implicit_diffusion.evaluation.tilting import STARTS, Start, TiltedLaw, weighed
+from implicit_diffusion.evaluation.tilting import STARTS, Start, TiltedLaw, weighted_law
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
@@ -145,7 +145,7 @@ def sequential_monte_carlo(
         if not score.checked:
             score.probe(Particles(x, condition=each or None))
         end = guess(x)
-    law = weighed(log_w + end - psi - paid, end * beta, beta, torch.arange(n, device=x.device), carried)
+    law = weighted_law(log_w + end - psi - paid, end * beta, beta, torch.arange(n, device=x.device), carried)
     log_z = carried + torch.stack([*map(log_mean_exp, log_w + end - psi - paid)])
     return Steered(x.unflatten(0, (n, m)), law, end * beta, log_z, resampled, condition, evaluations)
 

@@ -96,10 +96,10 @@ def tilted_law(
     check_choice("start", start, STARTS)
     log_weights = log_weights_of(evaluation, beta, least=2 if start == "given" else 1)
     population = _populations(len(log_weights), start, condition).to(log_weights.device)
-    return weighed(log_weights, evaluation.reward.double(), beta, population)
+    return weighted_law(log_weights, evaluation.reward.double(), beta, population)
 
 
-def weighed(
+def weighted_law(
     log_weights: Float[Tensor, "starts repeats"],
     reward: Float[Tensor, "starts repeats"],
     beta: float,
