@@ -191,9 +191,12 @@ def conditions_of(
 
 def _starts_at_once(chain: Chain, repeats: int, chunk: int | None) -> int:
     """The number of starts in one network batch."""
-    if chunk is None:
-        chunk = max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
-    return max(1, chunk // repeats)
+    return max(1, (at_once(chain.event_shape) if chunk is None else chunk) // repeats)
+
+
+def at_once(event_shape: Sequence[int]) -> int:
+    """The number of samples of this shape in one network call, where nobody asks for another."""
+    return max(1, min(256, NUMBERS // math.prod(event_shape)))
 
 
 def moved(evaluation: Evaluation, device: torch.device | str) -> Evaluation:
@@ -233,17 +236,16 @@ class Travelled(NamedTuple):
 def travelled(chain: Chain, x: Float[Tensor, "batch *event"], noise: Noise, index: int, *, repeats: int) -> Travelled:
     """Trajectory `index` from x_0 = `x`, of which `repeats` consecutive states share a condition."""
     compare = chain.denoiser is not chain.reference
-    singular = compare and not set(chain.trained_rows).isdisjoint(chain.table.noiseless())
+    singular = compare and bool(chain.table.noiseless(among=chain.trained_rows))
     kl = log_ratio = x.new_zeros(len(x))
     for row, (transition, xi, state) in enumerate(
         chain.walk(x, noise, index, reference=compare and not singular, repeats=repeats)
     ):
         x = state[0]
         if transition.u0 is not None and xi is not None and row not in chain.pretrained_rows:
-            shift = transition.b / transition.s * (transition.u - transition.u0)  # Δ_k / s_k
-            step = squared_norm(shift)[0] / 2
+            step = squared_norm(transition.shift)[0] / 2
             kl = kl + step
-            log_ratio = log_ratio + step + (shift * xi).flatten(2).sum(-1)[0]
+            log_ratio = log_ratio + step + (transition.shift * xi).flatten(2).sum(-1)[0]
     return Travelled(x, kl + math.inf, log_ratio + math.nan) if singular else Travelled(x, kl, log_ratio)
 
 

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from implicit_diffusion.evaluation.bounds import sharpest
 from implicit_diffusion.evaluation.chains import Estimate, Evaluation, mean_and_error
-from implicit_diffusion.evaluation.gains import gain
+from implicit_diffusion.evaluation.gains import gain, share_of
+from implicit_diffusion.evaluation.judging import CLEAR, VAGUE
 from implicit_diffusion.evaluation.soft_values import jackknife, log_weights_of
 from implicit_diffusion.showing import Shown, with_error
-
-CLEAR = 2.0  # standard errors beyond which an expected gain is not nothing
-VAGUE = 0.5  # standard error of a captured share that is not worth a number
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,11 +120,9 @@ def judge_rewards(
         start, end = old.double().mean(1), new.double().mean(1)
         if chosen is not None and beta:
             tilted = jackknife(log_weights_of(chosen, beta), chosen.each_reward[j].double())[1]
-            total, gained = tilted - start, end - start
-            expected, share = mean_and_error(total), gained.mean() / total.mean()
-            error = mean_and_error((gained - share * total) / total.mean().abs())[1]
-            if abs(expected.mean) > CLEAR * expected.error and error <= VAGUE:
-                captured = Estimate(share.item(), error)
+            expected, share = mean_and_error(tilted - start), share_of(end - start, tilted - start)
+            if abs(expected.mean) > CLEAR * expected.error and share.error <= VAGUE:
+                captured = share
         judgements.append(
             RewardJudgement(
                 before=mean_and_error(start),

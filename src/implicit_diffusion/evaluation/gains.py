@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type
 from implicit_diffusion.evaluation.bounds import sharpest
-from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
+from implicit_diffusion.evaluation.chains import Estimate, Evaluation, mean_and_error
 from implicit_diffusion.evaluation.soft_values import control_variate, influence, jackknife, log_weights_of
 
 
@@ -67,9 +67,13 @@ def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float,
     Raises:
         InvalidInputError: as `bounds.bound`; before and after have different numbers of starts.
     """
-    gained, total = _gained_and_possible(before, after, beta)
-    share = gained.mean() / total.mean()
-    return share.item(), mean_and_error((gained - share * total) / total.mean().abs())[1]
+    return share_of(*_gained_and_possible(before, after, beta))
+
+
+def share_of(part: Float[Tensor, " starts"], whole: Float[Tensor, " starts"]) -> Estimate:
+    """The mean of a part as a share of that of the whole, with its standard error (the delta method)."""
+    share = part.mean() / whole.mean()
+    return Estimate(share.item(), mean_and_error((part - share * whole) / whole.mean().abs()).error)
 
 
 def _gained_and_possible(

@@ -20,14 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import (
-    InvalidInputError,
     check_call,
     check_choice,
     check_integer,
     check_number,
     check_type,
 )
-from implicit_diffusion.evaluation.chains import NUMBERS, travelled
+from implicit_diffusion.evaluation.chains import at_once, travelled
 from implicit_diffusion.evaluation.tilting import STARTS, Start
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
@@ -116,7 +115,7 @@ def metropolis(
     check_type("noise", noise, Noise, "use Noise(0), for example")
     check_call("progress", progress, "done")
     draws, steps, score = check_integer("draws", draws), check_integer("steps", steps), as_reward(reward)
-    chunk = chunk_of(chain) if chunk is None else check_integer("chunk", chunk)
+    chunk = at_once(chain.event_shape) if chunk is None else check_integer("chunk", chunk)
     parts = [
         _chains(chain, score, beta, noise.stream(first), min(chunk, draws - first), steps, start, progress)
         for first in range(0, draws, chunk)
@@ -167,20 +166,12 @@ def _chains(
     return Draws(x, torch.stack(rewards), condition, accepted.item() / max(1, steps - 1))
 
 
-def chunk_of(chain: Chain) -> int:
-    """The number of trajectories in one network call."""
-    return max(1, min(256, NUMBERS // torch.Size(chain.event_shape).numel()))
-
-
 def check_noise(chain: Chain) -> None:
     """Raise `InvalidInputError` where a trained row has no noise: its trajectories have no weights."""
     check_type("chain", chain, Chain, "use Chain(denoiser, table, event_shape)")
-    bare = set(chain.trained_rows).intersection(chain.table.noiseless())
-    if bare and chain.denoiser is not chain.reference:
-        raise InvalidInputError(
-            f"chain has a trained row without noise, row {max(bare)}: its trajectories have no density under the "
-            "pretrained chain, and so no weights; keep the pretrained network there, pretrained_rows='noiseless'"
-        )
+    if chain.denoiser is not chain.reference:
+        wanting = "the weights of trajectories need noise on every trained row, or there is no density"
+        chain.table.check_noise(chain.trained_rows, wanting, "sample the pretrained chain, chain.pretrained()")
 
 
 def with_condition(chain: Chain, noise: Noise, count: int) -> tuple[Chain, dict[str, Tensor] | None]:

@@ -30,7 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import check_choice, check_integer, check_number, check_type, trying
-from implicit_diffusion.evaluation.independence import check_noise, chunk_of, with_condition
+from implicit_diffusion.evaluation.chains import at_once
+from implicit_diffusion.evaluation.independence import check_noise, with_condition
 from implicit_diffusion.evaluation.tilting import STARTS, Start, TiltedLaw, weighted_law
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
@@ -111,7 +112,7 @@ def sequential_monte_carlo(
     check_noise(chain)
     check_type("noise", noise, Noise, "use Noise(0), for example")
     n, m, score = check_integer("populations", populations), check_integer("particles", particles, 2), as_reward(reward)
-    size = chunk_of(chain) if chunk is None else check_integer("chunk", chunk)
+    size = at_once(chain.event_shape) if chunk is None else check_integer("chunk", chunk)
     fixed, condition = with_condition(chain, noise, n)
     each = {name: value.repeat_interleave(m, 0) for name, value in (condition or {}).items()}
     with chain.evaluating(), score.evaluating(), GlobalGenerators(noise, 0, device=chain.device):
@@ -167,7 +168,7 @@ def _predictions(chain: Chain, x: Tensor, row: int, condition: dict[str, Tensor]
     for first in range(0, len(x), chunk):
         part = {name: value[None, first : first + chunk] for name, value in condition.items()}
         made = chain.transition(x[None, first : first + chunk], [row], reference=compare, condition=part or None)
-        shift = torch.zeros_like(made.u) if made.u0 is None else made.b / made.s * (made.u - made.u0)
+        shift = torch.zeros_like(made.u) if made.u0 is None else made.shift
         columns.append((made.u[0], made.mean[0], shift[0]))
         evaluations += made.evaluations
     u, mean, shift = map(torch.cat, zip(*columns, strict=True))

@@ -41,7 +41,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from implicit_diffusion import processes
-from implicit_diffusion.errors import InvalidInputError, check_number, trying
+from implicit_diffusion.errors import check_number, trying
 from implicit_diffusion.gradients import loss_scaling
 from implicit_diffusion.gradients.estimator import Carry, Pulled, RowEstimator, RowStates
 from implicit_diffusion.gradients.footprint import Footprint, bytes_of, row_activations, variation_activations
@@ -124,17 +124,8 @@ class ScoreFunction(RowEstimator):
 
 def check_noise(chain: Chain, estimator: str) -> None:
     """Raise `InvalidInputError` where a trained row has (nearly) no noise, and hence no density."""
-    bad = [row for row in chain.table.noiseless() if row in chain.trained_rows]
-    if not bad:
-        return
-    row = bad[-1]
-    which = f"row {row}" if len(bad) == 1 else f"{len(bad)} rows, among them row {row},"
-    raise InvalidInputError(
-        f"{estimator} needs noise on every trained row: {which} of the {chain.num_steps} rows of {chain.table.name} "
-        f"has s = {chain.table.s[row]:.1e} beside b = {chain.table.b[row]:.1e}. Choose a chain with noise on all its "
-        "rows (a reverse SDE, or DDPM with variance_type='fixed_large'); or keep the pretrained network there, "
-        "pretrained_rows='noiseless'; or, for a differentiable reward, use Adjoint, which needs no noise"
-    )
+    otherwise = "for a differentiable reward, use Adjoint, which needs no noise"
+    chain.table.check_noise(chain.trained_rows, f"{estimator} needs noise on every trained row", otherwise)
 
 
 def terminal_costs(

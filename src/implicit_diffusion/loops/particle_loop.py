@@ -274,8 +274,7 @@ class ParticleLoop(Loop):
         *numbers, uniform = draws
         if self.weighted:
             state, here = resample(state, here, uniform)
-        field = field_at(self.model, state.x)
-        step = Step(state.x, state.momentum, here, lambda y: energy_of(field, y), tuple(numbers), h)
+        step = Step(state.x, state.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h)
         after, info = self.kernel.move(step)
         momentum = None if after.momentum is None else innermost(after.momentum)
         moved = state._replace(x=innermost(after.x), momentum=momentum)  # one layout: a resumed run rounds the same

@@ -10,11 +10,9 @@ and it bounds the KL of the outputs x_N from above. Where s_k vanishes the means
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.objectives.base import RunningCost
 from implicit_diffusion.tables.table import ChainTable
 from implicit_diffusion.tables.transition import Transition
@@ -31,23 +29,12 @@ class PathKL(RunningCost):
     name = "path_kl"
 
     def cost(self, transition: Transition) -> Float[Tensor, "slots batch"]:
-        assert transition.u0 is not None
-        gain = torch.where(transition.trained, transition.b / transition.s, 0)
-        return squared_norm(gain * (transition.u - transition.u0)) / 2
+        return squared_norm(transition.shift) / 2
 
     def check(self, table: ChainTable, trained_rows: tuple[int, ...]) -> None:
         """Raise `InvalidInputError` where a trained row has (nearly) no noise: there the KL is infinite or useless."""
-        bad = [row for row in table.noiseless() if row in trained_rows]
-        if not bad:
-            return
-        row = bad[-1]
-        which = f"row {row}" if len(bad) == 1 else f"{len(bad)} rows, among them row {row},"
-        raise InvalidInputError(
-            f"PathKL is infinite on a trained row without noise: {which} of the {len(table)} rows of {table.name} "
-            f"has s = {table.s[row]:.1e} beside b = {table.b[row]:.1e}. Choose a chain with noise on all its rows (a "
-            "reverse SDE, or DDPM with variance_type='fixed_large'); or keep the pretrained network there, "
-            "pretrained_rows='noiseless'; or, for deterministic chains, use DriftPenalty instead of PathKL"
-        )
+        otherwise = "for deterministic chains, use DriftPenalty instead of PathKL"
+        table.check_noise(trained_rows, "PathKL is infinite on a trained row without noise", otherwise)
 
 
 class DriftPenalty(RunningCost):

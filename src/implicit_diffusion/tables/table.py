@@ -125,14 +125,35 @@ class ChainTable(Shown):
         )
         return bool(((one - two).abs().amax(0) <= tolerance * one.abs().amax(0)).all())
 
-    def noiseless(self, tolerance: float = 1e-4) -> tuple[int, ...]:
-        """Rows whose noise is too small to carry a path KL: s_k ≤ tolerance · |b_k|.
+    def noiseless(self, tolerance: float = 1e-4, *, among: Iterable[int] | None = None) -> tuple[int, ...]:
+        """Rows, of all or among some, whose noise is too small to carry a path KL: s_k ≤ tolerance · |b_k|.
 
         The path KL weighs a change δ of the network's output by (b_k δ)²/(2 s_k²), which on these rows is at
         least δ²/(2 tolerance²) nats: infinite for deterministic rows, useless for DDPM's last (s = 1e−10).
         """
         tolerance = check_number("tolerance", tolerance, 0, closed=True)
-        return tuple((self.s <= tolerance * self.b.abs()).nonzero().flatten().tolist())
+        rows = (self.s <= tolerance * self.b.abs()).nonzero().flatten().tolist()
+        return tuple(rows if among is None else sorted({*rows} & {*among}))
+
+    def check_noise(self, rows: Iterable[int], wanting: str, otherwise: str) -> None:
+        """Raise `InvalidInputError` where one of these rows has (nearly) no noise; the message names it.
+
+        Args:
+            rows: that are trained.
+            wanting: what lacks the noise, which begins the message.
+            otherwise: one more way out, which ends it.
+        """
+        bad = self.noiseless(among=rows)
+        if not bad:
+            return
+        row = bad[-1]
+        which = f"row {row}" if len(bad) == 1 else f"{len(bad)} rows, among them row {row},"
+        raise InvalidInputError(
+            f"{wanting}: {which} of the {len(self)} rows of {self.name} has s = {self.s[row]:.1e} beside b = "
+            f"{self.b[row]:.1e}. Choose a chain with noise on all its rows (a reverse SDE, or DDPM with "
+            "variance_type='fixed_large'); or keep the pretrained network there, pretrained_rows='noiseless'; or, "
+            f"{otherwise}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The table as lists, numbers and a string; JSON keeps it bit for bit."""

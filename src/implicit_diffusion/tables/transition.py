@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -37,6 +38,12 @@ class Transition(Shown):
     def mean(self) -> Float[Tensor, "slots batch *event"]:
         """E[x⁺ | x] = a x + b u."""
         return self.a * self.x + self.b * self.u
+
+    @property
+    def shift(self) -> Float[Tensor, "slots batch *event"]:
+        """Δ/s = b (u_θ − u_0)/s: how far training has moved the mean, in units of the noise; 0 on untrained rows."""
+        assert self.u0 is not None
+        return torch.where(self.trained, self.b / self.s, 0) * (self.u - self.u0)
 
     def push(self, noise: Float[Tensor, "slots batch *event"] | None) -> Float[Tensor, "slots batch *event"]:
         """x⁺ = a x + b u + s ξ; without noise (None), the mean."""

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import training
+from tests.helpers.tuned import same_weights, summary_of
 
 REWARDS = """
 import os
@@ -22,7 +21,6 @@ def rounded(x):
     return [float(value) for value in (50 * (x.flatten(1).mean(1) + 1)).round()]
 """
 SIZES = ["--num-steps", "3", "--batch", "4", "--updates", "6", "--starts", "8", "--lr", "1e-4", "--device", "cpu"]
-WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +45,8 @@ def whole(box, tmp_path_factory):
     return out
 
 
-def same_model(run, other):
-    one, two = load_file(run / WEIGHTS), load_file(other / WEIGHTS)
-    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
-
-
-def summary(run):
-    return json.loads((run / "summary.json").read_text())
-
-
 def test_a_black_box_has_all_that_other_rewards_have(whole):
-    found = summary(whole)
+    found = summary_of(whole)
     assert found["updates"] == 6 and found["estimator"] == "surrogate"
     assert found["j_bound"] < found["j_before"] and len(found["plan"]) > 1
     assert "estimator surrogate" in (whole / "model" / "README.md").read_text()
@@ -81,7 +70,7 @@ def test_an_interrupted_surrogate_continues_bit_for_bit(box, whole, tmp_path, mo
         assert main(["finetune", *SIZES, "--reward", box, "--kl-weight", "2.5", "--out", str(out)]) == 130
     assert json.loads((out / "config.json").read_text())["estimator"] == "surrogate"
     assert main(["resume", str(out)]) == 0
-    assert same_model(out, whole) and summary(out)["estimator"] == "surrogate"
+    assert same_weights(out, whole) and summary_of(out)["estimator"] == "surrogate"
 
 
 @pytest.mark.slow
@@ -95,7 +84,7 @@ def test_a_box_that_raises_loses_nothing(fails, box, whole, tmp_path, monkeypatc
     assert status != 0 and "the service is down" in capsys.readouterr().err
     assert not (out / "summary.json").exists()
     assert main(["resume", str(out)]) == 0
-    assert same_model(out, whole)
+    assert same_weights(out, whole)
 
 
 @pytest.mark.slow
@@ -104,16 +93,16 @@ def test_a_plan_made_before_is_what_the_surrogate_learns_from(box, whole, tmp_pa
     call = ["finetune", *SIZES, "--reward", box, "--out", str(tmp_path / "run")]
     assert main([*call, "--plan"]) == 0
     assert main([*call, "--kl-weight", "2.5"]) == 0
-    assert same_model(tmp_path / "run", whole)
+    assert same_weights(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
 def test_a_sweep_of_a_black_box(box, whole, tmp_path):
     """Its runs share the plan's trajectories, and are those of `finetune`."""
     assert main(["sweep", *SIZES, "--reward", box, "--kl-weights", "2.5", "--out", str(tmp_path / "sweep")]) == 0
-    (row,) = summary(tmp_path / "sweep")["rows"]
+    (row,) = summary_of(tmp_path / "sweep")["rows"]
     run = tmp_path / "sweep" / row["run"]
-    assert same_model(run, whole) and summary(run)["estimator"] == "surrogate"
+    assert same_weights(run, whole) and summary_of(run)["estimator"] == "surrogate"
 
 
 def test_adjoint_matching_needs_noise(tmp_path, capsys):

@@ -1,7 +1,5 @@
 """`finetune --estimator`: chosen by whether the reward has a gradient, or named; black boxes from plan to report."""
 
-import json
-
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.samplers.chain import Chain
 from tests.helpers.oracles import table
+from tests.helpers.tuned import summary_of
 
 REWARDS = """
 import pathlib
@@ -83,8 +82,7 @@ def test_auto_takes_what_suits_the_reward_and_says_why(reward, name, why, finetu
     (line,) = [line for line in said.splitlines() if line.startswith("estimator")]
     assert status == 0 and line.startswith(f"estimator {name}: ")
     assert any(reason in line for reason in why.split("|"))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["estimator"] == name
+    assert summary_of(tmp_path / "run")["estimator"] == name
     assert RunDirectory(tmp_path / "run").read_config()["estimator"] == name
     assert f"estimator {name}" in (tmp_path / "run" / "report.html").read_text()
 
@@ -93,7 +91,7 @@ def test_auto_takes_what_suits_the_reward_and_says_why(reward, name, why, finetu
 def test_estimators_by_name(name, finetune, tmp_path):
     status, said, _ = finetune("rounded" if name == "score" else "smooth", "--estimator", name, "--loop", "nested")
     assert status == 0 and "estimator" not in said.splitlines()[0]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["estimator"] == name
+    assert summary_of(tmp_path / "run")["estimator"] == name
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import training
 from implicit_diffusion.commands.rewards import trust
-from tests.helpers import tiny, toy_model
+from tests.helpers import tuned
 from tests.helpers.stops import interrupt_at
+from tests.helpers.tuned import same_weights, summary_of
 
 CALLBACKS = training.callbacks
-WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 FUNCTIONS = """
 from pathlib import Path
 def left(x): return x[..., :4].flatten(1).mean(1)
@@ -35,11 +33,7 @@ def late_short(x): return left(x)[: 1 if Path("broken").exists() else None]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    toy_model.folder(home / "model", tiny.scheduler())
-    tiny.class_conditional(home / "classes")
-    (home / "r.py").write_text(FUNCTIONS)
-    return home
+    return tuned.home(tmp_path_factory.mktemp("home"), FUNCTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +49,8 @@ def words(out, *judges, more=(), updates=10, lr="1e-3", model="model"):
     return ["finetune", "--model", model, "--reward", "r.py:left", *sizes, *small, *given, *more]
 
 
-def summary_of(out):
-    return json.loads((Path(out) / "summary.json").read_text())
-
-
 def lines_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_weights(one, other):
-    ours, theirs = (load_file(Path(run) / WEIGHTS) for run in (one, other))
-    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.fixture(scope="module")

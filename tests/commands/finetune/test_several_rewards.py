@@ -5,19 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import planning, training
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.result import read_result
 from implicit_diffusion.runs import RunDirectory
-from tests.helpers import tiny, toy_model
+from tests.helpers import tuned
 from tests.helpers.stops import interrupt_at
+from tests.helpers.tuned import same_weights, summary_of
 
 CALLBACKS = training.callbacks
-WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 REWARDS = """
 def left(x): return x[..., :4].flatten(1).mean(1)
 def large(x): return 1024 * left(x)
@@ -33,11 +31,7 @@ def fails(x): raise ValueError("not today")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    toy_model.folder(home / "model", tiny.scheduler())
-    tiny.class_conditional(home / "classes")
-    (home / "r.py").write_text(REWARDS)
-    return home
+    return tuned.home(tmp_path_factory.mktemp("home"), REWARDS)
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +43,6 @@ def words(out, *rewards, command="finetune", model="model", more=()):
     sizes = ["--num-steps", "3", "--batch", "2", "--updates", "4", "--starts", "8", "--lr", "1e-5", "--device", "cpu"]
     given = [word for reward in rewards for word in ("--reward", reward)]
     return [command, "--model", model, *sizes, *given, "--out", str(out), *more]
-
-
-def summary_of(out):
-    return json.loads((Path(out) / "summary.json").read_text())
-
-
-def same_weights(one, other):
-    ours, theirs = (load_file(Path(run) / WEIGHTS) for run in (one, other))
-    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from implicit_diffusion.commands.compare.training import (
     summarise,
     train,
 )
-from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
+from implicit_diffusion.commands.shared.opening import study
 from implicit_diffusion.commands.shared.summaries import from_json, read_summary, to_json
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Estimate
@@ -45,7 +45,6 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only, world_size
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.study import Study
-from implicit_diffusion.runs.trackers.opening import tracked
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -61,17 +60,11 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     config.check()
     check_methods(config)
     check_batch(config)
-    resumed = directory is not None
-    config, directory = in_folder(config, directory, dated("compare"))
-    with (
-        directory.held(),
-        tracked(directory, config.track) as directory,
-        opened("compare", config, directory, resumed=resumed),
-    ):
-        study = Study(directory, config.keep)
+    with study("compare", config, directory) as (config, directory):
+        trainings = Study(directory, config.keep)
         summary = Summary([], [], [])
         for name in config.problems:
-            comparison = Comparison(name, config, study)
+            comparison = Comparison(name, config, trainings)
             summary.problems.append(comparison.described())
             if config.batches and comparison.problem.smooth is not None:
                 summary.gradients.extend(comparison.gradients())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit_diffusion.commands.compare.affine import QuadraticReward, affine_problem, clean, exact_objective
 from implicit_diffusion.commands.rewards.names import load_reward
@@ -85,8 +85,7 @@ class Problem(Shown):
 
     def chain(self) -> Chain:
         """The chain with a network of its own, to be trained."""
-        chain = self.pretrained
-        return chain.replace(denoiser=copied(chain.denoiser))  # type: ignore[type-var]  # a module
+        return self.pretrained.replace(denoiser=copied(network_of(self.pretrained)))
 
     def objective(self, reward: Function | None = None) -> Objective:
         """F = −E R + β KL(path), of its own reward or of another."""
@@ -96,9 +95,15 @@ class Problem(Shown):
         """∇J at the chain's parameters where it is a closed form; None otherwise."""
         if not isinstance(self.reward, QuadraticReward):
             return None
-        parameters = list(chain.denoiser.parameters())  # type: ignore[attr-defined]
+        parameters = list(network_of(chain).parameters())
         gradients = torch.autograd.grad(exact_objective(chain, self.reward, self.beta), parameters)
         return torch.cat([g.flatten() for g in gradients])
+
+
+def network_of(chain: Chain) -> nn.Module:
+    """The denoiser of a problem's chain, which is a module."""
+    assert isinstance(chain.denoiser, nn.Module)
+    return chain.denoiser
 
 
 def build(name: str, num_steps: int, starts: int, noise: Noise) -> Problem:

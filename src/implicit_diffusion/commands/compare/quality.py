@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.commands.compare.methods import make_loop
-from implicit_diffusion.commands.compare.problems import Problem
+from implicit_diffusion.commands.compare.problems import Problem, network_of
 from implicit_diffusion.commands.compare.summary import Quality
 from implicit_diffusion.evaluation.chains import Estimate, mean_and_error
 from implicit_diffusion.loops import Nested, Queue, Update
@@ -68,7 +68,7 @@ def exact(problem: Problem, batch: int, count: int, noise: Noise) -> Exact:
     """
     chain = problem.chain()
     objective = problem.objective(problem.smooth)
-    adam = torch.optim.Adam(chain.denoiser.parameters(), lr=problem.rate)  # type: ignore[attr-defined]
+    adam = torch.optim.Adam(network_of(chain).parameters(), lr=problem.rate)
     update = Update(adam, max_grad_norm=problem.deviation)
     for _ in Nested(chain, objective, update, batch=batch, noise=noise.stream(AWAY)).run(UPDATES_AWAY):
         pass
@@ -105,7 +105,7 @@ def measure(problem: Problem, method: str, at: Exact, batch: int, depth: int, no
 
 def still(chain: Chain) -> Update:
     """An update that leaves θ where it is."""
-    return Update(torch.optim.SGD(chain.denoiser.parameters(), lr=0.0))  # type: ignore[attr-defined]
+    return Update(torch.optim.SGD(network_of(chain).parameters(), lr=0.0))
 
 
 def collect(loop: ChainLoop, count: int) -> tuple[Float[Tensor, "count parameters"], float, float]:

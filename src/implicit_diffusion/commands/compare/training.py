@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from implicit_diffusion.commands.compare.methods import make_loop, paid_before
-from implicit_diffusion.commands.compare.problems import Problem
+from implicit_diffusion.commands.compare.problems import Problem, network_of
 from implicit_diffusion.commands.compare.summary import Point, Reached, Search
 from implicit_diffusion.commands.compare.untrained import best_of_kl, guided, rewards_of
 from implicit_diffusion.errors import NonFiniteError
@@ -102,7 +102,7 @@ def train(
     if method == "best-of":
         return [judge.best_of(round(setting))]
     chain, paid = problem.chain(), paid_before(method, problem)
-    adam = torch.optim.Adam(chain.denoiser.parameters(), lr=setting)  # type: ignore[attr-defined]
+    adam = torch.optim.Adam(network_of(chain).parameters(), lr=setting)
     update = Update(adam, max_grad_norm=problem.deviation)
     begin = time.process_time()
     loop = make_loop(method, problem, chain, update, batch=budget.batch, depth=budget.depth, noise=noise)

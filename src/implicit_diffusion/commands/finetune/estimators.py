@@ -71,7 +71,7 @@ def chosen(asked: Asked, why_not: str | None) -> Chosen:
 
 def check_chain(name: EstimatorName, chain: Chain) -> None:
     """Raise `InvalidInputError` where an estimator that rests on noise is to go through steps that add none."""
-    bare = set(chain.table.noiseless()).intersection(chain.trained_rows)
+    bare = chain.table.noiseless(among=chain.trained_rows)
     if name in NEEDS_NOISE and bare:
         raise InvalidInputError(
             f"--estimator {name} {NEEDS_NOISE[name]}, and {len(bare)} of the {chain.num_steps} steps of "

@@ -90,31 +90,37 @@ def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judge
 
 
 def callbacks(
-    spec: TrainingSpec, held_out: HeldOut, samples: Evaluation, reward_std: float, judges: list[Judges]
+    spec: TrainingSpec,
+    loop: ChainLoop,
+    held_out: HeldOut,
+    samples: Evaluation,
+    reward_std: float,
+    judges: list[Judges],
 ) -> list[Callback]:
     """What looks at the run after every update.
 
     Args:
         spec: of the training.
+        loop: that is trained; where its steps report no path KL, `Rise` alone watches it, on held-out noise.
         held_out: checks on held-out noise.
         samples: of the pretrained chain, that the plan is made of.
         reward_std: standard deviation of the pretrained reward.
         judges: from `judges_of`.
     """
-    runaway = Runaway(reward_std)
+    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std)]
     checks: list[Callback] = [held_out, *judges]
     if spec.penalty == "drift":
-        return [*checks, runaway]
+        return [*checks, *runaway]
 
     def rate(factor: int) -> str:
         return f"--lr {spec.lr / factor:.1g}, {factor} times smaller"
 
     rise = Rise(held_out, pretrained=samples, rate=rate)
     if spec.target_kl is None:
-        return [*checks, rise, runaway]
+        return [*checks, rise, *runaway]
     if spec.stop_at_target:
-        return [*checks, StopAtKL(spec.target_kl, held_out=held_out), rise, runaway]
-    return [AdaptKL(spec.target_kl), *checks, rise, runaway]
+        return [*checks, StopAtKL(spec.target_kl, held_out=held_out), rise, *runaway]
+    return [AdaptKL(spec.target_kl), *checks, rise, *runaway]
 
 
 def pictures(setup: Setup) -> Pictures:
@@ -155,9 +161,7 @@ def train(
     Raises:
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
-    watching: list[Callback] = [shown, *callbacks(spec, held_out, samples, reward_std, judges)]
-    if loop.unreported:  # no step has a path KL, and `Rise` watches held-out noise
-        watching = [callback for callback in watching if not isinstance(callback, Runaway)]
+    watching: list[Callback] = [shown, *callbacks(spec, loop, held_out, samples, reward_std, judges)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory, keep=spec.keep)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt

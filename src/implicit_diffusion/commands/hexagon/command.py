@@ -25,7 +25,7 @@ from implicit_diffusion.commands.hexagon.config import Config
 from implicit_diffusion.commands.hexagon.summary import Summary, add_exact, show, summarise
 from implicit_diffusion.commands.hexagon.trace import Trace
 from implicit_diffusion.commands.shared.hexagon_problem import LOGITS, HexagonQuadrature, mixture
-from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
+from implicit_diffusion.commands.shared.opening import study
 from implicit_diffusion.commands.shared.pictures import PLOTTED, plane_pixels
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
@@ -33,7 +33,6 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.study import Study
-from implicit_diffusion.runs.trackers.opening import tracked
 from implicit_diffusion.runs.trackers.tracking import group_of
 
 
@@ -49,13 +48,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     """
     config.check()
     check_divides("particles", config.particles)
-    resumed = directory is not None
-    config, directory = in_folder(config.resolved(), directory, dated("hexagon"))
-    with (
-        directory.held(),
-        tracked(directory, config.track) as directory,
-        opened("hexagon", config, directory, resumed=resumed),
-    ):
+    with study("hexagon", config.resolved(), directory) as (config, directory):
         return _study(config, directory)
 
 

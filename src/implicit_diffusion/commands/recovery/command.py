@@ -20,13 +20,12 @@ from torch import Tensor
 
 from implicit_diffusion.commands.recovery.config import TAIL, Config
 from implicit_diffusion.commands.recovery.training import RecoveryRun, exact_kls, models, train
-from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
+from implicit_diffusion.commands.shared.opening import study
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, progress
 from implicit_diffusion.runs.study import Study
-from implicit_diffusion.runs.trackers.opening import tracked
 
 ARMS = ("unweighted", "weighted", "unweighted-decreasing", "weighted-decreasing")
 LINES = 100  # of metrics.jsonl, for a run, at most
@@ -68,13 +67,7 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     """
     config.check()
     check_divides("particles", config.particles)
-    resumed = directory is not None
-    config, directory = in_folder(config.resolved(), directory, dated("recovery"))
-    with (
-        directory.held(),
-        tracked(directory, config.track) as directory,
-        opened("recovery", config, directory, resumed=resumed),
-    ):
+    with study("recovery", config.resolved(), directory) as (config, directory):
         return _study(config, directory)
 
 

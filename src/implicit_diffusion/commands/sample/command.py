@@ -25,7 +25,7 @@ from implicit_diffusion.commands.shared.conditioning import (
     read_prompts,
 )
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.evaluation.chains import NUMBERS
+from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.chain_file import TrainedChain, read_chain
 from implicit_diffusion.models.energy_model import is_energy_model
@@ -74,7 +74,7 @@ def run(config: Config) -> Path:
     channels = pretrained.event_shape[0] if pretrained.decoder is None else pretrained.decoder.vae.config.out_channels
     if channels not in (1, 3, 4):
         raise InvalidInputError(f"--model {config.model} has samples of {channels} channels, which no picture shows")
-    size = max(1, min(256, NUMBERS // math.prod(pretrained.event_shape)))
+    size = at_once(pretrained.event_shape)
     batches = [range(first, min(first + size, config.num)) for first in range(0, config.num, size)]
     images: list[Any] = []
     with progress(config.num, "sampling") as bar:

@@ -17,6 +17,7 @@ from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.devices import naming_memory
 from implicit_diffusion.runs.provenance import is_recorded
+from implicit_diffusion.runs.trackers.opening import tracked
 
 C = TypeVar("C")
 
@@ -66,6 +67,31 @@ def opened(
         if not (resumed and is_recorded(directory)):
             record_inputs(directory, config, inputs(config) if fingerprints is None else fingerprints, device=device)
         yield
+
+
+@contextmanager
+def study(command: str, config: C, directory: RunDirectory | None) -> Iterator[tuple[C, RunDirectory]]:
+    """Hold, track and open the folder of a run of many trainings, whose inputs are all in its config.
+
+    Args:
+        command: that begins the run.
+        config: resolved.
+        directory: of a run to continue; None begins a new one.
+
+    Yields:
+        The config with absolute paths, and the folder.
+
+    Raises:
+        InvalidInputError: as `in_folder` and `opened`.
+    """
+    resumed = directory is not None
+    config, directory = in_folder(config, directory, dated(command))
+    with (
+        directory.held(),
+        tracked(directory, getattr(config, "track")) as directory,  # noqa: B009
+        opened(command, config, directory, resumed=resumed),
+    ):
+        yield config, directory
 
 
 @contextmanager

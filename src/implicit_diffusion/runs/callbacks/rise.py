@@ -103,7 +103,7 @@ class Rise(Shown):
         self._looked = fit.updates
         look, before, now = self.held_out.look(fit), self.held_out.pretrained(fit), fit.loop.objective.weight(PathKL)
         beta = now if last else self._beta(fit)
-        if beta and not set(fit.chain.trained_rows).isdisjoint(fit.chain.table.noiseless()):
+        if beta and fit.chain.table.noiseless(among=fit.chain.trained_rows):
             raise InvalidInputError(
                 "Rise compares J, but its path KL is infinite: a trained row of the chain has no noise; keep the "
                 "pretrained network there, pretrained_rows='noiseless'"
