@@ -30,7 +30,7 @@ import torch
 from common import DEVICE, Problem, machine, random_weights, save
 
 from implicit_diffusion import Chain, Nested, Noise, Queue, evaluate, load_pretrained, read_table
-from implicit_diffusion.commands.finetune.precision import check_precision, compiled
+from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.rewards.shipped import redness
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.loops.memory import predict_memory

@@ -13,7 +13,8 @@ from diffusers import DDPMScheduler
 
 from implicit_diffusion import __version__, cli
 from implicit_diffusion.commands import resuming
-from implicit_diffusion.commands.finetune import setup, training
+from implicit_diffusion.commands.finetune import training
+from implicit_diffusion.commands.finetune.problem import setup
 from implicit_diffusion.commands.registry import COMMANDS
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.shared.recorded_options import read_options

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import planning, setup, training
+from implicit_diffusion.commands.finetune import planning, training
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.problem import setup
 from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.models.pretrained import load_pretrained

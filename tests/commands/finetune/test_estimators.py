@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune.estimators import begin, chosen
+from implicit_diffusion.commands.finetune.problem.estimators import begin, chosen
 from implicit_diffusion.denoisers import Drawn
 from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.evaluation.chains import conditions_of

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from implicit_diffusion.commands.finetune import setup
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.precision import check_precision
+from implicit_diffusion.commands.finetune.problem import setup
+from implicit_diffusion.commands.finetune.problem.precision import check_precision
 from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.finetune.training import make_loop
 from implicit_diffusion.denoisers.adapter import unwrapped

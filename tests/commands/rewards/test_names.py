@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import planning, setup, training
+from implicit_diffusion.commands.finetune import planning, training
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.problem import setup
 from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.names import load_reward

@@ -18,12 +18,14 @@ from typing import Any
 
 from torch import nn
 
-from implicit_diffusion.commands.finetune import estimators, judging, planning
+from implicit_diffusion.commands.finetune import judging, planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.model_card import model_card
+from implicit_diffusion.commands.finetune.problem import estimators
+from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
+from implicit_diffusion.commands.finetune.problem.weighing import weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
-from implicit_diffusion.commands.finetune.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
 from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import (
@@ -35,7 +37,6 @@ from implicit_diffusion.commands.finetune.training import (
     train,
     weight_of_penalty,
 )
-from implicit_diffusion.commands.finetune.weighing import weighed
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from implicit_diffusion.commands.finetune.problem.setup import AFTER, Setup
 from implicit_diffusion.commands.finetune.result import JUDGED
-from implicit_diffusion.commands.finetune.setup import AFTER, Setup
 from implicit_diffusion.commands.finetune.summary import JudgeSummary, Look, RewardSummary
 from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, names_of, weighted
 from implicit_diffusion.digits import EVENT_SHAPE, Quality, judge_samples

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup
+from implicit_diffusion.commands.finetune.problem.weighing import weighed_samples
 from implicit_diffusion.commands.finetune.report.plan_table import plot, show
-from implicit_diffusion.commands.finetune.setup import PLAN, Setup
 from implicit_diffusion.commands.finetune.specs import PlanSpec
-from implicit_diffusion.commands.finetune.weighing import weighed_samples
 from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
 from implicit_diffusion.commands.shared.inputs import with_imports
 from implicit_diffusion.errors import InvalidInputError

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.estimators import Asked
+from implicit_diffusion.commands.finetune.problem.estimators import Asked
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
 from implicit_diffusion.noise import Noise

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.finetune.estimators import estimator_of
-from implicit_diffusion.commands.finetune.setup import DURING, ESTIMATOR, SHOWN, Setup
+from implicit_diffusion.commands.finetune.problem.estimators import estimator_of
+from implicit_diffusion.commands.finetune.problem.setup import DURING, ESTIMATOR, SHOWN, Setup
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
 from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels
 from implicit_diffusion.evaluation.chains import Evaluation

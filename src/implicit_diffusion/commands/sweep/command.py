@@ -20,11 +20,11 @@ import numpy as np
 from implicit_diffusion.commands.finetune import command as finetune
 from implicit_diffusion.commands.finetune import config as finetune_config
 from implicit_diffusion.commands.finetune.planning import pretrained_samples
+from implicit_diffusion.commands.finetune.problem.setup import build
+from implicit_diffusion.commands.finetune.problem.weighing import weighed_samples
 from implicit_diffusion.commands.finetune.report.headline import opening
 from implicit_diffusion.commands.finetune.result import read_run_summary
-from implicit_diffusion.commands.finetune.setup import build
 from implicit_diffusion.commands.finetune.specs import setup_spec
-from implicit_diffusion.commands.finetune.weighing import weighed_samples
 from implicit_diffusion.commands.resuming import resume
 from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import beside, distinct, number, percent

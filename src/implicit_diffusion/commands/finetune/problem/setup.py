@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from implicit_diffusion.commands.finetune import functions
-from implicit_diffusion.commands.finetune.estimators import Chosen, check_chain
-from implicit_diffusion.commands.finetune.precision import check_precision, compiled
+from implicit_diffusion.commands.finetune.problem import functions
+from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
+from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.finetune.estimators import BLACK_BOX, Chosen, chosen, no_gradient
+from implicit_diffusion.commands.finetune.problem.estimators import BLACK_BOX, Chosen, chosen, no_gradient
 from implicit_diffusion.commands.finetune.specs import SetupSpec
 from implicit_diffusion.commands.rewards.names import blamed, load_reward
 from implicit_diffusion.commands.rewards.trust import short

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from implicit_diffusion.commands.finetune.setup import PLAN, Setup
+from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup
 from implicit_diffusion.commands.rewards.weights import labels, weighted
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import chains
