@@ -263,7 +263,7 @@ def test_images_do_not_depend_on_what_shares_their_batch_but_on_their_number(fin
     monkeypatch.setattr(
         Chain, "sample", lambda chain, noise, n, first: sizes.append((first, n)) or original(chain, noise, n, first)
     )
-    monkeypatch.setattr("implicit_diffusion.commands.sample.command.NUMBERS", 2 * 64)
+    monkeypatch.setattr("implicit_diffusion.evaluation.chains.NUMBERS", 2 * 64)
     out = tmp_path / "grid.png"
     assert main(["sample", "--model", str(finished / "model"), "--num", "5", "--out", str(out)]) == 0
     assert sizes == [(0, 2), (2, 2), (4, 1)] and Image.open(out).size == (3 * 64, 2 * 64)
