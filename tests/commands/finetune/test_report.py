@@ -186,7 +186,10 @@ def test_no_false_alarm(good):
         ({"exported_less_after": Estimate(-2.0, 0.1)}, "The exported model differs from the trained chain"),
         ({"reward_gain": Estimate(0.1, 0.1)}, "No clear gain"),
         ({"reward_gain": Estimate(-1.0, 0.1)}, "The reward fell"),
-        ({"quality_after": quality(judge_confidence=0.8)}, "Reward hacking suspected: the judge lost confidence"),
+        (
+            {"quality_after": quality(judge_confidence=0.8)},
+            "Reward hacking suspected: the second classifier lost",
+        ),
         ({"quality_after": quality(nearest_distance=3.9)}, "Reward hacking suspected: samples left the real digits"),
         ({"quality_after": quality(memorised=0.2)}, "The model copies its training data"),
     ],

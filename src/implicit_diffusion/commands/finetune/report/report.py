@@ -130,7 +130,7 @@ def _warnings(result: Result) -> str:
     if not any(warning.serious for warning in warnings):
         checked = "the gain, " + ("" if result.drift else "the KL, ") + "the pixels' range, the exported model"
         if result.summary.quality_after is not None:
-            checked += ", the judge's confidence, the distance to real digits, copies of training data"
+            checked += ", the second classifier's confidence, the distance to real digits, copies of training data"
         cards.insert(0, f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     return f'<section class="concerns">{"".join(cards)}</section>'
 
@@ -167,8 +167,8 @@ all steps. A dash stands for what was not measured.</p>
 
 QUALITY = {
     "confidence of the classifier": "classifier_confidence",
-    "confidence of the judge": "judge_confidence",
-    "classifier and judge agree": "judge_agreement",
+    "confidence of the second classifier": "judge_confidence",
+    "the classifiers agree": "judge_agreement",
     "copies of training data": "memorised",
     "distance to the nearest digit": "nearest_distance",
 }

@@ -217,11 +217,11 @@ def _quality(result: Result) -> Iterator[RunWarning]:
     lost, widened = judge[0] - judge[1], (network[1] - judge[1]) - (network[0] - judge[0])
     if lost > JUDGE_LOST or widened > GAP_GREW:
         text = (
-            f"The confidence of a judge that was never optimised against went from {percent(judge[0])} to "
+            f"The confidence of a second classifier, never optimised against, went from {percent(judge[0])} to "
             f"{percent(judge[1])}; that of the classifier went from {percent(network[0])} to {percent(network[1])}. "
             "Raise --kl-weight."
         )
-        yield RunWarning(True, "Reward hacking suspected: the judge lost confidence", text)
+        yield RunWarning(True, "Reward hacking suspected: the second classifier lost", text)
     if after.nearest_distance > AWAY * before.nearest_distance:
         text = (
             f"The nearest real digit is {number(after.nearest_distance, digits=2)} away on average, "
