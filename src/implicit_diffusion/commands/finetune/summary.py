@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from implicit_diffusion.commands.finetune.by_weights import ByWeights
 from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, to_json
 from implicit_diffusion.digits import Quality
 from implicit_diffusion.evaluation.chains import Estimate
@@ -216,6 +217,7 @@ class Summary:
 
     Args:
         headline: what the judgement says.
+        by_weights: what the weights of the judged trajectories add to it.
         training: what the training did.
         model: what was trained and exported.
         memory_of_start: that of the plan.
@@ -228,6 +230,7 @@ class Summary:
     """
 
     headline: Headline
+    by_weights: ByWeights
     training: TrainingSummary
     model: ModelSummary
     memory_of_start: MemoryOfStart
@@ -241,7 +244,8 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
-        content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
+        content: dict[str, Any] = to_json(self.headline) | to_json(self.by_weights)
+        content |= to_json(self.training) | to_json(self.model)
         content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
         content |= {"rewards": to_json(self.rewards), "judges": to_json(self.judges)}
         content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
@@ -263,6 +267,7 @@ class Summary:
         before, after, exported = (content[f"quality_{when}"] for when in ("before", "after", "exported"))
         return Summary(
             part_from_json(Headline, content),
+            part_from_json(ByWeights, content),
             part_from_json(TrainingSummary, content),
             part_from_json(ModelSummary, content),
             from_json(MemoryOfStart, content["memory_of_start"]),
