@@ -48,7 +48,7 @@ def by_weights(before: Evaluation, after: Evaluation, beta: float | None) -> ByW
 def _missing(after: Evaluation, beta: float | None) -> str | None:
     """Why trajectories have no weights; None where they have."""
     if beta is None:
-        return "The trained chain was not weighted: weights come with a KL weight, and a drift penalty has none."
+        return "The trained chain was not weighted: with a penalty on drifts there is no law that weights could aim at."
     if beta == 0:
         return "The trained chain was not weighted: with a KL weight of 0 there is no law that weights could aim at."
     if not after.log_ratio.isfinite().all():

@@ -40,7 +40,7 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
     path = result.column("updates", "held_out_path_kl", "held_out_reward")
     weighted = _by_weights(result)
     reach = 1.45 * max(best.path_kl, headline.path_kl.mean, *(kl for _, kl, *_ in path), 1e-6)
-    reach = max(reach, *(1.1 * law.path_kl.mean for law in weighted))
+    reach = max([reach, *(1.1 * law.path_kl.mean for law in weighted)])
     plan = result.plan.reward
     bounds = [b for b in result.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
     path = [(n, kl, reward - result.summary.training.held_out_reward_before) for n, kl, reward in path]
