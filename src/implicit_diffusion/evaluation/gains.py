@@ -183,13 +183,14 @@ def captured_by_weights(before: Evaluation, after: Evaluation, beta: float) -> E
         raise InvalidInputError(
             f"after must hold at least 4 trajectories per start, 2 in either half, got {after.reward.shape[1]}"
         )
-    halves = [[_repeats(each, first, first + half) for each in (after, before)] for first in (0, half)]
-    return share_of(*(possible_by(*each, beta) for each in halves))
+    first, second = slice(half), slice(half, 2 * half)
+    part, whole = (possible_by(_repeats(after, each), _repeats(before, each), beta) for each in (first, second))
+    return share_of(part, whole)
 
 
-def _repeats(evaluation: Evaluation, first: int, end: int) -> Evaluation:
+def _repeats(evaluation: Evaluation, which: slice) -> Evaluation:
     """Some of the trajectories of every start, without their samples."""
-    return mapped(lambda values: values[:, first:end], replace(evaluation, samples=evaluation.reward))
+    return mapped(lambda values: values[:, which], replace(evaluation, samples=evaluation.reward))
 
 
 def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, float]:
