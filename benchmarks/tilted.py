@@ -163,22 +163,15 @@ def main(config: Config) -> None:
 
 def show(law: dict) -> None:
     """Print the law's table."""
-    print(
-        f"\nβ = {law['kl_weight']}: a gain of {law['gained']:.2f} deviations, training {law['training_evaluations']:,}"
-    )
+    cost = f"{law['training_evaluations']:,} network evaluations"
+    print(f"\nβ = {law['kl_weight']}: a gain of {law['gained']:.2f} deviations; training took {cost}")
     print("| | E* R | effective share | evaluations per draw | training pays after |\n|---|---|---|---|---|")
     for row in law["rows"]:
-        after = (
-            "" if row["method"] == TRAINED else "never" if row["pays_after"] is None else f"{row['pays_after']:,.0f}"
-        )
-        share, price = (
-            f"{row['effective_share']:.2g} ± {row['effective_share_se']:.1g}",
-            f"{row['evaluations_per_draw']:.3g}",
-        )
-        print(
-            f"| {row['method']} | {row['reward']:.3f} ± {row['reward_se']:.3f} | {share} | {price} | {after} |",
-            flush=True,
-        )
+        after = "never" if row["pays_after"] is None else f"{row['pays_after']:,.0f}"
+        cells = [row["method"], f"{row['reward']:.3f} ± {row['reward_se']:.3f}"]
+        cells += [f"{row['effective_share']:.2g} ± {row['effective_share_se']:.1g}"]
+        cells += [f"{row['evaluations_per_draw']:.3g}", "" if row["method"] == TRAINED else after]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
