@@ -2,9 +2,9 @@
 
     python benchmarks/tilted.py [--out runs/tilted]      # tables, and results/tilted-<processor>.json
 
-Brightness on digits, N = 10, at the KL weights whose tilted law gains about 0.5, 1 and 2 deviations. For each of them
-`implicit-diffusion finetune` trains with its defaults; a finished run in the folder is not repeated. Then the same law,
-with x_0 tilted, is drawn in three ways:
+Brightness on digits, N = 10, at the KL weights at which training gains about 0.5, 1 and 2 deviations, and the tilted
+law a little more. For each of them `implicit-diffusion finetune` trains with its defaults; a finished run in the folder
+is not repeated. Then the tilted law, with x_0 tilted, is drawn in three ways:
 
     trained, weighted       trajectories of the trained chain; a call of u_θ a row, and one of u_0 where it was trained
     pretrained, weighted    trajectories of the pretrained chain, one call a row: steering by importance
@@ -29,11 +29,11 @@ import torch
 from common import hardware, save
 from rows import Problem, load
 
+from digits import BETAS
 from implicit_diffusion import Noise, evaluate
 from implicit_diffusion.evaluation import Estimate, Evaluation, TiltedLaw, sequential_monte_carlo, tilted_law
 from implicit_diffusion.evaluation.chains import mean_and_error
 
-BETAS = {"0.5 σ": 5.3, "1 σ": 2.9, "2 σ": 1.65}  # of brightness, by what the tilted law gains
 TRAINED, PRETRAINED, STEERED = "trained, weighted", "pretrained, weighted", "pretrained, SMC"
 
 
