@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
@@ -225,7 +226,9 @@ def _conclude(
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
     model_facts = _model_summary(setup)
-    summary = Summary(headline, training, model_facts, memory_of_start, plan.rows(), *looks, rewards, judged_by, unseen)
+    weighted = by_weights(judged.before, judged.after, beta)
+    facts = weighted, training, model_facts, memory_of_start
+    summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)

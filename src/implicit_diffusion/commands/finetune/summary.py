@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from implicit_diffusion.commands.finetune.by_weights import ByWeights
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts
 from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, to_json
 from implicit_diffusion.digits import Quality
@@ -217,6 +218,7 @@ class Summary:
 
     Args:
         headline: what the judgement says.
+        by_weights: what the weights of the judged trajectories add to it.
         training: what the training did.
         model: what was trained and exported.
         memory_of_start: that of the plan.
@@ -230,6 +232,7 @@ class Summary:
     """
 
     headline: Headline
+    by_weights: ByWeights
     training: TrainingSummary
     model: ModelSummary
     memory_of_start: MemoryOfStart
@@ -244,7 +247,8 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
-        content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
+        content: dict[str, Any] = to_json(self.headline) | to_json(self.by_weights)
+        content |= to_json(self.training) | to_json(self.model)
         content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
         content |= {"rewards": to_json(self.rewards), "judges": to_json(self.judges)}
         content |= {"held_out_prompts": to_json(self.held_out_prompts)}
@@ -267,6 +271,7 @@ class Summary:
         before, after, exported = (content[f"quality_{when}"] for when in ("before", "after", "exported"))
         return Summary(
             part_from_json(Headline, content),
+            part_from_json(ByWeights, content),
             part_from_json(TrainingSummary, content),
             part_from_json(ModelSummary, content),
             from_json(MemoryOfStart, content["memory_of_start"]),

@@ -13,6 +13,7 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.report.judges import judges_at_the_end
+from implicit_diffusion.commands.finetune.report.reached import reached
 from implicit_diffusion.commands.finetune.report.rewards import rewards_at_the_end, rewards_of_the_plan
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.result import Result, outside
@@ -43,6 +44,7 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
     body = [
         _headline(result, title),
         _warnings(result),
+        reached(result),
         page.figures(figures),
         rewards_at_the_end(result),
         judges_at_the_end(result),
