@@ -141,6 +141,7 @@ def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stride"] == stride
 
 
+@pytest.mark.slow
 def test_deterministic_chain_with_drift_penalty(tmp_path, capsys):
     """No plan, no KL and no J, and nothing is said about them."""
     options = ["--scheduler", "ddim", "--eta", "0", "--penalty", "drift", "--out", str(tmp_path / "run")]
@@ -154,6 +155,7 @@ def test_deterministic_chain_with_drift_penalty(tmp_path, capsys):
     assert "KL" not in re.sub('base64,[^"]*', "", (tmp_path / "run" / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_target_kl_stops(tmp_path):
     options = ["--target-kl", "1e-6", "--target-kl-mode", "stop", "--updates", "60", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, *options]) == 0
@@ -162,6 +164,7 @@ def test_target_kl_stops(tmp_path):
     assert summary["path_kl"] == pytest.approx(1e-6, rel=0.5)  # however small beside a single step
 
 
+@pytest.mark.slow
 def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
     """config.json says where β began and the command that repeats the run; all else says where it ended, or both."""
     out = tmp_path / "run"
@@ -175,6 +178,7 @@ def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
     assert "--kl-weight 2.5" in report and f"{end:.4g} × KL" in (out / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     """The bound is where pretrained samples see it, and the rate that is advised makes J fall."""
     out = tmp_path / "run"
@@ -217,6 +221,7 @@ def clipping_folder(tmp_path):
     return save_pipeline(tmp_path / "clips", DiffusersDenoiser(unet), DDPMScheduler(clip_sample=True), "a test")
 
 
+@pytest.mark.slow
 def test_clipping_is_refused_unless_switched_off_and_then_accounted_for(clipping_folder, tmp_path, capsys):
     call = ["finetune", *TINY, "--updates", "2", "--model", str(clipping_folder), "--out", str(tmp_path / "run")]
     assert main(call) == 2
