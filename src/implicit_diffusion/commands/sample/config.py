@@ -36,8 +36,9 @@ class Config:
     Its default is 50 steps."""
     exact: bool = False
     """Draw from the law that fine-tuning only comes near, in which images are e^(reward/β) times as likely.
-    With RUN/model, reward and β are those of its run. Any other model is steered without training, with --reward and
-    --kl-weight. How well it went is written to a .json file beside the picture."""
+    With RUN/model, reward and β are those of its run.
+    Any other model is steered without training, with --reward and --kl-weight.
+    How well it went is written to a .json file beside the picture."""
     method: Literal["metropolis", "smc"] | None = None
     """How --exact draws. By default "metropolis": each image is proposed many times, and accepted by its weight.
     Sequential Monte Carlo, "smc", resamples particles on their way, by rewards of predicted images."""
