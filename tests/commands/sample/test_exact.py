@@ -242,6 +242,35 @@ def test_a_black_box_steers_and_one_image_has_no_error():
     assert numbers("box.png")["reward_se"] is None and numbers("box.png")["path_kl"] >= 0
 
 
+@pytest.mark.parametrize("method", ["metropolis", "smc"])
+def test_network_and_reward_see_no_more_at_once_for_more_particles(method, monkeypatch):
+    monkeypatch.setattr("implicit_diffusion.evaluation.chains.NUMBERS", 8 * 192)
+    monkeypatch.setattr(exact, "STATES", 3 * 20 * 192)  # three populations of particles
+    moved, transition, called = [], Chain.transition, Reward.called
+
+    def counted(chain, x, rows, **options):
+        moved.append(x.shape[0] * x.shape[1])
+        return transition(chain, x, rows, **options)
+
+    def scored(reward, particles):
+        moved.append(len(particles.x))
+        return called(reward, particles)
+
+    monkeypatch.setattr(Chain, "transition", counted)
+    monkeypatch.setattr(Reward, "called", scored)
+    assert sample(f"many-{method}.png", "--method", method, num=10, particles=20) == 0
+    assert max(moved) == 8 and moved.count(8) > 20
+
+
+def test_clipping_is_switched_off_where_a_model_is_steered(tmp_path, capsys):
+    model = shutil.copytree("model", tmp_path / "clipped")
+    edit(model / "scheduler/scheduler_config.json", clip_sample=True)
+    steer = ("--reward", "r.py:waves", "--kl-weight", "1.7", "--num-steps", "3")
+    assert sample(tmp_path / "a.png", *steer, model=model) == sample(tmp_path / "b.png", *steer, model="model") == 0
+    assert "clip_sample of the model's scheduler is switched off" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 KINDS = {
     "adapters": "--model classes --reward r.py:waves --lora-rank 2",
     "guidance": "--model classes --reward r.py:waves --null-class 1 --guidance 2",

@@ -34,7 +34,7 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import check_inputs, check_version
 from implicit_diffusion.showing import Shown
 
-MEASURED = 8  # stream of the noise of pretrained samples that the deviations of several rewards are measured on
+SET_UP, MEASURED = 8, 9  # streams of noise: of the setup, and of samples that measure the deviations of several rewards
 STARTS, REPEATS = 64, 16  # of these samples
 
 
@@ -151,7 +151,7 @@ def _of_run(spec: TiltSpec, folder: Path, chain: TrainedChain) -> Tilt:
             "--kl-weight"
         )
     original = _original(config, run)
-    config = _known(spec, config, original, directory)
+    config = _known(spec, config, directory)
     asked = _forward_only(setup_spec(config), spec.noise)
     network = replace(
         asked.network,
@@ -220,7 +220,7 @@ def _original(config: Config, run: Path) -> str:
     return name
 
 
-def _known(spec: TiltSpec, config: Config, original: str, directory: RunDirectory) -> Config:
+def _known(spec: TiltSpec, config: Config, directory: RunDirectory) -> Config:
     """The options of the run, with the prompts that are asked for, once what they name is known to be what it was.
 
     Raises:
@@ -237,5 +237,5 @@ def _known(spec: TiltSpec, config: Config, original: str, directory: RunDirector
 
 
 def _forward_only(spec: SetupSpec, noise: Noise) -> SetupSpec:
-    """The spec of a setup that no gradient will be taken of, and without the judges, who do not raise anything."""
-    return replace(spec, judge=(), estimator="score", noise=noise)
+    """The spec of a setup that no gradient is taken of, and without the judges, who have no part in R."""
+    return replace(spec, judge=(), estimator="score", noise=noise.stream(SET_UP))

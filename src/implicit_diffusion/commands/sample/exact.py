@@ -218,16 +218,13 @@ def _check_hope(tilt: Tilt, particles: int, config: Config, noise: Noise) -> Non
 
 def _advice(tilt: Tilt, share: float, config: Config) -> str:
     """What to do about an effective share that is too small."""
-    ways = [f"use --particles {math.ceil(ENOUGH / share)} or more"]
-    ways += [] if config.method == "smc" else ["--method smc"]
-    if tilt.trained is None:
-        return ", ".join(
-            [*ways, f"a larger --kl-weight, or a model that was fine-tuned with --kl-weight {tilt.beta:g}"]
-        )
-    if tilt.trained != tilt.beta:
-        other = f"a --kl-weight nearer to the {tilt.trained:g} of the run" if tilt.trained else "another --kl-weight"
-        return ", ".join([*ways, f"{other}, or a model that was fine-tuned with --kl-weight {tilt.beta:g}"])
-    return ", ".join([*ways, "a larger --kl-weight, or a model that was fine-tuned for longer"])
+    ways = [f"use --particles {math.ceil(ENOUGH / share)} or more", *["--method smc"] * (config.method != "smc")]
+    if tilt.trained == tilt.beta:
+        ways.append("a larger --kl-weight, or a model that was fine-tuned for longer")
+    else:
+        other = f"a --kl-weight nearer to the {tilt.trained:g} of the run" if tilt.trained else "a larger --kl-weight"
+        ways.append(f"{other}, or a model that was fine-tuned with --kl-weight {tilt.beta:g}")
+    return ", ".join(ways)
 
 
 def _summary(tilt: Tilt, drawn: Drawn, method: str, particles: int) -> Exact:
