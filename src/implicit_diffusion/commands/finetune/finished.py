@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from implicit_diffusion.commands.finetune.config import Config
-from implicit_diffusion.commands.finetune.planning import PROMPTS
 from implicit_diffusion.commands.finetune.problem.setup import Setup, build
 from implicit_diffusion.commands.finetune.problem.weighing import deviations, in_deviations
 from implicit_diffusion.commands.finetune.result import read_run_summary
@@ -230,10 +229,10 @@ def _known(spec: TiltSpec, config: Config, directory: RunDirectory) -> Config:
         for name in names_of(config.reward):
             check_trust(name, directory.path, config.reward_python)
     named = config if config.reference is None else replace(config, model="digits")  # it is not read, nor need it exist
-    read = inputs(replace(named, prompts=None))
+    read = inputs(named)
     check_inputs(directory, {name: of for name, of in read.items() if not (spec.trust_reward and "reward" in name)})
-    own = None if config.prompts is None else directory.path / PROMPTS
-    return replace(config, prompts=spec.prompts or own)
+    own = config.with_own_prompts(directory.path)
+    return replace(own, prompts=spec.prompts or own.prompts, held_out_prompts=None)
 
 
 def _forward_only(spec: SetupSpec, noise: Noise) -> SetupSpec:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts
 from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, to_json
 from implicit_diffusion.digits import Quality
 from implicit_diffusion.evaluation.chains import Estimate
@@ -225,6 +226,7 @@ class Summary:
         quality_exported: of the exported pipeline's samples.
         rewards: each reward by itself.
         judges: each judge by itself.
+        held_out_prompts: what was gained under prompts that were not trained on; None where there are none.
     """
 
     headline: Headline
@@ -237,6 +239,7 @@ class Summary:
     quality_exported: Quality | None
     rewards: list[RewardSummary] = field(default_factory=list)
     judges: list[JudgeSummary] = field(default_factory=list)
+    held_out_prompts: HeldOutPrompts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
@@ -244,6 +247,7 @@ class Summary:
         content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
         content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
         content |= {"rewards": to_json(self.rewards), "judges": to_json(self.judges)}
+        content |= {"held_out_prompts": to_json(self.held_out_prompts)}
         content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
@@ -272,4 +276,5 @@ class Summary:
             from_json(Quality | None, exported),
             from_json(list[RewardSummary], content["rewards"]),
             from_json(list[JudgeSummary], content["judges"]),
+            from_json(HeldOutPrompts | None, content["held_out_prompts"]),
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from implicit_diffusion.commands.finetune.held_out_prompts import line_of
 from implicit_diffusion.commands.finetune.summary import Headline, Summary
 from implicit_diffusion.commands.shared.formatting import beside, number, percent
 from implicit_diffusion.evaluation.chains import Estimate
@@ -122,6 +123,8 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield f"reward    {before} → {after} ({number(*headline.reward_gain, sign=True)}, or {deviations} deviations)"
     yield from _lines_of_rewards(summary)
     yield from _lines_of_judges(summary)
+    if summary.held_out_prompts is not None:
+        yield from line_of(summary.held_out_prompts)
     if headline.path_kl is not None:
         yield f"path KL   {number(*headline.path_kl)} nats"
     if headline.j_bound is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from implicit_diffusion.commands.finetune.held_out_prompts import difference, prompts_in_words
 from implicit_diffusion.commands.finetune.result import Result, outside
 from implicit_diffusion.commands.shared.formatting import number, percent
 
@@ -48,7 +49,20 @@ class RunWarning:
 
 def run_warnings(result: Result) -> list[RunWarning]:
     """All warnings, the serious ones first."""
-    parts = (_worse, _stopped, _judges, _gain, _captured, _bound, _target, _clipping, _export, _pixels, _quality)
+    parts = (
+        _worse,
+        _stopped,
+        _judges,
+        _held_out_prompts,
+        _gain,
+        _captured,
+        _bound,
+        _target,
+        _clipping,
+        _export,
+        _pixels,
+        _quality,
+    )
     return sorted((warning for part in parts for warning in part(result)), key=lambda warning: not warning.serious)
 
 
@@ -84,6 +98,17 @@ def _judges(result: Result) -> Iterator[RunWarning]:
     if result.config.export == "best" and training.kept is not None:
         text = f"It is the model of update {training.kept['updates']}, and the run made {training.updates}."
         yield RunWarning(False, "The model is not the last one", text)
+
+
+def _held_out_prompts(result: Result) -> Iterator[RunWarning]:
+    unseen = result.summary.held_out_prompts
+    if unseen is not None and unseen.part:
+        text = (
+            f"Under {prompts_in_words(unseen.count)} that were not trained on the reward gained "
+            f"{number(*unseen.gain, sign=True)}, {difference(unseen)}. What was learned belongs to the prompts: "
+            "train on more of them, or for fewer updates."
+        )
+        yield RunWarning(True, "Prompts that were not trained on gained less", text)
 
 
 def _gain(result: Result) -> Iterator[RunWarning]:
