@@ -29,7 +29,10 @@ PRINTED = {
     "docs/mathematics/queue.md",
     "docs/mathematics/tilted.md",
 }
-SLOW = {"docs/howto/memory.md"}
+SLOW = {
+    *("docs/howto/ebm.md", "docs/howto/memory.md", "docs/howto/potentials.md", "docs/mathematics/inner-problems.md"),
+    *("docs/mathematics/surrogate.md", "docs/mathematics/tilted.md"),
+}
 NUMBER = re.compile(r"\d+\.\d+")
 
 

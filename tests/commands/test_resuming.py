@@ -90,6 +90,7 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr(setup, "_build", lambda *arguments: pytest.fail("it was built"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_directory_bit_for_bit(home, tmp_path, monkeypatch):
     """Though its reward draws from all global generators; these are as they were afterwards, and so is the config."""
     config = json.loads((home / "half" / "config.json").read_text())

@@ -131,6 +131,7 @@ class OwnBatchFirst(Surrogate):
         return super().turn(objective, end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Surrogate, OwnBatchFirst])
 def test_it_is_unbiased_while_it_learns_and_fitting_its_own_batch_first_is_not(kind):
     """With an R̂ that goes through all pairs of the batch that it learned last."""
@@ -373,6 +374,7 @@ def test_memory_counts_what_it_keeps():
     assert predict_memory(loop).parameters - predict_memory(without).parameters == need.kept
 
 
+@pytest.mark.slow
 def test_what_it_remembers_of_large_events_is_bounded_in_bytes():
     """As many pairs as 64 MB hold, in place of 4096; but as many as a step draws, however large they are."""
     for shape, pairs in (((1, 256, 256), 244), ((1, 8, 8), 4096), ((1, 1024, 1024), 64)):

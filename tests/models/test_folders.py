@@ -187,7 +187,10 @@ def test_the_shipped_model_may_consist_of_links(tmp_path, monkeypatch):
         load_pretrained(digits)
 
 
-@pytest.fixture(params=["fp16", "bf16", "sharded", "fp16 sharded", "sharded as of old"])
+PACKED = {"fp16 sharded": (), **dict.fromkeys(["fp16", "bf16", "sharded", "sharded as of old"], pytest.mark.slow)}
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=marks) for kind, marks in PACKED.items()])
 def packed(request, made, tmp_path):
     """The model as one variant alone, or in parts, or both."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(made, local_files_only=True)

@@ -118,6 +118,7 @@ def counts(tmp_path):
     return str(tmp_path / "x.npy")
 
 
+@pytest.mark.slow
 def test_a_run_that_dequantises(counts, tmp_path, monkeypatch, capsys):
     """Its likelihood is a bound below the law's own; score repeats it on the integers; sample draws integers."""
     monkeypatch.setattr(judging, "PARTICLES", {"vectors": 64, "images": 64})

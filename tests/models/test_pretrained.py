@@ -92,6 +92,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_saved_pipelines_load_in_a_fresh_process_and_draw_the_same(folder, tmp_path):
     loaded = load_pretrained(folder)
     schedulers = {kind: scheduler_for(loaded.scheduler, kind, clip=False) for kind in ("ddpm", "ddim")}

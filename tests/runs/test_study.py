@@ -86,7 +86,7 @@ STUDIES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "hexagon")) for name in STUDIES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "recovery")) for name in STUDIES]
 )
 def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, capsys):
     module, function, call, runs = STUDIES[name]

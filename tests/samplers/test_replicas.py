@@ -149,7 +149,9 @@ def tilted(seed=0):
     return Tilted(network, (2,))
 
 
-@pytest.mark.parametrize("kernel", [ULA(0.1), MALA(0.2), HMC(0.4, 2)], ids=["ula", "mala", "hmc"])
+@pytest.mark.parametrize(
+    "kernel", [ULA(0.1), MALA(0.2), pytest.param(HMC(0.4, 2), marks=pytest.mark.slow)], ids=["ula", "mala", "hmc"]
+)
 def test_annealing_finds_log_z_and_averages_on_the_plane(kernel):
     potential = tilted()
     coarse, fine = (Grid(((-8.0, 8.0), (-8.0, 8.0)), spacing) for spacing in (0.2, 0.1))

@@ -28,6 +28,7 @@ def test_points_and_cells_by_hand(u):
         assert torch.bincount(found, minlength=8).tolist() == [*eighths, 0, 0]
 
 
+@pytest.mark.slow
 def test_warm_up_averages_its_search():
     """With two particles an acceptance is all but a coin, and so is where a search ends; its average is not."""
     x = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=F64)

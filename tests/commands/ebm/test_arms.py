@@ -81,6 +81,7 @@ def test_a_model_holds_particles_of_equal_weight(data):
     assert torch.equal(model.shift, data.shift) and torch.equal(model.scale, data.scale)
 
 
+@pytest.mark.slow
 def test_refreshing_begins_anew_on_time(data):
     settings = dataclasses.replace(SETTINGS, refresh=4, updates=12)
     loop, refreshed = make_loop(settings, data), []
@@ -157,6 +158,7 @@ def test_one_bad_look_is_forgiven(data):
     assert resumed.bad == 1
 
 
+@pytest.mark.slow
 def test_an_adapted_step_size_is_kept_with_the_model(data):
     moves = Moves("hmc", 1.5, 3)
     settings = dataclasses.replace(SETTINGS, moves=moves, adapt=True, refresh=6)
@@ -226,6 +228,7 @@ def test_nan_is_answered_with_options(data, tmp_path, monkeypatch):
 SIZES = {"1": ["--particles", "64", "--width", "16"], "3": ["--particles", "32", "--width", "8"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", SIZES)
 def test_a_rate_far_too_large_leaves_the_last_sound_model(lr, tmp_path, monkeypatch, capsys):
     """Here no look is sound: what is left is the beginning."""

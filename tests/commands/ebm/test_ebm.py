@@ -86,6 +86,7 @@ def test_training_improves(tiny):
     assert curve[1] < curve[0] < start.kl and curve[1] == summary["kl"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(tiny, tmp_path):
     again = ebm.run(dataclasses.replace(TINY, out=tmp_path / "again"))
     files = [(path / "model" / "model.safetensors").read_bytes() for path in (tiny[1], tmp_path / "again")]
@@ -122,6 +123,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(tiny, tmp_path, monkeypatc
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_last_sound_model(tmp_path, monkeypatch, capsys):
     """That of the last look, also where the resumed training fails before the next one."""
     out = tmp_path / "run"
@@ -161,7 +163,9 @@ def test_score_of_the_command_line(tiny, tmp_path, capsys):
     assert log_p.exp().sum().item() / 256 == pytest.approx(1)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(each, marks=pytest.mark.slow) for each in [(1,), (3,)]), (2, 4, 4)], ids=str
+)
 def test_an_array_of_ones_own(shape, tmp_path):
     """No law is known: log Z by annealing, with its standard error, and nothing that would need the law."""
     np.save(tmp_path / "x.npy", 5 + 3 * np.random.default_rng(0).standard_normal((80, *shape)))

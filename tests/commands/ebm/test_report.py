@@ -245,8 +245,8 @@ def drawn(event, tmp_path, law=None):
     [
         ((1,), ["marginals", "scores"]),
         ((2,), ["density", "scores"]),
-        ((3,), ["pairs", "scores"]),
-        ((11,), ["marginals", "components", "scores"]),
+        pytest.param((3,), ["pairs", "scores"], marks=pytest.mark.slow),
+        pytest.param((11,), ["marginals", "components", "scores"], marks=pytest.mark.slow),
         ((1, 4, 4), ["particles", "components", "scores"]),
     ],
     ids=str,

@@ -53,6 +53,7 @@ def test_a_black_box_has_all_that_other_rewards_have(whole):
     assert "surrogate_explained" in (whole / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_surrogate_continues_bit_for_bit(box, whole, tmp_path, monkeypatch):
     """Its first pairs are those of the plan, which are not learned a second time."""
     ordinary = training.callbacks
@@ -113,6 +114,7 @@ def test_adjoint_matching_needs_noise(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_target_kl_cannot_be_adapted_to_by_the_last_steps_alone(tmp_path, capsys):
     call = ["finetune", *SIZES, "--estimator", "truncated", "--target-kl", "0.1", "--out", str(tmp_path / "run")]
     assert main(call) == 2

@@ -119,6 +119,7 @@ def test_stable_diffusion_3_on_its_memoryless_flow(place, tmp_path, capsys):
     assert "these are 2 steps of the folder's pipeline" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reference_keeps_the_kl_to_the_original(place, text_run):
     """Going on from RUN/model: the KL starts at zero, or with --reference at what the first run has spent."""
     spent = json.loads((text_run / "summary.json").read_text())["path_kl"]
@@ -146,6 +147,7 @@ def test_class_conditional_with_guidance(place, tmp_path):
     assert space["x"].shape == (2, 1, 8, 8) and space["x"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_dit_with_its_null_class(place, tmp_path):
     """The published DiTPipeline has 1000 classes hard-coded, so its own drawing is left out."""
     out = tmp_path / "run"
@@ -160,6 +162,7 @@ def test_dit_with_its_null_class(place, tmp_path):
     assert load_pretrained(out / "model").event_shape == (4, 8, 8)
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, text_run, tmp_path, capsys):
     from safetensors.torch import load_file
 
@@ -194,6 +197,7 @@ def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, 
     assert f'{out / "model" / "lora"}: pipeline.load_lora_weights("lora")' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_its_own_prompts(place, text_run, tmp_path, monkeypatch):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text((place / "prompts.txt").read_text())

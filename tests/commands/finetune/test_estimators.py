@@ -72,9 +72,9 @@ def finetune(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("reward", "name", "why"),
     [
-        ("smooth", "adjoint", "has a gradient"),
+        pytest.param("smooth", "adjoint", "has a gradient", marks=pytest.mark.slow),
         ("rounded", "surrogate", "no slope|is flat"),
-        ("of_lists", "surrogate", "not differentiable"),
+        pytest.param("of_lists", "surrogate", "not differentiable", marks=pytest.mark.slow),
     ],
 )
 def test_auto_takes_what_suits_the_reward_and_says_why(reward, name, why, finetune, tmp_path):

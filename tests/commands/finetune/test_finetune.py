@@ -45,6 +45,10 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert summary["updates"] == 6 and summary["path_kl"] > 0
     assert summary["j_bound"] < summary["j_before"]
     assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], rel=1e-6)
+    law = summary["reweighted"]
+    assert law["j"] == pytest.approx(2.5 * law["path_kl"] - law["reward"], rel=1e-6) and law["kl_weight"] == 2.5
+    assert law["j_fall"] == pytest.approx(summary["j_before"] - law["j"]) and summary["reweighted_missing"] is None
+    assert "trained and weighted" in (finished / "report.html").read_text()
     config = json.loads((finished / "config.json").read_text())
     assert config["kl_weight"] == 2.5 and config["scheduler"] == "ddpm" and config["seed"] == 0
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -141,6 +145,7 @@ def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stride"] == stride
 
 
+@pytest.mark.slow
 def test_deterministic_chain_with_drift_penalty(tmp_path, capsys):
     """No plan, no KL and no J, and nothing is said about them."""
     options = ["--scheduler", "ddim", "--eta", "0", "--penalty", "drift", "--out", str(tmp_path / "run")]
@@ -151,9 +156,11 @@ def test_deterministic_chain_with_drift_penalty(tmp_path, capsys):
     printed, card = capsys.readouterr().out, (tmp_path / "run" / "model" / "README.md").read_text()
     assert "pretrained reward" in printed and "KL" not in printed and "J  " not in printed
     assert "KL" not in card and "share" not in card and "2.5 × the squared distance of the drifts" in card
-    assert "KL" not in re.sub('base64,[^"]*', "", (tmp_path / "run" / "report.html").read_text())
+    page = re.sub('base64,[^"]*', "", (tmp_path / "run" / "report.html").read_text())
+    assert "KL" not in page and summary["reweighted"] is None and summary["reweighted_missing"] in page
 
 
+@pytest.mark.slow
 def test_target_kl_stops(tmp_path):
     options = ["--target-kl", "1e-6", "--target-kl-mode", "stop", "--updates", "60", "--out", str(tmp_path / "run")]
     assert main(["finetune", *TINY, *options]) == 0
@@ -162,6 +169,7 @@ def test_target_kl_stops(tmp_path):
     assert summary["path_kl"] == pytest.approx(1e-6, rel=0.5)  # however small beside a single step
 
 
+@pytest.mark.slow
 def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
     """config.json says where β began and the command that repeats the run; all else says where it ended, or both."""
     out = tmp_path / "run"
@@ -175,6 +183,7 @@ def test_an_adapted_kl_weight_reads_the_same_everywhere(tmp_path):
     assert "--kl-weight 2.5" in report and f"{end:.4g} × KL" in (out / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     """The bound is where pretrained samples see it, and the rate that is advised makes J fall."""
     out = tmp_path / "run"
@@ -217,6 +226,7 @@ def clipping_folder(tmp_path):
     return save_pipeline(tmp_path / "clips", DiffusersDenoiser(unet), DDPMScheduler(clip_sample=True), "a test")
 
 
+@pytest.mark.slow
 def test_clipping_is_refused_unless_switched_off_and_then_accounted_for(clipping_folder, tmp_path, capsys):
     call = ["finetune", *TINY, "--updates", "2", "--model", str(clipping_folder), "--out", str(tmp_path / "run")]
     assert main(call) == 2
@@ -263,7 +273,7 @@ def test_images_do_not_depend_on_what_shares_their_batch_but_on_their_number(fin
     monkeypatch.setattr(
         Chain, "sample", lambda chain, noise, n, first: sizes.append((first, n)) or original(chain, noise, n, first)
     )
-    monkeypatch.setattr("implicit_diffusion.commands.sample.command.NUMBERS", 2 * 64)
+    monkeypatch.setattr("implicit_diffusion.evaluation.chains.NUMBERS", 2 * 64)
     out = tmp_path / "grid.png"
     assert main(["sample", "--model", str(finished / "model"), "--num", "5", "--out", str(out)]) == 0
     assert sizes == [(0, 2), (2, 2), (4, 1)] and Image.open(out).size == (3 * 64, 2 * 64)

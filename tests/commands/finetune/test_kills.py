@@ -209,6 +209,7 @@ def test_a_full_disk_at_every_write(call, whole, tmp_path, monkeypatch, capsys):
         same(out, whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process are POSIX")
 def test_a_limit_on_the_size_of_files(tmp_path):
     """The system's own refusal, in another process: the state before stays, and nothing half-written is left."""

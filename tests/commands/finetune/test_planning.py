@@ -95,6 +95,7 @@ def same_run(ours, theirs):
     assert sorted(path.name for path in ours.rglob("*")) == sorted(path.name for path in theirs.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_run_in_the_folder_of_its_plan_draws_no_trajectory_of_it_again(place, parts, monkeypatch, capsys):
     """Though β, the rate and the loop are others than the plan's; the same run as without a plan."""
     assert main(words("run", "--plan", "--kl-weight", "3", "--lr", "1")) == 0
@@ -146,7 +147,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(
-    "difference", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("--")) for name in OTHERS]
+    "difference",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("--", "threads", "reward imports")))
+        for name in OTHERS
+    ],
 )
 def test_what_a_plan_rests_on_is_compared_by_name(difference, place, capsys):
     """One line that names it, and the plan that a folder of its own would have had."""
@@ -170,6 +175,7 @@ def test_what_a_plan_rests_on_is_compared_by_name(difference, place, capsys):
     assert torch.equal(rewards("run"), rewards("new"))
 
 
+@pytest.mark.slow
 def test_what_is_trained_and_how_has_no_part_in_a_plan(place, parts, capsys):
     """Neither adapters, which are off in the pretrained network, nor the place of model and reward."""
     assert main(words("run", "--plan")) == 0
@@ -195,7 +201,10 @@ def test_a_plan_that_cannot_be_read_is_drawn_again(damage, place, parts, capsys)
     assert torch.equal(rewards("run"), before)
 
 
-@pytest.mark.parametrize(("plan", "way"), [(True, "again"), (True, "resume"), (False, "resume")])
+@pytest.mark.parametrize(
+    ("plan", "way"),
+    [(True, "again"), *(pytest.param(each, "resume", marks=pytest.mark.slow) for each in (True, False))],
+)
 def test_an_interrupted_plan_goes_on_bit_for_bit(plan, way, place, parts, capsys):
     """After one of four parts; with a reward that draws from all global generators."""
     more = ["--plan"] if plan else []

@@ -57,6 +57,7 @@ def unusual_run(tmp_path_factory):
     return out / "run"
 
 
+@pytest.mark.slow
 def test_a_folder_that_samples_something_else_says_so(unusual_run):
     _, summary, chain = read(unusual_run)
     assert chain["table"]["name"] == "memoryless flow, 4 steps, karras sigmas"
@@ -129,6 +130,7 @@ def test_noisy_kinds_are_ddpm_in_other_words(diffusion_model, tmp_path):
             assert runs[kind][name] == pytest.approx(runs["ddpm"][name], rel=0.02, abs=0.02)
 
 
+@pytest.mark.slow
 def test_euler_is_saved_as_first_order_dpm_solver(diffusion_model, tmp_path):
     out = tmp_path / "run"
     options = ["--num-steps", "5", "--scheduler", "euler", "--penalty", "drift", "--out", str(out)]

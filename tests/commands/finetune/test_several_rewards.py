@@ -100,6 +100,7 @@ def test_report_and_model_card_name_each(finished):
     assert result.before.rewards is not None and result.before.rewards.shape == (8, 8, 3)
 
 
+@pytest.mark.slow
 def test_units_do_not_matter(finished, home):
     """1 : 1024, a power of two, so that not even rounding differs."""
     assert main(words("units", "r.py:large", "r.py:wide=-0.5")) == 0
@@ -227,6 +228,7 @@ def test_what_is_refused_before_any_work(rewards, message, tmp_path, monkeypatch
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_one_without_a_gradient_makes_the_sum_a_black_box(home, capsys):
     """Its gradient without the part of that one would be that of another reward."""
     assert main(words("refused", "r.py:left", "r.py:outside", more=["--estimator", "adjoint"])) == 2

@@ -3,6 +3,7 @@
 import json
 from html import escape
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -25,6 +26,7 @@ def kicked(at, by, original, seen):
     return lambda *arguments: [kick, *original(*arguments)]
 
 
+@pytest.mark.slow
 def test_the_best_model_is_judged_exported_and_named(tmp_path, monkeypatch, capsys):
     """Also where the process ends between the stop and the judgement."""
     seen = {}

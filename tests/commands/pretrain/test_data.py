@@ -171,7 +171,9 @@ def test_redness():
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize(("mode", "reward"), [("RGB", "redness"), ("L", "brightness")])
+@pytest.mark.parametrize(
+    ("mode", "reward"), [("RGB", "redness"), pytest.param("L", "brightness", marks=pytest.mark.slow)]
+)
 def test_pretrain_on_a_folder_and_finetune_the_result(mode, reward, tmp_path, capsys):
     folder = write_images(tmp_path / "images", mode=mode)
     out = tmp_path / "pretrained"

@@ -116,6 +116,7 @@ def nearest(images):
     return torch.cdist(images.flatten(1), as_floats(PATTERNS).flatten(1)).argmin(1)
 
 
+@pytest.mark.slow
 def test_a_sample_looks_like_its_class(learnt):
     pretrained = load_pretrained(learnt / "model")
     assert pretrained.condition == "classes" and pretrained.num_classes == 3
@@ -160,6 +161,7 @@ def test_digits_with_classes_say_so_in_their_card(tmp_path):
     assert "| 9 | 9 |" in card and "class_labels=labels" in card
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_classes_goes_on_bit_for_bit(tmp_path, monkeypatch):
     data = halves(tmp_path / "halves", count=3)
     call = ["pretrain", "--data", str(data), *WORDS, "--steps", "3"]

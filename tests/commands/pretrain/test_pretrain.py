@@ -160,10 +160,10 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(
     ("how", "every"),
     [
-        (lambda: signal.raise_signal(signal.SIGINT), math.inf),
+        pytest.param(lambda: signal.raise_signal(signal.SIGINT), math.inf, marks=pytest.mark.slow),
         (lambda: signal.raise_signal(signal.SIGTERM), math.inf),
         (kill, 0.0),
-        (kill, math.inf),  # the last checkpoint is that before the first step
+        pytest.param(kill, math.inf, marks=pytest.mark.slow),  # the last checkpoint is that before the first step
     ],
     ids=["Ctrl-C", "SIGTERM", "a kill", "a kill before any checkpoint was due"],
 )

@@ -63,6 +63,7 @@ def children():
     return {child.pid for child in psutil.Process().children()}
 
 
+@pytest.mark.slow
 def test_a_scorer_that_dies_stops_the_run_which_resumes_bit_for_bit(home, tmp_path, monkeypatch, capfd):
     """It is the run whose reward is computed in this process, and which nothing stops."""
     home, call = home

@@ -95,6 +95,7 @@ def test_runs_that_made_things_worse_are_named(capsys):
     assert printed.startswith("KL weight 3: J rose.") and "J rose │" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch, capsys):
     runs = []
@@ -120,6 +121,7 @@ def test_finished_runs_are_kept_and_more_may_be_added(swept, model, monkeypatch,
     assert "something else than a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_class_conditional_model_is_swept_given_the_label(tmp_path):
     """Runs and frontier are of rewards given the start: what labels earn apart is nobody's gain."""
     tiny.class_conditional(tmp_path / "classes", **tiny.PLAIN)

@@ -58,6 +58,7 @@ def test_the_optimum_is_one():
         assert w * beside.kl - beside.reward > optimum.objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [True, False])
 def test_training_begins_at_the_model(weighted):
     model = bent()

@@ -35,7 +35,7 @@ def run(lr, *others, directory=None, starts=1000, **update):
     return found, exact_terms(found.chain, reward)[1].item(), looks.seen
 
 
-@pytest.mark.parametrize("lr", [5e-4, 5e-3, 0.05, 1.0, 100.0])
+@pytest.mark.parametrize("lr", [pytest.param(5e-4, marks=pytest.mark.slow), 5e-3, 0.05, 1.0, 100.0])
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_the_path_kl_is_the_target(lr, ema):
     """Within four standard errors of the held-out noise, and a fiftieth; what is judged is the average's."""
