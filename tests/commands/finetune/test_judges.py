@@ -156,7 +156,7 @@ def test_a_judge_that_fails_stops_the_run_which_resumes(judge, says, home, hacke
         (["r.py:right=2"], "no weight"),
         (["r.py:nothing"], "has no function"),
         (["r.py:nan"], "NaN"),
-        (["r.py:short"], "one number per sample"),
+        (["r.py:short"], "--judge r.py:short: must return one number per sample"),
         (["r.py:fails"], "not today"),
         (["r.py:labelled"], "labels"),
         (["neither"], "neither"),

@@ -72,7 +72,8 @@ def test_each_standard_error_has_a_column_of_its_own_whatever_the_names():
     assert seen["held_out_reward/f_se"] == pytest.approx(2 * seen["held_out_reward/f"] + 1)
     assert seen["held_out_reward_se/f_se"] == pytest.approx(2 * seen["held_out_reward_se/f"])
     assert seen["held_out_judge/g_se"] == pytest.approx(-seen["held_out_judge/g"])
-    assert seen["held_out_judge_se/g_se"] == pytest.approx(seen["held_out_judge_se/g"]) and seen["held_out_judge_se/g"] > 0
+    assert seen["held_out_judge_se/g_se"] == pytest.approx(seen["held_out_judge_se/g"])
+    assert seen["held_out_judge_se/g"] > 0
 
 
 def test_a_fall_is_four_standard_errors_and_a_tenth_of_a_deviation():

@@ -103,8 +103,8 @@ def _each_judge(summary: Summary) -> str:
     if not summary.judges:
         return ""
     rows = "".join(
-        f"| {markdown(each.name)} | {number(*each.before)} | {number(*each.after)} | {number(*each.change, sign=True)} | "
-        f"{number(*each.exported)} |\n"
+        f"| {markdown(each.name)} | {number(*each.before)} | {number(*each.after)} | "
+        f"{number(*each.change, sign=True)} | {number(*each.exported)} |\n"
         for each in summary.judges
     )
     fell = ", ".join(markdown(each.name) for each in summary.judges if each.fell)

@@ -33,7 +33,7 @@ def watched_reward(name: str) -> str:
 
 
 def error_of(column: str) -> str:
-    """The name of a column's standard error: `held_out_path_kl_se`, `held_out_reward_se/NAME`, so that no NAME is one."""
+    """The column of the standard error, `held_out_path_kl_se` or `held_out_reward_se/NAME`: no NAME can be it."""
     kind, slash, name = column.partition("/")
     return f"{kind}_se{slash}{name}"
 
