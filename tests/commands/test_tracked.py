@@ -18,7 +18,7 @@ COMMANDS = {
     "pretrain": "--steps 5 --batch 4 --channels 8 8 --chains 2 --samples 16",
     "ebm": "--steps 6 --particles 16 --judge-steps 2 --width 8",
     "tilt": "--model ENERGY --kl-weights 1 --steps 3 --particles 16 --seeds 2",
-    "hexagon": "--steps 10 --particles 16 --seeds 1 --grid 0.1",
+    "hexagon": "--steps 10 --particles 16 --seeds 1 --tune --grid 0.1",
 }
 CLOCKS = {"seconds"}
 

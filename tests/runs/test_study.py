@@ -69,7 +69,7 @@ STUDIES = {
     "hexagon": (
         hexagon_arms.Arms,
         "run",
-        ["--steps", "20", "--particles", "16", "--seeds", "1", "--grid", "0.1", "1"],
+        ["--steps", "20", "--particles", "16", "--seeds", "1", "--tune", "--grid", "0.1", "1"],
         9,
     ),
     "compare": (

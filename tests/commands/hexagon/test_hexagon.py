@@ -57,7 +57,7 @@ def test_the_rewards_are_what_the_paper_says():
 @pytest.mark.slow
 def test_every_arm_runs_and_reports(tmp_path, capsys):
     out = tmp_path / "run"
-    config = hexagon.Config(steps=40, particles=64, seeds=2, grid=(0.1, 1.0), out=out)
+    config = hexagon.Config(steps=40, particles=64, seeds=2, tune=True, grid=(0.1, 1.0), out=out)
     hexagon.run(config)
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["arms"]) == set(ARMS)
@@ -73,9 +73,18 @@ def test_every_arm_runs_and_reports(tmp_path, capsys):
     assert "best possible 0.2983" in capsys.readouterr().out
 
 
+def test_nothing_is_tuned_that_nobody_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(hexagon.Arms, "tune", lambda *a: pytest.fail("tuned"))
+    summary = hexagon.run(hexagon.Config(steps=10, particles=8, seeds=1, out=tmp_path / "run"))
+    assert set(summary["arms"]) == {name for name in ARMS if not name.endswith("_tuned")} and summary["grids"] == {}
+    assert set(summary["tuned"]) == {"implicit", "weighted", "nested", "unrolled"}
+
+
 @pytest.mark.slow
 def test_a_forward_kl_leaves_the_unrolled_arm_out(tmp_path, capsys):
-    config = hexagon.Config(steps=10, particles=16, seeds=1, forward_kl=1.0, grid=(0.1,), out=tmp_path / "run")
+    config = hexagon.Config(
+        steps=10, particles=16, seeds=1, forward_kl=1.0, tune=True, grid=(0.1,), out=tmp_path / "run"
+    )
     summary = hexagon.run(config)
     assert not any(name.startswith("unrolled") for name in summary["arms"])
     assert "left out" in capsys.readouterr().out
@@ -84,7 +93,7 @@ def test_a_forward_kl_leaves_the_unrolled_arm_out(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_gradient_of_exactly_zero_costs_no_run(tmp_path):
     """θ saturates, and groups of particles are empty: diagnostics that are 0/0 are left out, the run is kept."""
-    config = hexagon.Config(steps=10, particles=2, seeds=1, grid=(1e4,), out=tmp_path / "run")
+    config = hexagon.Config(steps=10, particles=2, seeds=1, tune=True, grid=(1e4,), out=tmp_path / "run")
     summary = hexagon.run(config)
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (tmp_path / "run" / "figures" / "curves.png").exists()

@@ -9,8 +9,8 @@
     unrolled    backpropagation through the last 5 Langevin steps
 
 Arms that train get the same number of pulls through V at all particles. Nested and unrolled run with the same η as the
-single loop, and again with the η of a published grid at which their final exact reward is best (`…_tuned`): over six
-seeds of their own, and the smallest of the rates that tie within the error.
+single loop, and where that is asked for again with the η of a published grid at which their final exact reward is best
+(`…_tuned`): over six seeds of their own, and the smallest of the rates that tie within the error.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def report(directory: RunDirectory) -> dict[str, Any]:
 def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     """Make the runs that are missing, and summarise and draw all of them."""
     study, exact, arms = Study(directory, config.keep), HexagonQuadrature(config.sigma), Arms(config.setting())
-    names = [name for name in ARMS if not (config.forward_kl and name.startswith("unrolled"))]
-    if len(names) < len(ARMS):
+    asked = [name for name in ARMS if config.tune or not name.endswith("_tuned")]
+    names = [name for name in asked if not (config.forward_kl and name.startswith("unrolled"))]
+    if len(names) < len(asked):
         print("unrolled: left out, since a forward KL has no derivative in the particles")
     grids: dict[str, dict[str, float]] = {}
     traces: list[Trace] = []
@@ -84,7 +85,8 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
                 if seed == config.seed:
                     _show(traces[-1], config, directory)
                 bar.update()
-    return _conclude(config, names, traces, grids, arms.rates, directory)
+    rates = {name: rate for name, rate in arms.rates.items() if name in names}
+    return _conclude(config, names, traces, grids, rates, directory)
 
 
 @main_only

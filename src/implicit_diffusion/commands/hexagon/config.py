@@ -64,8 +64,11 @@ class Config:
     """Weight of a penalty on KL(π_θ0‖π_θ), the divergence between the initial and the present model."""
     guidance: float = 10.0
     """Strength λ of guidance, the method that samples from V − λ R_smooth without training."""
+    tune: bool = False
+    """Run the methods "nested" and "unrolled" once more, with the best step size η of --grid.
+    The search for it takes several times as long as all the rest."""
     grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-    """Step sizes η to try for the methods "nested" and "unrolled"."""
+    """Step sizes η that --tune tries."""
     compile: bool | None = None
     """Compile the update of the single loop; by default if --steps times --seeds is 20,000 or more."""
     keep: int = KEEP
