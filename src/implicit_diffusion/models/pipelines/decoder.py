@@ -105,10 +105,11 @@ class PipelineDecoder(ShownModule):
                 replaced[name] = copy.copy(getattr(pipeline, name))
                 setattr(replaced[name], method, lambda images, *args, **kwargs: images)
         if not replaced.keys() & PROCESSORS.keys():
+            own: Any = self.vae.decode
             replaced["vae"] = copy.copy(self.vae)
 
             def decode(*args: Any, **kwargs: Any) -> Any:
-                decoded.append(type(self.vae).decode(self.vae, *args, **kwargs)[0])  # type: ignore[operator]
+                decoded.append(own(*args, **kwargs)[0])
                 raise Enough
 
             replaced["vae"].__dict__["decode"] = decode

@@ -40,6 +40,7 @@ from implicit_diffusion.tables.scheduler import read_prepared
 from implicit_diffusion.tables.table import ChainTable
 
 GIVEN_HERE = ("self", "prompt", "num_inference_steps", "generator", "latents", "return_dict", "output_type")
+TIMES = {"timestep", "timesteps", "timestep_ratio", "t"}  # names of a network's argument
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +73,7 @@ def read_pipeline(
     num_steps: int,
     *,
     prompts: Sequence[str] | None = None,
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
     sampler: str = "own",
     **call: Any,
 ) -> ProbedPipeline:
@@ -180,7 +181,8 @@ def _checked_call(pipeline: Any, size: Any, call: dict[str, Any]) -> dict[str, A
         height, width = (check_integer("size", side) for side in size)
         call = {"height": height, "width": width} | call
     for name in call:
-        if name not in known or name in GIVEN_HERE:
+        empty = name == "prompt" and call[name] is None  # which some pipelines ask for beside embeddings
+        if name not in known or (name in GIVEN_HERE and not empty):
             others = ", ".join(other for other in known if other not in ("self", *GIVEN_HERE))
             raise InvalidInputError(f"{name} is no argument to give to {type(pipeline).__name__}; it has {others}")
     return call
@@ -191,11 +193,11 @@ def _network_of(pipeline: Any) -> str:
     timed = [
         name
         for name, module in pipeline.components.items()
-        if isinstance(module, nn.Module) and "timestep" in inspect.signature(type(module).forward).parameters
+        if isinstance(module, nn.Module) and inspect.signature(type(module).forward).parameters.keys() & TIMES
     ]
     if len(timed) != 1:
         raise InvalidInputError(
-            f"pipeline: {type(pipeline).__name__} must have one network that is called with a timestep, it has "
+            f"pipeline: {type(pipeline).__name__} must have one network that is called with a time, it has "
             f"{' and '.join(timed) or 'none'}"
         )
     return timed[0]
