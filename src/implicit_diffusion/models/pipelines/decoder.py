@@ -22,14 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit_diffusion.models.decoders import PIXELS_AT_ONCE
-from implicit_diffusion.models.pipelines.recording import (
-    AnswerForm,
-    Enough,
-    batch_of,
-    run_until_enough,
-    shadow_of,
-    stand_in_for,
-)
+from implicit_diffusion.models.pipelines.recording import AnswerForm
+from implicit_diffusion.models.pipelines.stand_ins import Enough, batch_of, run_until_enough, shadow_of, stand_in_for
 from implicit_diffusion.showing import ShownModule, of_network
 
 STEPS = 2  # with a single one, some schedulers divide by zero

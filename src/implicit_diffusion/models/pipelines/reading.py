@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,10 @@ from implicit_diffusion.models.pipelines.arguments import FEW, MORE, bound, time
 from implicit_diffusion.models.pipelines.decoder import PipelineDecoder
 from implicit_diffusion.models.pipelines.denoiser import PROMPT, PipelineDenoiser, Plan, PlannedCall
 from implicit_diffusion.models.pipelines.fitting import initial_std_of, outputs_of, roles_of, verify
-from implicit_diffusion.models.pipelines.recording import Recorder, batch_of
+from implicit_diffusion.models.pipelines.recording import Recorder
+from implicit_diffusion.models.pipelines.stand_ins import batch_of
 from implicit_diffusion.samplers.chain import Chain
-from implicit_diffusion.showing import Shown
+from implicit_diffusion.showing import Shown, of_network
 from implicit_diffusion.tables.flow import memoryless_at
 from implicit_diffusion.tables.named import scheduler_for
 from implicit_diffusion.tables.refusals import check_num_steps, check_scheduler
@@ -62,6 +63,14 @@ class ProbedPipeline(Shown):
     condition: Drawn | None
     decoder: PipelineDecoder | None
     pipeline: Any
+
+    def _words(self) -> Iterable[str]:
+        yield type(self.pipeline).__name__
+        yield of_network(self.denoiser.model)
+        yield f"table={self.table.name!r}"
+        yield f"event_shape={self.event_shape}"
+        if self.condition is not None:
+            yield f"{len(self.condition.values)} prompts"
 
     def chain(self, **options: Any) -> Chain:
         """The chain of denoiser and table; `options` are those of `Chain`."""
