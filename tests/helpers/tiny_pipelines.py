@@ -379,3 +379,29 @@ FAMILIES = {
     "Wan": wan,
     "LTX-Video": ltx,
 }
+
+
+REMARKS = {
+    "Stable Diffusion 1 and 2": "guidance in one call",
+    "Stable Diffusion XL": "guidance in one call; σ-parameterised Euler; sizes in the condition",
+    "Stable Diffusion 3": "guidance in one call",
+    "FLUX.1": "packed latents; guidance embedded; shift by size",
+    "FLUX.2 klein": "packed latents; guidance in two calls; statistics of latents",
+    "Qwen-Image": "packed latents; without true_cfg_scale, which normalises and is no row of a table",
+    "Z-Image": "lists of samples; the sign of the answer turned; time from 0 to 1",
+    "Sana": "guidance in one call",
+    "PixArt-Σ": "guidance in one call; half of the answer is a variance, which is not used",
+    "AuraFlow": "guidance in one call",
+    "Wan": "video; guidance in two calls",
+    "LTX-Video": "video; packed latents; guidance in one call",
+}
+
+
+def markdown(made):
+    """The list as the table of the documentation; `made` makes the pipeline of a name."""
+    lines = ["| family | pipeline | network | remark |", "|---|---|---|---|"]
+    for name in FAMILIES:
+        pipeline = made(name).pipeline
+        network = getattr(pipeline, "transformer", None) or pipeline.unet
+        lines.append(f"| {name} | `{type(pipeline).__name__}` | `{type(network).__name__}` | {REMARKS[name]} |")
+    return "\n".join(lines)

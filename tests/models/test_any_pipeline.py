@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +248,9 @@ def test_two_updates_with_adapters_then_diffusers_alone(tmp_path, name):
     which = torch.arange(COUNT)
     torch.testing.assert_close(ours.denoiser(x, t, prompt=which), trained(x, t, prompt=which), rtol=1e-4, atol=1e-4)
     assert (trained(x, t, prompt=which) - reference(x, t, prompt=which)).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_the_page_lists_what_is_tested(made):
+    page = Path(__file__).parents[2] / "docs" / "howto" / "any-pipeline.md"
+    assert tiny_pipelines.markdown(made) in page.read_text(encoding="utf-8")
