@@ -24,24 +24,26 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.errors import NonAffineError
+from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.pipelines.stand_ins import Enough, run_until_enough, shadow_of, stand_in_for
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.refusals import GIVEN_BY_THE_CHAIN
 
 PROBE_NOISE = Noise(seed=0)
 STATE, ANSWER, RUN = range(3)  # keys of a row's state, of a call's answer, of the run's own generator
 
 
-@dataclass(frozen=True)
-class NetworkCall:
+@dataclass(frozen=True, repr=False)
+class NetworkCall(Shown):
     """One call: its arguments by name, and one answer per sample, parts of guidance included."""
 
     arguments: Mapping[str, Any]
     answers: list[Tensor]
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, repr=False)
+class Step(Shown):
     """One row.
 
     Attributes:
@@ -63,16 +65,16 @@ class Step:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Recording:
+@dataclass(frozen=True, repr=False)
+class Recording(Shown):
     """A run: its rows, and the scheduler as the pipeline had set it before the first."""
 
     steps: list[Step]
     scheduler: Any
 
 
-@dataclass(frozen=True)
-class AnswerForm:
+@dataclass(frozen=True, repr=False)
+class AnswerForm(Shown):
     """How the network answers: learnt from one call of the network itself."""
 
     output: Any  # a tuple, or one of diffusers' output classes
@@ -167,8 +169,7 @@ class Recorder:
         options = {"num_inference_steps": num_steps, **self.call, **batch}
         known = inspect.signature(type(self.pipeline).__call__).parameters
         options |= {"generator": generator} if "generator" in known else {}
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator.get_state())
+        with GlobalGenerators(PROBE_NOISE, RUN):  # from which some steps draw
             run_until_enough(shadow, options, "pipeline")
         if len(self._steps) < rows or not prepared:
             raise NonAffineError(
