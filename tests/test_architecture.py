@@ -40,7 +40,8 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 COMMAND_FLOORS = [
     {"__init__", "command_line", "rewards"},
     {"shared"},
-    {"compare", "ebm", "finetune", "hexagon", "pretrain", "recovery", "sample", "score", "tilt"},
+    {"compare", "ebm", "finetune", "hexagon", "pretrain", "recovery", "score", "tilt"},
+    {"sample"},
     {"registry"},
     {"resuming"},
     {"reporting", "sweep"},
@@ -51,6 +52,7 @@ ARROWS = {
     ("finetune", "rewards"),
     ("compare", "rewards"),
     ("tilt", "rewards"),
+    ("sample", "finetune"),
     ("sweep", "rewards"),
     ("resuming", "rewards"),
     ("resuming", "registry"),

@@ -156,7 +156,9 @@ def test_metropolis_draws_have_the_tilted_law(name, start):
     draws = metropolis(
         controlled(problem), problem.reward, BETA, Noise(5), draws=4000, steps=24, start=start, chunk=4000
     )
-    mean, square, _ = problem.exact[start]
+    mean, square, log_z = problem.exact[start]
+    law = tilted_law(draws.proposals, BETA, start=start)  # of all that was offered
+    assert abs(law.log_normaliser.mean - log_z) < 4 * law.log_normaliser.error + (2 / 24 if start == "given" else 0)
     x = draws.x[:, 0]
     for values, exact in ((x, mean), (x.square(), square)):
         assert abs(values.mean() - exact) < 4 * values.std() / len(x) ** 0.5
@@ -193,6 +195,8 @@ def test_sequential_monte_carlo_has_the_tilted_law(name, start, look_ahead):
     for values, exact in ((x, mean), (x.square(), square)):
         estimate = made.law.average(values)
         assert abs(estimate.mean - exact) < 4 * estimate.error + 6 / 64
+    drawn = made.draws(Noise(9))[:, 0]
+    assert abs(drawn.mean() - mean) < 4 * drawn.std() / REPLICATES**0.5 + 6 / 64
     if start == "tilted":  # Ẑ is unbiased, exactly
         check(made.log_normaliser.exp(), torch.tensor(log_z).exp(), torch.tensor(log_z).exp())
     assert made.law.log_normaliser.mean == pytest.approx(made.log_normaliser.mean().item(), abs=1e-9)
@@ -233,6 +237,8 @@ def test_a_predicted_end_is_the_mean_given_the_state():
         (lambda c, r: metropolis(c, r, 1.0, Noise(0), draws=2, steps=2, start="free"), "start"),
         (lambda c, r: sequential_monte_carlo(c, r, 1.0, Noise(0), particles=1), "particles"),
         (lambda c, r: sequential_monte_carlo(c, r, -1.0, Noise(0), particles=2), "beta"),
+        (lambda c, r: sequential_monte_carlo(c, r, 1e-310, Noise(0), particles=2), "reward / beta must be finite"),
+        (lambda c, r: metropolis(c, r, 1e-310, Noise(0), draws=2, steps=2), "reward / beta must be finite"),
         (lambda c, r: tilted_law(evaluate(c, r, Noise(0), starts=3), 1.0), "2 trajectories per start"),
         (
             lambda c, r: tilted_law(

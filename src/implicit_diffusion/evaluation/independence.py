@@ -6,7 +6,9 @@ A state is a whole trajectory. A new one is drawn, independently of it, and repl
 
 which leaves P* invariant, exactly (Tierney, *Markov chains for exploring posterior distributions*, 1994). The more
 nearly constant w is, the more often: a trained chain is a good proposal, the pretrained one steers without training.
-Of a trajectory only its end, its reward and its weight are kept, so memory does not grow with the number of steps.
+Of a trajectory only its end is kept, while it is the state, and the numbers that weigh it: memory does not grow with
+the number of rows, and by a few numbers with that of proposals. All proposals, accepted or not, estimate averages over
+P* by their weights (`tilting`), at no further cost.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from implicit_diffusion.errors import (
     check_number,
     check_type,
 )
-from implicit_diffusion.evaluation.chains import at_once, travelled
-from implicit_diffusion.evaluation.tilting import STARTS, Start
+from implicit_diffusion.evaluation.chains import Evaluation, at_once, joined, mapped, travelled
+from implicit_diffusion.evaluation.tilting import STARTS, Start, tilt_of
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.reward import Reward, as_reward
@@ -46,12 +48,14 @@ class Draws(Shown):
         reward: R of the state of every Markov chain after each of its steps; the last ones are those of the draws.
         condition: what each was sampled under; None without a condition.
         acceptance: the share of proposals that were accepted.
+        proposals: all trajectories that were offered, (draws, steps), without their samples; for `tilted_law`.
     """
 
     x: Float[Tensor, "draws *event"]
     reward: Float[Tensor, "steps draws"]
     condition: dict[str, Tensor] | None
     acceptance: float
+    proposals: Evaluation
 
     def _words(self) -> Iterable[str]:
         yield f"{len(self.x)} draws after {len(self.reward)} steps"
@@ -105,8 +109,8 @@ def metropolis(
         progress: called with the number of trajectories just completed.
 
     Raises:
-        InvalidInputError: draws or steps below one; beta not positive; a trained row without noise; rewards that are
-            not one number per sample.
+        InvalidInputError: draws or steps below one; beta not positive, or so small that R/β overflows; a trained row
+            without noise; rewards that are not one number per sample.
         NonFiniteError: rewards that are NaN or infinite.
     """
     beta = check_number("beta", beta, 0, note=": without a KL nothing is tilted")
@@ -123,9 +127,8 @@ def metropolis(
     conditions = [part.condition for part in parts if part.condition is not None]
     condition = {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]} if conditions else None
     acceptance = sum(part.acceptance * len(part.x) for part in parts) / draws
-    return Draws(
-        torch.cat([part.x for part in parts]), torch.cat([part.reward for part in parts], 1), condition, acceptance
-    )
+    x, states = torch.cat([part.x for part in parts]), torch.cat([part.reward for part in parts], 1)
+    return Draws(x, states, condition, acceptance, joined([part.proposals for part in parts]))
 
 
 def _chains(
@@ -141,18 +144,22 @@ def _chains(
     """Markov chains that are computed together."""
     fixed, condition = with_condition(chain, noise, count)
     rewards: list[Tensor] = []
+    proposals: list[Evaluation] = []
     accepted = torch.zeros((), dtype=torch.double)
     x = r = log_w = torch.empty(0)
     with fixed.evaluating(), score.evaluating():
         for step in range(steps):
             with GlobalGenerators(noise, step, device=chain.device):
                 begun = fixed.initial(noise, count, step if start == "tilted" else 0)
-                new, _, log_ratio = travelled(fixed, begun, noise, step, repeats=1)
+                new, kl, log_ratio = travelled(fixed, begun, noise, step, repeats=1)
                 end = fixed.endpoint(new.clone(), noise, step)  # a black box may write into it
                 if step == 0 and not score.checked:
                     score.probe(end)
-                offered = score.finite_values(end).double()
-            log_offered = offered / beta - log_ratio.double()
+                offered, each = score.scored(end)
+            none, made_of = new.new_zeros(count, 1, 0), None if each is None else each[:, None]
+            proposals.append(Evaluation(offered[:, None], kl[:, None], log_ratio[:, None], none, made_of))
+            offered = offered.double()
+            log_offered = tilt_of(offered, beta) - log_ratio.double()
             if step == 0:
                 x, r, log_w = new, offered, log_offered
             else:
@@ -163,7 +170,8 @@ def _chains(
                 accepted += taken.double().mean().cpu()
             rewards.append(r)
             progress(count)
-    return Draws(x, torch.stack(rewards), condition, accepted.item() / max(1, steps - 1))
+    offers = mapped(lambda *columns: torch.cat(columns, 1), *proposals)
+    return Draws(x, torch.stack(rewards), condition, accepted.item() / max(1, steps - 1), offers)
 
 
 def check_noise(chain: Chain) -> None:

@@ -29,10 +29,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.errors import check_choice, check_integer, check_number, check_type, trying
+from implicit_diffusion.errors import (
+    check_call,
+    check_choice,
+    check_integer,
+    check_number,
+    check_type,
+    trying,
+)
 from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.evaluation.independence import check_noise, with_condition
-from implicit_diffusion.evaluation.tilting import STARTS, Start, TiltedLaw, weighted_law
+from implicit_diffusion.evaluation.tilting import STARTS, Start, TiltedLaw, tilt_of, weighted_law
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives.path import squared_norm
@@ -43,6 +50,7 @@ from implicit_diffusion.samplers.weighted_state import exhausted, log_mean_exp, 
 from implicit_diffusion.showing import Shown
 
 RESAMPLING = 2**32 - 4  # key of the numbers that resample, in place of a row's
+CHOOSING = 2**32 - 5  # key of those that choose a draw
 FITTED = 64  # trajectories that a look-ahead is fitted to
 
 
@@ -58,6 +66,7 @@ class Steered(Shown):
         resampled: how often each population was resampled.
         condition: what each population was sampled under; None without a condition.
         evaluations: network calls × samples.
+        rewards: those that R is made of (`objectives.WeightedRewards`); None where it is one reward.
     """
 
     x: Float[Tensor, "populations particles *event"]
@@ -67,12 +76,24 @@ class Steered(Shown):
     resampled: list[int]
     condition: dict[str, Tensor] | None
     evaluations: int
+    rewards: Float[Tensor, "populations particles rewards"] | None = None
 
     def _words(self) -> Iterable[str]:
         populations, particles = self.reward.shape
         yield f"{populations} populations × {particles}"
         yield repr(self.law)
         yield f"resampled={self.resampled[:3]}{'…' * (len(self.resampled) > 3)}"
+
+    def draws(self, noise: Noise) -> Float[Tensor, "populations *event"]:
+        """A particle of each population, chosen by its weight: a draw from P*, up to a bias of order 1/particles."""
+        check_type("noise", noise, Noise, "use Noise(0), for example")
+        n, m = self.reward.shape
+        edges = self.law.weights.cumsum(1)
+        uniform = torch.rand(n, 1, generator=noise.generator(CHOOSING), dtype=torch.double).to(edges.device)
+        chosen = torch.searchsorted(edges, (1 - uniform) * edges[:, -1:]).clamp(
+            max=m - 1
+        )  # in (0, 1], see `systematic`
+        return self.x[torch.arange(n, device=self.x.device), chosen[:, 0]]
 
 
 @torch.no_grad()
@@ -87,6 +108,7 @@ def sequential_monte_carlo(
     start: Start = "given",
     look_ahead: bool = True,
     chunk: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Steered:
     """Weighted samples of the tilted law, from particles that are resampled on their way.
 
@@ -99,11 +121,13 @@ def sequential_monte_carlo(
         populations: each has a condition, and where x_0 is given an x_0, of its own.
         start: whether the particles of a population have the same x_0 ("given"), or each its own ("tilted").
         look_ahead: whether the reward is asked on the way, of predicted samples; otherwise at the end alone.
-        chunk: number of particles in one network call; by default 256 small ones, fewer if they are large.
+        chunk: number of particles in one call of the network, or of the reward; by default 256 small ones, fewer if
+            they are large.
+        progress: called after every row with the number of particles that have made it.
 
     Raises:
-        InvalidInputError: fewer than two particles, no population; beta not positive; a trained row without noise;
-            rewards that are not one number per sample.
+        InvalidInputError: fewer than two particles, no population; beta not positive, or so small that R/β overflows; a
+            trained row without noise; rewards that are not one number per sample.
         NonFiniteError: rewards that are NaN or infinite.
     """
     beta = check_number("beta", beta, 0, note=": without a KL nothing is tilted")
@@ -111,6 +135,7 @@ def sequential_monte_carlo(
     check_type("look_ahead", look_ahead, bool, "use True or False")
     check_noise(chain)
     check_type("noise", noise, Noise, "use Noise(0), for example")
+    check_call("progress", progress, "done")
     n, m, score = check_integer("populations", populations), check_integer("particles", particles, 2), as_reward(reward)
     size = at_once(chain.event_shape) if chunk is None else check_integer("chunk", chunk)
     fixed, condition = with_condition(chain, noise, n)
@@ -120,9 +145,7 @@ def sequential_monte_carlo(
         x = chain.initial(noise, n * m) if start == "tilted" else chain.initial(noise, n).repeat_interleave(m, 0)
 
         def guess(x: Tensor) -> Float[Tensor, "populations particles"]:
-            given = Particles(x.clone(), condition=each or None)  # a black box may write into it
-            with trying("reward", f"samples of shape {tuple(x.shape)}"):
-                return score.finite_values(given).double().view(n, m) / beta
+            return tilt_of(_scored(score, x, each, size)[0].view(n, m), beta)
 
         log_w = torch.zeros(n, m, dtype=torch.double, device=x.device)
         psi, paid, carried = torch.zeros_like(log_w), torch.zeros_like(log_w), log_w[:, 0].clone()
@@ -143,12 +166,31 @@ def sequential_monte_carlo(
             if xi is not None:
                 x, ratio = x + at.s * xi[0], ratio + (shift * xi[0]).flatten(1).sum(1)
             psi, paid = psi.view(n, m), ratio.double().view(n, m)
+            progress(n * m)
         if not score.checked:
             score.probe(Particles(x, condition=each or None))
-        end = guess(x)
-    law = weighted_law(log_w + end - psi - paid, end * beta, beta, torch.arange(n, device=x.device), carried)
-    log_z = carried + torch.stack([*map(log_mean_exp, log_w + end - psi - paid)])
-    return Steered(x.unflatten(0, (n, m)), law, end * beta, log_z, resampled, condition, evaluations)
+        ends, rewards = _scored(score, x, each, size)
+    r = ends.view(n, m)
+    log_w = log_w + tilt_of(r, beta) - psi - paid
+    law = weighted_law(log_w, r, beta, torch.arange(n, device=x.device), carried)
+    log_z = carried + torch.stack([*map(log_mean_exp, log_w)])
+    rewards = None if rewards is None else rewards.unflatten(0, (n, m))
+    return Steered(x.unflatten(0, (n, m)), law, r, log_z, resampled, condition, evaluations, rewards)
+
+
+def _scored(
+    score: Reward, x: Tensor, condition: dict[str, Tensor], chunk: int
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n rewards"] | None]:
+    """R of many particles in double precision, and the rewards that it is made of, where there are several."""
+    scores, each = [], []
+    for first in range(0, len(x), chunk):
+        part = {name: value[first : first + chunk] for name, value in condition.items()}
+        given = Particles(x[first : first + chunk].clone(), condition=part or None)  # a black box may write into it
+        with trying("reward", f"samples of shape {tuple(given.x.shape)}"):
+            reward, rewards = score.scored(given)
+        scores.append(reward.double())
+        each += [] if rewards is None else [rewards]
+    return torch.cat(scores), torch.cat(each) if each else None
 
 
 class Predictions(NamedTuple):

@@ -133,6 +133,18 @@ def weighted_law(
     )
 
 
+def tilt_of(reward: Float[Tensor, "*shape"], beta: float) -> Float[Tensor, "*shape"]:
+    """R/β.
+
+    Raises:
+        InvalidInputError: it overflows.
+    """
+    tilt = reward / beta
+    if not tilt.isfinite().all():
+        raise InvalidInputError(f"reward / beta must be finite, and beta = {beta} is too small")
+    return tilt
+
+
 def _populations(starts: int, start: Start, condition: Tensor | None) -> Int[Tensor, " starts"]:
     if condition is None:
         return torch.arange(starts) if start == "given" else torch.zeros(starts, dtype=torch.long)

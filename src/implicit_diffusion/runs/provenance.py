@@ -174,13 +174,17 @@ def check_inputs(directory: RunDirectory, inputs: Mapping[str, Input]) -> None:
 
     Args:
         directory: of the run.
-        inputs: that are about to be read, by a name of `Change`.
+        inputs: that are about to be read, by a name of `Change`, which words may follow. What else the run has read
+            under that name, such as the modules that a reward imports, is looked at where it was.
 
     Raises:
         InvalidInputError: an input that has changed, or that provenance.json does not have.
     """
     saved = _read(directory)["inputs"] if is_recorded(directory) else {}
-    before = {name: saved.get(name, {}) for name in inputs}
+    kinds = {name.partition(" ")[0] for name in inputs}
+    before = {name: {} for name in inputs} | {
+        name: entry for name, entry in saved.items() if name.partition(" ")[0] in kinds
+    }
     now = {name: _now(name, entry, directory, inputs) for name, entry in before.items()}
     _refuse_or_accept(directory, [*differences.of_inputs(directory.path, before, now)], (), "begin a new run")
 

@@ -126,7 +126,7 @@ def test_the_search_says_where_it_ended_at_an_edge():
 BAD = {
     "--num-steps must be an integer": {"num_steps": 1},
     "--depth must be at most --num-steps": {"depth": 9},
-    "--batch must be a multiple of 4": {"batch": 6},
+    "--batch must be a multiple of 4": {"batch": 6, "methods": ("adjoint", "grpo")},
     "--problems must be different names": {"problems": ()},
     "--methods must be different names": {"methods": ("score", "score")},
     "--factor must be above 1": {"factor": 1.0},
@@ -152,6 +152,10 @@ def test_bad_options_are_named_and_leave_no_folder(message, tmp_path):
 def test_unknown_names_are_refused(tmp_path, capsys):
     assert cli.main(["compare", "--methods", "reinforce", "--out", str(tmp_path / "run")]) == 2
     assert "adjoint-queue" in capsys.readouterr().err
+
+
+def test_only_groups_need_a_batch_of_whole_groups():
+    dataclasses.replace(TINY, batch=6, methods=("adjoint", "score", "ddpo")).check()
 
 
 def test_groups_that_processes_cannot_share_are_refused_before_the_work(monkeypatch, tmp_path):

@@ -88,6 +88,8 @@ def test_the_opposite_of_the_reward_is_its_mirror_image(hacked):
     page = (hacked / "report.html").read_text()
     assert "The judge r.py:against fell" in page and "The same noise through the run" in page
     assert {path.stem for path in (hacked / "figures").glob("judges*")} == {"judges"}
+    card = (hacked / "model/README.md").read_text()
+    assert "\n| r.py:against | " in card and "\n| r.py:right | " in card and "**r.py:against fell: look" in card
 
 
 @pytest.mark.slow
@@ -154,7 +156,7 @@ def test_a_judge_that_fails_stops_the_run_which_resumes(judge, says, home, hacke
         (["r.py:right=2"], "no weight"),
         (["r.py:nothing"], "has no function"),
         (["r.py:nan"], "NaN"),
-        (["r.py:short"], "one number per sample"),
+        (["r.py:short"], "--judge r.py:short: must return one number per sample"),
         (["r.py:fails"], "not today"),
         (["r.py:labelled"], "labels"),
         (["neither"], "neither"),

@@ -10,6 +10,7 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import planning, training
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.result import read_result
+from implicit_diffusion.commands.shared.formatting import number
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers import tuned
 from tests.helpers.stops import interrupt_at
@@ -50,7 +51,7 @@ def finished(home):
     """A finished run of two rewards, begun in its folder."""
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(home)
-        assert main(words("both", "r.py:left", "r.py:wide=-0.5")) == 0
+        assert main(words("both", "r.py:left", "r.py:wide=-0.5", more=["--judge", "r.py:large"])) == 0
     return home / "both"
 
 
@@ -80,7 +81,7 @@ def test_each_has_a_curve_on_held_out_noise(finished):
     assert len(looks) == 4
     for line in looks:
         seen = [line[f"held_out_reward/r.py:{name}"] for name in ("left", "wide")]
-        assert line["held_out_reward/r.py:left_se"] > 0
+        assert line["held_out_reward_se/r.py:left"] > 0
         total = sum(w * value / std for value, (w, std) in zip(seen, deviations))
         assert line["held_out_reward"] == pytest.approx(total, rel=1e-4, abs=1e-5)
 
@@ -91,9 +92,12 @@ def test_report_and_model_card_name_each(finished):
     assert (finished / "figures/rewards.png").exists() and "<h2>Each reward</h2>" in page
     assert page.count('<th scope="col">r.py:wide</th>') == 1 and page.count('<th scope="row">r.py:wide</th>') == 1
     card = (finished / "model/README.md").read_text()
+    (judge,) = summary_of(finished)["judges"]
+    before, after = (number(judge[when], judge[f"{when}_se"]) for when in ("before", "after"))
+    assert f"\n| r.py:large | {before} | {after} | " in card and ("r.py:large fell" in card) == judge["fell"]
     assert f"fine-tuned for {title}" in card and "| r.py:wide (weight -0.5, deviation" in card
     result = read_result(RunDirectory(finished))
-    assert result.before.rewards is not None and result.before.rewards.shape == (8, 8, 2)
+    assert result.before.rewards is not None and result.before.rewards.shape == (8, 8, 3)
 
 
 @pytest.mark.slow

@@ -115,3 +115,10 @@ def test_a_run_depends_on_the_folder(place, folder, tmp_path, monkeypatch, capsy
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["updates"] == 2
     assert "clip:clip" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("option", ["reward", "judge"])
+def test_a_model_that_is_not_there_is_not_called_the_model_that_is_trained(option, tmp_path, capsys):
+    assert main(["finetune", f"--{option}", "clip:nowhere", "--out", str(tmp_path / "run")]) == 2
+    assert f"--{option} clip:nowhere: 'nowhere' is not a folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

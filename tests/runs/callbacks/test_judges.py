@@ -57,6 +57,25 @@ def test_judges_that_do_not_fall_are_not_reported(seed):
         assert run(judge, seed=seed)[2] == []
 
 
+def test_each_standard_error_has_a_column_of_its_own_whatever_the_names():
+    chain, reward = affine_chain(3, 2)
+    loop = Nested(
+        chain,
+        Reward(reward) + PathKL(),
+        Update(torch.optim.SGD(chain.denoiser.parameters(), lr=0.0)),
+        batch=2,
+        noise=Noise(0),
+    )
+    functions = {"f": reward, "f_se": lambda x: 2 * reward(x) + 1, "g": lambda x: -reward(x), "g_se": reward}
+    held_out = HeldOut(WeightedRewards(functions, (1.0, 1.0, 0.0, 0.0)), Noise(1), every=1, starts=8)
+    seen = fit(loop, 1, callbacks=[held_out]).metrics
+    assert seen["held_out_reward/f_se"] == pytest.approx(2 * seen["held_out_reward/f"] + 1)
+    assert seen["held_out_reward_se/f_se"] == pytest.approx(2 * seen["held_out_reward_se/f"])
+    assert seen["held_out_judge/g_se"] == pytest.approx(-seen["held_out_judge/g"])
+    assert seen["held_out_judge_se/g_se"] == pytest.approx(seen["held_out_judge_se/g"])
+    assert seen["held_out_judge_se/g"] > 0
+
+
 def test_a_fall_is_four_standard_errors_and_a_tenth_of_a_deviation():
     assert fell(Estimate(-0.41, 0.1), 1.0) and not fell(Estimate(-0.39, 0.1), 1.0)
     assert fell(Estimate(-0.11, 0.001), 1.0) and not fell(Estimate(-0.09, 0.001), 1.0)

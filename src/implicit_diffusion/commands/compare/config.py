@@ -46,7 +46,7 @@ class Config:
     num_steps: int = 10
     """Number N of sampling steps."""
     batch: int = 8
-    """Number of samples per gradient, a multiple of 4."""
+    """Number of samples per gradient; with grpo a multiple of 4, the size of its groups."""
     depth: int = 3
     """Number K of the last sampling steps that the method "draft" differentiates."""
     batches: int = 32
@@ -82,7 +82,7 @@ class Config:
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
                 raise InvalidInputError(f"--{name} must be different names, at least one, got {' '.join(chosen)}")
-        if self.batch % 4:
+        if "grpo" in self.methods and self.batch % 4:
             raise InvalidInputError(f"--batch must be a multiple of 4, got {self.batch}: grpo makes groups of 4")
         if self.depth > self.num_steps:
             raise InvalidInputError(f"--depth must be at most --num-steps, {self.num_steps}, got {self.depth}")

@@ -58,7 +58,7 @@ over a chain of {chain.num_steps} {kind.words} steps ({table}).
 |---|---|---|
 {_each(summary)}| reward, training chain | {headline.reward_before.mean:.4g} | {headline.reward_after.mean:.4g} |
 | reward, this pipeline (network on all rows) | | {headline.reward_exported.mean:.4g} |
-{judged}
+{judged}{_each_judge(summary)}
 {runs}
 
 ```python
@@ -96,6 +96,27 @@ def _each(summary: Summary) -> str:
         for each in summary.rewards
     )
     return "".join(rows) if len(summary.rewards) > 1 else ""
+
+
+def _each_judge(summary: Summary) -> str:
+    """A table of the judges, and which of them fell; empty without one."""
+    if not summary.judges:
+        return ""
+    rows = "".join(
+        f"| {markdown(each.name)} | {number(*each.before)} | {number(*each.after)} | "
+        f"{number(*each.change, sign=True)} | {number(*each.exported)} |\n"
+        for each in summary.judges
+    )
+    fell = ", ".join(markdown(each.name) for each in summary.judges if each.fell)
+    warning = f" **{fell} fell: look at the pictures before you use the model.**" if fell else ""
+    return f"""
+Measured on the same samples, and never raised:
+
+| judge | before | after | change | this pipeline |
+|---|---|---|---|---|
+{rows}
+± is one standard error.{warning}
+"""
 
 
 def _judged(headline: Headline, beta: float) -> str:

@@ -28,13 +28,12 @@ WORK = {"updates": "updates", "seconds of training": "seconds"}
 def finetune(files: Files) -> Course:
     """J, reward and path KL, on training noise and on held-out noise; the frontier of the plan."""
     drift = files.options.get("penalty") == "drift"
-    seen = dict.fromkeys(name for line in files.lines for name in line if name.startswith((EACH_REWARD, EACH_JUDGE)))
-    several = [name for name in seen if name.removesuffix("_se") == name or name.removesuffix("_se") not in seen]
+    several = dict.fromkeys(name for line in files.lines for name in line if name.startswith((EACH_REWARD, EACH_JUDGE)))
     panels = (
         Panel("objective", "J  (lower is better)", "held_out_objective", HELD_OUT),
         Panel("reward", "mean reward", "held_out_reward", HELD_OUT),
         Panel("path_kl", "path KL (nats)", "held_out_path_kl", HELD_OUT),
-        *(Panel("", _title(name), name, HELD_OUT) for name in several[:FEW]),
+        *(Panel("", _title(name), name, HELD_OUT) for name in [*several][:FEW]),
         Panel("kl_weight", "KL weight β, adapted"),
         Panel("grad_norm", "norm of the gradient Γ", log=True),
         Panel("staleness_max", "age of the oldest gradient (updates)"),

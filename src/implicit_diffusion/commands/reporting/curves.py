@@ -13,6 +13,7 @@ from implicit_diffusion.commands.reporting.course import Course, Frontier, Numbe
 from implicit_diffusion.commands.shared.drawing import INK, STYLE, in_legend, legend_above, save, sheet, smooth
 from implicit_diffusion.commands.shared.page import Picture
 from implicit_diffusion.extras import require
+from implicit_diffusion.runs.callbacks.held_out import error_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,7 +165,7 @@ def _draw(
 
 def _draw_looks(axes: Any, panel: Panel, lines: Lines, colour: str, label: str) -> Limits:
     """Evaluations on the way, with two standard errors where they have some."""
-    rows = columns(lines, panel.x[0], panel.looks, f"{panel.looks}_se")
+    rows = columns(lines, panel.x[0], panel.looks, error_of(panel.looks))
     rows = rows or [(x, y, 0.0) for x, y in columns(lines, panel.x[0], panel.looks)]
     if not rows:
         return []

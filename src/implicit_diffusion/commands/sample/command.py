@@ -7,16 +7,15 @@ was trained under. Another number of steps is another chain, and the folder's ow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from implicit_diffusion.commands.sample.config import Config as Config
 from implicit_diffusion.commands.sample.energy import sample_energy_model
+from implicit_diffusion.commands.sample.grid import check_pictures, in_turn, pictures_of, write_grid
 from implicit_diffusion.commands.shared.conditioning import (
     CLASS,
     Conditioning,
@@ -36,7 +35,6 @@ from implicit_diffusion.runs import progress
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 
-TILE = 64  # least length of the longer side of an image, in pixels
 STEPS = 50  # of a pipeline, by default
 
 Draw = Callable[[range], list[Any]]  # the images of these numbers
@@ -55,6 +53,10 @@ def run(config: Config) -> Path:
         if config.prompts is not None:
             raise InvalidInputError(f"--model {config.model} takes no --prompts: it is an energy-based model")
         return sample_energy_model(Path(config.model), config.num, config.out, config.num_steps, config.seed)
+    if config.exact:
+        from implicit_diffusion.commands.sample.exact import sample_exactly
+
+        return sample_exactly(config, STEPS)
     pretrained = load_pretrained(config.model)
     trained = None if pretrained.checkpoint is None else read_chain(pretrained.checkpoint.folder)
     if (config.prompts is None) == (pretrained.condition == "prompts"):
@@ -71,9 +73,7 @@ def run(config: Config) -> Path:
     device = find_device(config.device)
     for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
         network.to(device)
-    channels = pretrained.event_shape[0] if pretrained.decoder is None else pretrained.decoder.vae.config.out_channels
-    if channels not in (1, 3, 4):
-        raise InvalidInputError(f"--model {config.model} has samples of {channels} channels, which no picture shows")
+    check_pictures(pretrained, config.model)
     size = at_once(pretrained.event_shape)
     batches = [range(first, min(first + size, config.num)) for first in range(0, config.num, size)]
     images: list[Any] = []
@@ -87,22 +87,6 @@ def run(config: Config) -> Path:
     write_grid(images, config.out)
     print(config.out)
     return config.out
-
-
-def write_grid(images: list[Any], out: Path) -> None:
-    """Write images, of one size, as a nearly square grid; small ones are enlarged so that every pixel shows."""
-    require("diffusers")
-    from diffusers.utils import make_image_grid
-
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    blank = images[0].copy()
-    blank.paste(0, (0, 0, *blank.size))
-    times = math.ceil(TILE / max(blank.size))  # the same for all pixels
-    tile = (times * blank.width, times * blank.height)
-    tiles = [image.resize(tile, resample=0) for image in [*images, *[blank] * (rows * columns - len(images))]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(tiles, rows, columns).save(out)
 
 
 def _drawing(
@@ -125,8 +109,6 @@ def _drawing(
 
 def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain, noise: Noise) -> Draw:
     """Images by the chain that the model was trained on."""
-    require("diffusers")
-    from diffusers.utils import pt_to_pil
 
     @torch.no_grad()
     def draw(numbers: range) -> list[Any]:
@@ -134,10 +116,10 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
             given.around(pretrained.denoiser),
             trained.table,
             pretrained.event_shape,
-            condition=None if given.drawn is None else lambda *which: _in_turn(given, numbers),
+            condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
         )
         x = chain.sample(noise, len(numbers), numbers.start)
-        return list(pt_to_pil(x if pretrained.decoder is None else pretrained.decoder(x)))
+        return pictures_of(pretrained, x)
 
     return draw
 
@@ -171,7 +153,7 @@ def _by_pipeline(
         return draw
     given = conditioning(conditions, pretrained, device)
     if pretrained.decoder is not None:
-        return lambda numbers: list(pipeline(_in_turn(given, numbers)[CLASS].tolist(), **options).images)
+        return lambda numbers: list(pipeline(in_turn(given, numbers)[CLASS].tolist(), **options).images)
     return lambda numbers: _labelled(pretrained, given, numbers, steps, generator, eta)
 
 
@@ -190,7 +172,7 @@ def _labelled(
 
     denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler
     device = next(denoiser.parameters()).device
-    labels = {name: value.to(device) for name, value in _in_turn(given, numbers).items()}
+    labels = {name: value.to(device) for name, value in in_turn(given, numbers).items()}
     scheduler.set_timesteps(steps, device=device)
     x = torch.randn((len(numbers), *pretrained.event_shape), generator=generator).to(device)
     x = x * scheduler.init_noise_sigma
@@ -198,9 +180,3 @@ def _labelled(
         u = denoiser(scheduler.scale_model_input(x, t), t.expand(len(numbers)), **labels)
         x = scheduler.step(u, t, x, generator=generator, **eta).prev_sample
     return list(pt_to_pil(x))
-
-
-def _in_turn(given: Conditioning, numbers: range) -> dict[str, Tensor]:
-    """The values of the condition, one after the other."""
-    assert given.drawn is not None
-    return {given.drawn.name: given.drawn.values[torch.tensor(list(numbers)) % len(given.drawn.values)]}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
-from implicit_diffusion.commands.shared.ranges import at_least
+from implicit_diffusion.commands.shared.ranges import at_least, option, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import check_place
 from implicit_diffusion.models.energy_model import is_energy_model
 
+OF_EXACT = ("reward", "reward_python", "kl_weight", "method", "particles", "trust_reward")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -27,11 +29,30 @@ class Config:
     An existing file is never overwritten."""
     prompts: Path | None = None
     """File with one prompt per line, for models that are conditioned on text; images use the prompts in turn.
-    If its name ends in .jsonl, its lines are JSON, as for `finetune --prompts`."""
+    If its name ends in .jsonl, its lines are JSON, as for `finetune --prompts`.
+    With --exact, by default the prompts of the run."""
     num_steps: int | None = None
     """Number of sampling steps; by default the number that the model was fine-tuned for.
     With any other number, and for a model that was never fine-tuned, the pipeline of the model draws the images.
     Its default is 50 steps."""
+    exact: bool = False
+    """Draw from the law that fine-tuning only comes near, in which images are e^(reward/β) times as likely.
+    With RUN/model, reward and β are those of its run.
+    Any other model is steered without training, with --reward and --kl-weight.
+    How well it went is written to a .json file beside the picture."""
+    method: Literal["metropolis", "smc"] | None = None
+    """How --exact draws. By default "metropolis": each image is proposed many times, and accepted by its weight.
+    Sequential Monte Carlo, "smc", resamples particles on their way, by rewards of predicted images."""
+    particles: int | None = None
+    """Number of trajectories for each image of --exact, by default 64; the more, the nearer to the law."""
+    kl_weight: float | None = None
+    """Weight β of the KL divergence for --exact, by default that of the run."""
+    reward: tuple[str, ...] = field(default=(), metadata={"repeatable": True})
+    """The reward for --exact of a model that is not part of a run, in any form that finetune --reward takes."""
+    reward_python: Path | None = None
+    """The python of another environment to compute your own --reward with, as in finetune."""
+    trust_reward: bool = False
+    """Run the code of the reward that the run names, even if it lies there, has changed, or is not known here."""
     seed: int = 0
     """Seed of all random numbers."""
     device: str = "auto"
@@ -40,11 +61,29 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or `out` cannot be written."""
-        at_least(self, num=1, num_steps=1, seed=0)
+        at_least(self, num=1, num_steps=1, seed=0, particles=2)
+        positive(self, "kl_weight")
+        given = [
+            each.name for each in fields(self) if each.name in OF_EXACT and getattr(self, each.name) != each.default
+        ]
+        if given and not self.exact:
+            raise InvalidInputError(f"{option(given[0])} is for --exact; add that, or leave {option(given[0])} out")
+        if self.exact and is_energy_model(self.model):
+            raise InvalidInputError(
+                f"--exact is for diffusion and flow models, and --model {self.model} is an energy-based model; leave "
+                "--exact out, or tilt its law with the command tilt"
+            )
         if self.out.exists():
             raise InvalidInputError(f"--out {self.out} exists; name a new file")
+        if self.exact and self.numbers.exists():
+            raise InvalidInputError(f"--out {self.out}: {self.numbers}, the numbers beside it, exists; name a new file")
         if self.out.suffix.lower() not in (*PICTURES, ".npy"):
             raise InvalidInputError(f"--out {self.out} must end in {', '.join(PICTURES)}, or .npy")
         if self.out.suffix == ".npy" and not is_energy_model(self.model):
             raise InvalidInputError(f"--out {self.out}: only an energy-based model is drawn to .npy; name a picture")
         check_place(self.out.parent)
+
+    @property
+    def numbers(self) -> Path:
+        """The file beside the picture that says how well --exact went."""
+        return self.out.with_suffix(".json")

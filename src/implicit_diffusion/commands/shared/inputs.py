@@ -17,7 +17,7 @@ import torch
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.weights import functions_in, with_absolute_names
 from implicit_diffusion.commands.shared.arrays.array_files import place_of
-from implicit_diffusion.errors import check_path
+from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.image_text import find_image_text
@@ -77,8 +77,19 @@ def inputs(config: Any) -> dict[str, Any]:
     for name in names:
         if model := reward_trust.image_text_model(name):
             which = "reward" if len(names) == 1 else f"reward {reward_trust.short(name)}"
-            fingerprints[which] = fingerprint(find_image_text(model).folder, MODEL_FILES)
+            fingerprints[which] = fingerprint(_image_text_folder(name, model, config), MODEL_FILES)
     return fingerprints
+
+
+def _image_text_folder(name: str, model: str, options: Any) -> Path:
+    """The folder of clip:MODEL; errors name the reward or judge, not the option `model`, which is another thing."""
+    try:
+        return find_image_text(model).folder
+    except InvalidInputError as error:
+        option = "judge" if name in getattr(options, "judge", ()) else "reward"
+        raise InvalidInputError(
+            f"`{option}` {reward_trust.short(name)}: {str(error).removeprefix('model: ')}"
+        ) from error
 
 
 def _own_rewards(options: Any) -> list[reward_trust.Code]:

@@ -32,12 +32,18 @@ def watched_reward(name: str) -> str:
     return f"judge/{name}"
 
 
+def error_of(column: str) -> str:
+    """The column of the standard error, `held_out_path_kl_se` or `held_out_reward_se/NAME`: no NAME can be it."""
+    kind, slash, name = column.partition("/")
+    return f"{kind}_se{slash}{name}"
+
+
 @dataclass(repr=False)
 class HeldOut(Shown):
     """Callback: reward and path KL of `fit.chain` on noise that training never sees, into the metrics.
 
     Of several `WeightedRewards` each as well, as `held_out_reward/NAME`, and as `held_out_judge/NAME` those that are
-    only watched.
+    only watched; their standard errors are `held_out_reward_se/NAME` and `held_out_judge_se/NAME`.
 
     Other callbacks may evaluate at other updates too (`look`); at one update all of them share one evaluation.
 
@@ -77,7 +83,8 @@ class HeldOut(Shown):
             *several,
         ):
             mean, error = mean_and_error(values)
-            seen = {f"held_out_{name}": mean, f"held_out_{name}_se": error}  # NaN: a single start has no standard error
+            column = f"held_out_{name}"
+            seen = {column: mean, error_of(column): error}  # NaN: a single start has no standard error
             fit.metrics |= {key: value for key, value in seen.items() if math.isfinite(value)}
         self._last = which, result
         return result

@@ -133,7 +133,7 @@ def _judge(function: Callable[..., Tensor], label: str) -> Callable[..., Tensor]
             try:
                 scores = scores_of(function(x, *condition), x)
             except InvalidInputError as error:
-                raise RewardError(f"`judge` {label}: {error}") from error
+                raise RewardError(f"`judge` {label}: {str(error).removeprefix('reward ')}") from error
         check_values(f"`judge` {label}: the value", scores)
         return scores
 

@@ -33,12 +33,12 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
+from implicit_diffusion.tables.flow import is_flow
 from implicit_diffusion.tables.named import default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER, SHOWN, ESTIMATOR = 1, 2, 3, 4, 5, 6  # streams of noise apart from training's
 IN_REPORT = 20  # starts whose images a report shows
-MEANING = ("prediction_type", "num_train_timesteps")  # of a network's output and of its times
 
 
 class Exported(NamedTuple):
@@ -226,7 +226,8 @@ def _original(network: NetworkSpec, pretrained: Pretrained) -> Pretrained:
         ("samples", pretrained.event_shape, original.event_shape),
         ("network", pretrained.family.network, original.family.network),
         ("classes", pretrained.num_classes, original.num_classes),
-        *((key, *(each.scheduler.config.get(key) for each in (pretrained, original))) for key in MEANING),
+        ("prediction_type", *(_prediction(each.scheduler) for each in (pretrained, original))),
+        ("num_train_timesteps", *(each.scheduler.config.num_train_timesteps for each in (pretrained, original))),
     ):
         if ours != theirs:
             raise InvalidInputError(
@@ -234,3 +235,8 @@ def _original(network: NetworkSpec, pretrained: Pretrained) -> Pretrained:
                 f"{theirs}, not {ours}"
             )
     return original
+
+
+def _prediction(scheduler: Any) -> str | None:
+    """What the network of a scheduler's model predicts. Not every flow scheduler names it."""
+    return "flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type")

@@ -33,35 +33,40 @@ def weighed(setup: Setup, plan: Plan) -> Setup:
         setup: from `build`, not trained yet.
         plan: of the run.
     """
-    reward = _weighed_reward(setup, [each.reward_std for each in plan.rewards])
-    return replace(setup, reward=reward, clipping=_clipping(setup, reward))
+    setup = in_deviations(setup, [each.reward_std for each in plan.rewards])
+    return replace(setup, clipping=_clipping(setup, setup.reward))
 
 
 def weighed_samples(setup: Setup, samples: Evaluation) -> Evaluation:
-    """The pretrained trajectories of a plan, with R in its units.
-
-    Raises:
-        InvalidInputError: one of several rewards does not vary over the samples.
-    """
+    """The pretrained trajectories of a plan, with R in its units; errors as in `deviations`."""
     if samples.rewards is None:
         return samples
+    return chains.weighed(samples, in_deviations(setup, deviations(setup, samples)).reward)
+
+
+def deviations(setup: Setup, samples: Evaluation) -> list[float]:
+    """The σ_j of the rewards, from pretrained trajectories.
+
+    Raises:
+        InvalidInputError: one of them does not vary over the samples.
+    """
     conditional = setup.chain.condition is not None
-    deviations = [deviation(values, conditional=conditional) for values in samples.each_reward]
-    for name, values, std in zip(labels(setup.spec.reward), samples.each_reward, deviations):
+    measured = [deviation(values, conditional=conditional) for values in samples.each_reward]
+    for name, values, std in zip(labels(setup.spec.reward), samples.each_reward, measured):
         if not std > 0:
             raise InvalidInputError(
                 f"reward {name} is {values[0, 0].item():g} for every pretrained sample; leave it out, or use one that "
                 "varies"
             )
-    return chains.weighed(samples, _weighed_reward(setup, deviations))
+    return measured
 
 
-def _weighed_reward(setup: Setup, deviations: Sequence[float]) -> Reward:
-    """R, given the σ_j of several rewards."""
+def in_deviations(setup: Setup, measured: Sequence[float]) -> Setup:
+    """The setup with R, given the σ_j of several rewards."""
     if not isinstance(setup.reward, WeightedRewards):
-        return setup.reward
-    pairs = zip(weighted(setup.spec.reward), deviations, strict=True)
-    return setup.reward.with_coefficients([weight / std for (_, weight), std in pairs])
+        return setup
+    pairs = zip(weighted(setup.spec.reward), measured, strict=True)
+    return replace(setup, reward=setup.reward.with_coefficients([weight / std for (_, weight), std in pairs]))
 
 
 @part("planning")
