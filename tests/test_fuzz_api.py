@@ -160,6 +160,12 @@ def denoise(made):
     idf.Chain(made, table(), (2,)).sample(NOISE, 2)
 
 
+def of_pixels():
+    from diffusers import DDPMPipeline
+
+    return DDPMPipeline(tiny.unet(**tiny.PLAIN), ddpm())
+
+
 def ddpm():
     from diffusers import DDPMScheduler
 
@@ -468,6 +474,17 @@ PUBLIC = {
     "whole_copy": Call(idf.denoisers.whole_copy, {"denoiser": Net}, denoise),
     "checkpoint_activations": Call(idf.denoisers.checkpoint_activations, {"network": lambda: tiny.unet(**tiny.PLAIN)}),
     "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
+    "read_pipeline": Call(
+        idf.read_pipeline,
+        {
+            "pipeline": of_pixels,
+            "num_steps": lambda: 2,
+            "prompts": lambda: None,
+            "size": lambda: None,
+            "sampler": lambda: "own",
+        },
+        lambda made: made.chain().sample(NOISE, 2),
+    ),
     "save_pipeline": Call(
         lambda **given: idf.save_pipeline(**given),
         {
@@ -557,6 +574,7 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
+    "ProbedPipeline",
     *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }

@@ -82,6 +82,16 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     levels = copy.deepcopy(scheduler)
     even = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
     levels.set_timesteps(num_steps, sigmas=even, **({} if mu is None else {"mu": mu}))
+    return memoryless_at(levels, num_steps, mu=mu)
+
+
+def memoryless_at(levels: Any, num_steps: int, *, mu: float | None = None) -> ChainTable:
+    """As `memoryless_flow`, at the N noise levels that a scheduler has been set to; `mu` is for the table's name.
+
+    Raises:
+        InvalidInputError: σ's that do not fall from at most 1 to 0.
+    """
+    name = type(levels).__name__
     sigma, after = levels.sigmas[:-1].double(), levels.sigmas[1:].double()
     if len(sigma) != num_steps or not ((sigma > after).all() and sigma[0] <= 1 and after[-1] == 0):
         raise InvalidInputError(
@@ -91,7 +101,7 @@ def memoryless_flow(scheduler: Any, num_steps: int, *, mu: float | None = None) 
     alpha, alpha_after = 1 - sigma, 1 - after
     rho = alpha * after / (alpha_after * sigma)
     ones = torch.ones_like(sigma)
-    shift, spacing = scheduler.config.shift, [key for key in FLOW_SIGMAS if scheduler.config.get(key)]
+    shift, spacing = levels.config.shift, [key for key in FLOW_SIGMAS if levels.config.get(key)]
     return ChainTable(
         a=alpha_after + after * rho,
         b=alpha * rho * after - alpha_after * sigma,

@@ -60,7 +60,7 @@ def check_step_options(scheduler: Any, step_options: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_what_is_no_table(scheduler: Any, mu: float | None) -> None:
+def refuse_what_is_no_table(scheduler: Any) -> None:
     """Raise `NonAffineError` or `InvalidInputError` for options of the scheduler's config."""
     config, name = scheduler.config, type(scheduler).__name__
     if config.get("thresholding"):
@@ -90,7 +90,6 @@ def refuse_what_is_no_table(scheduler: Any, mu: float | None) -> None:
             "depends on what came before it and is not a row of a table, as for all multistep and second-order "
             "solvers. Use DPMSolverMultistepScheduler with solver_order=1, DDPMScheduler or DDIMScheduler."
         )
-    check_shift(scheduler, mu)
 
 
 def check_shift(scheduler: Any, mu: float | None) -> None:

@@ -42,6 +42,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.tables.refusals import (
     check_num_steps,
     check_scheduler,
+    check_shift,
     check_step_options,
     refuse_what_is_no_table,
     wrong_number_of_timesteps,
@@ -87,10 +88,27 @@ def read_table(scheduler: Any, num_steps: int, *, mu: float | None = None, **ste
     """
     check_scheduler(scheduler)
     num_steps = check_num_steps(scheduler, num_steps)
-    check_step_options(scheduler, step_options)
-    refuse_what_is_no_table(scheduler, mu)
+    check_step_options(scheduler, step_options)  # before the timesteps are set
+    refuse_what_is_no_table(scheduler)
+    check_shift(scheduler, mu)
+    prepared = copy.deepcopy(scheduler)
+    try:
+        prepared.set_timesteps(num_steps, **({} if mu is None else {"mu": mu}))
+    except Exception as error:  # ValueError, TypeError, KeyError, AssertionError, ... by scheduler
+        raise InvalidInputError(f"{type(scheduler).__name__} cannot make {num_steps} timesteps: {error}") from error
+    return read_prepared(prepared, num_steps, mu=mu, **step_options)
 
-    probe = _Probe(copy.deepcopy(scheduler), num_steps, mu, step_options)
+
+def read_prepared(scheduler: Any, num_steps: int, *, mu: float | None = None, **step_options: Any) -> ChainTable:
+    """As `read_table`, of a scheduler whose timesteps have been set, by a pipeline for example; `mu` is for its name.
+
+    Raises:
+        NonAffineError: as `read_table`.
+        InvalidInputError: as `read_table`.
+    """
+    check_step_options(scheduler, step_options)
+    refuse_what_is_no_table(scheduler)
+    probe = _Probe(scheduler, num_steps, step_options)
     rows = [probe.read(k) for k in range(num_steps)]
     probe.verify_roll_out(rows)
 
@@ -113,15 +131,10 @@ class _Probe:
 
     scheduler: Any
     num_steps: int
-    mu: float | None
     step_options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         name = type(self.scheduler).__name__
-        try:
-            self.scheduler.set_timesteps(self.num_steps, **({} if self.mu is None else {"mu": self.mu}))
-        except Exception as error:  # ValueError, TypeError, KeyError, AssertionError, ... by scheduler
-            raise InvalidInputError(f"{name} cannot make {self.num_steps} timesteps: {error}") from error
         self.timesteps: Tensor = self.scheduler.timesteps
         self.takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         self.noise: list[Tensor] = []  # ξ of every row read so far, in the precision in which the scheduler draws it
