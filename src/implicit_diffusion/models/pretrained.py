@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
+from implicit_diffusion.denoisers.half_weights import read_in_single
 from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
@@ -93,12 +94,15 @@ class Pretrained(Shown):
         return assembled(self.checkpoint, {self.family.part: self.denoiser.model, "scheduler": self.scheduler})
 
 
-def load_pretrained(model: str | PathLike[str]) -> Pretrained:
+def load_pretrained(model: str | PathLike[str], *, frozen: bool = False) -> Pretrained:
     """Load a diffusers model: unconditional, class-conditional or text-conditional, of images or of latents.
 
     Args:
         model: "digits" (shipped with this package), a local diffusers folder (read without internet access), or a hub
             id `owner/name` (looked up in the local cache first; an unreachable hub is an error after seconds).
+        frozen: whether the network's weights will not be trained, or its adapters alone. Those that were saved in half
+            precision then stay in it (`denoisers.half_weights`); u is the same to the bit. `UNet2DModel`, which would
+            round its times with them, is read in single precision all the same.
 
     Raises:
         InvalidInputError: no such model, not a diffusers pipeline of a known family, files that are damaged,
@@ -106,6 +110,7 @@ def load_pretrained(model: str | PathLike[str]) -> Pretrained:
             belongs to another network, or a network that predicts a variance as well.
         MissingExtraError: diffusers or transformers is not installed.
     """
+    check_type("frozen", frozen, bool, "it says whether the weights stay as they are")
     checkpoint, source = find_checkpoint(model), str(model)
     decoder = None
     family = checkpoint.family
@@ -119,11 +124,14 @@ def load_pretrained(model: str | PathLike[str]) -> Pretrained:
         check_latents(decoder, event_shape, source)
 
     with checkpoint.laid_out() as folder:
-        network = load_model(checkpoint, folder, family.part, "network", source, evaluated)
+        own_dtype = frozen and family is not PIXELS
+        network = load_model(checkpoint, folder, family.part, "network", source, evaluated, own_dtype=own_dtype)
         event_shape = _event_shape(network, family, source)
         if family.latent:
             vae = load_model(checkpoint, folder, "vae", "autoencoder", source, decoded)
             decoder = Decoder(vae, shifted=family.shifted)
+    if own_dtype:
+        read_in_single(network)
     network.register_to_config(_name_or_path="")  # else the local path is saved with the result
     return Pretrained(
         denoiser=DiffusersDenoiser(network).eval(),

@@ -126,7 +126,8 @@ def build(spec: SetupSpec) -> Setup:
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
-    pretrained = load_pretrained(spec.network.model)
+    network = spec.network
+    pretrained = load_pretrained(network.model, frozen=network.lora_rank is not None and not network.shard)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
     sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
     scheduler = scheduler_for(pretrained.scheduler, sampler, clip=clip)
@@ -221,7 +222,7 @@ def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype 
 def _original(network: NetworkSpec, pretrained: Pretrained) -> Pretrained:
     """The model of --reference, which must be one that `pretrained` can have been trained from."""
     assert network.reference is not None
-    original = load_pretrained(network.reference)
+    original = load_pretrained(network.reference, frozen=not network.shard)
     for what, ours, theirs in (
         ("samples", pretrained.event_shape, original.event_shape),
         ("network", pretrained.family.network, original.family.network),
