@@ -63,21 +63,11 @@ def load_model(
             not finite, or it cannot be evaluated.
         MissingExtraError: diffusers or transformers is not installed.
     """
-    require("diffusers", "transformers")  # outside of what catches the errors of these libraries
-    place = folder / part
-    about = (checkpoint, folder, source)
-    try:
-        model_class = part_class(part, *checkpoint.parts[part])
-        described = read_json(place / "config.json")
-        refuse_code(described)
-        headers = read_headers(place)
-        wanted = _build(model_class, place, headers)
-        _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
-    except Exception as error:  # the libraries raise many, depending on the damage
-        raise refused(what, "loaded", error, *about) from error
+    wanted, headers = without_memory(checkpoint, folder, part, what, source)
+    model_class, place, about = type(wanted), folder / part, (checkpoint, folder, source)
     try:
         with torch.no_grad():
-            trial(wanted.eval())
+            trial(wanted)
     except InvalidInputError:
         raise
     except Exception as error:
@@ -87,6 +77,26 @@ def load_model(
         return _load(model_class, place, saved_dtype(headers) if own_dtype else torch.float32)
     except Exception as error:
         raise refused(what, "loaded", error, *about) from error
+
+
+def without_memory(
+    checkpoint: Checkpoint, folder: Path, part: str, what: str, source: str
+) -> tuple[nn.Module, dict[str, tuple[str, tuple[int, ...]]]]:
+    """A model on the meta device in evaluation mode, as its config says, and the headers of its weights, compared.
+
+    Arguments and errors as in `load_model`.
+    """
+    require("diffusers", "transformers")  # outside of what catches the errors of these libraries
+    place = folder / part
+    try:
+        model_class = part_class(part, *checkpoint.parts[part])
+        refuse_code(read_json(place / "config.json"))
+        headers = read_headers(place)
+        wanted = _build(model_class, place, headers)
+        _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
+    except Exception as error:  # the libraries raise many, depending on the damage
+        raise refused(what, "loaded", error, checkpoint, folder, source) from error
+    return wanted.eval(), headers
 
 
 def refused(

@@ -1,8 +1,9 @@
 """From a spec to a setup: model, adapters, conditions, chain and reward, each checked before any long work.
 
-    load → adapters → device → embeddings and guidance → u_θ, u_0 → chain → reward of its states
+    load → adapters → embeddings and guidance → device → u_θ, u_0 → chain → reward of its states
 
 What is quick to refuse comes first: text encoders read prompts only when model, table and reference are known to fit.
+The encoders have left the device when the network comes to it.
 """
 
 from __future__ import annotations
@@ -138,9 +139,9 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         given = spec.network.lora_targets
         targets = given and [target.strip() for target in given.split(",")]
         add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), targets)
+    conditions = conditioning(spec.conditions, pretrained, device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, spec.network)
-    conditions = conditioning(spec.conditions, pretrained, device)
     chain = _chain(spec, table, pretrained, original, conditions, device)
     note = compiled(chain) if spec.network.compile else None
 
