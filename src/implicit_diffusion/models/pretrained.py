@@ -116,7 +116,7 @@ def load_pretrained(model: str | PathLike[str], *, frozen: bool = False) -> Pret
     family = checkpoint.family
 
     def evaluated(network: Any) -> None:
-        shape = _event_shape(network, family, source)
+        shape = event_shape_of(network, family, source)
         _evaluate(network, family, shape, _num_classes(network, checkpoint, source))
 
     def decoded(vae: Any) -> None:
@@ -126,7 +126,7 @@ def load_pretrained(model: str | PathLike[str], *, frozen: bool = False) -> Pret
     with checkpoint.laid_out() as folder:
         own_dtype = frozen and family is not PIXELS
         network = load_model(checkpoint, folder, family.part, "network", source, evaluated, own_dtype=own_dtype)
-        event_shape = _event_shape(network, family, source)
+        event_shape = event_shape_of(network, family, source)
         if family.latent:
             vae = load_model(checkpoint, folder, "vae", "autoencoder", source, decoded)
             decoder = Decoder(vae, shifted=family.shifted)
@@ -222,19 +222,26 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
 
 def _evaluate(network: Any, family: PipelineFamily, event_shape: tuple[int, ...], num_classes: int | None) -> None:
     """Evaluate a network without memory once, which fails where the sizes in its config do not fit together."""
-    config = network.config
-    x, t = torch.zeros(1, *event_shape, device="meta"), torch.zeros(1, device="meta")
-    condition: dict[str, torch.Tensor] = {}
-    if num_classes:
-        condition["class_labels"] = torch.zeros(1, dtype=torch.long, device="meta")
-    for name, keys in WIDTHS.items():
-        if name in family.embeddings:
-            width = next(config[key] for key in keys if config.get(key) is not None)
-            length = () if name == "pooled_projections" else (2,)
-            condition[name] = torch.zeros(1, *length, width, device="meta")
+    x, t, condition = meta_inputs(network, family, event_shape, num_classes=num_classes)
     u = DiffusersDenoiser(network)(x, t, **condition)
     if u.shape != x.shape:
         raise ValueError(f"it makes {tuple(u.shape)} of samples of shape {tuple(x.shape)}")
+
+
+def meta_inputs(
+    network: Any, family: PipelineFamily, event_shape: tuple[int, ...], n: int = 1, *, num_classes: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """x, t and a condition of two tokens for n samples, without memory."""
+    x, t = torch.zeros(n, *event_shape, device="meta"), torch.zeros(n, device="meta")
+    condition: dict[str, torch.Tensor] = {}
+    if num_classes:
+        condition["class_labels"] = torch.zeros(n, dtype=torch.long, device="meta")
+    for name, keys in WIDTHS.items():
+        if name in family.embeddings:
+            width = next(network.config[key] for key in keys if network.config.get(key) is not None)
+            length = () if name == "pooled_projections" else (2,)
+            condition[name] = torch.zeros(n, *length, width, device="meta")
+    return x, t, condition
 
 
 def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | None:
@@ -250,7 +257,7 @@ def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | Non
     return config.get("num_class_embeds")
 
 
-def _event_shape(network: Any, family: PipelineFamily, source: str) -> tuple[int, ...]:
+def event_shape_of(network: Any, family: PipelineFamily, source: str) -> tuple[int, ...]:
     """The shape of a sample, checked to be one that can exist."""
     config = network.config
     channels, size = config.in_channels, config.sample_size
