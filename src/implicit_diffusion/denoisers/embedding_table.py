@@ -47,7 +47,7 @@ class EmbeddingTable(Mapping[str, Tensor], Shown):
         (length,) = set(lengths.values())
         if rows is not None:
             check_tensor("rows", rows, "m", integers=True)
-            if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < length):
+            if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= length):
                 raise InvalidInputError(f"rows must lie in 0..{length - 1}, those of the columns")
         self.columns, self.rows = dict(columns), rows
 

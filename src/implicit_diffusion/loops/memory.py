@@ -108,8 +108,8 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
     if available is not None and needed > available:
         raise MemoryLimitError(
             f"the run will not fit: it is predicted to need {memory}, of which {in_units(needed)} is still to be "
-            f"allocated, but {device} has {in_units(available)} free; use a smaller batch, a larger stride of the queue, "
-            'loop="nested", gradient checkpointing or low-rank adapters'
+            f"allocated, but {device} has {in_units(available)} free; use a smaller batch, a larger stride of the "
+            'queue, loop="nested", gradient checkpointing or low-rank adapters'
         )
 
 

@@ -99,8 +99,9 @@ def weight_bytes(network: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def activation_bytes(networks: Sequence[Callable[[int], object]]) -> int:
-    """Bytes that autograd saves per sample, of calls on n samples on the meta device, such as those of u_θ and u_0; with
-    those of the largest block that is computed again.
+    """Bytes per sample that autograd saves of calls on n samples on the meta device, such as those of u_θ and u_0.
+
+    With those of the largest block that is computed again.
     """
     saved, recomputed = saved_per_sample(lambda n: [network(n) for network in networks])
     return saved + recomputed
