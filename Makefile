@@ -38,7 +38,7 @@ docs: $(READY)  ## docs/_build/index.html
 
 bench: $(READY)  ## everything under benchmarks/, with the peers that it compares with; hours
 	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
-	for script in chains stationary ebm queue_bias time_to_target digits; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in chains stationary ebm queue_bias time_to_target digits tilted; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv $(OLDEST) build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache

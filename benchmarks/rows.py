@@ -63,7 +63,8 @@ def load(run: Path) -> Problem:
         reference=pretrained.denoiser.requires_grad_(False),
         pretrained_rows="noiseless",
     )
-    return Problem(chain, load_reward(config["reward"]), summary["kl_weight"])
+    (reward,) = config["reward"]
+    return Problem(chain, load_reward(reward), summary["kl_weight"])
 
 
 def branch(problem: Problem, x: Tensor, row: int, noise: Noise) -> dict[str, Tensor]:

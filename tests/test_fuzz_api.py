@@ -73,6 +73,10 @@ def evaluation():
     return idf.evaluate(chain(), reward, NOISE, starts=4, repeats=2)
 
 
+def repeated():
+    return idf.evaluate(chain(), reward, NOISE, starts=4, repeats=4)
+
+
 def steps(loop):
     loop.step(), loop.step(), next(loop.run(3), None)
     return loop
@@ -322,6 +326,10 @@ PUBLIC = {
     "bound": Call(idf.evaluation.bound, BOUND),
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
+    "captured_by_weights": Call(
+        idf.evaluation.captured_by_weights, {"before": repeated, "after": repeated, "beta": lambda: 0.5}
+    ),
+    "reweighted": Call(idf.evaluation.reweighted, BEFORE),
     "weighed": Call(idf.evaluation.weighed, {"evaluation": evaluation, "reward": lambda: reward}, repr),
     "possible": Call(possible, BEFORE),
     "MeanField": Call(
@@ -549,7 +557,7 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
-    *("Draws", "RewardJudgement", "RewardPlan", "Steered", "TiltedLaw"),
+    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own

@@ -8,8 +8,8 @@ import torch
 
 from implicit_diffusion.commands.finetune import config as finetune_config
 from implicit_diffusion.commands.resuming import report, resume
-from implicit_diffusion.commands.shared.conditioning import read_prompts
 from implicit_diffusion.commands.shared.inputs import absolute
+from implicit_diffusion.commands.shared.prompt_files import read_prompts
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
 from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.files.states import load_state, save_state

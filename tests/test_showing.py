@@ -203,6 +203,7 @@ EXAMPLES = {
     "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
     "Evaluation": evaluation,
     "Bound": lambda: idf.evaluation.bound(evaluation(), 0.5),
+    "Reweighted": lambda: idf.evaluation.reweighted(evaluation(), evaluation(), 0.5),
     "TiltedLaw": lambda: idf.evaluation.tilted_law(evaluation(), 0.5),
     "Draws": lambda: idf.evaluation.metropolis(chain(), reward, 0.5, NOISE, draws=4, steps=8),
     "Steered": lambda: idf.evaluation.sequential_monte_carlo(chain(), reward, 0.5, NOISE, particles=8, populations=4),

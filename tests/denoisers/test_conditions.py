@@ -59,3 +59,28 @@ def test_guidance_is_its_formula_in_one_call():
     for scale, null in ((float("nan"), {"prompt": 0}), (2.0, {})):
         with pytest.raises(InvalidInputError, match="finite scale"):
             ClassifierFree(inner, scale, null)
+
+
+def test_weights_decide_how_often_a_value_is_drawn():
+    weights = torch.tensor([1.0, 0.0, 3.0])
+    drawn = Drawn("prompt", VALUES, weights)
+    first = drawn(Noise(0), 30_000, 7)["prompt"]
+    assert torch.equal(first, drawn(Noise(0), 30_000, 7)["prompt"])
+    assert torch.equal(first, Drawn("prompt", VALUES, 10 * weights)(Noise(0), 30_000, 7)["prompt"])
+    assert not torch.equal(first, drawn(Noise(0), 30_000, 8)["prompt"])
+    count = (first[:, None] == VALUES).double().mean(0)
+    assert count[1] == 0 and abs(count[0] - 0.25) < 4 * (0.25 * 0.75 / 30_000) ** 0.5 < 0.02 * 0.75
+    for wrong in (-weights, 0 * weights, weights / 0):
+        with pytest.raises(InvalidInputError, match="weights"):
+            Drawn("prompt", VALUES, wrong)
+
+
+def test_every_prompt_is_guided_away_from_its_own():
+    inner = Embedded(Spy(), TABLE)
+    prompt = torch.tensor([2, 0, 0])
+    x, t = torch.ones(3, 4), torch.tensor([10.0, 20.0, 30.0])
+    guided = ClassifierFree(inner, 3.0, {"prompt": torch.tensor([1, 0, 2])})(x, t, prompt=prompt)
+    given, away = inner(x, t, prompt=prompt), inner(x, t, prompt=torch.tensor([2, 1, 1]))
+    torch.testing.assert_close(guided, away + 3.0 * (given - away))
+    one = ClassifierFree(inner, 3.0, {"prompt": torch.tensor([2, 2, 2])})(x, t, prompt=prompt)
+    assert torch.equal(one, ClassifierFree(inner, 3.0, {"prompt": 2})(x, t, prompt=prompt))

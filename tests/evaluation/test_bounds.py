@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
-from implicit_diffusion.evaluation import bound, captured, gain, memory_of_start, possible, sharpest
+from implicit_diffusion.evaluation import (
+    bound,
+    captured,
+    captured_by_weights,
+    gain,
+    memory_of_start,
+    possible,
+    reweighted,
+    sharpest,
+)
 from implicit_diffusion.evaluation.chains import Evaluation, evaluate, mean_and_error
 from implicit_diffusion.noise import Noise
 from tests.helpers.oracles import affine_chain, exact_terms, riccati, tilted_bound
@@ -110,6 +119,11 @@ def test_differences_of_j_on_one_noise_are_exact_where_the_drift_is_the_optimum(
     best, source = sharpest(before, after, BETA)
     assert source == "trained" and best.j == pytest.approx(after.objective(BETA).mean().item())
     assert best.j == pytest.approx(BETA * best.path_kl - best.reward, abs=1e-12)
+    assert (best.path_kl, best.path_kl_se) == pytest.approx((shift**2 / 2, 0.0), abs=1e-12)
+    law = reweighted(before, after, BETA)
+    assert (*law.reward_gain, *law.path_kl) == pytest.approx((sigma * shift, 0.0, shift**2 / 2, 0.0), abs=1e-12)
+    assert law.j_fall == pytest.approx((exact, 0.0), abs=1e-12) and law.effective_share == pytest.approx(1)
+    assert captured_by_weights(before, after, BETA) == pytest.approx((1.0, 0.0), abs=1e-12)
 
 
 def test_jackknife_takes_the_bias_away():
@@ -173,8 +187,9 @@ def test_the_chain_that_tells_the_bound_best_is_chosen(problem):
     before, best, ruined = (evaluate(c, reward, Noise(2), **sizes) for c in (chain.pretrained(), good, astray))
     chosen, source = sharpest(before, best, BETA)
     own = bound(best, BETA)
-    assert source == "trained" and (chosen.path_kl, chosen.effective_samples) == (own.path_kl, own.effective_samples)
-    assert chosen.j - own.j == pytest.approx((BETA * (best.path_kl - best.log_ratio)).mean().item())
+    assert source == "trained" and (chosen.reward, chosen.effective_samples) == (own.reward, own.effective_samples)
+    variate = (best.path_kl - best.log_ratio).mean().item()
+    assert chosen.j - own.j == pytest.approx(BETA * variate) and chosen.path_kl - own.path_kl == pytest.approx(variate)
     chosen, source = sharpest(before, ruined, BETA)
     assert source == "pretrained" and chosen == bound(before, BETA)
     assert abs(chosen.j - conditional) < 4 * chosen.j_se < 0.2 < bound(ruined, BETA).j - conditional

@@ -9,11 +9,19 @@ c·E x_0 = 0.
 import pytest
 import torch
 
-from implicit_diffusion.evaluation import bound, captured, memory_of_start, possible, sharpest
+from implicit_diffusion.evaluation import (
+    bound,
+    captured,
+    captured_by_weights,
+    memory_of_start,
+    possible,
+    reweighted,
+    sharpest,
+)
 from implicit_diffusion.evaluation.chains import Evaluation, mean_and_error
 
 F64 = torch.float64
-SIGMA, BETA, MANY = 1.0, 1.0, 200
+SIGMA, BETA, MANY, FEWER = 1.0, 1.0, 200, 60
 pytestmark = pytest.mark.usefixtures("as_users_run")  # thousands of calls
 BEST = -(SIGMA**2) / (2 * BETA)
 
@@ -57,6 +65,36 @@ def test_errors_of_share_gain_and_bound_cover(a, b, source):
         mean, error, deviation = spread(estimates)
         assert 0.8 < error / deviation < 1.2
         assert abs(mean - exact) < 1.5 * error + 4 * deviation / MANY**0.5  # what the jackknife leaves
+
+
+@pytest.mark.parametrize("beta", [1.6 * BETA, pytest.param(BETA, marks=pytest.mark.slow)])
+def test_errors_of_the_weighted_law_cover(beta):
+    """At the β of the training and at another: differences on the same noise, whatever x_0 contributes to rewards."""
+    pairs = [(controlled(*parts, 0.0, 0.0), controlled(*parts, 0.8, 0.3)) for parts in zip(*draws(FEWER, 60, 8))]
+    laws = [reweighted(*pair, beta) for pair in pairs]
+    for name, exact in (
+        ("reward", SIGMA**2 / beta),
+        ("reward_gain", SIGMA**2 / beta),
+        ("path_kl", (SIGMA / beta) ** 2 / 2),
+        ("j", -(SIGMA**2) / (2 * beta)),
+        ("j_fall", SIGMA**2 / (2 * beta)),
+    ):
+        mean, error, deviation = spread([getattr(law, name) for law in laws])
+        assert 0.7 < error / deviation < 1.4, name  # so many replicates know the deviation to 9 %
+        assert abs(mean - exact) < 0.3 * error + 4 * deviation / FEWER**0.5, name
+    assert laws[0].reward_gain.error < 0.6 * laws[0].reward.error
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "source"), [(0.8, 0.3, "trained"), pytest.param(3.0, 1.0, "pretrained", marks=pytest.mark.slow)]
+)
+def test_the_weighted_chain_captures_all_within_its_error(a, b, source):
+    """By trajectories that the bound is not made of: the error is that of two estimates, and is not small."""
+    pairs = [(controlled(*parts, 0.0, 0.0), controlled(*parts, a, b)) for parts in zip(*draws(FEWER, 60, 8))]
+    assert sharpest(*pairs[0], BETA)[1] == source
+    mean, error, deviation = spread([captured_by_weights(*pair, BETA) for pair in pairs])
+    assert 0.7 < error / deviation < 1.4 and error > 0.01
+    assert source == "pretrained" or abs(mean - 1) < 4 * deviation / FEWER**0.5 + 0.3 * error
 
 
 def test_starts_are_the_unit():

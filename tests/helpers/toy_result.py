@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.report.headline import headline_of
 from implicit_diffusion.commands.finetune.result import Result
@@ -88,9 +89,8 @@ def digits_result(shift=0.93, waste=0.15, **config):
     model = ModelSummary(None, None, [1, 8, 8], None, None, None, None, "DDPM", pipeline_is_the_chain=True)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))
     looks = quality(), quality(mmd=0.013, judge_confidence=0.935), quality(mmd=0.0135)
-    summary = Summary(
-        headline, training, model, MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se), plan.rows(), *looks
-    )
+    weighted, memory = by_weights(before, after, BETA), MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
+    summary = Summary(headline, weighted, training, model, memory, plan.rows(), *looks)
     options = {"kl_weight": BETA, "scheduler": "ddpm", "stride": 1, "lr": 1e-4, "no_clip": True, "eta": None}
     options |= {"updates": UPDATES, "device": "cpu", "out": Path("runs/toy")}
     resolved = Config(**options | config)
@@ -101,7 +101,9 @@ def changed(result, **values):
     """The result with other numbers in its summary, by the names of their fields."""
     summary = result.summary
     for name, value in values.items():
-        parts = [part for part in ("headline", "training", "model") if hasattr(getattr(summary, part), name)]
+        parts = [
+            part for part in ("headline", "by_weights", "training", "model") if hasattr(getattr(summary, part), name)
+        ]
         whole = {parts[0]: replace(getattr(summary, parts[0]), **{name: value})} if parts else {name: value}
         summary = replace(summary, **whole)
     return replace(result, summary=summary)

@@ -30,18 +30,20 @@ ROW = 2**32 - 1  # key of the draws, in place of a row number, which is always s
 
 @dataclass(frozen=True, repr=False)
 class Drawn(Shown):
-    """A condition of chains: every sample draws one of `values`, uniformly and independently.
+    """A condition of chains: every sample draws one of `values`, independently.
 
     Args:
         name: of the denoiser's argument, e.g. "class_labels".
         values: to draw from, with shape (m,).
+        weights: ≥ 0, with shape (m,), in proportion to which they are drawn; None for all equally often.
 
     Raises:
-        InvalidInputError: no values.
+        InvalidInputError: no values; weights that are negative, not finite, or all zero.
     """
 
     name: str
     values: Int[Tensor, " m"]
+    weights: Float[Tensor, " m"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
@@ -49,10 +51,21 @@ class Drawn(Shown):
         if isinstance(self.values, Tensor) and self.values.ndim and not len(self.values):
             raise InvalidInputError(f"condition: there are no values of {self.name} to draw from; give at least one")
         check_tensor("values", self.values, "m", integers=True)
+        if self.weights is not None:
+            check_tensor("weights", self.weights, "m")
+            if len(self.weights) != len(self.values) or not (self.weights >= 0).all() or not self.weights.sum() > 0:
+                raise InvalidInputError(
+                    f"weights must be {len(self.values)} numbers ≥ 0, one for each of the values, and not all 0, got "
+                    f"{shown(self.weights)}"
+                )
 
     def __call__(self, noise: Noise, batch: int, index: int) -> dict[str, Int[Tensor, " batch"]]:
         """The values of trajectory `index`; the same arguments give the same values."""
-        which = torch.randint(len(self.values), (batch,), generator=noise.generator(index, ROW))
+        generator = noise.generator(index, ROW)
+        if self.weights is None:
+            which = torch.randint(len(self.values), (batch,), generator=generator)
+        else:
+            which = torch.multinomial(self.weights.double().cpu(), batch, replacement=True, generator=generator)
         return {self.name: self.values[which]}
 
 
@@ -100,16 +113,17 @@ class ClassifierFree(ShownModule):
     Args:
         denoiser: called with x, t and the condition.
         scale: w; 1 gives the conditional network, 0 the unconditional one.
-        null: the number that means no condition, by name of the condition.
+        null: the number that means no condition, by name of the condition; or, in a tensor with shape (m,), what each
+            of its m numbers is guided away from, such as the negative prompt of every prompt.
 
     Raises:
         InvalidInputError: a scale that is not finite, or an empty `null`.
     """
 
-    def __init__(self, denoiser: nn.Module, scale: float, null: Mapping[str, int]) -> None:
+    def __init__(self, denoiser: nn.Module, scale: float, null: Mapping[str, int | Int[Tensor, " m"]]) -> None:
         super().__init__()
         check_type("denoiser", denoiser, nn.Module, "it is called as u(x, t, **condition)")
-        named = isinstance(null, Mapping) and all(isinstance(v, int) for v in null.values())
+        named = isinstance(null, Mapping) and all(isinstance(v, int) or _numbers(v) for v in null.values())
         try:
             scale = check_number("guidance", scale)
         except InvalidInputError:
@@ -139,7 +153,15 @@ class ClassifierFree(ShownModule):
             )
         if self.scale == 1:
             return self.denoiser(x, t, **condition)
-        null = {k: torch.full_like(v, self.null[k]) if k in self.null else v for k, v in condition.items()}
+        null = {k: self._null(k, v) if k in self.null else v for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
         without, given = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
         return without + self.scale * (given - without)
+
+    def _null(self, name: str, value: Tensor) -> Tensor:
+        null = self.null[name]
+        return torch.full_like(value, null) if isinstance(null, int) else null.to(value.device)[value].to(value.dtype)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()

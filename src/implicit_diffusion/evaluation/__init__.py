@@ -8,7 +8,16 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.evaluation.chains import Estimate, Evaluation, evaluate, mean_and_error, weighed
     from implicit_diffusion.evaluation.clipping import ClippingEffect, effect_of_clipping
     from implicit_diffusion.evaluation.each_reward import RewardJudgement, RewardPlan, judge_rewards
-    from implicit_diffusion.evaluation.gains import captured, gain, gain_of_j, memory_of_start, possible
+    from implicit_diffusion.evaluation.gains import (
+        Reweighted,
+        captured,
+        captured_by_weights,
+        gain,
+        gain_of_j,
+        memory_of_start,
+        possible,
+        reweighted,
+    )
     from implicit_diffusion.evaluation.independence import Draws, metropolis
     from implicit_diffusion.evaluation.judging import Judgement, judge
     from implicit_diffusion.evaluation.plans import Plan, PlanRow, make_plan
@@ -37,11 +46,13 @@ __all__ = [
     "PlanRow",
     "RewardJudgement",
     "RewardPlan",
+    "Reweighted",
     "Steered",
     "Stored",
     "TiltedLaw",
     "bound",
     "captured",
+    "captured_by_weights",
     "effect_of_clipping",
     "evaluate",
     "evaluate_pretrained",
@@ -55,6 +66,7 @@ __all__ = [
     "metropolis",
     "most_kl",
     "possible",
+    "reweighted",
     "sequential_monte_carlo",
     "sharpest",
     "tilted_law",

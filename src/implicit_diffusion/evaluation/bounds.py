@@ -117,21 +117,15 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
     also where the bound of the trained chain lies above J_before, which no true bound does: the pretrained chain's own
     never does, since log-mean-exp ≥ mean.
 
-    The estimate refers to the noise that both chains share. In J_before − J* = (J_before − J_after) + (J_after − J*)
-    the first difference is sharp without the control variate (`Evaluation.objective`), the second with it. So J* and
-    its reward are those of `bound` less the sample mean of the control variate, whose expectation is zero.
+    The estimate refers to the noise that both chains share (`on_its_noise`).
 
     Arguments as in `gains.captured`.
 
     Raises:
         InvalidInputError: as `gains.captured`.
     """
-    for name, given in (("before", before), ("after", after)):
-        check_type(name, given, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
-    if before.reward.shape[:1] != after.reward.shape[:1]:
-        starts = f"{len(before.reward)} and {len(after.reward)}"
-        raise InvalidInputError(f"before and after must hold the same starts, got {starts} of them")
-    trained = _on_its_noise(after, beta)
+    check_same_starts(before, after)
+    trained = on_its_noise(after, beta)
     if before.reward.shape[1] < 2:  # too few for a bound of its own
         return trained, "trained"
     pretrained = bound(before, beta)
@@ -141,13 +135,27 @@ def sharpest(before: Evaluation, after: Evaluation, beta: float) -> tuple[Bound,
     return trained, "trained"
 
 
-def _on_its_noise(evaluation: Evaluation, beta: float) -> Bound:
-    """The conditional bound without the sample mean of the control variate, as J of the same trajectories."""
+def check_same_starts(before: Evaluation, after: Evaluation) -> None:
+    """Raise `InvalidInputError` unless these are evaluations with the same number of starts."""
+    for name, given in (("before", before), ("after", after)):
+        check_type(name, given, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
+    if before.reward.shape[:1] != after.reward.shape[:1]:
+        starts = f"{len(before.reward)} and {len(after.reward)}"
+        raise InvalidInputError(f"before and after must hold the same starts, got {starts} of them")
+
+
+def on_its_noise(evaluation: Evaluation, beta: float) -> Bound:
+    """The conditional bound, for differences from chains under the same noise.
+
+    In J_before − J* = (J_before − J) + (J − J*) the first difference is sharp without the control variate
+    (`Evaluation.objective`), the second with it. So J* and its path KL are those of `bound` less the sample mean of the
+    control variate, whose expectation is zero. The reward shares its noise with those of the other chains as it is.
+    """
     value, tilted = jackknife(log_weights_of(evaluation, beta), evaluation.reward.double())
     variate = control_variate(evaluation, beta)
     j, j_se = mean_and_error(-beta * value - variate)
-    reward, reward_se = mean_and_error(tilted + variate)
-    return replace(bound(evaluation, beta), j=j, j_se=j_se, reward=reward, reward_se=reward_se)
+    kl, kl_se = mean_and_error((tilted - variate) / beta - value)
+    return replace(bound(evaluation, beta), j=j, j_se=j_se, path_kl=kl, path_kl_se=kl_se)
 
 
 def most_kl(pretrained: Evaluation, beta: float) -> float:

@@ -1,17 +1,37 @@
-"""What tilting can gain, in reward and in J, and which share of it a training has captured.
+r"""What tilting can gain, in reward and in J, and which share of it a training has captured, or the weights capture.
 
 Differences of means over the same trajectories are known more sharply than either mean: most of the noise cancels.
+
+**By weights.** Weighted (`tilting`), trajectories of the trained chain stand for P* given x_0, the law that attains J*:
+what training has left of the possible gain is in the weights. A judgement has drawn these trajectories already, so that
+the weighted law costs nothing, at the β of the training and at every other one that they still reach. Per start, with
+log Z and r = E* R by the jackknife (`soft_values`), R_0 of the pretrained chain on the same noise, and the control
+variate v = Σ_k ⟨Δ_k, ξ_k⟩/s_k of mean zero,
+
+    reward gained  r − R_0,        path KL  r/β − log Z − v,        fall of J  β (log Z + v) − R_0,
+
+in each of which the noise cancels where the drift is the optimum (`bounds.on_its_noise`).
+
+The weighted law captures all of the possible gain, exactly; measured on the very trajectories that J* is made of, it
+does so whatever they are. So its share compares two estimates of J_0 − J* that have no trajectory in common: by the
+weights of the first half of every start's trajectories, and by those of the second; or, where the bound is that of the
+pretrained chain, by the trajectories of either. How far it is from one, within its error, is what so many trajectories
+leave to chance.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
 from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type
-from implicit_diffusion.evaluation.bounds import sharpest
-from implicit_diffusion.evaluation.chains import Estimate, Evaluation, mean_and_error
+from implicit_diffusion.evaluation.bounds import check_same_starts, on_its_noise, sharpest
+from implicit_diffusion.evaluation.chains import Estimate, Evaluation, mapped, mean_and_error
 from implicit_diffusion.evaluation.soft_values import control_variate, influence, jackknife, log_weights_of
+from implicit_diffusion.showing import Shown, with_error
 
 
 def gain(
@@ -82,9 +102,95 @@ def _gained_and_possible(
     """J_before − J_after and J_before − J* of every start."""
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     chosen = {"trained": after, "pretrained": before}[sharpest(before, after, beta)[1]]
-    best = -beta * jackknife(log_weights_of(chosen, beta), chosen.reward.double())[0] - control_variate(chosen, beta)
     start = before.objective(beta).double().mean(1)
-    return start - after.objective(beta).double().mean(1), start - best
+    return start - after.objective(beta).double().mean(1), possible_by(chosen, before, beta)
+
+
+def possible_by(weighed: Evaluation, before: Evaluation, beta: float) -> Float[Tensor, " starts"]:
+    """J_before − J* of every start, by the weights of the trajectories of `weighed`, on the noise of both."""
+    value = jackknife(log_weights_of(weighed, beta), weighed.reward.double())[0]
+    return before.objective(beta).double().mean(1) + beta * value + control_variate(weighed, beta)
+
+
+@dataclass(frozen=True, repr=False)
+class Reweighted(Shown):
+    """The law P* given x_0, from trajectories of the trained chain.
+
+    Args:
+        kl_weight: β, in reward per nat.
+        reward: E* R.
+        reward_gain: the paired difference from the pretrained chain.
+        path_kl: of P* to the pretrained path law, in nats.
+        j: of P*, which is J*.
+        j_fall: the paired difference from the pretrained chain.
+        effective_share: effective trajectories of a start, as a share of all.
+        trusted: whether that is enough, and the bias that few of them leave within the error (`bounds.Bound`).
+    """
+
+    kl_weight: float
+    reward: Estimate
+    reward_gain: Estimate
+    path_kl: Estimate
+    j: Estimate
+    j_fall: Estimate
+    effective_share: float
+    trusted: bool
+
+    def _words(self) -> Iterable[str]:
+        yield f"kl_weight={self.kl_weight:g}"
+        yield f"reward={with_error(*self.reward)}"
+        yield f"path_kl={with_error(*self.path_kl)} nats"
+        yield f"effective_share={self.effective_share:.3g}{'' if self.trusted else ', not trusted'}"
+
+
+def reweighted(before: Evaluation, after: Evaluation, beta: float) -> Reweighted:
+    """The tilted law of any β from the trajectories of a judgement.
+
+    Args:
+        before: evaluation of the pretrained chain.
+        after: evaluation of the trained chain under the same noise, with at least 2 repeats per start.
+        beta: KL weight > 0, that of the training or another one.
+
+    Raises:
+        InvalidInputError: as `bounds.bound`; before and after have different numbers of starts.
+    """
+    beta = check_number("beta", beta, 0, note=": without a KL nothing is tilted")
+    check_same_starts(before, after)
+    law = on_its_noise(after, beta)
+    tilted = jackknife(log_weights_of(after, beta), after.reward.double())[1]
+    return Reweighted(
+        beta,
+        reward=Estimate(law.reward, law.reward_se),
+        reward_gain=mean_and_error(tilted - before.reward.double().mean(1)),
+        path_kl=Estimate(law.path_kl, law.path_kl_se),
+        j=Estimate(law.j, law.j_se),
+        j_fall=mean_and_error(possible_by(after, before, beta)),
+        effective_share=law.effective_samples / after.reward.shape[1],
+        trusted=law.trusted,
+    )
+
+
+def captured_by_weights(before: Evaluation, after: Evaluation, beta: float) -> Estimate:
+    """The share of the possible gain that the weighted trained chain captures: one, within its standard error.
+
+    Arguments and errors as in `captured`, with at least 4 repeats per start, of which there are two halves.
+    """
+    beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
+    if sharpest(before, after, beta)[1] == "pretrained":
+        return share_of(possible_by(after, before, beta), possible_by(before, before, beta))
+    half = after.reward.shape[1] // 2
+    if half < 2:
+        raise InvalidInputError(
+            f"after must hold at least 4 trajectories per start, 2 in either half, got {after.reward.shape[1]}"
+        )
+    first, second = slice(half), slice(half, 2 * half)
+    part, whole = (possible_by(_repeats(after, each), _repeats(before, each), beta) for each in (first, second))
+    return share_of(part, whole)
+
+
+def _repeats(evaluation: Evaluation, which: slice) -> Evaluation:
+    """Some of the trajectories of every start, without their samples."""
+    return mapped(lambda values: values[:, which], replace(evaluation, samples=evaluation.reward))
 
 
 def memory_of_start(values: Float[Tensor, "starts repeats"]) -> tuple[float, float]:

@@ -3,7 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.reward_values.arguments import given_as, like, of_tensors, takes_condition
+    from implicit_diffusion.reward_values.arguments import (
+        given_as,
+        like,
+        of_tensors,
+        takes_condition,
+        wants_metadata,
+        with_metadata,
+    )
     from implicit_diffusion.reward_values.results import scores_of
 else:
 
@@ -16,4 +23,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["given_as", "like", "of_tensors", "scores_of", "takes_condition"]
+__all__ = ["given_as", "like", "of_tensors", "scores_of", "takes_condition", "wants_metadata", "with_metadata"]

@@ -8,11 +8,13 @@ A function says what it wants by the annotation of its first parameter:
     list[PIL.Image.Image]   n pictures of 8 bits, RGB or L, as `output_type="pil"` of diffusers
 
 Arrays and pictures are copies without a gradient: to whoever trains with it, such a reward is a black box. A second
-argument without a default is the condition: prompts, class labels.
+argument without a default is the condition: prompts, class labels. One that is called `metadata`, in its place or
+behind it, is the list of the records that stand beside the prompts.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -31,6 +33,8 @@ from implicit_diffusion.reward_values.results import scores_of
 from implicit_diffusion.showing import Shown
 
 GIVEN_AS = "__given_as__"  # attribute of a function that was adapted: what the one inside is given
+METADATA = "metadata"  # name of an argument
+WANTS_METADATA = "__wants_metadata__"  # attribute of a function that was adapted
 CONDITION_NAMES = {
     "prompt",
     "prompts",
@@ -42,6 +46,7 @@ CONDITION_NAMES = {
     "labels",
     "class_labels",
     "condition",
+    "metadata",
 }
 UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 LISTED = re.compile(r"(\w+\.)*(list|sequence|iterable|collection|tuple)\[", re.IGNORECASE)
@@ -75,6 +80,36 @@ def takes_condition(function: Callable[..., Any]) -> bool:
             f"({', '.join(given)}); exchange them"
         )
     return len(given) == 2
+
+
+def with_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same reward as one of samples and prompts, whose attribute `metadata` it is given; itself if it takes none.
+
+    A reward that takes metadata has an argument of that name, (samples, metadata) or (samples, prompts, metadata), and
+    is called with a list of copies of the records there.
+    """
+    try:
+        parameters = list(_signature(function).parameters.values())
+    except (TypeError, ValueError):  # built-in functions may have no signature
+        return function
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in UNNAMED]
+    if METADATA not in required[1:3] or len(required) != required.index(METADATA) + 1:
+        return function
+
+    @functools.wraps(function)
+    def calling(x: Any, prompts: Any) -> Any:
+        records = [copy.deepcopy(prompt.metadata) for prompt in prompts]
+        return function(x, records) if len(required) == 2 else function(x, prompts, records)
+
+    second = inspect.Parameter("prompts", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    calling.__dict__["__signature__"] = inspect.Signature([parameters[0], second])
+    calling.__dict__[WANTS_METADATA] = True
+    return calling
+
+
+def wants_metadata(function: Callable[..., Any]) -> bool:
+    """Whether `with_metadata` has adapted a reward."""
+    return getattr(function, WANTS_METADATA, False)
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ import torch
 from implicit_diffusion import cli
 from implicit_diffusion.commands.ebm import command as ebm
 from implicit_diffusion.commands.ebm.data import COPIES, GREY, load_data, split
-from implicit_diffusion.commands.shared.data_arrays import read_array
+from implicit_diffusion.commands.shared.arrays.data_arrays import read_array
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.potentials.plane import LAWS

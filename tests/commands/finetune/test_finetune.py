@@ -45,6 +45,10 @@ def test_the_run_directory_holds_what_is_promised(finished):
     assert summary["updates"] == 6 and summary["path_kl"] > 0
     assert summary["j_bound"] < summary["j_before"]
     assert summary["j_after"] == pytest.approx(-summary["reward_after"] + 2.5 * summary["path_kl"], rel=1e-6)
+    law = summary["reweighted"]
+    assert law["j"] == pytest.approx(2.5 * law["path_kl"] - law["reward"], rel=1e-6) and law["kl_weight"] == 2.5
+    assert law["j_fall"] == pytest.approx(summary["j_before"] - law["j"]) and summary["reweighted_missing"] is None
+    assert "trained and weighted" in (finished / "report.html").read_text()
     config = json.loads((finished / "config.json").read_text())
     assert config["kl_weight"] == 2.5 and config["scheduler"] == "ddpm" and config["seed"] == 0
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -152,7 +156,8 @@ def test_deterministic_chain_with_drift_penalty(tmp_path, capsys):
     printed, card = capsys.readouterr().out, (tmp_path / "run" / "model" / "README.md").read_text()
     assert "pretrained reward" in printed and "KL" not in printed and "J  " not in printed
     assert "KL" not in card and "share" not in card and "2.5 × the squared distance of the drifts" in card
-    assert "KL" not in re.sub('base64,[^"]*', "", (tmp_path / "run" / "report.html").read_text())
+    page = re.sub('base64,[^"]*', "", (tmp_path / "run" / "report.html").read_text())
+    assert "KL" not in page and summary["reweighted"] is None and summary["reweighted_missing"] in page
 
 
 @pytest.mark.slow

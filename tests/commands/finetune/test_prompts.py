@@ -1,12 +1,13 @@
 """Files of prompts as editors of all systems save them: lines that they show as lines, or a refusal with the line."""
 
 import codecs
+import json
 import os
 
 import pytest
 
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.shared.conditioning import MOST, read_prompts
+from implicit_diffusion.commands.shared.prompt_files import MOST, copy_of, read_prompts, write_prompts
 from implicit_diffusion.errors import InvalidInputError
 
 WORDS = ["a red house", "Lärm, 海", "x\ty"]
@@ -108,3 +109,64 @@ def test_the_command_says_so_in_one_line(tmp_path, capsys):
     assert main(call) == 2
     said = capsys.readouterr().err
     assert "is a pipe, and only regular files are read" in said and "Traceback" not in said
+
+
+RECORDS = [
+    {"prompt": "a red house", "negative_prompt": "fog", "weight": 2, "metadata": {"id": 7, "tags": ["x", None]}},
+    {"prompt": " two\u2028lines ", "metadata": {}},
+    {"prompt": "Lärm, 海", "weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_lines_of_json(tmp_path, mark, end):
+    file = tmp_path / "prompts.JSONL"
+    file.write_bytes(mark + (end + (2 * end).join(map(json.dumps, RECORDS)) + end).encode())
+    prompts = read_prompts(file)
+    assert prompts == [each["prompt"] for each in RECORDS]
+    assert [prompt.negative for prompt in prompts] == ["fog", "", ""]
+    assert [prompt.weight for prompt in prompts] == [2.0, 1.0, 0.5]
+    assert [prompt.metadata for prompt in prompts] == [RECORDS[0]["metadata"], {}, None]
+    assert [prompt.line for prompt in prompts] == [2, 4, 6]
+    copy = tmp_path / copy_of(file, "prompts")
+    write_prompts(prompts, copy)
+    assert copy.name == "prompts.jsonl" and [vars(each) | {"line": 0} for each in read_prompts(copy)] == [
+        vars(each) | {"line": 0} for each in prompts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a house", "is no JSON"),
+        ('["a house"]', "is no JSON object"),
+        ("{}", "has no prompt"),
+        ('{"prompt": 3}', "must have a prompt of words, got 3"),
+        ('{"prompt": " "}', "must have a prompt of words"),
+        ('{"prompt": "a", "prompt": "b"}', "has a key twice"),
+        ('{"prompt": "a", "tag": 1}', "has the key 'tag', which is none of prompt, "),
+        ('{"prompt": "a", "negative_prompt": null}', "must have a negative_prompt of words"),
+        *[(f'{{"prompt": "a", "weight": {w}}}', "must have a finite weight") for w in ("-1", "true", '"2"', "null")],
+        ('{"prompt": "a", "weight": NaN}', "holds NaN"),
+        ('{"prompt": "a", "metadata": {"x": -Infinity}}', "holds -Infinity"),
+        ('{"prompt": "a", "metadata": {"x": 1e999}}', "holds 1e999"),
+        ('{"prompt": "a", "metadata": [1]}', r"must have an object of metadata, got \[1\]"),
+        (r'{"prompt": "\ud800"}', "holds half of a character"),
+        ('{"prompt": "a", "metadata": ' + 5000 * "[" + "]" * 5000 + "}", "is no JSON"),
+    ],
+)
+def test_lines_of_other_json_are_refused_by_number(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n\n' + line + "\n")
+    with pytest.raises(InvalidInputError, match=rf"--held {file}: line 3 {message}"):
+        read_prompts(file, "--held")
+
+
+def test_prompts_that_are_never_drawn_and_json_in_a_text_file_are_refused(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "weight": 0}\n')
+    with pytest.raises(InvalidInputError, match="all weights are 0"):
+        read_prompts(file)
+    with pytest.raises(InvalidInputError, match="let the name end in"):
+        read_prompts(file.rename(tmp_path / "prompts.txt"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.report.figures import draw
@@ -61,6 +62,10 @@ def good():
 
 def written(result, directory, figures=()):
     return write_report(result, list(figures), RunDirectory.create(directory)).read_text()
+
+
+def reached_rows(text):
+    return re.findall('<th scope="row">(.*?)</th>', text.partition("What was reached")[2].partition("</section>")[0])
 
 
 def titles(result, *, warning=True):
@@ -118,11 +123,13 @@ def test_a_run_without_path_kl(good, tmp_path):
     plan = replace(good.plan, bounds=(), gain_se=(), j_gain_se=())
     config = replace(good.config, penalty="drift")
     result = replace(changed(good, **dict.fromkeys(absent)), bound=None, plan=plan, config=config)
+    result = replace(result, summary=replace(result.summary, by_weights=by_weights(good.before, good.after, None)))
     assert frontier(result) is None and cost(result) is None
     figure, _, caption = training(result)
     assert len(figure.axes) == 1 and "KL" not in caption and "optimum" not in caption
     text = written(result, tmp_path)
     assert "Captured" not in text and "None" not in text
+    assert reached_rows(text) == ["pretrained", "trained"] and "with a penalty on drifts there is no law" in text
     assert "drift weight 3.3" in text and "KL weight" not in text and "the KL," not in text
     assert titles(result) == []
 
@@ -186,7 +193,10 @@ def test_no_false_alarm(good):
         ({"exported_less_after": Estimate(-2.0, 0.1)}, "The exported model differs from the trained chain"),
         ({"reward_gain": Estimate(0.1, 0.1)}, "No clear gain"),
         ({"reward_gain": Estimate(-1.0, 0.1)}, "The reward fell"),
-        ({"quality_after": quality(judge_confidence=0.8)}, "Reward hacking suspected: the judge lost confidence"),
+        (
+            {"quality_after": quality(judge_confidence=0.8)},
+            "Reward hacking suspected: the second classifier lost",
+        ),
         ({"quality_after": quality(nearest_distance=3.9)}, "Reward hacking suspected: samples left the real digits"),
         ({"quality_after": quality(memorised=0.2)}, "The model copies its training data"),
     ],

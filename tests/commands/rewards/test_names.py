@@ -15,6 +15,7 @@ from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.names import load_reward
 from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.prompt_files import Prompt
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation import evaluate
@@ -271,7 +272,7 @@ def test_a_reward_of_its_batch_is_refused_in_any_form(tmp_path):
 
 def test_of_decoded_images_and_prompts_as_well():
     """R of states, as the chain of a model with prompts calls it: forms are read, and mixing is noticed, behind it."""
-    given = Conditioning(Drawn("prompt", torch.arange(2)), ("dark", "bright"))
+    given = Conditioning(Drawn("prompt", torch.arange(2)), (Prompt("dark"), Prompt("bright")))
     x, condition = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), {"prompt": torch.tensor([0, 1, 1, 0])}
 
     def reward(images, prompts):

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from implicit_diffusion.commands.ebm import command as ebm
 from implicit_diffusion.commands.ebm.data import load_data
-from implicit_diffusion.commands.shared.array_files import place_of, read_array_file
-from implicit_diffusion.commands.shared.data_arrays import read_array
+from implicit_diffusion.commands.shared.arrays.array_files import place_of, read_array_file
+from implicit_diffusion.commands.shared.arrays.data_arrays import read_array
 from implicit_diffusion.commands.shared.inputs import absolute, inputs
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.noise import Noise

@@ -17,7 +17,7 @@ from implicit_diffusion.commands.ebm.data import Data, discrete, load_data
 from implicit_diffusion.commands.ebm.judging import judge, show, what_to_change
 from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.ebm.training import Trained, train
-from implicit_diffusion.commands.shared.array_files import place_of
+from implicit_diffusion.commands.shared.arrays.array_files import place_of
 from implicit_diffusion.commands.shared.inputs import inputs
 from implicit_diffusion.commands.shared.opening import dated, in_folder, opened
 from implicit_diffusion.commands.shared.recorded_options import read_options

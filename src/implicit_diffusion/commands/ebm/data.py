@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit_diffusion.commands.shared.array_files import read_array_file
-from implicit_diffusion.commands.shared.data_arrays import to_tensor
+from implicit_diffusion.commands.shared.arrays.array_files import read_array_file
+from implicit_diffusion.commands.shared.arrays.data_arrays import to_tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.lattice import LEVELS, Lattice, find_lattice
 from implicit_diffusion.noise import Noise

@@ -15,7 +15,7 @@ from implicit_diffusion.commands.ebm.data import Data, column_name
 from implicit_diffusion.commands.ebm.samples import distances, most_different, sides
 from implicit_diffusion.commands.ebm.summary import Summary
 from implicit_diffusion.commands.shared import ranges
-from implicit_diffusion.commands.shared.array_files import place_of
+from implicit_diffusion.commands.shared.arrays.array_files import place_of
 from implicit_diffusion.commands.shared.formatting import number
 from implicit_diffusion.commands.shared.page import Picture, configuration, duration, figure, table, tile, write_page
 from implicit_diffusion.commands.shared.recorded_options import read_options
@@ -227,7 +227,7 @@ def _use(data: Data, config: Config, directory: RunDirectory) -> str:
         likelihood = "log_p = model.log_density(x)  # nats"
         draws = "draws = model.sample(100, Noise(1))"
     code = f"""from implicit_diffusion import Noise
-from implicit_diffusion.commands.shared.data_arrays import read_array
+from implicit_diffusion.commands.shared.arrays.data_arrays import read_array
 from implicit_diffusion.models.energy_model import load_energy_model
 
 model = load_energy_model({model!r})

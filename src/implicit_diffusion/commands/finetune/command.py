@@ -19,7 +19,9 @@ from typing import Any
 from torch import nn
 
 from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
@@ -38,8 +40,10 @@ from implicit_diffusion.commands.finetune.training import (
     weight_of_penalty,
 )
 from implicit_diffusion.commands.rewards.weights import judge_labels
+from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.opening import continuing, dated
+from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.sharded import whole_copy
@@ -47,7 +51,7 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.each_reward import judge_rewards
 from implicit_diffusion.evaluation.judging import judge
 from implicit_diffusion.evaluation.plans import Plan
-from implicit_diffusion.files.atomic import replacing, writing
+from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
@@ -86,8 +90,8 @@ def run(
 
 def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Evaluation | None) -> dict[str, Any]:
     """The same in a directory that is held."""
-    if resumed and config.prompts is not None:
-        config = replace(config, prompts=directory.path / planning.PROMPTS)  # its own copy, and no other file
+    if resumed:
+        config = config.with_own_prompts(directory.path)
     if config.loop == "queue":
         config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not resumed:
@@ -104,7 +108,7 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         predicted = memory.predict_memory(loop)
     everywhere(lambda: memory.check_memory(predicted, device))
     if setup.conditioning.prompts:  # from here on, nothing is refused
-        fingerprints |= {"prompts": _keep_prompts(setup, directory, resumed)}
+        fingerprints |= {"prompts": _keep_prompts(config, setup.conditioning, directory, resumed)}
     trained = directory.has_state
     with continuing(directory):
         if not trained:
@@ -133,13 +137,16 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
 
 
 @main_only
-def _keep_prompts(setup: Setup, directory: RunDirectory, resumed: bool) -> Path:
-    """The run's own copy of its prompts, which a resumed run reads."""
-    path = directory.path / planning.PROMPTS
-    if not resumed:
-        with replacing(path) as file:
-            file.write_text("\n".join(setup.conditioning.prompts) + "\n", encoding="utf-8")
-    return path
+def _keep_prompts(config: Config, conditions: Conditioning, directory: RunDirectory, resumed: bool) -> list[Path]:
+    """The run's own copies of its prompts, which a resumed run reads."""
+    trained = conditions.trained_prompts
+    own, kept = config.with_own_prompts(directory.path), []
+    for path, prompts in ((own.prompts, trained), (own.held_out_prompts, conditions.prompts[len(trained) :])):
+        if path is not None:
+            kept.append(path)
+            if not resumed:
+                write_prompts(prompts, path)
+    return kept
 
 
 def _training_summary(config: Config, state: Fit, held_out: HeldOut, beta: float, predicted: int) -> TrainingSummary:
@@ -185,8 +192,10 @@ def finish(
     """
     config = read_options(Config, directory)
     judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
+    stored = judging.storage(directory, state.chain, config.starts)
+    unseen = evaluate_held_out(setup, state.chain, judged[:2], stored, judging.REPEATS)
     model = whole_copy(state.model)
-    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, directory))
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, unseen, directory))
 
 
 def _conclude(
@@ -198,9 +207,10 @@ def _conclude(
     training: TrainingSummary,
     judged: judging.Judged,
     judges: Sequence[Judges],
+    unseen: HeldOutPrompts | None,
     directory: RunDirectory,
 ) -> None:
-    """What follows from the three evaluations; arguments as in `finish`, and the trained model in one place."""
+    """What follows from the evaluations; arguments as in `finish`, and the trained model in one place."""
     beta = None if config.penalty == "drift" else training.kl_weight
     judgement = judge(*judged, beta)
     headline = headline_of(
@@ -216,7 +226,9 @@ def _conclude(
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
     model_facts = _model_summary(setup)
-    summary = Summary(headline, training, model_facts, memory_of_start, plan.rows(), *looks, rewards, judged_by)
+    weighted = by_weights(judged.before, judged.after, beta)
+    facts = weighted, training, model_facts, memory_of_start
+    summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.rewards.weights import check_judges, weighted
+from implicit_diffusion.commands.shared.prompt_files import HELD_OUT, TRAINED, copy_of
 from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
@@ -35,6 +36,7 @@ class Config:
     The reward is called with images of shape (n, C, H, W), which are decoded first if the model works on latents.
     If its first argument is annotated as list[PIL.Image.Image] or np.ndarray, it gets 8-bit pictures or arrays.
     If it takes two arguments, the second is the list of prompts, or the class labels of shape (n,).
+    An argument called metadata, in its place or behind it, is the list of records that --prompts has.
     It returns one number per image: shape (n,) or (n, 1), a list, or a pair (scores, info) or a dict with these."""
     judge: tuple[str, ...] = field(default=(), metadata={"repeatable": True})
     """A function of images that is measured and never raised, in any form of --reward; may be repeated.
@@ -48,7 +50,12 @@ class Config:
     reward_timeout: float = TIMEOUT
     """Seconds that the process of --reward-python may take to load, and to score a batch, before it is restarted."""
     prompts: Path | None = None
-    """Text file with one prompt per line; for models that are conditioned on text."""
+    """File with one prompt per line; for models that are conditioned on text.
+    If its name ends in .jsonl, each line is a JSON object with the keys prompt, negative_prompt, weight, metadata.
+    All but the prompt may be left out. Prompts are drawn in proportion to their weights.
+    A reward with an argument called metadata is given the list of these records."""
+    held_out_prompts: Path | None = None
+    """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
     """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
     null_class: int | None = None
@@ -138,6 +145,16 @@ class Config:
         if isinstance(self.reward, str):  # as a single one may be written in Python
             object.__setattr__(self, "reward", (self.reward,))
 
+    def with_own_prompts(self, folder: Path) -> Config:
+        """The same options with a run's own copies of the prompts, which lie in its folder."""
+        named = {"prompts": TRAINED, "held_out_prompts": HELD_OUT}
+        own: dict[str, Any] = {
+            option: folder / copy_of(path, name)
+            for option, name in named.items()
+            if (path := getattr(self, option)) is not None
+        }
+        return replace(self, **own)
+
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         names = [name for name, _ in weighted(self.reward)]
@@ -148,6 +165,8 @@ class Config:
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
         not_negative(self, "kl_weight", "guidance", "eta")
+        if self.held_out_prompts is not None and self.prompts is None:
+            raise InvalidInputError("--held-out-prompts needs --prompts, which the model is trained on")
         if self.eta is not None and self.scheduler != "ddim":
             raise InvalidInputError(
                 f"--eta is the noise of --scheduler ddim; {self.scheduler or 'the default'} has none"

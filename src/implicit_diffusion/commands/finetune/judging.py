@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
+from implicit_diffusion.commands.finetune.held_out_prompts import FOLDERS
 from implicit_diffusion.commands.finetune.problem.setup import AFTER, Setup
 from implicit_diffusion.commands.finetune.result import JUDGED
 from implicit_diffusion.commands.finetune.summary import JudgeSummary, Look, RewardSummary
@@ -59,7 +58,7 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirect
     network: Any = trained.denoiser
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
-    stored = _storage(directory, network.state_dict().values(), starts)
+    stored = _storage(storage(directory, trained, starts), starts)
     name = name_in_cache((*names_of(setup.spec.reward), *setup.spec.judge))
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
@@ -78,18 +77,25 @@ class _Storage(NamedTuple):
     exported: Stored
 
 
-def _storage(directory: RunDirectory, weights: Iterable[Tensor], starts: int) -> _Storage:
-    """Storage in the run's folder; prints how far an interrupted judgement has come.
+def storage(directory: RunDirectory, trained: Chain, starts: int) -> Callable[[str], Stored]:
+    """What keeps an evaluation of this name in the run's folder.
 
     Args:
         directory: of the run. provenance.json holds what the run reads, and the changes that were accepted since.
-        weights: of the network that is judged.
+        trained: the chain that is judged.
         starts: of each evaluation.
     """
-    digests = hashlib.sha256("".join(fingerprint(weight)["tensor"] for weight in weights).encode())
+    network: Any = trained.denoiser
+    prints = (fingerprint(weight)["tensor"] for weight in network.state_dict().values())
+    digests = hashlib.sha256("".join(prints).encode())
     inputs = hashlib.sha256(from_main((directory.path / provenance.PROVENANCE_FILE).read_bytes))
     depends_on = {"the trained weights": digests.hexdigest(), provenance.PROVENANCE_FILE: inputs.hexdigest()}
-    storage = _Storage(*(Stored(directory.path / JUDGED / side, depends_on, starts) for side in Judged._fields))
+    return lambda name: Stored(directory.path / JUDGED / name, depends_on, starts)
+
+
+def _storage(stored: Callable[[str], Stored], starts: int) -> _Storage:
+    """That of the three evaluations; prints how far an interrupted judgement has come."""
+    storage = _Storage(*map(stored, Judged._fields))
     done = _judged(storage)
     if done:
         print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")
@@ -110,8 +116,8 @@ def _judged(storage: _Storage) -> int:
 
 @main_only
 def forget(directory: RunDirectory) -> None:
-    """Remove the three evaluations, once the result is kept."""
-    for side in Judged._fields:
+    """Remove the evaluations, once the result is kept."""
+    for side in (*Judged._fields, *FOLDERS):
         shutil.rmtree(directory.path / JUDGED / side, ignore_errors=True)
 
 

@@ -23,6 +23,7 @@ from implicit_diffusion.commands.finetune.report.plan_table import plot, show
 from implicit_diffusion.commands.finetune.specs import PlanSpec
 from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
 from implicit_diffusion.commands.shared.inputs import with_imports
+from implicit_diffusion.commands.shared.prompt_files import COPIES
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import code_digest, evaluate_pretrained
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -40,14 +41,13 @@ PLANNED = "plan"  # the folder
 REPEATS = 16  # trajectories from each start
 KEPT = 256  # starts whose first sample is stored, for a picture and for a surrogate
 PICTURED = 64  # of them
-PROMPTS = "prompts.txt"  # the run's own copy, which a resumed run reads
 FILES = (
     "plan.json",
     f"{PLANNED}/{STATE_FILE}",
     f"{PLANNED}/{MANIFEST}",
     "figures/plan.png",
     "figures/pretrained.png",
-    PROMPTS,
+    *COPIES,
 )
 
 
@@ -217,7 +217,7 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
     What is trained, and how, is not part of it: neither β nor adapters, which are off in the pretrained network.
     """
     spec, conditions = setup.spec, setup.conditioning
-    prompts = hashlib.sha256("\n".join(conditions.prompts).encode()).hexdigest() if conditions.prompts else None
+    prompts = "\n".join(prompt.as_json() for prompt in conditions.trained_prompts)
     options = {
         "--model": None if "model" in fingerprints else spec.network.model,
         "--reference": None if "reference" in fingerprints else spec.network.reference,
@@ -227,8 +227,8 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
         "--eta": setup.eta,
         "--no-clip": spec.chain.no_clip or None,
         "--guidance": conditions.guidance if conditions.drawn is not None else None,
-        "--null-class": conditions.null if conditions.drawn is not None else None,
-        "--prompts": prompts and f"sha256 {prompts}",
+        "--null-class": conditions.null if conditions.drawn is not None and not prompts else None,
+        "--prompts": f"sha256 {hashlib.sha256(prompts.encode()).hexdigest()}" if prompts else None,
         "--precision": spec.network.precision,
         "--compile": spec.network.compile or None,
         "--seed": spec.noise.seed,

@@ -182,7 +182,9 @@ def setup_spec(config: Config) -> SetupSpec:
         config.compile,
         config.shard,
     )
-    conditions = ConditioningSpec(config.model, config.prompts, config.guidance, config.null_class)
+    conditions = ConditioningSpec(
+        config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
+    )
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
     reward = config.reward, config.judge, config.reward_python, config.reward_timeout

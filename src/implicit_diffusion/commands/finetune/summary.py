@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from implicit_diffusion.commands.finetune.by_weights import ByWeights
+from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts
 from implicit_diffusion.commands.shared.summaries import from_json, part_from_json, to_json
 from implicit_diffusion.digits import Quality
 from implicit_diffusion.evaluation.chains import Estimate
@@ -216,6 +218,7 @@ class Summary:
 
     Args:
         headline: what the judgement says.
+        by_weights: what the weights of the judged trajectories add to it.
         training: what the training did.
         model: what was trained and exported.
         memory_of_start: that of the plan.
@@ -225,9 +228,11 @@ class Summary:
         quality_exported: of the exported pipeline's samples.
         rewards: each reward by itself.
         judges: each judge by itself.
+        held_out_prompts: what was gained under prompts that were not trained on; None where there are none.
     """
 
     headline: Headline
+    by_weights: ByWeights
     training: TrainingSummary
     model: ModelSummary
     memory_of_start: MemoryOfStart
@@ -237,13 +242,16 @@ class Summary:
     quality_exported: Quality | None
     rewards: list[RewardSummary] = field(default_factory=list)
     judges: list[JudgeSummary] = field(default_factory=list)
+    held_out_prompts: HeldOutPrompts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One flat mapping of the parts' fields; estimates as two numbers."""
         looks = {"before": self.quality_before, "after": self.quality_after, "exported": self.quality_exported}
-        content: dict[str, Any] = to_json(self.headline) | to_json(self.training) | to_json(self.model)
+        content: dict[str, Any] = to_json(self.headline) | to_json(self.by_weights)
+        content |= to_json(self.training) | to_json(self.model)
         content |= {"memory_of_start": to_json(self.memory_of_start), "plan": to_json(self.plan)}
         content |= {"rewards": to_json(self.rewards), "judges": to_json(self.judges)}
+        content |= {"held_out_prompts": to_json(self.held_out_prompts)}
         content |= {f"quality_{when}": to_json(quality) for when, quality in looks.items()}
         for when in ("before", "after"):
             quality = looks[when]
@@ -263,6 +271,7 @@ class Summary:
         before, after, exported = (content[f"quality_{when}"] for when in ("before", "after", "exported"))
         return Summary(
             part_from_json(Headline, content),
+            part_from_json(ByWeights, content),
             part_from_json(TrainingSummary, content),
             part_from_json(ModelSummary, content),
             from_json(MemoryOfStart, content["memory_of_start"]),
@@ -272,4 +281,5 @@ class Summary:
             from_json(Quality | None, exported),
             from_json(list[RewardSummary], content["rewards"]),
             from_json(list[JudgeSummary], content["judges"]),
+            from_json(HeldOutPrompts | None, content["held_out_prompts"]),
         )

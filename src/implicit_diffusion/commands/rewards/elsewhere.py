@@ -9,7 +9,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.rewards.trust import code_of, has_imported, is_own, remember, spelled
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.reward_values import of_tensors, takes_condition
+from implicit_diffusion.reward_values import of_tensors, takes_condition, with_metadata
 from implicit_diffusion.scorers import Scorer
 
 
@@ -29,8 +29,9 @@ def load_elsewhere(name: str, python: Path, timeout: float) -> Callable[..., Ten
     remember(code)
     scorer = Scorer(place, function, call, python=python, timeout=timeout, code=code.content)
     has_imported(code, scorer.files)
-    takes_condition(scorer)
-    return of_tensors(scorer)
+    reward = with_metadata(scorer)
+    takes_condition(reward)
+    return of_tensors(reward)
 
 
 def check_python(rewards: Sequence[str], python: Path | None) -> None:

@@ -27,7 +27,7 @@ from implicit_diffusion.digits import digit_log_probability
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, check_path, reason_of
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.models.image_text import load_image_text
-from implicit_diffusion.reward_values import of_tensors, takes_condition
+from implicit_diffusion.reward_values import of_tensors, takes_condition, with_metadata
 from implicit_diffusion.scorers import TIMEOUT
 
 NAMES = (
@@ -142,6 +142,7 @@ def _function(name: str, arguments: Arguments | None, device: torch.device | Non
         if device is not None:
             network.to(device)
     with blamed(name):
+        reward = with_metadata(reward)
         takes_condition(reward)
         reward = of_tensors(reward)
     return _with_named_errors(reward, name)

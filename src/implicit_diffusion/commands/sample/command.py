@@ -22,8 +22,8 @@ from implicit_diffusion.commands.shared.conditioning import (
     Conditioning,
     ConditioningSpec,
     conditioning,
-    read_prompts,
 )
+from implicit_diffusion.commands.shared.prompt_files import read_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.extras import require
@@ -161,7 +161,14 @@ def _by_pipeline(
     options["guidance_scale"] = pretrained.family.guidance if guidance is None else guidance
     if conditions.prompts is not None:
         prompts = read_prompts(conditions.prompts)
-        return lambda numbers: list(pipeline([prompts[i % len(prompts)] for i in numbers], **options).images)
+
+        def draw(numbers: range) -> list[Any]:
+            given = [prompts[i % len(prompts)] for i in numbers]
+            negative = [prompt.negative for prompt in given]
+            texts = {"prompt": [*map(str, given)], "negative_prompt": negative if any(negative) else None}
+            return list(pipeline(**texts, **options).images)
+
+        return draw
     given = conditioning(conditions, pretrained, device)
     if pretrained.decoder is not None:
         return lambda numbers: list(pipeline(_in_turn(given, numbers)[CLASS].tolist(), **options).images)

@@ -26,7 +26,8 @@ class Config:
     """File to write: a .png, .jpg or .webp picture, or a .npy array from an energy-based model.
     An existing file is never overwritten."""
     prompts: Path | None = None
-    """Text file with one prompt per line, for models that are conditioned on text; images use the prompts in turn."""
+    """File with one prompt per line, for models that are conditioned on text; images use the prompts in turn.
+    If its name ends in .jsonl, its lines are JSON, as for `finetune --prompts`."""
     num_steps: int | None = None
     """Number of sampling steps; by default the number that the model was fine-tuned for.
     With any other number, and for a model that was never fine-tuned, the pipeline of the model draws the images.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from implicit_diffusion.commands.score.config import Config
-from implicit_diffusion.commands.shared.data_arrays import read_array
+from implicit_diffusion.commands.shared.arrays.data_arrays import read_array
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.models.energy_model import load_energy_model
 from implicit_diffusion.noise import Noise

@@ -9,37 +9,24 @@ For every trajectory the chain draws the number of a prompt, or a class (`Drawn`
 
 from __future__ import annotations
 
-import codecs
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, read_prompts
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
-from implicit_diffusion.errors import InvalidInputError, check_path
-from implicit_diffusion.files.reading import read_bytes
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
-from implicit_diffusion.reward_values import like, of_tensors, takes_condition
+from implicit_diffusion.reward_values import like, of_tensors, takes_condition, wants_metadata
 from implicit_diffusion.showing import Shown
 
 PROMPT, CLASS = "prompt", "class_labels"
-MOST = 2**24  # largest size of a file of prompts, in bytes
-MARKS = {  # byte order marks, with the encodings that they announce
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, since it begins with the mark of that
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-MARK = "\ufeff"
-UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and separators of lines and paragraphs
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,8 @@ class ConditioningSpec:
 
     Args:
         model: its name, for messages.
-        prompts: text file with one prompt per line; None for a model without prompts.
+        prompts: file with one prompt per line; None for a model without prompts.
+        held_out: another one, whose prompts are not trained on; None for none.
         guidance: scale w of classifier-free guidance; None for that of the model's pipeline.
         null_class: the label that stands for no class; None where the model has none.
     """
@@ -57,6 +45,7 @@ class ConditioningSpec:
     prompts: Path | None = None
     guidance: float | None = None
     null_class: int | None = None
+    held_out: Path | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,17 +54,24 @@ class Conditioning(Shown):
 
     Args:
         drawn: the chain's condition; None for an unconditional model.
-        prompts: the prompts, in the order of the file.
-        table: their embeddings; the last row is that of the empty prompt.
+        prompts: those of the file, in its order, and behind them those that are not trained on.
+        table: embeddings of the prompts, of their negative prompts and, as the last row, of the empty prompt.
         guidance: scale w of classifier-free guidance.
-        null: the value of the condition that stands for none, where guidance needs it.
+        null: the value of the condition that stands for none, or that for every prompt, where guidance needs it.
+        held_out: the condition that draws from the prompts that are not trained on; None where there are none.
     """
 
     drawn: Drawn | None = None
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     table: Mapping[str, Tensor] | None = None
     guidance: float = 1.0
-    null: int | None = None
+    null: int | Tensor | None = None
+    held_out: Drawn | None = None
+
+    @property
+    def trained_prompts(self) -> tuple[Prompt, ...]:
+        """The prompts that are trained on."""
+        return self.prompts[: len(self.drawn.values)] if self.prompts and self.drawn is not None else ()
 
     def around(self, network: nn.Module) -> nn.Module:
         """The denoiser that the chain runs: `network` within embeddings and guidance."""
@@ -92,8 +88,11 @@ class Conditioning(Shown):
         It returns whatever the reward returns.
 
         Raises:
-            InvalidInputError: a reward of images and prompts, but an unconditional model.
+            InvalidInputError: a reward of images and prompts, but an unconditional model; one that takes metadata,
+                which a prompt does not have.
         """
+        if wants_metadata(reward):
+            self._check_metadata()
         if self.drawn is None:
             if takes_condition(reward):
                 raise InvalidInputError(
@@ -114,6 +113,18 @@ class Conditioning(Shown):
 
         return like(of_states, reward)
 
+    def _check_metadata(self) -> None:
+        without = next((i for i, prompt in enumerate(self.prompts) if prompt.metadata is None), None)
+        if not self.prompts or without is not None:
+            lacks = "samples of this model come without prompts"
+            if without is not None:
+                file = "--prompts" if without < len(self.trained_prompts) else "--held-out-prompts"
+                lacks = f"line {self.prompts[without].line} of {file} has none"
+            raise InvalidInputError(
+                f"reward takes metadata, which stand beside the prompts in a file of JSON lines, and {lacks}; write "
+                f"lines such as {EXAMPLE}"
+            )
+
 
 def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:
     """The conditions that `spec` asks for, checked against the model.
@@ -123,9 +134,9 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
             an unconditional model, or without a class that stands for none; from `embed_prompts`.
     """
     kind, guidance = pretrained.condition, spec.guidance
-    if kind != "prompts" and spec.prompts is not None:
+    if kind != "prompts" and (spec.prompts or spec.held_out):
         raise InvalidInputError(
-            f"--prompts: {spec.model} has no text encoder, it is "
+            f"{'--prompts' if spec.prompts else '--held-out-prompts'}: {spec.model} has no text encoder, it is "
             + ("conditioned on class labels" if kind else "unconditional")
             + "; leave them out"
         )
@@ -139,11 +150,9 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
     if kind == "prompts":
         if spec.prompts is None:
             raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
-        prompts = read_prompts(spec.prompts)
-        assert pretrained.checkpoint is not None
-        table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, prompts, device)
-        count = len(prompts)
-        return Conditioning(Drawn(PROMPT, torch.arange(count)), tuple(prompts), table, guidance, null=count)
+        trained = read_prompts(spec.prompts)
+        held_out = [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
+        return _of_prompts(trained, held_out, guidance, pretrained, device)
     classes, null = pretrained.num_classes or 0, spec.null_class
     if null is None and pretrained.family is not PIXELS:
         null = classes  # DiT was trained with this row for dropped labels
@@ -157,38 +166,23 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
     return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null)
 
 
-def read_prompts(path: str | PathLike[str]) -> list[str]:
-    r"""The prompts of a file, one per line; blank lines are skipped.
+def _of_prompts(
+    trained: list[Prompt], held_out: list[Prompt], guidance: float, pretrained: Pretrained, device: torch.device
+) -> Conditioning:
+    """Prompts by their numbers; behind their embeddings stand those of the negative ones, each once."""
+    prompts = (*trained, *held_out)
+    negatives = list(dict.fromkeys(prompt.negative for prompt in prompts if prompt.negative))
+    assert pretrained.checkpoint is not None
+    texts = [*map(str, prompts), *negatives]
+    table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
+    place = {"": len(texts)} | {text: len(prompts) + i for i, text in enumerate(negatives)}
+    null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
+    seen = Drawn(PROMPT, torch.arange(len(trained)), _weights(trained))
+    unseen = Drawn(PROMPT, torch.arange(len(trained), len(prompts)), _weights(held_out)) if held_out else None
+    return Conditioning(seen, prompts, table, guidance, null, unseen)
 
-    A line ends where a text editor ends it: at \n, \r\n or \r. The file is UTF-8, or begins with the byte order mark of
-    UTF-8, UTF-16 or UTF-32. Other characters that may be read as the end of a line (a form feed, U+0085, U+2028, …),
-    and other control characters, which editors do not show, are refused.
 
-    Raises:
-        InvalidInputError: there is no such file, it is not a regular file, has more than `MOST` bytes, another
-            encoding, such a character (the message names the line), or no prompts.
-    """
-    try:
-        contents = read_bytes(check_path("--prompts", path), MOST)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"--prompts: {error}; it must be a text file with one prompt per line") from error
-    encoding = next((name for mark, name in MARKS.items() if contents.startswith(mark)), "utf-8")
-    try:
-        text = contents.decode(encoding)
-    except UnicodeDecodeError as error:
-        at = contents.count(b"\n", 0, error.start) + 1
-        raise InvalidInputError(
-            f"--prompts {path} cannot be read: line {at} is not {encoding} ({error.reason}); save it as UTF-8"
-        ) from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    for number, line in enumerate(lines, 1):
-        for character in line:
-            if (unicodedata.category(character) in UNSEEN and character != "\t") or character == MARK:
-                raise InvalidInputError(
-                    f"--prompts {path}: line {number} contains the character U+{ord(character):04X}, which editors do "
-                    "not show as it is read; remove it, or begin a new line there"
-                )
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InvalidInputError(f"--prompts {path} holds no prompts; write one per line")
-    return prompts
+def _weights(prompts: list[Prompt]) -> Tensor | None:
+    """Their weights; None where all are the same."""
+    weights = torch.tensor([prompt.weight for prompt in prompts], dtype=torch.float64)
+    return None if (weights == weights[0]).all() else weights

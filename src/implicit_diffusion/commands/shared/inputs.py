@@ -16,7 +16,7 @@ import torch
 
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.weights import functions_in, with_absolute_names
-from implicit_diffusion.commands.shared.array_files import place_of
+from implicit_diffusion.commands.shared.arrays.array_files import place_of
 from implicit_diffusion.errors import check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
 from implicit_diffusion.models.checkpoints import find_checkpoint

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from implicit_diffusion.commands.finetune.planning import PLANNED, PROMPTS
+from implicit_diffusion.commands.finetune.planning import PLANNED
+from implicit_diffusion.commands.shared.prompt_files import COPIES
 from implicit_diffusion.commands.sweep.config import OF_ONE_RUN, Config
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import UNFINISHED
@@ -25,7 +26,7 @@ LEFT_BY_AN_EARLY_END = {
     "plan.json",
     PLANNED,
     "figures",
-    PROMPTS,
+    *COPIES,
     "checkpoint",
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import FAINT, INK, legend_above
 from implicit_diffusion.commands.shared.formatting import number, percent
 from implicit_diffusion.evaluation.bounds import Bound
+from implicit_diffusion.evaluation.gains import Reweighted
 from implicit_diffusion.extras import require
 
 NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
@@ -36,7 +38,9 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
         return None
     before, gain = headline.reward_before.mean, headline.reward_gain
     path = result.column("updates", "held_out_path_kl", "held_out_reward")
+    weighted = _by_weights(result)
     reach = 1.45 * max(best.path_kl, headline.path_kl.mean, *(kl for _, kl, *_ in path), 1e-6)
+    reach = max([reach, *(1.1 * law.path_kl.mean for law in weighted)])
     plan = result.plan.reward
     bounds = [b for b in result.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
     path = [(n, kl, reward - result.summary.training.held_out_reward_before) for n, kl, reward in path]
@@ -51,7 +55,9 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
     knots += [replace(best, reward=optimum)] if best.path_kl > 0 else []
     curve = tangent_curve(0.0, sorted(knots, key=_path_kl), kl) if knots else np.full_like(kl, np.nan)
     low = min(0.0, gain.mean, *(gained for *_, gained in path))
-    high = max(optimum, gain.mean, float(np.nanmax(curve, initial=optimum)))
+    high = max(
+        optimum, gain.mean, float(np.nanmax(curve, initial=optimum)), *(law.reward_gain.mean for law in weighted)
+    )
     limits = low - 0.12 * (high - low), high + 0.22 * (high - low)
     axes.fill_between(kl, ceiling, limits[1], color=FAINT, alpha=0.65, lw=0)
     axes.annotate("out of reach", (0.04, 0.93), xycoords="axes fraction", color="#5b626c", fontstyle="italic")
@@ -64,7 +70,7 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
         rows = [(b.path_kl, b.path_kl_se, b.reward - plan, errors[b.beta]) for b in shown]
         _points(axes, rows, fmt="o", ms=4.5, **colour)
         for b in shown:
-            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": BOUND}
+            place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": BOUND, "zorder": 6}
             axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, b.reward - plan), **place)
     line = -best.j - before + best.beta * kl
     axes.plot(kl, line, color=INK, lw=1, ls=(0, (5, 3)), label=f"best J at KL weight {best.beta:.3g}")
@@ -79,6 +85,7 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
             bar.outline.set_visible(False)
             bar.locator = _few_ticks()
             bar.update_ticks()
+    _draw_by_weights(axes, weighted)
     _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
     _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
     final = (*headline.path_kl, *gain)
@@ -94,12 +101,43 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
         "standard errors. No sampler of this chain enters the grey region; means over few draws, such as the dots of "
         "the training, may stray into it. The frontier comes from pretrained samples alone, except for the star, the "
         f"optimum of this run's KL weight, which {source} samples of the final noise determine more sharply than "
-        f"{other} ones. The run ends "
+        f"{other} ones. {_words_by_weights(weighted)}The run ends "
         f"{number(headline.j_after.mean - best.j, digits=2)} of reward below the dashed line"
     )
     share = headline.captured
     caption += "." if share is None else f", {percent(share.mean)} of the way from the pretrained model."
     return figure, "Reward against path KL", caption
+
+
+def _by_weights(result: Result) -> list[Reweighted]:
+    """The weighted laws by falling KL weight; of those not trusted, the first on either side."""
+    by_weights = result.summary.by_weights
+    laws = [*by_weights.reweighted_nearby, *([by_weights.reweighted] if by_weights.reweighted else [])]
+    laws.sort(key=lambda law: -law.kl_weight)
+    trusted = [place for place, law in enumerate(laws) if law.trusted]
+    return laws[max(0, trusted[0] - 1) : trusted[-1] + 2] if trusted else []
+
+
+def _draw_by_weights(axes: Any, laws: Sequence[Reweighted]) -> None:
+    """Triangles with their errors; hollow, and on a dashed line, where they are not trusted."""
+    for one, other in pairwise(laws):
+        line = {"ls": "-" if one.trusted and other.trusted else (0, (3, 2)), "color": AFTER, "lw": 1, "zorder": 3}
+        axes.plot(*zip(*((law.path_kl.mean, law.reward_gain.mean) for law in (one, other))), **line)
+    for certain in (True, False):
+        style = {"fmt": "^", "ms": 6, "color": AFTER, "markerfacecolor": AFTER if certain else "white"}
+        rows = [(*law.path_kl, *law.reward_gain) for law in laws if law.trusted is certain]
+        _points(axes, rows, **style, **({"label": "fine-tuned and weighted"} if certain else {}))
+
+
+def _words_by_weights(laws: Sequence[Reweighted]) -> str:
+    """What the triangles are, for the caption."""
+    if not laws:
+        return ""
+    ends = " to ".join(f"{law.kl_weight:.3g}" for law in (laws[0], laws[-1]))
+    return (
+        f"Triangles are the trained chain's own samples, weighted for KL weights from {ends}: one run, and the laws "
+        "around it; hollow, on a dashed line, where too few samples are effective to trust them. "
+    )
 
 
 def tangent_curve(pretrained: float, bounds: Sequence[Bound], kl: np.ndarray) -> np.ndarray:

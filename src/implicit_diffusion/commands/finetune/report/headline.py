@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from implicit_diffusion.commands.finetune.by_weights import ByWeights
+from implicit_diffusion.commands.finetune.held_out_prompts import line_of
 from implicit_diffusion.commands.finetune.summary import Headline, Summary
 from implicit_diffusion.commands.shared.formatting import beside, number, percent
 from implicit_diffusion.evaluation.chains import Estimate
@@ -122,10 +124,13 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield f"reward    {before} → {after} ({number(*headline.reward_gain, sign=True)}, or {deviations} deviations)"
     yield from _lines_of_rewards(summary)
     yield from _lines_of_judges(summary)
+    if summary.held_out_prompts is not None:
+        yield from line_of(summary.held_out_prompts)
     if headline.path_kl is not None:
         yield f"path KL   {number(*headline.path_kl)} nats"
     if headline.j_bound is not None:
         yield from _lines_of_j(headline, training.kl_weight)
+    yield from _line_by_weights(summary.by_weights)
     yield f"cost      {clock.in_words(clock.seconds(directory.path) or {'training': training.seconds})}"
     evaluations = f"{training.network_evaluations:,} network evaluations"
     yield f"          {updates_in_words(summary)} with {evaluations}, estimator {training.estimator}"
@@ -169,3 +174,18 @@ def _lines_of_j(headline: Headline, beta: float) -> Iterator[str]:
     )
     most = number(could, could_error)
     yield f"bound     {beside(headline.j_bound.mean, could_error)}{source}: J could fall by {most}; {result}"
+
+
+def _line_by_weights(by_weights: ByWeights) -> Iterator[str]:
+    """The trained chain with the weights of its trajectories, where they have any."""
+    law = by_weights.reweighted
+    if law is None:
+        return
+    share = by_weights.reweighted_captured
+    captured = "" if share is None else f": captured {percent(*share)}"
+    trust = "" if law.trusted else ", too small to trust"
+    yield (
+        f"weighted  reward {number(law.reward.mean, digits=4)} ({number(*law.reward_gain, sign=True)}), path KL "
+        f"{number(*law.path_kl)} nats, J {beside(law.j.mean, law.j_fall.error)}{captured}; effective share "
+        f"{percent(law.effective_share)}{trust}"
+    )

@@ -71,8 +71,8 @@ def course(result: Result) -> tuple[Any, str, str] | None:
             if row == 0:
                 axes.set_title(str(updates), fontsize=8.5, loc="center", pad=3)
     caption = (
-        "Each row is the same held-out noise, and each column the model after so many updates. These are the first "
-        f"{rows} draws on which the judges were asked, not chosen ones."
+        "Each row is the same held-out noise, and each column the model after so many updates, as the numbers say. "
+        f"These are the first {rows} draws on which the judges were asked, not chosen ones."
     )
     return figure, "The same noise through the run", caption
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 
+from implicit_diffusion.commands.finetune import held_out_prompts
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
-from implicit_diffusion.commands.finetune.planning import PROMPTS
 from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.report.judges import judges_at_the_end
+from implicit_diffusion.commands.finetune.report.reached import reached
 from implicit_diffusion.commands.finetune.report.rewards import rewards_at_the_end, rewards_of_the_plan
 from implicit_diffusion.commands.finetune.report.run_warnings import run_warnings
 from implicit_diffusion.commands.finetune.result import Result, outside
@@ -43,9 +44,11 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
     body = [
         _headline(result, title),
         _warnings(result),
+        reached(result),
         page.figures(figures),
         rewards_at_the_end(result),
         judges_at_the_end(result),
+        _held_out_prompts(result),
         _quality(result),
         _time(directory),
         _plan(result),
@@ -129,9 +132,15 @@ def _warnings(result: Result) -> str:
     if not any(warning.serious for warning in warnings):
         checked = "the gain, " + ("" if result.drift else "the KL, ") + "the pixels' range, the exported model"
         if result.summary.quality_after is not None:
-            checked += ", the judge's confidence, the distance to real digits, copies of training data"
+            checked += ", the second classifier's confidence, the distance to real digits, copies of training data"
         cards.insert(0, f'<div class="concern fine"><p><b>No warnings.</b> Checked: {checked}.</p></div>')
     return f'<section class="concerns">{"".join(cards)}</section>'
+
+
+def _held_out_prompts(result: Result) -> str:
+    headline = result.summary.headline
+    ends = headline.reward_before, headline.reward_after
+    return held_out_prompts.section(result.summary.held_out_prompts, *ends, headline.reward_gain)
 
 
 def _quality(result: Result) -> str:
@@ -160,8 +169,8 @@ all steps. A dash stands for what was not measured.</p>
 
 QUALITY = {
     "confidence of the classifier": "classifier_confidence",
-    "confidence of the judge": "judge_confidence",
-    "classifier and judge agree": "judge_agreement",
+    "confidence of the second classifier": "judge_confidence",
+    "the classifiers agree": "judge_agreement",
     "copies of training data": "memorised",
     "distance to the nearest digit": "nearest_distance",
 }
@@ -236,8 +245,7 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
             "none for that. To draw from the trained chain:</p>\n<pre><code>implicit-diffusion sample --model "
             f"{escape(shlex.quote(str(directory.model)))}</code></pre>\n"
         )
-    prompts = directory.path / PROMPTS  # the run's copy, which is there as long as the report is
-    again = replace(config, prompts=prompts) if prompts.is_file() else config
+    again = config.with_own_prompts(directory.path)  # which are there as long as the report is
     return f"""<section><h2>Use the model</h2>
 <p>Plain diffusers loads it, without this package:</p>
 <pre><code>{escape(code)}</code></pre>

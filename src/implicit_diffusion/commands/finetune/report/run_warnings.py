@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from implicit_diffusion.commands.finetune.held_out_prompts import difference, prompts_in_words
 from implicit_diffusion.commands.finetune.result import Result, outside
 from implicit_diffusion.commands.shared.formatting import number, percent
 
@@ -48,7 +49,20 @@ class RunWarning:
 
 def run_warnings(result: Result) -> list[RunWarning]:
     """All warnings, the serious ones first."""
-    parts = (_worse, _stopped, _judges, _gain, _captured, _bound, _target, _clipping, _export, _pixels, _quality)
+    parts = (
+        _worse,
+        _stopped,
+        _judges,
+        _held_out_prompts,
+        _gain,
+        _captured,
+        _bound,
+        _target,
+        _clipping,
+        _export,
+        _pixels,
+        _quality,
+    )
     return sorted((warning for part in parts for warning in part(result)), key=lambda warning: not warning.serious)
 
 
@@ -84,6 +98,17 @@ def _judges(result: Result) -> Iterator[RunWarning]:
     if result.config.export == "best" and training.kept is not None:
         text = f"It is the model of update {training.kept['updates']}, and the run made {training.updates}."
         yield RunWarning(False, "The model is not the last one", text)
+
+
+def _held_out_prompts(result: Result) -> Iterator[RunWarning]:
+    unseen = result.summary.held_out_prompts
+    if unseen is not None and unseen.part:
+        text = (
+            f"Under {prompts_in_words(unseen.count)} that were not trained on the reward gained "
+            f"{number(*unseen.gain, sign=True)}, {difference(unseen)}. What was learned belongs to the prompts: "
+            "train on more of them, or for fewer updates."
+        )
+        yield RunWarning(True, "Prompts that were not trained on gained less", text)
 
 
 def _gain(result: Result) -> Iterator[RunWarning]:
@@ -192,11 +217,11 @@ def _quality(result: Result) -> Iterator[RunWarning]:
     lost, widened = judge[0] - judge[1], (network[1] - judge[1]) - (network[0] - judge[0])
     if lost > JUDGE_LOST or widened > GAP_GREW:
         text = (
-            f"The confidence of a judge that was never optimised against went from {percent(judge[0])} to "
+            f"The confidence of a second classifier, never optimised against, went from {percent(judge[0])} to "
             f"{percent(judge[1])}; that of the classifier went from {percent(network[0])} to {percent(network[1])}. "
             "Raise --kl-weight."
         )
-        yield RunWarning(True, "Reward hacking suspected: the judge lost confidence", text)
+        yield RunWarning(True, "Reward hacking suspected: the second classifier lost", text)
     if after.nearest_distance > AWAY * before.nearest_distance:
         text = (
             f"The nearest real digit is {number(after.nearest_distance, digits=2)} away on average, "

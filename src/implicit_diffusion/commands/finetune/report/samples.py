@@ -63,7 +63,7 @@ def _pixels(x: Tensor) -> np.ndarray:
 
 
 def hacking(result: Result) -> tuple[Any, str, str] | None:
-    """Distribution of the reward; for digits also the verdict of a judge that was not optimised against."""
+    """Distribution of the reward; for digits also what a classifier says that was not optimised against."""
     before, after, exported = (getattr(result.summary, f"quality_{when}") for when in ("before", "after", "exported"))
     caption = (
         f"Rewards of {result.before.reward.numel()} pretrained and {result.after.reward.numel()} fine-tuned samples "
@@ -84,7 +84,10 @@ def hacking(result: Result) -> tuple[Any, str, str] | None:
     series["after"] = after, AFTER, "o"
     if exported is not None:
         series["exported"] = exported, EXPORTED, "X"
-    shares = {"classifier's\nconfidence": "classifier_confidence", "judge's\nconfidence": "judge_confidence"}
+    shares = {
+        "classifier's\nconfidence": "classifier_confidence",
+        "second classifier's\nconfidence": "judge_confidence",
+    }
     shares |= {"the two\nagree": "judge_agreement", "copies of\ntraining data": "memorised"}
     axes = figure.add_subplot(grid[2, :])
     _dots(axes, series, shares, scale=100.0)
@@ -105,8 +108,8 @@ def hacking(result: Result) -> tuple[Any, str, str] | None:
     distance.locator_params(axis="x", nbins=4)
     caption += (
         " Bars on the shares of digits are ± 2 standard errors. The classifier may have been optimised against, the "
-        "judge (a support vector machine) never was: where only "
-        "the classifier becomes more confident, the reward has been hacked. The green band is the MMD² of two random "
+        "second one (a support vector machine) never was: where only the first "
+        "becomes more confident, the reward has been hacked. The green band is the MMD² of two random "
         "halves of the real digits; a reward that asks for rare digits moves the set out of it honestly. “Exported” is "
         "the model in model/, the trained network on all steps."
     )

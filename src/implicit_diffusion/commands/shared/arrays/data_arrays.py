@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.commands.shared.array_files import MOST_LISTED, read_array_file
+from implicit_diffusion.commands.shared.arrays.array_files import MOST_LISTED, read_array_file
 from implicit_diffusion.errors import InvalidInputError
 
 

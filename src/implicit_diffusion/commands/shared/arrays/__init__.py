@@ -1,0 +1,1 @@
+"""Arrays of numbers in files, and as data to train on."""
