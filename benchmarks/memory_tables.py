@@ -1,7 +1,7 @@
 """Predict what fine-tuning large pipelines needs: `python benchmarks/memory_tables.py` prints the tables of the docs.
 
 The networks, decoders and text encoders are built from their published configs, which are written out below, on the
-meta device: nothing is downloaded, and no weight is in memory. What is printed is predicted by `loops.needs`, and has
+meta device: nothing is downloaded, and no weight is in memory. What is printed is predicted by `finetune.problem.needs`, and has
 not been measured. In bfloat16 activations are taken as half of those in float32, which is the least that they can be.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_diffusion.commands.finetune.problem.needs import activation_bytes, weight_bytes
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.loops.memory import in_units
-from implicit_diffusion.loops.needs import activation_bytes, weight_bytes
 from implicit_diffusion.noise import Noise
 
 RANK, MOMENTS, BATCH, STEPS = 16, 2, 1, 10

@@ -8,11 +8,11 @@ import torch
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem import setup
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
+from implicit_diffusion.commands.finetune.problem.needs import Needs, check_needs, weight_bytes
 from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.finetune.training import make_loop
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.loops.memory import predict_memory
-from implicit_diffusion.loops.needs import Needs, check_needs, weight_bytes
 from implicit_diffusion.models.pretrained import load_pretrained
 from tests.helpers import tiny
 

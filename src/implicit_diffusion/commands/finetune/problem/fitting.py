@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from implicit_diffusion.commands.finetune.problem.needs import Needs, activation_bytes, weight_bytes
 from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.gradients.footprint import bytes_of
-from implicit_diffusion.loops.needs import Needs, activation_bytes, weight_bytes
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.families import PIXELS, PipelineFamily
 from implicit_diffusion.models.parts import saved_dtype, without_memory

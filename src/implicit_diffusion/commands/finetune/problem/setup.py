@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
+from implicit_diffusion.commands.finetune.problem.needs import check_needs
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
@@ -28,7 +29,6 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.loops.needs import check_needs
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
