@@ -1,8 +1,9 @@
 """Predict what fine-tuning large pipelines needs: `python benchmarks/memory_tables.py` prints the tables of the docs.
 
 The networks, decoders and text encoders are built from their published configs, which are written out below, on the
-meta device: nothing is downloaded, and no weight is in memory. What is printed is predicted by `finetune.problem.needs`, and has
-not been measured. In bfloat16 activations are taken as half of those in float32, which is the least that they can be.
+meta device: nothing is downloaded, and no weight is in memory. What is printed is predicted as `finetune` predicts it
+(`finetune.problem.needs`), and has not been measured. In bfloat16 activations are taken as half of those in float32,
+which is the least that they can be.
 """
 
 from __future__ import annotations
