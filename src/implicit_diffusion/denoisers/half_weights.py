@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 from implicit_diffusion.denoisers.sharded import network_of
 from implicit_diffusion.errors import check_type
@@ -147,4 +148,4 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         (weight,) = ctx.saved_tensors
-        return nn.grad.conv2d_input(ctx.shape, weight.float(), slopes[0], *ctx.geometry), None, None, None
+        return conv2d_input(ctx.shape, weight.float(), slopes[0], *ctx.geometry), None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -83,6 +84,6 @@ def _activations(network: Any, spec: NetworkSpec, shape: tuple[int, ...], family
         return part(x.requires_grad_(), t, **condition)
 
     try:
-        return activation_bytes([lambda n, part=part: call(part, n) for part in (u, u_0) if part is not None])
+        return activation_bytes([functools.partial(call, part) for part in (u, u_0) if part is not None])
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return 0
