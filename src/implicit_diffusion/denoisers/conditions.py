@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from implicit_diffusion.denoisers.embedding_table import EmbeddingTable
 from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type, shown
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown, ShownModule, brief
@@ -76,7 +77,7 @@ class Embedded(ShownModule):
 
     Args:
         denoiser: called with x, t and, for every column, one row per sample.
-        table: columns by name, with shape (m, ...), on the network's device.
+        table: columns by name, with shape (m, ...), on any device: the rows of a batch are moved to that of x.
         name: of the argument that holds the number of the row.
 
     Raises:
@@ -86,18 +87,13 @@ class Embedded(ShownModule):
     def __init__(self, denoiser: nn.Module, table: Mapping[str, Float[Tensor, "m ..."]], name: str = "prompt") -> None:
         super().__init__()
         check_type("denoiser", denoiser, nn.Module, "it is called as u(x, t, **columns)")
-        check_type("table", table, Mapping, "it maps names to columns")
-        for column, value in table.items():
-            check_tensor(f"column {column}", value, "m ...")
         if not isinstance(name, str):
             raise InvalidInputError(f"name must be that of a row's number in a condition, got {shown(name)}")
-        lengths = {column: len(value) for column, value in table.items()}
-        if len(set(lengths.values())) != 1:
-            raise InvalidInputError(f"table must have columns of one length, one row per {name}, got {lengths}")
-        self.denoiser, self.name, self.table = denoiser, name, _Shared(table)
+        self.denoiser, self.name = denoiser, name
+        self.table = table if isinstance(table, EmbeddingTable) else EmbeddingTable(table)
 
     def _words(self) -> Iterable[str]:
-        return brief(self.denoiser), f"table={brief(self.table.columns)}", f"name={self.name!r}"
+        return brief(self.denoiser), f"table={brief(self.table)}", f"name={self.name!r}"
 
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Any
@@ -108,18 +104,7 @@ class Embedded(ShownModule):
                 f"the condition must have {self.name}, the row of the table; it has {', '.join(condition) or 'none'}"
             )
         which = condition.pop(self.name)
-        rows = {column: value[which].to(x.dtype) for column, value in self.table.columns.items()}
-        return self.denoiser(x, t, **rows, **condition)
-
-
-@dataclass(frozen=True, eq=False)
-class _Shared:
-    """Columns that copies of a module share."""
-
-    columns: Mapping[str, Tensor]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        return self
+        return self.denoiser(x, t, **self.table.of(which, x), **condition)
 
 
 class ClassifierFree(ShownModule):

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from implicit_diffusion.denoisers.adapter import unwrapped
+from implicit_diffusion.denoisers.half_weights import reads_in_single, single_copy
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.extras import require
 from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import ShownModule, brief
 
 ATTENTION, RESIDUAL = ("to_q", "to_k", "to_v", "to_out.0"), ("conv1", "conv2")
@@ -72,6 +74,8 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         peft.inject_adapter_in_model(config, network)
     for key, (name, parameter) in enumerate(network.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(at_least_single(parameter.dtype))  # peft takes that of the layer
         if "lora_A" in name:
             bound = math.sqrt(1 / parameter[0].numel())  # as nn.Linear does
             uniform = torch.rand(parameter.shape, generator=noise.generator(key), dtype=torch.float64)
@@ -172,9 +176,14 @@ def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
 
 
 def merged(denoiser: nn.Module) -> nn.Module:
-    """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights and removed."""
+    """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights and removed.
+
+    Weights of half precision become float32, since a sum rounded to half precision would be another network; that copy
+    is on the CPU.
+    """
     check_type("denoiser", denoiser, nn.Module, "use a DiffusersDenoiser")
-    result: Any = copied(unwrapped(denoiser))
+    inner: Any = unwrapped(denoiser)
+    result: Any = single_copy(inner) if reads_in_single(inner) else copied(inner)
     if _layers(result):
         require("diffusers")
         from diffusers.utils.peft_utils import recurse_remove_peft_layers

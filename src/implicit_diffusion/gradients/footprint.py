@@ -118,9 +118,9 @@ def _saved(function: Callable[[], object]) -> int:
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _graph = function()  # held until everything is counted: no address is used twice
+        _graph = function()  # held until everything is counted: no storage's identity is used twice
     return sum(storages.values())

@@ -58,8 +58,8 @@ class Memory(Shown):
 
     def __str__(self) -> str:
         passing = "activations" if self.activations >= self.undo else "undo"
-        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in ("states", passing, "parameters"))
-        return f"{_size(self.total)} ({parts})"
+        parts = ", ".join(f"{name} {in_units(getattr(self, name))}" for name in ("states", passing, "parameters"))
+        return f"{in_units(self.total)} ({parts})"
 
 
 def predict_memory(loop: ChainLoop) -> Memory:
@@ -103,17 +103,17 @@ def check_memory(memory: Memory, device: torch.device | str, available: int | No
     if available is not None:
         available = check_integer("available", available, 0, 2**63)
     if available is None:
-        available = _free(device)
+        available = free_memory(device)
     needed = memory.total - memory.resident
     if available is not None and needed > available:
         raise MemoryLimitError(
-            f"the run will not fit: it is predicted to need {memory}, of which {_size(needed)} is still to be "
-            f"allocated, but {device} has {_size(available)} free; use a smaller batch, a larger stride of the queue, "
-            'loop="nested", gradient checkpointing or low-rank adapters'
+            f"the run will not fit: it is predicted to need {memory}, of which {in_units(needed)} is still to be "
+            f"allocated, but {device} has {in_units(available)} free; use a smaller batch, a larger stride of the "
+            'queue, loop="nested", gradient checkpointing or low-rank adapters'
         )
 
 
-def _free(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
     """Free bytes on the device; what torch's allocator holds in reserve is free as well."""
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -138,7 +138,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> float:
     return sum(x.numel() for x in probe.state[p].values() if isinstance(x, Tensor) and x.ndim) / p.numel()
 
 
-def _size(count: int) -> str:
+def in_units(count: int) -> str:
     """Bytes with a unit, to three digits."""
     power = max(0, min(3, (len(str(count)) - 1) // 3))
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

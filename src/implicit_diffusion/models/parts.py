@@ -9,9 +9,10 @@ is loaded and checked against its files: no weight is missing, none is left over
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from implicit_diffusion.models.code_refusals import part_class, refuse_code
 
 SLACK = 2**20  # numbers that a model may hold in addition to its weights, such as tables of positions
 LARGEST_OPTION = 10**6  # largest whole number in a scheduler's config, which has about a thousand timesteps
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class _TooLargeError(ValueError):
@@ -42,8 +43,10 @@ def load_model(
     what: str,
     source: str,
     trial: Callable[[Any], object] = lambda model: None,
+    *,
+    own_dtype: bool = False,
 ) -> Any:
-    """A model of diffusers or transformers with all its weights, in single precision or better, on the CPU.
+    """A model of diffusers or transformers with all its weights, on the CPU.
 
     Args:
         checkpoint: of the pipeline.
@@ -52,36 +55,48 @@ def load_model(
         what: the part's name in messages.
         source: the model's name, for messages.
         trial: called with the model without memory before its weights are read; one evaluation, or other checks.
+        own_dtype: whether weights that were all saved in one dtype of half precision stay in it; otherwise they are
+            in single precision or better.
 
     Raises:
         InvalidInputError: its class does not exist, its config or weights are damaged, do not belong together or are
             not finite, or it cannot be evaluated.
         MissingExtraError: diffusers or transformers is not installed.
     """
-    require("diffusers", "transformers")  # outside of what catches the errors of these libraries
-    place = folder / part
-    about = (checkpoint, folder, source)
-    try:
-        model_class = part_class(part, *checkpoint.parts[part])
-        described = read_json(place / "config.json")
-        refuse_code(described)
-        headers = read_headers(place)
-        wanted = _build(model_class, place, headers)
-        _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
-    except Exception as error:  # the libraries raise many, depending on the damage
-        raise refused(what, "loaded", error, *about) from error
+    wanted, headers = without_memory(checkpoint, folder, part, what, source)
+    model_class, place, about = type(wanted), folder / part, (checkpoint, folder, source)
     try:
         with torch.no_grad():
-            trial(wanted.eval())
+            trial(wanted)
     except InvalidInputError:
         raise
     except Exception as error:
         if "meta" not in str(error).lower():  # otherwise the operation needs numbers, which a meta tensor lacks
             raise refused(what, "evaluated", error, *about) from error
     try:
-        return _load(model_class, place)
+        return _load(model_class, place, saved_dtype(headers) if own_dtype else torch.float32)
     except Exception as error:
         raise refused(what, "loaded", error, *about) from error
+
+
+def without_memory(
+    checkpoint: Checkpoint, folder: Path, part: str, what: str, source: str
+) -> tuple[nn.Module, dict[str, tuple[str, tuple[int, ...]]]]:
+    """A model on the meta device in evaluation mode, as its config says, and the headers of its weights, compared.
+
+    Arguments and errors as in `load_model`.
+    """
+    require("diffusers", "transformers")  # outside of what catches the errors of these libraries
+    place = folder / part
+    try:
+        model_class = part_class(part, *checkpoint.parts[part])
+        refuse_code(read_json(place / "config.json"))
+        headers = read_headers(place)
+        wanted = _build(model_class, place, headers)
+        _compare(wanted, headers, strict=checkpoint.parts[part][0] == "diffusers")
+    except Exception as error:  # the libraries raise many, depending on the damage
+        raise refused(what, "loaded", error, checkpoint, folder, source) from error
+    return wanted.eval(), headers
 
 
 def refused(
@@ -115,6 +130,12 @@ def read_headers(place: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             wrong = sorted(name for name in promised.keys() | owners.keys() if promised.get(name) != owners.get(name))
             raise ValueError(f"{len(wrong)} tensors, such as {wrong[0]!r}, are not in the files that its index names")
     return headers
+
+
+def saved_dtype(headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> torch.dtype:
+    """The narrowest dtype that holds all weights as they were saved."""
+    kinds = {kind for kind, _ in headers.values() if kind in FLOATS}
+    return functools.reduce(torch.promote_types, (FLOATS[kind] for kind in kinds)) if kinds else torch.float32
 
 
 def _build(model_class: Any, place: Path, headers: dict[str, tuple[str, tuple[int, ...]]]) -> nn.Module:
@@ -168,10 +189,13 @@ def _compare(wanted: nn.Module, headers: dict[str, tuple[str, tuple[int, ...]]],
             raise ValueError(f"its weight {name!r} has shape {shape}, its config asks for {tuple(tensor.shape)}")
 
 
-def _load(model_class: Any, place: Path) -> Any:
+def _load(model_class: Any, place: Path, dtype: torch.dtype) -> Any:
+    """The model in `dtype` where that is narrower than float32, otherwise in float32 or better."""
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if not hasattr(model_class, "config_class"):
         options["low_cpu_mem_usage"] = False
+    if dtype.itemsize < 4:
+        options["dtype" if hasattr(model_class, "config_class") else "torch_dtype"] = dtype
     with quiet():
         model, info = model_class.from_pretrained(str(place), **options)
     if missing := sorted(info["missing_keys"]):
@@ -184,6 +208,8 @@ def _load(model_class: Any, place: Path) -> Any:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"its weight {name!r} holds NaN or infinity")
+    if dtype.itemsize < 4:
+        return model.eval()
     return model.float().eval() if any(p.dtype.itemsize < 4 for p in model.parameters()) else model.eval()
 
 

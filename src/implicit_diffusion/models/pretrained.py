@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
+from implicit_diffusion.denoisers.half_weights import read_in_single
 from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
@@ -93,12 +94,15 @@ class Pretrained(Shown):
         return assembled(self.checkpoint, {self.family.part: self.denoiser.model, "scheduler": self.scheduler})
 
 
-def load_pretrained(model: str | PathLike[str]) -> Pretrained:
+def load_pretrained(model: str | PathLike[str], *, frozen: bool = False) -> Pretrained:
     """Load a diffusers model: unconditional, class-conditional or text-conditional, of images or of latents.
 
     Args:
         model: "digits" (shipped with this package), a local diffusers folder (read without internet access), or a hub
             id `owner/name` (looked up in the local cache first; an unreachable hub is an error after seconds).
+        frozen: whether the network's weights will not be trained, or its adapters alone. Those that were saved in half
+            precision then stay in it (`denoisers.half_weights`); u is the same to the bit. `UNet2DModel`, which would
+            round its times with them, is read in single precision all the same.
 
     Raises:
         InvalidInputError: no such model, not a diffusers pipeline of a known family, files that are damaged,
@@ -106,12 +110,13 @@ def load_pretrained(model: str | PathLike[str]) -> Pretrained:
             belongs to another network, or a network that predicts a variance as well.
         MissingExtraError: diffusers or transformers is not installed.
     """
+    check_type("frozen", frozen, bool, "it says whether the weights stay as they are")
     checkpoint, source = find_checkpoint(model), str(model)
     decoder = None
     family = checkpoint.family
 
     def evaluated(network: Any) -> None:
-        shape = _event_shape(network, family, source)
+        shape = event_shape_of(network, family, source)
         _evaluate(network, family, shape, _num_classes(network, checkpoint, source))
 
     def decoded(vae: Any) -> None:
@@ -119,11 +124,14 @@ def load_pretrained(model: str | PathLike[str]) -> Pretrained:
         check_latents(decoder, event_shape, source)
 
     with checkpoint.laid_out() as folder:
-        network = load_model(checkpoint, folder, family.part, "network", source, evaluated)
-        event_shape = _event_shape(network, family, source)
+        own_dtype = frozen and family is not PIXELS
+        network = load_model(checkpoint, folder, family.part, "network", source, evaluated, own_dtype=own_dtype)
+        event_shape = event_shape_of(network, family, source)
         if family.latent:
             vae = load_model(checkpoint, folder, "vae", "autoencoder", source, decoded)
             decoder = Decoder(vae, shifted=family.shifted)
+    if own_dtype:
+        read_in_single(network)
     network.register_to_config(_name_or_path="")  # else the local path is saved with the result
     return Pretrained(
         denoiser=DiffusersDenoiser(network).eval(),
@@ -214,19 +222,26 @@ def as_pipeline(denoiser: nn.Module, scheduler: Any) -> Any:
 
 def _evaluate(network: Any, family: PipelineFamily, event_shape: tuple[int, ...], num_classes: int | None) -> None:
     """Evaluate a network without memory once, which fails where the sizes in its config do not fit together."""
-    config = network.config
-    x, t = torch.zeros(1, *event_shape, device="meta"), torch.zeros(1, device="meta")
-    condition: dict[str, torch.Tensor] = {}
-    if num_classes:
-        condition["class_labels"] = torch.zeros(1, dtype=torch.long, device="meta")
-    for name, keys in WIDTHS.items():
-        if name in family.embeddings:
-            width = next(config[key] for key in keys if config.get(key) is not None)
-            length = () if name == "pooled_projections" else (2,)
-            condition[name] = torch.zeros(1, *length, width, device="meta")
+    x, t, condition = meta_inputs(network, family, event_shape, num_classes=num_classes)
     u = DiffusersDenoiser(network)(x, t, **condition)
     if u.shape != x.shape:
         raise ValueError(f"it makes {tuple(u.shape)} of samples of shape {tuple(x.shape)}")
+
+
+def meta_inputs(
+    network: Any, family: PipelineFamily, event_shape: tuple[int, ...], n: int = 1, *, num_classes: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """x, t and a condition of two tokens for n samples, without memory."""
+    x, t = torch.zeros(n, *event_shape, device="meta"), torch.zeros(n, device="meta")
+    condition: dict[str, torch.Tensor] = {}
+    if num_classes:
+        condition["class_labels"] = torch.zeros(n, dtype=torch.long, device="meta")
+    for name, keys in WIDTHS.items():
+        if name in family.embeddings:
+            width = next(network.config[key] for key in keys if network.config.get(key) is not None)
+            length = () if name == "pooled_projections" else (2,)
+            condition[name] = torch.zeros(n, *length, width, device="meta")
+    return x, t, condition
 
 
 def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | None:
@@ -242,7 +257,7 @@ def _num_classes(network: Any, checkpoint: Checkpoint, source: str) -> int | Non
     return config.get("num_class_embeds")
 
 
-def _event_shape(network: Any, family: PipelineFamily, source: str) -> tuple[int, ...]:
+def event_shape_of(network: Any, family: PipelineFamily, source: str) -> tuple[int, ...]:
     """The shape of a sample, checked to be one that can exist."""
     config = network.config
     channels, size = config.in_channels, config.sample_size

@@ -1,22 +1,27 @@
-"""Encode prompts once: frozen text encoders fill a table of embeddings, and are freed before anything is trained."""
+"""Encode prompts once: frozen text encoders fill a table of embeddings, and are freed before anything is trained.
+
+One encoder is in memory at a time (`_filled`), and of the embeddings one batch (`EmbeddingTable`).
+"""
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.denoisers.embedding_table import EmbeddingTable, EmbeddingWriter
+from implicit_diffusion.errors import InvalidInputError, MissingExtraError, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.code_refusals import part_class
 from implicit_diffusion.models.families import WIDTHS
-from implicit_diffusion.models.parts import load_model, quiet, refused
+from implicit_diffusion.models.parts import load_model, quiet, refused, without_memory
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts for images, not needed for prompts
 CHUNK = 16  # prompts encoded together
@@ -25,17 +30,18 @@ CHUNK = 16  # prompts encoded together
 @torch.no_grad()
 def embed_prompts(
     checkpoint: Checkpoint, network: nn.Module, prompts: Sequence[str], device: torch.device
-) -> dict[str, Float[Tensor, "m ..."]]:
+) -> EmbeddingTable:
     """The embeddings of `prompts` and, as the last row, of the empty prompt, which guidance needs.
 
     Args:
-        checkpoint: of the text-conditional pipeline, whose text encoders are loaded for this call.
+        checkpoint: of the text-conditional pipeline, whose text encoders are loaded for this call, one at a time.
         network: of the pipeline; the embeddings are checked against its widths.
-        prompts: m − 1 of them.
-        device: to encode on, and of the result.
+        prompts: m − 1 of them; those that occur several times are encoded once.
+        device: to encode on.
 
     Returns:
-        The embeddings by the name of the network's argument, each with shape (m, ...).
+        The embeddings by the name of the network's argument, each with shape (m, ...): on the host, or in a temporary
+        file where they are large.
 
     Raises:
         InvalidInputError: the pipeline has no text encoder, one cannot be loaded or belongs to another network, or
@@ -55,24 +61,65 @@ def embed_prompts(
         raise InvalidInputError(
             f"prompts: {checkpoint.folder} has no text encoder to encode them; use a text-conditional pipeline"
         )
-    family = checkpoint.family
-    pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED))
-    for encoder in encoders:
-        getattr(pipeline, encoder).to(device)
-    texts = [*prompts, ""]
     try:
-        parts = [_encode(pipeline, texts[i : i + CHUNK], device) for i in range(0, len(texts), CHUNK)]
-        columns = [torch.cat(column).to(device) for column in zip(*parts)]
-        table = dict(zip(family.embeddings, columns, strict=True))
-    except torch.OutOfMemoryError:
+        table = _filled(checkpoint, network, encoders, list(dict.fromkeys([*prompts, ""])), device)
+    except (torch.OutOfMemoryError, InvalidInputError, MissingExtraError):
         raise
     except Exception as error:  # diffusers and transformers raise many
         raise InvalidInputError(
             f"model: the text encoders of {checkpoint.folder} cannot encode prompts: {one_line(error)}; are these the "
             "tokenizers that belong to them?"
         ) from error
+    place = {text: row for row, text in enumerate(dict.fromkeys([*prompts, ""]))}
     _check_width(network, table)
-    return table
+    return EmbeddingTable(table, torch.tensor([place[text] for text in [*prompts, ""]]))
+
+
+def _filled(
+    checkpoint: Checkpoint, network: nn.Module, encoders: Sequence[str], texts: list[str], device: torch.device
+) -> dict[str, Tensor]:
+    """The columns of distinct texts: each encoder in turn is loaded, adds its part to all rows, and is released.
+
+    The others meanwhile answer zeros of the shape that they would answer. A pipeline puts the answers of its encoders
+    side by side, so the sum over the encoders is what it makes of all together, exactly.
+    """
+    family, source = checkpoint.family, str(checkpoint.folder)
+    with checkpoint.laid_out() as folder:
+        silent = {
+            part: _silent(without_memory(checkpoint, folder, part, part.replace("_", " "), source)[0], device)
+            for part in encoders
+        }
+        pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED) | silent)
+        table = None
+        if len(encoders) > 1 and any(value.any() for value in _encode(pipeline, texts[:1], device)):
+            raise ValueError("what its pipeline makes of several encoders is not their answers side by side")
+        for part in encoders:
+            encoder = load_model(checkpoint, folder, part, part.replace("_", " "), source).to(device)
+            setattr(pipeline, part, encoder)
+            for first in range(0, len(texts), CHUNK):
+                values = dict(zip(family.embeddings, _encode(pipeline, texts[first : first + CHUNK], device)))
+                if table is None:
+                    table = EmbeddingWriter({name: (len(texts), *value.shape[1:]) for name, value in values.items()})
+                table.add(first, values)
+            setattr(pipeline, part, silent[part])
+            del encoder
+            gc.collect()  # modules refer to each other
+    assert table is not None
+    return table.columns
+
+
+def _silent(encoder: nn.Module, device: torch.device) -> nn.Module:
+    """An encoder without memory that answers zeros on `device`, in the shape of its answers."""
+
+    def to_meta(module: nn.Module, arguments: Any, options: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: x.to("meta"), (arguments, options))
+
+    def to_zeros(module: nn.Module, arguments: Any, answer: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), answer)
+
+    encoder.register_forward_pre_hook(to_meta, with_kwargs=True)
+    encoder.register_forward_hook(to_zeros)
+    return encoder
 
 
 def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:

@@ -34,6 +34,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion import processes
+from implicit_diffusion.denoisers.half_weights import reads_in_single
 from implicit_diffusion.errors import InvalidInputError, check_call, check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, frozen_copy
 from implicit_diffusion.noise import Noise
@@ -291,6 +292,8 @@ class Chain(Shown):
 
 
 def _precision(network: Denoiser, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of a network's weights."""
+    """The dtype that a network is called in: that of its weights, unless its layers read them in single precision."""
+    if reads_in_single(network):
+        return torch.float32
     parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     return otherwise if parameter is None or not parameter.dtype.is_floating_point else parameter.dtype

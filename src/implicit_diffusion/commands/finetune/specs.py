@@ -19,6 +19,7 @@ from implicit_diffusion.commands.finetune.problem.estimators import Asked
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import world_size
 
 ETA = 1.0  # noise of DDIM by default: as much as DDPM has
 
@@ -68,6 +69,21 @@ class ChainSpec:
 
 
 @dataclass(frozen=True)
+class Flight:
+    """How much there is at a time, of one process.
+
+    Args:
+        samples: that one call with gradient serves.
+        events: states and adjoints of all trajectories in flight.
+        parts: processes that the weights are shared out over, where they are.
+    """
+
+    samples: int
+    events: int
+    parts: int
+
+
+@dataclass(frozen=True)
 class SetupSpec:
     """All that does not depend on β or on how the training goes.
 
@@ -82,6 +98,7 @@ class SetupSpec:
         estimator: of the gradient, by name, or "auto".
         noise: of the run.
         device: its name, or "auto".
+        flight: see there; None where it is not known how the chain will be trained.
     """
 
     network: NetworkSpec
@@ -94,6 +111,7 @@ class SetupSpec:
     estimator: Asked
     noise: Noise
     device: str
+    flight: Flight | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +188,16 @@ def setup_spec(config: Config) -> SetupSpec:
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
     reward = config.reward, config.judge, config.reward_python, config.reward_timeout
-    return SetupSpec(network, conditions, chain, *reward, config.estimator, Noise(config.seed), config.device)
+    noise, flight = Noise(config.seed), _flight(config)
+    return SetupSpec(network, conditions, chain, *reward, config.estimator, noise, config.device, flight)
+
+
+def _flight(config: Config) -> Flight:
+    """At the fullest moment, as in `loops.memory`; the nested loop is the queue whose stride is N."""
+    batch = max(1, config.batch // world_size())
+    stride = config.num_steps if config.loop == "nested" else config.stride or -(-config.num_steps // 10)
+    stages = -(-config.num_steps // stride)
+    return Flight(stages * batch, (stages * (config.num_steps + 1) - 1 + stages) * batch, world_size())
 
 
 def plan_spec(config: Config) -> PlanSpec:

@@ -1,8 +1,9 @@
 """From a spec to a setup: model, adapters, conditions, chain and reward, each checked before any long work.
 
-    load → adapters → device → embeddings and guidance → u_θ, u_0 → chain → reward of its states
+    load → adapters → embeddings and guidance → device → u_θ, u_0 → chain → reward of its states
 
 What is quick to refuse comes first: text encoders read prompts only when model, table and reference are known to fit.
+The encoders have left the device when the network comes to it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
+from implicit_diffusion.commands.finetune.problem.fitting import needs_of
+from implicit_diffusion.commands.finetune.problem.needs import check_needs
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
@@ -29,6 +32,7 @@ from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
+from implicit_diffusion.processes import everywhere
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
@@ -126,7 +130,11 @@ def build(spec: SetupSpec) -> Setup:
 def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
-    pretrained = load_pretrained(spec.network.model)
+    network = spec.network
+    if spec.flight is not None:
+        needs = needs_of(network, spec.flight, spec.noise)
+        everywhere(lambda: check_needs(needs, device))
+    pretrained = load_pretrained(network.model, frozen=network.lora_rank is not None and not network.shard)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
     sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
     scheduler = scheduler_for(pretrained.scheduler, sampler, clip=clip)
@@ -137,9 +145,9 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         given = spec.network.lora_targets
         targets = given and [target.strip() for target in given.split(",")]
         add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), targets)
+    conditions = conditioning(spec.conditions, pretrained, device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, spec.network)
-    conditions = conditioning(spec.conditions, pretrained, device)
     chain = _chain(spec, table, pretrained, original, conditions, device)
     note = compiled(chain) if spec.network.compile else None
 
@@ -221,7 +229,7 @@ def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype 
 def _original(network: NetworkSpec, pretrained: Pretrained) -> Pretrained:
     """The model of --reference, which must be one that `pretrained` can have been trained from."""
     assert network.reference is not None
-    original = load_pretrained(network.reference)
+    original = load_pretrained(network.reference, frozen=not network.shard)
     for what, ours, theirs in (
         ("samples", pretrained.event_shape, original.event_shape),
         ("network", pretrained.family.network, original.family.network),

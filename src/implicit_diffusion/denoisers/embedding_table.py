@@ -1,0 +1,105 @@
+"""Embeddings of prompts, one row each, which stay on the host and travel to the device with the batch that needs them.
+
+    prompts                a cat   red dog   a cat   ∅
+    row of each                0         1       0   2
+    columns, rows                0 .. 2     in memory, or mapped from a file
+
+A prompt that occurs several times has one row. A table that is too large for memory is a temporary file: the system
+keeps of it what fits, and reads a batch's rows when they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from implicit_diffusion.errors import InvalidInputError, check_tensor, check_type
+from implicit_diffusion.showing import Shown, brief
+
+IN_MEMORY = 2**28  # bytes; a larger table is a file
+
+
+class EmbeddingTable(Mapping[str, Tensor], Shown):
+    """Columns by name, in which several prompts may share a row. It is a mapping: table[name] has one row per prompt.
+
+    Args:
+        columns: by name, with one row per distinct prompt, on any device.
+        rows: row of each of the m prompts, with shape (m,); None where each has its own.
+
+    Raises:
+        InvalidInputError: no columns, columns of different lengths, or a row that there is not.
+    """
+
+    def __init__(self, columns: Mapping[str, Float[Tensor, "r ..."]], rows: Int[Tensor, " m"] | None = None) -> None:
+        check_type("table", columns, Mapping, "it maps names to columns")
+        for name, column in columns.items():
+            check_tensor(f"column {name}", column, "m ...")
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise InvalidInputError(f"table must have columns of one length, one row per prompt, got {lengths}")
+        (length,) = set(lengths.values())
+        if rows is not None:
+            check_tensor("rows", rows, "m", integers=True)
+            if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= length):
+                raise InvalidInputError(f"rows must lie in 0..{length - 1}, those of the columns")
+        self.columns, self.rows = dict(columns), rows
+
+    def _words(self) -> Iterable[str]:
+        yield brief(self.columns)
+        if self.rows is not None:
+            yield f"prompts={len(self.rows)}"
+
+    def __getitem__(self, name: str) -> Float[Tensor, "m ..."]:
+        column = self.columns[name]
+        return column if self.rows is None else column[self.rows.to(column.device)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingTable:
+        return self  # copies of a module share it
+
+    def of(self, which: Int[Tensor, " batch"], like: Shaped[Tensor, "..."]) -> dict[str, Float[Tensor, "batch ..."]]:
+        """The embeddings of prompts by their numbers, on the device and in the dtype of `like`."""
+        here = next(iter(self.columns.values())).device
+        rows = which.to(here) if self.rows is None else self.rows.to(here)[which.to(here)]
+        return {name: column[rows].to(like.device, like.dtype) for name, column in self.columns.items()}
+
+
+class EmbeddingWriter:
+    """Columns that are filled batch by batch, in memory or in a temporary file that is removed with them.
+
+    Args:
+        shapes: of each column, by name, its number of rows first.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        total = 4 * sum(map(math.prod, shapes.values()))
+        self.columns = _mapped(shapes) if total > IN_MEMORY else {k: torch.zeros(v) for k, v in shapes.items()}
+
+    def add(self, first: int, values: Mapping[str, Float[Tensor, "batch ..."]]) -> None:
+        """Add to the rows from `first` on."""
+        for name, value in values.items():
+            self.columns[name][first : first + len(value)] += value.to("cpu", torch.float32)
+
+
+def _mapped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Columns of zeros, mapped from temporary files, which have no name and vanish with their columns or the process.
+
+    They are in the folder for temporary files, the environment's TMPDIR.
+    """
+    columns = {}
+    for name, shape in shapes.items():
+        with tempfile.TemporaryFile() as file:
+            columns[name] = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+    return columns

@@ -1,0 +1,96 @@
+"""What cannot fit is refused by configs and headers alone, before any weight is read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.problem import setup
+from implicit_diffusion.commands.finetune.problem.fitting import needs_of
+from implicit_diffusion.commands.finetune.problem.needs import Needs, check_needs, weight_bytes
+from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
+from implicit_diffusion.commands.finetune.training import make_loop
+from implicit_diffusion.errors import MemoryLimitError
+from implicit_diffusion.loops.memory import predict_memory
+from implicit_diffusion.models.pretrained import load_pretrained
+from tests.helpers import tiny
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    made = tmp_path_factory.mktemp("place")
+    folder = tiny.stable_diffusion_3(made)
+    network = load_pretrained(folder).denoiser.model
+    network.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    (made / "prompts.txt").write_text("a cat\nred dog\n")
+    (made / "rewards.py").write_text("def red(images): return images[:, 0].flatten(1).mean(1)")
+    return made
+
+
+def config_of(place, **changes):
+    words = {"model": str(place / "model"), "prompts": place / "prompts.txt", "reward": f"{place}/rewards.py:red"}
+    return Config(**words, num_steps=4, kl_weight=1.0, batch=2, guidance=1.0, **changes)
+
+
+def needs(place, **changes):
+    spec = setup_spec(config_of(place, **changes))
+    return needs_of(spec.network, spec.flight, spec.noise)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2, "stride": 2}, {"stride": 1}, {"lora_rank": 2, "loop": "nested"}])
+def test_needs_are_those_of_the_loop_without_its_weights(place, options):
+    """Weights, moments and states exactly; activations to those of the longer prompts and of the decoder."""
+    config = config_of(place, **options)
+    asked = needs(place, **options)
+    made = setup.build(setup_spec(config))
+    loop = make_loop(training_spec(config), made, 1.0)
+    predicted = predict_memory(loop)
+    assert asked.states == predicted.states
+    parts = made.chain.denoiser if "lora_rank" in options else [made.chain.denoiser, made.chain.reference]
+    held = {id(x): x.nbytes for part in torch.nn.ModuleList(parts if isinstance(parts, list) else [parts]).modules()
+            for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))}  # fmt: skip
+    trained = sum(p.nbytes for p in loop.update.parameters if p.requires_grad)
+    buffers = sum(b.nbytes for b in made.chain.denoiser.buffers())
+    adapters = trained if "lora_rank" in options else 0
+    assert asked.network == pytest.approx(sum(held.values()) - adapters, abs=2 * buffers)
+    assert asked.trained == 3 * trained + adapters
+    assert asked.decoder == weight_bytes(made.pretrained.decoder)
+    assert 0 < asked.activations <= predicted.activations
+
+
+def test_encoders_count_by_the_largest(place):
+    pipeline = load_pretrained(place / "model").pipeline
+    sizes = [weight_bytes(getattr(pipeline, part)) for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    assert needs(place, lora_rank=2).encoder == max(sizes) < sum(sizes)
+
+
+def test_half_precision_and_checkpointing_need_less(place):
+    plain, half = (needs(place, lora_rank=2, precision=precision) for precision in ("float32", "bf16"))
+    assert half == replace(plain, activations=plain.activations // 2)
+    assert needs(place, lora_rank=2, gradient_checkpointing=True).activations < plain.activations
+    whole = needs(place)
+    assert whole.network > 3.9 * plain.network  # θ and u_0, in float32 each, against bfloat16
+
+
+def test_what_cannot_fit_is_refused_and_no_weight_is_read(place, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**4}))
+    monkeypatch.setattr("implicit_diffusion.models.parts._load", lambda *a: pytest.fail("weights were read"))
+    with pytest.raises(MemoryLimitError, match=r"cpu has 10 kB free.*at least .*network .*have not been read"):
+        setup.build(setup_spec(config_of(place, lora_rank=2)))
+
+
+def test_devices_and_host_are_asked_for_what_comes_to_them():
+    asked = Needs(network=40, trained=8, decoder=2, encoder=60, states=5, activations=10)
+    assert (asked.training, asked.device, asked.host, asked.alone) == (65, 65, 102, 102)
+    heavy = replace(asked, encoder=80)
+    assert (heavy.device, heavy.host, heavy.alone) == (80, 122, 122)
+    check_needs(asked, GPU, {"cuda": 65, "cpu": 102})
+    check_needs(asked, GPU, {"cuda": None, "cpu": 102})
+    for free, said in (({"cuda": 64, "cpu": 200}, "cuda has 64 B free"), ({"cuda": 65, "cpu": 101}, "cpu has 101 B")):
+        with pytest.raises(MemoryLimitError, match=said):
+            check_needs(asked, GPU, free)
+    with pytest.raises(MemoryLimitError, match="at least 102 B"):
+        check_needs(asked, CPU, {"cpu": 101})
