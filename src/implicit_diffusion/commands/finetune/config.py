@@ -43,8 +43,8 @@ class Config:
     It scores the samples on which the reward is checked during training, and those on which the run is judged.
     A clear fall is reported while the run goes on: the reward may be raised by what the judge does not like."""
     export: Literal["last", "best"] = "last"
-    """The model to judge and export: the "last" one, or the "best": that of the ten checks during training at which the
-    first --judge was highest."""
+    """The model to judge and export: the "last" one, or the "best".
+    The best is that of the ten checks during training at which the first --judge was highest."""
     reward_python: Path | None = None
     """The python of another environment, such as ENVIRONMENT/bin/python, to compute your own rewards and judges with.
     It runs in a process of its own, needs NumPy and safetensors, and passes no gradient on."""

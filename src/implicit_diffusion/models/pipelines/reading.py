@@ -107,7 +107,8 @@ def read_pipeline(
         InvalidInputError: not a diffusers pipeline, a part or argument that is missing, or a call that fails.
         MissingExtraError: diffusers is not installed.
     """
-    pipeline, sampler = _with_sampler(pipeline, sampler), str(sampler)
+    check_type("sampler", sampler, str, 'use "own", or a name of tables.NAMED_SAMPLERS')
+    pipeline = _with_sampler(pipeline, sampler)
     num_steps = check_num_steps(pipeline.scheduler, num_steps)
     texts = _check_prompts(prompts)
     call = _checked_call(pipeline, size, call)
