@@ -42,7 +42,7 @@ def everything(folder):
     """All weights of network and decoder, and the embeddings of two prompts."""
     loaded = load_pretrained(folder)
     prompts = embed_prompts(loaded.checkpoint, loaded.denoiser.model, ["a cat", "red dog"], CPU)
-    return loaded.denoiser.state_dict() | loaded.decoder.state_dict() | prompts
+    return loaded.denoiser.state_dict() | loaded.decoder.state_dict() | dict(prompts)
 
 
 def same(found, expected, **tolerance):

@@ -87,8 +87,8 @@ def check_needs(needs: Needs, device: torch.device, available: dict[str, int | N
         if free is not None and needed > free:
             raise MemoryLimitError(
                 f"the run will not fit: {kind} has {in_units(free)} free, and it needs at least {in_units(needed)} "
-                f"there ({needs}), by its config and the headers of its weights, which have not been read; use low-rank "
-                "adapters, gradient checkpointing, a smaller batch or a larger stride of the queue"
+                f"there ({needs}), by its config and the headers of its weights, which have not been read; use "
+                "low-rank adapters, gradient checkpointing, a smaller batch or a larger stride of the queue"
             )
 
 
