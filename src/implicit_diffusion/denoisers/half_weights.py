@@ -115,8 +115,7 @@ def _single(layer: nn.Module) -> Iterator[None]:
     kept = dict(layer._parameters)
     try:
         for name, p in kept.items():
-            if p is not None and p.dtype in HALF:
-                layer._parameters[name] = p.float()  # type: ignore[assignment]
+            layer._parameters[name] = _float(p)
         yield
     finally:
         layer._parameters.update(kept)

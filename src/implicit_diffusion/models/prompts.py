@@ -61,8 +61,10 @@ def embed_prompts(
         raise InvalidInputError(
             f"prompts: {checkpoint.folder} has no text encoder to encode them; use a text-conditional pipeline"
         )
+    texts = [*prompts, ""]
+    distinct = list(dict.fromkeys(texts))
     try:
-        table = _filled(checkpoint, network, encoders, list(dict.fromkeys([*prompts, ""])), device)
+        table = _filled(checkpoint, network, encoders, distinct, device)
     except (torch.OutOfMemoryError, InvalidInputError, MissingExtraError):
         raise
     except Exception as error:  # diffusers and transformers raise many
@@ -70,9 +72,9 @@ def embed_prompts(
             f"model: the text encoders of {checkpoint.folder} cannot encode prompts: {one_line(error)}; are these the "
             "tokenizers that belong to them?"
         ) from error
-    place = {text: row for row, text in enumerate(dict.fromkeys([*prompts, ""]))}
     _check_width(network, table)
-    return EmbeddingTable(table, torch.tensor([place[text] for text in [*prompts, ""]]))
+    place = {text: row for row, text in enumerate(distinct)}
+    return EmbeddingTable(table, torch.tensor([place[text] for text in texts]))
 
 
 def _filled(

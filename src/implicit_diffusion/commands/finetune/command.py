@@ -191,8 +191,8 @@ def finish(
         directory: of the run, with its resolved options.
     """
     config = read_options(Config, directory)
-    judged = judging.evaluate_all(setup, state.chain, config.starts, directory)
     stored = judging.storage(directory, state.chain, config.starts)
+    judged = judging.evaluate_all(setup, state.chain, config.starts, stored)
     unseen = evaluate_held_out(setup, state.chain, judged[:2], stored, judging.REPEATS)
     model = whole_copy(state.model)
     from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, unseen, directory))

@@ -5,7 +5,7 @@ Both gains are of the same noise: trajectory by trajectory, x_0 and every ξ are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from implicit_diffusion.commands.finetune.problem.setup import AFTER, Setup
@@ -78,10 +78,10 @@ def evaluate_held_out(
     )
 
 
-def line_of(unseen: HeldOutPrompts) -> Iterator[str]:
+def line_of(unseen: HeldOutPrompts) -> str:
     """What is printed."""
     ends = (number(reward.mean, digits=4) for reward in (unseen.before, unseen.after))
-    yield (
+    return (
         f"unseen    {' → '.join(ends)} ({number(*unseen.gain, sign=True)}) under {prompts_in_words(unseen.count)} that "
         f"were not trained on{'; ' + difference(unseen) if unseen.part else ''}"
     )

@@ -45,20 +45,20 @@ class Judged(NamedTuple):
     exported: Evaluation
 
 
-def evaluate_all(setup: Setup, trained: Chain, starts: int, directory: RunDirectory) -> Judged:
+def evaluate_all(setup: Setup, trained: Chain, starts: int, keeping: Callable[[str], Stored]) -> Judged:
     """Evaluate the three chains, continuing an evaluation that was interrupted.
 
     Args:
         setup: of the run.
         trained: the chain at the end of the training.
         starts: number of initial noises.
-        directory: of the run.
+        keeping: from `storage`.
     """
     reward, noise = setup.measured, setup.spec.noise.stream(AFTER)
     network: Any = trained.denoiser
     condition = trained.condition
     exported = Chain(network, setup.exported.table, trained.event_shape, reference=network, condition=condition)
-    stored = _storage(storage(directory, trained, starts), starts)
+    stored = _three(keeping, starts)
     name = name_in_cache((*names_of(setup.spec.reward), *setup.spec.judge))
     with progress(3 * REPEATS * starts, "judging") as bar:
         sizes: dict[str, Any] = {"starts": starts, "repeats": REPEATS, "skip": bar.skip, "progress": bar.advance}
@@ -93,9 +93,9 @@ def storage(directory: RunDirectory, trained: Chain, starts: int) -> Callable[[s
     return lambda name: Stored(directory.path / JUDGED / name, depends_on, starts)
 
 
-def _storage(stored: Callable[[str], Stored], starts: int) -> _Storage:
-    """That of the three evaluations; prints how far an interrupted judgement has come."""
-    storage = _Storage(*map(stored, Judged._fields))
+def _three(keeping: Callable[[str], Stored], starts: int) -> _Storage:
+    """What keeps the three evaluations; prints how far an interrupted judgement has come."""
+    storage = _Storage(*map(keeping, Judged._fields))
     done = _judged(storage)
     if done:
         print(f"judging   continued: {done} of {len(storage) * starts} starts are judged")

@@ -48,6 +48,11 @@ class NetworkSpec:
     compile: bool
     shard: bool
 
+    @property
+    def targets(self) -> list[str] | None:
+        """Ends of the names of the layers that get adapters; None for the default."""
+        return [target.strip() for target in self.lora_targets.split(",")] if self.lora_targets else None
+
 
 @dataclass(frozen=True)
 class ChainSpec:

@@ -50,8 +50,7 @@ def needs_of(spec: NetworkSpec, flight: Flight, noise: Noise) -> Needs:
     if spec.lora_rank is None:
         weights, trained = 2 * weights, (1 + MOMENTS) * 4 * numbers
     else:
-        targets = spec.lora_targets and [target.strip() for target in spec.lora_targets.split(",")]
-        add_lora(network, spec.lora_rank, noise, targets)
+        add_lora(network, spec.lora_rank, noise, spec.targets)
         trained = (2 + MOMENTS) * 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
     if spec.gradient_checkpointing:
         checkpoint_activations(network)

@@ -142,9 +142,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     exported = _exported(pretrained, scheduler, sampler, spec.chain)
     original = None if spec.network.reference is None else _original(spec.network, pretrained)
     if spec.network.lora_rank is not None:
-        given = spec.network.lora_targets
-        targets = given and [target.strip() for target in given.split(",")]
-        add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), targets)
+        add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), spec.network.targets)
     conditions = conditioning(spec.conditions, pretrained, device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, spec.network)

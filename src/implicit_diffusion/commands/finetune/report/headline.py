@@ -125,7 +125,7 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield from _lines_of_rewards(summary)
     yield from _lines_of_judges(summary)
     if summary.held_out_prompts is not None:
-        yield from line_of(summary.held_out_prompts)
+        yield line_of(summary.held_out_prompts)
     if headline.path_kl is not None:
         yield f"path KL   {number(*headline.path_kl)} nats"
     if headline.j_bound is not None:
