@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import nn
 
-from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune import guidance, judging, planning
 from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
-from implicit_diffusion.commands.finetune.problem.weighing import weighed
+from implicit_diffusion.commands.finetune.problem.weighing import in_units, weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
@@ -116,11 +116,14 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         elif not is_recorded(directory):
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
+        beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
+        max_grad_norm = config.max_grad_norm * plan.reward_std
+        if not trained:
+            _show_guidance(config, in_units(setup, plan), beta, max_grad_norm, directory)
     if config.plan:
         return planning.plan_as_json(plan, config.reward)
     setup = weighed(setup, plan)
-    beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-    scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
+    scale(loop, setup.reward, beta, max_grad_norm)
     if not trained:
         estimators.begin(loop.estimator, setup.chain, samples, setup.spec.noise.stream(PLAN))
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
@@ -134,6 +137,14 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         facts = _training_summary(config, state, held_out, weight_of_penalty(loop, spec.penalty), predicted.total)
         finish(setup, state, plan, facts, judges, directory)
         return report(directory)
+
+
+def _show_guidance(config: Config, setup: Setup, beta: float, max_grad_norm: float, directory: RunDirectory) -> None:
+    """Measure what guidance costs, print it, and keep it for the report."""
+    cost = guidance.measure(setup, beta, batch=config.batch, depth=config.depth, max_grad_norm=max_grad_norm)
+    if cost is not None:
+        guidance.keep(cost, directory)
+        guidance.show(cost)
 
 
 @main_only
@@ -193,9 +204,11 @@ def finish(
     config = read_options(Config, directory)
     stored = judging.storage(directory, state.chain, config.starts)
     judged = judging.evaluate_all(setup, state.chain, config.starts, stored)
+    untrained = judging.evaluate_untrained(setup, config.starts, stored)
     unseen = evaluate_held_out(setup, state.chain, judged[:2], stored, judging.REPEATS)
     model = whole_copy(state.model)
-    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, unseen, directory))
+    of = judged, untrained, judges, unseen
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, *of, directory))
 
 
 def _conclude(
@@ -206,13 +219,14 @@ def _conclude(
     plan: Plan,
     training: TrainingSummary,
     judged: judging.Judged,
+    untrained: Evaluation | None,
     judges: Sequence[Judges],
     unseen: HeldOutPrompts | None,
     directory: RunDirectory,
 ) -> None:
     """What follows from the evaluations; arguments as in `finish`, and the trained model in one place."""
     beta = None if config.penalty == "drift" else training.kl_weight
-    judgement = judge(*judged, beta)
+    judgement = judge(*judged, beta, untrained)
     headline = headline_of(
         judgement,
         lr=config.lr,
@@ -226,7 +240,7 @@ def _conclude(
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
     model_facts = _model_summary(setup)
-    weighted = by_weights(judged.before, judged.after, beta)
+    weighted = by_weights(judged.before, judged.after, beta, untrained)
     facts = weighted, training, model_facts, memory_of_start
     summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
     with writing(directory.model):
@@ -260,7 +274,7 @@ def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) 
     save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.lora_rank is not None:
         save_adapter(directory.model / "lora", model, setup.pretrained)
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.student_guidance, setup.spec.conditions.null_class)
     write_chain(directory.model, chain)
 
 

@@ -59,6 +59,9 @@ class Config:
     """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
     """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
+    student_guidance: float | None = None
+    """Scale of guidance of the network that is trained, by default --guidance; with 1 it learns to need none.
+    The KL divergence is measured from the model under --guidance, and begins at what that guidance costs."""
     null_class: int | None = None
     """Class label that means "no class"; the guidance of a class-conditional U-Net needs it."""
     kl_weight: float | None = None
@@ -165,7 +168,16 @@ class Config:
         check_python([*names, *self.judge], self.reward_python)
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
-        not_negative(self, "kl_weight", "guidance", "eta")
+        not_negative(self, "kl_weight", "guidance", "student_guidance", "eta")
+        if self.student_guidance is not None and self.penalty == "drift":
+            raise InvalidInputError(
+                "--student-guidance needs --penalty path-kl, which measures how far it is from the guided model"
+            )
+        if self.student_guidance is not None and self.target_kl_mode == "stop":
+            raise InvalidInputError(
+                "--target-kl-mode stop waits for a path KL that grows, and with --student-guidance it begins at what "
+                "guidance costs and falls; use --target-kl-mode adapt"
+            )
         if self.held_out_prompts is not None and self.prompts is None:
             raise InvalidInputError("--held-out-prompts needs --prompts, which the model is trained on")
         if self.eta is not None and self.scheduler != "ddim":

@@ -188,7 +188,12 @@ def setup_spec(config: Config) -> SetupSpec:
         config.shard,
     )
     conditions = ConditioningSpec(
-        config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
+        config.model,
+        config.prompts,
+        config.guidance,
+        config.null_class,
+        config.held_out_prompts,
+        config.student_guidance,
     )
     eta = ETA if config.eta is None else config.eta
     chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")

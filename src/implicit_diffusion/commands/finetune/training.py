@@ -73,7 +73,8 @@ def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
     """Checks of reward and path KL on noise that training never sees, ten times in a run."""
     noise, every = setup.spec.noise.stream(DURING), max(1, spec.updates // 10)
     shown = SHOWN_OF_COURSE if spec.judged_by else 0
-    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown)
+    untrained = setup.untrained
+    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown, untrained=untrained)
 
 
 def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judges]:

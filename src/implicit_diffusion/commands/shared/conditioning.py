@@ -10,7 +10,7 @@ For every trajectory the chain draws the number of a prompt, or a class (`Drawn`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, read_prompts
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.models.chain_file import read_chain
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
@@ -39,6 +40,7 @@ class ConditioningSpec:
         held_out: another one, whose prompts are not trained on; None for none.
         guidance: scale w of classifier-free guidance; None for that of the model's pipeline.
         null_class: the label that stands for no class; None where the model has none.
+        student_guidance: scale of the network that is trained; None for `guidance`.
     """
 
     model: str
@@ -46,6 +48,7 @@ class ConditioningSpec:
     guidance: float | None = None
     null_class: int | None = None
     held_out: Path | None = None
+    student_guidance: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +59,8 @@ class Conditioning(Shown):
         drawn: the chain's condition; None for an unconditional model.
         prompts: those of the file, in its order, and behind them those that are not trained on.
         table: embeddings of the prompts, of their negative prompts and, as the last row, of the empty prompt.
-        guidance: scale w of classifier-free guidance.
+        guidance: scale w of classifier-free guidance, of the pretrained network where another one is trained.
+        student_guidance: scale of the network that is trained.
         null: the value of the condition that stands for none, or that for every prompt, where guidance needs it.
         held_out: the condition that draws from the prompts that are not trained on; None where there are none.
     """
@@ -67,19 +71,20 @@ class Conditioning(Shown):
     guidance: float = 1.0
     null: int | Tensor | None = None
     held_out: Drawn | None = None
+    student_guidance: float = 1.0
 
     @property
     def trained_prompts(self) -> tuple[Prompt, ...]:
         """The prompts that are trained on."""
         return self.prompts[: len(self.drawn.values)] if self.prompts and self.drawn is not None else ()
 
-    def around(self, network: nn.Module) -> nn.Module:
-        """The denoiser that the chain runs: `network` within embeddings and guidance."""
+    def around(self, network: nn.Module, guidance: float) -> nn.Module:
+        """The denoiser that a chain runs: `network` within embeddings and guidance of this scale."""
         if self.table is not None:
             network = Embedded(network, self.table, PROMPT)
-        if self.drawn is not None and self.guidance != 1:
+        if self.drawn is not None and guidance != 1:
             assert self.null is not None
-            network = ClassifierFree(network, self.guidance, {self.drawn.name: self.null})
+            network = ClassifierFree(network, guidance, {self.drawn.name: self.null})
         return network
 
     def of_states(self, reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor] | None) -> Callable[..., Any]:
@@ -143,31 +148,39 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
     if kind != "classes" and spec.null_class is not None:
         raise InvalidInputError(f"--null-class: {spec.model} is not conditioned on classes; leave it out")
     if kind is None:
-        if guidance is not None:
-            raise InvalidInputError(f"--guidance: {spec.model} is unconditional, there is nothing to guide towards")
+        for flag, asked in (("--guidance", guidance), ("--student-guidance", spec.student_guidance)):
+            if asked is not None:
+                raise InvalidInputError(f"{flag}: {spec.model} is unconditional, there is nothing to guide towards")
         return Conditioning()
-    guidance = pretrained.family.guidance if guidance is None else guidance
+    guidance = _usual(pretrained) if guidance is None else guidance
+    student = guidance if spec.student_guidance is None else spec.student_guidance
     if kind == "prompts":
         if spec.prompts is None:
             raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
         trained = read_prompts(spec.prompts)
         held_out = [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
-        return _of_prompts(trained, held_out, guidance, pretrained, device)
+        return replace(_of_prompts(trained, held_out, pretrained, device), guidance=guidance, student_guidance=student)
     classes, null = pretrained.num_classes or 0, spec.null_class
     if null is None and pretrained.family is not PIXELS:
         null = classes  # DiT was trained with this row for dropped labels
     elif null is not None and not 0 <= null < classes:
         raise InvalidInputError(f"--null-class must lie in 0..{classes - 1}, got {null}")
-    if null is None and guidance != 1:
+    if null is None and (guidance != 1 or student != 1):
         raise InvalidInputError(
             f"--guidance needs --null-class, the one of the {classes} labels that stood for no class in training"
         )
     labels = torch.tensor([label for label in range(classes) if label != null])
-    return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null)
+    return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null, student_guidance=student)
+
+
+def _usual(pretrained: Pretrained) -> float:
+    """The guidance that a fine-tuned model says it was trained for, or that of the model's pipeline."""
+    trained = None if pretrained.checkpoint is None else read_chain(pretrained.checkpoint.folder)
+    return pretrained.family.guidance if trained is None or trained.guidance is None else trained.guidance
 
 
 def _of_prompts(
-    trained: list[Prompt], held_out: list[Prompt], guidance: float, pretrained: Pretrained, device: torch.device
+    trained: list[Prompt], held_out: list[Prompt], pretrained: Pretrained, device: torch.device
 ) -> Conditioning:
     """Prompts by their numbers; behind their embeddings stand those of the negative ones, each once."""
     prompts = (*trained, *held_out)
@@ -179,7 +192,7 @@ def _of_prompts(
     null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
     seen = Drawn(PROMPT, torch.arange(len(trained)), _weights(trained))
     unseen = Drawn(PROMPT, torch.arange(len(trained), len(prompts)), _weights(held_out)) if held_out else None
-    return Conditioning(seen, prompts, table, guidance, null, unseen)
+    return Conditioning(seen, prompts, table, null=null, held_out=unseen)
 
 
 def _weights(prompts: list[Prompt]) -> Tensor | None:

@@ -73,6 +73,7 @@ class Setup(Shown):
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
         estimator: of the gradient.
+        frozen: the pretrained network under guidance of a scale.
     """
 
     spec: SetupSpec
@@ -86,6 +87,20 @@ class Setup(Shown):
     conditioning: Conditioning
     compiled: str | None
     estimator: Chosen
+    frozen: Callable[[float], nn.Module]
+
+    @property
+    def untrained(self) -> Chain | None:
+        """The chain that training begins with; None where that is the pretrained one."""
+        given = self.conditioning
+        if given.student_guidance == given.guidance:
+            return None
+        return self.chain.replace(denoiser=self.frozen(given.student_guidance))
+
+    def under(self, guidance: float, student_guidance: float) -> Chain:
+        """The chain to be trained under other scales of guidance."""
+        denoiser = self.conditioning.around(self.pretrained.denoiser, student_guidance)
+        return self.chain.replace(denoiser=denoiser, reference=self.frozen(guidance))
 
     @property
     def measured(self) -> Reward:
@@ -110,8 +125,13 @@ class Setup(Shown):
 
     @property
     def guidance(self) -> float | None:
-        """Scale of classifier-free guidance; None for an unconditional model."""
+        """Scale of classifier-free guidance of the pretrained chain; None for an unconditional model."""
         return self.conditioning.guidance if self.chain.condition else None
+
+    @property
+    def student_guidance(self) -> float | None:
+        """Scale of classifier-free guidance of the trained chain; None for an unconditional model."""
+        return self.conditioning.student_guidance if self.chain.condition else None
 
 
 @part("loading")
@@ -146,7 +166,8 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     conditions = conditioning(spec.conditions, pretrained, device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, spec.network)
-    chain = _chain(spec, table, pretrained, original, conditions, device)
+    frozen = _frozen(spec.network, pretrained, original, conditions)
+    chain = _chain(spec, table, pretrained, frozen(conditions.guidance), conditions, device)
     note = compiled(chain) if spec.network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,16 +178,25 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
 
     tried = functions.tried(loaded, of_states, spec, chain, generators)
     check_chain(tried.estimator.name, chain)
-    return Setup(
-        spec, pretrained, sampler, chain, tried.reward, tried.judged, None, exported, conditions, note, tried.estimator
-    )
+    by = tried.estimator, frozen
+    return Setup(spec, pretrained, sampler, chain, tried.reward, tried.judged, None, exported, conditions, note, *by)
+
+
+def _frozen(
+    spec: NetworkSpec, pretrained: Pretrained, original: Pretrained | None, conditions: Conditioning
+) -> Callable[[float], nn.Module]:
+    """u_0 by the scale of its guidance; all of them share their weights."""
+    if original is None and spec.lora_rank is not None:
+        return lambda guidance: WithoutAdapter(conditions.around(pretrained.denoiser, guidance))
+    network = frozen_copy(pretrained.denoiser) if original is None else original.denoiser.requires_grad_(False)
+    return lambda guidance: conditions.around(network, guidance).eval()
 
 
 def _chain(
     spec: SetupSpec,
     table: ChainTable,
     pretrained: Pretrained,
-    original: Pretrained | None,
+    reference: nn.Module,
     conditions: Conditioning,
     device: torch.device,
 ) -> Chain:
@@ -175,14 +205,7 @@ def _chain(
     Raises:
         InvalidInputError: no row is left to train.
     """
-    denoiser = conditions.around(pretrained.denoiser)
-    reference: nn.Module
-    if original is not None:
-        reference = conditions.around(original.denoiser).eval().requires_grad_(False)
-    elif spec.network.lora_rank is not None:
-        reference = WithoutAdapter(denoiser)
-    else:
-        reference = frozen_copy(denoiser)
+    denoiser = conditions.around(pretrained.denoiser, conditions.student_guidance)
     if spec.network.shard:
         for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
             shard(each, device)
