@@ -37,7 +37,7 @@ from implicit_diffusion.samplers.chain import Chain
 FILE = "guidance.json"
 SHARES = (0.0, 0.5, 1.0, 2.0)  # of the way from no guidance, or that of the student, to that of the run
 STARTS = 64  # that the path KL is measured from
-BLOWN = 10.0  # times the norm without guidance, or the largest that is not scaled down
+BLOWN = 10.0  # times the norm without guidance
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ class Cost:
                 f"without: it goes through guidance on every step. --student-guidance 1 trains a network without "
                 "guidance towards the guided model, and its gradient does not"
             ]
-        if here.student is None or not here.student > BLOWN * self.max_grad_norm:
+        clipped = here.student is not None and here.student > self.max_grad_norm
+        if not clipped or not (here.of_path_kl or 0.0) > BLOWN * none.guided:
             return []
+        assert here.student is not None
         nearer = self.student_guidance + (self.guidance - self.student_guidance) / 2
         return [
             f"The first gradients are {here.student / self.max_grad_norm:.3g} times as large as --max-grad-norm "
@@ -222,15 +224,16 @@ def section(cost: Cost | None) -> str:
 
 def line_of(untrained: Untrained) -> str:
     """What is printed of the chain that training began with."""
+    above, error = untrained.j_above
     return (
-        f"begun     without guidance: reward {number(*untrained.reward)}, path KL {number(*untrained.path_kl)} nats, "
-        f"J {number(*untrained.j_above, sign=True)} beside the guided model"
+        f"untrained reward {number(*untrained.reward)}, path KL {number(*untrained.path_kl)} nats, the cost of guidance; "
+        f"J {number(abs(above), error)} {'above' if above > 0 else 'below'} that of the guided model"
     )
 
 
 def in_words(untrained: Untrained) -> str:
     """The chain that training began with, for the report and the model card."""
     return (
-        f"The pretrained model is guided, and what was trained is not: before training its path KL was "
-        f"{number(*untrained.path_kl)} nats, which is what guidance costs, and its reward {number(*untrained.reward)}."
+        f"The path KL is measured from the guided model. Of the untrained network it was {number(*untrained.path_kl)} "
+        f"nats, which is what guidance costs, and the reward {number(*untrained.reward)}."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.guidance import in_words
 from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
@@ -136,10 +138,12 @@ def _judged(headline: Headline, beta: float) -> str:
     def mean(estimate: Estimate | None) -> float | None:
         return None if estimate is None else estimate.mean
 
-    begun = "" if headline.untrained is None else f" (untrained {number(*headline.untrained.path_kl)})"
-    return f"""| path KL (nats){begun} | 0 | {number(mean(headline.path_kl), digits=4)} |
+    share, could = 0.0, headline.j_possible
+    if headline.untrained is not None:  # J falls from there
+        share = math.nan if could is None else headline.untrained.j_above.mean / could.mean
+    return f"""| path KL (nats) | 0 | {number(mean(headline.path_kl), digits=4)} |
 | J = {beta:.4g} × path KL − reward | {number(mean(headline.j_before), digits=4)} | {
         number(mean(headline.j_after), digits=4)
     } |
-| share of the possible gain of J | 0 | {number(mean(headline.captured))} |
+| share of the possible gain of J | {number(share)} | {number(mean(headline.captured))} |
 """

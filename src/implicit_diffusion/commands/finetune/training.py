@@ -108,7 +108,8 @@ def callbacks(
         reward_std: standard deviation of the pretrained reward.
         judges: from `judges_of`.
     """
-    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std)]
+    begins = held_out if held_out.untrained is not None else None
+    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std, held_out=begins)]
     checks: list[Callback] = [held_out, *judges]
     if spec.penalty == "drift":
         return [*checks, *runaway]

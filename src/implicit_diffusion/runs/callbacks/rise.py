@@ -153,7 +153,7 @@ class Rise(Shown):
             return (
                 f"the path KL is {kl:.3g} nats, and no sampler beyond {most:.3g} is as good as the {self._first} model"
             )
-        if not kl <= most_sound(fit.chain):
+        if not kl <= most_sound(fit.chain) + mean_and_error(before.path_kl).mean:
             return f"the path KL is {kl:.3g} nats, at which nothing of the pretrained model is left"
         if not rise <= RISE * before.reward.double().std().item():
             return "it runs away"

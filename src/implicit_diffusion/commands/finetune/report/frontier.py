@@ -92,7 +92,7 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
     _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
     if begun is not None:
         row = (*begun.path_kl, begun.reward.mean - before, 0.0)
-        _points(axes, [row], fmt="s", color=BEFORE, markerfacecolor="white", ms=8, label="untrained, without guidance")
+        _points(axes, [row], fmt="s", color=BEFORE, markerfacecolor="white", ms=8, label="untrained")
     _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
     final = (*headline.path_kl, *gain)
     _points(axes, [final], fmt="D", color=AFTER, ms=8, label="fine-tuned")

@@ -118,8 +118,8 @@ def _gain(result: Result) -> Iterator[RunWarning]:
     if headline.untrained is not None:  # what J fell by may be guidance alone
         if gain < -2 * error:
             text = (
-                f"The reward is {number(-gain, error)} below that of the guided model. J weighs it against the path KL: "
-                "a smaller KL weight asks for more of the reward, more updates for more of both."
+                f"The reward is {number(-gain, error)} below that of the guided model. J weighs it against the path "
+                "KL: a smaller KL weight asks for more of the reward, more updates for more of both."
             )
             yield RunWarning(False, "Less reward than under guidance", text)
         return
