@@ -225,9 +225,10 @@ def section(cost: Cost | None) -> str:
 def line_of(untrained: Untrained) -> str:
     """What is printed of the chain that training began with."""
     above, error = untrained.j_above
+    where = "above" if above > 0 else "below"
     return (
-        f"untrained reward {number(*untrained.reward)}, path KL {number(*untrained.path_kl)} nats, the cost of guidance; "
-        f"J {number(abs(above), error)} {'above' if above > 0 else 'below'} that of the guided model"
+        f"untrained reward {number(*untrained.reward)}, path KL {number(*untrained.path_kl)} nats: the cost of "
+        f"guidance; J {number(abs(above), error)} {where} that of the guided model"
     )
 
 
