@@ -193,7 +193,7 @@ def show(cost: Cost) -> None:
     """Print the cost of guidance, and what to change."""
     if cost.reward is not None:
         print(
-            f"guidance  the student, with guidance {cost.student_guidance:g}, begins {number(*cost.path_kl)} nats from "
+            f"guidance  the untrained student, with guidance {cost.student_guidance:g}, begins {number(*cost.path_kl)} nats from "
             f"the model under guidance {cost.guidance:g}, with reward {number(*cost.reward)}"
         )
     if cost.norms:
