@@ -12,7 +12,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.callbacks.rise import Rise
-from implicit_diffusion.runs.callbacks.watch import Runaway
+from implicit_diffusion.runs.callbacks.watch import Runaway, most_sound
 from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers.chain import Chain
 from tests.helpers.oracles import table
@@ -131,11 +131,18 @@ def test_a_run_is_judged_from_where_it_begins(tmp_path):
         chain, untrained = build()
         held_out = HeldOut(brightness, Noise(1), every=5, starts=64, untrained=untrained)
         heard = []
-        watching = [held_out, Rise(held_out, say=heard.append), Runaway(1.0, held_out=held_out)]
+        rise, runaway = Rise(held_out, say=heard.append), Runaway(1.0, held_out=held_out)
         loop = made(Nested, chain, Reward(brightness) + 10.0 * PathKL(), 30, lr)
-        state = fit(loop, 30, callbacks=watching)
+        state = fit(loop, 30, callbacks=[held_out, rise, runaway])
         assert held_out.begun(state).path_kl.mean() > 1 and not held_out.pretrained(state).path_kl.any()
         assert (state.stopped is not None) is stops
+        cost, most = held_out.begun(state).path_kl.mean().item(), most_sound(chain)
+        assert cost < rise.most(state) < 10 * cost  # the untrained chain is as good as itself
+        for path_kl, sound in ((most + cost / 2, True), (most + 2 * cost, False)):
+            runaway.seen, metrics = {"path_kl": path_kl}, state.metrics
+            state.metrics = {}
+            assert (runaway.unsound(state) is None) is sound
+            state.metrics = metrics
         if stops:
             assert "of the untrained model" in heard[0]
         else:

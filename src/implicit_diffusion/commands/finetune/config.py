@@ -58,7 +58,8 @@ class Config:
     held_out_prompts: Path | None = None
     """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
-    """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
+    """Scale of classifier-free guidance during training.
+    By default that of the model's pipeline, or the one that a fine-tuned model was trained for."""
     student_guidance: float | None = None
     """Scale of guidance of the network that is trained, by default --guidance; with 1 it learns to need none.
     The KL divergence is measured from the model under --guidance, and begins at what that guidance costs."""

@@ -193,8 +193,8 @@ def show(cost: Cost) -> None:
     """Print the cost of guidance, and what to change."""
     if cost.reward is not None:
         print(
-            f"guidance  the untrained student, with guidance {cost.student_guidance:g}, begins {number(*cost.path_kl)} nats from "
-            f"the model under guidance {cost.guidance:g}, with reward {number(*cost.reward)}"
+            f"guidance  untrained, with guidance {cost.student_guidance:g}, the network is {number(*cost.path_kl)} "
+            f"nats from the model under guidance {cost.guidance:g}; its reward is {number(*cost.reward)}"
         )
     if cost.norms:
         rows = [COLUMNS[: 2 if cost.reward is None else 5], *_rows(cost)]
