@@ -68,16 +68,16 @@ def test_a_folder_is_written(run, tmp_path):
     assert images.shape == (1, 8, 8, 1)
 
 
-def test_guidance_begins_at_its_cost(run):
-    guided, plain, trained = run("learn_guidance.py", "--pretraining", "30", "--updates", "2")
-    assert numbers(guided)[0] == 0 < numbers(trained)[0] and numbers(plain)[0] > 0
+def test_guidance_is_learned_a_little(run):
+    (before, _), (after, _) = map(numbers, run("learn_guidance.py", "--pretraining", "100", "--updates", "3"))
+    assert before > 0 and after > 0
 
 
 @pytest.mark.slow
 def test_guidance_is_learned(run):
-    """The path KL falls towards 0, and one call draws the digit that was asked for as often as two."""
-    guided, plain, trained = map(numbers, run("learn_guidance.py"))
-    assert trained[0] < 0.2 * plain[0] and abs(trained[1] - guided[1]) < 4 + (guided[1] - plain[1]) / 2
+    """The path KL falls towards 0, and from the same noise one call draws what two draw."""
+    (before, far), (after, near) = map(numbers, run("learn_guidance.py"))
+    assert after < 0.25 * before and near < 0.3 * far
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
