@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_flatten
 from implicit_diffusion.denoisers.half_weights import read_in_single
 from implicit_diffusion.errors import check_type
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
+from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.parts import load_model, without_memory
+from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.models.prompts import assembled
 
 REMEMBERED = 8  # calls of an encoder: a pipeline that is read several times asks for the same embeddings
@@ -34,7 +36,8 @@ def load_pipeline(model: str | PathLike[str], *, frozen: bool = False) -> Any:
     Args:
         model: a local folder or a hub id, as for `load_pretrained`.
         frozen: whether the network's weights will not be trained, or its adapters alone; those that were saved in half
-            precision then stay in it.
+            precision then stay in it, and layers read them in single precision. A network that converts something to
+            the dtype of its weights rounds it there.
 
     Returns:
         The pipeline, on the CPU, with text encoders that are loaded for the time of a call.
@@ -44,7 +47,10 @@ def load_pipeline(model: str | PathLike[str], *, frozen: bool = False) -> Any:
         MissingExtraError: diffusers or transformers is not installed.
     """
     check_type("frozen", frozen, bool, "it says whether the weights stay as they are")
-    return pipeline_of(find_checkpoint(model), str(model), frozen=frozen)
+    checkpoint = find_checkpoint(model)
+    if checkpoint.family is PIXELS:
+        return load_pretrained(model, frozen=frozen).pipeline
+    return pipeline_of(checkpoint, str(model), frozen=frozen)
 
 
 def pipeline_of(checkpoint: Checkpoint, source: str, *, frozen: bool) -> Any:

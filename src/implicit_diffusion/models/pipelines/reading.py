@@ -109,7 +109,7 @@ def read_pipeline(
         MissingExtraError: diffusers is not installed.
     """
     check_type("sampler", sampler, str, 'use "own", or a name of tables.NAMED_SAMPLERS')
-    pipeline = _with_sampler(pipeline, sampler)
+    own_pipeline, pipeline = pipeline, _with_sampler(pipeline, sampler)
     num_steps = check_num_steps(pipeline.scheduler, num_steps)
     texts = _check_prompts(prompts)
     call = _checked_call(pipeline, size, call, texts)
@@ -117,7 +117,14 @@ def read_pipeline(
 
     one = Recorder(pipeline, part, call)
     several = max(num_steps, 2)  # on one row alone, the time would look constant
-    one.run(several, batch_of(pipeline, call, texts, 1), 1)
+    try:
+        one.run(several, batch_of(pipeline, call, texts, 1), 1)
+    except InvalidInputError:
+        if not _is_replaced(own_pipeline.scheduler, sampler) or _is_replaced(pipeline.scheduler, sampler):
+            raise
+        pipeline = copy.copy(own_pipeline)  # which sets noise levels that no other scheduler takes
+        one = Recorder(pipeline, part, call)
+        one.run(several, batch_of(pipeline, call, texts, 1), 1)
     few = one.with_count(FEW)
     given = batch_of(pipeline, call, texts, FEW)
     recording = few.run(several, given, several)
