@@ -179,6 +179,22 @@ def test_what_is_not_affine_is_refused_by_row(made):
         refused(tiny_pipelines.Tiny(pipeline, family.call, family.prompts), match)
 
 
+def test_noise_that_the_chain_cannot_see_is_refused_by_row(made):
+    """A step that draws from a generator of its own, whatever generator the pipeline is given."""
+    from diffusers import EulerDiscreteScheduler
+
+    class Hidden(EulerDiscreteScheduler):
+        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+            (y, *others) = super().step(model_output, timestep, sample, generator=generator, return_dict=False)
+            self.calls = getattr(self, "calls", 0) + 1
+            return (y + Noise(self.calls).normal(tuple(y.shape), 0), *others)
+
+    family = made("Stable Diffusion XL")
+    pipeline = copy.copy(family.pipeline)
+    pipeline.register_modules(scheduler=Hidden.from_config(family.pipeline.scheduler.config))
+    refused(tiny_pipelines.Tiny(pipeline, family.call, family.prompts), "row 0 is not that of its scheduler's table|row")
+
+
 def test_arguments_that_change_with_time_are_named(made):
     family = made("Stable Diffusion XL")
 
@@ -253,7 +269,7 @@ def test_two_updates_with_adapters_then_diffusers_alone(tmp_path, name):
 
     plan = make_plan(evaluate(chain, Reward(redness), Noise(5), starts=4, repeats=2), [1.0])
     assert plan.reward_std > 0 and len(plan.rows()) == 1
-    optimizer = torch.optim.Adam([p for p in probed.denoiser.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.Adam([p for p in probed.denoiser.parameters() if p.requires_grad], lr=1e-1)
     queue = Queue(chain, Reward(redness) + 0.1 * PathKL(), optimizer, batch=COUNT, noise=Noise(0), stride=STEPS)
     assert all(metrics["objective"].isfinite() for metrics in queue.run(2))
 

@@ -1,14 +1,17 @@
 """`finetune` and `sample` on pipelines that no family knows: their chain is read off by running them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from implicit_diffusion.cli import main
+from implicit_diffusion.commands.finetune import training
 from implicit_diffusion.commands.finetune.command import run
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem.setup import build
@@ -26,6 +29,7 @@ from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.samplers.chain import Chain
 from tests.helpers import tiny, tiny_pipelines
+from tests.helpers.stops import interrupt_at
 
 NAMES = [
     "Stable Diffusion XL",
@@ -255,3 +259,77 @@ def test_the_size_of_a_family_that_is_known(tmp_path):
         sized(load_pretrained("digits"), (9, 7), None)
     with pytest.raises(InvalidInputError, match="--frames: digits makes images"):
         sized(load_pretrained("digits"), None, 4)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_same_model(saved, tmp_path, monkeypatch):
+    """Bit for bit, from the run's own copy of the prompts, with the size and the guidance that it began with."""
+    place = saved("FLUX.1")
+    config = options(place, "FLUX.1", guidance=2.0)
+    run(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(1)])
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(config, out=tmp_path / "parts"))
+    assert main(["resume", str(tmp_path / "parts")]) == 0
+    names = {"transformer/diffusion_pytorch_model.safetensors", "chain.json", "lora/pytorch_lora_weights.safetensors"}
+    for name in names:
+        one, other = (tmp_path / run / "model" / name for run in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_exact_samples_of_a_read_pipeline(saved, tmp_path):
+    """The run's problem is set up again from its folder, whose exported scheduler is another one than the model's."""
+    place = saved("FLUX.1")
+    run(options(place, "FLUX.1", out=tmp_path / "run", kl_weight=1.0))
+    model, out = str(tmp_path / "run" / "model"), str(tmp_path / "grid.png")
+    drawn = ["--num", "2", "--particles", "4", "--out", out, "--device", "cpu"]
+    assert main(["sample", "--exact", "--model", model, *drawn]) == 0
+    assert json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["acceptance"] > 0
+
+
+@pytest.mark.parametrize("kind", ["sharded", "variant"])
+def test_weights_in_parts_and_in_variants_are_loaded(tmp_path, kind):
+    """In the places where diffusers puts them."""
+    family = tiny_pipelines.FAMILIES["Stable Diffusion XL"](tmp_path)
+    how = {"max_shard_size": "100KB"} if kind == "sharded" else {"variant": "fp16"}
+    family.pipeline.save_pretrained(tmp_path / "model", **how)
+    assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > (kind == "sharded")
+    loaded = load_pipeline(tmp_path / "model").unet.state_dict()
+    assert all(torch.equal(loaded[key], weight) for key, weight in family.pipeline.unet.state_dict().items())
+
+
+def test_pickled_and_quantised_parts_are_refused(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved("Stable Diffusion XL") / "model", folder)
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    other = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (folder / "unet" / "config.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(InvalidInputError, match="its weights are quantised"):
+        load_pipeline(folder)
+    for path in (folder / "text_encoder_2").glob("*.safetensors"):
+        path.rename(path.with_name("pytorch_model.bin"))
+    with pytest.raises(InvalidInputError, match="holds only pickled weights"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion XL", pytest.param("FLUX.1", marks=pytest.mark.slow)])
+def test_a_frozen_network_keeps_half_precision(tmp_path, name):
+    """Under adapters the base stays as it was saved; u is that of single precision, and the path KL begins at 0."""
+    family = tiny_pipelines.FAMILIES[name](tmp_path)
+    part = "unet" if name == "Stable Diffusion XL" else "transformer"
+    getattr(family.pipeline, part).to(torch.bfloat16)
+    family.pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a cat\nred dogs\n", encoding="utf-8")
+    chain = build(setup_spec(options(tmp_path, name))).chain
+    kinds = {p.dtype for p in chain.denoiser.parameters() if not p.requires_grad}
+    assert torch.bfloat16 in kinds and all(
+        p.dtype == torch.float32 for p in chain.denoiser.parameters() if p.requires_grad
+    )
+    whole = build(setup_spec(options(tmp_path, name, lora_rank=None))).chain
+    x, which = Noise(0).normal((2, *chain.event_shape), 0), torch.arange(2)
+    t = torch.full((2,), float(chain.table.t[1]))
+    with torch.no_grad():
+        assert torch.equal(chain.denoiser(x, t, prompt=which), whole.denoiser(x, t, prompt=which))
+        assert torch.equal(chain.denoiser(x, t, prompt=which), chain.reference(x, t, prompt=which))

@@ -66,6 +66,10 @@ def read_model(
     family = checkpoint.family
     trained, held_out = prompts_of(spec, family.condition)
     call = call_of(family, size, frames, spec.guidance)
+    if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
+        raise InvalidInputError(
+            f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
+        )
     prompts = [*trained, *held_out]
     if any(prompt.negative for prompt in prompts):
         call["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
