@@ -15,20 +15,24 @@ import torch
 
 from implicit_diffusion.commands.sample.config import Config as Config
 from implicit_diffusion.commands.sample.energy import sample_energy_model
-from implicit_diffusion.commands.sample.grid import check_pictures, in_turn, pictures_of, write_grid
+from implicit_diffusion.commands.sample.grid import check_pictures, in_turn, pictures, write_grid
+from implicit_diffusion.commands.sample.own_model import sample_own_model
 from implicit_diffusion.commands.shared.conditioning import (
     CLASS,
     Conditioning,
     ConditioningSpec,
     conditioning,
 )
+from implicit_diffusion.commands.shared.models.by_name import open_model
+from implicit_diffusion.commands.shared.models.factories import check_models
 from implicit_diffusion.commands.shared.prompt_files import read_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.chain_file import TrainedChain, read_chain
 from implicit_diffusion.models.energy_model import is_energy_model
-from implicit_diffusion.models.pretrained import Pretrained, load_pretrained
+from implicit_diffusion.models.own_models.opened import OwnModel
+from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import progress
@@ -53,11 +57,15 @@ def run(config: Config) -> Path:
         if config.prompts is not None:
             raise InvalidInputError(f"--model {config.model} takes no --prompts: it is an energy-based model")
         return sample_energy_model(Path(config.model), config.num, config.out, config.num_steps, config.seed)
+    if config.trust_model:
+        check_models(config, Path(config.model), trusted=True)
     if config.exact:
         from implicit_diffusion.commands.sample.exact import sample_exactly
 
         return sample_exactly(config, STEPS)
-    pretrained = load_pretrained(config.model)
+    pretrained = open_model(config.model)
+    if isinstance(pretrained, OwnModel):
+        return sample_own_model(pretrained, config)
     trained = None if pretrained.checkpoint is None else read_chain(pretrained.checkpoint.folder)
     if (config.prompts is None) == (pretrained.condition == "prompts"):
         what = "needs --prompts FILE" if config.prompts is None else "takes no --prompts"
@@ -73,7 +81,7 @@ def run(config: Config) -> Path:
     device = find_device(config.device)
     for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
         network.to(device)
-    check_pictures(pretrained, config.model)
+    check_pictures(pretrained, config.model, config.out)
     size = at_once(pretrained.event_shape)
     batches = [range(first, min(first + size, config.num)) for first in range(0, config.num, size)]
     images: list[Any] = []
@@ -119,7 +127,7 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
             condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
         )
         x = chain.sample(noise, len(numbers), numbers.start)
-        return pictures_of(pretrained, x)
+        return pictures(x if pretrained.decoder is None else pretrained.decoder(x))
 
     return draw
 
