@@ -1,6 +1,7 @@
 """A flow-matching model of your own, points on a ring, for the command line.
 
-    implicit-diffusion finetune --model examples/flow_matching.py:ring --reward examples/flow_matching.py:right --out run
+    cd examples
+    implicit-diffusion finetune --model flow_matching.py:ring --reward flow_matching.py:right --out run
     implicit-diffusion sample --model run/model --num 500 --out ring.png
 
 The network is trained by the first call, in seconds, and its weights are kept beside this file: a factory must return
@@ -8,6 +9,7 @@ the same ones at every call.
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ class Velocity(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes, act = (3, 128, 128, 2), torch.nn.SiLU
-        linear = [torch.nn.Linear(m, n) for m, n in zip(sizes, sizes[1:])]
+        linear = [torch.nn.Linear(m, n) for m, n in pairwise(sizes)]
         self.layers = torch.nn.Sequential(linear[0], act(), linear[1], act(), linear[2])
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

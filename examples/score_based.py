@@ -1,6 +1,7 @@
 """A score-based model of your own, of latents of digits, for the command line.
 
-    implicit-diffusion finetune --model examples/score_based.py:digits --reward brightness --out run
+    cd examples
+    implicit-diffusion finetune --model score_based.py:digits --reward brightness --out run
     implicit-diffusion sample --model run/model --out digits.png
 
 Latents are the 16 leading principal components, scaled to variance one; the decoder is linear. The table is that of the
@@ -8,6 +9,7 @@ reverse SDE, with the score as the network's output. The network is trained by t
 weights are kept beside this file: a factory must return the same ones at every call.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ class Score(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes, act = (17, 256, 256, 16), torch.nn.SiLU
-        linear = [torch.nn.Linear(m, n) for m, n in zip(sizes, sizes[1:])]
+        linear = [torch.nn.Linear(m, n) for m, n in pairwise(sizes)]
         self.layers = torch.nn.Sequential(linear[0], act(), linear[1], act(), linear[2])
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -43,12 +45,12 @@ def digits(updates: int = 2000) -> idf.DiffusionModel:
     for update in range(0 if KEPT.exists() else updates):
         generator = noise.generator(update)
         data = latents[torch.randint(len(latents), (256,), generator=generator)]
-        t, eps = 0.05 + 3 * torch.rand(256, generator=generator), torch.randn(256, 16, generator=generator)
+        t, eps = 0.05 + 2.5 * torch.rand(256, generator=generator), torch.randn(256, 16, generator=generator)
         alpha, sigma = (-t[:, None]).exp(), (-torch.expm1(-2 * t[:, None])).sqrt()
         loss = (sigma * network(alpha * data + sigma * eps, t) + eps).square().mean()
         adam.zero_grad(), loss.backward(), adam.step()
     if not KEPT.exists():
         save_file(network.state_dict(), KEPT)
     network.load_state_dict(load_file(KEPT))
-    table = idf.tables.ou_reverse_sde(30, 3.0)
+    table = idf.tables.ou_reverse_sde(40, 2.5)
     return idf.DiffusionModel(network, table, (16,), decoder=lambda z: (mean + z @ basis.to(z)).view(-1, 1, 8, 8))

@@ -156,8 +156,14 @@ def _made(name: str) -> DiffusionModel:
                 ) from error
             except ValueError:  # functions written in C may have no signature
                 pass
-            with blamed(name):
-                model = factory(*positional, **named)
+            try:
+                with blamed(name):
+                    model = factory(*positional, **named)
+            except MissingExtraError:
+                raise
+            except InvalidInputError as error:  # of ours, from inside
+                message = str(error)
+                raise InvalidInputError(message if "`reward`" in message else f"`model` {name}: {message}") from error
     if not isinstance(model, DiffusionModel):
         raise InvalidInputError(f"`model` {name} must {RETURNS}, got {shown(model)}")
     return model
