@@ -10,7 +10,7 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.own_models.files import load_own_weights, save_own_model
-from implicit_diffusion.models.own_models.opened import ModuleDecoder, opened, weights_digest
+from implicit_diffusion.models.own_models.opened import ModuleDecoder, check_adapted, opened, weights_digest
 
 TABLE = idf.tables.ou_reverse_sde(3, 1.0)
 
@@ -133,6 +133,29 @@ def test_a_decoder_works_in_pieces_with_the_gradient_of_the_whole(monkeypatch):
     wrong = ModuleDecoder(lambda z: z[:1, None, None], (1, 1, 2))
     with pytest.raises(InvalidInputError, match=r"decoder must return shape \(5, 1, 1, 2\) for 5 states"):
         wrong(z)
+
+
+class Attending(nn.Module):
+    """u(x, t) by attention over the coordinates."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(1, 4), nn.Linear(4, 1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x, t):
+        h = self.up(x[..., None])
+        return self.down(h + self.attention(h, h, h, need_weights=False)[0])[..., 0]
+
+
+def test_adapters_that_the_network_does_not_call_are_refused():
+    ours = opened(model(denoiser=Attending()), "x")
+    idf.denoisers.add_lora(ours.denoiser.model, 2, idf.Noise(0), ["up", "down"])
+    check_adapted(ours)
+    ours = opened(model(denoiser=Attending()), "x")
+    idf.denoisers.add_lora(ours.denoiser.model, 2, idf.Noise(0), ["up", "out_proj"])
+    with pytest.raises(InvalidInputError, match=r"targets: an adapter of attention.out_proj has no effect"):
+        check_adapted(ours)
 
 
 def test_weights_go_to_disk_and_back_where_they_are_tied(tmp_path):

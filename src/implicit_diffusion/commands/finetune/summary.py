@@ -122,7 +122,7 @@ class ModelSummary:
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
-    factory: str | None
+    factory: str | None = None
 
 
 @dataclass(frozen=True)

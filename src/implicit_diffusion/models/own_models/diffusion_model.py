@@ -83,11 +83,7 @@ class DiffusionModel(Shown):
     @torch.no_grad()
     def _try(self) -> tuple[int, ...]:
         """Evaluate denoiser and decoder on two samples; returns the shape of a decoded one."""
-        parameter = next(self.denoiser.parameters())
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(TRIED, *self.event_shape, generator=generator).to(parameter)
-        t = torch.full((TRIED,), _first_time(self.schedule), device=x.device, dtype=at_least_single(x.dtype))
-        given = {} if self.num_classes is None else {CLASS: torch.zeros(TRIED, dtype=torch.long, device=x.device)}
+        x, t, given = trial(self.denoiser, self.schedule, self.event_shape, self.num_classes)
         under = f" and {CLASS} of shape ({TRIED},)" if given else ""
         with eval_mode(self.denoiser):
             with trying("denoiser", f"states of shape {tuple(x.shape)}, times of shape ({TRIED},){under}"):
@@ -99,6 +95,16 @@ class DiffusionModel(Shown):
             images = self.decoder(x)
         _check_returned("decoder", images, None)
         return tuple(images.shape[1:])
+
+
+def trial(
+    denoiser: nn.Module, schedule: Any, event_shape: tuple[int, ...], num_classes: int | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """States, times and a condition that a denoiser can be tried on."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TRIED, *event_shape, generator=generator).to(next(denoiser.parameters()))
+    t = torch.full((TRIED,), _first_time(schedule), device=x.device, dtype=at_least_single(x.dtype))
+    return x, t, {} if num_classes is None else {CLASS: torch.zeros(TRIED, dtype=torch.long, device=x.device)}
 
 
 def _check_schedule(schedule: Any) -> None:

@@ -23,7 +23,7 @@ from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.models.decoders import PIXELS_AT_ONCE
 from implicit_diffusion.models.families import PipelineFamily
-from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel
+from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel, trial
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.showing import ShownModule, of_network
 from implicit_diffusion.tables.table import ChainTable
@@ -143,6 +143,28 @@ def opened(model: DiffusionModel, source: str, folder: Path | None = None) -> Ow
         image_shape=model.image_shape,
         folder=folder,
     )
+
+
+def check_adapted(model: OwnModel) -> None:
+    """Refuse adapters that the network does not call, as `nn.MultiheadAttention` does not call its out_proj.
+
+    Args:
+        model: whose network has adapters.
+
+    Raises:
+        InvalidInputError: the output does not depend on one of them; the message names its layer.
+    """
+    denoiser, schedule = model.denoiser, model.scheduler if model.table is None else model.table
+    x, t, condition = trial(denoiser, schedule, model.event_shape, model.num_classes)
+    adapters = {name: p for name, p in denoiser.model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(denoiser(x, t, **condition).sum(), [*adapters.values()], allow_unused=True)
+    idle = sorted({name.partition(".lora_")[0] for name, slope in zip(adapters, slopes) if slope is None})
+    if idle:
+        raise InvalidInputError(
+            f"targets: an adapter of {', '.join(idle)} has no effect, since the network uses the layer's weights "
+            "without calling the layer; name others"
+        )
 
 
 def weights_digest(network: nn.Module) -> str:

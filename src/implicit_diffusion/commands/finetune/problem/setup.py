@@ -32,6 +32,7 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
+from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
 from implicit_diffusion.processes import everywhere
@@ -131,6 +132,8 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     weights = weights_of({"model": pretrained, "reference": original})
     if spec.network.lora_rank is not None:
         add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), spec.network.targets)
+        if isinstance(pretrained, OwnModel):
+            check_adapted(pretrained)
     conditions = conditioning(spec.conditions, pretrained, device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, spec.network)
