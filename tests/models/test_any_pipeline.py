@@ -192,7 +192,10 @@ def test_noise_that_the_chain_cannot_see_is_refused_by_row(made):
     family = made("Stable Diffusion XL")
     pipeline = copy.copy(family.pipeline)
     pipeline.register_modules(scheduler=Hidden.from_config(family.pipeline.scheduler.config))
-    refused(tiny_pipelines.Tiny(pipeline, family.call, family.prompts), "row 0 .* random in a way that the generator does not control")
+    refused(
+        tiny_pipelines.Tiny(pipeline, family.call, family.prompts),
+        "row 0 .* random in a way that the generator does not control",
+    )
 
 
 def test_arguments_that_change_with_time_are_named(made):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.models.adapter_files import save_adapter
     from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
+    from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel
     from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
     from implicit_diffusion.models.pretrained import Pretrained, load_pretrained, save_pipeline
@@ -21,6 +22,7 @@ else:
 
 
 __all__ = [
+    "DiffusionModel",
     "EnergyModel",
     "Pretrained",
     "ProbedPipeline",

@@ -15,6 +15,8 @@ from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
 from implicit_diffusion.scorers import TIMEOUT
 
+STEPS = 10  # N by default
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,7 +26,8 @@ class Config:
     """
 
     model: str = "digits"
-    """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
+    """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name.
+    A network of your own is "FILE.py:factory", a function that returns an implicit_diffusion.DiffusionModel."""
     reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
     """The reward: a name, or your own "FILE.py:function".
     Names: "brightness", "darkness", "redness", "sharpness", "jpeg-size", "compressibility", "digit-0" … "digit-9".
@@ -104,8 +107,9 @@ class Config:
     penalty: Literal["path-kl", "drift"] = "path-kl"
     """What --kl-weight weighs: the path KL, or the squared distance between the drifts of the two models.
     With the path KL, steps that add no noise keep the pretrained network."""
-    num_steps: int = 10
-    """Number N of sampling steps."""
+    num_steps: int | None = None
+    """Number N of sampling steps, by default 10.
+    A network of your own that comes with a table has one step for each of its rows."""
     batch: int = 16
     """Number of samples per gradient: so many trajectories start in each iteration."""
     stride: int | None = None
@@ -199,8 +203,8 @@ class Config:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
-        followed = self.num_steps if self.estimator != "truncated" else self.depth or 1
-        if self.target_kl is not None and self.target_kl_mode != "stop" and followed < self.num_steps:
+        truncated = self.estimator == "truncated" and (self.depth or 1) < (self.num_steps or STEPS)
+        if self.target_kl is not None and self.target_kl_mode != "stop" and truncated:
             raise InvalidInputError(
                 "--target-kl adapts β to the path KL of all steps, and --estimator truncated follows the last ones "
                 "alone; use --target-kl-mode stop, or another --estimator"

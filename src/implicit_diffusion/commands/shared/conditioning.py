@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, read_prompts
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
 from implicit_diffusion.reward_values import like, of_tensors, takes_condition, wants_metadata
@@ -102,7 +101,7 @@ class Conditioning(Shown):
                     "but samples of this model come without a condition; use a reward of the samples alone (clip:MODEL "
                     'is one with a text of yours, clip:MODEL(text="…")), or a model that is sampled under a condition'
                 )
-            return reward
+            return reward if decoder is None else _decoded(reward, decoder)
         conditional, reward = takes_condition(reward), of_tensors(reward)
 
         def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
@@ -128,6 +127,12 @@ class Conditioning(Shown):
             )
 
 
+def _decoded(reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """R(x) of states without a condition, from a reward of images."""
+    score = of_tensors(reward)
+    return like(lambda x: score(decoder(x)), score)
+
+
 def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:
     """The conditions that `spec` asks for, checked against the model.
 
@@ -145,7 +150,7 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
     if kind == "prompts":
         return _of_prompts(trained, held_out, guidance, pretrained, device)
     classes, null = pretrained.num_classes or 0, spec.null_class
-    if null is None and pretrained.family is not PIXELS:
+    if null is None and pretrained.family.condition == "classes":
         null = classes  # DiT was trained with this row for dropped labels
     elif null is not None and not 0 <= null < classes:
         raise InvalidInputError(f"--null-class must lie in 0..{classes - 1}, got {null}")

@@ -19,10 +19,13 @@ from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.problem.needs import check_needs
-from implicit_diffusion.commands.finetune.problem.opened import Exported, open_model, original_of
+from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
+from implicit_diffusion.commands.finetune.problem.sampler import Exported
 from implicit_diffusion.commands.finetune.specs import NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.models.by_name import weights_of
+from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.pictures import filmstrips
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
@@ -32,6 +35,7 @@ from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
 from implicit_diffusion.processes import everywhere
@@ -51,21 +55,22 @@ class Setup(Shown):
 
     Args:
         spec: that it was made from.
-        pretrained: the checkpoint.
-        sampler: name of the chain's sampler.
+        pretrained: the checkpoint, or a model of the user's own.
+        sampler: name of the chain's sampler; None for a table that the model comes with.
         chain: that is trained.
         reward: of the chain's states, tried on two samples. Of several, R has meaning once it is `weighing.weighed`.
         judged: the reward with its judges; None without a judge.
         clipping: effect of switching `clip_sample` off; None where it was not on, and before `weighing.weighed`.
-        exported: scheduler and table of the exported pipeline.
+        exported: scheduler and table of the exported model.
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
         estimator: of the gradient.
+        weights: fingerprints of weights that factories have returned, for `runs.provenance`.
     """
 
     spec: SetupSpec
     pretrained: Pretrained
-    sampler: str
+    sampler: str | None
     chain: Chain
     reward: Reward
     judged: WeightedRewards | None
@@ -74,6 +79,7 @@ class Setup(Shown):
     conditioning: Conditioning
     compiled: str | None
     estimator: Chosen
+    weights: dict[str, Any]
 
     @property
     def measured(self) -> Reward:
@@ -107,8 +113,8 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
-            `conditioning`, `load_reward`, `Reward.check_slope`.
+        InvalidInputError: from any of the parts; see `open_chain`, `add_lora`, `conditioning`,
+            `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
     with GlobalGenerators(spec.noise, PLAN, 0, device=device):
@@ -119,14 +125,18 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    if spec.flight is not None and not find_checkpoint(network.model).family.probed:
+    described = factory_of(network.model) is None and not find_checkpoint(network.model).family.probed
+    if spec.flight is not None and described:  # by headers of weights
         needs = needs_of(network, spec.flight, spec.noise)
         everywhere(lambda: check_needs(needs, device))
-    opened = open_model(spec)
+    opened = open_chain(spec)
     pretrained = opened.pretrained
     original = None if network.reference is None else original_of(spec, pretrained)
+    weights = weights_of({"model": pretrained, "reference": original})
     if network.lora_rank is not None:
         add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
+        if isinstance(pretrained, OwnModel):
+            check_adapted(pretrained)
     conditions = opened.conditions(device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, network)
@@ -153,6 +163,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         conditions,
         note,
         tried.estimator,
+        weights,
     )
 
 
