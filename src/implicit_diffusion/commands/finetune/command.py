@@ -42,9 +42,12 @@ from implicit_diffusion.commands.finetune.training import (
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
+from implicit_diffusion.commands.shared.models.by_name import check_weights
+from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
+from implicit_diffusion.commands.shared.usage import OWN_ADAPTER
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -56,6 +59,7 @@ from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
+from implicit_diffusion.models.own_models.files import save_own_model
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
@@ -92,13 +96,17 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     """The same in a directory that is held."""
     if resumed:
         config = config.with_own_prompts(directory.path)
-    if config.loop == "queue":
-        config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not resumed:
         directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
+    if resumed:
+        check_weights(directory, setup.weights)
+    fingerprints |= setup.weights
+    num_steps = setup.chain.num_steps
+    stride = config.stride or -(-num_steps // 10) if config.loop == "queue" else None
+    config = replace(config, num_steps=num_steps, stride=stride)
     config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
     if setup.estimator.why is not None:
         print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
@@ -117,13 +125,13 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
         beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-        max_grad_norm = config.max_grad_norm * plan.reward_std
+        clip = config.max_grad_norm * plan.reward_std
         if not trained:
-            _show_guidance(config, in_units(setup, plan), beta, max_grad_norm, directory)
+            guidance.shown(spec, in_units(setup, plan), beta, clip, directory)
     if config.plan:
         return planning.plan_as_json(plan, config.reward)
     setup = weighed(setup, plan)
-    scale(loop, setup.reward, beta, max_grad_norm)
+    scale(loop, setup.reward, beta, clip)
     if not trained:
         estimators.begin(loop.estimator, setup.chain, samples, setup.spec.noise.stream(PLAN))
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
@@ -137,14 +145,6 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         facts = _training_summary(config, state, held_out, weight_of_penalty(loop, spec.penalty), predicted.total)
         finish(setup, state, plan, facts, judges, directory)
         return report(directory)
-
-
-def _show_guidance(config: Config, setup: Setup, beta: float, max_grad_norm: float, directory: RunDirectory) -> None:
-    """Measure what guidance costs, print it, and keep it for the report."""
-    cost = guidance.measure(setup, beta, batch=config.batch, depth=config.depth, max_grad_norm=max_grad_norm)
-    if cost is not None:
-        guidance.keep(cost, directory)
-        guidance.show(cost)
 
 
 @main_only
@@ -207,8 +207,8 @@ def finish(
     untrained = judging.evaluate_untrained(setup, config.starts, stored)
     unseen = evaluate_held_out(setup, state.chain, judged[:2], stored, judging.REPEATS)
     model = whole_copy(state.model)
-    of = judged, untrained, judges, unseen
-    from_main(lambda: _conclude(config, setup, state, model, plan, training, *of, directory))
+    of = judged, untrained, judges, unseen, directory
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, *of))
 
 
 def _conclude(
@@ -233,16 +233,14 @@ def _conclude(
         advise=state.advice is None,
         reward_std=plan.reward_std if plan.conditional else None,
     )
-    looks = judging.qualities(judged)
     memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     each = judge_rewards(*judged, beta)
     rewards = judging.each_reward(config.reward, plan, each)
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
-    model_facts = _model_summary(setup)
     weighted = by_weights(judged.before, judged.after, beta, untrained)
-    facts = weighted, training, model_facts, memory_of_start
-    summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
+    facts = weighted, training, _model_summary(setup), memory_of_start
+    summary = Summary(headline, *facts, plan.rows(), *judging.qualities(judged), rewards, judged_by, unseen)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
@@ -254,27 +252,35 @@ def _conclude(
 
 def _model_summary(setup: Setup) -> ModelSummary:
     """What was trained and exported."""
-    family = setup.pretrained.family
+    family, factory = setup.pretrained.family, factory_of(setup.spec.network.model)
+    usage = adapter_usage(family) if factory is None else OWN_ADAPTER
     return ModelSummary(
         condition=setup.pretrained.condition,
         pipeline_class=(family.pipelines or (None,))[0],
         event_shape=list(setup.chain.event_shape),
         num_classes=setup.pretrained.num_classes,
         compiled=setup.compiled,
-        adapter=None if setup.spec.network.lora_rank is None else adapter_usage(family),
+        adapter=None if setup.spec.network.lora_rank is None else usage,
         clipping=setup.clipping,
         pipeline=setup.exported.table.name,
         pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
+        video=family.frames,
+        factory=factory,
     )
 
 
 @part("saving")
 def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
-    """Write the pipeline with the trained network, adapters merged, and the adapters by themselves."""
-    save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
+    """Write the pipeline or the weights of the trained network, adapters merged, and the adapters by themselves."""
+    factory = factory_of(setup.spec.network.model)
+    if factory is not None:
+        save_own_model(directory.model, merged(model), factory, card)
+    else:
+        save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.lora_rank is not None:
         save_adapter(directory.model / "lora", model, setup.pretrained)
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.student_guidance, setup.spec.conditions.null_class)
+    sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.student_guidance, setup.spec.conditions.null_class, *sizes)
     write_chain(directory.model, chain)
 
 

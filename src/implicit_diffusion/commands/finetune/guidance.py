@@ -19,6 +19,7 @@ import torch
 
 from implicit_diffusion.commands.finetune.problem.estimators import estimator_of
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup
+from implicit_diffusion.commands.finetune.specs import TrainingSpec
 from implicit_diffusion.commands.shared.formatting import number
 from implicit_diffusion.commands.shared.page import table
 from implicit_diffusion.commands.shared.summaries import from_json, to_json
@@ -110,6 +111,14 @@ class Cost:
         ]
 
 
+def shown(spec: TrainingSpec, setup: Setup, beta: float, max_grad_norm: float, directory: RunDirectory) -> None:
+    """Measure what guidance costs, print it, and keep it for the report; arguments as in `measure`."""
+    cost = measure(setup, beta, batch=spec.batch, depth=spec.depth, max_grad_norm=max_grad_norm)
+    if cost is not None:
+        keep(cost, directory)
+        show(cost)
+
+
 @part("planning")
 def measure(setup: Setup, beta: float, *, batch: int, depth: int | None, max_grad_norm: float) -> Cost | None:
     """The cost of guidance before the first update; None for a model without guidance.
@@ -122,14 +131,15 @@ def measure(setup: Setup, beta: float, *, batch: int, depth: int | None, max_gra
         max_grad_norm: the largest norm that is not scaled down.
     """
     w, v = setup.guidance, setup.student_guidance
-    if w is None or v is None or w == v == 1:
+    read = setup.conditioning.inside  # off a pipeline, under these two scales alone
+    if w is None or v is None or w == v == 1 or (read and w == v):
         return None
     noise, path_kl, reward = setup.spec.noise.stream(PLAN, 1), Estimate(0.0, 0.0), None
     if setup.untrained is not None:
         seen = evaluate(setup.untrained, setup.reward, noise, starts=STARTS)
         path_kl, reward = mean_and_error(seen.path_kl), mean_and_error(seen.reward)
     none = 1.0 if setup.untrained is None else v
-    scales = sorted({none + share * (w - none) for share in SHARES})
+    scales = sorted({v, w} if read else {none + share * (w - none) for share in SHARES})
     norms: list[Norms] = []
     if not is_sharded(setup.chain.denoiser):
         name = "score" if setup.estimator.name == "surrogate" else setup.estimator.name  # it has not learned yet

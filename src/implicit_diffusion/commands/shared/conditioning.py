@@ -10,7 +10,7 @@ For every trajectory the chain draws the number of a prompt, or a class (`Drawn`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, rea
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.chain_file import read_chain
-from implicit_diffusion.models.families import PIXELS
+from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
 from implicit_diffusion.reward_values import like, of_tensors, takes_condition, wants_metadata
@@ -63,6 +64,8 @@ class Conditioning(Shown):
         student_guidance: scale of the network that is trained.
         null: the value of the condition that stands for none, or that for every prompt, where guidance needs it.
         held_out: the condition that draws from the prompts that are not trained on; None where there are none.
+        inside: whether the network has embeddings and guidance in itself, as that of a pipeline that is read off.
+        plans: how such a network is called under other scales of guidance than `guidance`.
     """
 
     drawn: Drawn | None = None
@@ -71,7 +74,9 @@ class Conditioning(Shown):
     guidance: float = 1.0
     null: int | Tensor | None = None
     held_out: Drawn | None = None
+    inside: bool = False
     student_guidance: float = 1.0
+    plans: Mapping[float, Plan] = field(default_factory=dict)
 
     @property
     def trained_prompts(self) -> tuple[Prompt, ...]:
@@ -80,6 +85,9 @@ class Conditioning(Shown):
 
     def around(self, network: nn.Module, guidance: float) -> nn.Module:
         """The denoiser that a chain runs: `network` within embeddings and guidance of this scale."""
+        if self.inside:
+            assert isinstance(network, PipelineDenoiser)
+            return network.under(self.plans[guidance]) if guidance in self.plans else network
         if self.table is not None:
             network = Embedded(network, self.table, PROMPT)
         if self.drawn is not None and guidance != 1:
@@ -105,7 +113,7 @@ class Conditioning(Shown):
                     "but samples of this model come without a condition; use a reward of the samples alone (clip:MODEL "
                     'is one with a text of yours, clip:MODEL(text="…")), or a model that is sampled under a condition'
                 )
-            return reward
+            return reward if decoder is None else _decoded(reward, decoder)
         conditional, reward = takes_condition(reward), of_tensors(reward)
 
         def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
@@ -131,37 +139,33 @@ class Conditioning(Shown):
             )
 
 
+def _decoded(reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """R(x) of states without a condition, from a reward of images."""
+    score = of_tensors(reward)
+    return like(lambda x: score(decoder(x)), score)
+
+
 def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:
     """The conditions that `spec` asks for, checked against the model.
 
     Raises:
-        InvalidInputError: prompts for a model without a text encoder, or no prompts for a model with one; guidance of
-            an unconditional model, or without a class that stands for none; from `embed_prompts`.
+        InvalidInputError: from `prompts_of`; guidance of an unconditional model, or without a class that stands for
+            none; from `embed_prompts`.
     """
     kind, guidance = pretrained.condition, spec.guidance
-    if kind != "prompts" and (spec.prompts or spec.held_out):
-        raise InvalidInputError(
-            f"{'--prompts' if spec.prompts else '--held-out-prompts'}: {spec.model} has no text encoder, it is "
-            + ("conditioned on class labels" if kind else "unconditional")
-            + "; leave them out"
-        )
-    if kind != "classes" and spec.null_class is not None:
-        raise InvalidInputError(f"--null-class: {spec.model} is not conditioned on classes; leave it out")
+    trained, held_out = prompts_of(spec, kind)
     if kind is None:
         for flag, asked in (("--guidance", guidance), ("--student-guidance", spec.student_guidance)):
             if asked is not None:
                 raise InvalidInputError(f"{flag}: {spec.model} is unconditional, there is nothing to guide towards")
         return Conditioning()
-    guidance = _usual(pretrained) if guidance is None else guidance
+    if guidance is None:
+        guidance = pretrained.family.guidance if (usual := trained_guidance(pretrained.checkpoint)) is None else usual
     student = guidance if spec.student_guidance is None else spec.student_guidance
     if kind == "prompts":
-        if spec.prompts is None:
-            raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
-        trained = read_prompts(spec.prompts)
-        held_out = [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
         return replace(_of_prompts(trained, held_out, pretrained, device), guidance=guidance, student_guidance=student)
     classes, null = pretrained.num_classes or 0, spec.null_class
-    if null is None and pretrained.family is not PIXELS:
+    if null is None and pretrained.family.condition == "classes":
         null = classes  # DiT was trained with this row for dropped labels
     elif null is not None and not 0 <= null < classes:
         raise InvalidInputError(f"--null-class must lie in 0..{classes - 1}, got {null}")
@@ -173,10 +177,52 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
     return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null, student_guidance=student)
 
 
-def _usual(pretrained: Pretrained) -> float:
-    """The guidance that a fine-tuned model says it was trained for, or that of the model's pipeline."""
-    trained = None if pretrained.checkpoint is None else read_chain(pretrained.checkpoint.folder)
-    return pretrained.family.guidance if trained is None or trained.guidance is None else trained.guidance
+def trained_guidance(checkpoint: Checkpoint | None) -> float | None:
+    """The guidance that a fine-tuned model says it was trained for; None for other models."""
+    trained = None if checkpoint is None else read_chain(checkpoint.folder)
+    return None if trained is None else trained.guidance
+
+
+def prompts_of(spec: ConditioningSpec, kind: str | None) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and others, of a model that is sampled under `kind`: "prompts", "classes" or None.
+
+    Raises:
+        InvalidInputError: prompts for a model without a text encoder, or no prompts for a model with one; a class that
+            stands for none, for a model without classes; from `read_prompts`.
+    """
+    if kind != "prompts" and (spec.prompts or spec.held_out):
+        raise InvalidInputError(
+            f"{'--prompts' if spec.prompts else '--held-out-prompts'}: {spec.model} has no text encoder, it is "
+            + ("conditioned on class labels" if kind else "unconditional")
+            + "; leave them out"
+        )
+    if kind != "classes" and spec.null_class is not None:
+        raise InvalidInputError(f"--null-class: {spec.model} is not conditioned on classes; leave it out")
+    if kind != "prompts":
+        return [], []
+    if spec.prompts is None:
+        raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
+    trained = read_prompts(spec.prompts)
+    return trained, [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
+
+
+def of_read_prompts(
+    trained: list[Prompt], held_out: list[Prompt], guidance: float, student: tuple[float, Plan] | None = None
+) -> Conditioning:
+    """The conditions of a pipeline that was read off under these prompts, in their order.
+
+    Args:
+        trained: the prompts to train on.
+        held_out: others.
+        guidance: that it was read under.
+        student: another guidance, of the network that is trained, with how it is called then.
+    """
+    scale, plans = (guidance, {}) if student is None else (student[0], dict([student]))
+    read = Conditioning(guidance=guidance, inside=True, student_guidance=scale, plans=plans)
+    if not trained:
+        return read
+    seen, unseen = _numbers(trained, held_out)
+    return replace(read, drawn=seen, prompts=(*trained, *held_out), held_out=unseen)
 
 
 def _of_prompts(
@@ -190,9 +236,16 @@ def _of_prompts(
     table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
     place = {"": len(texts)} | {text: len(prompts) + i for i, text in enumerate(negatives)}
     null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
-    seen = Drawn(PROMPT, torch.arange(len(trained)), _weights(trained))
-    unseen = Drawn(PROMPT, torch.arange(len(trained), len(prompts)), _weights(held_out)) if held_out else None
+    seen, unseen = _numbers(trained, held_out)
     return Conditioning(seen, prompts, table, null=null, held_out=unseen)
+
+
+def _numbers(trained: list[Prompt], held_out: list[Prompt]) -> tuple[Drawn, Drawn | None]:
+    """The conditions that draw the numbers of the ones and of the others."""
+    first = len(trained)
+    seen = Drawn(PROMPT, torch.arange(first), _weights(trained))
+    others = torch.arange(first, first + len(held_out))
+    return seen, Drawn(PROMPT, others, _weights(held_out)) if held_out else None
 
 
 def _weights(prompts: list[Prompt]) -> Tensor | None:
