@@ -20,7 +20,7 @@ from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
-from tests.helpers import tiny
+from tests.helpers import tiny, tiny_pipelines
 
 TINY = ["finetune", "--num-steps", "3", "--batch", "2", "--updates", "2", "--starts", "4", "--lr", "1e-4"]
 TINY += ["--kl-weight", "2.5", "--student-guidance", "1"]
@@ -262,3 +262,24 @@ def test_a_run_goes_on_from_its_model_with_the_original_as_reference(place, run,
 def test_options_that_contradict_each_other():
     with pytest.raises(InvalidInputError, match="path-kl"):
         Config(student_guidance=1.0, penalty="drift", kl_weight=1.0).check()
+
+
+def test_a_pipeline_that_is_read_off_is_read_under_both_scales(tmp_path):
+    """Guidance is in its network's answers: the guided one is called for both parts, the student for one."""
+    place = tmp_path / "xl"
+    tiny_pipelines.stable_diffusion_xl(place).pipeline.save_pretrained(place / "model")
+    (place / "prompts.txt").write_text("a cat\nred dogs\n")
+    given = {"model": str(place / "model"), "prompts": place / "prompts.txt", "num_steps": 3, "guidance": 4.0}
+    made = setup.build(setup_spec(Config(**given, student_guidance=1.0, reward="redness", lora_rank=2)))
+    chain, network = made.chain, made.pretrained.denoiser
+    weights = [[c for call in each.plan.calls for c in call.weights] for each in (network, chain.denoiser)]
+    assert [[pytest.approx(c, abs=1e-4) for c in sorted(each)] for each in weights] == [[-3.0, 4.0], [1.0]]
+    assert chain.denoiser.model is network.model and made.student_guidance == 1.0
+    seen = evaluate(made.untrained, made.reward, Noise(0), starts=2)
+    torch.testing.assert_close(evaluate(chain, made.reward, Noise(0), starts=2).path_kl, seen.path_kl)
+    assert seen.path_kl.min() > 0
+    x, t, which = chain.initial(Noise(0), 2), torch.tensor([500.0, 500.0]), torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(chain.reference(x, t, prompt=which), network(x, t, prompt=which))
+    cost = guidance.measure(made, 1.0, batch=2, depth=None, max_grad_norm=1.0)
+    assert [row.guidance for row in cost.norms] == [1.0, 4.0] and cost.norms[1].of_path_kl > 0

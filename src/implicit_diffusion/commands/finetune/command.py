@@ -233,13 +233,12 @@ def _conclude(
         advise=state.advice is None,
         reward_std=plan.reward_std if plan.conditional else None,
     )
-    memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     each = judge_rewards(*judged, beta)
     rewards = judging.each_reward(config.reward, plan, each)
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
     weighted = by_weights(judged.before, judged.after, beta, untrained)
-    facts = weighted, training, _model_summary(setup), memory_of_start
+    facts = weighted, training, _model_summary(setup), MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     summary = Summary(headline, *facts, plan.rows(), *judging.qualities(judged), rewards, judged_by, unseen)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
