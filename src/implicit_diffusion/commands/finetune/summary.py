@@ -110,8 +110,8 @@ class ModelSummary:
         clipping: effect of switching `clip_sample` off; None where it was not on.
         pipeline: name of the chain that the exported model runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
-        video: whether the exported pipeline makes videos.
         factory: FILE.py:function that makes the network; None for a pipeline of diffusers.
+        video: whether the exported pipeline makes videos.
     """
 
     condition: str | None
@@ -123,8 +123,8 @@ class ModelSummary:
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
+    factory: str | None
     video: bool = False
-    factory: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from implicit_diffusion.commands.shared.conditioning import (
     prompts_of,
 )
 from implicit_diffusion.commands.shared.models.factories import check_models, open_own_model
+from implicit_diffusion.commands.shared.models.read_model import read_model
+from implicit_diffusion.commands.shared.models.sizes import call_of, sized
 from implicit_diffusion.commands.shared.prompt_files import read_prompts
-from implicit_diffusion.commands.shared.read_model import read_model
-from implicit_diffusion.commands.shared.sizes import call_of, sized
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.extras import require

@@ -21,8 +21,8 @@ from implicit_diffusion.commands.finetune.specs import SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.commands.shared.models.by_name import open_model
 from implicit_diffusion.commands.shared.models.factories import factory_of
-from implicit_diffusion.commands.shared.read_model import ReadModel, read_model
-from implicit_diffusion.commands.shared.sizes import sized
+from implicit_diffusion.commands.shared.models.read_model import ReadModel, read_model
+from implicit_diffusion.commands.shared.models.sizes import sized
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint

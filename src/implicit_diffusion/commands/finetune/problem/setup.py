@@ -98,6 +98,13 @@ class Setup(Shown):
         return tuple(filmstrips(decoder(evaluation.samples[:IN_REPORT, 0])) for evaluation in evaluations)
 
     @property
+    def given_start(self) -> bool:
+        """Whether the reward's deviation is that between samples of one start, which differ by noise alone: under
+        prompts or labels, if the chain has noise.
+        """
+        return self.chain.condition is not None and bool(self.chain.table.s.any())
+
+    @property
     def eta(self) -> float | None:
         """Noise of DDIM; None for other samplers."""
         return self.spec.chain.eta if self.sampler == "ddim" else None

@@ -10,7 +10,7 @@ from implicit_diffusion.commands.shared.conditioning import (
     of_read_prompts,
     prompts_of,
 )
-from implicit_diffusion.commands.shared.sizes import Size, call_of
+from implicit_diffusion.commands.shared.models.sizes import Size, call_of
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.pipelines.loading import pipeline_of
