@@ -122,7 +122,7 @@ class ModelSummary:
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
-    factory: str | None = None
+    factory: str | None
 
 
 @dataclass(frozen=True)
