@@ -119,9 +119,14 @@ class Config:
     """Decay rate, below 1, of a moving average of the weights; with it, the average is judged and exported."""
     lora_rank: int | None = None
     """Rank of low-rank adapters (LoRA) to train in place of all weights; this saves memory."""
+    lora_alpha: float | None = None
+    """The α in W + (α/R) B A, by default --lora-rank R, so that the factor is 1; a larger one makes larger steps."""
     lora_targets: str | None = None
     """Layers that get adapters, by the ends of their names, such as "to_q,to_v".
     By default the projections of attention layers, or the convolutions of a network without attention."""
+    init_lora: Path | None = None
+    """Folder, or .safetensors file, of low-rank adapters to go on from; rank, alpha and layers are theirs.
+    The KL divergence is measured from the model without them, or from --reference."""
     gradient_checkpointing: bool = False
     """Save memory: store fewer activations of the network, and compute them again for the gradient."""
     shard: bool = False
@@ -164,7 +169,7 @@ class Config:
             raise InvalidInputError("export must be 'last' without a `judge`, which says which model is the best")
         check_python([*names, *self.judge], self.reward_python)
         at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
-        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
+        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout", "lora_alpha")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.held_out_prompts is not None and self.prompts is None:
             raise InvalidInputError("--held-out-prompts needs --prompts, which the model is trained on")
@@ -195,7 +200,8 @@ class Config:
             raise InvalidInputError(
                 f"--shard shares out the weights, and {which} needs all of them; leave one of them out"
             )
-        if self.lora_rank is None and self.lora_targets is not None:
-            raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
+        for option, value in (("--lora-targets", self.lora_targets), ("--lora-alpha", self.lora_alpha)):
+            if value is not None and self.lora_rank is None and self.init_lora is None:
+                raise InvalidInputError(f"{option} needs --lora-rank, e.g. 8, or --init-lora")
         if self.starts < 4:
             raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")

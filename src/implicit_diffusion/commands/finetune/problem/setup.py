@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.problem.needs import check_needs
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -119,7 +120,7 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
+        InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_adapters`,
             `conditioning`, `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
@@ -134,15 +135,15 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     if spec.flight is not None:
         needs = needs_of(network, spec.flight, spec.noise)
         everywhere(lambda: check_needs(needs, device))
-    pretrained = load_pretrained(network.model, frozen=network.lora_rank is not None and not network.shard)
+    pretrained = load_pretrained(network.model, frozen=network.adapted and not network.shard)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
     sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
     scheduler = scheduler_for(pretrained.scheduler, sampler, clip=clip)
     table = table_for(scheduler, sampler, spec.chain.num_steps, eta=spec.chain.eta)
     exported = _exported(pretrained, scheduler, sampler, spec.chain)
     original = None if spec.network.reference is None else _original(spec.network, pretrained)
-    if spec.network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), spec.network.targets)
+    if network.adapted:
+        add_adapters(pretrained.denoiser.model, network, spec.noise.stream(ADAPTER), pretrained.family)
     conditions = conditioning(spec.conditions, pretrained, device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, spec.network)
@@ -179,12 +180,12 @@ def _chain(
     reference: nn.Module
     if original is not None:
         reference = conditions.around(original.denoiser).eval().requires_grad_(False)
-    elif spec.network.lora_rank is not None:
+    elif spec.network.adapted:
         reference = WithoutAdapter(denoiser)
     else:
         reference = frozen_copy(denoiser)
     if spec.network.shard:
-        for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
+        for each in (denoiser, reference) if not spec.network.adapted else (denoiser,):
             shard(each, device)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if spec.chain.noiseless_rows_pretrained else ()
     chain = Chain(
