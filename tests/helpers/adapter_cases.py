@@ -53,7 +53,7 @@ class Case:
         return torch.stack(list(answer)) if isinstance(answer, list) else answer
 
 
-class _Called(Exception):
+class _CalledError(Exception):
     """Stops a pipeline at the first call of its network."""
 
 
@@ -63,7 +63,7 @@ def first_call(pipeline, network, family):
 
     def keep(module, arguments, keywords):
         calls.append((arguments, keywords))
-        raise _Called
+        raise _CalledError
 
     handle = network.register_forward_pre_hook(keep, with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -71,7 +71,7 @@ def first_call(pipeline, network, family):
     given = {"prompt": family.prompts} if family.prompts else {}
     try:
         pipeline(**given | family.call, num_inference_steps=2, generator=generator)
-    except _Called:
+    except _CalledError:
         return calls[0]
     finally:
         handle.remove()

@@ -61,9 +61,8 @@ def adapter_of(denoiser: nn.Module) -> LowRank | None:
 
     (config,) = network.peft_config.values()
     weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
-    return LowRank(
-        {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, config.r, config.lora_alpha
-    )
+    matrices = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    return LowRank(matrices, config.r, float(config.lora_alpha))
 
 
 def add_low_rank(network: nn.Module, adapter: LowRank) -> None:
@@ -75,8 +74,8 @@ def add_low_rank(network: nn.Module, adapter: LowRank) -> None:
     layers = {name: part for name, part in network.named_modules() if isinstance(part, ADAPTABLE)}
     if strangers := [name for name in adapter.layers if name not in layers]:
         raise InvalidInputError(
-            f"adapter: it is of another network: it adapts {_listed(strangers)}, and {type(network).__name__} has no such "
-            f"layer; it has {_listed(sorted(layers))}"
+            f"adapter: it is of another network: it adapts {_listed(strangers)}; {type(network).__name__} has no such "
+            f"layer, it has {_listed(sorted(layers))}"
         )
     for name in adapter.layers:
         shape = layers[name].weight.shape

@@ -252,10 +252,10 @@ def _model_summary(setup: Setup, model: nn.Module) -> ModelSummary:
         num_classes=setup.pretrained.num_classes,
         compiled=setup.compiled,
         adapter=adapter_usage(pipeline_class_of(family), family.part) if adapted else None,
+        adapter_comfyui=comfyui_file(model, family) if adapted else None,
         clipping=setup.clipping,
         pipeline=setup.exported.table.name,
         pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
-        adapter_comfyui=comfyui_file(model, family) if adapted else None,
     )
 
 
