@@ -396,7 +396,6 @@ def test_without_an_adapter_there_is_none_to_save(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_page_lists_how_adapters_are_loaded(case, tmp_path):
     page = Path(__file__).parents[2] / "docs" / "howto" / "adapters.md"
     assert adapter_cases.markdown(case, tmp_path) in page.read_text(encoding="utf-8")

@@ -53,16 +53,24 @@ class LowRank(Shown):
 
 def adapter_of(denoiser: nn.Module) -> LowRank | None:
     """The adapter of a denoiser, or of a network itself; None if it has none."""
-    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
-    if not layers_with_adapters(network):
+    known = rank_and_alpha(denoiser)
+    if known is None:
         return None
     require("peft")
     import peft
 
-    (config,) = network.peft_config.values()
+    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
     weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
-    matrices = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    return LowRank(matrices, config.r, float(config.lora_alpha))
+    return LowRank({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, *known)
+
+
+def rank_and_alpha(denoiser: nn.Module) -> tuple[int, float] | None:
+    """r and α of its adapter, without its weights; None if it has none."""
+    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
+    if not layers_with_adapters(network):
+        return None
+    (config,) = network.peft_config.values()
+    return config.r, float(config.lora_alpha)
 
 
 def add_low_rank(network: nn.Module, adapter: LowRank) -> None:

@@ -47,7 +47,7 @@ from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.denoisers.lora import merged
-from implicit_diffusion.denoisers.low_rank import adapter_of
+from implicit_diffusion.denoisers.low_rank import rank_and_alpha
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.each_reward import judge_rewards
@@ -102,8 +102,8 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
     config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
-    if (adapter := adapter_of(setup.pretrained.denoiser)) is not None:
-        config = replace(config, lora_rank=adapter.rank, lora_alpha=adapter.alpha)
+    if (known := rank_and_alpha(setup.pretrained.denoiser)) is not None:
+        config = replace(config, lora_rank=known[0], lora_alpha=known[1])
     if setup.estimator.why is not None:
         print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
     spec, device = training_spec(config), setup.chain.device

@@ -107,10 +107,10 @@ def from_loader(
         options["return_alphas"] = True
     try:
         copies = {name: tensor.clone() for name, tensor in tensors.items()}  # some converters multiply in place
-        found = pipeline_class.lora_state_dict(copies, **options)
+        result = pipeline_class.lora_state_dict(copies, **options)
     except Exception as error:  # its converters raise many, depending on what they miss
         raise InvalidInputError(f"{pipeline_class.__name__} cannot read it: {one_line(error)}") from error
-    state, alphas = found if isinstance(found, tuple) else (found, None)
+    state, alphas = result if isinstance(result, tuple) else (result, None)
     weights = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
     if others := sorted(name for name in state if not name.startswith(f"{part}.")):
         raise InvalidInputError(f"{listing(others, 3)} are not of the pipeline's {part}, which alone is trained here")
