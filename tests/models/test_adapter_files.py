@@ -388,7 +388,9 @@ def test_peft_adds_the_adapter_where_diffusers_does_not(kind, tmp_path):
         assert (expected - load_pretrained(pretrained.source).denoiser(x, t, **given)).abs().max() > 1e-3
 
 
-def test_without_an_adapter_there_is_none_to_save(tmp_path):
+def test_without_an_adapter_there_is_none_to_save(case, tmp_path):
+    with pytest.raises(InvalidInputError, match="pipeline_class must be of type type"):
+        save_adapter(tmp_path / "lora", case(FLUX).adapted, case(FLUX).pipeline, "transformer")
     network = tiny.unet(**tiny.PLAIN)
     for write in (save_adapter, save_comfyui_adapter):
         with pytest.raises(InvalidInputError, match="has no adapter; call add_lora on its network"):

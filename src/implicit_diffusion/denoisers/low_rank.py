@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.denoisers.lora import ADAPTABLE, add_lora, layers_with_adapters
+from implicit_diffusion.denoisers.sharded import network_of
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.noise import Noise
@@ -59,14 +59,14 @@ def adapter_of(denoiser: nn.Module) -> LowRank | None:
     require("peft")
     import peft
 
-    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
+    network: Any = network_of(denoiser)
     weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
     return LowRank({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, *known)
 
 
 def rank_and_alpha(denoiser: nn.Module) -> tuple[int, float] | None:
-    """r and α of its adapter, without its weights; None if it has none."""
-    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
+    """The rank and α of its adapter, without its weights; None if it has none."""
+    network: Any = network_of(denoiser)
     if not layers_with_adapters(network):
         return None
     (config,) = network.peft_config.values()

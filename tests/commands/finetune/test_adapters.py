@@ -11,9 +11,11 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem import setup
+from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.commands.shared.inputs import inputs
+from implicit_diffusion.denoisers.conditions import ClassifierFree
 from implicit_diffusion.denoisers.lora import add_lora, merged
 from implicit_diffusion.denoisers.low_rank import adapter_of
 from implicit_diffusion.evaluation import evaluate
@@ -160,6 +162,16 @@ def test_bad_input_is_one_clear_line_before_any_work(message, bad, capsys, monke
     line = capsys.readouterr().err.splitlines()[-1]
     assert message in line and not (bad / "refused").exists()
     assert "--init-lora" not in BAD[message] or str(bad) in line
+
+
+def test_both_files_are_written_of_a_denoiser_under_guidance(tmp_path):
+    pretrained = load_pretrained(tiny.stable_diffusion(tmp_path))
+    add_lora(pretrained.denoiser.model, 2, Noise(0), alpha=3.0)
+    model = ClassifierFree(pretrained.denoiser, 2.0, {"prompt": 0})
+    export_adapters(tmp_path / "out", model, pretrained.family)
+    assert comfyui_file(model, pretrained.family) == "lora-comfyui.safetensors"
+    own = load_file(tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(load_file(tmp_path / "out" / "lora-comfyui.safetensors")) == 1.5 * len(own) > 0
 
 
 def test_flags_that_agree_are_accepted(place):

@@ -120,7 +120,7 @@ def _dotted(adapter: LowRank, names: Mapping[str, str], layout: Layout) -> dict[
     down, up = (".lora_down.weight", ".lora_up.weight") if layout.alphas else (A, B)
     for layer, name in names.items():
         entries[layout.prefix + name + down] = weights[layer + A]
-        entries[layout.prefix + name + up] = weights[layer + B].contiguous()
+        entries[layout.prefix + name + up] = weights[layer + B]
         if layout.alphas:
             entries[f"{layout.prefix}{name}.alpha"] = torch.tensor(float(adapter.alpha))
     return entries

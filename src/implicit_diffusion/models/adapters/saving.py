@@ -20,8 +20,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.denoisers.low_rank import LowRank, adapter_of
+from implicit_diffusion.denoisers.sharded import network_of
 from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.models.adapters.layouts import converted
@@ -48,11 +48,12 @@ def save_adapter(folder: str | PathLike[str], denoiser: nn.Module, pipeline_clas
         The folder.
 
     Raises:
-        InvalidInputError: a denoiser without an adapter.
+        InvalidInputError: a denoiser without an adapter, or an argument of another kind.
     """
     check_type("denoiser", denoiser, nn.Module, "use one whose network add_lora has changed")
+    check_type("part", part, str, 'use "unet" or "transformer"')
     folder, adapter = check_path("folder", folder), _adapter(denoiser)
-    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
+    network: Any = network_of(denoiser)
     (config,) = network.peft_config.values()
     targets = sorted(config.target_modules)
     if has_loader(pipeline_class, part):
@@ -89,7 +90,7 @@ def save_comfyui_adapter(path: str | PathLike[str], denoiser: nn.Module, pipelin
     path = check_path("path", path)
     if path.suffix != ".safetensors":
         raise InvalidInputError(f"path must end in .safetensors, got {path.name}")
-    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
+    network: Any = network_of(denoiser)
     weights = converted(_adapter(denoiser), network, pipeline_class, part)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -114,6 +115,12 @@ def adapter_usage(pipeline_class: Any, part: str) -> str:
 
 
 def has_loader(pipeline_class: Any, part: str) -> bool:
-    """Whether a class of pipelines of diffusers loads adapters for this part of it."""
+    """Whether a class of pipelines of diffusers loads adapters for this part of it.
+
+    Raises:
+        InvalidInputError: neither a class nor None.
+    """
+    if pipeline_class is not None:
+        check_type("pipeline_class", pipeline_class, type, "use type(pipeline), or None")
     save = getattr(pipeline_class, "save_lora_weights", None)
     return save is not None and f"{part}_lora_layers" in inspect.signature(save).parameters

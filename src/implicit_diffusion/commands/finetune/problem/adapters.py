@@ -16,6 +16,7 @@ from torch import nn
 from implicit_diffusion.commands.finetune.specs import NetworkSpec
 from implicit_diffusion.denoisers.lora import add_lora
 from implicit_diffusion.denoisers.low_rank import LowRank, adapter_of, add_low_rank
+from implicit_diffusion.denoisers.sharded import network_of
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.adapters.layouts import converted
@@ -82,12 +83,12 @@ def export_adapters(folder: Path, model: nn.Module, family: PipelineFamily) -> N
         save_comfyui_adapter(folder / COMFYUI, model, pipeline_class, family.part)
 
 
-def comfyui_file(network: nn.Module, family: PipelineFamily) -> str | None:
-    """The name of the file for ComfyUI; None where it has no such network or layers."""
-    adapter = adapter_of(network)
+def comfyui_file(model: nn.Module, family: PipelineFamily) -> str | None:
+    """The name of the file with a trained model's adapters for ComfyUI; None where it has no such network or layers."""
+    adapter = adapter_of(model)
     try:
         assert adapter is not None
-        converted(adapter, network, pipeline_class_of(family), family.part)
+        converted(adapter, network_of(model), pipeline_class_of(family), family.part)
     except InvalidInputError:
         return None
     return COMFYUI
