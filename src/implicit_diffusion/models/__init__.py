@@ -6,6 +6,8 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.models.adapters.reading import load_adapter
     from implicit_diffusion.models.adapters.saving import save_adapter, save_comfyui_adapter
     from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
+    from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel
+    from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
     from implicit_diffusion.models.pretrained import Pretrained, load_pretrained, save_pipeline
     from implicit_diffusion.models.prompts import embed_prompts
@@ -21,12 +23,14 @@ else:
 
 
 __all__ = [
+    "DiffusionModel",
     "EnergyModel",
     "Pretrained",
     "ProbedPipeline",
     "embed_prompts",
     "load_adapter",
     "load_energy_model",
+    "load_pipeline",
     "load_pretrained",
     "read_pipeline",
     "save_adapter",

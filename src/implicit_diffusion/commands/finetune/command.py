@@ -24,7 +24,7 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
-from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters, pipeline_class_of
+from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters, loaded_by
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.problem.weighing import weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
@@ -43,6 +43,8 @@ from implicit_diffusion.commands.finetune.training import (
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
+from implicit_diffusion.commands.shared.models.by_name import check_weights
+from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
@@ -56,8 +58,8 @@ from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
-from implicit_diffusion.models.adapters.saving import adapter_usage
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
+from implicit_diffusion.models.own_models.files import save_own_model
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
@@ -94,13 +96,17 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     """The same in a directory that is held."""
     if resumed:
         config = config.with_own_prompts(directory.path)
-    if config.loop == "queue":
-        config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not resumed:
         directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
+    if resumed:
+        check_weights(directory, setup.weights)
+    fingerprints |= setup.weights
+    num_steps = setup.chain.num_steps
+    stride = config.stride or -(-num_steps // 10) if config.loop == "queue" else None
+    config = replace(config, num_steps=num_steps, stride=stride)
     config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
     if (known := rank_and_alpha(setup.pretrained.denoiser)) is not None:
         config = replace(config, lora_rank=known[0], lora_alpha=known[1])
@@ -244,28 +250,36 @@ def _conclude(
 
 def _model_summary(setup: Setup, model: nn.Module) -> ModelSummary:
     """What was trained and exported."""
-    family, adapted = setup.pretrained.family, setup.spec.network.adapted
+    family, factory = setup.pretrained.family, factory_of(setup.spec.network.model)
+    adapted = setup.spec.network.adapted
     return ModelSummary(
         condition=setup.pretrained.condition,
         pipeline_class=(family.pipelines or (None,))[0],
         event_shape=list(setup.chain.event_shape),
         num_classes=setup.pretrained.num_classes,
         compiled=setup.compiled,
-        adapter=adapter_usage(pipeline_class_of(family), family.part) if adapted else None,
+        adapter=loaded_by(family, own=factory is not None) if adapted else None,
         adapter_comfyui=comfyui_file(model, family) if adapted else None,
         clipping=setup.clipping,
         pipeline=setup.exported.table.name,
         pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
+        video=family.frames,
+        factory=factory,
     )
 
 
 @part("saving")
 def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
-    """Write the pipeline with the trained network, adapters merged, and the adapters by themselves."""
-    save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
+    """Write the pipeline or the weights of the trained network, adapters merged, and the adapters by themselves."""
+    factory = factory_of(setup.spec.network.model)
+    if factory is not None:
+        save_own_model(directory.model, merged(model), factory, card)
+    else:
+        save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.adapted:
         export_adapters(directory.model, model, setup.pretrained.family)
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
+    sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class, *sizes)
     write_chain(directory.model, chain)
 
 

@@ -102,15 +102,17 @@ class ModelSummary:
 
     Args:
         condition: "prompts", "classes", or None.
-        pipeline_class: name of the pipeline in diffusers; None where the parts alone decide.
+        pipeline_class: name of the pipeline in diffusers; None where the parts alone decide, or there is none.
         event_shape: of a sample of the chain.
         num_classes: of a class-conditional model.
         compiled: result of the compilation; None where none was asked for.
         adapter: how the exported adapter is loaded; None where all weights were trained.
         adapter_comfyui: name of the file that holds it for ComfyUI; None where there is none.
         clipping: effect of switching `clip_sample` off; None where it was not on.
-        pipeline: name of the chain that the exported pipeline runs.
+        pipeline: name of the chain that the exported model runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
+        video: whether the exported pipeline makes videos.
+        factory: FILE.py:function that makes the network; None for a pipeline of diffusers.
     """
 
     condition: str | None
@@ -123,6 +125,8 @@ class ModelSummary:
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
+    video: bool = False
+    factory: str | None = None
 
 
 @dataclass(frozen=True)

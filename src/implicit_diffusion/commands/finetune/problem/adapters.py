@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from implicit_diffusion.commands.finetune.specs import NetworkSpec
+from implicit_diffusion.commands.shared.usage import OWN_ADAPTER
 from implicit_diffusion.denoisers.lora import add_lora
 from implicit_diffusion.denoisers.low_rank import LowRank, adapter_of, add_low_rank
 from implicit_diffusion.denoisers.sharded import network_of
@@ -21,7 +22,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.adapters.layouts import converted
 from implicit_diffusion.models.adapters.reading import read_adapter
-from implicit_diffusion.models.adapters.saving import save_adapter, save_comfyui_adapter
+from implicit_diffusion.models.adapters.saving import adapter_usage, save_adapter, save_comfyui_adapter
 from implicit_diffusion.models.families import PipelineFamily
 from implicit_diffusion.noise import Noise
 
@@ -92,6 +93,11 @@ def comfyui_file(model: nn.Module, family: PipelineFamily) -> str | None:
     except InvalidInputError:
         return None
     return COMFYUI
+
+
+def loaded_by(family: PipelineFamily, *, own: bool) -> str:
+    """The line of Python that adds the adapters in "lora" to the original pipeline, or to a model of the user's own."""
+    return OWN_ADAPTER if own else adapter_usage(pipeline_class_of(family), family.part)
 
 
 def pipeline_class_of(family: PipelineFamily) -> Any:
