@@ -465,6 +465,7 @@ PUBLIC = {
             "rank": lambda: 2,
             "noise": lambda: NOISE,
             "targets": lambda: None,
+            "alpha": lambda: 2.0,
         },
     ),
     "WithoutAdapter": Call(idf.denoisers.WithoutAdapter, {"denoiser": Net}, denoise),
@@ -630,7 +631,17 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("judge_rewards",),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl", "Scorer"),
-    *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
+    *(
+        "pipeline_for",
+        "progress",
+        "load_adapter",
+        "save_adapter",
+        "save_comfyui_adapter",
+        "shard",
+        "save_state",
+        "sharpest",
+        "tracked",
+    ),
 }
 
 

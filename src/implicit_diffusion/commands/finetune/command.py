@@ -24,6 +24,7 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
+from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters, loaded_by
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.problem.weighing import weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
@@ -47,8 +48,8 @@ from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
-from implicit_diffusion.commands.shared.usage import OWN_ADAPTER
 from implicit_diffusion.denoisers.lora import merged
+from implicit_diffusion.denoisers.low_rank import rank_and_alpha
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.each_reward import judge_rewards
@@ -57,7 +58,6 @@ from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
-from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
 from implicit_diffusion.models.own_models.files import save_own_model
 from implicit_diffusion.models.pretrained import save_pipeline
@@ -108,6 +108,8 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     stride = config.stride or -(-num_steps // 10) if config.loop == "queue" else None
     config = replace(config, num_steps=num_steps, stride=stride)
     config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
+    if (known := rank_and_alpha(setup.pretrained.denoiser)) is not None:
+        config = replace(config, lora_rank=known[0], lora_alpha=known[1])
     if setup.estimator.why is not None:
         print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
     spec, device = training_spec(config), setup.chain.device
@@ -233,7 +235,7 @@ def _conclude(
     rewards = judging.each_reward(config.reward, plan, each)
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
-    model_facts = _model_summary(setup)
+    model_facts = _model_summary(setup, model)
     weighted = by_weights(judged.before, judged.after, beta)
     facts = weighted, training, model_facts, memory_of_start
     summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
@@ -246,17 +248,18 @@ def _conclude(
     directory.write_summary(summary.to_json())
 
 
-def _model_summary(setup: Setup) -> ModelSummary:
+def _model_summary(setup: Setup, model: nn.Module) -> ModelSummary:
     """What was trained and exported."""
     family, factory = setup.pretrained.family, factory_of(setup.spec.network.model)
-    usage = adapter_usage(family) if factory is None else OWN_ADAPTER
+    adapted = setup.spec.network.adapted
     return ModelSummary(
         condition=setup.pretrained.condition,
         pipeline_class=(family.pipelines or (None,))[0],
         event_shape=list(setup.chain.event_shape),
         num_classes=setup.pretrained.num_classes,
         compiled=setup.compiled,
-        adapter=None if setup.spec.network.lora_rank is None else usage,
+        adapter=loaded_by(family, own=factory is not None) if adapted else None,
+        adapter_comfyui=comfyui_file(model, family) if adapted else None,
         clipping=setup.clipping,
         pipeline=setup.exported.table.name,
         pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
@@ -273,8 +276,8 @@ def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) 
         save_own_model(directory.model, merged(model), factory, card)
     else:
         save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
-    if setup.spec.network.lora_rank is not None:
-        save_adapter(directory.model / "lora", model, setup.pretrained)
+    if setup.spec.network.adapted:
+        export_adapters(directory.model, model, setup.pretrained.family)
     sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
     chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class, *sizes)
     write_chain(directory.model, chain)

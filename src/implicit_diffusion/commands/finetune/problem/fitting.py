@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.needs import Needs, activation_bytes, weight_bytes
 from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.gradients.footprint import bytes_of
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.families import PIXELS, PipelineFamily
@@ -44,13 +45,13 @@ def needs_of(spec: NetworkSpec, flight: Flight, noise: Noise) -> Needs:
         }
     shape = event_shape_of(network, family, source)
     numbers = sum(p.numel() for p in network.parameters())
-    kept = saved_dtype(headers) if spec.lora_rank is not None and not spec.shard and family is not PIXELS else None
+    kept = saved_dtype(headers) if spec.adapted and not spec.shard and family is not PIXELS else None
     weights = weight_bytes(network) if kept is None else weight_bytes(network, min(kept, torch.float32, key=_size))
     network.requires_grad_(True)
-    if spec.lora_rank is None:
+    if not spec.adapted:
         weights, trained = 2 * weights, (1 + MOMENTS) * 4 * numbers
     else:
-        add_lora(network, spec.lora_rank, noise, spec.targets)
+        add_adapters(network, spec, noise, family)
         trained = (2 + MOMENTS) * 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
     if spec.gradient_checkpointing:
         checkpoint_activations(network)
@@ -75,7 +76,7 @@ def _activations(network: Any, spec: NetworkSpec, shape: tuple[int, ...], family
     Zero where the network cannot be evaluated without numbers.
     """
     u = DiffusersDenoiser(network)
-    u_0 = WithoutAdapter(u) if spec.lora_rank is not None else None
+    u_0 = WithoutAdapter(u) if spec.adapted else None
 
     def call(part: nn.Module, n: int) -> object:
         classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")

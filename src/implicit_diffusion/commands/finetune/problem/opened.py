@@ -68,7 +68,7 @@ def open_chain(spec: SetupSpec) -> Opened:
 
 def _known(spec: SetupSpec) -> Opened:
     """A model of the user's own, or of a family that is known by hand."""
-    frozen = spec.network.lora_rank is not None and not spec.network.shard
+    frozen = spec.network.adapted and not spec.network.shard
     pretrained = sized(open_model(spec.network.model, frozen=frozen), spec.chain.size, spec.chain.frames)
     sampler, table, exported = sampler_of(pretrained, spec.chain)
     return Opened(
@@ -87,7 +87,7 @@ def _read(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
         size=chain.size,
         frames=chain.frames,
         eta=chain.eta,
-        frozen=spec.network.lora_rank is not None and not spec.network.shard,
+        frozen=spec.network.adapted and not spec.network.shard,
     )
     exported = _exported(read, num_steps)
     return Opened(read.pretrained, read.sampler, read.probed.table, exported, lambda device: read.conditioning)

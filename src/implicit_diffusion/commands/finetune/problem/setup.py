@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.problem.needs import check_needs
@@ -27,7 +28,7 @@ from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.models.by_name import weights_of
 from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.pictures import filmstrips
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -120,7 +121,7 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `open_chain`, `add_lora`, `conditioning`,
+        InvalidInputError: from any of the parts; see `open_chain`, `add_adapters`, `conditioning`,
             `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
@@ -140,8 +141,8 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     pretrained = opened.pretrained
     original = None if network.reference is None else original_of(spec, pretrained)
     weights = weights_of({"model": pretrained, "reference": original})
-    if network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
+    if network.adapted:
+        add_adapters(pretrained.denoiser.model, network, spec.noise.stream(ADAPTER), pretrained.family)
         if isinstance(pretrained, OwnModel):
             check_adapted(pretrained)
     conditions = opened.conditions(device)
@@ -191,12 +192,12 @@ def _chain(
     reference: nn.Module
     if original is not None:
         reference = conditions.around(original.denoiser).eval().requires_grad_(False)
-    elif spec.network.lora_rank is not None:
+    elif spec.network.adapted:
         reference = WithoutAdapter(denoiser)
     else:
         reference = frozen_copy(denoiser)
     if spec.network.shard:
-        for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
+        for each in (denoiser, reference) if not spec.network.adapted else (denoiser,):
             shard(each, device)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if spec.chain.noiseless_rows_pretrained else ()
     chain = Chain(
