@@ -28,21 +28,25 @@ class ByWeights:
     reweighted_missing: str | None
 
 
-def by_weights(before: Evaluation, after: Evaluation, beta: float | None) -> ByWeights:
+def by_weights(
+    before: Evaluation, after: Evaluation, beta: float | None, untrained: Evaluation | None = None
+) -> ByWeights:
     """The judged trajectories, weighted; no network is called.
 
     Args:
         before: evaluation of the pretrained chain.
         after: evaluation of the trained chain on the same noise.
         beta: weight of the path KL; None where the penalty is another one.
+        untrained: evaluation of the chain that training began with; None for `before`.
     """
     missing = _missing(after, beta)
     if missing is not None or beta is None:
         return ByWeights(None, None, [], missing)
-    nearby = [reweighted(before, after, multiple * beta) for multiple in NEARBY]
-    (most, error), share = possible(before, after, beta), captured_by_weights(before, after, beta)
+    nearby = [reweighted(before, after, multiple * beta, untrained) for multiple in NEARBY]
+    most, error = possible(before, after, beta, untrained)
+    share = captured_by_weights(before, after, beta, untrained)
     clear = most > CLEAR * error and share.error <= VAGUE
-    return ByWeights(reweighted(before, after, beta), share if clear else None, nearby, None)
+    return ByWeights(reweighted(before, after, beta, untrained), share if clear else None, nearby, None)
 
 
 def _missing(after: Evaluation, beta: float | None) -> str | None:

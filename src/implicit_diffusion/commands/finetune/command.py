@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune import guidance, judging, planning
 from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
@@ -26,7 +26,7 @@ from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
 from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters, loaded_by
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
-from implicit_diffusion.commands.finetune.problem.weighing import weighed
+from implicit_diffusion.commands.finetune.problem.weighing import in_units, weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
@@ -126,11 +126,14 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         elif not is_recorded(directory):
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
+        beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
+        clip = config.max_grad_norm * plan.reward_std
+        if not trained:
+            guidance.shown(spec, in_units(setup, plan), beta, clip, directory)
     if config.plan:
         return planning.plan_as_json(plan, config.reward)
     setup = weighed(setup, plan)
-    beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-    scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
+    scale(loop, setup.reward, beta, clip)
     if not trained:
         estimators.begin(loop.estimator, setup.chain, samples, setup.spec.noise.stream(PLAN))
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
@@ -203,9 +206,11 @@ def finish(
     config = read_options(Config, directory)
     stored = judging.storage(directory, state.chain, config.starts)
     judged = judging.evaluate_all(setup, state.chain, config.starts, stored)
+    untrained = judging.evaluate_untrained(setup, config.starts, stored)
     unseen = evaluate_held_out(setup, state.chain, judged[:2], stored, judging.REPEATS)
     model = whole_copy(state.model)
-    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, unseen, directory))
+    of = judged, untrained, judges, unseen, directory
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, *of))
 
 
 def _conclude(
@@ -216,29 +221,32 @@ def _conclude(
     plan: Plan,
     training: TrainingSummary,
     judged: judging.Judged,
+    untrained: Evaluation | None,
     judges: Sequence[Judges],
     unseen: HeldOutPrompts | None,
     directory: RunDirectory,
 ) -> None:
     """What follows from the evaluations; arguments as in `finish`, and the trained model in one place."""
     beta = None if config.penalty == "drift" else training.kl_weight
-    judgement = judge(*judged, beta)
+    judgement = judge(*judged, beta, untrained)
     headline = headline_of(
         judgement,
         lr=config.lr,
         advise=state.advice is None,
         reward_std=plan.reward_std if plan.conditional else None,
     )
-    looks = judging.qualities(judged)
-    memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     each = judge_rewards(*judged, beta)
     rewards = judging.each_reward(config.reward, plan, each)
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
-    model_facts = _model_summary(setup, model)
-    weighted = by_weights(judged.before, judged.after, beta)
-    facts = weighted, training, model_facts, memory_of_start
-    summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
+    weighted = by_weights(judged.before, judged.after, beta, untrained)
+    facts = (
+        weighted,
+        training,
+        _model_summary(setup, model),
+        MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
+    )
+    summary = Summary(headline, *facts, plan.rows(), *judging.qualities(judged), rewards, judged_by, unseen)
     with writing(directory.model):
         _export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
@@ -279,7 +287,7 @@ def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) 
     if setup.spec.network.adapted:
         export_adapters(directory.model, model, setup.pretrained.family)
     sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class, *sizes)
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.student_guidance, setup.spec.conditions.null_class, *sizes)
     write_chain(directory.model, chain)
 
 

@@ -61,7 +61,11 @@ class Config:
     held_out_prompts: Path | None = None
     """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
-    """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
+    """Scale of classifier-free guidance during training.
+    By default that of the model's pipeline, or the one that a fine-tuned model was trained for."""
+    student_guidance: float | None = None
+    """Scale of guidance of the network that is trained, by default --guidance; with 1 it learns to need none.
+    The KL divergence is measured from the model under --guidance, and begins at what that guidance costs."""
     size: tuple[int, int] | None = None
     """Height and width of the samples in pixels; by default those of the model."""
     frames: int | None = None
@@ -191,7 +195,16 @@ class Config:
         )
         check_size(self.size)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout", "lora_alpha")
-        not_negative(self, "kl_weight", "guidance", "eta")
+        not_negative(self, "kl_weight", "guidance", "student_guidance", "eta")
+        if self.student_guidance is not None and self.penalty == "drift":
+            raise InvalidInputError(
+                "--student-guidance needs --penalty path-kl, which measures how far it is from the guided model"
+            )
+        if self.student_guidance is not None and self.target_kl_mode == "stop":
+            raise InvalidInputError(
+                "--target-kl-mode stop waits for a path KL that grows, and with --student-guidance it begins at what "
+                "guidance costs and falls; use --target-kl-mode adapt"
+            )
         if self.held_out_prompts is not None and self.prompts is None:
             raise InvalidInputError("--held-out-prompts needs --prompts, which the model is trained on")
         if self.eta is not None and self.scheduler != "ddim":

@@ -43,6 +43,7 @@ KEPT = 256  # starts whose first sample is stored, for a picture and for a surro
 PICTURED = 64  # of them
 FILES = (
     "plan.json",
+    "guidance.json",
     f"{PLANNED}/{STATE_FILE}",
     f"{PLANNED}/{MANIFEST}",
     "figures/plan.png",

@@ -203,7 +203,12 @@ def setup_spec(config: Config) -> SetupSpec:
         config.shard,
     )
     conditions = ConditioningSpec(
-        config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
+        config.model,
+        config.prompts,
+        config.guidance,
+        config.null_class,
+        config.held_out_prompts,
+        config.student_guidance,
     )
     eta = ETA if config.eta is None else config.eta
     sizes = config.size, config.frames

@@ -12,6 +12,7 @@ from implicit_diffusion.commands.shared.summaries import from_json, part_from_js
 from implicit_diffusion.digits import Quality
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.evaluation.clipping import ClippingEffect
+from implicit_diffusion.evaluation.judging import Untrained
 from implicit_diffusion.evaluation.plans import PlanRow
 
 
@@ -30,12 +31,13 @@ class Headline:
         path_kl: of the trained chain, in nats.
         j_before: J of the pretrained chain.
         j_after: J of the trained chain.
-        j_fall: the paired difference of the two.
+        j_fall: the paired difference of the chain that training began with and the trained one.
         j_bound: J*.
         j_bound_from: the chain whose samples the bound is made of.
-        j_possible: J_before − J*.
+        j_possible: J of the chain that training began with, less J*.
         captured: the share of the possible gain that was captured.
         captured_unknown: a sentence that says why the share is not known; None where it is.
+        untrained: the chain that training began with; None where that is the pretrained chain.
     """
 
     worse: str | None
@@ -54,6 +56,12 @@ class Headline:
     j_possible: Estimate | None
     captured: Estimate | None
     captured_unknown: str | None
+    untrained: Untrained | None
+
+    @property
+    def j_begun(self) -> Estimate | None:
+        """J of the chain that training began with."""
+        return self.j_before if self.untrained is None else self.untrained.j
 
     @property
     def gain_in_std(self) -> float:

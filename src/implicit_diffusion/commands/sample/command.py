@@ -179,7 +179,7 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
     @torch.no_grad()
     def draw(numbers: range) -> list[Any]:
         chain = Chain(
-            given.around(pretrained.denoiser),
+            given.around(pretrained.denoiser, given.guidance),
             trained.table,
             pretrained.event_shape,
             condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
@@ -236,7 +236,7 @@ def _labelled(
     require("diffusers")
     from diffusers.utils import pt_to_pil
 
-    denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler
+    denoiser, scheduler = given.around(pretrained.denoiser, given.guidance), pretrained.scheduler
     device = next(denoiser.parameters()).device
     labels = {name: value.to(device) for name, value in in_turn(given, numbers).items()}
     scheduler.set_timesteps(steps, device=device)

@@ -66,6 +66,7 @@ class Setup(Shown):
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
         estimator: of the gradient.
+        frozen: the pretrained network under guidance of a scale.
         weights: fingerprints of weights that factories have returned, for `runs.provenance`.
     """
 
@@ -81,6 +82,20 @@ class Setup(Shown):
     compiled: str | None
     estimator: Chosen
     weights: dict[str, Any]
+    frozen: Callable[[float], nn.Module]
+
+    @property
+    def untrained(self) -> Chain | None:
+        """The chain that training begins with; None where that is the pretrained one."""
+        given = self.conditioning
+        if given.student_guidance == given.guidance:
+            return None
+        return self.chain.replace(denoiser=self.frozen(given.student_guidance))
+
+    def under(self, guidance: float, student_guidance: float) -> Chain:
+        """The chain to be trained under other scales of guidance."""
+        denoiser = self.conditioning.around(self.pretrained.denoiser, student_guidance)
+        return self.chain.replace(denoiser=denoiser, reference=self.frozen(guidance))
 
     @property
     def measured(self) -> Reward:
@@ -112,8 +127,13 @@ class Setup(Shown):
 
     @property
     def guidance(self) -> float | None:
-        """Scale of classifier-free guidance; None for a model without one."""
+        """Scale of classifier-free guidance of the pretrained chain; None for a model without one."""
         return self.conditioning.guidance if self.chain.condition and self.pretrained.family.guided else None
+
+    @property
+    def student_guidance(self) -> float | None:
+        """Scale of classifier-free guidance of the trained chain; None for an unconditional model."""
+        return self.conditioning.student_guidance if self.guidance is not None else None
 
 
 @part("loading")
@@ -148,7 +168,8 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     conditions = opened.conditions(device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, network)
-    chain = _chain(spec, opened.table, pretrained, original, conditions, device)
+    frozen = _frozen(network, pretrained, original, conditions)
+    chain = _chain(spec, opened.table, pretrained, frozen(conditions.guidance), conditions, device)
     note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,14 +193,25 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         note,
         tried.estimator,
         weights,
+        frozen,
     )
+
+
+def _frozen(
+    spec: NetworkSpec, pretrained: Pretrained, original: Pretrained | None, conditions: Conditioning
+) -> Callable[[float], nn.Module]:
+    """u_0 by the scale of its guidance; all of them share their weights."""
+    if original is None and spec.adapted:
+        return lambda guidance: WithoutAdapter(conditions.around(pretrained.denoiser, guidance))
+    network = frozen_copy(pretrained.denoiser) if original is None else original.denoiser.requires_grad_(False)
+    return lambda guidance: conditions.around(network, guidance).eval()
 
 
 def _chain(
     spec: SetupSpec,
     table: ChainTable,
     pretrained: Pretrained,
-    original: Pretrained | None,
+    reference: nn.Module,
     conditions: Conditioning,
     device: torch.device,
 ) -> Chain:
@@ -188,14 +220,7 @@ def _chain(
     Raises:
         InvalidInputError: no row is left to train.
     """
-    denoiser = conditions.around(pretrained.denoiser)
-    reference: nn.Module
-    if original is not None:
-        reference = conditions.around(original.denoiser).eval().requires_grad_(False)
-    elif spec.network.adapted:
-        reference = WithoutAdapter(denoiser)
-    else:
-        reference = frozen_copy(denoiser)
+    denoiser = conditions.around(pretrained.denoiser, conditions.student_guidance)
     if spec.network.shard:
         for each in (denoiser, reference) if not spec.network.adapted else (denoiser,):
             shard(each, device)

@@ -9,6 +9,7 @@ from implicit_diffusion.commands.shared.conditioning import (
     ConditioningSpec,
     of_read_prompts,
     prompts_of,
+    trained_guidance,
 )
 from implicit_diffusion.commands.shared.models.sizes import Size, call_of
 from implicit_diffusion.errors import InvalidInputError
@@ -65,7 +66,10 @@ def read_model(
     """
     family = checkpoint.family
     trained, held_out = prompts_of(spec, family.condition)
-    call = call_of(family, size, frames, spec.guidance)
+    asked = trained_guidance(checkpoint) if spec.guidance is None else spec.guidance
+    call = call_of(family, size, frames, asked)
+    if spec.student_guidance is not None and not family.guided:
+        raise InvalidInputError(f"--student-guidance: a {family.pipelines[0]} has no guidance_scale; leave it out")
     if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
         raise InvalidInputError(
             f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
@@ -86,8 +90,17 @@ def read_model(
         decoder=probed.decoder,
         checkpoint=checkpoint,
     )
-    guidance = family.guidance if spec.guidance is None else spec.guidance
-    return ReadModel(pretrained, probed, sampler, of_read_prompts(trained, held_out, guidance), call)
+    guidance, student = family.guidance if asked is None else asked, None
+    if spec.student_guidance not in (None, guidance):
+        other = call | {"guidance_scale": spec.student_guidance}
+        plain = read_pipeline(pipeline, num_steps, prompts=prompts or None, sampler=sampler, **other)
+        if not plain.table.agrees_with(probed.table):
+            raise InvalidInputError(
+                f"--student-guidance {spec.student_guidance:g}: the rows of {spec.model} are others than under "
+                f"guidance {guidance:g}, so that there is no path KL between the two; leave it out"
+            )
+        student = spec.student_guidance, plain.denoiser.plan
+    return ReadModel(pretrained, probed, sampler, of_read_prompts(trained, held_out, guidance, student), call)
 
 
 def _noise(checkpoint: Checkpoint, eta: float | None) -> dict[str, float]:
