@@ -485,6 +485,7 @@ PUBLIC = {
         lambda made: idf.Chain(made.denoiser, table(), made.event_shape).sample(NOISE, 2),
     ),
     "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
+    "load_pipeline": Call(idf.load_pipeline, {"model": lambda: "digits"}),
     "read_pipeline": Call(
         idf.read_pipeline,
         {

@@ -52,6 +52,8 @@ class TiltSpec:
         noise: of what is drawn.
         device: its name, or "auto".
         trust_reward: whether the code of the reward that a run names may run in any case.
+        size: height and width of a sample in pixels.
+        frames: of a video.
         trust_model: whether the code that makes the model of a run may.
     """
 
@@ -65,6 +67,8 @@ class TiltSpec:
     device: str
     trust_reward: bool
     trust_model: bool
+    size: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,6 +120,8 @@ def _untrained(spec: TiltSpec, num_steps: int) -> Tilt:
         kl_weight=spec.kl_weight,
         num_steps=spec.num_steps or (num_steps if factory_of(spec.model) is None else None),
         no_clip=True,
+        size=spec.size,
+        frames=spec.frames,
         device=spec.device,
     )
     config.check()
@@ -146,6 +152,8 @@ def _of_run(spec: TiltSpec, folder: Path, chain: TrainedChain) -> Tilt:
             f"--num-steps {spec.num_steps} is another chain than the {len(chain.table)} steps that {folder} was "
             "trained for, and has other weights; leave --num-steps out"
         )
+    if spec.size not in (None, config.size) or spec.frames not in (None, config.frames):
+        raise InvalidInputError(f"--size, --frames: the chain of {run} has samples of one size; leave them out")
     beta = _beta(spec, config, summary.training.kl_weight, run)
     noiseless = chain.table.noiseless()
     if config.penalty == "drift" and noiseless:

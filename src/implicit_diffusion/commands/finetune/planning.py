@@ -83,7 +83,7 @@ def planned(
     try:
         with part("planning"):
             samples = weighed_samples(setup, drawn)
-            plan = make_plan(samples, betas, asked=asked, conditional=setup.chain.condition is not None)
+            plan = make_plan(samples, betas, asked=asked, conditional=setup.given_start)
     except InvalidInputError:
         if not directory.has_state:
             _abandon(directory)

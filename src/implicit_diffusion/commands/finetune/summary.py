@@ -111,6 +111,7 @@ class ModelSummary:
         pipeline: name of the chain that the exported model runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
         factory: FILE.py:function that makes the network; None for a pipeline of diffusers.
+        video: whether the exported pipeline makes videos.
     """
 
     condition: str | None
@@ -123,6 +124,7 @@ class ModelSummary:
     pipeline: str
     pipeline_is_the_chain: bool
     factory: str | None
+    video: bool = False
 
 
 @dataclass(frozen=True)

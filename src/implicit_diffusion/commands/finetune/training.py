@@ -11,7 +11,7 @@ from implicit_diffusion.commands.finetune.problem.estimators import estimator_of
 from implicit_diffusion.commands.finetune.problem.setup import DURING, ESTIMATOR, SHOWN, Setup
 from implicit_diffusion.commands.finetune.result import PLANE
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
-from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels, plane_pixels
+from implicit_diffusion.commands.shared.pictures import PICTURED, filmstrips, image_pixels, plane_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Nested, Queue, Update
@@ -82,11 +82,11 @@ def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
 def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judges]:
     """The callback that asks the judges, if there are any; it stores images, where samples are such."""
     decoder = setup.pretrained.decoder
-    pictured = len(_seen(setup)) == 3
+    pictured = _pictured(setup)
 
     @torch.no_grad()
     def pixels(x: Tensor) -> Tensor:
-        images = x if decoder is None else decoder(x)
+        images = x if decoder is None else filmstrips(decoder(x))
         return ((images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     return [Judges(held_out, pixels if pictured else None)] if spec.judged_by else []
@@ -126,10 +126,12 @@ def callbacks(
     return [AdaptKL(spec.target_kl), *checks, rise, *runaway]
 
 
-def _seen(setup: Setup) -> tuple[int, ...]:
-    """The shape of a sample as rewards see it; of a checkpoint's latents only that it is an image."""
+def _pictured(setup: Setup) -> bool:
+    """Whether samples are images, or decoded to images or frames."""
     pretrained = setup.pretrained
-    return pretrained.image_shape if isinstance(pretrained, OwnModel) else pretrained.event_shape
+    if isinstance(pretrained, OwnModel):
+        return len(pretrained.image_shape) == 3
+    return pretrained.decoder is not None or len(setup.chain.event_shape) == 3
 
 
 def pictures(setup: Setup) -> list[Callback]:
@@ -137,21 +139,22 @@ def pictures(setup: Setup) -> list[Callback]:
 
     None where they are neither images nor points of the plane.
     """
-    noise, decoder, shape = setup.spec.noise.stream(SHOWN), setup.pretrained.decoder, _seen(setup)
+    noise, pretrained = setup.spec.noise.stream(SHOWN), setup.pretrained
+    points = isinstance(pretrained, OwnModel) and pretrained.image_shape == PLANE
 
     def sampled(chain: Chain) -> Tensor:
         with GlobalGenerators(noise, 0, device=chain.device):
             x = chain.sample(noise, PICTURED)
-            return x if decoder is None else decoder(x)
+            return x if pretrained.decoder is None else filmstrips(pretrained.decoder(x))
 
     @torch.no_grad()
     def draw(fit: Fit) -> Pixels:
-        if shape != PLANE:
+        if _pictured(setup):
             return image_pixels(sampled(fit.chain), low=-1, high=1)
         before, now = (sampled(chain).cpu() for chain in (fit.chain.pretrained(), fit.chain))
         return plane_pixels(now, beside=before, words="pretrained", points_are="fine-tuned")
 
-    return [Pictures(draw)] if len(shape) == 3 or shape == PLANE else []
+    return [Pictures(draw)] if points or _pictured(setup) else []
 
 
 def train(

@@ -125,6 +125,8 @@ def sample_exactly(config: Config, steps: int) -> Path:
             config.device,
             config.trust_reward,
             config.trust_model,
+            config.size,
+            config.frames,
         )
         tilt = load_tilt(spec, steps)
         check_pictures(tilt.setup.pretrained, config.model, config.out)

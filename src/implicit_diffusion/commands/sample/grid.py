@@ -13,9 +13,11 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.result import PLANE
 from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.pictures import filmstrips
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import replacing
+from implicit_diffusion.models.decoders import Decoder
 from implicit_diffusion.models.own_models.opened import OwnModel
 from implicit_diffusion.models.pretrained import Pretrained
 
@@ -34,8 +36,12 @@ def check_pictures(pretrained: Pretrained, model: str, out: Path) -> None:
                 f"--model {model} has samples of shape {shape}, which no picture shows; name a file FILE.npy as --out"
             )
         return
-    channels = pretrained.event_shape[0] if pretrained.decoder is None else pretrained.decoder.vae.config.out_channels
-    if channels not in COLOURS:
+    decoder, channels = pretrained.decoder, None  # the end of a pipeline that is read off makes pictures
+    if decoder is None:
+        channels = pretrained.event_shape[0]
+    elif isinstance(decoder, Decoder):
+        channels = decoder.vae.config.out_channels
+    if channels not in (None, *COLOURS):
         raise InvalidInputError(f"--model {model} has samples of {channels} channels, which no picture shows")
 
 
@@ -44,7 +50,7 @@ def parts_of(pretrained: Pretrained, x: Tensor, out: Path) -> list[Any]:
     """What `write_samples` writes of samples, decoded where they are latents: pictures, or tensors where the file
     is an array or samples are points.
     """
-    images = x if pretrained.decoder is None else pretrained.decoder(x)
+    images = x if pretrained.decoder is None else filmstrips(pretrained.decoder(x))
     if out.suffix == ".npy" or images.shape[1:] == PLANE:
         return list(images.cpu())
     return pictures(images)
@@ -56,6 +62,11 @@ def pictures(images: Tensor) -> list[Any]:
     from diffusers.utils import pt_to_pil
 
     return list(pt_to_pil(images))
+
+
+def shown_as_pictures(images: Tensor) -> list[Any]:
+    """The pictures of what a pipeline of diffusers returns as tensors in [0, 1]: images, or videos frames first."""
+    return pictures(2 * filmstrips(images if images.ndim == 4 else images.transpose(1, 2)) - 1)
 
 
 def write_samples(parts: list[Any], out: Path) -> None:

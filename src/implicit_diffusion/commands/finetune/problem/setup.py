@@ -19,12 +19,14 @@ from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.problem.needs import check_needs
+from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
-from implicit_diffusion.commands.finetune.problem.sampler import Exported, sampler_of
+from implicit_diffusion.commands.finetune.problem.sampler import Exported
 from implicit_diffusion.commands.finetune.specs import NetworkSpec, SetupSpec
-from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
-from implicit_diffusion.commands.shared.models.by_name import open_model, weights_of
+from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.models.by_name import weights_of
 from implicit_diffusion.commands.shared.models.factories import factory_of
+from implicit_diffusion.commands.shared.pictures import filmstrips
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
@@ -32,6 +34,7 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
+from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
@@ -40,7 +43,6 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.flow import is_flow
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER, SHOWN, ESTIMATOR = 1, 2, 3, 4, 5, 6  # streams of noise apart from training's
@@ -93,7 +95,14 @@ class Setup(Shown):
         decoder = self.pretrained.decoder
         if decoder is None:
             return None
-        return tuple(decoder(evaluation.samples[:IN_REPORT, 0]) for evaluation in evaluations)
+        return tuple(filmstrips(decoder(evaluation.samples[:IN_REPORT, 0])) for evaluation in evaluations)
+
+    @property
+    def given_start(self) -> bool:
+        """Whether the reward's deviation is that between samples of one start, which differ by noise alone: under
+        prompts or labels, if the chain has noise.
+        """
+        return self.chain.condition is not None and bool(self.chain.table.s.any())
 
     @property
     def eta(self) -> float | None:
@@ -102,8 +111,8 @@ class Setup(Shown):
 
     @property
     def guidance(self) -> float | None:
-        """Scale of classifier-free guidance; None for an unconditional model."""
-        return self.conditioning.guidance if self.chain.condition else None
+        """Scale of classifier-free guidance; None for a model without one."""
+        return self.conditioning.guidance if self.chain.condition and self.pretrained.family.guided else None
 
 
 @part("loading")
@@ -111,7 +120,7 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `open_model`, `sampler_of`, `add_lora`, `conditioning`,
+        InvalidInputError: from any of the parts; see `open_chain`, `add_lora`, `conditioning`,
             `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
@@ -123,22 +132,23 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    if spec.flight is not None and factory_of(network.model) is None:  # whose weights no header describes
+    described = factory_of(network.model) is None and not find_checkpoint(network.model).family.probed
+    if spec.flight is not None and described:  # by headers of weights
         needs = needs_of(network, spec.flight, spec.noise)
         everywhere(lambda: check_needs(needs, device))
-    pretrained = open_model(network.model, frozen=network.lora_rank is not None and not network.shard)
-    sampler, table, exported = sampler_of(pretrained, spec.chain)
-    original = None if spec.network.reference is None else _original(spec.network, pretrained)
+    opened = open_chain(spec)
+    pretrained = opened.pretrained
+    original = None if network.reference is None else original_of(spec, pretrained)
     weights = weights_of({"model": pretrained, "reference": original})
-    if spec.network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), spec.network.targets)
+    if network.lora_rank is not None:
+        add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
         if isinstance(pretrained, OwnModel):
             check_adapted(pretrained)
-    conditions = conditioning(spec.conditions, pretrained, device)
+    conditions = opened.conditions(device)
     for model in filter(None, (pretrained, original)):
-        _place(model, device, precision, spec.network)
-    chain = _chain(spec, table, pretrained, original, conditions, device)
-    note = compiled(chain) if spec.network.compile else None
+        _place(model, device, precision, network)
+    chain = _chain(spec, opened.table, pretrained, original, conditions, device)
+    note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
         return conditions.of_states(function, pretrained.decoder)
@@ -151,12 +161,12 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     return Setup(
         spec,
         pretrained,
-        sampler,
+        opened.sampler,
         chain,
         tried.reward,
         tried.judged,
         None,
-        exported,
+        opened.exported,
         conditions,
         note,
         tried.estimator,
@@ -211,34 +221,3 @@ def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype 
         pretrained.decoder.to(device)
     if pretrained.family.convolutional and not spec.shard:
         torch.nn.utils.convert_conv2d_weight_memory_format(pretrained.denoiser, torch.channels_last)  # a third faster
-
-
-def _original(network: NetworkSpec, pretrained: Pretrained) -> Pretrained:
-    """The model of --reference, which must be one that `pretrained` can have been trained from."""
-    assert network.reference is not None
-    original = open_model(network.reference, frozen=not network.shard)
-    for what, ours, theirs in (
-        ("samples", pretrained.event_shape, original.event_shape),
-        ("network", pretrained.family.network, original.family.network),
-        ("classes", pretrained.num_classes, original.num_classes),
-        ("prediction_type", *(_prediction(each.scheduler) for each in (pretrained, original))),
-        ("num_train_timesteps", *(_timesteps(each.scheduler) for each in (pretrained, original))),
-    ):
-        if ours != theirs:
-            raise InvalidInputError(
-                f"--reference {network.reference} is not the original of --model {network.model}: its {what} are "
-                f"{theirs}, not {ours}"
-            )
-    return original
-
-
-def _prediction(scheduler: Any) -> str | None:
-    """What the network of a scheduler's model predicts. Not every flow scheduler names it, and a table does not."""
-    if scheduler is None:
-        return None
-    return "flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type")
-
-
-def _timesteps(scheduler: Any) -> int | None:
-    """Number of times that a scheduler's model was trained on; None for a table."""
-    return None if scheduler is None else int(scheduler.config.num_train_timesteps)
