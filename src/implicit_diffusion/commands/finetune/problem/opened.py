@@ -1,7 +1,7 @@
 """The model, its chain and its conditions, as the options ask for them: known by hand, or read off its pipeline.
 
-    family known by hand   load → scheduler of the sampler → table;  embeddings and guidance around the network, later
-    any other family       load the whole pipeline → run it with stand-ins for its network, under all prompts
+    known by hand, or the user's own   load → sampler → table;  embeddings and guidance around the network, later
+    any other pipeline                 load it whole → run it with stand-ins for its network, under all prompts
 
 Both give the same parts, and nothing behind this file asks which it was.
 """
