@@ -21,16 +21,16 @@ from torch import nn
 from implicit_diffusion.commands.finetune import guidance, judging, planning
 from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.export import export, model_summary
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
-from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters, loaded_by
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.problem.weighing import in_units, weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
-from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
+from implicit_diffusion.commands.finetune.summary import MemoryOfStart, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import (
     held_out_checks,
     judges_of,
@@ -44,11 +44,9 @@ from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.models.by_name import check_weights
-from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
-from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.low_rank import rank_and_alpha
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -58,9 +56,6 @@ from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
-from implicit_diffusion.models.chain_file import TrainedChain, write_chain
-from implicit_diffusion.models.own_models.files import save_own_model
-from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
@@ -243,52 +238,17 @@ def _conclude(
     facts = (
         weighted,
         training,
-        _model_summary(setup, model),
+        model_summary(setup, model),
         MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
     )
     summary = Summary(headline, *facts, plan.rows(), *judging.qualities(judged), rewards, judged_by, unseen)
     with writing(directory.model):
-        _export(setup, model, directory, model_card(config, summary, setup.chain))
+        export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
     result = Result(config, summary, plan, judged.before, judged.after, judgement.bound, [], images)
     keep_result(result, directory)
     judging.forget(directory)
     directory.write_summary(summary.to_json())
-
-
-def _model_summary(setup: Setup, model: nn.Module) -> ModelSummary:
-    """What was trained and exported."""
-    family, factory = setup.pretrained.family, factory_of(setup.spec.network.model)
-    adapted = setup.spec.network.adapted
-    return ModelSummary(
-        condition=setup.pretrained.condition,
-        pipeline_class=(family.pipelines or (None,))[0],
-        event_shape=list(setup.chain.event_shape),
-        num_classes=setup.pretrained.num_classes,
-        compiled=setup.compiled,
-        adapter=loaded_by(family, own=factory is not None) if adapted else None,
-        adapter_comfyui=comfyui_file(model, family) if adapted else None,
-        clipping=setup.clipping,
-        pipeline=setup.exported.table.name,
-        pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
-        video=family.frames,
-        factory=factory,
-    )
-
-
-@part("saving")
-def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
-    """Write the pipeline or the weights of the trained network, adapters merged, and the adapters by themselves."""
-    factory = factory_of(setup.spec.network.model)
-    if factory is not None:
-        save_own_model(directory.model, merged(model), factory, card)
-    else:
-        save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
-    if setup.spec.network.adapted:
-        export_adapters(directory.model, model, setup.pretrained.family)
-    sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.student_guidance, setup.spec.conditions.null_class, *sizes)
-    write_chain(directory.model, chain)
 
 
 @main_only
