@@ -226,7 +226,7 @@ def _conclude(
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
     model_facts = _model_summary(setup)
-    weighted = by_weights(judged.before, judged.after, beta)
+    weighted = by_weights(judged.before, judged.after, judgement)
     facts = weighted, training, model_facts, memory_of_start
     summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
     with writing(directory.model):
