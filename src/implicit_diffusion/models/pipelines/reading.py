@@ -112,7 +112,7 @@ def read_pipeline(
     num_steps = check_num_steps(pipeline.scheduler, num_steps)
     texts = _check_prompts(prompts)
     call = _checked_call(pipeline, size, call)
-    part = _network_of(pipeline)
+    part = network_part(pipeline)
 
     one = Recorder(pipeline, part, call)
     several = max(num_steps, 2)  # on one row alone, the time would look constant
@@ -198,7 +198,7 @@ def _checked_call(pipeline: Any, size: Any, call: dict[str, Any]) -> dict[str, A
     return call
 
 
-def _network_of(pipeline: Any) -> str:
+def network_part(pipeline: Any) -> str:
     """The name of the part that predicts: the module that is called with a time."""
     timed = [
         name

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
-from implicit_diffusion.commands.finetune.problem.fitting import needs_of
-from implicit_diffusion.commands.finetune.problem.needs import check_needs
+from implicit_diffusion.commands.finetune.problem.fitting import check_fit
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
@@ -32,7 +31,6 @@ from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
-from implicit_diffusion.processes import everywhere
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
@@ -132,8 +130,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     precision = check_precision(spec.network.precision, device)
     network = spec.network
     if spec.flight is not None:
-        needs = needs_of(network, spec.flight, spec.noise)
-        everywhere(lambda: check_needs(needs, device))
+        check_fit(network, spec.flight, device)
     pretrained = load_pretrained(network.model, frozen=network.lora_rank is not None and not network.shard)
     clip = False if spec.chain.no_clip or pretrained.family.latent else None
     sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
