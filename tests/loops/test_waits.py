@@ -13,6 +13,8 @@ from implicit_diffusion.denoisers.embedding_table import EmbeddingTable
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.gradients import AdjointMatching, ScoreFunction, loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
+from implicit_diffusion.models.pipelines.arguments import Constant, PerSample, State, Time
+from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan, PlannedCall
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.runs import RunDirectory, console, state
@@ -138,3 +140,25 @@ def test_the_test_sees_waits(waiting, what):
     with Waits() as waits, contextlib.suppress(NotImplementedError):  # there are no numbers to copy
         waiting(torch.empty(3, device=DEVICE))
     assert [seen for seen, _ in waits.seen] == [what]
+
+
+def test_a_pipeline_that_was_read_waits_for_nothing():
+    """Its embeddings, masks and numbers are constants of the plan, read on the host."""
+
+    class Network(nn.Module):
+        def forward(self, sample, timestep, words, extra, return_dict=True):
+            return (sample + words[:, :1, None, None] + timestep[:, None, None, None] + extra["scale"],)
+
+    roles = {
+        "sample": State(1, (1, 8, 8), False),
+        "timestep": Time(1, (), None),
+        "words": PerSample(1, (torch.zeros(4, 5),)),
+        "extra": {"scale": Constant(torch.ones(()))},
+    }
+    denoiser = PipelineDenoiser(Network(), Plan((PlannedCall(roles, (1.0,)),), 4))
+    x, t, which = (torch.empty(shape, device=DEVICE) for shape in ((2, 1, 8, 8), (2,), (2,)))
+    with Waits() as waits:
+        denoiser(x, t, prompt=which.long())
+        waits.seen.clear()
+        denoiser(x, t, prompt=which.long())
+    assert not waits.seen

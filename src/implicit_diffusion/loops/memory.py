@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from implicit_diffusion import processes
 from implicit_diffusion.denoisers.conditions import Embedded
+from implicit_diffusion.denoisers.embedding_table import EmbeddingTable
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
 from implicit_diffusion.gradients.footprint import bytes_of
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan
 from implicit_diffusion.processes import own
 from implicit_diffusion.showing import Shown
 
@@ -81,7 +83,11 @@ def predict_memory(loop: ChainLoop) -> Memory:
     modules = [m for m in (loop.model, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
     held = {id(t): own(t).nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     trained = sum(own(p).nbytes for p in loop.update.parameters if p.requires_grad)
-    tables = {id(e.table): e.table for m in modules for e in m.modules() if isinstance(e, Embedded)}
+    parts = [part for module in modules for part in module.modules()]
+    tables: dict[int, EmbeddingTable | Plan] = {
+        id(part.table): part.table for part in parts if isinstance(part, Embedded)
+    }
+    tables |= {id(part.plan): part.plan for part in parts if isinstance(part, PipelineDenoiser)}
     resident = sum(held.values()) + sum(table.kept for table in tables.values())
     moved = round((1 + _moments(loop.update.optimizer)) * trained)
     return Memory(states, activations, resident + moved + need.kept, resident, moved)

@@ -22,6 +22,7 @@ from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.code_refusals import part_class
 from implicit_diffusion.models.families import WIDTHS
 from implicit_diffusion.models.parts import load_model, quiet, refused, without_memory
+from implicit_diffusion.models.pipelines.cutting import warn_of_cuts
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts for images, not needed for prompts
 CHUNK = 16  # prompts encoded together
@@ -47,6 +48,8 @@ def embed_prompts(
         InvalidInputError: the pipeline has no text encoder, one cannot be loaded or belongs to another network, or
             `prompts` are not strings.
         MissingExtraError: diffusers or transformers is not installed.
+
+    Warns of prompts that are longer than an encoder reads, and of what is cut of them.
     """
     check_type("checkpoint", checkpoint, Checkpoint, "use load_pretrained(model).checkpoint")
     check_type("network", network, nn.Module, "use the network of the checkpoint")
@@ -93,6 +96,7 @@ def _filled(
         for encoder in silent.values():
             hollow(encoder, device)
         pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED) | silent)
+        warn_of_cuts(pipeline, texts)
         table = None
         if len(encoders) > 1 and any(value.any() for value in _encode(pipeline, texts[:1], device)):
             raise ValueError("what its pipeline makes of several encoders is not their answers side by side")

@@ -9,7 +9,9 @@ For every trajectory the chain draws the number of a prompt, or a class (`Drawn`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, rea
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.families import PIXELS
+from implicit_diffusion.models.pipelines.cutting import CutPromptWarning
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
 from implicit_diffusion.reward_values import like, of_tensors, takes_condition, wants_metadata
@@ -174,12 +177,26 @@ def _of_prompts(
     negatives = list(dict.fromkeys(prompt.negative for prompt in prompts if prompt.negative))
     assert pretrained.checkpoint is not None
     texts = [*map(str, prompts), *negatives]
-    table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
+    with printing_cuts():
+        table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
     place = {"": len(texts)} | {text: len(prompts) + i for i, text in enumerate(negatives)}
     null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
     seen = Drawn(PROMPT, torch.arange(len(trained)), _weights(trained))
     unseen = Drawn(PROMPT, torch.arange(len(trained), len(prompts)), _weights(held_out)) if held_out else None
     return Conditioning(seen, prompts, table, guidance, null, unseen)
+
+
+@contextmanager
+def printing_cuts() -> Iterator[None]:
+    """Context in which warnings of prompts that are cut are lines of the command's output."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CutPromptWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, CutPromptWarning):
+            print(f"prompts   {str(each.message).removeprefix('prompts: ')}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _weights(prompts: list[Prompt]) -> Tensor | None:

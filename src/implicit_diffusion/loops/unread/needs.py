@@ -55,8 +55,8 @@ class Training:
     shares: int = 1
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, repr=False)
+class Call(Shown):
     """How a network is called.
 
     Args:

@@ -78,7 +78,8 @@ def unread_pipeline(checkpoint: Checkpoint) -> UnreadPipeline:
 
     source, models, saved = str(checkpoint.folder), {}, {}
     pipeline_class: Any = getattr(diffusers, str(checkpoint.index.get("_class_name")), None)
-    if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)):
+    known = isinstance(pipeline_class, type) and issubclass(pipeline_class, diffusers.DiffusionPipeline)
+    if not known:
         raise InvalidInputError(f"model: diffusers has no pipeline {checkpoint.index.get('_class_name')!r}")
     with checkpoint.laid_out() as folder, quiet():
         for part, (library, name) in checkpoint.parts.items():
