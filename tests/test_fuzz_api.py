@@ -474,6 +474,7 @@ PUBLIC = {
     "whole_copy": Call(idf.denoisers.whole_copy, {"denoiser": Net}, denoise),
     "checkpoint_activations": Call(idf.denoisers.checkpoint_activations, {"network": lambda: tiny.unet(**tiny.PLAIN)}),
     "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
+    "load_pipeline": Call(idf.load_pipeline, {"model": lambda: "digits"}),
     "read_pipeline": Call(
         idf.read_pipeline,
         {

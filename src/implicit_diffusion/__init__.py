@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single
     from implicit_diffusion.loops.update import Update
+    from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import read_pipeline
     from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
     from implicit_diffusion.noise import Noise
@@ -84,6 +85,7 @@ __all__ = [
     "evaluation",
     "fit",
     "gradients",
+    "load_pipeline",
     "load_pretrained",
     "load_reward",
     "loops",

@@ -3,14 +3,12 @@
 `FAMILIES` is the only list: the tests go through it, and `markdown` prints it for the documentation.
 """
 
-import json
 import string
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from implicit_diffusion.models.checkpoints import Checkpoint
 from tests.helpers import tiny
 
 PROMPTS = ["a cat", "red dogs"]
@@ -397,13 +395,6 @@ REMARKS = {
     "Wan": "video; guidance in two calls",
     "LTX-Video": "video; packed latents; guidance in one call",
 }
-
-
-def checkpoint_of(folder):
-    """The checkpoint of a folder that diffusers has saved, of any family."""
-    index = json.loads((folder / "model_index.json").read_text())
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return Checkpoint(folder, folder / "scheduler", index["scheduler"][1], folder=folder, index=index, files=files)
 
 
 def markdown(made):

@@ -44,7 +44,7 @@ def test_what_is_cut_is_what_the_tokenizer_leaves_out(tokenizers):
     }
 
 
-def test_the_pipeline_says_how_much_it_keeps(tokenizers):
+def test_the_pipeline_says_how_much_it_keeps(tokenizers, as_users_run):
     """The smaller one of the tokenizer's length and of the pipeline's max_sequence_length, given or by default."""
 
     class Pipeline:

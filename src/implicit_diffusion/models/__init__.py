@@ -6,6 +6,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.models.adapter_files import save_adapter
     from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
     from implicit_diffusion.models.pipelines.cutting import CutPrompt, cut_prompts
+    from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
     from implicit_diffusion.models.pretrained import Pretrained, load_pretrained, save_pipeline
     from implicit_diffusion.models.prompts import embed_prompts
@@ -28,6 +29,7 @@ __all__ = [
     "cut_prompts",
     "embed_prompts",
     "load_energy_model",
+    "load_pipeline",
     "load_pretrained",
     "read_pipeline",
     "save_adapter",

@@ -39,7 +39,7 @@ def config_of(place, **changes):
 
 def needs(place, **changes):
     spec = setup_spec(config_of(place, **changes))
-    return needs_of(spec.network, spec.flight)
+    return needs_of(spec, spec.flight)
 
 
 @pytest.mark.parametrize("options", [{"lora_rank": 2, "stride": 2}, {"stride": 1}, {"lora_rank": 2, "loop": "nested"}])
@@ -111,7 +111,7 @@ def test_what_is_not_known_is_said(place, monkeypatch, capsys):
         and asked.training == asked.network + asked.trained + asked.states + asked.decoder
     )
     assert "activations are not known, and not counted: the network cannot be evaluated without numbers (" in str(asked)
-    check_fit(spec.network, spec.flight, CPU)
+    check_fit(spec, spec.flight, CPU)
     assert re.search(r"^memory before loading: network .*; activations are not known", capsys.readouterr().out)
     free = {"cpu": asked.alone - 1}
     with pytest.raises(MemoryLimitError, match="activations are not known, and not counted"):

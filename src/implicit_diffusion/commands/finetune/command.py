@@ -251,6 +251,7 @@ def _model_summary(setup: Setup) -> ModelSummary:
         clipping=setup.clipping,
         pipeline=setup.exported.table.name,
         pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
+        video=family.frames,
     )
 
 
@@ -260,7 +261,8 @@ def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) 
     save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.lora_rank is not None:
         save_adapter(directory.model / "lora", model, setup.pretrained)
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
+    sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class, *sizes)
     write_chain(directory.model, chain)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.rewards.weights import check_judges, weighted
 from implicit_diffusion.commands.shared.prompt_files import HELD_OUT, TRAINED, copy_of
-from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
+from implicit_diffusion.commands.shared.ranges import at_least, check_size, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
@@ -59,6 +59,10 @@ class Config:
     """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
     """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
+    size: tuple[int, int] | None = None
+    """Height and width of the samples in pixels; by default those of the model."""
+    frames: int | None = None
+    """Number of frames of a video; by default that of the model's pipeline."""
     null_class: int | None = None
     """Class label that means "no class"; the guidance of a class-conditional U-Net needs it."""
     kl_weight: float | None = None
@@ -163,7 +167,20 @@ class Config:
         if self.export == "best" and not self.judge:
             raise InvalidInputError("export must be 'last' without a `judge`, which says which model is the best")
         check_python([*names, *self.judge], self.reward_python)
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
+        at_least(
+            self,
+            num_steps=1,
+            batch=1,
+            updates=1,
+            accumulate=1,
+            stride=1,
+            lora_rank=1,
+            seed=0,
+            keep=1,
+            depth=1,
+            frames=1,
+        )
+        check_size(self.size)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.held_out_prompts is not None and self.prompts is None:

@@ -51,6 +51,8 @@ class TiltSpec:
         noise: of what is drawn.
         device: its name, or "auto".
         trust_reward: whether the code of the reward that a run names may run in any case.
+        size: height and width of a sample in pixels.
+        frames: of a video.
     """
 
     model: str
@@ -62,6 +64,8 @@ class TiltSpec:
     noise: Noise
     device: str
     trust_reward: bool
+    size: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,6 +115,8 @@ def _untrained(spec: TiltSpec, num_steps: int) -> Tilt:
         kl_weight=spec.kl_weight,
         num_steps=spec.num_steps or num_steps,
         no_clip=True,
+        size=spec.size,
+        frames=spec.frames,
         device=spec.device,
     )
     config.check()
@@ -140,6 +146,8 @@ def _of_run(spec: TiltSpec, folder: Path, chain: TrainedChain) -> Tilt:
             f"--num-steps {spec.num_steps} is another chain than the {len(chain.table)} steps that {folder} was "
             "trained for, and has other weights; leave --num-steps out"
         )
+    if spec.size not in (None, config.size) or spec.frames not in (None, config.frames):
+        raise InvalidInputError(f"--size, --frames: the chain of {run} has samples of one size; leave them out")
     beta = _beta(spec, config, summary.training.kl_weight, run)
     noiseless = chain.table.noiseless()
     if config.penalty == "drift" and noiseless:

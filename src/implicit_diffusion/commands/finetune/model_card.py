@@ -85,6 +85,9 @@ def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
         guidance=config.guidance,
         num_classes=model.num_classes,
         null_class=config.null_class,
+        size=config.size,
+        frames=config.frames,
+        video=model.video,
     )
 
 

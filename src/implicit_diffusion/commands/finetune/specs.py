@@ -64,6 +64,8 @@ class ChainSpec:
         eta: noise of DDIM; other samplers do not use it.
         no_clip: whether the scheduler's `clip_sample` is switched off.
         noiseless_rows_pretrained: whether rows without noise keep the pretrained network.
+        size: height and width of a sample in pixels; None for those of the model.
+        frames: of a video; None for those of the model's pipeline, and for images.
     """
 
     sampler: str | None
@@ -71,6 +73,8 @@ class ChainSpec:
     eta: float
     no_clip: bool
     noiseless_rows_pretrained: bool
+    size: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,8 @@ def setup_spec(config: Config) -> SetupSpec:
         config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
     )
     eta = ETA if config.eta is None else config.eta
-    chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
+    sizes = config.size, config.frames
+    chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl", *sizes)
     reward = config.reward, config.judge, config.reward_python, config.reward_timeout
     noise, flight = Noise(config.seed), _flight(config)
     return SetupSpec(network, conditions, chain, *reward, config.estimator, noise, config.device, flight)

@@ -110,6 +110,7 @@ class ModelSummary:
         clipping: effect of switching `clip_sample` off; None where it was not on.
         pipeline: name of the chain that the exported pipeline runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
+        video: whether the exported pipeline makes videos.
     """
 
     condition: str | None
@@ -121,6 +122,7 @@ class ModelSummary:
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
+    video: bool = False
 
 
 @dataclass(frozen=True)

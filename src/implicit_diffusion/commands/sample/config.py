@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from implicit_diffusion.commands.shared.ranges import at_least, option, positive
+from implicit_diffusion.commands.shared.ranges import at_least, check_size, option, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import check_place
 from implicit_diffusion.models.energy_model import is_energy_model
@@ -31,6 +31,10 @@ class Config:
     """File with one prompt per line, for models that are conditioned on text; images use the prompts in turn.
     If its name ends in .jsonl, its lines are JSON, as for `finetune --prompts`.
     With --exact, by default the prompts of the run."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images in pixels; by default those that the model was fine-tuned for, or its own."""
+    frames: int | None = None
+    """Number of frames of a video, likewise; a few of them are shown side by side."""
     num_steps: int | None = None
     """Number of sampling steps; by default the number that the model was fine-tuned for.
     With any other number, and for a model that was never fine-tuned, the pipeline of the model draws the images.
@@ -61,7 +65,8 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or `out` cannot be written."""
-        at_least(self, num=1, num_steps=1, seed=0, particles=2)
+        at_least(self, num=1, num_steps=1, seed=0, particles=2, frames=1)
+        check_size(self.size)
         positive(self, "kl_weight")
         given = [
             each.name for each in fields(self) if each.name in OF_EXACT and getattr(self, each.name) != each.default

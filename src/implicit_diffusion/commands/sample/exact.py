@@ -124,6 +124,8 @@ def sample_exactly(config: Config, steps: int) -> Path:
             noise,
             config.device,
             config.trust_reward,
+            config.size,
+            config.frames,
         )
         tilt = load_tilt(spec, steps)
         check_pictures(tilt.setup.pretrained, config.model)

@@ -31,6 +31,9 @@ class PipelineUse:
         guidance: scale of classifier-free guidance, for a conditional model.
         num_classes: of a class-conditional model.
         null_class: the label that stands for no class; None where the model has none.
+        size: height and width in pixels; None for those of the pipeline.
+        frames: of a video; None for those of the pipeline.
+        video: whether it makes videos.
     """
 
     num_steps: int
@@ -41,6 +44,9 @@ class PipelineUse:
     guidance: float | None = None
     num_classes: int | None = None
     null_class: int | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    video: bool = False
 
 
 def usage(use: PipelineUse) -> str:
@@ -49,9 +55,13 @@ def usage(use: PipelineUse) -> str:
     steps = f"num_inference_steps={use.num_steps}"
     if use.condition is None:
         return f"images = pipeline(batch_size=16, {steps}{eta}).images"
-    assert use.guidance is not None
     if use.condition == "prompts":
-        return f'images = pipeline(["a prompt of yours"] * 4, {steps}{eta}, guidance_scale={use.guidance:g}).images'
+        guided = "" if use.guidance is None else f", guidance_scale={use.guidance:g}"
+        sizes = "" if use.size is None else f", height={use.size[0]}, width={use.size[1]}"
+        sizes += "" if use.frames is None else f", num_frames={use.frames}"
+        made = "frames" if use.video else "images"
+        return f'{made} = pipeline(["a prompt of yours"] * 4, {steps}{eta}{guided}{sizes}).{made}'
+    assert use.guidance is not None
     if use.pipeline_class == "DiTPipeline":
         return f"images = pipeline([0, 1], {steps}, guidance_scale={use.guidance:g}).images"
     guided = "" if use.guidance == 1 else GUIDED.format(null=use.null_class, guidance=use.guidance)

@@ -81,6 +81,7 @@ class Needs(Shown):
         activations: kept by autograd during the largest call with gradient; None where they are not known.
         decoder: weights of the decoder.
         encoders: weights of every text encoder, by name.
+        on_host: whether text encoders compute on the host, also beside an accelerator.
         unknown: why something is not known.
     """
 
@@ -90,6 +91,7 @@ class Needs(Shown):
     activations: int | None
     decoder: int = 0
     encoders: Mapping[str, int] = field(default_factory=dict)
+    on_host: bool = False
     unknown: str | None = None
 
     @property
@@ -105,7 +107,7 @@ class Needs(Shown):
     @property
     def device(self) -> int:
         """Of an accelerator, whose text encoders have gone when the network comes."""
-        return max(self.encoder, self.training)
+        return self.training if self.on_host else max(self.encoder, self.training)
 
     @property
     def host(self) -> int:

@@ -18,30 +18,24 @@ from implicit_diffusion.models.pipelines.unread import unread_pipeline
 from implicit_diffusion.models.prompts import UNUSED
 
 
-def needs_of_pipeline(
-    checkpoint: Checkpoint,
-    training: Training,
-    num_steps: int,
-    *,
-    encoders: torch.dtype | None = torch.float32,
-    **options: Any,
-) -> Needs:
+def needs_of_pipeline(checkpoint: Checkpoint, training: Training, num_steps: int, **options: Any) -> Needs:
     """What a run needs at least, while no weight of the pipeline is read.
 
     Args:
         checkpoint: of the pipeline.
-        training: see there; frozen weights stay in the dtype that they were saved in.
+        training: see there; adapters are beside weights in the dtype that they were saved in, unless these are shared
+            out.
         num_steps: N.
-        encoders: dtype that text encoders are loaded in; None for that of their files.
-        **options: other arguments of `read_pipeline`: prompts, size, sampler, and those of the pipeline's own call. Of
-            the prompts the longest counts.
+        **options: other arguments of `read_pipeline`: prompts, of which the longest counts, size, sampler, by default
+            the memoryless one, and those of the pipeline's own call.
 
     Raises:
         InvalidInputError: a part whose config is damaged or does not belong to its weights; see `unread_pipeline`.
             What `read_pipeline` would refuse is not refused here; states and activations are then not known.
     """
     unread = unread_pipeline(checkpoint)
-    training = replace(training, kept=unread.saved[unread.part])
+    if training.shares == 1:
+        training = replace(training, kept=unread.saved[unread.part])
     try:
         probed, unknown = unread.read(num_steps, **options), None
     except ImplicitDiffusionError as error:
@@ -57,7 +51,8 @@ def needs_of_pipeline(
     return replace(
         needs,
         decoder=sum(weight_bytes(model) for part, model in beside.items() if part not in texts),
-        encoders={part: weight_bytes(model, encoders or unread.saved[part]) for part, model in texts.items()},
+        encoders={part: weight_bytes(model) for part, model in texts.items()},
+        on_host=True,
         unknown=unknown or needs.unknown,
     )
 

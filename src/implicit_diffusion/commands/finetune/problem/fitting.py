@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec
+from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec, SetupSpec
+from implicit_diffusion.commands.shared.read_model import asked_of
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.loops.unread.needs import Call, Needs, Training, check_needs, needs_of_network, weight_bytes
-from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.loops.unread.pipelines import needs_of_pipeline
+from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
 from implicit_diffusion.models.families import PIXELS, PipelineFamily
 from implicit_diffusion.models.parts import saved_dtype, without_memory
 from implicit_diffusion.models.pretrained import event_shape_of, meta_inputs
 from implicit_diffusion.processes import everywhere, is_main
 
 
-def check_fit(spec: NetworkSpec, flight: Flight, device: torch.device) -> None:
+def check_fit(spec: SetupSpec, flight: Flight, device: torch.device) -> None:
     """Refuse what cannot fit, and print what could not be counted.
 
     Raises:
@@ -32,18 +34,28 @@ def check_fit(spec: NetworkSpec, flight: Flight, device: torch.device) -> None:
         print(f"memory before loading: {needs}")
 
 
-def needs_of(spec: NetworkSpec, flight: Flight) -> Needs:
+def needs_of(spec: SetupSpec, flight: Flight) -> Needs:
     """What a run needs at least.
 
     Args:
-        spec: of the network.
+        spec: of the run.
         flight: how many samples there are at a time.
 
     Raises:
         InvalidInputError: a part whose config and headers do not fit together; see `load_model`.
     """
-    checkpoint, source = find_checkpoint(spec.model), spec.model
-    family = checkpoint.family
+    checkpoint = find_checkpoint(spec.network.model)
+    if not checkpoint.family.probed:
+        return _of_known(checkpoint, spec.network, flight)
+    chain, training = spec.chain, _training(spec.network, flight)
+    trained, held_out, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
+    prompts = [*trained, *held_out] or None
+    return needs_of_pipeline(checkpoint, training, chain.num_steps, prompts=prompts, sampler=chain.sampler, **call)
+
+
+def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Needs:
+    """The same for a family that is known by hand."""
+    source, family = spec.model, checkpoint.family
     with checkpoint.laid_out() as folder:
         network, headers = without_memory(checkpoint, folder, family.part, "network", source)
         others = {
@@ -52,14 +64,14 @@ def needs_of(spec: NetworkSpec, flight: Flight) -> Needs:
             if part == "vae" or part.startswith("text_encoder")
         }
     keeps = spec.lora_rank is not None and not spec.shard and family is not PIXELS
-    training = training_of(spec, flight, saved_dtype(headers) if keeps else torch.float32)
+    training = _training(spec, flight, saved_dtype(headers) if keeps else torch.float32)
     shape = event_shape_of(network, family, source)
     call = Call(DiffusersDenoiser(network), functools.partial(_called, network, shape, family), shape)
     needs = needs_of_network(network, call, training)
     return replace(needs, decoder=others.pop("vae", 0), encoders=others)
 
 
-def training_of(spec: NetworkSpec, flight: Flight, kept: torch.dtype = torch.float32) -> Training:
+def _training(spec: NetworkSpec, flight: Flight, kept: torch.dtype = torch.float32) -> Training:
     """What is trained, and how much there is at a time; frozen weights are kept in the dtype `kept`."""
     return Training(
         samples=flight.samples,
