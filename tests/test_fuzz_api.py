@@ -508,6 +508,10 @@ PUBLIC = {
             "original": lambda: None,
         },
     ),
+    "cut_prompts": Call(
+        idf.models.cut_prompts,
+        {"pipeline": dict, "prompts": lambda: ["a"], "max_sequence_length": lambda: None},
+    ),
     "embed_prompts": Call(
         idf.models.embed_prompts,
         {
@@ -587,7 +591,7 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
-    "ProbedPipeline",
+    *("CutPrompt", "ProbedPipeline"),
     *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }

@@ -90,7 +90,10 @@ def digits_result(shift=0.93, waste=0.15, **config):
     model = ModelSummary(None, None, *known, pipeline_is_the_chain=True, factory=None)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))
     looks = quality(), quality(mmd=0.013, judge_confidence=0.935), quality(mmd=0.0135)
-    weighted, memory = by_weights(before, after, BETA), MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
+    weighted, memory = (
+        by_weights(before, after, judgement),
+        MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
+    )
     summary = Summary(headline, weighted, training, model, memory, plan.rows(), *looks)
     options = {
         "kl_weight": BETA,

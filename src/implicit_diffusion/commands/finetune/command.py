@@ -234,7 +234,7 @@ def _conclude(
     rewards = judging.each_reward(config.reward, plan, each)
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
-    weighted = by_weights(judged.before, judged.after, beta, untrained)
+    weighted = by_weights(judged.before, judged.after, judgement, untrained)
     facts = (
         weighted,
         training,

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
-from implicit_diffusion.commands.finetune.problem.fitting import needs_of
-from implicit_diffusion.commands.finetune.problem.needs import check_needs
+from implicit_diffusion.commands.finetune.problem.fitting import check_fit
 from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.problem.sampler import Exported
@@ -35,11 +34,9 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
-from implicit_diffusion.processes import everywhere
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
@@ -153,10 +150,8 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    described = factory_of(network.model) is None and not find_checkpoint(network.model).family.probed
-    if spec.flight is not None and described:  # by headers of weights
-        needs = needs_of(network, spec.flight, spec.noise)
-        everywhere(lambda: check_needs(needs, device))
+    if spec.flight is not None and factory_of(network.model) is None:  # whose weights no header describes
+        check_fit(spec, spec.flight, device)
     opened = open_chain(spec)
     pretrained = opened.pretrained
     original = None if network.reference is None else original_of(spec, pretrained)
