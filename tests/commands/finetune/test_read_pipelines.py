@@ -293,7 +293,7 @@ def test_exact_samples_of_a_read_pipeline(saved, tmp_path):
 def test_weights_in_parts_and_in_variants_are_loaded(tmp_path, kind):
     """In the places where diffusers puts them."""
     family = tiny_pipelines.FAMILIES["Stable Diffusion XL"](tmp_path)
-    how = {"max_shard_size": "100KB"} if kind == "sharded" else {"variant": "fp16"}
+    how = {"max_shard_size": "20KB"} if kind == "sharded" else {"variant": "fp16"}
     family.pipeline.save_pretrained(tmp_path / "model", **how)
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > (kind == "sharded")
     loaded = load_pipeline(tmp_path / "model").unet.state_dict()
