@@ -3,10 +3,16 @@
 import ast
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import implicit_diffusion as idf
+from implicit_diffusion.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -49,6 +55,47 @@ def test_messages_bring_opinions_together(run):
     spread, _ = run("opinions.py", "--agents", "100", "--updates", "120")
     before, after = numbers(spread)
     assert after < before / 2
+
+
+@pytest.fixture
+def factory(tmp_path):
+    """A factory of an example, in a copy of its file, where it keeps the weights that it trains."""
+    from implicit_diffusion.commands.shared.models.by_name import open_model
+
+    def factory(script, name):
+        copy = shutil.copy(EXAMPLES / script, tmp_path / script)
+        return open_model(f"{copy}:{name}")
+
+    return factory
+
+
+def sampled(model, table, n):
+    return idf.Chain(model.denoiser, table, model.event_shape).sample(idf.Noise(0), n)
+
+
+def test_a_flow_matching_model_of_ones_own_finds_the_ring(factory, tmp_path):
+    """And its file is fine-tuned, by name, to a state that its network loads."""
+    from safetensors.torch import load_file
+
+    model = factory("flow_matching.py", "ring(updates=150)")
+    again = factory("flow_matching.py", "ring")  # which trains nothing
+    assert torch.equal(again.denoiser.model.layers[0].weight, model.denoiser.model.layers[0].weight)
+    x = sampled(model, idf.read_table(idf.tables.scheduler_for(model.scheduler, "flow-memoryless"), 10), 500)
+    assert (x.norm(dim=1) - 1.5).abs().median() < 0.35 < (torch.randn(500, 2).norm(dim=1) - 1.5).abs().median()
+    words = ["--num-steps", "2", "--batch", "2", "--updates", "2", "--starts", "4", "--out", str(tmp_path / "run")]
+    file = f"{tmp_path}/flow_matching.py"
+    assert main(["finetune", "--model", f"{file}:ring", "--reward", f"{file}:right", "--kl-weight", "1", *words]) == 0
+    model.denoiser.model.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))
+
+
+def test_a_score_based_model_of_ones_own_has_the_mean_of_the_digits(factory):
+    """Brighter in the middle than at the edges, and each image between black and white, nearly."""
+    model = factory("score_based.py", "digits(updates=100)")
+    images = model.decoder(sampled(model, model.table, 200))
+    real = torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32).mean(0).view(8, 8)
+    assert images.shape == (200, 1, 8, 8)
+    error = images[:, 0].std(0) / 200**0.5
+    assert ((images.mean(0)[0] - real).abs() < 4 * error + 0.15).all()
 
 
 @pytest.mark.slow

@@ -465,6 +465,7 @@ PUBLIC = {
             "rank": lambda: 2,
             "noise": lambda: NOISE,
             "targets": lambda: None,
+            "alpha": lambda: 2.0,
         },
     ),
     "WithoutAdapter": Call(idf.denoisers.WithoutAdapter, {"denoiser": Net}, denoise),
@@ -506,6 +507,10 @@ PUBLIC = {
             "card": lambda: "Mine.",
             "original": lambda: None,
         },
+    ),
+    "cut_prompts": Call(
+        idf.models.cut_prompts,
+        {"pipeline": dict, "prompts": lambda: ["a"], "max_sequence_length": lambda: None},
     ),
     "embed_prompts": Call(
         idf.models.embed_prompts,
@@ -586,7 +591,7 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
-    "ProbedPipeline",
+    *("CutPrompt", "ProbedPipeline"),
     *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
@@ -630,7 +635,17 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("judge_rewards",),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl", "Scorer"),
-    *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
+    *(
+        "pipeline_for",
+        "progress",
+        "load_adapter",
+        "save_adapter",
+        "save_comfyui_adapter",
+        "shard",
+        "save_state",
+        "sharpest",
+        "tracked",
+    ),
 }
 
 

@@ -203,6 +203,7 @@ EXAMPLES = {
         idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5), table(20), (2,)
     ),
     "ProbedPipeline": lambda: idf.read_pipeline(digits().pipeline, 2, sampler="ddpm"),
+    "CutPrompt": lambda: idf.models.CutPrompt(3, "tokenizer_2", 300, 255, "in the style of nobody"),
     "ChainTable": lambda: table(20),
     "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
     "Evaluation": evaluation,
@@ -316,6 +317,7 @@ SAID = {
     "Pretrained": "event_shape=(1, 8, 8)",
     "DiffusionModel": "GaussianDenoiser of 2 parameters, schedule='test table'",
     "ProbedPipeline": "DDPM, 2 steps",
+    "CutPrompt": "tokenizer_2, 255 of 300 tokens, cut='in the style of nobody'",
     "Chain": "pretrained_rows=(0, 1, 2, 3, … 9 in all)",
     "Queue": "batch=3, updates=0, iterations=1, batches in flight=1",
     "Single": "100 particles (2,) float32, weighted, updates=1, iterations=1",

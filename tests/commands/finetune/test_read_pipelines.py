@@ -17,9 +17,9 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem.setup import build
 from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
-from implicit_diffusion.commands.shared.read_model import read_model
-from implicit_diffusion.commands.shared.sizes import sized
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.commands.shared.models.read_model import read_model
+from implicit_diffusion.commands.shared.models.sizes import sized
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.models.chain_file import read_chain
 from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.pipelines import loading
@@ -182,7 +182,7 @@ def refused(config, match):
 
 def test_what_a_pipeline_does_not_have_is_refused_before_it_is_loaded(saved, monkeypatch):
     place = saved("Stable Diffusion XL")
-    monkeypatch.setattr("implicit_diffusion.commands.shared.read_model.pipeline_of", None)
+    monkeypatch.setattr("implicit_diffusion.commands.shared.models.read_model.pipeline_of", None)
 
     def of(**more):
         return options(place, "Stable Diffusion XL", **more)
@@ -293,7 +293,7 @@ def test_exact_samples_of_a_read_pipeline(saved, tmp_path):
 def test_weights_in_parts_and_in_variants_are_loaded(tmp_path, kind):
     """In the places where diffusers puts them."""
     family = tiny_pipelines.FAMILIES["Stable Diffusion XL"](tmp_path)
-    how = {"max_shard_size": "100KB"} if kind == "sharded" else {"variant": "fp16"}
+    how = {"max_shard_size": "20KB"} if kind == "sharded" else {"variant": "fp16"}
     family.pipeline.save_pretrained(tmp_path / "model", **how)
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > (kind == "sharded")
     loaded = load_pipeline(tmp_path / "model").unet.state_dict()
@@ -333,3 +333,13 @@ def test_a_frozen_network_keeps_half_precision(tmp_path, name):
     with torch.no_grad():
         assert torch.equal(chain.denoiser(x, t, prompt=which), whole.denoiser(x, t, prompt=which))
         assert torch.equal(chain.denoiser(x, t, prompt=which), chain.reference(x, t, prompt=which))
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_read(saved, monkeypatch):
+    """By the run of the pipeline without memory: states and activations are those of its own size, with guidance."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**4}))
+    monkeypatch.setattr("implicit_diffusion.models.parts._load", lambda *a: pytest.fail("weights were read"))
+    spec = setup_spec(options(saved("Stable Diffusion XL"), "Stable Diffusion XL"))
+    match = r"cpu has 10 kB free.*at least .*network .*states .*activations .*text encoder 2 .*have not been read"
+    with pytest.raises(MemoryLimitError, match=match):
+        build(spec)

@@ -131,9 +131,14 @@ class Config:
     """Decay rate, below 1, of a moving average of the weights; with it, the average is judged and exported."""
     lora_rank: int | None = None
     """Rank of low-rank adapters (LoRA) to train in place of all weights; this saves memory."""
+    lora_alpha: float | None = None
+    """The α in W + (α/R) B A, by default --lora-rank R, so that the factor is 1; a larger one makes larger steps."""
     lora_targets: str | None = None
     """Layers that get adapters, by the ends of their names, such as "to_q,to_v".
     By default the projections of attention layers, or the convolutions of a network without attention."""
+    init_lora: Path | None = None
+    """Folder, or .safetensors file, of low-rank adapters to go on from; rank, alpha and layers are theirs.
+    The KL divergence is measured from the model without them, or from --reference."""
     gradient_checkpointing: bool = False
     """Save memory: store fewer activations of the network, and compute them again for the gradient."""
     shard: bool = False
@@ -189,7 +194,7 @@ class Config:
             frames=1,
         )
         check_size(self.size)
-        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
+        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout", "lora_alpha")
         not_negative(self, "kl_weight", "guidance", "student_guidance", "eta")
         if self.student_guidance is not None and self.penalty == "drift":
             raise InvalidInputError(
@@ -229,7 +234,8 @@ class Config:
             raise InvalidInputError(
                 f"--shard shares out the weights, and {which} needs all of them; leave one of them out"
             )
-        if self.lora_rank is None and self.lora_targets is not None:
-            raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
+        for option, value in (("--lora-targets", self.lora_targets), ("--lora-alpha", self.lora_alpha)):
+            if value is not None and self.lora_rank is None and self.init_lora is None:
+                raise InvalidInputError(f"{option} needs --lora-rank, e.g. 8, or --init-lora")
         if self.starts < 4:
             raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")

@@ -56,9 +56,11 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
     if summary.model.adapter:
         loaded = "as the factory returns it" if own else "loaded as `pipeline`"
         adapter = f"""
-The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank}, it is in `lora/`, to be
-added to {model}, {loaded}: `{summary.model.adapter}`.
+The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank} and α = {config.lora_alpha:g},
+it is in `lora/`, to be added to {model}, {loaded}: `{summary.model.adapter}`.
 """
+    if summary.model.adapter_comfyui:
+        adapter += f"`{summary.model.adapter_comfyui}` holds it in the layout that ComfyUI and kohya's tools read.\n"
     headline = summary.headline
     units = ", each in deviations of pretrained samples" * (len(summary.rewards) > 1)
     return f"""# {model} fine-tuned for {reward}

@@ -115,11 +115,12 @@ class ModelSummary:
         num_classes: of a class-conditional model.
         compiled: result of the compilation; None where none was asked for.
         adapter: how the exported adapter is loaded; None where all weights were trained.
+        adapter_comfyui: name of the file that holds it for ComfyUI; None where there is none.
         clipping: effect of switching `clip_sample` off; None where it was not on.
         pipeline: name of the chain that the exported model runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
-        video: whether the exported pipeline makes videos.
         factory: FILE.py:function that makes the network; None for a pipeline of diffusers.
+        video: whether the exported pipeline makes videos.
     """
 
     condition: str | None
@@ -128,11 +129,12 @@ class ModelSummary:
     num_classes: int | None
     compiled: str | None
     adapter: str | None
+    adapter_comfyui: str | None
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
+    factory: str | None
     video: bool = False
-    factory: str | None = None
 
 
 @dataclass(frozen=True)

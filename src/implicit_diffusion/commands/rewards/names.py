@@ -27,7 +27,7 @@ from implicit_diffusion.digits import digit_log_probability
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, check_path, reason_of
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.models.image_text import load_image_text
-from implicit_diffusion.reward_values import of_tensors, takes_condition, with_metadata
+from implicit_diffusion.reward_values import of_frames, of_tensors, takes_condition, with_metadata
 from implicit_diffusion.scorers import TIMEOUT
 
 NAMES = (
@@ -58,6 +58,8 @@ def load_reward(
     come before those beside it, and these before those beside rewards that were loaded earlier. The module of the file
     gets a name that no other module has. A network found there, or held by an instance, is put in eval mode.
 
+    A shipped one, and "clip:MODEL", take the mean over the frames of videos (n, C, frames, H, W).
+
     What is returned is called with tensors, also where the reward is a function of arrays or pictures, to which they
     are converted then (see `reward_values`).
 
@@ -74,7 +76,7 @@ def load_reward(
     """
     place, function, call = spelled(name)
     if not place:
-        return _image_text(name, device) if image_text_model(name) else _shipped(name)
+        return of_frames(_image_text(name, device) if image_text_model(name) else _shipped(name))
     if "(" in function:
         raise InvalidInputError(f"`reward` {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
     arguments = read_arguments(name, call) if call else None

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.commands.finetune.result import PLANE
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.pictures import filmstrips
 from implicit_diffusion.errors import InvalidInputError
@@ -21,7 +22,6 @@ from implicit_diffusion.models.own_models.opened import OwnModel
 from implicit_diffusion.models.pretrained import Pretrained
 
 COLOURS = (1, 3, 4)  # channels of a picture
-PLANE = (2,)  # shape of a point of the plane
 TILE = 64  # least length of the longer side of an image, in pixels
 
 

@@ -9,7 +9,9 @@ For every trajectory the chain draws the number of a prompt, or a class (`Drawn`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embed
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.chain_file import read_chain
 from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.pipelines.cutting import CutPromptWarning
 from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
@@ -233,11 +236,25 @@ def _of_prompts(
     negatives = list(dict.fromkeys(prompt.negative for prompt in prompts if prompt.negative))
     assert pretrained.checkpoint is not None
     texts = [*map(str, prompts), *negatives]
-    table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
+    with printing_cuts():
+        table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
     place = {"": len(texts)} | {text: len(prompts) + i for i, text in enumerate(negatives)}
     null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
     seen, unseen = _numbers(trained, held_out)
     return Conditioning(seen, prompts, table, null=null, held_out=unseen)
+
+
+@contextmanager
+def printing_cuts() -> Iterator[None]:
+    """Context in which warnings of prompts that are cut are lines of the command's output."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CutPromptWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, CutPromptWarning):
+            print(f"prompts   {str(each.message).removeprefix('prompts: ')}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _numbers(trained: list[Prompt], held_out: list[Prompt]) -> tuple[Drawn, Drawn | None]:

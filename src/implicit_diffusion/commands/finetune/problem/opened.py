@@ -1,7 +1,7 @@
 """The model, its chain and its conditions, as the options ask for them: known by hand, or read off its pipeline.
 
-    family known by hand   load → scheduler of the sampler → table;  embeddings and guidance around the network, later
-    any other family       load the whole pipeline → run it with stand-ins for its network, under all prompts
+    known by hand, or the user's own   load → sampler → table;  embeddings and guidance around the network, later
+    any other pipeline                 load it whole → run it with stand-ins for its network, under all prompts
 
 Both give the same parts, and nothing behind this file asks which it was.
 """
@@ -21,8 +21,8 @@ from implicit_diffusion.commands.finetune.specs import SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
 from implicit_diffusion.commands.shared.models.by_name import open_model
 from implicit_diffusion.commands.shared.models.factories import factory_of
-from implicit_diffusion.commands.shared.read_model import ReadModel, read_model
-from implicit_diffusion.commands.shared.sizes import sized
+from implicit_diffusion.commands.shared.models.read_model import ReadModel, read_model
+from implicit_diffusion.commands.shared.models.sizes import sized
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
@@ -68,7 +68,7 @@ def open_chain(spec: SetupSpec) -> Opened:
 
 def _known(spec: SetupSpec) -> Opened:
     """A model of the user's own, or of a family that is known by hand."""
-    frozen = spec.network.lora_rank is not None and not spec.network.shard
+    frozen = spec.network.adapted and not spec.network.shard
     pretrained = sized(open_model(spec.network.model, frozen=frozen), spec.chain.size, spec.chain.frames)
     sampler, table, exported = sampler_of(pretrained, spec.chain)
     return Opened(
@@ -87,7 +87,7 @@ def _read(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
         size=chain.size,
         frames=chain.frames,
         eta=chain.eta,
-        frozen=spec.network.lora_rank is not None and not spec.network.shard,
+        frozen=spec.network.adapted and not spec.network.shard,
     )
     exported = _exported(read, num_steps)
     return Opened(read.pretrained, read.sampler, read.probed.table, exported, lambda device: read.conditioning)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
-from implicit_diffusion.commands.finetune.problem.fitting import needs_of
-from implicit_diffusion.commands.finetune.problem.needs import check_needs
+from implicit_diffusion.commands.finetune.problem.fitting import check_fit
 from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.problem.sampler import Exported
@@ -27,18 +27,16 @@ from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.models.by_name import weights_of
 from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.pictures import filmstrips
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
-from implicit_diffusion.processes import everywhere
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
@@ -113,6 +111,13 @@ class Setup(Shown):
         return tuple(filmstrips(decoder(evaluation.samples[:IN_REPORT, 0])) for evaluation in evaluations)
 
     @property
+    def given_start(self) -> bool:
+        """Whether the reward's deviation is that between samples of one start, which differ by noise alone: under
+        prompts or labels, if the chain has noise.
+        """
+        return self.chain.condition is not None and bool(self.chain.table.s.any())
+
+    @property
     def eta(self) -> float | None:
         """Noise of DDIM; None for other samplers."""
         return self.spec.chain.eta if self.sampler == "ddim" else None
@@ -133,7 +138,7 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `open_chain`, `add_lora`, `conditioning`,
+        InvalidInputError: from any of the parts; see `open_chain`, `add_adapters`, `conditioning`,
             `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
@@ -145,16 +150,14 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    described = factory_of(network.model) is None and not find_checkpoint(network.model).family.probed
-    if spec.flight is not None and described:  # by headers of weights
-        needs = needs_of(network, spec.flight, spec.noise)
-        everywhere(lambda: check_needs(needs, device))
+    if spec.flight is not None and factory_of(network.model) is None:  # whose weights no header describes
+        check_fit(spec, spec.flight, device)
     opened = open_chain(spec)
     pretrained = opened.pretrained
     original = None if network.reference is None else original_of(spec, pretrained)
     weights = weights_of({"model": pretrained, "reference": original})
-    if network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
+    if network.adapted:
+        add_adapters(pretrained.denoiser.model, network, spec.noise.stream(ADAPTER), pretrained.family)
         if isinstance(pretrained, OwnModel):
             check_adapted(pretrained)
     conditions = opened.conditions(device)
@@ -193,7 +196,7 @@ def _frozen(
     spec: NetworkSpec, pretrained: Pretrained, original: Pretrained | None, conditions: Conditioning
 ) -> Callable[[float], nn.Module]:
     """u_0 by the scale of its guidance; all of them share their weights."""
-    if original is None and spec.lora_rank is not None:
+    if original is None and spec.adapted:
         return lambda guidance: WithoutAdapter(conditions.around(pretrained.denoiser, guidance))
     network = frozen_copy(pretrained.denoiser) if original is None else original.denoiser.requires_grad_(False)
     return lambda guidance: conditions.around(network, guidance).eval()
@@ -214,7 +217,7 @@ def _chain(
     """
     denoiser = conditions.around(pretrained.denoiser, conditions.student_guidance)
     if spec.network.shard:
-        for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
+        for each in (denoiser, reference) if not spec.network.adapted else (denoiser,):
             shard(each, device)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if spec.chain.noiseless_rows_pretrained else ()
     chain = Chain(

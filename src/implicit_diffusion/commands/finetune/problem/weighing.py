@@ -55,8 +55,7 @@ def deviations(setup: Setup, samples: Evaluation) -> list[float]:
     Raises:
         InvalidInputError: one of them does not vary over the samples.
     """
-    conditional = setup.chain.condition is not None
-    measured = [deviation(values, conditional=conditional) for values in samples.each_reward]
+    measured = [deviation(values, conditional=setup.given_start) for values in samples.each_reward]
     for name, values, std in zip(labels(setup.spec.reward), samples.each_reward, measured):
         if not std > 0:
             raise InvalidInputError(

@@ -146,6 +146,8 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield f"model     {directory.model}"
     if summary.model.adapter:
         yield f"adapter   {directory.model / 'lora'}: {summary.model.adapter}"
+    if summary.model.adapter_comfyui:
+        yield f"          {directory.model / summary.model.adapter_comfyui}, for ComfyUI and kohya's tools"
 
 
 def _lines_of_rewards(summary: Summary) -> Iterator[str]:

@@ -8,12 +8,15 @@ from implicit_diffusion.commands.shared.conditioning import (
     Conditioning,
     ConditioningSpec,
     of_read_prompts,
+    printing_cuts,
     prompts_of,
     trained_guidance,
 )
-from implicit_diffusion.commands.shared.sizes import Size, call_of
+from implicit_diffusion.commands.shared.models.sizes import Size, call_of
+from implicit_diffusion.commands.shared.prompt_files import Prompt
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.pipelines.cutting import warn_of_cuts
 from implicit_diffusion.models.pipelines.loading import pipeline_of
 from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
 from implicit_diffusion.models.pretrained import Pretrained
@@ -65,19 +68,14 @@ def read_model(
         InvalidInputError: options that the pipeline does not have; from `prompts_of`, `load_pipeline`, `read_pipeline`.
     """
     family = checkpoint.family
-    trained, held_out = prompts_of(spec, family.condition)
-    asked = trained_guidance(checkpoint) if spec.guidance is None else spec.guidance
-    call = call_of(family, size, frames, asked)
+    trained, held_out, call = asked_of(checkpoint, spec, size, frames)
+    asked = call.get("guidance_scale")
     if spec.student_guidance is not None and not family.guided:
         raise InvalidInputError(f"--student-guidance: a {family.pipelines[0]} has no guidance_scale; leave it out")
-    if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
-        raise InvalidInputError(
-            f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
-        )
     prompts = [*trained, *held_out]
-    if any(prompt.negative for prompt in prompts):
-        call["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
     pipeline = pipeline_of(checkpoint, spec.model, frozen=frozen)
+    with printing_cuts():
+        warn_of_cuts(pipeline, [*prompts, *call.get("negative_prompt", ())])
     sampler = sampler or default_sampler(pipeline.scheduler)
     if sampler == "ddim":
         call |= _noise(checkpoint, eta)
@@ -101,6 +99,28 @@ def read_model(
             )
         student = spec.student_guidance, plain.denoiser.plan
     return ReadModel(pretrained, probed, sampler, of_read_prompts(trained, held_out, guidance, student), call)
+
+
+def asked_of(
+    checkpoint: Checkpoint, spec: ConditioningSpec, size: Size | None, frames: int | None
+) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
+    """The prompts that are trained on, those that are not, and arguments of the pipeline's call.
+
+    Raises:
+        InvalidInputError: options that the pipeline does not have; from `prompts_of`.
+    """
+    family = checkpoint.family
+    trained, held_out = prompts_of(spec, family.condition)
+    guidance = trained_guidance(checkpoint) if spec.guidance is None else spec.guidance
+    call = call_of(family, size, frames, guidance)
+    if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
+        raise InvalidInputError(
+            f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
+        )
+    prompts = [*trained, *held_out]
+    if any(prompt.negative for prompt in prompts):
+        call["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
+    return trained, held_out, call
 
 
 def _noise(checkpoint: Checkpoint, eta: float | None) -> dict[str, float]:
