@@ -1,0 +1,165 @@
+"""The figures of `theory`: what was measured as points, what is exact as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, sheet
+from implicit_diffusion.commands.theory import linear
+from implicit_diffusion.commands.theory.config import Config
+from implicit_diffusion.commands.theory.denoising import Denoising
+from implicit_diffusion.commands.theory.langevin import paper_steps, records
+from implicit_diffusion.commands.theory.problems import LOCATION, PROBLEMS
+from implicit_diffusion.commands.theory.runs import LENGTHS, PACES, Results
+from implicit_diffusion.commands.theory.summary import Floor, FloorPoint, Summary
+from implicit_diffusion.runs import RunDirectory
+
+POINTS: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 4.5, "capsize": 2, "elinewidth": 1}
+EXACT: dict[str, Any] = {"color": "0.25", "lw": 1, "zorder": 1}
+
+
+def draw(config: Config, results: Results, summary: Summary, directory: RunDirectory) -> None:
+    """All figures, as files of the run."""
+    _rates(config, results, summary, directory)
+    _floors(summary, directory)
+    _queue(results, directory)
+    _lag(summary, directory)
+
+
+def _rates(config: Config, results: Results, summary: Summary, directory: RunDirectory) -> None:
+    """The running mean of ∇ℓ² against K, a panel for each problem."""
+    figure = sheet(11, 3.9)
+    axes = figure.subplots(1, len(PROBLEMS), sharex=True)
+    K = records(config.steps)
+    for i, (axis, problem, rate) in enumerate(zip(axes, PROBLEMS, summary.rates, strict=True)):
+        means = results.means[:, i]
+        low, high = means.quantile(torch.tensor([0.25, 0.75], dtype=means.dtype), dim=1)
+        axis.fill_between(K, low, high, color=UNWEIGHTED, alpha=0.15, lw=0, label="middle half of the copies")
+        axis.plot(K, means.mean(1), color=UNWEIGHTED, label="mean over copies")
+        if problem is LOCATION:
+            squares = linear.squared_gradients(paper_steps(config.steps), config.particles, LOCATION.start)
+            axis.plot(K, squares.cumsum(0)[K - 1] / K, **EXACT | {"ls": "--", "zorder": 4}, label="closed form")
+        bound = (2 + K.double().log()) / K.double() ** (1 / 3)
+        axis.plot(K, bound * (2 * rate.mean / bound[-1]), color="C3", ls=":", label="shape of the paper's bound")
+        wide = (rate.slope_high - rate.slope_low) / 2
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="iterations K",
+            title=f"{problem.name}: slope {rate.slope:.2f} ± {wide:.2f}".replace("-", "−"),
+        )
+    axes[0].set_ylabel("mean of ‖∇ℓ(θ_k)‖² over k < K")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    finish_figure(figure, directory.figure("rates"), axes)
+
+
+def _floors(summary: Summary, directory: RunDirectory) -> None:
+    """What constant steps leave: the mean-field part against h, the noise against η/h."""
+    figure = sheet(11, 6.6)
+    axes = figure.subplots(2, len(summary.floors))
+    for column, floor in enumerate(summary.floors):
+        _mean_field(axes[0][column], floor)
+        points = floor.by_ratio
+        x, axis = [p.ratio for p in points], axes[1][column]
+        axis.errorbar(x, [p.spread for p in points], [2 * p.floor_se for p in points], **POINTS, color=UNWEIGHTED)
+        axis.plot(x, [_noise(p) for p in points], **EXACT)
+        axis.set(xscale="log", yscale="log", xlabel="η/h", title=f"{floor.problem}: (η/h)^{floor.exponent_ratio:.2f}")
+    axes[0][0].set_ylabel("mean field, (E ∇ℓ)²")
+    axes[1][0].set_ylabel("noise, E ‖∇ℓ‖² − mean field")
+    h, n = summary.floors[0].by_ratio[0].step_size, summary.floors[0].by_ratio[0].particles
+    ratio, many = summary.floors[0].by_step_size[0].ratio, summary.floors[0].by_step_size[0].particles
+    figure.suptitle(
+        f"Floors of constant steps. Above: η/h = {ratio:g}, n = {many}; below: h = {h:g}, n = {n}. Points: measured, "
+        "± 2 s.e. (open: below 2 s.e., drawn there).\nLines: by quadrature (location, below: closed form)",
+        fontsize=10,
+    )
+    finish_figure(figure, directory.figure("floors"), axes.flat)
+
+
+def _mean_field(axis: Any, floor: Floor) -> None:
+    points = floor.by_step_size
+    seen = [p for p in points if abs(p.bias) > 2 * p.bias_se]
+    unseen = [p for p in points if abs(p.bias) <= 2 * p.bias_se]
+    errors = [
+        [p.bias**2 - max(0.0, abs(p.bias) - 2 * p.bias_se) ** 2 for p in seen],
+        [(abs(p.bias) + 2 * p.bias_se) ** 2 - p.bias**2 for p in seen],
+    ]
+    axis.errorbar([p.step_size for p in seen], [p.bias**2 for p in seen], errors, **POINTS, color=UNWEIGHTED)
+    limits = [(2 * p.bias_se) ** 2 for p in unseen]
+    axis.plot([p.step_size for p in unseen], limits, color=UNWEIGHTED, ls="none", marker="v", mfc="none", ms=5)
+    title = f"{floor.problem}: no bias"
+    if floor.exponent_h is not None:
+        axis.plot([p.step_size for p in points], [p.bias_exact**2 for p in points], **EXACT)
+        title = f"{floor.problem}: h^{floor.exponent_h:.2f}"
+    axis.set(xscale="log", yscale="log", xlabel="h", title=title)
+
+
+def _noise(point: FloorPoint) -> float:
+    exact = point.floor_predicted if point.floor_exact is None else point.floor_exact
+    return exact - point.bias_exact**2
+
+
+def _queue(results: Results, directory: RunDirectory) -> None:
+    """The mean error of θ in time, its rate, and the variance of θ in the end."""
+    figure = sheet(11, 3.9)
+    left, middle, right = figure.subplots(1, 3)
+    for i, N in enumerate(LENGTHS):
+        runs = [(numbers, path) for numbers, path in results.queue if numbers.num_steps == N]
+        colour, problems = f"C{i}", [Denoising(N, pace) for pace in PACES]
+        _decay(left, problems[1], runs[1][1], colour)
+        paces, numbers = [n.pace for n, _ in runs], [n for n, _ in runs]
+        style = POINTS | {"color": colour}
+        middle.errorbar(paces, [1 - n.rate for n in numbers], [2 * n.rate_se for n in numbers], **style)
+        middle.plot(paces, [1 - n.rate_exact for n in numbers], color=colour, lw=1)
+        right.errorbar(
+            paces, [n.variance for n in numbers], [2 * n.variance_se for n in numbers], **style, label=f"N = {N}"
+        )
+        right.plot(paces, [n.variance_exact for n in numbers], color=colour, lw=1)
+    middle.plot(PACES, PACES, color="0.6", ls="--", lw=1)
+    middle.annotate("nested", (PACES[0], PACES[0]), (4, -11), textcoords="offset points", color="0.5", fontsize=9)
+    left.set(yscale="log", xlabel="iterations", ylabel="|mean θ − θ*|", title=f"Mean error at ηG² = {PACES[1]:g}")
+    middle.set(xscale="log", yscale="log", xlabel="ηG²", ylabel="1 − rate", title="How fast the mean settles")
+    right.set(xscale="log", yscale="log", xlabel="ηG²", ylabel="variance of θ", title="Noise of θ in the end")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(LENGTHS), frameon=False)
+    figure.suptitle("The queue on a Gaussian. Points: measured, ± 2 s.e.; lines: closed form", fontsize=10)
+    finish_figure(figure, directory.figure("queue"), (left, middle, right))
+
+
+def _decay(axis: Any, problem: Denoising, path: torch.Tensor, colour: str) -> None:
+    """|mean error| of the queue until it is lost in its own error, beside the recursion's."""
+    mean, error = path
+    off = (mean - problem.optimum).abs()
+    lost = (off < 2 * error).nonzero()
+    end = int(lost[0]) if len(lost) else len(off)
+    exact = (problem.path(end - 1) - problem.optimum).abs()
+    every = max(1, end // 14)
+    axis.plot(range(end), exact, color=colour, lw=1)
+    style = POINTS | {"ms": 3.5}
+    axis.errorbar(range(0, end, every), off[:end:every], 2 * error[:end:every], **style, color=colour)
+
+
+def _lag(summary: Summary, directory: RunDirectory) -> None:
+    """Left: the lag of plain particles. Right: that of weighted ones beside it."""
+    figure = sheet(9.2, 3.9)
+    left, right = figure.subplots(1, 2)
+    points = summary.lag.points
+    x = [p.ratio for p in points]
+    for axis in (left, right):
+        _lags(axis, x, [p.unweighted for p in points], [p.unweighted_se for p in points], UNWEIGHTED, "unweighted")
+        axis.plot(x, [p.unweighted_exact for p in points], **EXACT, label="closed form")
+    _lags(right, x, [p.weighted for p in points], [p.weighted_se for p in points], WEIGHTED, "weighted")
+    left.plot(x, x, color="C3", ls=":", label="η/h")
+    right.axhline(0, color="0.6", lw=0.8)
+    label = "(mean of particles − that of π_θ)/(θ − θ*)"
+    left.set(xscale="log", yscale="log", xlabel="η/h", ylabel=label, title=f"Lag ~ (η/h)^{summary.lag.exponent:.2f}")
+    right.set(xscale="log", xlabel="η/h", title="With weights there is none")
+    left.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left")
+    finish_figure(figure, directory.figure("lag"), (left, right))
+
+
+def _lags(axis: Any, x: Sequence[float], y: Sequence[float], se: Sequence[float], colour: str, label: str) -> None:
+    axis.errorbar(x, y, [2 * error for error in se], **POINTS, color=colour, label=label)

@@ -1,0 +1,122 @@
+"""From the results of `theory` to its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_diffusion.commands.theory import linear
+from implicit_diffusion.commands.theory.config import Config
+from implicit_diffusion.commands.theory.fits import Interval, log_slope, mean_slope, power_law_exponent
+from implicit_diffusion.commands.theory.lag import FIRST, LAST, STEP_SIZE
+from implicit_diffusion.commands.theory.langevin import paper_steps, records
+from implicit_diffusion.commands.theory.mean_field import MeanField
+from implicit_diffusion.commands.theory.problems import LOCATION, PROBLEMS
+from implicit_diffusion.commands.theory.runs import FloorRun, Results
+from implicit_diffusion.commands.theory.summary import Floor, FloorPoint, Lag, Lags, Rate, Summary
+
+RATE, ORDER = -1 / 3, 1.0  # exponents of the paper's bounds: of K, and of h and of η/h in the floor
+DECADE = 10  # slopes are fitted from K/10 on
+
+
+def summarise(config: Config, results: Results) -> Summary:
+    """The numbers of a study."""
+    rates = [_rate(config, results, i) for i in range(len(PROBLEMS))]
+    floors = [_floor(results, i) for i in range(len(PROBLEMS))]
+    return Summary(rates, floors, [numbers for numbers, _ in results.queue], _lags(results))
+
+
+def _rate(config: Config, results: Results, i: int) -> Rate:
+    K, means = records(config.steps), results.means[:, i]
+    x, late = K.double(), config.steps <= DECADE * K
+    fitted, bound = mean_slope(x[late], means[late]), (2 + x.log()) / x ** (1 / 3)
+    exact = None
+    if PROBLEMS[i] is LOCATION:
+        squares = linear.squared_gradients(paper_steps(config.steps), config.particles, LOCATION.start)
+        exact = log_slope(x[late], (squares.cumsum(0)[K - 1] / x)[late])
+    return Rate(
+        problem=PROBLEMS[i].name,
+        slope=fitted.value,
+        slope_low=fitted.low,
+        slope_high=fitted.high,
+        slope_bound=RATE,
+        slope_bound_with_log=log_slope(x[late], bound[late]),
+        mean=means[-1].mean().item(),
+        mean_se=_error(means[-1]),
+        slope_exact=exact,
+    )
+
+
+def _floor(results: Results, i: int) -> Floor:
+    by_step_size = [_point(run, i) for run in results.by_step_size]
+    by_ratio = [_point(run, i) for run in results.by_ratio]
+    noise = power_law_exponent(_column(by_ratio, "ratio"), _column(by_ratio, "spread"), _column(by_ratio, "floor_se"))
+    bias, exact = None, None
+    if PROBLEMS[i] is not LOCATION:
+        h = _column(by_step_size, "step_size")
+        fit = power_law_exponent(h, _column(by_step_size, "bias"), _column(by_step_size, "bias_se"))
+        bias = Interval(2 * fit.value, 2 * fit.low, 2 * fit.high)
+        exact = 2 * log_slope(h, _column(by_step_size, "bias_exact"))
+    return Floor(
+        problem=PROBLEMS[i].name,
+        exponent_h=None if bias is None else bias.value,
+        exponent_h_low=None if bias is None else bias.low,
+        exponent_h_high=None if bias is None else bias.high,
+        exponent_h_exact=exact,
+        exponent_h_bound=ORDER,
+        exponent_ratio=noise.value,
+        exponent_ratio_low=noise.low,
+        exponent_ratio_high=noise.high,
+        exponent_ratio_bound=ORDER,
+        by_step_size=by_step_size,
+        by_ratio=by_ratio,
+    )
+
+
+def _point(run: FloorRun, i: int) -> FloorPoint:
+    steps, measured = run
+    mean_field = MeanField(PROBLEMS[i], steps.step_size)
+    floor, bias = measured["floor"][i], measured["bias"][i]
+    exact = linear.floor(steps.step_size, steps.lr, steps.particles) if PROBLEMS[i] is LOCATION else None
+    return FloorPoint(
+        step_size=steps.step_size,
+        ratio=steps.ratio,
+        particles=steps.particles,
+        floor=floor.mean().item(),
+        floor_se=_error(floor),
+        floor_predicted=mean_field.floor(steps.ratio, steps.particles),
+        bias=bias.mean().item(),
+        bias_se=_error(bias),
+        bias_exact=mean_field.bias,
+        floor_exact=exact,
+    )
+
+
+def _lags(results: Results) -> Lags:
+    points = [
+        Lag(
+            ratio=ratio,
+            unweighted=unweighted.mean().item(),
+            unweighted_se=_error(unweighted),
+            unweighted_exact=linear.lag_over(STEP_SIZE, ratio * STEP_SIZE, FIRST, LAST),
+            weighted=weighted.mean().item(),
+            weighted_se=_error(weighted),
+        )
+        for ratio, (unweighted, weighted) in results.lag.items()
+    ]
+    names = ("ratio", "unweighted", "unweighted_se")
+    fit = power_law_exponent(*(_column(points, name) for name in names))
+    return Lags(fit.value, fit.low, fit.high, ORDER, points)
+
+
+def _column(points: Sequence[object], name: str) -> Float[Tensor, " points"]:
+    return torch.tensor([getattr(point, name) for point in points], dtype=torch.float64)
+
+
+def _error(values: Float[Tensor, " copies"]) -> float:
+    """The standard error of their mean."""
+    return values.std().item() / math.sqrt(len(values))
