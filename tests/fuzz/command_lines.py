@@ -87,7 +87,7 @@ BASES = {
     "recovery": "--steps 500 --particles 16 --seeds 1 --out out",
     "compare": "--problems gaussian --methods adjoint --num-steps 2 --depth 2 --batch 4 --batches 0 --updates 1 "
     "--points 1 --held-out 8 --widest 3 --seeds 1 --out out",
-    "theory": "--steps 100 --copies 2 --particles 8 --out out",
+    "theory": "--parts rates --steps 100 --copies 2 --particles 8 --out out",
     "resume": "run",
     "report": "run",
 }

@@ -9,7 +9,15 @@ from implicit_diffusion.commands.theory import denoising, linear
 from implicit_diffusion.commands.theory.denoising import Denoising, run_queue
 from implicit_diffusion.commands.theory.fits import log_slope, mean_slope, power_law_exponent
 from implicit_diffusion.commands.theory.lag import lags
-from implicit_diffusion.commands.theory.langevin import ConstantSteps, follow, gradients, paper_steps, settled
+from implicit_diffusion.commands.theory.langevin import (
+    ConstantSteps,
+    follow,
+    gradients,
+    paper_steps,
+    records,
+    running_means,
+    settled,
+)
 from implicit_diffusion.commands.theory.mean_field import MeanField
 from implicit_diffusion.commands.theory.problems import LOCATION, MODES, PROBLEMS, SCALE, Copies
 from implicit_diffusion.denoisers.gaussian import GaussianDenoiser
@@ -80,6 +88,19 @@ def test_second_moments_of_the_location_problem_are_those_of_the_loop(schedule):
     z = (squares.mean(1) - exact)[2:] / (squares.std(1) / copies**0.5)[2:]
     assert z.abs().max() < 4
     assert (squares.std(1) / copies**0.5)[-1] < 0.03 * exact[-1]
+
+
+def test_running_means():
+    """Under the paper's schedules, against the closed form: h_k = k^{−1/3}/2, η_k = h_k k^{−1/3}, from k = 1 on."""
+    means, K = running_means(20, 8, copies=2000, seed=0), records(20)
+    assert K.tolist() == list(range(1, 21))
+    steps = [(0.5 * k ** (-1 / 3), 0.5 * k ** (-2 / 3)) for k in range(1, 21)]
+    exact = linear.squared_gradients(steps, 8, LOCATION.start)
+    for k in (1, 2, 20):
+        mean, error = means[k - 1, 0].mean(), means[k - 1, 0].std() / 2000**0.5
+        assert abs(mean - exact[:k].mean()) < 4 * error + 1e-12
+        assert error < 0.02 * mean
+    torch.testing.assert_close(number(steps), number(paper_steps(20)))
 
 
 def test_the_floor_of_the_location_problem():

@@ -48,9 +48,16 @@ def test_the_command_leaves_numbers_and_figures(tmp_path, short, capsys):
     assert "bound     -0.333" in capsys.readouterr().out
 
 
+def test_one_part_alone(tmp_path):
+    written = theory.run(theory.Config(parts=("rates",), steps=100, copies=2, particles=8, out=tmp_path / "run"))
+    assert set(written) == {"rates"} and [p.name for p in (tmp_path / "run" / "figures").iterdir()] == ["rates.png"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"parts": ()}, "--parts"),
+        ({"parts": ("lag", "lag")}, "--parts"),
         ({"steps": 99}, "--steps"),
         ({"copies": 1}, "--copies"),
         ({"particles": 7}, "--particles"),

@@ -27,7 +27,7 @@ from implicit_diffusion.runs.study import Study
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
-    """All parts, summary, figures; returns what summary.json holds.
+    """The parts that are asked for, summary, figures; returns what summary.json holds.
 
     Args:
         config: the options.

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from implicit_diffusion.commands.shared.ranges import at_least
+from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
+
+Part = Literal["rates", "floors", "queue", "lag"]
+PARTS: tuple[Part, ...] = ("rates", "floors", "queue", "lag")
 
 
 @dataclass(frozen=True)
 class Config:
     """Measure what the paper proves: rates and floors of the single loop, the queue, and the lag of particles."""
 
+    parts: tuple[Part, ...] = PARTS
+    """Parts to measure: rates under the paper's schedules, floors of constant steps, the queue, lags of particles."""
     steps: int = 10_000
     """Number K of iterations under the paper's schedules.
     It also limits the runs with constant steps: burn-in and measurement have at most half as many iterations each."""
@@ -34,3 +41,5 @@ class Config:
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range."""
         at_least(self, steps=100, copies=2, particles=8, seed=0, keep=1)
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise InvalidInputError(f"--parts must be different names, at least one, got {' '.join(self.parts)}")

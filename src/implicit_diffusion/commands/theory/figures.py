@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from implicit_diffusion.commands.shared.drawing import UNWEIGHTED, WEIGHTED, finish_figure, sheet
 from implicit_diffusion.commands.theory import linear
 from implicit_diffusion.commands.theory.config import Config
-from implicit_diffusion.commands.theory.denoising import Denoising
+from implicit_diffusion.commands.theory.denoising import Denoising, QueueResult
 from implicit_diffusion.commands.theory.langevin import paper_steps, records
 from implicit_diffusion.commands.theory.problems import LOCATION, PROBLEMS
 from implicit_diffusion.commands.theory.runs import LENGTHS, PACES, Results
-from implicit_diffusion.commands.theory.summary import Floor, FloorPoint, Summary
+from implicit_diffusion.commands.theory.summary import Floor, FloorPoint, Lags, Rate, Summary
 from implicit_diffusion.runs import RunDirectory
 
 POINTS: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 4.5, "capsize": 2, "elinewidth": 1}
@@ -23,19 +25,25 @@ EXACT: dict[str, Any] = {"color": "0.25", "lw": 1, "zorder": 1}
 
 def draw(config: Config, results: Results, summary: Summary, directory: RunDirectory) -> None:
     """All figures, as files of the run."""
-    _rates(config, results, summary, directory)
-    _floors(summary, directory)
-    _queue(results, directory)
-    _lag(summary, directory)
+    if results.rates is not None and summary.rates:
+        _rates(config, results.rates, summary.rates, directory)
+    if summary.floors:
+        _floors(summary.floors, directory)
+    if results.queue:
+        _queue(results.queue, directory)
+    if summary.lag:
+        _lag(summary.lag, directory)
 
 
-def _rates(config: Config, results: Results, summary: Summary, directory: RunDirectory) -> None:
+def _rates(
+    config: Config, running: Float[Tensor, "records problems copies"], rates: list[Rate], directory: RunDirectory
+) -> None:
     """The running mean of ∇ℓ² against K, a panel for each problem."""
     figure = sheet(11, 3.9)
     axes = figure.subplots(1, len(PROBLEMS), sharex=True)
     K = records(config.steps)
-    for i, (axis, problem, rate) in enumerate(zip(axes, PROBLEMS, summary.rates, strict=True)):
-        means = results.means[:, i]
+    for i, (axis, problem, rate) in enumerate(zip(axes, PROBLEMS, rates, strict=True)):
+        means = running[:, i]
         low, high = means.quantile(torch.tensor([0.25, 0.75], dtype=means.dtype), dim=1)
         axis.fill_between(K, low, high, color=UNWEIGHTED, alpha=0.15, lw=0, label="middle half of the copies")
         axis.plot(K, means.mean(1), color=UNWEIGHTED, label="mean over copies")
@@ -56,11 +64,11 @@ def _rates(config: Config, results: Results, summary: Summary, directory: RunDir
     finish_figure(figure, directory.figure("rates"), axes)
 
 
-def _floors(summary: Summary, directory: RunDirectory) -> None:
+def _floors(floors: list[Floor], directory: RunDirectory) -> None:
     """What constant steps leave: the mean-field part against h, the noise against η/h."""
     figure = sheet(11, 6.6)
-    axes = figure.subplots(2, len(summary.floors))
-    for column, floor in enumerate(summary.floors):
+    axes = figure.subplots(2, len(floors))
+    for column, floor in enumerate(floors):
         _mean_field(axes[0][column], floor)
         points = floor.by_ratio
         x, axis = [p.ratio for p in points], axes[1][column]
@@ -69,11 +77,11 @@ def _floors(summary: Summary, directory: RunDirectory) -> None:
         axis.set(xscale="log", yscale="log", xlabel="η/h", title=f"{floor.problem}: (η/h)^{floor.exponent_ratio:.2f}")
     axes[0][0].set_ylabel("mean field, (E ∇ℓ)²")
     axes[1][0].set_ylabel("noise, E ‖∇ℓ‖² − mean field")
-    h, n = summary.floors[0].by_ratio[0].step_size, summary.floors[0].by_ratio[0].particles
-    ratio, many = summary.floors[0].by_step_size[0].ratio, summary.floors[0].by_step_size[0].particles
+    above, below = floors[0].by_step_size[0], floors[0].by_ratio[0]
     figure.suptitle(
-        f"Floors of constant steps. Above: η/h = {ratio:g}, n = {many}; below: h = {h:g}, n = {n}. Points: measured, "
-        "± 2 s.e. (open: below 2 s.e., drawn there).\nLines: by quadrature (location, below: closed form)",
+        f"Floors of constant steps. Above: η/h = {above.ratio:g}, n = {above.particles}; "
+        f"below: h = {below.step_size:g}, n = {below.particles}.\nPoints: measured, ± 2 s.e. (triangles: not seen, at "
+        "2 s.e.). Lines: by quadrature (location: closed form)",
         fontsize=10,
     )
     finish_figure(figure, directory.figure("floors"), axes.flat)
@@ -102,12 +110,12 @@ def _noise(point: FloorPoint) -> float:
     return exact - point.bias_exact**2
 
 
-def _queue(results: Results, directory: RunDirectory) -> None:
+def _queue(results: list[tuple[QueueResult, Float[Tensor, "2 times"]]], directory: RunDirectory) -> None:
     """The mean error of θ in time, its rate, and the variance of θ in the end."""
     figure = sheet(11, 3.9)
     left, middle, right = figure.subplots(1, 3)
     for i, N in enumerate(LENGTHS):
-        runs = [(numbers, path) for numbers, path in results.queue if numbers.num_steps == N]
+        runs = [(numbers, path) for numbers, path in results if numbers.num_steps == N]
         colour, problems = f"C{i}", [Denoising(N, pace) for pace in PACES]
         _decay(left, problems[1], runs[1][1], colour)
         paces, numbers = [n.pace for n, _ in runs], [n for n, _ in runs]
@@ -128,7 +136,7 @@ def _queue(results: Results, directory: RunDirectory) -> None:
     finish_figure(figure, directory.figure("queue"), (left, middle, right))
 
 
-def _decay(axis: Any, problem: Denoising, path: torch.Tensor, colour: str) -> None:
+def _decay(axis: Any, problem: Denoising, path: Float[Tensor, "2 times"], colour: str) -> None:
     """|mean error| of the queue until it is lost in its own error, beside the recursion's."""
     mean, error = path
     off = (mean - problem.optimum).abs()
@@ -141,11 +149,11 @@ def _decay(axis: Any, problem: Denoising, path: torch.Tensor, colour: str) -> No
     axis.errorbar(range(0, end, every), off[:end:every], 2 * error[:end:every], **style, color=colour)
 
 
-def _lag(summary: Summary, directory: RunDirectory) -> None:
+def _lag(lag: Lags, directory: RunDirectory) -> None:
     """Left: the lag of plain particles. Right: that of weighted ones beside it."""
     figure = sheet(9.2, 3.9)
     left, right = figure.subplots(1, 2)
-    points = summary.lag.points
+    points = lag.points
     x = [p.ratio for p in points]
     for axis in (left, right):
         _lags(axis, x, [p.unweighted for p in points], [p.unweighted_se for p in points], UNWEIGHTED, "unweighted")
@@ -154,7 +162,7 @@ def _lag(summary: Summary, directory: RunDirectory) -> None:
     left.plot(x, x, color="C3", ls=":", label="η/h")
     right.axhline(0, color="0.6", lw=0.8)
     label = "(mean of particles − that of π_θ)/(θ − θ*)"
-    left.set(xscale="log", yscale="log", xlabel="η/h", ylabel=label, title=f"Lag ~ (η/h)^{summary.lag.exponent:.2f}")
+    left.set(xscale="log", yscale="log", xlabel="η/h", ylabel=label, title=f"Lag ~ (η/h)^{lag.exponent:.2f}")
     right.set(xscale="log", xlabel="η/h", title="With weights there is none")
     left.legend(frameon=False)
     right.legend(frameon=False, loc="upper left")

@@ -25,13 +25,17 @@ DECADE = 10  # slopes are fitted from K/10 on
 
 def summarise(config: Config, results: Results) -> Summary:
     """The numbers of a study."""
-    rates = [_rate(config, results, i) for i in range(len(PROBLEMS))]
-    floors = [_floor(results, i) for i in range(len(PROBLEMS))]
-    return Summary(rates, floors, [numbers for numbers, _ in results.queue], _lags(results))
+    rates, floors, queue, lag = results.rates, results.floors, results.queue, results.lag
+    return Summary(
+        rates=None if rates is None else [_rate(config, means, i) for i, means in enumerate(rates.unbind(1))],
+        floors=None if floors is None else [_floor(*floors, i) for i in range(len(PROBLEMS))],
+        queue=None if queue is None else [numbers for numbers, _ in queue],
+        lag=None if lag is None else _lags(lag),
+    )
 
 
-def _rate(config: Config, results: Results, i: int) -> Rate:
-    K, means = records(config.steps), results.means[:, i]
+def _rate(config: Config, means: Float[Tensor, "records copies"], i: int) -> Rate:
+    K = records(config.steps)
     x, late = K.double(), config.steps <= DECADE * K
     fitted, bound = mean_slope(x[late], means[late]), (2 + x.log()) / x ** (1 / 3)
     exact = None
@@ -51,9 +55,8 @@ def _rate(config: Config, results: Results, i: int) -> Rate:
     )
 
 
-def _floor(results: Results, i: int) -> Floor:
-    by_step_size = [_point(run, i) for run in results.by_step_size]
-    by_ratio = [_point(run, i) for run in results.by_ratio]
+def _floor(of_step_sizes: list[FloorRun], of_ratios: list[FloorRun], i: int) -> Floor:
+    by_step_size, by_ratio = ([_point(run, i) for run in runs] for runs in (of_step_sizes, of_ratios))
     noise = power_law_exponent(_column(by_ratio, "ratio"), _column(by_ratio, "spread"), _column(by_ratio, "floor_se"))
     bias, exact = None, None
     if PROBLEMS[i] is not LOCATION:
@@ -96,7 +99,7 @@ def _point(run: FloorRun, i: int) -> FloorPoint:
     )
 
 
-def _lags(results: Results) -> Lags:
+def _lags(lag: dict[float, tuple[Float[Tensor, " copies"], Float[Tensor, " runs"]]]) -> Lags:
     points = [
         Lag(
             ratio=ratio,
@@ -106,7 +109,7 @@ def _lags(results: Results) -> Lags:
             weighted=weighted.mean().item(),
             weighted_se=_error(weighted),
         )
-        for ratio, (unweighted, weighted) in results.lag.items()
+        for ratio, (unweighted, weighted) in lag.items()
     ]
     names = ("ratio", "unweighted", "unweighted_se")
     fit = power_law_exponent(*(_column(points, name) for name in names))

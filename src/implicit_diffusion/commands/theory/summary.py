@@ -144,38 +144,57 @@ class Lags:
 
 @dataclass(frozen=True)
 class Summary:
-    """All parts."""
+    """The parts that were asked for."""
 
-    rates: list[Rate]
-    floors: list[Floor]
-    queue: list[QueueResult]
-    lag: Lags
+    rates: list[Rate] | None = None
+    floors: list[Floor] | None = None
+    queue: list[QueueResult] | None = None
+    lag: Lags | None = None
 
 
 def show(summary: Summary, folder: Path) -> None:
     """Print what was fitted beside what is exact and what the paper's bounds say, and the folder of the run."""
+    if summary.rates:
+        _show_rates(summary.rates)
+    if summary.floors:
+        _show_floors(summary.floors)
+    if summary.queue:
+        _show_queue(summary.queue)
+    if summary.lag:
+        _show_lag(summary.lag)
+    print(f"run       {folder}")
+
+
+def _show_rates(rates: list[Rate]) -> None:
     print("mean of ‖∇ℓ‖² under the paper's schedules, slope in log–log over the last decade (95 %)")
-    for rate in summary.rates:
+    for rate in rates:
         exact = "" if rate.slope_exact is None else f", exactly {rate.slope_exact:.3f}"
         print(f"  {rate.problem:9s} {rate.slope:.3f} ({rate.slope_low:.3f} … {rate.slope_high:.3f}){exact}")
-    bound = summary.rates[0]
-    print(f"  bound     {bound.slope_bound:.3f}, with its logarithm {bound.slope_bound_with_log:.3f}")
+    print(f"  bound     {rates[0].slope_bound:.3f}, with its logarithm {rates[0].slope_bound_with_log:.3f}")
+
+
+def _show_floors(floors: list[Floor]) -> None:
     print("floor of ‖∇ℓ‖² at constant steps: exponents of h (mean field) and of η/h (noise); the bound has 1 and 1")
-    for floor in summary.floors:
+    for floor in floors:
         h = "no bias"
         if floor.exponent_h is not None:
             h = f"{floor.exponent_h:.2f} ({floor.exponent_h_low:.2f} … {floor.exponent_h_high:.2f})"
             h += f", by quadrature {floor.exponent_h_exact:.2f}"
         low, high = floor.exponent_ratio_low, floor.exponent_ratio_high
         print(f"  {floor.problem:9s} h: {h}; η/h: {floor.exponent_ratio:.2f} ({low:.2f} … {high:.2f})")
+
+
+def _show_queue(results: list[QueueResult]) -> None:
     print("queue: rate at which the mean settles (closed form; nested), and variance of θ over its closed form")
-    for queue in summary.queue:
+    for queue in results:
         share, error = queue.variance / queue.variance_exact, queue.variance_se / queue.variance_exact
         print(
             f"  N = {queue.num_steps:2d}, ηG² = {queue.pace:4g}: {queue.rate:.4f} ± {queue.rate_se:.4f} "
             f"({queue.rate_exact:.4f}; {queue.rate_nested:.4f}), {share:.3f} ± {error:.3f}"
         )
-    lag = summary.lag
+
+
+def _show_lag(lag: Lags) -> None:
     print(
         f"lag of unweighted particles ~ (η/h)^{lag.exponent:.3f} ({lag.exponent_low:.3f} … {lag.exponent_high:.3f}); "
         "unweighted (closed form), weighted"
@@ -185,4 +204,3 @@ def show(summary: Summary, folder: Path) -> None:
             f"  η/h = {point.ratio:5g}: {point.unweighted:.4f} ± {point.unweighted_se:.4f} "
             f"({point.unweighted_exact:.4f}), {point.weighted:.4f} ± {point.weighted_se:.4f}"
         )
-    print(f"run       {folder}")
