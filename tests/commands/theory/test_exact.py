@@ -57,18 +57,30 @@ def test_loss_and_gradient(problem):
     assert abs(problem.gradient(number(problem.optimum))) < 1e-11 and problem.curvature(problem.optimum) > 0.1
 
 
+def test_quantiles_are_draws_from_the_law():
+    """Moments over equally spaced levels: those of N(θ, 1), of N(0, e^{−θ}), and the mass of the right mode."""
+    levels = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    x = LOCATION.quantiles(0.7, levels)
+    assert x.mean() == pytest.approx(0.7, abs=1e-5) and x.var() == pytest.approx(1, abs=1e-3)
+    assert SCALE.quantiles(0.8, levels).var() == pytest.approx(math.exp(-0.8), rel=1e-3)
+    overlap = math.erfc(2 / math.sqrt(2)) / 2
+    weight = 1 / (1 + math.exp(-2 * 0.4))
+    share = weight * (1 - overlap) + (1 - weight) * overlap
+    assert (MODES.quantiles(0.4, levels) > 0).double().mean() == pytest.approx(share, abs=1e-4)
+
+
 def test_copies_are_runs_of_their_own():
     """Other values of θ in one copy leave the paths of all others as they were; V is a sum over coordinates."""
     starts = number([[0.5, -0.5], [0.2, 0.1], [0.0, 0.3]])
-    path = follow(PROBLEMS, starts, 6, 8, Noise(0), 0.2, 0.1)
+    x = Noise(1).normal((6, 3, 2), dtype=torch.float64)
+    path = follow(PROBLEMS, starts, x, 8, Noise(0), 0.2, 0.1)
     other = starts.clone()
     other[1, 1] = -0.9
-    moved = follow(PROBLEMS, other, 6, 8, Noise(0), 0.2, 0.1)
+    moved = follow(PROBLEMS, other, x, 8, Noise(0), 0.2, 0.1)
     same = torch.ones_like(starts, dtype=torch.bool)
     same[1, 1] = False
     torch.testing.assert_close(path[:, same], moved[:, same], rtol=0, atol=1e-12)
     assert (path[1:, 1, 1] - moved[1:, 1, 1]).abs().min() > 0.1
-    x = Noise(1).normal((4, 3, 2), dtype=torch.float64)
     potential = Copies(PROBLEMS, starts)
     by_hand = sum(p.energy(x[:, i, s], starts[i, s]) for i, p in enumerate(PROBLEMS) for s in range(2))
     torch.testing.assert_close(potential(x), by_hand)
@@ -81,7 +93,8 @@ def test_second_moments_of_the_location_problem_are_those_of_the_loop(schedule):
     particles, copies, iterations = 3, 3000, 12
     steps = paper_steps(iterations) if schedule else [(0.3, 0.2)] * iterations
     h, lr = ((lambda k: steps[k][0]), (lambda k: steps[min(k, iterations - 1)][1])) if schedule else (0.3, 0.2)
-    path = follow([LOCATION], torch.full((1, copies), 0.7, dtype=torch.float64), particles, iterations, Noise(0), h, lr)
+    start, x = torch.full((1, copies), 0.7, dtype=torch.float64), Noise(1).normal((3, 1, copies), dtype=torch.float64)
+    path = follow([LOCATION], start, x, iterations, Noise(0), h, lr)
     squares = gradients([LOCATION], path)[:, 0].square()
     exact = linear.squared_gradients(steps, particles, 0.7)
     assert exact[0] == pytest.approx(0.49)
@@ -152,7 +165,7 @@ def test_mean_field_of_the_modes(monkeypatch):
 
 def test_loops_end_at_the_predicted_floors():
     """A loop with constant steps on all three problems, floor and bias by z-scores; where h is large so is the bias."""
-    run = ConstantSteps(step_size=0.4, ratio=0.1, particles=40, copies=64, longest=300, seed=0)
+    run = ConstantSteps(step_size=0.4, ratio=0.1, particles=40, copies=64, measured=150, seed=0)
     measured = settled(run)
     for i, problem in enumerate(PROBLEMS):
         field = MeanField(problem, run.step_size)

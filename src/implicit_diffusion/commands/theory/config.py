@@ -22,8 +22,7 @@ class Config:
     parts: tuple[Part, ...] = PARTS
     """Parts to measure: rates under the paper's schedules, floors of constant steps, the queue, lags of particles."""
     steps: int = 10_000
-    """Number K of iterations under the paper's schedules.
-    It also limits the runs with constant steps: burn-in and measurement have at most half as many iterations each."""
+    """Number K of iterations under the paper's schedules; floors of constant steps are measured over a third of it."""
     copies: int = 64
     """Number of independent runs of each problem, all computed at once; they give the confidence intervals."""
     particles: int = 24

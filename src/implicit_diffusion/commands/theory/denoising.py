@@ -36,6 +36,7 @@ from implicit_diffusion.tables import ou_reverse_sde
 
 HORIZON, TARGET, START = 1.5, 2.0, -0.5  # T, m and θ_0
 FALLEN = 0.05  # share of the initial error at which the rate is read off
+LEFT = 1e-3  # share of it that is left when θ counts as settled
 BATCH = 24  # trajectories that are injected per iteration
 
 
@@ -188,7 +189,7 @@ def run_queue(
         seed: of the noise.
     """
     first, last = problem.window
-    settled = min(3 * last, longest // 2)
+    settled = min(first + math.ceil(math.log(LEFT) / math.log(problem.rate)), longest // 2)
     iterations = max(min(settled + max(200, math.ceil(5 / problem.pace)), longest), last + 1)
     theta = torch.full((copies,), START, dtype=torch.float64)
     denoiser = GaussianDenoiser.ornstein_uhlenbeck(theta, 1.0)

@@ -72,11 +72,11 @@ def _floors(floors: list[Floor], directory: RunDirectory) -> None:
         _mean_field(axes[0][column], floor)
         points = floor.by_ratio
         x, axis = [p.ratio for p in points], axes[1][column]
-        axis.errorbar(x, [p.spread for p in points], [2 * p.floor_se for p in points], **POINTS, color=UNWEIGHTED)
+        axis.errorbar(x, [p.spread for p in points], [2 * p.spread_se for p in points], **POINTS, color=UNWEIGHTED)
         axis.plot(x, [_noise(p) for p in points], **EXACT)
         axis.set(xscale="log", yscale="log", xlabel="η/h", title=f"{floor.problem}: (η/h)^{floor.exponent_ratio:.2f}")
     axes[0][0].set_ylabel("mean field, (E ∇ℓ)²")
-    axes[1][0].set_ylabel("noise, E ‖∇ℓ‖² − mean field")
+    axes[1][0].set_ylabel("noise, E (∇ℓ − E ∇ℓ)²")
     above, below = floors[0].by_step_size[0], floors[0].by_ratio[0]
     figure.suptitle(
         f"Floors of constant steps. Above: η/h = {above.ratio:g}, n = {above.particles}; "

@@ -20,7 +20,7 @@ from implicit_diffusion.commands.theory.runs import FloorRun, Results
 from implicit_diffusion.commands.theory.summary import Floor, FloorPoint, Lag, Lags, Rate, Summary
 
 RATE, ORDER = -1 / 3, 1.0  # exponents of the paper's bounds: of K, and of h and of η/h in the floor
-DECADE = 10  # slopes are fitted from K/10 on
+DECADE, ALLOWED = 10, 0.1  # slopes are fitted from K/10 on; share of a value by which power laws may miss it
 
 
 def summarise(config: Config, results: Results) -> Summary:
@@ -57,19 +57,19 @@ def _rate(config: Config, means: Float[Tensor, "records copies"], i: int) -> Rat
 
 def _floor(of_step_sizes: list[FloorRun], of_ratios: list[FloorRun], i: int) -> Floor:
     by_step_size, by_ratio = ([_point(run, i) for run in runs] for runs in (of_step_sizes, of_ratios))
-    noise = power_law_exponent(_column(by_ratio, "ratio"), _column(by_ratio, "spread"), _column(by_ratio, "floor_se"))
-    bias, exact = None, None
+    noise = _exponent(by_ratio, "ratio", "spread")
+    bias, exact, limit = None, None, None
     if PROBLEMS[i] is not LOCATION:
-        h = _column(by_step_size, "step_size")
-        fit = power_law_exponent(h, _column(by_step_size, "bias"), _column(by_step_size, "bias_se"))
-        bias = Interval(2 * fit.value, 2 * fit.low, 2 * fit.high)
-        exact = 2 * log_slope(h, _column(by_step_size, "bias_exact"))
+        fits = (_exponent(by_step_size, "step_size", "bias", of) for of in ("bias", "bias_exact"))
+        bias, exact = (Interval(2 * fit.value, 2 * fit.low, 2 * fit.high) for fit in fits)
+        limit = 2 * log_slope(_column(by_step_size[:2], "step_size"), _column(by_step_size[:2], "bias_exact"))
     return Floor(
         problem=PROBLEMS[i].name,
         exponent_h=None if bias is None else bias.value,
         exponent_h_low=None if bias is None else bias.low,
         exponent_h_high=None if bias is None else bias.high,
-        exponent_h_exact=exact,
+        exponent_h_exact=None if exact is None else exact.value,
+        exponent_h_limit=limit,
         exponent_h_bound=ORDER,
         exponent_ratio=noise.value,
         exponent_ratio_low=noise.low,
@@ -84,6 +84,7 @@ def _point(run: FloorRun, i: int) -> FloorPoint:
     steps, measured = run
     mean_field = MeanField(PROBLEMS[i], steps.step_size)
     floor, bias = measured["floor"][i], measured["bias"][i]
+    spread = floor - 2 * bias.mean() * bias + bias.mean().square()
     exact = linear.floor(steps.step_size, steps.lr, steps.particles) if PROBLEMS[i] is LOCATION else None
     return FloorPoint(
         step_size=steps.step_size,
@@ -95,6 +96,8 @@ def _point(run: FloorRun, i: int) -> FloorPoint:
         bias=bias.mean().item(),
         bias_se=_error(bias),
         bias_exact=mean_field.bias,
+        spread=spread.mean().item(),
+        spread_se=_error(spread),
         floor_exact=exact,
     )
 
@@ -111,9 +114,22 @@ def _lags(lag: dict[float, tuple[Float[Tensor, " copies"], Float[Tensor, " runs"
         )
         for ratio, (unweighted, weighted) in lag.items()
     ]
-    names = ("ratio", "unweighted", "unweighted_se")
-    fit = power_law_exponent(*(_column(points, name) for name in names))
+    fit = _exponent(points, "ratio", "unweighted")
     return Lags(fit.value, fit.low, fit.high, ORDER, points)
+
+
+def _exponent(points: Sequence[object], x: str, y: str, of: str | None = None) -> Interval:
+    """The exponent of y in x, where a tenth of y is allowed for besides its error: a power law is a leading term only.
+
+    Args:
+        points: with x, y and the standard error of y.
+        x: name of the abscissa.
+        y: name of what was measured.
+        of: name of other values to fit with the same weights.
+    """
+    measured = _column(points, y)
+    errors = torch.hypot(_column(points, f"{y}_se"), ALLOWED * measured)
+    return power_law_exponent(_column(points, x), measured if of is None else _column(points, of), errors)
 
 
 def _column(points: Sequence[object], name: str) -> Float[Tensor, " points"]:

@@ -21,8 +21,9 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.samplers import ULA, power_law
 
-SCALE, RECORDS = 0.5, 120  # c, and records of a run
-RELAXATIONS, MEASURED = 3.0, 60.0  # of θ before the floor is measured; Langevin time over which it is
+FIRST_STEP, RECORDS = 0.5, 120  # c, and records of a run
+START, TRAIN = range(2)  # streams of noise
+RELAXATIONS = 3.0  # of θ, before the floor is measured
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ConstantSteps:
         ratio: η/h.
         particles: n.
         copies: S, of each problem.
-        longest: iterations of either of its two parts, at most.
+        measured: iterations over which the floor is measured, and which the burn-in has at most.
         seed: of its noise.
     """
 
@@ -42,7 +43,7 @@ class ConstantSteps:
     ratio: float
     particles: int
     copies: int
-    longest: int
+    measured: int
     seed: int
 
     @property
@@ -54,29 +55,24 @@ class ConstantSteps:
     def burn_in(self) -> int:
         """Iterations before the floor is measured: three relaxation times 1/(ηℓ'') of the slowest problem."""
         slowest = min(problem.curvature(problem.optimum) for problem in PROBLEMS)
-        return min(self.longest, math.ceil(RELAXATIONS / (slowest * self.lr)))
-
-    @property
-    def measured(self) -> int:
-        """Iterations over which it is measured: at least a Langevin time, and two relaxation times of θ."""
-        return min(self.longest, max(math.ceil(MEASURED / self.step_size), 2 * self.burn_in // 3))
+        return min(self.measured, math.ceil(RELAXATIONS / (slowest * self.lr)))
 
 
 def follow(
     problems: Sequence[Problem],
     start: Float[Tensor, "problems copies"],
-    particles: int,
+    x: Float[Tensor, "n problems copies"],
     iterations: int,
     noise: Noise,
     step_size: float | Callable[[int], float],
     lr: float | Callable[[int], float],
 ) -> Float[Tensor, "iterations problems copies"]:
-    """θ_k for 0 ≤ k < iterations, from X_0 ~ N(0, 1) in every coordinate.
+    """θ_k for 0 ≤ k < iterations.
 
     Args:
         problems: one for each row of θ.
         start: θ_0.
-        particles: n.
+        x: X_0.
         iterations: how many.
         noise: of the run.
         step_size: h, or k ↦ h_k.
@@ -85,14 +81,13 @@ def follow(
     potential = Copies(problems, start)
     sgd = torch.optim.SGD(potential.parameters(), lr=1.0 if callable(lr) else lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lr) if callable(lr) else None
-    x = noise.normal((particles, *start.shape), 0, dtype=start.dtype)
     loop = Single(
         potential,
         ULA(step_size),
         ForwardKL(potential.data),
         Update(sgd, schedule=schedule),
         particles=x,
-        noise=noise.stream(1),
+        noise=noise,
     )
     path = start.new_empty(iterations, *start.shape)
     for k in range(iterations):
@@ -110,7 +105,7 @@ def gradients(
 
 def paper_steps(iterations: int) -> list[tuple[float, float]]:
     """(h_k, η_k) of the paper's schedules."""
-    h, lr = power_law(SCALE, 1 / 3), power_law(SCALE, 2 / 3)
+    h, lr = power_law(FIRST_STEP, 1 / 3), power_law(FIRST_STEP, 2 / 3)
     return [(h(k), lr(k)) for k in range(iterations)]
 
 
@@ -123,17 +118,21 @@ def records(iterations: int) -> Int[Tensor, " records"]:
 def running_means(iterations: int, particles: int, copies: int, seed: int) -> Float[Tensor, "records problems copies"]:
     """The mean of ∇ℓ(θ_k)² over k < K under the paper's schedules, for the K of `records`."""
     start = torch.tensor([problem.start for problem in PROBLEMS], dtype=torch.float64)[:, None].expand(-1, copies)
-    h, lr = power_law(SCALE, 1 / 3), power_law(SCALE, 2 / 3)
-    path = follow(PROBLEMS, start, particles, iterations, Noise(seed), h, lr)
+    h, lr = power_law(FIRST_STEP, 1 / 3), power_law(FIRST_STEP, 2 / 3)
+    x = Noise(seed).normal((particles, *start.shape), START, dtype=start.dtype)
+    path = follow(PROBLEMS, start, x, iterations, Noise(seed).stream(TRAIN), h, lr)
     K = records(iterations)
     return gradients(PROBLEMS, path).square().cumsum(0)[K - 1] / K[:, None, None]
 
 
 def settled(run: ConstantSteps) -> dict[str, Float[Tensor, "problems copies"]]:
-    """Means over time of ∇ℓ ("bias") and of ∇ℓ² ("floor") after the burn-in, from the optimum on."""
-    start = torch.tensor([problem.optimum for problem in PROBLEMS], dtype=torch.float64)[:, None]
+    """Means over time of ∇ℓ ("bias") and of ∇ℓ² ("floor") after the burn-in, from θ* and X_0 ~ π_θ* on."""
+    noise, shape = Noise(run.seed), (len(PROBLEMS), run.copies)
+    levels = torch.rand((run.particles, *shape), generator=noise.generator(START), dtype=torch.float64)
+    rows = zip(PROBLEMS, levels.unbind(1), strict=True)
+    x = torch.stack([problem.quantiles(problem.optimum, row.contiguous()) for problem, row in rows], 1)
+    start = torch.tensor([problem.optimum for problem in PROBLEMS], dtype=torch.float64)[:, None].expand(shape)
     iterations = run.burn_in + run.measured
-    start = start.expand(-1, run.copies)
-    path = follow(PROBLEMS, start, run.particles, iterations, Noise(run.seed), run.step_size, run.lr)[run.burn_in :]
+    path = follow(PROBLEMS, start, x, iterations, noise.stream(TRAIN), run.step_size, run.lr)[run.burn_in :]
     slopes = gradients(PROBLEMS, path)
     return {"bias": slopes.mean(0), "floor": slopes.square().mean(0)}

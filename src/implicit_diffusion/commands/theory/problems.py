@@ -31,6 +31,7 @@ from implicit_diffusion.showing import ShownModule
 
 CENTRE = 2.0  # C
 WIDEST = 20.0  # |θ| within which an optimum lies
+FINE = 20_001  # points between which quantiles are interpolated
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -66,6 +67,14 @@ class Problem:
     def curvature(self, theta: float) -> float:
         """ℓ''(θ)."""
         return slope(lambda t: slope(self.loss, t, keep=True), torch.tensor(theta, dtype=torch.float64)).item()
+
+    def quantiles(self, theta: float, levels: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The quantiles of π_θ at levels in (0, 1), by quadrature; of uniform levels they are draws."""
+        x = torch.linspace(-self.reach, self.reach, FINE, dtype=levels.dtype)
+        mass = (-self.energy(x, x.new_tensor(theta))).softmax(0).cumsum(0)
+        i = torch.searchsorted(mass, levels).clamp(1, FINE - 1)
+        share = (levels - mass[i - 1]) / (mass[i] - mass[i - 1]).clamp(min=1e-300)
+        return x[i - 1] + share * (x[1] - x[0]) + (x[1] - x[0]) / 2
 
     @cached_property
     def optimum(self) -> float:

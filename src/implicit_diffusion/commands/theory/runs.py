@@ -89,7 +89,7 @@ def _lines(config: Config, means: Float[Tensor, "records problems copies"]) -> I
 
 
 def _floors(config: Config, once: Once) -> tuple[list[FloorRun], list[FloorRun]]:
-    constant = partial(ConstantSteps, copies=config.copies, longest=config.steps // 2)
+    constant = partial(ConstantSteps, copies=config.copies, measured=config.steps // 3)
     by_step_size = [
         constant(step_size=h, ratio=RATIO, particles=MANY, seed=_seed(config, FLOORS, i))
         for i, h in enumerate(STEP_SIZES)

@@ -49,6 +49,8 @@ class FloorPoint:
         bias: E ∇ℓ, the root of the mean-field part.
         bias_se: its standard error.
         bias_exact: by quadrature.
+        spread: E (∇ℓ − E ∇ℓ)², the part of the floor that is noise.
+        spread_se: its standard error.
         floor_exact: the closed form, which one problem has.
     """
 
@@ -61,12 +63,9 @@ class FloorPoint:
     bias: float
     bias_se: float
     bias_exact: float
+    spread: float
+    spread_se: float
     floor_exact: float | None = None
-
-    @property
-    def spread(self) -> float:
-        """The part of the floor that is noise."""
-        return self.floor - self.bias_exact**2
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,14 @@ class Floor:
 
     Args:
         problem: its name.
-        exponent_h: a of (E ∇ℓ)² ~ h^a, fitted; None for the problem without bias.
+        exponent_h: a of (E ∇ℓ)² ~ h^a, fitted; None for the problem without bias. Intervals allow for a tenth of every
+            value, since a power law is the leading term only.
         exponent_h_low: lower end.
         exponent_h_high: upper end.
-        exponent_h_exact: the same of the values by quadrature.
+        exponent_h_exact: the same of the values by quadrature, with the same weights.
+        exponent_h_limit: that of the values by quadrature at the two smallest h.
         exponent_h_bound: 1, of the paper's bound h + η/h.
-        exponent_ratio: a of noise ~ (η/h)^a, fitted to what the floor has beyond the mean-field part.
+        exponent_ratio: a of noise ~ (η/h)^a, fitted to the noise.
         exponent_ratio_low: lower end.
         exponent_ratio_high: upper end.
         exponent_ratio_bound: 1, of the paper's bound.
@@ -93,6 +94,7 @@ class Floor:
     exponent_h_low: float | None
     exponent_h_high: float | None
     exponent_h_exact: float | None
+    exponent_h_limit: float | None
     exponent_h_bound: float
     exponent_ratio: float
     exponent_ratio_low: float
@@ -179,7 +181,7 @@ def _show_floors(floors: list[Floor]) -> None:
         h = "no bias"
         if floor.exponent_h is not None:
             h = f"{floor.exponent_h:.2f} ({floor.exponent_h_low:.2f} … {floor.exponent_h_high:.2f})"
-            h += f", by quadrature {floor.exponent_h_exact:.2f}"
+            h += f", by quadrature {floor.exponent_h_exact:.2f}, for small h {floor.exponent_h_limit:.2f}"
         low, high = floor.exponent_ratio_low, floor.exponent_ratio_high
         print(f"  {floor.problem:9s} h: {h}; η/h: {floor.exponent_ratio:.2f} ({low:.2f} … {high:.2f})")
 
