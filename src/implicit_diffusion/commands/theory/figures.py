@@ -59,7 +59,7 @@ def _rates(
             xlabel="iterations K",
             title=f"{problem.name}: slope {rate.slope:.2f} ± {wide:.2f}".replace("-", "−"),
         )
-    axes[0].set_ylabel("mean of ‖∇ℓ(θ_k)‖² over k < K")
+    axes[0].set_ylabel("mean of ‖∇ℓ‖² over k < K")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     finish_figure(figure, directory.figure("rates"), axes)
 
@@ -111,25 +111,23 @@ def _noise(point: FloorPoint) -> float:
 
 
 def _queue(results: list[tuple[QueueResult, Float[Tensor, "2 times"]]], directory: RunDirectory) -> None:
-    """The mean error of θ in time, its rate, and the variance of θ in the end."""
+    """The mean error of θ in time, the rate at which it falls, and the variance of θ in the end."""
     figure = sheet(11, 3.9)
     left, middle, right = figure.subplots(1, 3)
     for i, N in enumerate(LENGTHS):
         runs = [(numbers, path) for numbers, path in results if numbers.num_steps == N]
-        colour, problems = f"C{i}", [Denoising(N, pace) for pace in PACES]
-        _decay(left, problems[1], runs[1][1], colour)
-        paces, numbers = [n.pace for n, _ in runs], [n for n, _ in runs]
-        style = POINTS | {"color": colour}
-        middle.errorbar(paces, [1 - n.rate for n in numbers], [2 * n.rate_se for n in numbers], **style)
-        middle.plot(paces, [1 - n.rate_exact for n in numbers], color=colour, lw=1)
-        right.errorbar(
-            paces, [n.variance for n in numbers], [2 * n.variance_se for n in numbers], **style, label=f"N = {N}"
-        )
-        right.plot(paces, [n.variance_exact for n in numbers], color=colour, lw=1)
-    middle.plot(PACES, PACES, color="0.6", ls="--", lw=1)
-    middle.annotate("nested", (PACES[0], PACES[0]), (4, -11), textcoords="offset points", color="0.5", fontsize=9)
+        numbers, style = [n for n, _ in runs], POINTS | {"color": f"C{i}", "label": f"N = {N}"}
+        _decay(left, Denoising(N, PACES[1]), runs[1][1], f"C{i}")
+        exact = [1 - n.rate_exact for n in numbers]
+        middle.errorbar(exact, [1 - n.rate for n in numbers], [2 * n.rate_se for n in numbers], **style)
+        paces, variances = [n.pace for n in numbers], [n.variance for n in numbers]
+        right.errorbar(paces, variances, [2 * n.variance_se for n in numbers], **style)
+        right.plot(paces, [n.variance_exact for n in numbers], color=f"C{i}", lw=1)
+    rates = [1 - n.rate_exact for n, _ in results]
+    middle.plot([min(rates), max(rates)], [min(rates), max(rates)], **EXACT)
     left.set(yscale="log", xlabel="iterations", ylabel="|mean θ − θ*|", title=f"Mean error at ηG² = {PACES[1]:g}")
-    middle.set(xscale="log", yscale="log", xlabel="ηG²", ylabel="1 − rate", title="How fast the mean settles")
+    left.set_ylim(bottom=2e-3)
+    middle.set(xscale="log", yscale="log", xlabel="of the recursion", ylabel="measured", title="1 − rate of the mean")
     right.set(xscale="log", yscale="log", xlabel="ηG²", ylabel="variance of θ", title="Noise of θ in the end")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(LENGTHS), frameon=False)
     figure.suptitle("The queue on a Gaussian. Points: measured, ± 2 s.e.; lines: closed form", fontsize=10)
@@ -161,7 +159,7 @@ def _lag(lag: Lags, directory: RunDirectory) -> None:
     _lags(right, x, [p.weighted for p in points], [p.weighted_se for p in points], WEIGHTED, "weighted")
     left.plot(x, x, color="C3", ls=":", label="η/h")
     right.axhline(0, color="0.6", lw=0.8)
-    label = "(mean of particles − that of π_θ)/(θ − θ*)"
+    label = "(mean of particles − mean of π)/(θ − θ*)"
     left.set(xscale="log", yscale="log", xlabel="η/h", ylabel=label, title=f"Lag ~ (η/h)^{lag.exponent:.2f}")
     right.set(xscale="log", xlabel="η/h", title="With weights there is none")
     left.legend(frameon=False)
