@@ -473,7 +473,19 @@ PUBLIC = {
     ),
     "whole_copy": Call(idf.denoisers.whole_copy, {"denoiser": Net}, denoise),
     "checkpoint_activations": Call(idf.denoisers.checkpoint_activations, {"network": lambda: tiny.unet(**tiny.PLAIN)}),
+    "DiffusionModel": Call(
+        idf.DiffusionModel,
+        {
+            "denoiser": Net,
+            "schedule": table,
+            "event_shape": lambda: (2,),
+            "decoder": lambda: lambda z: z[:, None],
+            "num_classes": lambda: None,
+        },
+        lambda made: idf.Chain(made.denoiser, table(), made.event_shape).sample(NOISE, 2),
+    ),
     "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
+    "load_pipeline": Call(idf.load_pipeline, {"model": lambda: "digits"}),
     "read_pipeline": Call(
         idf.read_pipeline,
         {

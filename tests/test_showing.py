@@ -199,6 +199,9 @@ EXAMPLES = {
     "WithoutAdapter": lambda: idf.denoisers.WithoutAdapter(Denoiser()),
     "Drawn": lambda: idf.denoisers.Drawn("class_labels", torch.arange(10)),
     "Pretrained": digits,
+    "DiffusionModel": lambda: idf.DiffusionModel(
+        idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5), table(20), (2,)
+    ),
     "ProbedPipeline": lambda: idf.read_pipeline(digits().pipeline, 2, sampler="ddpm"),
     "ChainTable": lambda: table(20),
     "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
@@ -311,6 +314,7 @@ SAID = {
     "Tilted": "Sequential of 300 parameters, event_shape=(2,)",
     "DiffusersDenoiser": "UNet2DModel of 357,625 parameters",
     "Pretrained": "event_shape=(1, 8, 8)",
+    "DiffusionModel": "GaussianDenoiser of 2 parameters, schedule='test table'",
     "ProbedPipeline": "DDPM, 2 steps",
     "Chain": "pretrained_rows=(0, 1, 2, 3, … 9 in all)",
     "Queue": "batch=3, updates=0, iterations=1, batches in flight=1",

@@ -2,17 +2,23 @@
 
 import copy
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from implicit_diffusion.denoisers.lora import add_lora, merged
 from implicit_diffusion.errors import InvalidInputError, NonAffineError
+from implicit_diffusion.evaluation.chains import evaluate
+from implicit_diffusion.evaluation.plans import make_plan
 from implicit_diffusion.loops import Queue
 from implicit_diffusion.models.pipelines.reading import read_pipeline
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
+from implicit_diffusion.tables.named import default_sampler
 from implicit_diffusion.tables.scheduler import read_table
 from tests.helpers import tiny, tiny_pipelines
 
@@ -173,6 +179,25 @@ def test_what_is_not_affine_is_refused_by_row(made):
         refused(tiny_pipelines.Tiny(pipeline, family.call, family.prompts), match)
 
 
+def test_noise_that_the_chain_cannot_see_is_refused_by_row(made):
+    """A step that draws from a generator of its own, whatever generator the pipeline is given."""
+    from diffusers import EulerDiscreteScheduler
+
+    class Hidden(EulerDiscreteScheduler):
+        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+            (y, *others) = super().step(model_output, timestep, sample, generator=generator, return_dict=False)
+            self.calls = getattr(self, "calls", 0) + 1
+            return (y + Noise(self.calls).normal(tuple(y.shape), 0), *others)
+
+    family = made("Stable Diffusion XL")
+    pipeline = copy.copy(family.pipeline)
+    pipeline.register_modules(scheduler=Hidden.from_config(family.pipeline.scheduler.config))
+    refused(
+        tiny_pipelines.Tiny(pipeline, family.call, family.prompts),
+        "row 0 .* random in a way that the generator does not control",
+    )
+
+
 def test_arguments_that_change_with_time_are_named(made):
     family = made("Stable Diffusion XL")
 
@@ -218,14 +243,25 @@ def test_size_is_height_and_width(made):
     assert probed.decoder(torch.zeros(1, 4, 8, 16)).shape == (1, 3, 16, 32)
 
 
+LOAD = """
+import sys
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+weights = getattr(pipeline, sys.argv[2]).state_dict()
+save_file({name: weight.contiguous() for name, weight in weights.items()}, sys.argv[3])
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FLUX.1", "Wan", "Stable Diffusion XL"])
+@pytest.mark.parametrize("name", tiny_pipelines.FAMILIES)
 def test_two_updates_with_adapters_then_diffusers_alone(tmp_path, name):
-    """A reward on images or frames; saved by diffusers and loaded again, the pipeline samples the trained chain."""
+    """A plan and a reward on images or frames; saved by diffusers and loaded again, it is the trained chain."""
     from diffusers import DiffusionPipeline
 
     family = tiny_pipelines.FAMILIES[name](tmp_path / "new")
-    kind = "ddpm" if name == "Stable Diffusion XL" else "flow-memoryless"
+    kind = default_sampler(family.pipeline.scheduler)
     probed = read_pipeline(family.pipeline, STEPS, prompts=family.prompts, sampler=kind, **family.call)
     reference = probed.chain().reference
     add_lora(probed.denoiser.model, 2, Noise(3))
@@ -234,20 +270,29 @@ def test_two_updates_with_adapters_then_diffusers_alone(tmp_path, name):
     def redness(z):
         return probed.decoder(z)[:, 0].flatten(1).mean(1)
 
-    optimizer = torch.optim.Adam([p for p in probed.denoiser.parameters() if p.requires_grad], lr=1e-2)
+    plan = make_plan(evaluate(chain, Reward(redness), Noise(5), starts=4, repeats=2), [1.0])
+    assert plan.reward_std > 0 and len(plan.rows()) == 1
+    optimizer = torch.optim.Adam([p for p in probed.denoiser.parameters() if p.requires_grad], lr=1e-1)
     queue = Queue(chain, Reward(redness) + 0.1 * PathKL(), optimizer, batch=COUNT, noise=Noise(0), stride=STEPS)
     assert all(metrics["objective"].isfinite() for metrics in queue.run(2))
 
     trained = merged(probed.denoiser)
+    part = "unet" if hasattr(family.pipeline, "unet") else "transformer"
     pipeline = copy.copy(family.pipeline)
-    pipeline.register_modules(**{"unet" if "Stable" in name else "transformer": trained.model})
+    pipeline.register_modules(**{part: trained.model})
     pipeline.save_pretrained(tmp_path / "saved")
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    empty = {name: None for name, module in pipeline.components.items() if module is None}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", **empty)
     ours = read_pipeline(loaded, STEPS, prompts=family.prompts, **family.call)
-    x, t = Noise(4).normal((COUNT, *probed.event_shape), 0), torch.full((COUNT,), 500.0)
-    which = torch.arange(COUNT)
-    torch.testing.assert_close(ours.denoiser(x, t, prompt=which), trained(x, t, prompt=which), rtol=1e-4, atol=1e-4)
-    assert (trained(x, t, prompt=which) - reference(x, t, prompt=which)).abs().max() > 1e-4
+    x, t = Noise(4).normal((COUNT, *probed.event_shape), 0), torch.full((COUNT,), float(probed.table.t[1]))
+    which = {} if probed.condition is None else {"prompt": torch.arange(COUNT)}
+    torch.testing.assert_close(ours.denoiser(x, t, **which), trained(x, t, **which), rtol=1e-4, atol=1e-4)
+    assert (trained(x, t, **which) - reference(x, t, **which)).abs().max() > 1e-4
+    if name in FAST:
+        out = tmp_path / "weights.safetensors"
+        subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "saved"), part, str(out)], check=True, timeout=600)
+        there = load_file(out)
+        assert all(torch.equal(there[key], weight) for key, weight in trained.model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ convolutions, which hold nearly all weights, keep W for the backward pass and no
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -101,11 +102,13 @@ def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _other(layer_class: Any) -> Callable[..., Any]:
-    """The forward of any other layer, during which its own weights are in float32."""
+    """The forward of any other layer, during which its own weights are in float32, and what it is given."""
 
+    @functools.wraps(layer_class.forward)  # pipelines and `read_pipeline` look at the names of its arguments
     def forward(layer: nn.Module, *arguments: Any, **options: Any) -> Any:
         with _single(layer):
-            return layer_class.forward(layer, *arguments, **options)
+            given = {name: _float(value) for name, value in options.items()}
+            return layer_class.forward(layer, *map(_float, arguments), **given)
 
     return forward
 

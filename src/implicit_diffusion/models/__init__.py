@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.models.adapter_files import save_adapter
     from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
+    from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel
+    from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
     from implicit_diffusion.models.pretrained import Pretrained, load_pretrained, save_pipeline
     from implicit_diffusion.models.prompts import embed_prompts
@@ -20,11 +22,13 @@ else:
 
 
 __all__ = [
+    "DiffusionModel",
     "EnergyModel",
     "Pretrained",
     "ProbedPipeline",
     "embed_prompts",
     "load_energy_model",
+    "load_pipeline",
     "load_pretrained",
     "read_pipeline",
     "save_adapter",

@@ -5,6 +5,7 @@ table         `ChainTable.to_dict()`
 eta           noise of a DDIM scheduler, where it is one
 guidance      scale of classifier-free guidance, where the model is conditional
 null_class    the label that stands for no class, where one was named
+height, width, num_frames     of a sample, where another size was asked for than the model's own
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import LARGEST_INTEGER, InvalidInputError
 from implicit_diffusion.files.foreign import inside
 from implicit_diffusion.files.reading import one_line, read_json
 from implicit_diffusion.models.checkpoints import CHAIN
@@ -23,7 +24,13 @@ from implicit_diffusion.models.pipeline_files import names_in
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.tables.table import ChainTable
 
-OPTIONS: dict[str, tuple[type, ...]] = {"eta": (int, float), "guidance": (int, float), "null_class": (int,)}
+SIZES = ("height", "width", "num_frames")
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "eta": (int, float),
+    "guidance": (int, float),
+    "null_class": (int,),
+    **dict.fromkeys(SIZES, (int,)),
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,23 @@ class TrainedChain:
         eta: noise of a DDIM scheduler; None for other schedulers.
         guidance: scale of classifier-free guidance in training; None for an unconditional model.
         null_class: the label that stood for no class; None where none was named.
+        height: of a sample, in pixels; None for that of the model.
+        width: of a sample, in pixels; None for that of the model.
+        num_frames: of a video; None for those of the model, and for images.
     """
 
     table: ChainTable
     eta: float | int | None = None
     guidance: float | int | None = None
     null_class: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; None for those of the model."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
 
 
 @main_only
@@ -67,6 +85,8 @@ def read_chain(folder: Path) -> TrainedChain | None:
         options: dict[str, Any] = {name: content.get(name) for name in OPTIONS}
         for name, value in options.items():
             if value is not None and (type(value) not in OPTIONS[name] or not math.isfinite(value)):
+                raise InvalidInputError(f"{name} is {value!r}")
+            if value is not None and name in SIZES and not 1 <= value <= LARGEST_INTEGER:
                 raise InvalidInputError(f"{name} is {value!r}")
     except (InvalidInputError, KeyError, TypeError) as error:
         raise InvalidInputError(

@@ -26,7 +26,7 @@ from implicit_diffusion.errors import InvalidInputError, shown
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.foreign import inside
 from implicit_diffusion.files.reading import one_line, read_json
-from implicit_diffusion.models.families import FAMILIES, PIXELS, PipelineFamily, family_of
+from implicit_diffusion.models.families import PIXELS, PipelineFamily, family_of, probed_family
 from implicit_diffusion.models.pipeline_files import (
     Source,
     laid_out,
@@ -75,6 +75,10 @@ class Checkpoint(Shown):
     def parts(self) -> dict[str, tuple[str, str]]:
         """The parts that are there: name → (library, class)."""
         return _parts(self.index)
+
+    def files_of(self, part: str) -> list[str]:
+        """The names of a part's files."""
+        return [name.partition("/")[2] for name in self.files if name.startswith(f"{part}/")]
 
     def laid_out(self) -> AbstractContextManager[Path]:
         """A temporary folder with only the pipeline's files, for diffusers to read."""
@@ -160,14 +164,16 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[PipelineFamily, 
             raise InvalidInputError(f"its _class_name is {pipeline!r}, not the name of a pipeline")
     except (InvalidInputError, KeyError) as error:
         raise InvalidInputError(f"model: {path} is not a valid model index ({one_line(error)}).") from error
-    family = family_of(pipeline, parts)
+    try:
+        family = family_of(pipeline, parts) or probed_family(pipeline, parts)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"model: {folder}: {error}") from error
     if family is None:
         listed = ", ".join(f"{name}: {where[-1]}" for name, where in parts.items()) or "nothing"
-        known = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise InvalidInputError(
-            f"model: {folder} is a {one_line(pipeline)} with {one_line(listed)}. What can be fine-tuned are pipelines "
-            f"of a UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline), and {known} with all their parts; in "
-            "Python any network can, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
+            f"model: {folder} is a {one_line(pipeline)} with {one_line(listed)}, and diffusers has no pipeline of that "
+            "name. What can be fine-tuned are the pipelines of diffusers whose rows are affine in their network's "
+            "answers, and in Python any network, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
         )
     for name, (library, code) in parts.items():
         if name not in family.parts:
@@ -179,7 +185,7 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[PipelineFamily, 
                 f"model: {folder} brings its own {name} code ({library}.{code}), and code from checkpoints is "
                 f"never run; use a {name} from diffusers."
             )
-    if family.latent and parts["vae"] != ("diffusers", "AutoencoderKL"):
+    if family.latent and not family.probed and parts["vae"] != ("diffusers", "AutoencoderKL"):
         raise InvalidInputError(f"model: {folder} has the decoder {parts['vae'][1]}; only AutoencoderKL is supported.")
     kept = ("_class_name", "_diffusers_version", *family.parts, *family.options)
     return family, {key: value for key, value in index.items() if key in kept}

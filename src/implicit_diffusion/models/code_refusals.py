@@ -39,9 +39,10 @@ def part_class(part: str, library: str, name: str) -> Any:
     kinds: Any
     what, kinds = "model", diffusers.ModelMixin | transformers.PreTrainedModel
     if part.startswith("tokenizer"):
-        what, kinds = "tokenizer", transformers.PreTrainedTokenizerBase
-    elif part == "feature_extractor":
-        what, kinds = "image processor", transformers.FeatureExtractionMixin | transformers.ImageProcessingMixin
+        what, kinds = "tokenizer", transformers.PreTrainedTokenizerBase | transformers.ProcessorMixin
+    elif part == "feature_extractor" or part.endswith("processor"):
+        what = "processor"
+        kinds = transformers.FeatureExtractionMixin | transformers.ImageProcessingMixin | transformers.ProcessorMixin
     named = getattr(home, name, None)
     if isinstance(named, type) and issubclass(named, kinds):
         return named

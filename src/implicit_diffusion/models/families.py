@@ -1,18 +1,25 @@
-"""The families of diffusers pipelines that can be fine-tuned, and how they differ.
+"""The families of diffusers pipelines that are known by hand, how they differ, and why probing is not enough for them.
 
-    family        network                  sampled under     samples
-    pixels        UNet2DModel              nothing, classes  images
-    DiT           DiTTransformer2DModel    classes           latents
-    SD            UNet2DConditionModel     prompts           latents
-    SD3           SD3Transformer2DModel    prompts           latents
+    family   network                  sampled under     samples   known by hand, because
+    pixels   UNet2DModel              nothing, classes  images    its pipelines pass no class labels
+    DiT      DiTTransformer2DModel    classes           latents   under guidance its pipeline steps a doubled state
+    SD       UNet2DConditionModel     prompts           latents   prompts that outgrow the memory, and DDIM with noise
+    SD3      SD3Transformer2DModel    prompts           latents   in any pipeline, need no run under all prompts
 
-A new family of the same kind needs one more row here: every network goes through one adapter (`DiffusersDenoiser`).
+All networks go through one adapter (`DiffusersDenoiser`). Every other pipeline is of a family that `probed_family`
+makes of its class and its parts; its chain is then read off the pipeline (`models.pipelines`).
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.extras import require
+
+TIMES = {"timestep", "timesteps", "timestep_ratio", "t"}  # names of an argument of a network that predicts
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class PipelineFamily:
         options: those of its pipeline in model_index.json.
         shifted: whether its pipeline decodes D(z/σ + μ), with the autoencoder's shift_factor μ; the others decode
             D(z/σ) and ignore that factor.
+        probed: whether its chain is read off the pipeline.
+        frames: whether its pipeline makes videos, of `num_frames`.
+        guided: whether its pipeline has a guidance_scale.
     """
 
     pipelines: tuple[str, ...]
@@ -45,6 +55,9 @@ class PipelineFamily:
     may_have: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     shifted: bool = False
+    probed: bool = False
+    frames: bool = False
+    guided: bool = True
 
     @property
     def parts(self) -> frozenset[str]:
@@ -117,3 +130,54 @@ def family_of(pipeline: str, parts: dict[str, tuple[str, str]]) -> PipelineFamil
         if named and set(family.needs) | {"scheduler"} <= set(parts):
             return family
     return None
+
+
+def probed_family(pipeline: str, parts: dict[str, tuple[str, str]]) -> PipelineFamily | None:
+    """A family that is read off by probing, for a pipeline class of diffusers; None where there is no such class.
+
+    Its network is the one part whose forward pass takes a time. Nothing is loaded.
+
+    Raises:
+        InvalidInputError: it has no such part, or several; no scheduler; it is sampled under class labels.
+    """
+    require("diffusers")
+    import diffusers
+
+    named: Any = getattr(diffusers, pipeline, None)
+    if not (isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)):
+        return None
+    timed = [
+        name
+        for name, (library, code) in parts.items()
+        if library == "diffusers" and takes_time(getattr(diffusers, code, None))
+    ]
+    if len(timed) != 1 or "scheduler" not in parts:
+        lacks = f"has {' and '.join(timed) or 'none'}" if "scheduler" in parts else "has no scheduler"
+        raise InvalidInputError(
+            f"a chain has one network that is called with a time, and one scheduler; this {pipeline} {lacks}"
+        )
+    call = inspect.signature(named.__call__).parameters
+    if "class_labels" in call and "prompt" not in call:
+        raise InvalidInputError(f"a {pipeline} is sampled under class labels, and of these only DiTPipeline is known")
+    scale = call["guidance_scale"].default if "guidance_scale" in call else None
+    (network,) = timed
+    return PipelineFamily(
+        (pipeline,),
+        network,
+        parts[network][1],
+        "prompts" if "prompt" in call else None,
+        needs=tuple(part for part in parts if part == "vae"),
+        guidance=1.0 if scale is None else float(scale),
+        passes_eta="eta" in call,
+        may_have=tuple(part for part in parts if part not in (network, "vae", "scheduler")),
+        options=tuple(name for name in inspect.signature(named).parameters if name not in parts),
+        probed=True,
+        frames="num_frames" in call,
+        guided=scale is not None,
+    )
+
+
+def takes_time(part: Any) -> bool:
+    """Whether the forward pass of a class of networks takes a time."""
+    forward = getattr(part, "forward", None)
+    return forward is not None and bool(inspect.signature(forward).parameters.keys() & TIMES)

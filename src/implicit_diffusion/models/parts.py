@@ -192,8 +192,8 @@ def _compare(wanted: nn.Module, headers: dict[str, tuple[str, tuple[int, ...]]],
 def _load(model_class: Any, place: Path, dtype: torch.dtype) -> Any:
     """The model in `dtype` where that is narrower than float32, otherwise in float32 or better."""
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    if not hasattr(model_class, "config_class"):
-        options["low_cpu_mem_usage"] = False
+    if not hasattr(model_class, "config_class") and not getattr(model_class, "_keep_in_fp32_modules", None):
+        options["low_cpu_mem_usage"] = False  # which diffusers refuses where it keeps some modules in single precision
     if dtype.itemsize < 4:
         options["dtype" if hasattr(model_class, "config_class") else "torch_dtype"] = dtype
     with quiet():

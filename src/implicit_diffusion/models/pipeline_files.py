@@ -30,7 +30,7 @@ Source = Path | bytes  # where a file is, or its contents
 
 VARIANTS = ("", "fp16", "bf16")  # of weights, the first that is there; others, such as non_ema, are never loaded
 TOKENIZER = "tokenizer_config.json"
-TABLES = (".json", ".txt", ".model")  # files of tokenizers and image processors
+TABLES = (".json", ".txt", ".model", ".jinja")  # files of tokenizers and processors; templates run in a sandbox
 VOCABULARIES: tuple[set[str], ...] = (
     {"tokenizer.json"},
     {"vocab.json", "merges.txt"},
@@ -58,7 +58,7 @@ def needed(part: str, library: str, names: Collection[str]) -> list[str]:
 
 
 def _consists_of_tables(part: str) -> bool:
-    return part.startswith("tokenizer") or part == "feature_extractor"
+    return part.startswith("tokenizer") or part == "feature_extractor" or part.endswith("processor")
 
 
 def weights(library: str, names: Collection[str]) -> list[str]:

@@ -31,6 +31,7 @@ from implicit_diffusion.models.decoders import Decoder, check_latents
 from implicit_diffusion.models.families import PIXELS, WIDTHS, PipelineFamily
 from implicit_diffusion.models.parts import load_model, load_scheduler
 from implicit_diffusion.models.pipeline_files import copy_files
+from implicit_diffusion.models.pipelines.decoder import PipelineDecoder
 from implicit_diffusion.models.prompts import assembled
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.showing import Shown
@@ -73,7 +74,7 @@ class Pretrained(Shown):
     event_shape: tuple[int, ...]
     source: str
     num_classes: int | None = None
-    decoder: Decoder | None = None
+    decoder: Decoder | PipelineDecoder | None = None
     checkpoint: Checkpoint | None = None
 
     @property
@@ -114,6 +115,11 @@ def load_pretrained(model: str | PathLike[str], *, frozen: bool = False) -> Pret
     checkpoint, source = find_checkpoint(model), str(model)
     decoder = None
     family = checkpoint.family
+    if family.probed:
+        raise InvalidInputError(
+            f"model: {source!r} is a {family.pipelines[0]}, whose chain is read off by running it: use "
+            "read_pipeline(load_pipeline(model), num_steps, prompts=…)"
+        )
 
     def evaluated(network: Any) -> None:
         shape = event_shape_of(network, family, source)
@@ -182,7 +188,8 @@ def save_pipeline(
         as_pipeline(contiguous, scheduler).save_pretrained(folder, safe_serialization=True)
     else:
         _save_beside(folder, contiguous, scheduler, original.checkpoint)
-    task = "text-to-image" if family.condition == "prompts" else "unconditional-image-generation"
+    made = "video" if family.frames else "image"
+    task = f"text-to-{made}" if family.condition == "prompts" else f"unconditional-{made}-generation"
     header = "" if card.startswith("---\n") else CARD_HEADER.format(task=task)
     (folder / "README.md").write_text(header + card.rstrip() + "\n", encoding="utf-8")
     return folder

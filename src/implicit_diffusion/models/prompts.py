@@ -24,6 +24,7 @@ from implicit_diffusion.models.families import WIDTHS
 from implicit_diffusion.models.parts import load_model, quiet, refused, without_memory
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts for images, not needed for prompts
+UNNAMED = {"self", "args", "kwargs"}
 CHUNK = 16  # prompts encoded together
 
 
@@ -134,9 +135,12 @@ def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, checkpoint.family.pipelines[0])
-    slots = inspect.signature(pipeline_class.__init__).parameters.keys()
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    slots = parameters.keys()
     given = {part: model for part, model in given.items() if part in slots}
-    given |= dict.fromkeys((slots & checkpoint.family.parts) - checkpoint.parts.keys() - given.keys())
+    required = {name for name, each in parameters.items() if each.default is each.empty} - UNNAMED
+    empty = required if checkpoint.family.probed else slots & checkpoint.family.parts
+    given |= dict.fromkeys(empty - checkpoint.parts.keys() - given.keys())
     if "requires_safety_checker" in slots and given.get("safety_checker", 0) is None:
         given["requires_safety_checker"] = False
     source = str(checkpoint.folder)

@@ -250,3 +250,12 @@ def test_bad_input_is_one_clear_line_before_any_work(message, place, tmp_path, c
     assert finetuned(place, tmp_path / "run", *BAD[message]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_deterministic_chain_under_labels_is_trained_with_a_drift_penalty(place, tmp_path):
+    """Its samples differ by their starts alone, so that the deviation is that between all of them."""
+    words = [option.format(place=place) for option in CLASSES]
+    options = ["--scheduler", "euler", "--penalty", "drift", "--kl-weight", "0.1", "--out", str(tmp_path / "run")]
+    assert main([*TINY, *options, *words]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] > 0

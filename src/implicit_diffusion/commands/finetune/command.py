@@ -42,9 +42,12 @@ from implicit_diffusion.commands.finetune.training import (
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
+from implicit_diffusion.commands.shared.models.by_name import check_weights
+from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
+from implicit_diffusion.commands.shared.usage import OWN_ADAPTER
 from implicit_diffusion.denoisers.lora import merged
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
@@ -56,6 +59,7 @@ from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
 from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
 from implicit_diffusion.models.chain_file import TrainedChain, write_chain
+from implicit_diffusion.models.own_models.files import save_own_model
 from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
@@ -92,13 +96,17 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     """The same in a directory that is held."""
     if resumed:
         config = config.with_own_prompts(directory.path)
-    if config.loop == "queue":
-        config = replace(config, stride=config.stride or -(-config.num_steps // 10))
     if not resumed:
         directory.check_start("finetune", planning.FILES)
     clock.keep(directory.path)
     fingerprints = inputs(config)
     setup = build(setup_spec(config))
+    if resumed:
+        check_weights(directory, setup.weights)
+    fingerprints |= setup.weights
+    num_steps = setup.chain.num_steps
+    stride = config.stride or -(-num_steps // 10) if config.loop == "queue" else None
+    config = replace(config, num_steps=num_steps, stride=stride)
     config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
     if setup.estimator.why is not None:
         print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
@@ -240,27 +248,35 @@ def _conclude(
 
 def _model_summary(setup: Setup) -> ModelSummary:
     """What was trained and exported."""
-    family = setup.pretrained.family
+    family, factory = setup.pretrained.family, factory_of(setup.spec.network.model)
+    usage = adapter_usage(family) if factory is None else OWN_ADAPTER
     return ModelSummary(
         condition=setup.pretrained.condition,
         pipeline_class=(family.pipelines or (None,))[0],
         event_shape=list(setup.chain.event_shape),
         num_classes=setup.pretrained.num_classes,
         compiled=setup.compiled,
-        adapter=None if setup.spec.network.lora_rank is None else adapter_usage(family),
+        adapter=None if setup.spec.network.lora_rank is None else usage,
         clipping=setup.clipping,
         pipeline=setup.exported.table.name,
         pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
+        video=family.frames,
+        factory=factory,
     )
 
 
 @part("saving")
 def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
-    """Write the pipeline with the trained network, adapters merged, and the adapters by themselves."""
-    save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
+    """Write the pipeline or the weights of the trained network, adapters merged, and the adapters by themselves."""
+    factory = factory_of(setup.spec.network.model)
+    if factory is not None:
+        save_own_model(directory.model, merged(model), factory, card)
+    else:
+        save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
     if setup.spec.network.lora_rank is not None:
         save_adapter(directory.model / "lora", model, setup.pretrained)
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class)
+    sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
+    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class, *sizes)
     write_chain(directory.model, chain)
 
 

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from implicit_diffusion.commands.rewards.elsewhere import check_python
 from implicit_diffusion.commands.rewards.weights import check_judges, weighted
 from implicit_diffusion.commands.shared.prompt_files import HELD_OUT, TRAINED, copy_of
-from implicit_diffusion.commands.shared.ranges import at_least, not_negative, positive
+from implicit_diffusion.commands.shared.ranges import at_least, check_size, not_negative, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.checkpoints import KEEP
 from implicit_diffusion.runs.trackers.opening import TrackerName
 from implicit_diffusion.scorers import TIMEOUT
+
+STEPS = 10  # N by default
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Config:
     """
 
     model: str = "digits"
-    """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name."""
+    """The pretrained model: "digits" (shipped), a diffusers folder, or a hub id owner/name.
+    A network of your own is "FILE.py:factory", a function that returns an implicit_diffusion.DiffusionModel."""
     reward: tuple[str, ...] | str = field(default=("brightness",), metadata={"repeatable": True})
     """The reward: a name, or your own "FILE.py:function".
     Names: "brightness", "darkness", "redness", "sharpness", "jpeg-size", "compressibility", "digit-0" … "digit-9".
@@ -59,6 +62,10 @@ class Config:
     """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
     """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
+    size: tuple[int, int] | None = None
+    """Height and width of the samples in pixels; by default those of the model."""
+    frames: int | None = None
+    """Number of frames of a video; by default that of the model's pipeline."""
     null_class: int | None = None
     """Class label that means "no class"; the guidance of a class-conditional U-Net needs it."""
     kl_weight: float | None = None
@@ -100,8 +107,9 @@ class Config:
     penalty: Literal["path-kl", "drift"] = "path-kl"
     """What --kl-weight weighs: the path KL, or the squared distance between the drifts of the two models.
     With the path KL, steps that add no noise keep the pretrained network."""
-    num_steps: int = 10
-    """Number N of sampling steps."""
+    num_steps: int | None = None
+    """Number N of sampling steps, by default 10.
+    A network of your own that comes with a table has one step for each of its rows."""
     batch: int = 16
     """Number of samples per gradient: so many trajectories start in each iteration."""
     stride: int | None = None
@@ -163,7 +171,20 @@ class Config:
         if self.export == "best" and not self.judge:
             raise InvalidInputError("export must be 'last' without a `judge`, which says which model is the best")
         check_python([*names, *self.judge], self.reward_python)
-        at_least(self, num_steps=1, batch=1, updates=1, accumulate=1, stride=1, lora_rank=1, seed=0, keep=1, depth=1)
+        at_least(
+            self,
+            num_steps=1,
+            batch=1,
+            updates=1,
+            accumulate=1,
+            stride=1,
+            lora_rank=1,
+            seed=0,
+            keep=1,
+            depth=1,
+            frames=1,
+        )
+        check_size(self.size)
         positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
         not_negative(self, "kl_weight", "guidance", "eta")
         if self.held_out_prompts is not None and self.prompts is None:
@@ -182,8 +203,8 @@ class Config:
             raise InvalidInputError("--target-kl needs a path KL in the objective, but --kl-weight is 0; leave it out")
         if self.target_kl is not None and self.penalty == "drift":
             raise InvalidInputError("--target-kl needs --penalty path-kl: a drift penalty is not measured in nats")
-        followed = self.num_steps if self.estimator != "truncated" else self.depth or 1
-        if self.target_kl is not None and self.target_kl_mode != "stop" and followed < self.num_steps:
+        truncated = self.estimator == "truncated" and (self.depth or 1) < (self.num_steps or STEPS)
+        if self.target_kl is not None and self.target_kl_mode != "stop" and truncated:
             raise InvalidInputError(
                 "--target-kl adapts β to the path KL of all steps, and --estimator truncated follows the last ones "
                 "alone; use --target-kl-mode stop, or another --estimator"

@@ -83,7 +83,7 @@ def planned(
     try:
         with part("planning"):
             samples = weighed_samples(setup, drawn)
-            plan = make_plan(samples, betas, asked=asked, conditional=setup.chain.condition is not None)
+            plan = make_plan(samples, betas, asked=asked, conditional=setup.given_start)
     except InvalidInputError:
         if not directory.has_state:
             _abandon(directory)
@@ -223,7 +223,7 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
         "--reference": None if "reference" in fingerprints else spec.network.reference,
         "--reward": " ".join(labels(spec.reward)),
         "--scheduler": setup.sampler,
-        "--num-steps": spec.chain.num_steps,
+        "--num-steps": setup.chain.num_steps,
         "--eta": setup.eta,
         "--no-clip": spec.chain.no_clip or None,
         "--guidance": conditions.guidance if conditions.drawn is not None else None,

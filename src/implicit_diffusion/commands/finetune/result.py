@@ -77,13 +77,19 @@ class Result(Shown):
     @property
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
-        assert self.config.scheduler is not None
-        return f"{self.config.num_steps} {NAMED_SAMPLERS[self.config.scheduler].words} steps"
+        return chain_in_words(self.config, self.summary.model.pipeline)
 
     def column(self, name: str, *others: str) -> list[tuple[float, ...]]:
         """Rows (name, *others) of the updates that report all of them."""
         wanted = (name, *others)
         return [tuple(float(m[n]) for n in wanted) for m in self.metrics if all(m.get(n) is not None for n in wanted)]
+
+
+def chain_in_words(config: Config, table: str) -> str:
+    """The chain of a run, such as "10 DDPM steps"; a table of one's own by its name."""
+    if config.scheduler is None:
+        return f"{config.num_steps} steps of {table}"
+    return f"{config.num_steps} {NAMED_SAMPLERS[config.scheduler].words} steps"
 
 
 def outside(images: Tensor, margin: float = 0.1) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.config import STEPS, Config
 from implicit_diffusion.commands.finetune.problem.estimators import Asked
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
@@ -29,7 +29,7 @@ class NetworkSpec:
     """The network that is trained, and how it computes.
 
     Args:
-        model: "digits", a folder, or a hub id.
+        model: "digits", a folder, a hub id, or FILE.py:factory.
         reference: the model that the KL refers to; None for `model` itself.
         lora_rank: rank of the adapters; None to train all weights.
         lora_targets: ends of the names of the layers that get adapters, separated by commas; None for the default.
@@ -60,17 +60,21 @@ class ChainSpec:
 
     Args:
         sampler: name of the sampler, such as "ddpm"; None for the default of the checkpoint.
-        num_steps: N.
+        num_steps: N; None for the default, or for the rows of a table that the model comes with.
         eta: noise of DDIM; other samplers do not use it.
         no_clip: whether the scheduler's `clip_sample` is switched off.
         noiseless_rows_pretrained: whether rows without noise keep the pretrained network.
+        size: height and width of a sample in pixels; None for those of the model.
+        frames: of a video; None for those of the model's pipeline, and for images.
     """
 
     sampler: str | None
-    num_steps: int
+    num_steps: int | None
     eta: float
     no_clip: bool
     noiseless_rows_pretrained: bool
+    size: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,8 @@ def setup_spec(config: Config) -> SetupSpec:
         config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
     )
     eta = ETA if config.eta is None else config.eta
-    chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl")
+    sizes = config.size, config.frames
+    chain = ChainSpec(config.scheduler, config.num_steps, eta, config.no_clip, config.penalty == "path-kl", *sizes)
     reward = config.reward, config.judge, config.reward_python, config.reward_timeout
     noise, flight = Noise(config.seed), _flight(config)
     return SetupSpec(network, conditions, chain, *reward, config.estimator, noise, config.device, flight)
@@ -200,9 +205,10 @@ def setup_spec(config: Config) -> SetupSpec:
 def _flight(config: Config) -> Flight:
     """At the fullest moment, as in `loops.memory`; the nested loop is the queue whose stride is N."""
     batch = max(1, config.batch // world_size())
-    stride = config.num_steps if config.loop == "nested" else config.stride or -(-config.num_steps // 10)
-    stages = -(-config.num_steps // stride)
-    return Flight(stages * batch, (stages * (config.num_steps + 1) - 1 + stages) * batch, world_size())
+    num_steps = config.num_steps or STEPS
+    stride = num_steps if config.loop == "nested" else config.stride or -(-num_steps // 10)
+    stages = -(-num_steps // stride)
+    return Flight(stages * batch, (stages * (num_steps + 1) - 1 + stages) * batch, world_size())
 
 
 def plan_spec(config: Config) -> PlanSpec:

@@ -102,14 +102,16 @@ class ModelSummary:
 
     Args:
         condition: "prompts", "classes", or None.
-        pipeline_class: name of the pipeline in diffusers; None where the parts alone decide.
+        pipeline_class: name of the pipeline in diffusers; None where the parts alone decide, or there is none.
         event_shape: of a sample of the chain.
         num_classes: of a class-conditional model.
         compiled: result of the compilation; None where none was asked for.
         adapter: how the exported adapter is loaded; None where all weights were trained.
         clipping: effect of switching `clip_sample` off; None where it was not on.
-        pipeline: name of the chain that the exported pipeline runs.
+        pipeline: name of the chain that the exported model runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
+        factory: FILE.py:function that makes the network; None for a pipeline of diffusers.
+        video: whether the exported pipeline makes videos.
     """
 
     condition: str | None
@@ -121,6 +123,8 @@ class ModelSummary:
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool
+    factory: str | None
+    video: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from implicit_diffusion.commands.finetune.problem.estimators import estimator_of
 from implicit_diffusion.commands.finetune.problem.setup import DURING, ESTIMATOR, SHOWN, Setup
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
-from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels
+from implicit_diffusion.commands.shared.pictures import PICTURED, filmstrips, image_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Nested, Queue, Update
@@ -79,11 +79,11 @@ def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
 def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judges]:
     """The callback that asks the judges, if there are any; it stores images, where samples are such."""
     decoder = setup.pretrained.decoder
-    pictured = len(setup.chain.event_shape) == 3
+    pictured = decoder is not None or len(setup.chain.event_shape) == 3
 
     @torch.no_grad()
     def pixels(x: Tensor) -> Tensor:
-        images = x if decoder is None else decoder(x)
+        images = x if decoder is None else filmstrips(decoder(x))
         return ((images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     return [Judges(held_out, pixels if pictured else None)] if spec.judged_by else []
@@ -131,7 +131,7 @@ def pictures(setup: Setup) -> Pictures:
     def draw(fit: Fit) -> Pixels:
         with GlobalGenerators(noise, 0, device=fit.chain.device):
             x = fit.chain.sample(noise, PICTURED)
-            return image_pixels(x if decoder is None else decoder(x), low=-1, high=1)
+            return image_pixels(x if decoder is None else filmstrips(decoder(x)), low=-1, high=1)
 
     return Pictures(draw)
 

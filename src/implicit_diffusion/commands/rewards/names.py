@@ -80,9 +80,16 @@ def load_reward(
     arguments = read_arguments(name, call) if call else None
     if python is not None:
         return load_elsewhere(name, check_path("python", python).absolute(), timeout)
+    with paths_kept():
+        return _function(name, arguments, device)
+
+
+@contextmanager
+def paths_kept() -> Iterator[None]:
+    """Where the block fails, imports find what they found before."""
     paths = list(sys.path)
     try:
-        return _function(name, arguments, device)
+        yield
     except BaseException:
         sys.path[:] = paths
         raise
@@ -123,18 +130,30 @@ def _image_text(name: str, device: torch.device | None) -> Callable[..., Tensor]
     return scores if text is None else functools.partial(scores, prompts=text)
 
 
-def _function(name: str, arguments: Arguments | None, device: torch.device | None) -> Callable[..., Tensor]:
+def function_of(name: str) -> Callable[..., Any]:
+    """The function, class or instance that a name in a file or module of the user's own stands for.
+
+    The file is executed, and recorded as one that this user has named.
+
+    Raises:
+        InvalidInputError: there is none of that name; whatever the file raises.
+    """
     place, function, _ = spelled(name)
     with blamed(name):
         code = code_of(name)
         remember(code)
         module = _execute(code, Path(place).absolute()) if place.endswith(".py") else _import(place)
-    target = getattr(module, function, None)
+    target: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(target):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InvalidInputError(
             f"`reward`: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
         )
+    return target
+
+
+def _function(name: str, arguments: Arguments | None, device: torch.device | None) -> Callable[..., Tensor]:
+    target = function_of(name)
     with blamed(name):
         reward = made(name, target, arguments)
     for network in modules_in(reward):

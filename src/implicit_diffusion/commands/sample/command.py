@@ -15,20 +15,34 @@ import torch
 
 from implicit_diffusion.commands.sample.config import Config as Config
 from implicit_diffusion.commands.sample.energy import sample_energy_model
-from implicit_diffusion.commands.sample.grid import check_pictures, in_turn, pictures_of, write_grid
+from implicit_diffusion.commands.sample.grid import (
+    check_pictures,
+    in_turn,
+    pictures,
+    shown_as_pictures,
+    write_grid,
+)
+from implicit_diffusion.commands.sample.own_model import sample_own_model
 from implicit_diffusion.commands.shared.conditioning import (
     CLASS,
     Conditioning,
     ConditioningSpec,
     conditioning,
+    prompts_of,
 )
+from implicit_diffusion.commands.shared.models.factories import check_models, open_own_model
+from implicit_diffusion.commands.shared.models.read_model import read_model
+from implicit_diffusion.commands.shared.models.sizes import call_of, sized
 from implicit_diffusion.commands.shared.prompt_files import read_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.chain_file import TrainedChain, read_chain
+from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
 from implicit_diffusion.models.energy_model import is_energy_model
+from implicit_diffusion.models.parts import load_scheduler
 from implicit_diffusion.models.pretrained import Pretrained, load_pretrained
+from implicit_diffusion.models.prompts import assembled
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import main_only
 from implicit_diffusion.runs import progress
@@ -53,58 +67,110 @@ def run(config: Config) -> Path:
         if config.prompts is not None:
             raise InvalidInputError(f"--model {config.model} takes no --prompts: it is an energy-based model")
         return sample_energy_model(Path(config.model), config.num, config.out, config.num_steps, config.seed)
+    if config.trust_model:
+        check_models(config, Path(config.model), trusted=True)
     if config.exact:
         from implicit_diffusion.commands.sample.exact import sample_exactly
 
         return sample_exactly(config, STEPS)
-    pretrained = load_pretrained(config.model)
-    trained = None if pretrained.checkpoint is None else read_chain(pretrained.checkpoint.folder)
-    if (config.prompts is None) == (pretrained.condition == "prompts"):
-        what = "needs --prompts FILE" if config.prompts is None else "takes no --prompts"
-        raise InvalidInputError(
-            f"--model {config.model} {what}: it is conditioned on {pretrained.condition or 'nothing'}"
-        )
-    steps = config.num_steps or (STEPS if trained is None else len(trained.table))
-    most = pretrained.scheduler.config.num_train_timesteps
-    if steps > most:
-        raise InvalidInputError(
-            f"--num-steps must be at most the {most} timesteps that the model was trained on, got {steps}"
-        )
+    own = open_own_model(config.model)
+    if own is not None:
+        return sample_own_model(own, config)
+    checkpoint = find_checkpoint(config.model)
+    trained = read_chain(checkpoint.folder)
     device = find_device(config.device)
-    for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
-        network.to(device)
-    check_pictures(pretrained, config.model)
-    size = at_once(pretrained.event_shape)
-    batches = [range(first, min(first + size, config.num)) for first in range(0, config.num, size)]
+    drawing = _read if checkpoint.family.probed else _known
+    draw, at_a_time = drawing(config, checkpoint, trained, device)
+    batches = [range(first, min(first + at_a_time, config.num)) for first in range(0, config.num, at_a_time)]
     images: list[Any] = []
     with progress(config.num, "sampling") as bar:
-        draw = _drawing(pretrained, trained, steps, config.model, config.prompts, config.seed, device)
         for batch in batches:
             images += draw(batch)
             bar.update(advance=len(batch))
-    if trained is not None and steps != len(trained.table):
-        print(f"fine-tuned for {trained.table.name}; these are {steps} steps of the folder's pipeline")
+    if trained is not None and config.num_steps not in (None, len(trained.table)):
+        print(f"fine-tuned for {trained.table.name}; these are {config.num_steps} steps of the folder's pipeline")
     write_grid(images, config.out)
     print(config.out)
     return config.out
 
 
-def _drawing(
-    pretrained: Pretrained,
-    trained: TrainedChain | None,
-    steps: int,
-    model: str,
-    prompts: Path | None,
-    seed: int,
-    device: torch.device,
-) -> Draw:
-    """The function that draws: by the chain that the model was trained on, where `steps` is its number of steps."""
+def _known(
+    config: Config, checkpoint: Checkpoint, trained: TrainedChain | None, device: torch.device
+) -> tuple[Draw, int]:
+    """The function that draws from a model of a family that is known by hand, and how many images at a time.
+
+    It draws by the chain that the model was trained on, where N is its number of steps.
+    """
+    pretrained = sized(load_pretrained(config.model), *_sizes(config, trained))
+    if (config.prompts is None) == (pretrained.condition == "prompts"):
+        what = "needs --prompts FILE" if config.prompts is None else "takes no --prompts"
+        raise InvalidInputError(
+            f"--model {config.model} {what}: it is conditioned on {pretrained.condition or 'nothing'}"
+        )
+    steps = _steps(config, trained, pretrained.scheduler)
+    for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
+        network.to(device)
+    check_pictures(pretrained, config.model, config.out)
     guidance, null_class = (None, None) if trained is None else (trained.guidance, trained.null_class)
-    conditions = ConditioningSpec(model, prompts, guidance, null_class)
+    conditions = ConditioningSpec(config.model, config.prompts, guidance, null_class)
+    at_a_time = at_once(pretrained.event_shape)
     if trained is not None and steps == len(trained.table):
-        return _by_chain(pretrained, conditioning(conditions, pretrained, device), trained, Noise(seed))
+        given = conditioning(conditions, pretrained, device)
+        return _by_chain(pretrained, given, trained, Noise(config.seed)), at_a_time
     eta = {} if trained is None or trained.eta is None else {"eta": trained.eta}
-    return _by_pipeline(pretrained, conditions, steps, eta, torch.Generator().manual_seed(seed), device)
+    generator = torch.Generator().manual_seed(config.seed)
+    return _by_pipeline(pretrained, conditions, steps, eta, generator, device), at_a_time
+
+
+def _read(
+    config: Config, checkpoint: Checkpoint, trained: TrainedChain | None, device: torch.device
+) -> tuple[Draw, int]:
+    """The same for a model whose chain is read off its pipeline."""
+    size, frames = _sizes(config, trained)
+    conditions = ConditioningSpec(config.model, config.prompts, None if trained is None else trained.guidance)
+    given, _ = prompts_of(conditions, checkpoint.family.condition)
+    steps = _steps(config, trained, load_scheduler(checkpoint, config.model))
+    if trained is not None and steps == len(trained.table):
+        read = read_model(checkpoint, conditions, steps, sampler="own", size=size, frames=frames)
+        for network in filter(None, (read.pretrained.denoiser, read.pretrained.decoder)):
+            network.to(device)
+        draw = _by_chain(read.pretrained, read.conditioning, trained, Noise(config.seed))
+        return draw, at_once(read.pretrained.event_shape)
+    call = call_of(checkpoint.family, size, frames, conditions.guidance)
+    if size is not None:
+        del call["size"]
+        call |= {"height": size[0], "width": size[1]}
+    pipeline = assembled(checkpoint, {}).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def draw_one(numbers: range) -> list[Any]:
+        prompt = given[numbers.start % len(given)] if given else None
+        texts = {} if prompt is None else {"prompt": str(prompt)}
+        texts |= {"negative_prompt": prompt.negative} if prompt is not None and prompt.negative else {}
+        options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt", "return_dict": False}
+        (images, *_) = pipeline(**texts, **options, **call)
+        return shown_as_pictures(images)
+
+    return draw_one, 1
+
+
+def _sizes(config: Config, trained: TrainedChain | None) -> tuple[tuple[int, int] | None, int | None]:
+    """Height and width, and frames: as asked for, or as the model was fine-tuned for."""
+    if trained is None:
+        return config.size, config.frames
+    return config.size or trained.size, config.frames or trained.num_frames
+
+
+def _steps(config: Config, trained: TrainedChain | None, scheduler: Any) -> int:
+    """N, as asked for, or as the model was fine-tuned for."""
+    steps = config.num_steps or (STEPS if trained is None else len(trained.table))
+    most = scheduler.config.num_train_timesteps
+    if steps > most:
+        raise InvalidInputError(
+            f"--num-steps must be at most the {most} timesteps that the model was trained on, got {steps}"
+        )
+    return steps
 
 
 def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain, noise: Noise) -> Draw:
@@ -119,7 +185,7 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
             condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
         )
         x = chain.sample(noise, len(numbers), numbers.start)
-        return pictures_of(pretrained, x)
+        return pictures(x if pretrained.decoder is None else pretrained.decoder(x))
 
     return draw
 

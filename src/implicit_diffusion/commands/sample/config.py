@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from implicit_diffusion.commands.shared.ranges import at_least, option, positive
+from implicit_diffusion.commands.shared.models.factories import factory_of
+from implicit_diffusion.commands.shared.ranges import at_least, check_size, option, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import check_place
 from implicit_diffusion.models.energy_model import is_energy_model
@@ -21,16 +22,22 @@ class Config:
 
     model: str = "digits"
     """The model: "digits" (shipped), a folder such as RUN/model, or a hub id owner/name.
-    A folder holds a diffusers pipeline or an energy-based model."""
+    A folder holds a diffusers pipeline, an energy-based model, or the weights of a network of your own.
+    Such a network before any fine-tuning is "FILE.py:factory", as for finetune."""
     num: int = 64
     """Number of images."""
     out: Path = Path("grid.png")
-    """File to write: a .png, .jpg or .webp picture, or a .npy array from an energy-based model.
+    """File to write: a .png, .jpg or .webp picture.
+    Of an energy-based model or a network of your own it may be a .npy array.
     An existing file is never overwritten."""
     prompts: Path | None = None
     """File with one prompt per line, for models that are conditioned on text; images use the prompts in turn.
     If its name ends in .jsonl, its lines are JSON, as for `finetune --prompts`.
     With --exact, by default the prompts of the run."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images in pixels; by default those that the model was fine-tuned for, or its own."""
+    frames: int | None = None
+    """Number of frames of a video, likewise; a few of them are shown side by side."""
     num_steps: int | None = None
     """Number of sampling steps; by default the number that the model was fine-tuned for.
     With any other number, and for a model that was never fine-tuned, the pipeline of the model draws the images.
@@ -53,6 +60,8 @@ class Config:
     """The python of another environment to compute your own --reward with, as in finetune."""
     trust_reward: bool = False
     """Run the code of the reward that the run names, even if it lies there, has changed, or is not known here."""
+    trust_model: bool = False
+    """Run the code that makes a network of your own, FILE.py:factory, which a folder names, in the same cases."""
     seed: int = 0
     """Seed of all random numbers."""
     device: str = "auto"
@@ -61,7 +70,8 @@ class Config:
 
     def check(self) -> None:
         """Raise `InvalidInputError` where a number is out of range, or `out` cannot be written."""
-        at_least(self, num=1, num_steps=1, seed=0, particles=2)
+        at_least(self, num=1, num_steps=1, seed=0, particles=2, frames=1)
+        check_size(self.size)
         positive(self, "kl_weight")
         given = [
             each.name for each in fields(self) if each.name in OF_EXACT and getattr(self, each.name) != each.default
@@ -79,8 +89,12 @@ class Config:
             raise InvalidInputError(f"--out {self.out}: {self.numbers}, the numbers beside it, exists; name a new file")
         if self.out.suffix.lower() not in (*PICTURES, ".npy"):
             raise InvalidInputError(f"--out {self.out} must end in {', '.join(PICTURES)}, or .npy")
-        if self.out.suffix == ".npy" and not is_energy_model(self.model):
-            raise InvalidInputError(f"--out {self.out}: only an energy-based model is drawn to .npy; name a picture")
+        arrays = is_energy_model(self.model) or factory_of(self.model) is not None
+        if self.out.suffix == ".npy" and not arrays:
+            raise InvalidInputError(
+                f"--out {self.out}: only an energy-based model, or a network of your own, is drawn to .npy; "
+                "name a picture"
+            )
         check_place(self.out.parent)
 
     @property

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, read_prompts
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
 from implicit_diffusion.reward_values import like, of_tensors, takes_condition, wants_metadata
@@ -59,6 +58,7 @@ class Conditioning(Shown):
         guidance: scale w of classifier-free guidance.
         null: the value of the condition that stands for none, or that for every prompt, where guidance needs it.
         held_out: the condition that draws from the prompts that are not trained on; None where there are none.
+        inside: whether the network has embeddings and guidance in itself, as that of a pipeline that is read off.
     """
 
     drawn: Drawn | None = None
@@ -67,6 +67,7 @@ class Conditioning(Shown):
     guidance: float = 1.0
     null: int | Tensor | None = None
     held_out: Drawn | None = None
+    inside: bool = False
 
     @property
     def trained_prompts(self) -> tuple[Prompt, ...]:
@@ -77,7 +78,7 @@ class Conditioning(Shown):
         """The denoiser that the chain runs: `network` within embeddings and guidance."""
         if self.table is not None:
             network = Embedded(network, self.table, PROMPT)
-        if self.drawn is not None and self.guidance != 1:
+        if self.drawn is not None and self.guidance != 1 and not self.inside:
             assert self.null is not None
             network = ClassifierFree(network, self.guidance, {self.drawn.name: self.null})
         return network
@@ -100,7 +101,7 @@ class Conditioning(Shown):
                     "but samples of this model come without a condition; use a reward of the samples alone (clip:MODEL "
                     'is one with a text of yours, clip:MODEL(text="…")), or a model that is sampled under a condition'
                 )
-            return reward
+            return reward if decoder is None else _decoded(reward, decoder)
         conditional, reward = takes_condition(reward), of_tensors(reward)
 
         def of_states(x: Tensor, condition: Mapping[str, Tensor]) -> Any:
@@ -126,35 +127,30 @@ class Conditioning(Shown):
             )
 
 
+def _decoded(reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """R(x) of states without a condition, from a reward of images."""
+    score = of_tensors(reward)
+    return like(lambda x: score(decoder(x)), score)
+
+
 def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.device) -> Conditioning:
     """The conditions that `spec` asks for, checked against the model.
 
     Raises:
-        InvalidInputError: prompts for a model without a text encoder, or no prompts for a model with one; guidance of
-            an unconditional model, or without a class that stands for none; from `embed_prompts`.
+        InvalidInputError: from `prompts_of`; guidance of an unconditional model, or without a class that stands for
+            none; from `embed_prompts`.
     """
     kind, guidance = pretrained.condition, spec.guidance
-    if kind != "prompts" and (spec.prompts or spec.held_out):
-        raise InvalidInputError(
-            f"{'--prompts' if spec.prompts else '--held-out-prompts'}: {spec.model} has no text encoder, it is "
-            + ("conditioned on class labels" if kind else "unconditional")
-            + "; leave them out"
-        )
-    if kind != "classes" and spec.null_class is not None:
-        raise InvalidInputError(f"--null-class: {spec.model} is not conditioned on classes; leave it out")
+    trained, held_out = prompts_of(spec, kind)
     if kind is None:
         if guidance is not None:
             raise InvalidInputError(f"--guidance: {spec.model} is unconditional, there is nothing to guide towards")
         return Conditioning()
     guidance = pretrained.family.guidance if guidance is None else guidance
     if kind == "prompts":
-        if spec.prompts is None:
-            raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
-        trained = read_prompts(spec.prompts)
-        held_out = [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
         return _of_prompts(trained, held_out, guidance, pretrained, device)
     classes, null = pretrained.num_classes or 0, spec.null_class
-    if null is None and pretrained.family is not PIXELS:
+    if null is None and pretrained.family.condition == "classes":
         null = classes  # DiT was trained with this row for dropped labels
     elif null is not None and not 0 <= null < classes:
         raise InvalidInputError(f"--null-class must lie in 0..{classes - 1}, got {null}")
@@ -164,6 +160,37 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
         )
     labels = torch.tensor([label for label in range(classes) if label != null])
     return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null)
+
+
+def prompts_of(spec: ConditioningSpec, kind: str | None) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and others, of a model that is sampled under `kind`: "prompts", "classes" or None.
+
+    Raises:
+        InvalidInputError: prompts for a model without a text encoder, or no prompts for a model with one; a class that
+            stands for none, for a model without classes; from `read_prompts`.
+    """
+    if kind != "prompts" and (spec.prompts or spec.held_out):
+        raise InvalidInputError(
+            f"{'--prompts' if spec.prompts else '--held-out-prompts'}: {spec.model} has no text encoder, it is "
+            + ("conditioned on class labels" if kind else "unconditional")
+            + "; leave them out"
+        )
+    if kind != "classes" and spec.null_class is not None:
+        raise InvalidInputError(f"--null-class: {spec.model} is not conditioned on classes; leave it out")
+    if kind != "prompts":
+        return [], []
+    if spec.prompts is None:
+        raise InvalidInputError(f"--model {spec.model} is text-conditional: give --prompts FILE, one per line")
+    trained = read_prompts(spec.prompts)
+    return trained, [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
+
+
+def of_read_prompts(trained: list[Prompt], held_out: list[Prompt], guidance: float) -> Conditioning:
+    """The conditions of a pipeline that was read off under these prompts, in their order."""
+    if not trained:
+        return Conditioning(guidance=guidance, inside=True)
+    seen, unseen = _numbers(trained, held_out)
+    return Conditioning(seen, (*trained, *held_out), None, guidance, None, unseen, inside=True)
 
 
 def _of_prompts(
@@ -177,9 +204,16 @@ def _of_prompts(
     table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
     place = {"": len(texts)} | {text: len(prompts) + i for i, text in enumerate(negatives)}
     null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
-    seen = Drawn(PROMPT, torch.arange(len(trained)), _weights(trained))
-    unseen = Drawn(PROMPT, torch.arange(len(trained), len(prompts)), _weights(held_out)) if held_out else None
+    seen, unseen = _numbers(trained, held_out)
     return Conditioning(seen, prompts, table, guidance, null, unseen)
+
+
+def _numbers(trained: list[Prompt], held_out: list[Prompt]) -> tuple[Drawn, Drawn | None]:
+    """The conditions that draw the numbers of the ones and of the others."""
+    first = len(trained)
+    seen = Drawn(PROMPT, torch.arange(first), _weights(trained))
+    others = torch.arange(first, first + len(held_out))
+    return seen, Drawn(PROMPT, others, _weights(held_out)) if held_out else None
 
 
 def _weights(prompts: list[Prompt]) -> Tensor | None:

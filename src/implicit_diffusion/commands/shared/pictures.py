@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,6 +18,16 @@ PICTURED = 16  # images in a grid
 COLUMNS = 4
 SIDE = 400  # pixels, at least, of a picture: trackers show small ones blurred
 PLOTTED = 1000  # points in a picture
+FRAMES = 4  # of a video, side by side
+
+
+def filmstrips(images: Float[Tensor, "n C ..."]) -> Float[Tensor, "n C H W"]:
+    """Images as they are; of videos (n, C, frames, H, W) a few frames, evenly spaced, side by side."""
+    if images.ndim != 5:
+        return images
+    count = min(FRAMES, images.shape[2])
+    chosen = torch.linspace(0, images.shape[2] - 1, count, device=images.device).round().long()
+    return images[:, :, chosen].transpose(2, 3).flatten(3)
 
 
 def image_pixels(images: Float[Tensor, "n C H W"], low: float | int, high: float | int) -> Pixels:

@@ -48,6 +48,12 @@ def not_negative(config: Any, *names: str) -> None:
             raise InvalidInputError(f"{option(name)} must be finite and ≥ 0, got {value}")
 
 
+def check_size(size: tuple[int, int] | None) -> None:
+    """Raise `InvalidInputError` where a height or a width is not positive, or too large to count."""
+    if size is not None and not all(1 <= side <= LARGEST_INTEGER for side in size):
+        raise InvalidInputError(f"--size must be a height and a width in pixels, got {size[0]} {size[1]}")
+
+
 def option(name: str, value: object = None) -> str:
     """A field as it is typed on the command line; `--no-` where a flag is False."""
     return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"

@@ -80,7 +80,7 @@ class PipelineDecoder(ShownModule):
         scheduler.step = step
         network = stand_in_for(getattr(pipeline, self._part), answer)
         decoded: list[Tensor] = []
-        shadow = shadow_of(pipeline, {"scheduler": scheduler, self._part: network} | self._end(decoded))
+        shadow = shadow_of(pipeline, {"scheduler": scheduler, self._part: network} | self._end(decoded), x.device)
         if hasattr(pipeline, "encode_prompt"):
             shadow.__dict__["encode_prompt"] = self._encoder(count)
         options = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False, **self._call}

@@ -26,6 +26,7 @@ from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
+from implicit_diffusion.models.families import takes_time
 from implicit_diffusion.models.pipelines.arguments import FEW, MORE, bound, time_in
 from implicit_diffusion.models.pipelines.decoder import PipelineDecoder
 from implicit_diffusion.models.pipelines.denoiser import PROMPT, PipelineDenoiser, Plan, PlannedCall
@@ -41,7 +42,6 @@ from implicit_diffusion.tables.scheduler import read_prepared
 from implicit_diffusion.tables.table import ChainTable
 
 GIVEN_HERE = ("self", "prompt", "num_inference_steps", "generator", "latents", "return_dict", "output_type")
-TIMES = {"timestep", "timesteps", "timestep_ratio", "t"}  # names of a network's argument
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +99,8 @@ def read_pipeline(
         size: height and width of the samples in pixels; by default those of the pipeline.
         sampler: "own" keeps the pipeline's scheduler; one of `tables.NAMED_SAMPLERS` puts the scheduler of that name
             with the same noise schedule in its place.
-        **call: further arguments of the pipeline's call, such as guidance_scale, negative_prompt or num_frames.
+        **call: further arguments of the pipeline's call, such as guidance_scale, num_frames or negative_prompt: one
+            text, or a list of one per prompt.
 
     Raises:
         NonAffineError: the pipeline's rows are not affine in the state and the network's answers, or what the network
@@ -108,15 +109,22 @@ def read_pipeline(
         MissingExtraError: diffusers is not installed.
     """
     check_type("sampler", sampler, str, 'use "own", or a name of tables.NAMED_SAMPLERS')
-    pipeline = _with_sampler(pipeline, sampler)
+    own_pipeline, pipeline = pipeline, _with_sampler(pipeline, sampler)
     num_steps = check_num_steps(pipeline.scheduler, num_steps)
     texts = _check_prompts(prompts)
-    call = _checked_call(pipeline, size, call)
+    call = _checked_call(pipeline, size, call, texts)
     part = _network_of(pipeline)
 
     one = Recorder(pipeline, part, call)
     several = max(num_steps, 2)  # on one row alone, the time would look constant
-    one.run(several, batch_of(pipeline, call, texts, 1), 1)
+    try:
+        one.run(several, batch_of(pipeline, call, texts, 1), 1)
+    except InvalidInputError:
+        if not _is_replaced(own_pipeline.scheduler, sampler) or _is_replaced(pipeline.scheduler, sampler):
+            raise
+        pipeline = copy.copy(own_pipeline)  # which sets noise levels that no other scheduler takes
+        one = Recorder(pipeline, part, call)
+        one.run(several, batch_of(pipeline, call, texts, 1), 1)
     few = one.with_count(FEW)
     given = batch_of(pipeline, call, texts, FEW)
     recording = few.run(several, given, several)
@@ -182,7 +190,7 @@ def _check_prompts(prompts: Any) -> list[str] | None:
     return list(prompts)
 
 
-def _checked_call(pipeline: Any, size: Any, call: dict[str, Any]) -> dict[str, Any]:
+def _checked_call(pipeline: Any, size: Any, call: dict[str, Any], texts: list[str] | None) -> dict[str, Any]:
     """The arguments of every call of the pipeline."""
     known = inspect.signature(type(pipeline).__call__).parameters
     if size is not None:
@@ -195,6 +203,12 @@ def _checked_call(pipeline: Any, size: Any, call: dict[str, Any]) -> dict[str, A
         if name not in known or (name in GIVEN_HERE and not empty):
             others = ", ".join(other for other in known if other not in ("self", *GIVEN_HERE))
             raise InvalidInputError(f"{name} is no argument to give to {type(pipeline).__name__}; it has {others}")
+    negative = call.get("negative_prompt")
+    if isinstance(negative, list) and len(negative) != len(texts or ()):
+        raise InvalidInputError(
+            f"negative_prompt must be one text, or a list of one per prompt, got {len(negative)} for "
+            f"{len(texts or ())} prompts"
+        )
     return call
 
 
@@ -203,7 +217,7 @@ def _network_of(pipeline: Any) -> str:
     timed = [
         name
         for name, module in pipeline.components.items()
-        if isinstance(module, nn.Module) and inspect.signature(type(module).forward).parameters.keys() & TIMES
+        if isinstance(module, nn.Module) and takes_time(type(module))
     ]
     if len(timed) != 1:
         raise InvalidInputError(

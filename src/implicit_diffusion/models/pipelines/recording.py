@@ -165,7 +165,8 @@ class Recorder:
 
         scheduler.set_timesteps, scheduler.step = set_timesteps, step
         stand_in = stand_in_for(self.network, self._answer)
-        shadow = shadow_of(self.pipeline, {self.part: stand_in, "scheduler": scheduler})
+        device = next(self.network.parameters()).device
+        shadow = shadow_of(self.pipeline, {self.part: stand_in, "scheduler": scheduler}, device)
         options = {"num_inference_steps": num_steps, **self.call, **batch}
         known = inspect.signature(type(self.pipeline).__call__).parameters
         options |= {"generator": generator} if "generator" in known else {}

@@ -25,7 +25,9 @@ def batch_of(pipeline: Any, call: Mapping[str, Any], prompts: list[str] | None, 
     """The arguments with which a pipeline draws `count` samples: of the first prompt, class, or given embedding."""
     known = inspect.signature(type(pipeline).__call__).parameters
     if prompts is not None:
-        return {"prompt": [prompts[0]] * count}
+        negative = call.get("negative_prompt")
+        each = {"negative_prompt": [negative[0]] * count} if isinstance(negative, list) else {}
+        return {"prompt": [prompts[0]] * count, **each}
     if "class_labels" in call:
         return {"class_labels": [call["class_labels"][0]] * count}
     argument = next((name for name in COUNTS if name in known), None)
@@ -49,9 +51,15 @@ def stand_in_for(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return copied
 
 
-def shadow_of(pipeline: Any, replaced: Mapping[str, Any]) -> Any:
-    """A shallow copy of a pipeline, silent, with other parts; the pipeline itself does not notice."""
+def shadow_of(pipeline: Any, replaced: Mapping[str, Any], device: torch.device) -> Any:
+    """A shallow copy of a pipeline, silent, with other parts, that computes on `device`.
+
+    The pipeline itself does not notice, and may have parts that are elsewhere, or have no memory at all.
+    """
     copied = copy.copy(pipeline)
+    own = type(pipeline)
+    placed = dict.fromkeys(("device", "_execution_device"), property(lambda shadow: device))
+    copied.__class__ = type(own.__name__, (own,), {**placed, "__module__": own.__module__})
     copied.__dict__.update(replaced)
     copied.__dict__["_progress_bar_config"] = {"disable": True}
     return copied

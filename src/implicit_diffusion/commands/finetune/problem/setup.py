@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,14 @@ from implicit_diffusion.commands.finetune.problem import functions
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.problem.needs import check_needs
+from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
-from implicit_diffusion.commands.finetune.specs import ChainSpec, NetworkSpec, SetupSpec
-from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
+from implicit_diffusion.commands.finetune.problem.sampler import Exported
+from implicit_diffusion.commands.finetune.specs import NetworkSpec, SetupSpec
+from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.models.by_name import weights_of
+from implicit_diffusion.commands.shared.models.factories import factory_of
+from implicit_diffusion.commands.shared.pictures import filmstrips
 from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
@@ -29,32 +34,19 @@ from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.models.families import PIXELS
-from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
+from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
+from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
 from implicit_diffusion.processes import everywhere
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown
-from implicit_diffusion.tables.flow import is_flow
-from implicit_diffusion.tables.named import default_sampler, pipeline_for, scheduler_for, table_for
 from implicit_diffusion.tables.table import ChainTable
 
 PLAN, DURING, AFTER, ADAPTER, SHOWN, ESTIMATOR = 1, 2, 3, 4, 5, 6  # streams of noise apart from training's
 IN_REPORT = 20  # starts whose images a report shows
-
-
-class Exported(NamedTuple):
-    """What a pipeline is exported with.
-
-    Args:
-        scheduler: that the pipeline is saved with.
-        table: of the chain that the pipeline then runs.
-    """
-
-    scheduler: Any
-    table: ChainTable
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,21 +55,22 @@ class Setup(Shown):
 
     Args:
         spec: that it was made from.
-        pretrained: the checkpoint.
-        sampler: name of the chain's sampler.
+        pretrained: the checkpoint, or a model of the user's own.
+        sampler: name of the chain's sampler; None for a table that the model comes with.
         chain: that is trained.
         reward: of the chain's states, tried on two samples. Of several, R has meaning once it is `weighing.weighed`.
         judged: the reward with its judges; None without a judge.
         clipping: effect of switching `clip_sample` off; None where it was not on, and before `weighing.weighed`.
-        exported: scheduler and table of the exported pipeline.
+        exported: scheduler and table of the exported model.
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
         estimator: of the gradient.
+        weights: fingerprints of weights that factories have returned, for `runs.provenance`.
     """
 
     spec: SetupSpec
     pretrained: Pretrained
-    sampler: str
+    sampler: str | None
     chain: Chain
     reward: Reward
     judged: WeightedRewards | None
@@ -86,6 +79,7 @@ class Setup(Shown):
     conditioning: Conditioning
     compiled: str | None
     estimator: Chosen
+    weights: dict[str, Any]
 
     @property
     def measured(self) -> Reward:
@@ -101,7 +95,14 @@ class Setup(Shown):
         decoder = self.pretrained.decoder
         if decoder is None:
             return None
-        return tuple(decoder(evaluation.samples[:IN_REPORT, 0]) for evaluation in evaluations)
+        return tuple(filmstrips(decoder(evaluation.samples[:IN_REPORT, 0])) for evaluation in evaluations)
+
+    @property
+    def given_start(self) -> bool:
+        """Whether the reward's deviation is that between samples of one start, which differ by noise alone: under
+        prompts or labels, if the chain has noise.
+        """
+        return self.chain.condition is not None and bool(self.chain.table.s.any())
 
     @property
     def eta(self) -> float | None:
@@ -110,8 +111,8 @@ class Setup(Shown):
 
     @property
     def guidance(self) -> float | None:
-        """Scale of classifier-free guidance; None for an unconditional model."""
-        return self.conditioning.guidance if self.chain.condition else None
+        """Scale of classifier-free guidance; None for a model without one."""
+        return self.conditioning.guidance if self.chain.condition and self.pretrained.family.guided else None
 
 
 @part("loading")
@@ -119,8 +120,8 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
-            `conditioning`, `load_reward`, `Reward.check_slope`.
+        InvalidInputError: from any of the parts; see `open_chain`, `add_lora`, `conditioning`,
+            `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
     with GlobalGenerators(spec.noise, PLAN, 0, device=device):
@@ -131,23 +132,23 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    if spec.flight is not None:
+    described = factory_of(network.model) is None and not find_checkpoint(network.model).family.probed
+    if spec.flight is not None and described:  # by headers of weights
         needs = needs_of(network, spec.flight, spec.noise)
         everywhere(lambda: check_needs(needs, device))
-    pretrained = load_pretrained(network.model, frozen=network.lora_rank is not None and not network.shard)
-    clip = False if spec.chain.no_clip or pretrained.family.latent else None
-    sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
-    scheduler = scheduler_for(pretrained.scheduler, sampler, clip=clip)
-    table = table_for(scheduler, sampler, spec.chain.num_steps, eta=spec.chain.eta)
-    exported = _exported(pretrained, scheduler, sampler, spec.chain)
-    original = None if spec.network.reference is None else _original(spec.network, pretrained)
-    if spec.network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, spec.network.lora_rank, spec.noise.stream(ADAPTER), spec.network.targets)
-    conditions = conditioning(spec.conditions, pretrained, device)
+    opened = open_chain(spec)
+    pretrained = opened.pretrained
+    original = None if network.reference is None else original_of(spec, pretrained)
+    weights = weights_of({"model": pretrained, "reference": original})
+    if network.lora_rank is not None:
+        add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
+        if isinstance(pretrained, OwnModel):
+            check_adapted(pretrained)
+    conditions = opened.conditions(device)
     for model in filter(None, (pretrained, original)):
-        _place(model, device, precision, spec.network)
-    chain = _chain(spec, table, pretrained, original, conditions, device)
-    note = compiled(chain) if spec.network.compile else None
+        _place(model, device, precision, network)
+    chain = _chain(spec, opened.table, pretrained, original, conditions, device)
+    note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
         return conditions.of_states(function, pretrained.decoder)
@@ -158,7 +159,18 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     tried = functions.tried(loaded, of_states, spec, chain, generators)
     check_chain(tried.estimator.name, chain)
     return Setup(
-        spec, pretrained, sampler, chain, tried.reward, tried.judged, None, exported, conditions, note, tried.estimator
+        spec,
+        pretrained,
+        opened.sampler,
+        chain,
+        tried.reward,
+        tried.judged,
+        None,
+        opened.exported,
+        conditions,
+        note,
+        tried.estimator,
+        weights,
     )
 
 
@@ -198,19 +210,6 @@ def _chain(
     return chain
 
 
-def _exported(pretrained: Pretrained, scheduler: Any, sampler: str, chain: ChainSpec) -> Exported:
-    """The scheduler that the exported pipeline is saved with, and the chain that it then runs.
-
-    Raises:
-        InvalidInputError: no pipeline of diffusers runs it.
-    """
-    saved, its_sampler = pipeline_for(scheduler, sampler)
-    if pretrained.family is PIXELS:
-        as_pipeline(pretrained.denoiser, saved)
-    eta = chain.eta if sampler == "ddim" and pretrained.family.passes_eta else 0.0
-    return Exported(saved, table_for(saved, its_sampler, chain.num_steps, eta=eta))
-
-
 def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype | None, spec: NetworkSpec) -> None:
     """Set device, precision, checkpoints and memory format of a network. One that is shared out stays on the CPU."""
     if spec.gradient_checkpointing:
@@ -222,27 +221,3 @@ def _place(pretrained: Pretrained, device: torch.device, precision: torch.dtype 
         pretrained.decoder.to(device)
     if pretrained.family.convolutional and not spec.shard:
         torch.nn.utils.convert_conv2d_weight_memory_format(pretrained.denoiser, torch.channels_last)  # a third faster
-
-
-def _original(network: NetworkSpec, pretrained: Pretrained) -> Pretrained:
-    """The model of --reference, which must be one that `pretrained` can have been trained from."""
-    assert network.reference is not None
-    original = load_pretrained(network.reference, frozen=not network.shard)
-    for what, ours, theirs in (
-        ("samples", pretrained.event_shape, original.event_shape),
-        ("network", pretrained.family.network, original.family.network),
-        ("classes", pretrained.num_classes, original.num_classes),
-        ("prediction_type", *(_prediction(each.scheduler) for each in (pretrained, original))),
-        ("num_train_timesteps", *(each.scheduler.config.num_train_timesteps for each in (pretrained, original))),
-    ):
-        if ours != theirs:
-            raise InvalidInputError(
-                f"--reference {network.reference} is not the original of --model {network.model}: its {what} are "
-                f"{theirs}, not {ours}"
-            )
-    return original
-
-
-def _prediction(scheduler: Any) -> str | None:
-    """What the network of a scheduler's model predicts. Not every flow scheduler names it."""
-    return "flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type")

@@ -21,7 +21,7 @@ from implicit_diffusion.commands.rewards.weights import title as titled
 from implicit_diffusion.commands.shared import page, ranges
 from implicit_diffusion.commands.shared.formatting import beside, decimals, distinct, model_name, number, percent
 from implicit_diffusion.commands.shared.page import Picture, duration, table, tile, write_page
-from implicit_diffusion.commands.shared.usage import usage
+from implicit_diffusion.commands.shared.usage import program
 from implicit_diffusion.digits import Appearance
 from implicit_diffusion.runs import RunDirectory, clock
 
@@ -234,10 +234,7 @@ def _time(directory: RunDirectory) -> str:
 
 def _use(result: Result, directory: RunDirectory) -> str:
     config, model = result.config, result.summary.model
-    code = f"""from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
-{usage(pipeline_use(config, model))}"""
+    code = program(pipeline_use(config, model), str(directory.model))
     other = ""
     if not model.pipeline_is_the_chain:
         other = (
@@ -245,9 +242,12 @@ pipeline = DiffusionPipeline.from_pretrained({str(directory.model)!r})
             "none for that. To draw from the trained chain:</p>\n<pre><code>implicit-diffusion sample --model "
             f"{escape(shlex.quote(str(directory.model)))}</code></pre>\n"
         )
+    intro = "Plain diffusers loads it, without this package:"
+    if model.factory is not None:
+        intro = "The weights are a state_dict of the network that your function returns:"
     again = config.with_own_prompts(directory.path)  # which are there as long as the report is
     return f"""<section><h2>Use the model</h2>
-<p>Plain diffusers loads it, without this package:</p>
+<p>{intro}</p>
 <pre><code>{escape(code)}</code></pre>
 {other}<h2>Run it again</h2>
 <pre><code>{escape(command(again))}</code></pre></section>

@@ -115,7 +115,7 @@ def staleness(result: Result) -> tuple[Any, str, str] | None:
     axes.plot(x, mean, color=AFTER, drawstyle="steps-mid", label="mean")
     axes.set(xlabel="updates", ylabel="age (updates)", ylim=(0, 1.12 * max(1.0, most.max())))
     legend_above(axes, columns=2)
-    flight = -(-result.config.num_steps // (result.config.stride or 1))
+    flight = -(-(result.config.num_steps or 1) // (result.config.stride or 1))
     caption = (
         "Updates of the network between the injection of a trajectory and its contribution to a gradient. The queue "
         f"holds {flight} batches each way, fills at the start and drains at the end; the age is the price for an "
