@@ -109,6 +109,7 @@ def _lags(lag: dict[float, tuple[Float[Tensor, " copies"], Float[Tensor, " runs"
             unweighted=unweighted.mean().item(),
             unweighted_se=_error(unweighted),
             unweighted_exact=linear.lag_over(STEP_SIZE, ratio * STEP_SIZE, FIRST, LAST),
+            unweighted_slow=linear.lag(ratio),
             weighted=weighted.mean().item(),
             weighted_se=_error(weighted),
         )

@@ -112,7 +112,8 @@ class Lag:
         ratio: η/h.
         unweighted: of plain particles.
         unweighted_se: its standard error.
-        unweighted_exact: of the recursion without noise.
+        unweighted_exact: of the recursion without noise, over the same iterations.
+        unweighted_slow: of its slow solution, to which it comes after more of them.
         weighted: of weighted ones, which have none.
         weighted_se: its standard error.
     """
@@ -121,6 +122,7 @@ class Lag:
     unweighted: float
     unweighted_se: float
     unweighted_exact: float
+    unweighted_slow: float
     weighted: float
     weighted_se: float
 
