@@ -19,8 +19,10 @@ import torch
 from common import save
 from torch import Tensor, nn
 
+from implicit_diffusion.denoisers.lora import add_lora
 from implicit_diffusion.loops.memory import in_units
 from implicit_diffusion.loops.unread.needs import Call, Needs, Training, needs_of_network, weight_bytes
+from implicit_diffusion.noise import Noise
 
 RANK, BATCH, STEPS = 16, 1, 10
 SIDE = 128  # of latents
@@ -194,7 +196,7 @@ def needs_of(pipeline: Pipeline, rank: int | None) -> Needs:
     training = Training(
         samples=BATCH,
         events=BATCH * (STEPS + 1),
-        rank=rank,
+        adapt=None if rank is None else functools.partial(add_lora, rank=rank, noise=Noise(0)),
         checkpointing=True,
         half=True,
         kept=torch.float32 if rank is None else torch.bfloat16,

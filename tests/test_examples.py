@@ -3,10 +3,16 @@
 import ast
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import implicit_diffusion as idf
+from implicit_diffusion.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -51,6 +57,47 @@ def test_messages_bring_opinions_together(run):
     assert after < before / 2
 
 
+@pytest.fixture
+def factory(tmp_path):
+    """A factory of an example, in a copy of its file, where it keeps the weights that it trains."""
+    from implicit_diffusion.commands.shared.models.by_name import open_model
+
+    def factory(script, name):
+        copy = shutil.copy(EXAMPLES / script, tmp_path / script)
+        return open_model(f"{copy}:{name}")
+
+    return factory
+
+
+def sampled(model, table, n):
+    return idf.Chain(model.denoiser, table, model.event_shape).sample(idf.Noise(0), n)
+
+
+def test_a_flow_matching_model_of_ones_own_finds_the_ring(factory, tmp_path):
+    """And its file is fine-tuned, by name, to a state that its network loads."""
+    from safetensors.torch import load_file
+
+    model = factory("flow_matching.py", "ring(updates=150)")
+    again = factory("flow_matching.py", "ring")  # which trains nothing
+    assert torch.equal(again.denoiser.model.layers[0].weight, model.denoiser.model.layers[0].weight)
+    x = sampled(model, idf.read_table(idf.tables.scheduler_for(model.scheduler, "flow-memoryless"), 10), 500)
+    assert (x.norm(dim=1) - 1.5).abs().median() < 0.35 < (torch.randn(500, 2).norm(dim=1) - 1.5).abs().median()
+    words = ["--num-steps", "2", "--batch", "2", "--updates", "2", "--starts", "4", "--out", str(tmp_path / "run")]
+    file = f"{tmp_path}/flow_matching.py"
+    assert main(["finetune", "--model", f"{file}:ring", "--reward", f"{file}:right", "--kl-weight", "1", *words]) == 0
+    model.denoiser.model.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))
+
+
+def test_a_score_based_model_of_ones_own_has_the_mean_of_the_digits(factory):
+    """Brighter in the middle than at the edges, and each image between black and white, nearly."""
+    model = factory("score_based.py", "digits(updates=100)")
+    images = model.decoder(sampled(model, model.table, 200))
+    real = torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32).mean(0).view(8, 8)
+    assert images.shape == (200, 1, 8, 8)
+    error = images[:, 0].std(0) / 200**0.5
+    assert ((images.mean(0)[0] - real).abs() < 4 * error + 0.15).all()
+
+
 @pytest.mark.slow
 def test_a_folder_is_fine_tuned_for_more_reward(run, tmp_path):
     before, after, captured, _ = run("finetune_folder.py", "--out", "tuned")
@@ -66,6 +113,18 @@ def test_a_folder_is_written(run, tmp_path):
     run("finetune_folder.py", "--steps", "3", "--updates", "3", "--starts", "4", "--out", "tuned")
     images = DiffusionPipeline.from_pretrained(tmp_path / "tuned")(num_inference_steps=3, output_type="np").images
     assert images.shape == (1, 8, 8, 1)
+
+
+def test_guidance_is_learned_a_little(run):
+    (before, _), (after, _) = map(numbers, run("learn_guidance.py", "--pretraining", "100", "--updates", "3"))
+    assert before > 0 and after > 0
+
+
+@pytest.mark.slow
+def test_guidance_is_learned(run):
+    """The path KL falls towards 0, and from the same noise one call draws what two draw."""
+    (before, far), (after, near) = map(numbers, run("learn_guidance.py"))
+    assert after < 0.25 * before and near < 0.3 * far
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

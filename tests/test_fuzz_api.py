@@ -465,6 +465,7 @@ PUBLIC = {
             "rank": lambda: 2,
             "noise": lambda: NOISE,
             "targets": lambda: None,
+            "alpha": lambda: 2.0,
         },
     ),
     "WithoutAdapter": Call(idf.denoisers.WithoutAdapter, {"denoiser": Net}, denoise),
@@ -473,6 +474,17 @@ PUBLIC = {
     ),
     "whole_copy": Call(idf.denoisers.whole_copy, {"denoiser": Net}, denoise),
     "checkpoint_activations": Call(idf.denoisers.checkpoint_activations, {"network": lambda: tiny.unet(**tiny.PLAIN)}),
+    "DiffusionModel": Call(
+        idf.DiffusionModel,
+        {
+            "denoiser": Net,
+            "schedule": table,
+            "event_shape": lambda: (2,),
+            "decoder": lambda: lambda z: z[:, None],
+            "num_classes": lambda: None,
+        },
+        lambda made: idf.Chain(made.denoiser, table(), made.event_shape).sample(NOISE, 2),
+    ),
     "load_pretrained": Call(idf.load_pretrained, {"model": lambda: "digits"}),
     "load_pipeline": Call(idf.load_pipeline, {"model": lambda: "digits"}),
     "read_pipeline": Call(
@@ -623,7 +635,17 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("judge_rewards",),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl", "Scorer"),
-    *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
+    *(
+        "pipeline_for",
+        "progress",
+        "load_adapter",
+        "save_adapter",
+        "save_comfyui_adapter",
+        "shard",
+        "save_state",
+        "sharpest",
+        "tracked",
+    ),
 }
 
 

@@ -199,6 +199,9 @@ EXAMPLES = {
     "WithoutAdapter": lambda: idf.denoisers.WithoutAdapter(Denoiser()),
     "Drawn": lambda: idf.denoisers.Drawn("class_labels", torch.arange(10)),
     "Pretrained": digits,
+    "DiffusionModel": lambda: idf.DiffusionModel(
+        idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5), table(20), (2,)
+    ),
     "ProbedPipeline": lambda: idf.read_pipeline(digits().pipeline, 2, sampler="ddpm"),
     "CutPrompt": lambda: idf.models.CutPrompt(3, "tokenizer_2", 300, 255, "in the style of nobody"),
     "ChainTable": lambda: table(20),
@@ -312,6 +315,7 @@ SAID = {
     "Tilted": "Sequential of 300 parameters, event_shape=(2,)",
     "DiffusersDenoiser": "UNet2DModel of 357,625 parameters",
     "Pretrained": "event_shape=(1, 8, 8)",
+    "DiffusionModel": "GaussianDenoiser of 2 parameters, schedule='test table'",
     "ProbedPipeline": "DDPM, 2 steps",
     "CutPrompt": "tokenizer_2, 255 of 300 tokens, cut='in the style of nobody'",
     "Chain": "pretrained_rows=(0, 1, 2, 3, … 9 in all)",

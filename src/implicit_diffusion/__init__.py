@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single
     from implicit_diffusion.loops.update import Update
+    from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel
     from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import read_pipeline
     from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
@@ -67,6 +68,7 @@ __all__ = [
     "ULA",
     "Chain",
     "ChainTable",
+    "DiffusionModel",
     "ForwardKL",
     "GaussianMixture",
     "Nested",

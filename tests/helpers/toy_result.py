@@ -86,7 +86,8 @@ def digits_result(shift=0.93, waste=0.15, **config):
         predicted_memory_bytes=10**7,
         estimator="adjoint",
     )
-    model = ModelSummary(None, None, [1, 8, 8], None, None, None, None, "DDPM", pipeline_is_the_chain=True)
+    known = [1, 8, 8], None, None, None, None, None, "DDPM"
+    model = ModelSummary(None, None, *known, pipeline_is_the_chain=True, factory=None)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))
     looks = quality(), quality(mmd=0.013, judge_confidence=0.935), quality(mmd=0.0135)
     weighted, memory = (
@@ -94,7 +95,15 @@ def digits_result(shift=0.93, waste=0.15, **config):
         MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
     )
     summary = Summary(headline, weighted, training, model, memory, plan.rows(), *looks)
-    options = {"kl_weight": BETA, "scheduler": "ddpm", "stride": 1, "lr": 1e-4, "no_clip": True, "eta": None}
+    options = {
+        "kl_weight": BETA,
+        "scheduler": "ddpm",
+        "num_steps": 10,
+        "stride": 1,
+        "lr": 1e-4,
+        "no_clip": True,
+        "eta": None,
+    }
     options |= {"updates": UPDATES, "device": "cpu", "out": Path("runs/toy")}
     resolved = Config(**options | config)
     return Result(resolved, summary, plan, before, after, judgement.bound, metrics(shift, waste))

@@ -15,6 +15,7 @@ from implicit_diffusion.commands.registry import COMMANDS, Command
 from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.rewards.weights import functions_in
 from implicit_diffusion.commands.shared.inputs import inputs
+from implicit_diffusion.commands.shared.models.factories import check_models, with_code
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, check_path
 from implicit_diffusion.files.foreign import check_folder, consistent
@@ -36,15 +37,22 @@ class Resume:
     """Changes to accept since the run began; any other change is refused by name."""
     trust_reward: bool = False
     """Run the code of the reward that the folder names, even if it lies there, has changed, or is not known here."""
+    trust_model: bool = False
+    """Run the code that makes the model of the run, FILE.py:factory, in the same cases."""
 
 
 def run_resume(config: Resume) -> dict[str, Any]:
     """The command `resume`."""
-    return resume(config.run, config.accept_changes, trust_reward=config.trust_reward)
+    trust = {"trust_reward": config.trust_reward, "trust_model": config.trust_model}
+    return resume(config.run, config.accept_changes, **trust)
 
 
 def resume(
-    path: str | PathLike[str], accept_changes: Collection[str] = (), *, trust_reward: bool = False
+    path: str | PathLike[str],
+    accept_changes: Collection[str] = (),
+    *,
+    trust_reward: bool = False,
+    trust_model: bool = False,
 ) -> dict[str, Any]:
     """Continue an interrupted run, bit for bit as if it had not been interrupted; returns its summary.
 
@@ -53,10 +61,11 @@ def resume(
         accept_changes: changes of what the run rests on, by names of `runs.provenance.Change`; others are refused.
         trust_reward: run the code of the reward that the directory names, though this user has not named it, and
             whether or not it has changed.
+        trust_model: run the code that makes its model in the same cases.
 
     Raises:
         InvalidInputError: there is no interrupted run; another version began it; what it rests on has changed; its
-            reward is not to be trusted.
+            reward or its model is code that is not to be trusted.
     """
     path = check_path("the folder of a run", path).absolute()
     directory = open_run(path)
@@ -70,7 +79,9 @@ def resume(
         config: Any = dataclasses.replace(read_options(command.config, directory), out=path)
         if not trust_reward:
             _check_trust(config, path)
-        with verified(directory, (*accept_changes, *["reward"] * trust_reward), inputs(config)):
+        check_models(config, path, trusted=trust_model)
+        trusted = (*["reward"] * trust_reward, *(with_code(config) if trust_model else ()))
+        with verified(directory, (*accept_changes, *trusted), inputs(config)):
             _adopt(directory, command, values)
             device = device_of(directory)
             if device is not None and "device" in values:

@@ -78,11 +78,12 @@ def evaluate_pretrained(
     too_large = size > LIMIT or is_sharded(chain.reference)
     if cache_folder is None or name is None or chain.condition is not None or too_large:
         return make()
-    if not isinstance(chain.reference, DiffusersDenoiser):
+    network = chain.reference
+    if type(network) is not DiffusersDenoiser:  # its config says what it computes
         return make()
     samples = "all" if stored is None else "first" if stored.shown is None else f"first of {stored.shown} starts"
     what = {"reward": name, "seed": noise.seed, "stream": noise.prefix, "starts": starts, "repeats": repeats}
-    folder = cache_folder / _key(chain, chain.reference, what | {"samples": samples})
+    folder = cache_folder / _key(chain, network, what | {"samples": samples})
     with suppress(InvalidInputError, OSError, TypeError):  # not there, or damaged
         saved = from_main(lambda: load_state(folder))
         kept = weighed(moved(Evaluation(**saved), chain.device), reward)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # read by `lazily`
         wants_metadata,
         with_metadata,
     )
+    from implicit_diffusion.reward_values.frames import of_frames
     from implicit_diffusion.reward_values.results import scores_of
 else:
 
@@ -23,4 +24,13 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["given_as", "like", "of_tensors", "scores_of", "takes_condition", "wants_metadata", "with_metadata"]
+__all__ = [
+    "given_as",
+    "like",
+    "of_frames",
+    "of_tensors",
+    "scores_of",
+    "takes_condition",
+    "wants_metadata",
+    "with_metadata",
+]

@@ -59,7 +59,7 @@ def takes_condition(function: Callable[..., Any]) -> bool:
         InvalidInputError: it has more than two required arguments, one that is keyword-only, or the samples second.
     """
     try:
-        parameters = _signature(function).parameters
+        parameters = signature_of(function).parameters
     except (TypeError, ValueError):  # built-in functions may have no signature
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -89,7 +89,7 @@ def with_metadata(function: Callable[..., Any]) -> Callable[..., Any]:
     is called with a list of copies of the records there.
     """
     try:
-        parameters = list(_signature(function).parameters.values())
+        parameters = list(signature_of(function).parameters.values())
     except (TypeError, ValueError):  # built-in functions may have no signature
         return function
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in UNNAMED]
@@ -169,7 +169,7 @@ def of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     def calling(x: Tensor, *condition: Any) -> Any:
         return scores_of(function(form.made(x.detach()), *condition), x).detach().to(x.dtype)
 
-    first, *others = _signature(function).parameters.values()
+    first, *others = signature_of(function).parameters.values()
     parameters = [first.replace(annotation=Tensor), *others]
     calling.__dict__["__signature__"] = inspect.Signature(parameters)
     calling.__dict__[GIVEN_AS] = form.words
@@ -191,10 +191,10 @@ def like(function: Callable[..., Any], adapted: Callable[..., Any]) -> Callable[
 def _annotation(function: Callable[..., Any]) -> str:
     """The annotation of the first parameter as text, with the names that it stands for where they can be found."""
     try:
-        parameters = list(_signature(function, eval_str=True).parameters.values())
+        parameters = list(signature_of(function, eval_str=True).parameters.values())
     except Exception:  # strings with names that only a type checker imports
         try:
-            parameters = list(_signature(function).parameters.values())
+            parameters = list(signature_of(function).parameters.values())
         except (TypeError, ValueError):  # built-in functions may have no signature
             return ""
     if not parameters or parameters[0].annotation is inspect.Parameter.empty:
@@ -203,7 +203,13 @@ def _annotation(function: Callable[..., Any]) -> str:
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
-def _signature(function: Callable[..., Any], *, eval_str: bool = False) -> inspect.Signature:
+def signature_of(function: Callable[..., Any], *, eval_str: bool = False) -> inspect.Signature:
+    """The signature of a function, or of a network's forward pass.
+
+    Raises:
+        TypeError: it is not callable.
+        ValueError: built-in functions may have none.
+    """
     return inspect.signature(function.forward if isinstance(function, nn.Module) else function, eval_str=eval_str)
 
 

@@ -88,6 +88,15 @@ def is_recorded(directory: RunDirectory) -> bool:
     return (directory.path / PROVENANCE_FILE).is_file()
 
 
+def recorded_inputs(directory: RunDirectory) -> dict[str, Any]:
+    """The fingerprints of what the run reads; none where nothing is recorded.
+
+    Raises:
+        InvalidInputError: provenance.json is damaged.
+    """
+    return dict(_read(directory)["inputs"]) if is_recorded(directory) else {}
+
+
 @main_only
 def check_version(directory: RunDirectory, accept_changes: Collection[str] = (), advice: str | None = None) -> None:
     """Refuse a run that another version of this library began, whose options may have meant something else.

@@ -17,8 +17,8 @@ from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem.setup import build
 from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
-from implicit_diffusion.commands.shared.read_model import read_model
-from implicit_diffusion.commands.shared.sizes import sized
+from implicit_diffusion.commands.shared.models.read_model import read_model
+from implicit_diffusion.commands.shared.models.sizes import sized
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.models.chain_file import read_chain
 from implicit_diffusion.models.checkpoints import find_checkpoint
@@ -182,7 +182,7 @@ def refused(config, match):
 
 def test_what_a_pipeline_does_not_have_is_refused_before_it_is_loaded(saved, monkeypatch):
     place = saved("Stable Diffusion XL")
-    monkeypatch.setattr("implicit_diffusion.commands.shared.read_model.pipeline_of", None)
+    monkeypatch.setattr("implicit_diffusion.commands.shared.models.read_model.pipeline_of", None)
 
     def of(**more):
         return options(place, "Stable Diffusion XL", **more)

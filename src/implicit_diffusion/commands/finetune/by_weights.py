@@ -28,22 +28,25 @@ class ByWeights:
     reweighted_missing: str | None
 
 
-def by_weights(before: Evaluation, after: Evaluation, judgement: Judgement) -> ByWeights:
+def by_weights(
+    before: Evaluation, after: Evaluation, judgement: Judgement, untrained: Evaluation | None = None
+) -> ByWeights:
     """The judged trajectories, weighted; no network is called.
 
     Args:
         before: evaluation of the pretrained chain.
         after: evaluation of the trained chain on the same noise.
         judgement: of the two.
+        untrained: evaluation of the chain that training began with; None for `before`.
     """
     beta, most = judgement.beta, judgement.possible
     missing = _missing(after, beta)
     if missing is not None or beta is None:
         return ByWeights(None, None, [], missing)
-    nearby = [reweighted(before, after, multiple * beta) for multiple in NEARBY]
-    share = captured_by_weights(before, after, beta)
+    nearby = [reweighted(before, after, multiple * beta, untrained) for multiple in NEARBY]
+    share = captured_by_weights(before, after, beta, untrained)
     clear = most is not None and most.mean > CLEAR * most.error and share.error <= VAGUE
-    return ByWeights(reweighted(before, after, beta), share if clear else None, nearby, None)
+    return ByWeights(reweighted(before, after, beta, untrained), share if clear else None, nearby, None)
 
 
 def _missing(after: Evaluation, beta: float | None) -> str | None:

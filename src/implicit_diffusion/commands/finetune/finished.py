@@ -22,12 +22,13 @@ from implicit_diffusion.commands.finetune.specs import SetupSpec, setup_spec
 from implicit_diffusion.commands.rewards.trust import check_trust
 from implicit_diffusion.commands.rewards.weights import names_of
 from implicit_diffusion.commands.shared.inputs import inputs
+from implicit_diffusion.commands.shared.models.by_name import check_weights, folder_of
+from implicit_diffusion.commands.shared.models.factories import check_models, factory_of, is_factory, with_code
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import evaluate
 from implicit_diffusion.files.foreign import check_folder, consistent
 from implicit_diffusion.models.chain_file import TrainedChain, read_chain
-from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import check_inputs, check_version
@@ -53,6 +54,7 @@ class TiltSpec:
         trust_reward: whether the code of the reward that a run names may run in any case.
         size: height and width of a sample in pixels.
         frames: of a video.
+        trust_model: whether the code that makes the model of a run may.
     """
 
     model: str
@@ -64,6 +66,7 @@ class TiltSpec:
     noise: Noise
     device: str
     trust_reward: bool
+    trust_model: bool
     size: tuple[int, int] | None = None
     frames: int | None = None
 
@@ -94,9 +97,11 @@ def load_tilt(spec: TiltSpec, num_steps: int) -> Tilt:
         InvalidInputError: a run that is not finished, whose reference is gone, or whose folder does not fit together;
             options that contradict it; a reward that is not to be trusted; no reward or no β where there is no run.
     """
-    folder = find_checkpoint(spec.model).folder
-    trained = read_chain(folder)
-    return _untrained(spec, num_steps) if trained is None else _of_run(spec, folder.absolute(), trained)
+    folder = folder_of(spec.model)
+    trained = None if folder is None else read_chain(folder)
+    if folder is None or trained is None:
+        return _untrained(spec, num_steps)
+    return _of_run(spec, folder.absolute(), trained)
 
 
 def _untrained(spec: TiltSpec, num_steps: int) -> Tilt:
@@ -113,7 +118,7 @@ def _untrained(spec: TiltSpec, num_steps: int) -> Tilt:
         reward_python=spec.reward_python,
         prompts=spec.prompts,
         kl_weight=spec.kl_weight,
-        num_steps=spec.num_steps or num_steps,
+        num_steps=spec.num_steps or (num_steps if factory_of(spec.model) is None else None),
         no_clip=True,
         size=spec.size,
         frames=spec.frames,
@@ -122,7 +127,8 @@ def _untrained(spec: TiltSpec, num_steps: int) -> Tilt:
     config.check()
     setup = build(_forward_only(setup_spec(config), spec.noise))
     setup = replace(setup, chain=setup.chain.pretrained())
-    if setup.pretrained.scheduler.config.get("clip_sample", False):
+    scheduler = setup.pretrained.scheduler
+    if scheduler is not None and scheduler.config.get("clip_sample", False):
         print("clip_sample of the model's scheduler is switched off: trajectories that are clipped have no weights")
     if len(config.reward) > 1:
         noise = spec.noise.stream(MEASURED)
@@ -165,12 +171,17 @@ def _of_run(spec: TiltSpec, folder: Path, chain: TrainedChain) -> Tilt:
         model=str(folder),
         reference=original,
         lora_rank=None,
+        lora_alpha=None,
         lora_targets=None,
+        init_lora=None,
         gradient_checkpointing=False,
         compile=False,
         shard=False,
     )
     setup = build(replace(asked, network=network, device=spec.device))
+    if "reference weights" in setup.weights:  # u_0, which config.json names under another option
+        option = "model" if config.reference is None else "reference"
+        check_weights(directory, {f"{option} weights": setup.weights["reference weights"]})
     if not chain.table.agrees_with(setup.chain.table):
         raise InvalidInputError(
             f"{folder}/chain.json holds {chain.table.name}, and {run} has trained {setup.chain.table.name}: they are "
@@ -219,11 +230,13 @@ def _original(config: Config, run: Path) -> str:
         InvalidInputError: it is gone, or cannot be loaded.
     """
     name = config.reference or config.model
+    if is_factory(name):
+        return name  # its file is looked at where it is opened
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise InvalidInputError(
             f"--exact compares with the model that {run} was trained from, and {name} is gone; put it back"
         )
-    find_checkpoint(name)
+    folder_of(name)
     return name
 
 
@@ -231,14 +244,15 @@ def _known(spec: TiltSpec, config: Config, directory: RunDirectory) -> Config:
     """The options of the run, with the prompts that are asked for, once what they name is known to be what it was.
 
     Raises:
-        InvalidInputError: the reward or the model has changed; a reward that is not to be trusted.
+        InvalidInputError: the reward or the model has changed; a reward or a model's code that is not to be trusted.
     """
     if not spec.trust_reward:
         for name in names_of(config.reward):
             check_trust(name, directory.path, config.reward_python)
     named = config if config.reference is None else replace(config, model="digits")  # it is not read, nor need it exist
-    read = inputs(named)
-    check_inputs(directory, {name: of for name, of in read.items() if not (spec.trust_reward and "reward" in name)})
+    check_models(named, directory.path, trusted=spec.trust_model)
+    trusted = (*["reward"] * spec.trust_reward, *(with_code(named) if spec.trust_model else ()))
+    check_inputs(directory, {name: of for name, of in inputs(named).items() if name.partition(" ")[0] not in trusted})
     own = config.with_own_prompts(directory.path)
     return replace(own, prompts=spec.prompts or own.prompts, held_out_prompts=None)
 

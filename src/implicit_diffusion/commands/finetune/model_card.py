@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.guidance import in_words
 from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
+from implicit_diffusion.commands.finetune.result import chain_in_words
 from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
 from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import markdown, model_name, number
-from implicit_diffusion.commands.shared.usage import PipelineUse, usage
+from implicit_diffusion.commands.shared.usage import PipelineUse, program
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
@@ -21,20 +25,27 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
         summary: of the run.
         chain: that was trained.
     """
-    assert config.scheduler is not None
+    own = summary.model.factory is not None
     given = (title(config.reward), model_name(config.model), chain.table.name, summary.model.pipeline)
     reward, model, table, pipeline = map(markdown, given)
+    steps = markdown(chain_in_words(config, chain.table.name))
     rows = sorted(chain.pretrained_rows)
     kept = f"the pretrained network acted on rows {rows} (no noise there)" if rows else "the network acted on all rows"
-    kind = NAMED_SAMPLERS[config.scheduler]
-    spacing = "the checkpoint's noise levels" if kind.flow else "trailing spacing, clip_sample off"
-    runs = f"During training {kept}; this pipeline runs the trained network on all of them."
+    runs = f"During training {kept}; this {'model' if own else 'pipeline'} runs the trained network on all of them."
+    if own:
+        runs += f"""
+`implicit-diffusion sample --model "this folder"` draws from it, on the machine that has {model}."""
     if not summary.model.pipeline_is_the_chain:
         runs = f"""**This pipeline samples another chain than the one that was trained**, which diffusers does not have:
 it runs {pipeline} with the trained network; the table has its reward. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config.eta:g}" if config.eta is not None else ""
-    guidance = f", guidance {config.guidance:g}" if config.guidance else ""
+    scale = _guidance(config)
+    guidance = f", guidance {scale:g}" if scale else ""
+    untrained = summary.headline.untrained
+    if untrained is not None:
+        runs += f" {in_words(untrained)} It is sampled with guidance {scale:g}; that of the pretrained model was "
+        runs += f"{config.guidance:g}."
     beta = summary.training.kl_weight
     if config.penalty == "drift":
         leash, judged = "the squared distance of the drifts from those of the pretrained model", ""
@@ -43,32 +54,32 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
     worse = "".join(f"\n**{sentence}**\n" for sentence in opening_of(summary))
     adapter = ""
     if summary.model.adapter:
+        loaded = "as the factory returns it" if own else "loaded as `pipeline`"
         adapter = f"""
-The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank}, it is in `lora/`, to be
-added to {model}, loaded as `pipeline`: `{summary.model.adapter}`.
+The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank} and α = {config.lora_alpha:g},
+it is in `lora/`, to be added to {model}, {loaded}: `{summary.model.adapter}`.
 """
+    if summary.model.adapter_comfyui:
+        adapter += f"`{summary.model.adapter_comfyui}` holds it in the layout that ComfyUI and kohya's tools read.\n"
     headline = summary.headline
     units = ", each in deviations of pretrained samples" * (len(summary.rewards) > 1)
     return f"""# {model} fine-tuned for {reward}
 {worse}
 Trained by implicit-diffusion: E[reward] against {beta:.4g} × {leash},
-over a chain of {chain.num_steps} {kind.words} steps ({table}).
+over a chain of {steps} ({table}).
 
 | | before | after |
 |---|---|---|
 {_each(summary)}| reward, training chain | {headline.reward_before.mean:.4g} | {headline.reward_after.mean:.4g} |
-| reward, this pipeline (network on all rows) | | {headline.reward_exported.mean:.4g} |
+| reward, this {"model" if own else "pipeline"} (network on all rows) | | {headline.reward_exported.mean:.4g} |
 {judged}{_each_judge(summary)}
 {runs}
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("this folder")
-{usage(pipeline_use(config, summary.model))}
+{program(pipeline_use(config, summary.model), "this folder")}
 ```
 {adapter}
-Chain: {config.scheduler}, N = {chain.num_steps}{eta}{guidance}, {spacing}.
+Chain: {config.scheduler or table}, N = {chain.num_steps}{eta}{guidance}, {_spacing(config)}.
 β = {beta:.6g}, reward = {reward}{units}, {updates_in_words(summary)}, estimator {summary.training.estimator}, \
 seed {config.seed}.
 """
@@ -76,19 +87,34 @@ seed {config.seed}.
 
 def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
     """What a program needs to know of the exported pipeline, from the resolved options and the summary of a run."""
+    assert config.num_steps is not None
     return PipelineUse(
         num_steps=config.num_steps,
         condition=model.condition,
         pipeline_class=model.pipeline_class,
         event_shape=model.event_shape,
         eta=config.eta,
-        guidance=config.guidance,
+        guidance=_guidance(config),
         num_classes=model.num_classes,
         null_class=config.null_class,
         size=config.size,
         frames=config.frames,
         video=model.video,
+        factory=model.factory,
     )
+
+
+def _guidance(config: Config) -> float | None:
+    """The scale of guidance that the trained network is sampled with."""
+    return config.guidance if config.student_guidance is None else config.student_guidance
+
+
+def _spacing(config: Config) -> str:
+    """Where the rows of the chain are."""
+    if config.scheduler is None:
+        return "all rows of the model's own table"
+    flow = NAMED_SAMPLERS[config.scheduler].flow
+    return "the checkpoint's noise levels" if flow else "trailing spacing, clip_sample off"
 
 
 def _each(summary: Summary) -> str:
@@ -128,9 +154,12 @@ def _judged(headline: Headline, beta: float) -> str:
     def mean(estimate: Estimate | None) -> float | None:
         return None if estimate is None else estimate.mean
 
+    share, could = 0.0, headline.j_possible
+    if headline.untrained is not None:  # J falls from there
+        share = math.nan if could is None else headline.untrained.j_above.mean / could.mean
     return f"""| path KL (nats) | 0 | {number(mean(headline.path_kl), digits=4)} |
 | J = {beta:.4g} × path KL − reward | {number(mean(headline.j_before), digits=4)} | {
         number(mean(headline.j_after), digits=4)
     } |
-| share of the possible gain of J | 0 | {number(mean(headline.captured))} |
+| share of the possible gain of J | {number(share)} | {number(mean(headline.captured))} |
 """

@@ -22,7 +22,7 @@ from implicit_diffusion.commands.finetune.problem.weighing import weighed_sample
 from implicit_diffusion.commands.finetune.report.plan_table import plot, show
 from implicit_diffusion.commands.finetune.specs import PlanSpec
 from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
-from implicit_diffusion.commands.shared.inputs import with_imports
+from implicit_diffusion.commands.shared.inputs import INIT_LORA, with_imports
 from implicit_diffusion.commands.shared.prompt_files import COPIES
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import code_digest, evaluate_pretrained
@@ -43,6 +43,7 @@ KEPT = 256  # starts whose first sample is stored, for a picture and for a surro
 PICTURED = 64  # of them
 FILES = (
     "plan.json",
+    "guidance.json",
     f"{PLANNED}/{STATE_FILE}",
     f"{PLANNED}/{MANIFEST}",
     "figures/plan.png",
@@ -83,7 +84,7 @@ def planned(
     try:
         with part("planning"):
             samples = weighed_samples(setup, drawn)
-            plan = make_plan(samples, betas, asked=asked, conditional=setup.chain.condition is not None)
+            plan = make_plan(samples, betas, asked=asked, conditional=setup.given_start)
     except InvalidInputError:
         if not directory.has_state:
             _abandon(directory)
@@ -223,7 +224,7 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
         "--reference": None if "reference" in fingerprints else spec.network.reference,
         "--reward": " ".join(labels(spec.reward)),
         "--scheduler": setup.sampler,
-        "--num-steps": spec.chain.num_steps,
+        "--num-steps": setup.chain.num_steps,
         "--eta": setup.eta,
         "--no-clip": spec.chain.no_clip or None,
         "--guidance": conditions.guidance if conditions.drawn is not None else None,
@@ -237,7 +238,8 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
         "code": f"sha256 {code_digest()}",
     }
     given = {name: str(value) for name, value in options.items() if value is not None}
-    return given | _files(with_imports(spec, dict(fingerprints))) | describe(setup.chain.device)
+    files = {name: entry for name, entry in fingerprints.items() if name != INIT_LORA}
+    return given | _files(with_imports(spec, files)) | describe(setup.chain.device)
 
 
 def _files(fingerprints: Mapping[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from implicit_diffusion.runs.callbacks.judges import COURSE
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
+PLANE = (2,)  # shape of a point
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
 
 
@@ -38,7 +39,7 @@ class Result(Shown):
         bound: J* and the law that attains it; None where the objective has no path KL.
         metrics: the lines of metrics.jsonl, one per update.
         decoded: images before and after where these are not the samples: images of the first starts where samples are
-            latents; of every start where the result was read from disk.
+            latents; images or points of every start where the result was read from disk.
         course: 8-bit images of the same noise, (n, C, H, W), by the updates before them; empty without a judge.
     """
 
@@ -53,11 +54,23 @@ class Result(Shown):
     course: dict[int, Tensor] = field(default_factory=dict)
 
     @property
+    def shown(self) -> tuple[Tensor, ...] | None:
+        """Samples before and after from the same noise, decoded; None where they are neither images nor points."""
+        if self.decoded is not None:
+            return self.decoded
+        if self.before.samples.ndim != 5 and self.before.samples.shape[2:] != PLANE:
+            return None
+        return self.before.samples[:, 0], self.after.samples[:, 0]
+
+    @property
     def images(self) -> tuple[Tensor, ...] | None:
         """Images before and after from the same noise, of shape (n, C, H, W); None where samples are not images."""
-        if self.decoded is not None or self.before.samples.ndim != 5:
-            return self.decoded
-        return self.before.samples[:, 0], self.after.samples[:, 0]
+        return self.shown if self.shown is not None and self.shown[0].ndim == 4 else None
+
+    @property
+    def points(self) -> tuple[Tensor, ...] | None:
+        """Points of the plane before and after from the same noise, of shape (n, 2); None where samples are not."""
+        return self.shown if self.shown is not None and self.shown[0].shape[1:] == PLANE else None
 
     @property
     def beta(self) -> float:
@@ -77,13 +90,19 @@ class Result(Shown):
     @property
     def chain(self) -> str:
         """The chain in words, such as "10 DDPM steps"."""
-        assert self.config.scheduler is not None
-        return f"{self.config.num_steps} {NAMED_SAMPLERS[self.config.scheduler].words} steps"
+        return chain_in_words(self.config, self.summary.model.pipeline)
 
     def column(self, name: str, *others: str) -> list[tuple[float, ...]]:
         """Rows (name, *others) of the updates that report all of them."""
         wanted = (name, *others)
         return [tuple(float(m[n]) for n in wanted) for m in self.metrics if all(m.get(n) is not None for n in wanted)]
+
+
+def chain_in_words(config: Config, table: str) -> str:
+    """The chain of a run, such as "10 DDPM steps"; a table of one's own by its name."""
+    if config.scheduler is None:
+        return f"{config.num_steps} steps of {table}"
+    return f"{config.num_steps} {NAMED_SAMPLERS[config.scheduler].words} steps"
 
 
 def outside(images: Tensor, margin: float = 0.1) -> float:
@@ -98,7 +117,7 @@ def keep_result(result: Result, directory: RunDirectory) -> None:
         for side, evaluation in (("before", result.before), ("after", result.after))
     }
     bound = None if result.bound is None else asdict(result.bound)
-    state = {**sides, "images": result.images, "plan": result.plan.state_dict(), "bound": bound}
+    state = {**sides, "images": result.shown, "plan": result.plan.state_dict(), "bound": bound}
     directory.save_part(JUDGED, state)
 
 

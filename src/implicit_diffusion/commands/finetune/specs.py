@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.config import STEPS, Config
 from implicit_diffusion.commands.finetune.problem.estimators import Asked
 from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
@@ -29,10 +29,12 @@ class NetworkSpec:
     """The network that is trained, and how it computes.
 
     Args:
-        model: "digits", a folder, or a hub id.
+        model: "digits", a folder, a hub id, or FILE.py:factory.
         reference: the model that the KL refers to; None for `model` itself.
         lora_rank: rank of the adapters; None to train all weights.
+        lora_alpha: α of the adapters; None for the default.
         lora_targets: ends of the names of the layers that get adapters, separated by commas; None for the default.
+        init_lora: where the adapters are that training goes on from; None to begin with new ones.
         gradient_checkpointing: whether activations are computed again for the gradient.
         precision: of the network, by autocast.
         compile: whether the network is compiled.
@@ -42,11 +44,18 @@ class NetworkSpec:
     model: str
     reference: str | None
     lora_rank: int | None
+    lora_alpha: float | None
     lora_targets: str | None
+    init_lora: Path | None
     gradient_checkpointing: bool
     precision: Literal["float32", "bf16", "fp16"]
     compile: bool
     shard: bool
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, rather than all weights."""
+        return self.lora_rank is not None or self.init_lora is not None
 
     @property
     def targets(self) -> list[str] | None:
@@ -60,7 +69,7 @@ class ChainSpec:
 
     Args:
         sampler: name of the sampler, such as "ddpm"; None for the default of the checkpoint.
-        num_steps: N.
+        num_steps: N; None for the default, or for the rows of a table that the model comes with.
         eta: noise of DDIM; other samplers do not use it.
         no_clip: whether the scheduler's `clip_sample` is switched off.
         noiseless_rows_pretrained: whether rows without noise keep the pretrained network.
@@ -69,7 +78,7 @@ class ChainSpec:
     """
 
     sampler: str | None
-    num_steps: int
+    num_steps: int | None
     eta: float
     no_clip: bool
     noiseless_rows_pretrained: bool
@@ -185,14 +194,21 @@ def setup_spec(config: Config) -> SetupSpec:
         config.model,
         config.reference,
         config.lora_rank,
+        config.lora_alpha,
         config.lora_targets,
+        config.init_lora,
         config.gradient_checkpointing,
         config.precision,
         config.compile,
         config.shard,
     )
     conditions = ConditioningSpec(
-        config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
+        config.model,
+        config.prompts,
+        config.guidance,
+        config.null_class,
+        config.held_out_prompts,
+        config.student_guidance,
     )
     eta = ETA if config.eta is None else config.eta
     sizes = config.size, config.frames
@@ -205,9 +221,10 @@ def setup_spec(config: Config) -> SetupSpec:
 def _flight(config: Config) -> Flight:
     """At the fullest moment, as in `loops.memory`; the nested loop is the queue whose stride is N."""
     batch = max(1, config.batch // world_size())
-    stride = config.num_steps if config.loop == "nested" else config.stride or -(-config.num_steps // 10)
-    stages = -(-config.num_steps // stride)
-    return Flight(stages * batch, (stages * (config.num_steps + 1) - 1 + stages) * batch, world_size())
+    num_steps = config.num_steps or STEPS
+    stride = num_steps if config.loop == "nested" else config.stride or -(-num_steps // 10)
+    stages = -(-num_steps // stride)
+    return Flight(stages * batch, (stages * (num_steps + 1) - 1 + stages) * batch, world_size())
 
 
 def plan_spec(config: Config) -> PlanSpec:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.problem.estimators import estimator_of
 from implicit_diffusion.commands.finetune.problem.setup import DURING, ESTIMATOR, SHOWN, Setup
+from implicit_diffusion.commands.finetune.result import PLANE
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
-from implicit_diffusion.commands.shared.pictures import PICTURED, filmstrips, image_pixels
+from implicit_diffusion.commands.shared.pictures import PICTURED, filmstrips, image_pixels, plane_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Nested, Queue, Update
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.models.own_models.opened import OwnModel
 from implicit_diffusion.objectives import DriftPenalty, Objective, PathKL, Reward, Sum
 from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
@@ -26,6 +28,7 @@ from implicit_diffusion.runs.callbacks.watch import Runaway
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.fit import Callback, Fit, fit
 from implicit_diffusion.runs.trackers.tracking import Pixels
+from implicit_diffusion.samplers.chain import Chain
 
 SHOWN_OF_COURSE = 6  # samples of the held-out noise that are stored at each look of the judges
 
@@ -73,13 +76,14 @@ def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
     """Checks of reward and path KL on noise that training never sees, ten times in a run."""
     noise, every = setup.spec.noise.stream(DURING), max(1, spec.updates // 10)
     shown = SHOWN_OF_COURSE if spec.judged_by else 0
-    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown)
+    untrained = setup.untrained
+    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown, untrained=untrained)
 
 
 def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judges]:
     """The callback that asks the judges, if there are any; it stores images, where samples are such."""
     decoder = setup.pretrained.decoder
-    pictured = decoder is not None or len(setup.chain.event_shape) == 3
+    pictured = _pictured(setup)
 
     @torch.no_grad()
     def pixels(x: Tensor) -> Tensor:
@@ -107,7 +111,8 @@ def callbacks(
         reward_std: standard deviation of the pretrained reward.
         judges: from `judges_of`.
     """
-    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std)]
+    begins = held_out if held_out.untrained is not None else None
+    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std, held_out=begins)]
     checks: list[Callback] = [held_out, *judges]
     if spec.penalty == "drift":
         return [*checks, *runaway]
@@ -123,17 +128,35 @@ def callbacks(
     return [AdaptKL(spec.target_kl), *checks, rise, *runaway]
 
 
-def pictures(setup: Setup) -> Pictures:
-    """Samples of the chain as it is, always from the same noise and under the same conditions."""
-    noise, decoder = setup.spec.noise.stream(SHOWN), setup.pretrained.decoder
+def _pictured(setup: Setup) -> bool:
+    """Whether samples are images, or decoded to images or frames."""
+    pretrained = setup.pretrained
+    if isinstance(pretrained, OwnModel):
+        return len(pretrained.image_shape) == 3
+    return pretrained.decoder is not None or len(setup.chain.event_shape) == 3
+
+
+def pictures(setup: Setup) -> list[Callback]:
+    """Samples of the chain as it is, always from the same noise and under the same conditions.
+
+    None where they are neither images nor points of the plane.
+    """
+    noise, pretrained = setup.spec.noise.stream(SHOWN), setup.pretrained
+    points = isinstance(pretrained, OwnModel) and pretrained.image_shape == PLANE
+
+    def sampled(chain: Chain) -> Tensor:
+        with GlobalGenerators(noise, 0, device=chain.device):
+            x = chain.sample(noise, PICTURED)
+            return x if pretrained.decoder is None else filmstrips(pretrained.decoder(x))
 
     @torch.no_grad()
     def draw(fit: Fit) -> Pixels:
-        with GlobalGenerators(noise, 0, device=fit.chain.device):
-            x = fit.chain.sample(noise, PICTURED)
-            return image_pixels(x if decoder is None else filmstrips(decoder(x)), low=-1, high=1)
+        if _pictured(setup):
+            return image_pixels(sampled(fit.chain), low=-1, high=1)
+        before, now = (sampled(chain).cpu() for chain in (fit.chain.pretrained(), fit.chain))
+        return plane_pixels(now, beside=before, words="pretrained", points_are="fine-tuned")
 
-    return Pictures(draw)
+    return [Pictures(draw)] if points or _pictured(setup) else []
 
 
 def train(
@@ -143,7 +166,7 @@ def train(
     samples: Evaluation,
     reward_std: float,
     directory: RunDirectory,
-    shown: Pictures,
+    shown: list[Callback],
     judges: list[Judges],
 ) -> Fit:
     """Train until all updates are made, or a callback stops the run.
@@ -155,13 +178,13 @@ def train(
         samples: as in `callbacks`.
         reward_std: as in `callbacks`.
         directory: of the run.
-        shown: pictures for its trackers.
+        shown: what hands pictures to its trackers.
         judges: from `judges_of`.
 
     Raises:
         KeyboardInterrupt: the training was interrupted; its checkpoint is in the directory.
     """
-    watching: list[Callback] = [shown, *callbacks(spec, loop, held_out, samples, reward_std, judges)]
+    watching: list[Callback] = [*shown, *callbacks(spec, loop, held_out, samples, reward_std, judges)]
     state = fit(loop, spec.updates, callbacks=watching, directory=directory, keep=spec.keep)
     if state.stopped == "interrupted":
         raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from implicit_diffusion.digits import digit_log_probability
 from implicit_diffusion.errors import ImplicitDiffusionError, InvalidInputError, RewardError, check_path, reason_of
 from implicit_diffusion.frozen import modules_in
 from implicit_diffusion.models.image_text import load_image_text
-from implicit_diffusion.reward_values import of_tensors, takes_condition, with_metadata
+from implicit_diffusion.reward_values import of_frames, of_tensors, takes_condition, with_metadata
 from implicit_diffusion.scorers import TIMEOUT
 
 NAMES = (
@@ -58,6 +58,8 @@ def load_reward(
     come before those beside it, and these before those beside rewards that were loaded earlier. The module of the file
     gets a name that no other module has. A network found there, or held by an instance, is put in eval mode.
 
+    A shipped one, and "clip:MODEL", take the mean over the frames of videos (n, C, frames, H, W).
+
     What is returned is called with tensors, also where the reward is a function of arrays or pictures, to which they
     are converted then (see `reward_values`).
 
@@ -74,15 +76,22 @@ def load_reward(
     """
     place, function, call = spelled(name)
     if not place:
-        return _image_text(name, device) if image_text_model(name) else _shipped(name)
+        return of_frames(_image_text(name, device) if image_text_model(name) else _shipped(name))
     if "(" in function:
         raise InvalidInputError(f"`reward` {name}: the arguments end without a ), as in FILE.py:Class(weight=2)")
     arguments = read_arguments(name, call) if call else None
     if python is not None:
         return load_elsewhere(name, check_path("python", python).absolute(), timeout)
+    with paths_kept():
+        return _function(name, arguments, device)
+
+
+@contextmanager
+def paths_kept() -> Iterator[None]:
+    """Where the block fails, imports find what they found before."""
     paths = list(sys.path)
     try:
-        return _function(name, arguments, device)
+        yield
     except BaseException:
         sys.path[:] = paths
         raise
@@ -123,18 +132,30 @@ def _image_text(name: str, device: torch.device | None) -> Callable[..., Tensor]
     return scores if text is None else functools.partial(scores, prompts=text)
 
 
-def _function(name: str, arguments: Arguments | None, device: torch.device | None) -> Callable[..., Tensor]:
+def function_of(name: str) -> Callable[..., Any]:
+    """The function, class or instance that a name in a file or module of the user's own stands for.
+
+    The file is executed, and recorded as one that this user has named.
+
+    Raises:
+        InvalidInputError: there is none of that name; whatever the file raises.
+    """
     place, function, _ = spelled(name)
     with blamed(name):
         code = code_of(name)
         remember(code)
         module = _execute(code, Path(place).absolute()) if place.endswith(".py") else _import(place)
-    target = getattr(module, function, None)
+    target: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(target):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InvalidInputError(
             f"`reward`: {place} has no function {function!r}; it has {', '.join(callables) or 'none'}"
         )
+    return target
+
+
+def _function(name: str, arguments: Arguments | None, device: torch.device | None) -> Callable[..., Tensor]:
+    target = function_of(name)
     with blamed(name):
         reward = made(name, target, arguments)
     for network in modules_in(reward):

@@ -1,8 +1,9 @@
-"""Whether the code of a reward may run without asking the user.
+"""Whether the code of a reward, or of a model of the user's own, may run without asking the user.
 
-A reward is code. A user who names it on the command line, or in Python, wants it to run. A run directory names one as
-well, in its config.json, and may come from anywhere: that one runs only if this user has named the same code before, by
-place and sha256, and if it does not lie in the run directory. What was named is recorded below
+A reward is code, and so is a function that makes a model. A user who names it on the command line, or in Python, wants
+it to run. A run directory names one as well, in its config.json, and may come from anywhere: that one runs only if this
+user has named the same code before, by place and sha256, and if it does not lie in the run directory. What was named is
+recorded below
 
     $XDG_STATE_HOME/implicit-diffusion/rewards/<sha256 of the place>/<sha256 of the code>
 
@@ -30,6 +31,7 @@ SHORT = 60  # letters of arguments in a title
 CLIP = "clip:"  # before the folder or hub id of an image–text model, which is data
 CALL = r"\((?:\s*|\s*(?:\w+\s*=|[\"']).*)\)"  # of such a model, whose folder may end with parentheses
 _named: set[tuple[str, str]] = set()  # place and sha256, in this process
+_allowed: set[tuple[str, str]] = set()  # place and sha256 of what a directory names and the user allows in any case
 _elsewhere: dict[str, tuple[Path, ...]] = {}  # by place: what code that runs in a process of its own has imported
 
 
@@ -155,18 +157,30 @@ def remember(code: Code) -> None:
             (folder / _hash(code.place) / code.digest).touch(mode=0o600)
 
 
+def allow(code: Code) -> None:
+    """Record that this user allows code that a directory names, also where it lies inside, for as long as this process
+    runs.
+    """
+    remember(code)
+    _allowed.add((code.place, code.digest))
+
+
 def has_imported(code: Code, files: Iterable[Path]) -> None:
     """Note what code that runs in a process of its own has imported."""
     _elsewhere[code.place] = tuple(files)
 
 
-def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
-    """Refuse a reward that a run directory names, unless the user has named it before; nothing of it has run then.
+def check_trust(
+    name: str, directory: Path, python: Path | None = None, *, what: str = "reward", advice: str | None = None
+) -> None:
+    """Refuse code that a run directory names, unless the user has named it before; nothing of it has run then.
 
     Args:
-        name: of one of its rewards, without the weight.
+        name: of one of its rewards, without the weight, or of the function that makes its model.
         directory: of the run.
         python: that the directory names to run it.
+        what: "reward" or "model".
+        advice: how the user allows it, in place of `trust_reward` or `trust_model`.
 
     Raises:
         InvalidInputError: code inside the directory, or its python; code that has changed or was never named, or no
@@ -177,10 +191,14 @@ def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
     try:
         code = code_of(name, python)
     except OSError as error:
-        raise InvalidInputError(f"`reward` {name} cannot be read: {error}") from error
+        raise InvalidInputError(f"`{what}` {name} cannot be read: {error}") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(str(error).replace("`reward`", f"`{what}`")) from error
     places = [*code.files, *([] if python is None else [python.absolute(), python.resolve()])]
     inside = [file for file in places if file.is_relative_to(directory.resolve())]
     known = _known(code.place)
+    if (code.place, code.digest) in _allowed:
+        return
     if inside:
         why = f"{inside[0]} lies inside the run directory"
     elif code.digest in known:
@@ -192,8 +210,8 @@ def check_trust(name: str, directory: Path, python: Path | None = None) -> None:
         why = f"you have not named it on this machine before{kept}"
     by = "" if python is None else f", run by {python},"
     raise InvalidInputError(
-        f"{directory} names the reward {name}{by}, which is code, and {why}. Read it; if it may run, add "
-        "`trust_reward=True`"
+        f"{directory} names the {what} {name}{by}, which is code, and {why}. Read it; if it may run, "
+        f"{advice or f'add `trust_{what}=True`'}"
     )
 
 

@@ -18,10 +18,11 @@ from implicit_diffusion.commands.sample.energy import sample_energy_model
 from implicit_diffusion.commands.sample.grid import (
     check_pictures,
     in_turn,
-    pictures_of,
+    pictures,
     shown_as_pictures,
     write_grid,
 )
+from implicit_diffusion.commands.sample.own_model import sample_own_model
 from implicit_diffusion.commands.shared.conditioning import (
     CLASS,
     Conditioning,
@@ -29,9 +30,10 @@ from implicit_diffusion.commands.shared.conditioning import (
     conditioning,
     prompts_of,
 )
+from implicit_diffusion.commands.shared.models.factories import check_models, open_own_model
+from implicit_diffusion.commands.shared.models.read_model import read_model
+from implicit_diffusion.commands.shared.models.sizes import call_of, sized
 from implicit_diffusion.commands.shared.prompt_files import read_prompts
-from implicit_diffusion.commands.shared.read_model import read_model
-from implicit_diffusion.commands.shared.sizes import call_of, sized
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
 from implicit_diffusion.extras import require
@@ -65,10 +67,15 @@ def run(config: Config) -> Path:
         if config.prompts is not None:
             raise InvalidInputError(f"--model {config.model} takes no --prompts: it is an energy-based model")
         return sample_energy_model(Path(config.model), config.num, config.out, config.num_steps, config.seed)
+    if config.trust_model:
+        check_models(config, Path(config.model), trusted=True)
     if config.exact:
         from implicit_diffusion.commands.sample.exact import sample_exactly
 
         return sample_exactly(config, STEPS)
+    own = open_own_model(config.model)
+    if own is not None:
+        return sample_own_model(own, config)
     checkpoint = find_checkpoint(config.model)
     trained = read_chain(checkpoint.folder)
     device = find_device(config.device)
@@ -103,7 +110,7 @@ def _known(
     steps = _steps(config, trained, pretrained.scheduler)
     for network in filter(None, (pretrained.denoiser, pretrained.decoder)):
         network.to(device)
-    check_pictures(pretrained, config.model)
+    check_pictures(pretrained, config.model, config.out)
     guidance, null_class = (None, None) if trained is None else (trained.guidance, trained.null_class)
     conditions = ConditioningSpec(config.model, config.prompts, guidance, null_class)
     at_a_time = at_once(pretrained.event_shape)
@@ -172,13 +179,13 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
     @torch.no_grad()
     def draw(numbers: range) -> list[Any]:
         chain = Chain(
-            given.around(pretrained.denoiser),
+            given.around(pretrained.denoiser, given.guidance),
             trained.table,
             pretrained.event_shape,
             condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
         )
         x = chain.sample(noise, len(numbers), numbers.start)
-        return pictures_of(pretrained, x)
+        return pictures(x if pretrained.decoder is None else pretrained.decoder(x))
 
     return draw
 
@@ -229,7 +236,7 @@ def _labelled(
     require("diffusers")
     from diffusers.utils import pt_to_pil
 
-    denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler
+    denoiser, scheduler = given.around(pretrained.denoiser, given.guidance), pretrained.scheduler
     device = next(denoiser.parameters()).device
     labels = {name: value.to(device) for name, value in in_turn(given, numbers).items()}
     scheduler.set_timesteps(steps, device=device)

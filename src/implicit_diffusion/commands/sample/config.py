@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.ranges import at_least, check_size, option, positive
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.atomic import check_place
@@ -21,11 +22,13 @@ class Config:
 
     model: str = "digits"
     """The model: "digits" (shipped), a folder such as RUN/model, or a hub id owner/name.
-    A folder holds a diffusers pipeline or an energy-based model."""
+    A folder holds a diffusers pipeline, an energy-based model, or the weights of a network of your own.
+    Such a network before any fine-tuning is "FILE.py:factory", as for finetune."""
     num: int = 64
     """Number of images."""
     out: Path = Path("grid.png")
-    """File to write: a .png, .jpg or .webp picture, or a .npy array from an energy-based model.
+    """File to write: a .png, .jpg or .webp picture.
+    Of an energy-based model or a network of your own it may be a .npy array.
     An existing file is never overwritten."""
     prompts: Path | None = None
     """File with one prompt per line, for models that are conditioned on text; images use the prompts in turn.
@@ -57,6 +60,8 @@ class Config:
     """The python of another environment to compute your own --reward with, as in finetune."""
     trust_reward: bool = False
     """Run the code of the reward that the run names, even if it lies there, has changed, or is not known here."""
+    trust_model: bool = False
+    """Run the code that makes a network of your own, FILE.py:factory, which a folder names, in the same cases."""
     seed: int = 0
     """Seed of all random numbers."""
     device: str = "auto"
@@ -84,8 +89,12 @@ class Config:
             raise InvalidInputError(f"--out {self.out}: {self.numbers}, the numbers beside it, exists; name a new file")
         if self.out.suffix.lower() not in (*PICTURES, ".npy"):
             raise InvalidInputError(f"--out {self.out} must end in {', '.join(PICTURES)}, or .npy")
-        if self.out.suffix == ".npy" and not is_energy_model(self.model):
-            raise InvalidInputError(f"--out {self.out}: only an energy-based model is drawn to .npy; name a picture")
+        arrays = is_energy_model(self.model) or factory_of(self.model) is not None
+        if self.out.suffix == ".npy" and not arrays:
+            raise InvalidInputError(
+                f"--out {self.out}: only an energy-based model, or a network of your own, is drawn to .npy; "
+                "name a picture"
+            )
         check_place(self.out.parent)
 
     @property

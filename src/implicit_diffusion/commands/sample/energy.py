@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from implicit_diffusion.commands.sample.grid import write_array, write_plane
 from implicit_diffusion.errors import InvalidInputError
-from implicit_diffusion.files.atomic import replacing
 from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
 from implicit_diffusion.noise import Noise
 
@@ -31,8 +30,7 @@ def sample_energy_model(folder: Path, num: int, out: Path, steps: int | None, se
         x = model.lattice.quantise(x)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
-        with replacing(out) as file, file.open("wb") as stream:
-            np.save(stream, x.numpy(), allow_pickle=False)
+        write_array(x, out)
     else:
         _picture(model, x, out)
     print(out)
@@ -42,11 +40,9 @@ def sample_energy_model(folder: Path, num: int, out: Path, steps: int | None, se
 def _picture(model: EnergyModel, x: torch.Tensor, out: Path) -> None:
     from implicit_diffusion.commands.shared.drawing import finish_figure, image_grid, sheet
 
+    if len(model.architecture.event_shape) != 3:
+        write_plane(x, out)
+        return
     figure = sheet(4.2, 4.2)
-    axis = figure.subplots()
-    if len(model.architecture.event_shape) == 3:
-        image_grid(axis, x, x.amin().item(), x.amax().item(), columns=math.ceil(len(x) ** 0.5))
-    else:
-        axis.scatter(x[:, 0], x[:, 1], s=3, lw=0, color="#2a9d5c")
-        axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    image_grid(figure.subplots(), x, x.amin().item(), x.amax().item(), columns=math.ceil(len(x) ** 0.5))
     finish_figure(figure, out)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.finished import Tilt, TiltSpec, load_tilt
 from implicit_diffusion.commands.sample.config import Config
-from implicit_diffusion.commands.sample.grid import check_pictures, in_turn, pictures_of, write_grid
+from implicit_diffusion.commands.sample.grid import check_pictures, in_turn, parts_of, write_samples
 from implicit_diffusion.commands.shared.formatting import number
 from implicit_diffusion.commands.shared.summaries import to_json
 from implicit_diffusion.errors import InvalidInputError
@@ -124,11 +124,12 @@ def sample_exactly(config: Config, steps: int) -> Path:
             noise,
             config.device,
             config.trust_reward,
+            config.trust_model,
             config.size,
             config.frames,
         )
         tilt = load_tilt(spec, steps)
-        check_pictures(tilt.setup.pretrained, config.model)
+        check_pictures(tilt.setup.pretrained, config.model, config.out)
         if config.method != "smc" and particles >= TRIED:
             _check_hope(tilt, particles, config, noise.stream(0))
         images: list[Any] = []
@@ -138,11 +139,11 @@ def sample_exactly(config: Config, steps: int) -> Path:
                 config.num,
                 particles,
                 noise.stream(1),
-                lambda x: images.extend(pictures_of(tilt.setup.pretrained, x)),
+                lambda x: images.extend(parts_of(tilt.setup.pretrained, x, config.out)),
                 bar.advance,
             )
     exact = _summary(tilt, drawn, config.method or "metropolis", particles)
-    write_grid(images, config.out)
+    write_samples(images, config.out)
     content = {name: None if value != value else value for name, value in to_json(exact).items()}  # NaN: of one image
     records.write(config.numbers, content)
     _say(exact, tilt, config)

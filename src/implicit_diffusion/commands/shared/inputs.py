@@ -17,9 +17,10 @@ import torch
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.weights import functions_in, with_absolute_names
 from implicit_diffusion.commands.shared.arrays.array_files import place_of
+from implicit_diffusion.commands.shared.models.by_name import fingerprints_of, imports_of
+from implicit_diffusion.commands.shared.models.factories import is_factory
 from implicit_diffusion.errors import InvalidInputError, check_path
 from implicit_diffusion.files.fingerprints import MODEL_FILES, fingerprint
-from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.image_text import find_image_text
 from implicit_diffusion.potentials.plane import LAWS
 from implicit_diffusion.processes import main_only
@@ -32,6 +33,7 @@ NAMES = {
     "reference": {"digits"},
     "data": {"digits", *LAWS},
 }  # that are not paths, whatever is there
+INIT_LORA = "initial adapter"
 C = TypeVar("C")
 
 
@@ -42,6 +44,8 @@ def absolute(config: C) -> C:
         value = getattr(config, field.name)
         if isinstance(value, os.PathLike) or ("Path" in str(field.type) and value is not None):
             changed[field.name] = check_path(f"--{field.name}", value).absolute()
+        elif field.name in ("model", "reference") and is_factory(value):
+            changed[field.name] = reward_trust.absolute(value)
         elif _is_place(field.name, value):
             changed[field.name] = str(Path(value).absolute())
         elif field.name == "reward":
@@ -54,7 +58,9 @@ def absolute(config: C) -> C:
 
 @main_only
 def inputs(config: Any) -> dict[str, Any]:
-    """Fingerprints of model, reference, data, rewards and judges, for `record` and `verify`; what is shipped has none.
+    """Fingerprints of all that a config names, for `record` and `verify`; what is shipped has none.
+
+    Model, reference, initial adapter, data, rewards and judges.
 
     Raises:
         InvalidInputError: there is no such model or reward, or a file that cannot be read.
@@ -65,7 +71,9 @@ def inputs(config: Any) -> dict[str, Any]:
         if isinstance(value, Path) and value.is_dir():
             fingerprints[name] = fingerprint(value, MODEL_FILES)
         elif isinstance(value, str) and value not in NAMES[name]:
-            fingerprints[name] = fingerprint(find_checkpoint(value).folder, MODEL_FILES)
+            fingerprints |= fingerprints_of(name, value)
+    if (adapter := getattr(config, "init_lora", None)) is not None:
+        fingerprints[INIT_LORA] = fingerprint(adapter, MODEL_FILES)
     data = getattr(config, "data", None)
     if _is_place("data", data):
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
@@ -108,7 +116,7 @@ def record_inputs(
     device: torch.device | None = None,
     accepted: Collection[str] = (),
 ) -> None:
-    """`record` for a run whose reward is loaded: modules that it has imported from its own folder count as well.
+    """`record` for a run whose code is loaded: modules that it has imported from its own folder count as well.
 
     Args:
         directory: of the run.
@@ -134,11 +142,12 @@ def begin(
 
 
 def with_imports(options: Any, fingerprints: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprints, with those of the modules that a loaded reward has imported from its own folder."""
+    """The fingerprints, with those of the modules that loaded rewards and models have imported from their folders."""
     own = _own_rewards(options)
     beside = {file for code in own for file in reward_trust.loaded_with(code)}
     beside -= {file for code in own for file in code.files}
-    return fingerprints | ({"reward imports": fingerprint(sorted(beside))} if beside else {})
+    imports = {"reward imports": fingerprint(sorted(beside))} if beside else {}
+    return fingerprints | imports | imports_of(options)
 
 
 def _is_place(name: str, value: object) -> bool:

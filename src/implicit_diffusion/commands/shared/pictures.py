@@ -44,6 +44,7 @@ def plane_pixels(
     *,
     beside: Float[Tensor, "m 2"],
     words: str = "data",
+    points_are: str = "particles",
     names: Sequence[str] = ("$x_1$", "$x_2$"),
 ) -> Pixels:
     """Points over others, on axes that the others set, so that pictures of one run can be compared.
@@ -53,6 +54,7 @@ def plane_pixels(
         weights: of the points, which their areas show; None for equal ones.
         beside: data, or points of another law.
         words: what the others are.
+        points_are: what the points are.
         names: of the two coordinates, as labels of axes.
     """
     require("matplotlib")
@@ -64,7 +66,7 @@ def plane_pixels(
     margin = 0.15 * (high - low)
     x, y = beside[:PLOTTED].T.numpy()
     axes.scatter(x, y, s=4, color="0.75", lw=0, label=words)
-    label = "particles" if weights is None else "particles, areas: weights"
+    label = points_are if weights is None else f"{points_are}, areas: weights"
     sizes: Any = np.full(len(points), 6.0) if weights is None else 6 * len(points) * weights.detach().cpu().numpy()
     x, y = points[:PLOTTED].T.numpy()
     axes.scatter(x, y, s=sizes[:PLOTTED], color=WEIGHTED, alpha=0.7, lw=0, label=label)

@@ -1,10 +1,14 @@
-"""A Python program that draws from an exported pipeline with plain diffusers, for model cards and reports."""
+"""A Python program that uses an exported model without this package's commands, for model cards and reports."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from implicit_diffusion.commands.rewards.trust import spelled
+from implicit_diffusion.models.own_models.files import WEIGHTS
+
+OWN_ADAPTER = 'peft.PeftModel.from_pretrained(model.denoiser, "lora")'  # `model` as a factory returns it
 LABELS = """import torch
 
 labels = torch.tensor({labels})
@@ -34,6 +38,7 @@ class PipelineUse:
         size: height and width in pixels; None for those of the pipeline.
         frames: of a video; None for those of the pipeline.
         video: whether it makes videos.
+        factory: FILE.py:function that makes the network; None for a pipeline.
     """
 
     num_steps: int
@@ -47,6 +52,7 @@ class PipelineUse:
     size: tuple[int, int] | None = None
     frames: int | None = None
     video: bool = False
+    factory: str | None = None
 
 
 def usage(use: PipelineUse) -> str:
@@ -68,3 +74,24 @@ def usage(use: PipelineUse) -> str:
     labels = [label for label in range(use.num_classes or 0) if label != use.null_class][:4]
     event = ", ".join(map(str, use.event_shape))
     return LABELS.format(labels=labels, event=event, num_steps=use.num_steps, guided=guided, eta=eta)
+
+
+def program(use: PipelineUse, folder: str) -> str:
+    """The whole program.
+
+    Args:
+        use: of the model.
+        folder: where it is.
+    """
+    if use.factory is None:
+        return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({folder!r})
+{usage(use)}"""
+    place, function, call = spelled(use.factory)
+    return f"""import runpy
+
+from safetensors.torch import load_file
+
+model = runpy.run_path({place!r})[{function!r}]{call or "()"}
+model.denoiser.load_state_dict(load_file({f"{folder}/{WEIGHTS}"!r}))"""

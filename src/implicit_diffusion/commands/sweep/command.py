@@ -29,6 +29,7 @@ from implicit_diffusion.commands.resuming import resume
 from implicit_diffusion.commands.rewards.weights import title
 from implicit_diffusion.commands.shared.formatting import beside, distinct, number, percent
 from implicit_diffusion.commands.shared.inputs import absolute, inputs, record_inputs
+from implicit_diffusion.commands.shared.models.by_name import check_weights
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.sweep.config import Config as Config
 from implicit_diffusion.commands.sweep.figure import plot
@@ -76,6 +77,8 @@ def _run(config: Config, directory: RunDirectory, fingerprints: dict[str, Any]) 
     """The same in a directory that is held, with verified inputs."""
     out = directory.path
     setup = build(setup_spec(config.each))
+    check_weights(directory, setup.weights)
+    fingerprints |= setup.weights
     conditional = setup.chain.condition is not None
     directory.write_config(settings(config), "sweep")
     with continuing(directory, f"the same command, with --out {shlex.quote(str(out))}, continues the sweep"):

@@ -18,27 +18,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.without_numbers import without_numbers
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.gradients.footprint import bytes_of, saved_per_sample
 from implicit_diffusion.loops.memory import free_memory, in_units
-from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown
 
 MOMENTS = 2  # of Adam, per trained number
 
 
-@dataclass(frozen=True)
-class Training:
+@dataclass(frozen=True, repr=False)
+class Training(Shown):
     """What is trained, and how much there is at a time, in one process.
 
     Args:
         samples: that one call with gradient serves.
         events: states and adjoints of all trajectories in flight.
-        rank: of low-rank adapters; None where all weights are trained.
-        targets: ends of the names of the layers that get adapters; None for the default.
+        adapt: adds adapters to a network and freezes all other weights, in place; None where all are trained.
         checkpointing: whether activations are computed again for the gradient.
         half: whether layers compute in half precision.
         kept: dtype of frozen weights; at most float32, and float32 where all are trained.
@@ -47,8 +45,7 @@ class Training:
 
     samples: int
     events: int
-    rank: int | None = None
-    targets: Sequence[str] | None = None
+    adapt: Callable[[nn.Module], object] | None = None
     checkpointing: bool = False
     half: bool = False
     kept: torch.dtype = torch.float32
@@ -151,11 +148,11 @@ def needs_of_network(network: nn.Module, call: Call | None, training: Training) 
     """
     numbers = sum(p.numel() for p in network.parameters())
     network.requires_grad_(True)
-    if training.rank is None:
+    if training.adapt is None:
         weights, trained = 2 * weight_bytes(network), (1 + MOMENTS) * 4 * numbers
     else:
         weights = weight_bytes(network, min(training.kept, torch.float32, key=lambda dtype: dtype.itemsize))
-        add_lora(network, training.rank, Noise(0), training.targets)  # of which there are no numbers
+        training.adapt(network)
         trained = (2 + MOMENTS) * 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
     if training.checkpointing:
         checkpoint_activations(network)
@@ -165,7 +162,7 @@ def needs_of_network(network: nn.Module, call: Call | None, training: Training) 
     needs = replace(needs, states=training.events * bytes_of(call.event_shape, torch.float32))
     try:
         u = call.denoiser
-        reference = WithoutAdapter(u) if training.rank is not None else copy.deepcopy(u).requires_grad_(False)
+        reference = WithoutAdapter(u) if training.adapt is not None else copy.deepcopy(u).requires_grad_(False)
         per_sample = activation_bytes([u, reference], call.of)
     except Exception as error:  # networks raise many
         reason = f"{type(error).__name__}: {one_line(error)}"

@@ -88,6 +88,12 @@ class PipelineDenoiser(DiffusersDenoiser):
         self.model, self.plan = model, plan
         self.precision, self.compiled = None, None
 
+    def under(self, plan: Plan) -> PipelineDenoiser:
+        """The same network, called as another plan says, such as one of another guidance."""
+        other = PipelineDenoiser(self.model, plan).train(self.training)
+        other.precision, other.compiled = self.precision, self.compiled
+        return other
+
     def _words(self) -> Iterable[str]:
         yield of_network(self.model)
         yield f"weights={tuple(round(c, 4) for call in self.plan.calls for c in call.weights)}"

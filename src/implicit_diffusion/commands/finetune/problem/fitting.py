@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from implicit_diffusion.commands.finetune.config import STEPS
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec, SetupSpec
-from implicit_diffusion.commands.shared.read_model import asked_of
+from implicit_diffusion.commands.shared.models.read_model import asked_of
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.loops.unread.needs import Call, Needs, Training, check_needs, needs_of_network, weight_bytes
 from implicit_diffusion.loops.unread.pipelines import needs_of_pipeline
@@ -18,6 +20,7 @@ from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
 from implicit_diffusion.models.families import PIXELS, PipelineFamily
 from implicit_diffusion.models.parts import saved_dtype, without_memory
 from implicit_diffusion.models.pretrained import event_shape_of, meta_inputs
+from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import everywhere, is_main
 
 
@@ -47,10 +50,12 @@ def needs_of(spec: SetupSpec, flight: Flight) -> Needs:
     checkpoint = find_checkpoint(spec.network.model)
     if not checkpoint.family.probed:
         return _of_known(checkpoint, spec.network, flight)
-    chain, training = spec.chain, _training(spec.network, flight)
-    trained, held_out, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
-    prompts = [*trained, *held_out] or None
-    return needs_of_pipeline(checkpoint, training, chain.num_steps, prompts=prompts, sampler=chain.sampler, **call)
+    chain, training = spec.chain, _training(spec.network, flight, checkpoint.family)
+    trained, held_out, _, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
+    if spec.conditions.student_guidance is not None:
+        call["guidance_scale"] = spec.conditions.student_guidance  # of u_θ; u_0 needs as much or more
+    options = call | {"prompts": [*trained, *held_out] or None, "sampler": chain.sampler}
+    return needs_of_pipeline(checkpoint, training, chain.num_steps or STEPS, **options)
 
 
 def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Needs:
@@ -63,21 +68,24 @@ def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Need
             for part in checkpoint.parts
             if part == "vae" or part.startswith("text_encoder")
         }
-    keeps = spec.lora_rank is not None and not spec.shard and family is not PIXELS
-    training = _training(spec, flight, saved_dtype(headers) if keeps else torch.float32)
+    keeps = spec.adapted and not spec.shard and family is not PIXELS
+    training = _training(spec, flight, family, saved_dtype(headers) if keeps else torch.float32)
     shape = event_shape_of(network, family, source)
     call = Call(DiffusersDenoiser(network), functools.partial(_called, network, shape, family), shape)
     needs = needs_of_network(network, call, training)
     return replace(needs, decoder=others.pop("vae", 0), encoders=others)
 
 
-def _training(spec: NetworkSpec, flight: Flight, kept: torch.dtype = torch.float32) -> Training:
+def _training(spec: NetworkSpec, flight: Flight, family: PipelineFamily, kept: torch.dtype = torch.float32) -> Training:
     """What is trained, and how much there is at a time; frozen weights are kept in the dtype `kept`."""
+
+    def adapt(network: nn.Module) -> None:
+        add_adapters(network, spec, Noise(0), family)  # without memory, there are no numbers to draw
+
     return Training(
         samples=flight.samples,
         events=flight.events,
-        rank=spec.lora_rank,
-        targets=spec.targets,
+        adapt=adapt if spec.adapted else None,
         checkpointing=spec.gradient_checkpointing,
         half=spec.precision != "float32",
         kept=kept,

@@ -1,7 +1,7 @@
 """The model, its chain and its conditions, as the options ask for them: known by hand, or read off its pipeline.
 
-    family known by hand   load → scheduler of the sampler → table;  embeddings and guidance around the network, later
-    any other family       load the whole pipeline → run it with stand-ins for its network, under all prompts
+    known by hand, or the user's own   load → sampler → table;  embeddings and guidance around the network, later
+    any other pipeline                 load it whole → run it with stand-ins for its network, under all prompts
 
 Both give the same parts, and nothing behind this file asks which it was.
 """
@@ -11,38 +11,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from implicit_diffusion.commands.finetune.config import STEPS
+from implicit_diffusion.commands.finetune.problem.sampler import Exported, sampler_of
 from implicit_diffusion.commands.finetune.specs import SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning, conditioning
-from implicit_diffusion.commands.shared.read_model import ReadModel, read_model
-from implicit_diffusion.commands.shared.sizes import sized
+from implicit_diffusion.commands.shared.models.by_name import open_model
+from implicit_diffusion.commands.shared.models.factories import factory_of
+from implicit_diffusion.commands.shared.models.read_model import ReadModel, read_model
+from implicit_diffusion.commands.shared.models.sizes import sized
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
-from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser
 from implicit_diffusion.models.pipelines.loading import load_pipeline
 from implicit_diffusion.models.pipelines.reading import read_pipeline
-from implicit_diffusion.models.pretrained import Pretrained, as_pipeline, load_pretrained
+from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.flow import is_flow
-from implicit_diffusion.tables.named import default_sampler, pipeline_for, scheduler_for, table_for
+from implicit_diffusion.tables.named import pipeline_for
 from implicit_diffusion.tables.table import ChainTable
-
-
-class Exported(NamedTuple):
-    """What a pipeline is exported with.
-
-    Args:
-        scheduler: that the pipeline is saved with.
-        table: of the chain that the pipeline then runs.
-    """
-
-    scheduler: Any
-    table: ChainTable
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,43 +42,35 @@ class Opened(Shown):
 
     Args:
         pretrained: the model.
-        sampler: name of the chain's sampler.
+        sampler: name of the chain's sampler; None for a table that the model comes with.
         table: of the chain.
         exported: scheduler and table of the exported pipeline.
         conditions: makes what trajectories are sampled under; given the device that text encoders may compute on.
     """
 
     pretrained: Pretrained
-    sampler: str
+    sampler: str | None
     table: ChainTable
     exported: Exported
     conditions: Callable[[torch.device], Conditioning]
 
 
-def open_model(spec: SetupSpec) -> Opened:
+def open_chain(spec: SetupSpec) -> Opened:
     """Load the model that `spec` names, and find its chain.
 
     Raises:
-        InvalidInputError: see `load_pretrained`, `read_pipeline`, `scheduler_for`, `table_for`; options that the model
-            does not have.
+        InvalidInputError: see `open_model`, `read_pipeline`, `sampler_of`; options that the model does not have.
     """
-    checkpoint = find_checkpoint(spec.network.model)
-    return (_read if checkpoint.family.probed else _known)(spec, checkpoint)
+    name = spec.network.model
+    checkpoint = None if factory_of(name) is not None else find_checkpoint(name)
+    return _known(spec) if checkpoint is None or not checkpoint.family.probed else _read(spec, checkpoint)
 
 
-def _known(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
-    """A model of a family that is known by hand."""
-    frozen = spec.network.lora_rank is not None and not spec.network.shard
-    pretrained = sized(load_pretrained(spec.network.model, frozen=frozen), spec.chain.size, spec.chain.frames)
-    clip = False if spec.chain.no_clip or pretrained.family.latent else None
-    sampler = spec.chain.sampler or default_sampler(pretrained.scheduler)
-    scheduler = scheduler_for(pretrained.scheduler, sampler, clip=clip)
-    table = table_for(scheduler, sampler, spec.chain.num_steps, eta=spec.chain.eta)
-    saved, its_sampler = pipeline_for(scheduler, sampler)
-    if pretrained.family is PIXELS:
-        as_pipeline(pretrained.denoiser, saved)
-    eta = spec.chain.eta if sampler == "ddim" and pretrained.family.passes_eta else 0.0
-    exported = Exported(saved, table_for(saved, its_sampler, spec.chain.num_steps, eta=eta))
+def _known(spec: SetupSpec) -> Opened:
+    """A model of the user's own, or of a family that is known by hand."""
+    frozen = spec.network.adapted and not spec.network.shard
+    pretrained = sized(open_model(spec.network.model, frozen=frozen), spec.chain.size, spec.chain.frames)
+    sampler, table, exported = sampler_of(pretrained, spec.chain)
     return Opened(
         pretrained, sampler, table, exported, lambda device: conditioning(spec.conditions, pretrained, device)
     )
@@ -95,18 +78,18 @@ def _known(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
 
 def _read(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
     """A model whose chain is read off its pipeline."""
-    chain = spec.chain
+    chain, num_steps = spec.chain, spec.chain.num_steps or STEPS
     read = read_model(
         checkpoint,
         spec.conditions,
-        chain.num_steps,
+        num_steps,
         sampler=chain.sampler,
         size=chain.size,
         frames=chain.frames,
         eta=chain.eta,
-        frozen=spec.network.lora_rank is not None and not spec.network.shard,
+        frozen=spec.network.adapted and not spec.network.shard,
     )
-    exported = _exported(read, chain.num_steps)
+    exported = _exported(read, num_steps)
     return Opened(read.pretrained, read.sampler, read.probed.table, exported, lambda device: read.conditioning)
 
 
@@ -127,9 +110,7 @@ def original_of(spec: SetupSpec, pretrained: Pretrained) -> Pretrained:
     network = spec.network
     assert network.reference is not None
     if not pretrained.family.probed:
-        original = sized(
-            load_pretrained(network.reference, frozen=not network.shard), spec.chain.size, spec.chain.frames
-        )
+        original = sized(open_model(network.reference, frozen=not network.shard), spec.chain.size, spec.chain.frames)
     else:
         pipeline = load_pipeline(network.reference, frozen=not network.shard)
         assert isinstance(pretrained.denoiser, PipelineDenoiser)
@@ -142,7 +123,7 @@ def original_of(spec: SetupSpec, pretrained: Pretrained) -> Pretrained:
         ("weights", *map(_shapes, (pretrained.denoiser, original.denoiser))),
         ("classes", pretrained.num_classes, original.num_classes),
         ("prediction_type", *(_prediction(each.scheduler) for each in (pretrained, original))),
-        ("num_train_timesteps", *(each.scheduler.config.num_train_timesteps for each in (pretrained, original))),
+        ("num_train_timesteps", *(_timesteps(each.scheduler) for each in (pretrained, original))),
     ):
         if ours != theirs:
             raise InvalidInputError(
@@ -159,5 +140,12 @@ def _shapes(denoiser: DiffusersDenoiser) -> str:
 
 
 def _prediction(scheduler: Any) -> str | None:
-    """What the network of a scheduler's model predicts. Not every flow scheduler names it."""
+    """What the network of a scheduler's model predicts. Not every flow scheduler names it, and a table does not."""
+    if scheduler is None:
+        return None
     return "flow_prediction" if is_flow(scheduler) else scheduler.config.get("prediction_type")
+
+
+def _timesteps(scheduler: Any) -> int | None:
+    """Number of times that a scheduler's model was trained on; None for a table."""
+    return None if scheduler is None else int(scheduler.config.num_train_timesteps)

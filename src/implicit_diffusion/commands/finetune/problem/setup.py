@@ -16,20 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import check_fit
-from implicit_diffusion.commands.finetune.problem.opened import Exported, open_model, original_of
+from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
+from implicit_diffusion.commands.finetune.problem.sampler import Exported
 from implicit_diffusion.commands.finetune.specs import NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning
+from implicit_diffusion.commands.shared.models.by_name import weights_of
+from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.pictures import filmstrips
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
+from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
 from implicit_diffusion.runs.clock import part
@@ -48,21 +53,23 @@ class Setup(Shown):
 
     Args:
         spec: that it was made from.
-        pretrained: the checkpoint.
-        sampler: name of the chain's sampler.
+        pretrained: the checkpoint, or a model of the user's own.
+        sampler: name of the chain's sampler; None for a table that the model comes with.
         chain: that is trained.
         reward: of the chain's states, tried on two samples. Of several, R has meaning once it is `weighing.weighed`.
         judged: the reward with its judges; None without a judge.
         clipping: effect of switching `clip_sample` off; None where it was not on, and before `weighing.weighed`.
-        exported: scheduler and table of the exported pipeline.
+        exported: scheduler and table of the exported model.
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
         estimator: of the gradient.
+        frozen: the pretrained network under guidance of a scale.
+        weights: fingerprints of weights that factories have returned, for `runs.provenance`.
     """
 
     spec: SetupSpec
     pretrained: Pretrained
-    sampler: str
+    sampler: str | None
     chain: Chain
     reward: Reward
     judged: WeightedRewards | None
@@ -71,6 +78,21 @@ class Setup(Shown):
     conditioning: Conditioning
     compiled: str | None
     estimator: Chosen
+    weights: dict[str, Any]
+    frozen: Callable[[float], nn.Module]
+
+    @property
+    def untrained(self) -> Chain | None:
+        """The chain that training begins with; None where that is the pretrained one."""
+        given = self.conditioning
+        if given.student_guidance == given.guidance:
+            return None
+        return self.chain.replace(denoiser=self.frozen(given.student_guidance))
+
+    def under(self, guidance: float, student_guidance: float) -> Chain:
+        """The chain to be trained under other scales of guidance."""
+        denoiser = self.conditioning.around(self.pretrained.denoiser, student_guidance)
+        return self.chain.replace(denoiser=denoiser, reference=self.frozen(guidance))
 
     @property
     def measured(self) -> Reward:
@@ -89,14 +111,26 @@ class Setup(Shown):
         return tuple(filmstrips(decoder(evaluation.samples[:IN_REPORT, 0])) for evaluation in evaluations)
 
     @property
+    def given_start(self) -> bool:
+        """Whether the reward's deviation is that between samples of one start, which differ by noise alone: under
+        prompts or labels, if the chain has noise.
+        """
+        return self.chain.condition is not None and bool(self.chain.table.s.any())
+
+    @property
     def eta(self) -> float | None:
         """Noise of DDIM; None for other samplers."""
         return self.spec.chain.eta if self.sampler == "ddim" else None
 
     @property
     def guidance(self) -> float | None:
-        """Scale of classifier-free guidance; None for a model without one."""
+        """Scale of classifier-free guidance of the pretrained chain; None for a model without one."""
         return self.conditioning.guidance if self.chain.condition and self.pretrained.family.guided else None
+
+    @property
+    def student_guidance(self) -> float | None:
+        """Scale of classifier-free guidance of the trained chain; None for an unconditional model."""
+        return self.conditioning.student_guidance if self.guidance is not None else None
 
 
 @part("loading")
@@ -104,8 +138,8 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `load_pretrained`, `scheduler_for`, `table_for`, `add_lora`,
-            `conditioning`, `load_reward`, `Reward.check_slope`.
+        InvalidInputError: from any of the parts; see `open_chain`, `add_adapters`, `conditioning`,
+            `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
     with GlobalGenerators(spec.noise, PLAN, 0, device=device):
@@ -116,17 +150,21 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    if spec.flight is not None:
+    if spec.flight is not None and factory_of(network.model) is None:  # by headers of weights
         check_fit(spec, spec.flight, device)
-    opened = open_model(spec)
+    opened = open_chain(spec)
     pretrained = opened.pretrained
     original = None if network.reference is None else original_of(spec, pretrained)
-    if network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
+    weights = weights_of({"model": pretrained, "reference": original})
+    if network.adapted:
+        add_adapters(pretrained.denoiser.model, network, spec.noise.stream(ADAPTER), pretrained.family)
+        if isinstance(pretrained, OwnModel):
+            check_adapted(pretrained)
     conditions = opened.conditions(device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, network)
-    chain = _chain(spec, opened.table, pretrained, original, conditions, device)
+    frozen = _frozen(network, pretrained, original, conditions)
+    chain = _chain(spec, opened.table, pretrained, frozen(conditions.guidance), conditions, device)
     note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,14 +187,26 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         conditions,
         note,
         tried.estimator,
+        weights,
+        frozen,
     )
+
+
+def _frozen(
+    spec: NetworkSpec, pretrained: Pretrained, original: Pretrained | None, conditions: Conditioning
+) -> Callable[[float], nn.Module]:
+    """u_0 by the scale of its guidance; all of them share their weights."""
+    if original is None and spec.adapted:
+        return lambda guidance: WithoutAdapter(conditions.around(pretrained.denoiser, guidance))
+    network = frozen_copy(pretrained.denoiser) if original is None else original.denoiser.requires_grad_(False)
+    return lambda guidance: conditions.around(network, guidance).eval()
 
 
 def _chain(
     spec: SetupSpec,
     table: ChainTable,
     pretrained: Pretrained,
-    original: Pretrained | None,
+    reference: nn.Module,
     conditions: Conditioning,
     device: torch.device,
 ) -> Chain:
@@ -165,16 +215,9 @@ def _chain(
     Raises:
         InvalidInputError: no row is left to train.
     """
-    denoiser = conditions.around(pretrained.denoiser)
-    reference: nn.Module
-    if original is not None:
-        reference = conditions.around(original.denoiser).eval().requires_grad_(False)
-    elif spec.network.lora_rank is not None:
-        reference = WithoutAdapter(denoiser)
-    else:
-        reference = frozen_copy(denoiser)
+    denoiser = conditions.around(pretrained.denoiser, conditions.student_guidance)
     if spec.network.shard:
-        for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
+        for each in (denoiser, reference) if not spec.network.adapted else (denoiser,):
             shard(each, device)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if spec.chain.noiseless_rows_pretrained else ()
     chain = Chain(

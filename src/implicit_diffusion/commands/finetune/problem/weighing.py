@@ -33,8 +33,13 @@ def weighed(setup: Setup, plan: Plan) -> Setup:
         setup: from `build`, not trained yet.
         plan: of the run.
     """
-    setup = in_deviations(setup, [each.reward_std for each in plan.rewards])
+    setup = in_units(setup, plan)
     return replace(setup, clipping=_clipping(setup, setup.reward))
+
+
+def in_units(setup: Setup, plan: Plan) -> Setup:
+    """The setup with R as the plan measures it; arguments as in `weighed`."""
+    return in_deviations(setup, [each.reward_std for each in plan.rewards])
 
 
 def weighed_samples(setup: Setup, samples: Evaluation) -> Evaluation:
@@ -50,8 +55,7 @@ def deviations(setup: Setup, samples: Evaluation) -> list[float]:
     Raises:
         InvalidInputError: one of them does not vary over the samples.
     """
-    conditional = setup.chain.condition is not None
-    measured = [deviation(values, conditional=conditional) for values in samples.each_reward]
+    measured = [deviation(values, conditional=setup.given_start) for values in samples.each_reward]
     for name, values, std in zip(labels(setup.spec.reward), samples.each_reward, measured):
         if not std > 0:
             raise InvalidInputError(
@@ -73,8 +77,9 @@ def in_deviations(setup: Setup, measured: Sequence[float]) -> Setup:
 def _clipping(setup: Setup, reward: Reward) -> ClippingEffect | None:
     """The effect of switching `clip_sample` off; None where it was not on."""
     spec, chain, scheduler = setup.spec, setup.chain, setup.pretrained.scheduler
-    if not (spec.chain.no_clip and scheduler.config.get("clip_sample", False)):
+    if scheduler is None or not (spec.chain.no_clip and scheduler.config.get("clip_sample", False)):
         return None
+    assert setup.sampler is not None
     noisy, eta = bool(chain.table.s.any()), spec.chain.eta
     clipped, options = clipped_for(scheduler, setup.sampler, noisy=noisy, eta=eta)
     with GlobalGenerators(spec.noise, PLAN, 2, device=chain.device):

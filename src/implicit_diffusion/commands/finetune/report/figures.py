@@ -27,7 +27,8 @@ def draw(result: Result, directory: RunDirectory) -> list[Picture]:
 
     Returns:
         The pictures in the order of the report: samples, frontier, training, rewards, judges, course, hacking, cost,
-        staleness. There are no samples and no course where they are not images (C, H, W), no frontier without a finite
+        staleness. There are no samples where they are neither images (C, H, W) nor points of the plane, no course
+        where they are not images, no frontier without a finite
         path KL, no rewards where there is a single one, no judges and no course of the samples without a judge, and no
         staleness of a nested loop.
     """

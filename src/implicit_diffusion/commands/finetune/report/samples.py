@@ -18,7 +18,9 @@ Series = tuple[Appearance, str, str]  # numbers of a set of images, with their c
 
 
 def samples(result: Result) -> tuple[Any, str, str] | None:
-    """Pairs of images from the same noise, each with its reward."""
+    """Pairs of images from the same noise, each with its reward; or points of the plane before and after."""
+    if result.points is not None:
+        return _points(*result.points)
     if result.images is None:
         return None
     before, after = result.images
@@ -52,6 +54,20 @@ def samples(result: Result) -> tuple[Any, str, str] | None:
         f"Each pair starts from the same noise: the pretrained model on the left, the fine-tuned one on the right, its "
         f"reward below. These are the first {count} draws of held-out noise, not chosen ones; pixels are cut off at "
         f"[−1, 1].{shown}"
+    )
+    return figure, "The same noise, before and after", caption
+
+
+def _points(before: Tensor, after: Tensor) -> tuple[Any, str, str]:
+    figure = canvas(2.8)
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for panel, title, colour, x in zip(axes, ("before", "after"), (BEFORE, AFTER), (before, after)):
+        panel.scatter(*x.cpu().T, s=3, lw=0, color=colour)
+        panel.set(title=title, xlabel="$x_1$", aspect="equal")
+    axes[0].set_ylabel("$x_2$")
+    caption = (
+        f"{len(before)} draws from the same held-out noise: the pretrained model on the left, the fine-tuned one on "
+        "the right, with the same axes."
     )
     return figure, "The same noise, before and after", caption
 

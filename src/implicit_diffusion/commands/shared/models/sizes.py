@@ -11,6 +11,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.decoders import Decoder
 from implicit_diffusion.models.families import PipelineFamily
+from implicit_diffusion.models.own_models.opened import OwnModel
 from implicit_diffusion.models.pretrained import Pretrained, meta_inputs
 
 Size = tuple[int, int]  # height and width
@@ -40,6 +41,8 @@ def sized(pretrained: Pretrained, size: Size | None, frames: int | None) -> Pret
     """
     if frames is not None:
         raise InvalidInputError(f"--frames: {pretrained.source} makes images, not videos; leave it out")
+    if size is not None and isinstance(pretrained, OwnModel):
+        raise InvalidInputError(f"--size: {pretrained.source} says the shape of its samples itself; leave it out")
     factor = pretrained.decoder.factor if isinstance(pretrained.decoder, Decoder) else 1
     if size is None or tuple(side // factor for side in size) == pretrained.event_shape[1:]:
         return pretrained
