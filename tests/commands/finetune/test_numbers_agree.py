@@ -137,7 +137,7 @@ def guided(result):
     untrained, made = noisy(evaluation(-0.3, 2.0)), replace(result, config=replace(result.config, guidance=3.0))
     judgement = judge(made.before, made.after, made.after, result.beta, untrained)
     headline = headline_of(judgement, lr=1e-4, advise=True)
-    weighted = by_weights(made.before, made.after, result.beta, untrained)
+    weighted = by_weights(made.before, made.after, judgement, untrained)
     made = replace(made, config=replace(made.config, student_guidance=1.0))
     return replace(made, summary=replace(made.summary, headline=headline, by_weights=weighted))
 
