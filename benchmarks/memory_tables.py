@@ -196,7 +196,7 @@ def needs_of(pipeline: Pipeline, rank: int | None) -> Needs:
     training = Training(
         samples=BATCH,
         events=BATCH * (STEPS + 1),
-        adapt=None if rank is None else lambda network: add_lora(network, rank, Noise(0)),
+        adapt=None if rank is None else functools.partial(add_lora, rank=rank, noise=Noise(0)),
         checkpointing=True,
         half=True,
         kept=torch.float32 if rank is None else torch.bfloat16,

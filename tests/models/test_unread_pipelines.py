@@ -19,14 +19,6 @@ NAMES = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) fo
 STEPS, RANK = 2, 2
 
 
-def adapted(network):
-    add_lora(network, RANK, Noise(0))
-
-
-def of_layer(network):
-    add_lora(network, RANK, Noise(0), ["layer"])
-
-
 def saved(name, tmp_path, dtype=None):
     """A family's tiny pipeline, and the checkpoint that it is saved as; its network in `dtype`."""
     family = tiny_pipelines.FAMILIES[name](tmp_path / "made")
@@ -45,7 +37,7 @@ def test_needs_are_those_of_the_pipeline_with_its_weights(tmp_path, monkeypatch,
     monkeypatch.setattr("implicit_diffusion.models.parts._load", lambda *a: pytest.fail("weights were read"))
     options = {"prompts": family.prompts, "sampler": "own"} | family.call
     without = unread_pipeline(checkpoint).read(STEPS, **options)
-    training = Training(samples=6, events=10, adapt=adapted)
+    training = Training(samples=6, events=10, adapt=lambda network: add_lora(network, RANK, Noise(0)))
     needs = needs_of_pipeline(checkpoint, training, STEPS, **options)
 
     probed = read_pipeline(family.pipeline, STEPS, **options)
@@ -81,7 +73,12 @@ def test_what_cannot_be_read_without_numbers_is_said(flux):
     """A call that fails: weights are known, states and activations are not."""
     family, checkpoint = flux
     options = {"prompts": family.prompts} | family.call | {"max_sequence_length": 10_000}
-    needs = needs_of_pipeline(checkpoint, Training(samples=2, events=3, adapt=adapted), STEPS, **options)
+    needs = needs_of_pipeline(
+        checkpoint,
+        Training(samples=2, events=3, adapt=lambda network: add_lora(network, RANK, Noise(0))),
+        STEPS,
+        **options,
+    )
     assert needs.states is None and needs.activations is None and needs.training > needs.network > 0
     assert "states and activations are not known, and not counted: the pipeline cannot be read" in str(needs)
 
@@ -127,6 +124,9 @@ def test_what_is_asked_for_counts():
     parts = [Reads(), Reads().requires_grad_(False)]
     two = saved_per_sample(lambda n: [u(torch.zeros(n, 50, 8, requires_grad=True)) for u in parts])[0]
 
+    def adapt(network):
+        add_lora(network, RANK, Noise(0), ["layer"])
+
     def needs(**changes):
         network = Reads().to("meta")
 
@@ -136,9 +136,9 @@ def test_what_is_asked_for_counts():
         call = Call(network, called, (50, 8))
         return needs_of_network(network, call, Training(samples=6, events=10, **changes))
 
-    light, whole = needs(adapt=of_layer, kept=torch.bfloat16, half=True), needs(shares=2)
+    light, whole = needs(adapt=adapt, kept=torch.bfloat16, half=True), needs(shares=2)
     assert (light.network, light.trained) == (2 * numbers, 4 * 4 * adapters)
     assert (whole.network, whole.trained) == (2 * 4 * numbers // 2, 3 * 4 * numbers // 2)
     assert light.states == whole.states == 10 * x[0].nbytes
     assert whole.activations == 6 * two
-    assert needs(adapt=of_layer).activations == 2 * light.activations > 6 * two  # adapters keep more
+    assert needs(adapt=adapt).activations == 2 * light.activations > 6 * two  # adapters keep more

@@ -97,7 +97,7 @@ def test_the_adapters_layers_are_trained_and_the_prediction_knows_them(place):
     made = setup.build(spec)
     adapter = adapter_of(made.pretrained.denoiser)
     assert (adapter.rank, adapter.alpha) == (2, 3.0)
-    asked, own = (needs_of(s.network, s.flight, s.noise) for s in (spec, spec_of(place, lora_rank=2)))
+    asked, own = (needs_of(s, s.flight) for s in (spec, spec_of(place, lora_rank=2)))
     assert asked == own
 
 

@@ -29,14 +29,14 @@ from implicit_diffusion.showing import Shown
 MOMENTS = 2  # of Adam, per trained number
 
 
-@dataclass(frozen=True)
-class Training:
+@dataclass(frozen=True, repr=False)
+class Training(Shown):
     """What is trained, and how much there is at a time, in one process.
 
     Args:
         samples: that one call with gradient serves.
         events: states and adjoints of all trajectories in flight.
-        adapt: adds low-rank adapters to a network; None where all weights are trained.
+        adapt: adds adapters to a network and freezes all other weights, in place; None where all are trained.
         checkpointing: whether activations are computed again for the gradient.
         half: whether layers compute in half precision.
         kept: dtype of frozen weights; at most float32, and float32 where all are trained.
@@ -144,7 +144,7 @@ def needs_of_network(network: nn.Module, call: Call | None, training: Training) 
         training: see there.
 
     Raises:
-        InvalidInputError: from `adapt`; a network without gradient checkpointing.
+        InvalidInputError: targets that match no layer; a network without gradient checkpointing.
     """
     numbers = sum(p.numel() for p in network.parameters())
     network.requires_grad_(True)

@@ -51,9 +51,11 @@ def needs_of(spec: SetupSpec, flight: Flight) -> Needs:
     if not checkpoint.family.probed:
         return _of_known(checkpoint, spec.network, flight)
     chain, training = spec.chain, _training(spec.network, flight, checkpoint.family)
-    trained, held_out, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
-    prompts, num_steps = [*trained, *held_out] or None, chain.num_steps or STEPS
-    return needs_of_pipeline(checkpoint, training, num_steps, prompts=prompts, sampler=chain.sampler, **call)
+    trained, held_out, _, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
+    if spec.conditions.student_guidance is not None:
+        call["guidance_scale"] = spec.conditions.student_guidance  # of u_θ; u_0 needs as much or more
+    options = call | {"prompts": [*trained, *held_out] or None, "sampler": chain.sampler}
+    return needs_of_pipeline(checkpoint, training, chain.num_steps or STEPS, **options)
 
 
 def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Needs:
@@ -76,10 +78,14 @@ def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Need
 
 def _training(spec: NetworkSpec, flight: Flight, family: PipelineFamily, kept: torch.dtype = torch.float32) -> Training:
     """What is trained, and how much there is at a time; frozen weights are kept in the dtype `kept`."""
+
+    def adapt(network: nn.Module) -> None:
+        add_adapters(network, spec, Noise(0), family)  # without memory, there are no numbers to draw
+
     return Training(
         samples=flight.samples,
         events=flight.events,
-        adapt=(lambda network: add_adapters(network, spec, Noise(0), family)) if spec.adapted else None,
+        adapt=adapt if spec.adapted else None,
         checkpointing=spec.gradient_checkpointing,
         half=spec.precision != "float32",
         kept=kept,

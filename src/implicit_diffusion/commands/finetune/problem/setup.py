@@ -150,7 +150,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    if spec.flight is not None and factory_of(network.model) is None:  # whose weights no header describes
+    if spec.flight is not None and factory_of(network.model) is None:  # by headers of weights
         check_fit(spec, spec.flight, device)
     opened = open_chain(spec)
     pretrained = opened.pretrained

@@ -68,10 +68,7 @@ def read_model(
         InvalidInputError: options that the pipeline does not have; from `prompts_of`, `load_pipeline`, `read_pipeline`.
     """
     family = checkpoint.family
-    trained, held_out, call = asked_of(checkpoint, spec, size, frames)
-    asked = call.get("guidance_scale")
-    if spec.student_guidance is not None and not family.guided:
-        raise InvalidInputError(f"--student-guidance: a {family.pipelines[0]} has no guidance_scale; leave it out")
+    trained, held_out, asked, call = asked_of(checkpoint, spec, size, frames)
     prompts = [*trained, *held_out]
     pipeline = pipeline_of(checkpoint, spec.model, frozen=frozen)
     with printing_cuts():
@@ -103,16 +100,18 @@ def read_model(
 
 def asked_of(
     checkpoint: Checkpoint, spec: ConditioningSpec, size: Size | None, frames: int | None
-) -> tuple[list[Prompt], list[Prompt], dict[str, Any]]:
-    """The prompts that are trained on, those that are not, and arguments of the pipeline's call.
+) -> tuple[list[Prompt], list[Prompt], float | None, dict[str, Any]]:
+    """The prompts that are trained on, those that are not, the guidance, and arguments of the pipeline's call.
 
     Raises:
         InvalidInputError: options that the pipeline does not have; from `prompts_of`.
     """
     family = checkpoint.family
     trained, held_out = prompts_of(spec, family.condition)
-    guidance = trained_guidance(checkpoint) if spec.guidance is None else spec.guidance
-    call = call_of(family, size, frames, guidance)
+    asked = trained_guidance(checkpoint) if spec.guidance is None else spec.guidance
+    call = call_of(family, size, frames, asked)
+    if spec.student_guidance is not None and not family.guided:
+        raise InvalidInputError(f"--student-guidance: a {family.pipelines[0]} has no guidance_scale; leave it out")
     if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
         raise InvalidInputError(
             f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
@@ -120,7 +119,7 @@ def asked_of(
     prompts = [*trained, *held_out]
     if any(prompt.negative for prompt in prompts):
         call["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
-    return trained, held_out, call
+    return trained, held_out, asked, call
 
 
 def _noise(checkpoint: Checkpoint, eta: float | None) -> dict[str, float]:
