@@ -1,27 +1,31 @@
-"""Predict what fine-tuning large pipelines needs: `python benchmarks/memory_tables.py` prints the tables of the docs.
+"""Predict what fine-tuning large pipelines needs: `python benchmarks/memory_tables.py` prints the table of the docs.
 
 The networks, decoders and text encoders are built from their published configs, which are written out below, on the
-meta device: nothing is downloaded, and no weight is in memory. What is printed is predicted as `finetune` predicts it
-(`finetune.problem.needs`), and has not been measured. In bfloat16 activations are taken as half of those in float32,
-which is the least that they can be.
+meta device: nothing is downloaded, and no weight is in memory. What is printed, and kept in `benchmarks/results`, is
+predicted as `finetune` predicts it (`loops.unread.needs`), and has not been measured. Attention is taken to keep what
+fused kernels keep, and activations in bfloat16 are taken as half of those in float32, the least that they can be.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from common import save
 from torch import Tensor, nn
 
-from implicit_diffusion.commands.finetune.problem.needs import activation_bytes, weight_bytes
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import add_lora
 from implicit_diffusion.loops.memory import in_units
+from implicit_diffusion.loops.unread.needs import Call, Needs, Training, needs_of_network, weight_bytes
 from implicit_diffusion.noise import Noise
 
-RANK, MOMENTS, BATCH, STEPS = 16, 2, 1, 10
+RANK, BATCH, STEPS = 16, 1, 10
+SIDE = 128  # of latents
 PROMPTS = 10_000
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -182,53 +186,59 @@ class Called(nn.Module):
         return u
 
 
-def _called(u: nn.Module, n: int) -> Tensor:
-    result: Tensor = u(torch.zeros(n), torch.zeros(n))
-    return result
+def _called(u: nn.Module, n: int) -> object:
+    return u(torch.zeros(n), torch.zeros(n))
 
 
-def row(name: str, pipeline: Pipeline) -> str:
-    """One line of the table, of the nested loop with LoRA, in bfloat16 and with gradient checkpointing."""
+def needs_of(pipeline: Pipeline, rank: int | None) -> Needs:
+    """What the nested loop needs with adapters of that rank, or with all weights trained."""
+    shape = (pipeline.channels, SIDE, SIDE)
+    training = Training(
+        samples=BATCH,
+        events=BATCH * (STEPS + 1),
+        adapt=None if rank is None else functools.partial(add_lora, rank=rank, noise=Noise(0)),
+        checkpointing=True,
+        half=True,
+        kept=torch.float32 if rank is None else torch.bfloat16,
+    )
     with torch.device("meta"):
         network = pipeline.build()
-        frozen = weight_bytes(network, torch.bfloat16)
-        add_lora(network, RANK, Noise(0))
-        adapters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        checkpoint_activations(network)
-        u = Called(network, pipeline.inputs)
-        calls = (functools.partial(_called, part) for part in (u, WithoutAdapter(u)))
-        saved = activation_bytes(list(calls)) // 2
-        encoders = [weight_bytes(encoder) for encoder in pipeline.encoders()]
-        decoder = weight_bytes(autoencoder(pipeline.channels))
-    trained = (2 + MOMENTS) * 4 * adapters
-    states = 4 * pipeline.channels * 128**2 * (STEPS + 1) * BATCH
-    training = frozen + trained + decoder + states + saved * BATCH
-    before = 5 * 4 * (frozen // 2) + decoder + states
-    parts = [
-        2 * frozen,
-        frozen,
-        trained,
-        saved,
-        decoder,
-        max(encoders),
-        sum(encoders),
-        max(training, *encoders),
-        before,
-    ]
-    return f"| {name} | " + " | ".join(map(in_units, [*parts, 4 * pipeline.embedding * PROMPTS])) + " |"
+        needs = needs_of_network(network, Call(Called(network, pipeline.inputs), _called, shape), training)
+        encoders = {f"encoder {i + 1}": weight_bytes(encoder) for i, encoder in enumerate(pipeline.encoders())}
+        return dataclasses.replace(needs, decoder=weight_bytes(autoencoder(pipeline.channels)), encoders=encoders)
 
 
-COLUMNS = ("pipeline", "network, float32", "network, bf16", "adapters, Adam", "activations per sample", "decoder")
-COLUMNS += ("largest encoder", "all encoders", "device, LoRA", "all weights trained, without activations")
-COLUMNS += (f"{PROMPTS:,} prompts, on disk",)
+def row(pipeline: Pipeline) -> dict[str, int | None]:
+    """The numbers of a pipeline, in bytes."""
+    adapters, whole = needs_of(pipeline, RANK), needs_of(pipeline, None)
+    assert adapters.note is None and whole.note is None, (adapters.note, whole.note)
+    return {
+        "network, float32": whole.network // 2,  # which counts u_0 as well
+        "network, bf16": adapters.network,
+        "adapters, Adam": adapters.trained,
+        "activations per sample": adapters.activations,
+        "states": adapters.states,
+        "decoder": adapters.decoder,
+        "largest encoder": adapters.encoder,
+        "all encoders": sum(adapters.encoders.values()),
+        "device, LoRA": adapters.device,
+        "device, all weights": whole.device,
+        f"{PROMPTS:,} prompts, on disk": 4 * pipeline.embedding * PROMPTS,
+    }
 
 
 def main() -> None:
-    """Print the table."""
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|---" * len(COLUMNS) + "|")
+    """Print the table, and keep it."""
+    rows = {}
     for name, pipeline in PIPELINES.items():
-        print(row(name, pipeline), flush=True)
+        rows[name] = row(pipeline)
+        if len(rows) == 1:
+            print("| pipeline | " + " | ".join(rows[name]) + " |")
+            print("|---" * (1 + len(rows[name])) + "|")
+        print(f"| {name} | " + " | ".join(in_units(size or 0) for size in rows[name].values()) + " |", flush=True)
+    libraries = {library: version(library) for library in ("torch", "diffusers", "transformers", "peft")}
+    setting = {"rank": RANK, "batch": BATCH, "steps": STEPS, "pixels": 8 * SIDE, "checkpointing": True, "dtype": "bf16"}
+    print("wrote", save("memory_tables", {"predicted": True} | libraries | {"config": setting, "bytes": rows}))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 COMMAND_FLOORS = [
     {"__init__", "command_line", "rewards"},
     {"shared"},
-    {"compare", "ebm", "finetune", "hexagon", "pretrain", "recovery", "score", "tilt"},
+    {"compare", "ebm", "finetune", "hexagon", "pretrain", "recovery", "score", "theory", "tilt"},
     {"sample"},
     {"registry"},
     {"resuming"},

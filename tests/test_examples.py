@@ -115,6 +115,18 @@ def test_a_folder_is_written(run, tmp_path):
     assert images.shape == (1, 8, 8, 1)
 
 
+def test_guidance_is_learned_a_little(run):
+    (before, _), (after, _) = map(numbers, run("learn_guidance.py", "--pretraining", "100", "--updates", "3"))
+    assert before > 0 and after > 0
+
+
+@pytest.mark.slow
+def test_guidance_is_learned(run):
+    """The path KL falls towards 0, and from the same noise one call draws what two draw."""
+    (before, far), (after, near) = map(numbers, run("learn_guidance.py"))
+    assert after < 0.25 * before and near < 0.3 * far
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_examples_are_short_and_import_the_public_face(script):
     source = script.read_text(encoding="utf-8")

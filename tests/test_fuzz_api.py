@@ -332,6 +332,7 @@ PUBLIC = {
     "bound": Call(idf.evaluation.bound, BOUND),
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
+    "captured from another start": Call(captured, BEFORE | {"untrained": BEFORE["before"]}),
     "captured_by_weights": Call(
         idf.evaluation.captured_by_weights, {"before": repeated, "after": repeated, "beta": lambda: 0.5}
     ),
@@ -465,6 +466,7 @@ PUBLIC = {
             "rank": lambda: 2,
             "noise": lambda: NOISE,
             "targets": lambda: None,
+            "alpha": lambda: 2.0,
         },
     ),
     "WithoutAdapter": Call(idf.denoisers.WithoutAdapter, {"denoiser": Net}, denoise),
@@ -506,6 +508,10 @@ PUBLIC = {
             "card": lambda: "Mine.",
             "original": lambda: None,
         },
+    ),
+    "cut_prompts": Call(
+        idf.models.cut_prompts,
+        {"pipeline": dict, "prompts": lambda: ["a"], "max_sequence_length": lambda: None},
     ),
     "embed_prompts": Call(
         idf.models.embed_prompts,
@@ -586,8 +592,8 @@ NAMES = {name for space in NAMESPACES for name in space.__all__ if not isinstanc
 RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
-    "ProbedPipeline",
-    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw"),
+    *("CutPrompt", "ProbedPipeline"),
+    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw", "Untrained"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
@@ -630,7 +636,17 @@ OF_RUNS = {  # with wrong arguments in the tests of runs, models and evaluation
     *("Watch", "distance", "effect_of_clipping", "evaluate_pretrained", "fit", "gain_of_j", "graceful", "judge"),
     *("judge_rewards",),
     *("load_energy_model", "load_reward", "load_state", "make_plan", "most_kl", "Scorer"),
-    *("pipeline_for", "progress", "save_adapter", "shard", "save_state", "sharpest", "tracked"),
+    *(
+        "pipeline_for",
+        "progress",
+        "load_adapter",
+        "save_adapter",
+        "save_comfyui_adapter",
+        "shard",
+        "save_state",
+        "sharpest",
+        "tracked",
+    ),
 }
 
 

@@ -203,6 +203,7 @@ EXAMPLES = {
         idf.denoisers.GaussianDenoiser.ornstein_uhlenbeck(torch.zeros(2), 0.5), table(20), (2,)
     ),
     "ProbedPipeline": lambda: idf.read_pipeline(digits().pipeline, 2, sampler="ddpm"),
+    "CutPrompt": lambda: idf.models.CutPrompt(3, "tokenizer_2", 300, 255, "in the style of nobody"),
     "ChainTable": lambda: table(20),
     "Chain": lambda: idf.Chain(Denoiser(), table(20), (2,), pretrained_rows=range(9)),
     "Evaluation": evaluation,
@@ -248,6 +249,7 @@ EXAMPLES = {
     "PlanRow": lambda: idf.make_plan(evaluation()).rows()[0],
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
+    "Untrained": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5, evaluation()).untrained,
     "RewardPlan": lambda: RewardPlan(1 / 3, 0.01, 2 / 3, (0.1, 0.2), (0.01, 0.02)),
     "RewardJudgement": lambda: idf.evaluation.judge_rewards(*[evaluation()] * 3, 0.5)[0],
     "ClippingEffect": lambda: ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),
@@ -316,6 +318,7 @@ SAID = {
     "Pretrained": "event_shape=(1, 8, 8)",
     "DiffusionModel": "GaussianDenoiser of 2 parameters, schedule='test table'",
     "ProbedPipeline": "DDPM, 2 steps",
+    "CutPrompt": "tokenizer_2, 255 of 300 tokens, cut='in the style of nobody'",
     "Chain": "pretrained_rows=(0, 1, 2, 3, … 9 in all)",
     "Queue": "batch=3, updates=0, iterations=1, batches in flight=1",
     "Single": "100 particles (2,) float32, weighted, updates=1, iterations=1",

@@ -387,6 +387,7 @@ def test_a_reward_with_a_state_of_its_own_is_said(half, capsys):
         "hexagon",
         "recovery",
         "compare",
+        "theory",
         "resume",
     ],
 )
@@ -455,6 +456,7 @@ CONFIGS = {
     "recovery": ("recovery", {}),
     "hexagon": ("hexagon", {}),
     "methods": ("compare", {}),
+    "theory": ("theory", {}),
 }
 
 

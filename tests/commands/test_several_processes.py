@@ -28,6 +28,7 @@ COMMANDS = {
         *("--held-out", "8", "--widest", "3", "--seeds", "1"),
     ],
     "recovery": ["recovery", "--steps", "500", "--particles", "6", "--seeds", "1"],
+    "theory": ["theory", "--parts", "rates", "lag", "--steps", "100", "--copies", "2", "--particles", "8"],
 }
 DIFFERENT = ("seconds", "out", "predicted_memory_bytes")  # by run, or by the number of processes
 REWARD = """

@@ -7,13 +7,12 @@ import torch
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
-from implicit_diffusion.denoisers.lora import WithoutAdapter, adapter_of, add_lora, checkpoint_activations, merged
+from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations, merged
+from implicit_diffusion.denoisers.low_rank import adapter_of
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops import Queue, Update
 from implicit_diffusion.loops.memory import predict_memory
-from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
-from implicit_diffusion.models.checkpoints import DIGITS
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
@@ -161,66 +160,3 @@ def unable():
     from diffusers import ModelMixin
 
     return type("Unable", (ModelMixin,), {"config_name": "config.json"})()
-
-
-@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_3"])
-def test_plain_diffusers_loads_the_adapter(kind, tmp_path):
-    from diffusers import DiffusionPipeline
-
-    folder = getattr(tiny, kind)(tmp_path)
-    pretrained = load_pretrained(folder)
-    family, network = pretrained.family, pretrained.denoiser.model
-    add_lora(network, 3, Noise(0))
-    g = torch.Generator().manual_seed(5)
-    for p in network.parameters():
-        if p.requires_grad:
-            p.data += 0.1 * torch.randn(p.shape, generator=g)
-    saved = save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.load_lora_weights(saved)
-    theirs = DiffusersDenoiser(getattr(pipeline, family.part)).eval()
-    x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([3.0, 500.0])
-    width = {"encoder_hidden_states": (2, 5, 16), "pooled_projections": (2, 32)}
-    width["encoder_hidden_states"] = (2, 5, 32 if kind.endswith("3") else 16)
-    given = {name: torch.randn(width[name], generator=g) for name in family.embeddings}
-    with torch.no_grad():
-        expected = pretrained.denoiser(x, t, **given)
-        torch.testing.assert_close(theirs(x, t, **given), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(merged(pretrained.denoiser)(x, t, **given), expected, rtol=1e-4, atol=1e-5)
-        assert (expected - load_pretrained(folder).denoiser(x, t, **given)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", ["digits", "class_conditional", "dit"])
-def test_peft_adds_the_adapter_where_diffusers_does_not(kind, tmp_path):
-    """The original network with the saved adapter is the merged one, to rounding; merged by peft, to the last bit."""
-    import peft
-    from diffusers import DiffusionPipeline
-
-    folder = DIGITS if kind == "digits" else getattr(tiny, kind)(tmp_path / "model")
-    pretrained = load_pretrained("digits" if kind == "digits" else folder)
-    family, network = pretrained.family, pretrained.denoiser.model
-    add_lora(network, 3, Noise(0))
-    g = torch.Generator().manual_seed(5)
-    for p in network.parameters():
-        if p.requires_grad:
-            p.data += 0.1 * torch.randn(p.shape, generator=g)
-    saved = save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
-    assert {file.name for file in saved.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    added = eval(adapter_usage(family).replace('"lora"', repr(str(saved))), {"peft": peft, "pipeline": pipeline})
-    x, t = torch.randn(2, *pretrained.event_shape, generator=g), torch.tensor([3.0, 500.0])
-    given = {} if pretrained.condition is None else {"class_labels": torch.tensor([1, 2])}
-    with torch.no_grad():
-        expected = merged(pretrained.denoiser)(x, t, **given)
-        found = DiffusersDenoiser(getattr(pipeline, family.part)).eval()(x, t, **given)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        plain = DiffusersDenoiser(added.merge_and_unload()).eval()(x, t, **given)
-        torch.testing.assert_close(plain, expected, rtol=1e-6, atol=1e-6)
-        assert (expected - load_pretrained(pretrained.source).denoiser(x, t, **given)).abs().max() > 1e-3
-
-
-def test_without_an_adapter_there_is_none_to_save(tmp_path):
-    pretrained = load_pretrained(tiny.class_conditional(tmp_path / "model"))
-    with pytest.raises(InvalidInputError, match="has no adapter; call add_lora on its network"):
-        save_adapter(tmp_path / "lora", pretrained.denoiser, pretrained)
-    assert not (tmp_path / "lora").exists()

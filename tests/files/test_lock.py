@@ -46,6 +46,7 @@ COMMANDS = {
     "ebm --compare": ["--data", "moons"],
     "hexagon": [],
     "recovery": [],
+    "theory": [],
     "pretrain": [],
     "tilt": ["--model", "nowhere"],
     "resume": None,

@@ -66,10 +66,11 @@ WORDS = ["cpu", "meta", "cuda:7", "digits", "moons"]
 COSTLY = {"compile", "compare", "long_chains"}  # these take minutes, and have tests of their own
 LENGTHS = {"steps", "updates", "num_steps", "seeds", "judge_steps", "accumulate", "leapfrogs", "chains", "sample_steps"}
 LENGTHS |= {"batches", "points", "held_out", "widest"}
-SIZES = {"starts", "samples", "particles", "batch", "num", "width", "channels"}
+SIZES = {"starts", "samples", "particles", "batch", "num", "width", "channels", "copies"}
 LONG = {
     "hexagon",
     "recovery",
+    "theory",
 }  # their shortest runs take seconds: an option is set to what is refused, or makes it shorter
 
 BASES = {
@@ -86,6 +87,7 @@ BASES = {
     "recovery": "--steps 500 --particles 16 --seeds 1 --out out",
     "compare": "--problems gaussian --methods adjoint --num-steps 2 --depth 2 --batch 4 --batches 0 --updates 1 "
     "--points 1 --held-out 8 --widest 3 --seeds 1 --out out",
+    "theory": "--parts rates --steps 100 --copies 2 --particles 8 --out out",
     "resume": "run",
     "report": "run",
 }

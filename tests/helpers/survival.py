@@ -112,6 +112,7 @@ LINES = {
     "tilt": "tilt --model energy --reward mine.py:reward --kl-weights 1 --steps 3 --particles 16 --seeds 2",
     "hexagon": "hexagon --steps 10 --particles 16 --seeds 1 --grid 1",
     "recovery": "recovery --steps 500 --particles 16 --seeds 1",
+    "theory": "theory --parts rates --steps 100 --copies 2 --particles 8",
     "methods": "compare --problems gaussian --methods adjoint score --num-steps 2 --depth 2 --batch 4 --batches 2 "
     "--updates 2 --points 1 --held-out 8 --widest 3 --seeds 1",
 }  # one tiny run of every command that trains

@@ -86,12 +86,14 @@ def digits_result(shift=0.93, waste=0.15, **config):
         predicted_memory_bytes=10**7,
         estimator="adjoint",
     )
-    model = ModelSummary(
-        None, None, [1, 8, 8], None, None, None, None, "DDPM", pipeline_is_the_chain=True, factory=None
-    )
+    known = [1, 8, 8], None, None, None, None, None, "DDPM"
+    model = ModelSummary(None, None, *known, pipeline_is_the_chain=True, factory=None)
     plan = make_plan(evaluation(starts=256, repeats=16, seed=3))
     looks = quality(), quality(mmd=0.013, judge_confidence=0.935), quality(mmd=0.0135)
-    weighted, memory = by_weights(before, after, BETA), MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
+    weighted, memory = (
+        by_weights(before, after, judgement),
+        MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
+    )
     summary = Summary(headline, weighted, training, model, memory, plan.rows(), *looks)
     options = {
         "kl_weight": BETA,

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.conditions import Drawn, Embedded
 from implicit_diffusion.denoisers.lora import checkpoint_activations
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.gradients import FullBackprop, pull_back
@@ -139,6 +140,26 @@ def test_parameters_gradients_and_moments(optimizer, moments):
     memory = predict_memory(loop)
     assert memory.resident == 3 * theta + counter  # θ, u_0 and the average
     assert memory.parameters == (4 + moments) * theta + counter
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x, t, words):
+        return self.w * x + words
+
+
+def test_a_table_that_stays_on_the_device_counts_once(monkeypatch):
+    denoiser = Embedded(Shifted(), {"words": torch.zeros(5, DIM)})
+    chain = Chain(denoiser, table(N), (DIM,), condition=Drawn("prompt", torch.arange(5)))
+    loop = Nested(chain, Reward(lambda x: x.sum(1)) + PathKL(), torch.optim.SGD(denoiser.parameters()), batch=BATCH,
+                  noise=Noise(0))  # fmt: skip
+    with_it = predict_memory(loop)
+    monkeypatch.setattr("implicit_diffusion.denoisers.embedding_table.IN_MEMORY", 0)
+    without = predict_memory(loop)
+    assert with_it.parameters - without.parameters == with_it.resident - without.resident == 5 * DIM * 4
 
 
 def test_prediction_leaves_no_trace():

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn
+from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
+from implicit_diffusion.denoisers.embedding_table import EmbeddingTable
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.gradients import AdjointMatching, ScoreFunction, loss_scaling
 from implicit_diffusion.loops import Nested, Queue, Update
+from implicit_diffusion.models.pipelines.arguments import Constant, PerSample, State, Time
+from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan, PlannedCall
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.runs import RunDirectory, console, state
@@ -38,17 +41,26 @@ class Convolution(nn.Module):
         super().__init__()
         self.layer, self.labels = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(3, 1)
 
-    def forward(self, x, timestep, class_labels=None, return_dict=True):
+    def forward(self, x, timestep, class_labels=None, words=None, return_dict=True):
         y = self.layer(x) + timestep[:, None, None, None]
+        y = y if words is None else y + words[:, :1, None, None]
         return (y if class_labels is None else y + self.labels(class_labels)[..., None, None],)
 
 
-def build(kind, *, estimator=None, network=None, precision=None, guided=False, pretrained=(N - 1,), **options):
+def build(
+    kind, *, estimator=None, network=None, precision=None, guided=False, negatives=None, pretrained=(N - 1,), **options
+):
     denoiser = inner = DiffusersDenoiser(network or Convolution()).to(DEVICE)
     condition = None
     if guided:
         denoiser = ClassifierFree(denoiser, 3.0, {"class_labels": 0})
         condition = Drawn("class_labels", torch.arange(3))
+    if negatives is not None:  # embeddings of prompts and of the negative prompt of each, on the host
+        embeddings = {"words": torch.zeros(4, 5)}
+        if negatives == "shared":
+            embeddings = EmbeddingTable(embeddings, torch.tensor([0, 1, 0, 3]))
+        denoiser = ClassifierFree(Embedded(denoiser, embeddings), 3.0, {"prompt": torch.tensor([3, 2, 3])})
+        condition = Drawn("prompt", torch.arange(3))
     inner.precision = precision
     chain = Chain(denoiser, table(N), (1, 8, 8), pretrained_rows=pretrained, condition=condition)
     adam = torch.optim.Adam(denoiser.parameters())
@@ -64,6 +76,8 @@ CASES = {
     "a U-Net of diffusers": {"kind": Nested, "network": tiny.unet(**tiny.PLAIN)},
     "rows that keep u_0 amid others": {"kind": Queue, "pretrained": (1,)},
     "guidance": {"kind": Queue, "guided": True},
+    "a table of prompts": {"kind": Nested, "negatives": "own"},
+    "a table whose prompts share rows": {"kind": Queue, "negatives": "shared"},
     "an average of the weights": {"kind": Queue, "ema_decay": 0.9},
     "accumulation": {"kind": Nested, "accumulate": 2},
     "the score function": {"kind": Queue, "estimator": ScoreFunction()},
@@ -126,3 +140,25 @@ def test_the_test_sees_waits(waiting, what):
     with Waits() as waits, contextlib.suppress(NotImplementedError):  # there are no numbers to copy
         waiting(torch.empty(3, device=DEVICE))
     assert [seen for seen, _ in waits.seen] == [what]
+
+
+def test_a_pipeline_that_was_read_waits_for_nothing():
+    """Its embeddings, masks and numbers are constants of the plan, read on the host."""
+
+    class Network(nn.Module):
+        def forward(self, sample, timestep, words, extra, return_dict=True):
+            return (sample + words[:, :1, None, None] + timestep[:, None, None, None] + extra["scale"],)
+
+    roles = {
+        "sample": State(1, (1, 8, 8), False),
+        "timestep": Time(1, (), None),
+        "words": PerSample(1, (torch.zeros(4, 5),)),
+        "extra": {"scale": Constant(torch.ones(()))},
+    }
+    denoiser = PipelineDenoiser(Network(), Plan((PlannedCall(roles, (1.0,)),), 4))
+    x, t, which = (torch.empty(shape, device=DEVICE) for shape in ((2, 1, 8, 8), (2,), (2,)))
+    with Waits() as waits:
+        denoiser(x, t, prompt=which.long())
+        waits.seen.clear()
+        denoiser(x, t, prompt=which.long())
+    assert not waits.seen

@@ -176,5 +176,8 @@ def test_ten_thousand_prompts_take_64_megabytes(folder):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr[-2000:]
         used, size = map(int, result.stdout.split())
+        print(
+            f"{used / 1e6:.1f} MB of private memory for a table of {size / 1e6:.1f} MB, in memory up to {limit} bytes"
+        )
         assert size > 340 * 10**6
         assert used < 64 * 10**6 if limit != "inf" else used > size, (limit, used)

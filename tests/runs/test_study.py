@@ -13,6 +13,7 @@ from implicit_diffusion.commands.hexagon import command as hexagon
 from implicit_diffusion.commands.hexagon import figures as hexagon_figures
 from implicit_diffusion.commands.recovery import command as recovery
 from implicit_diffusion.commands.recovery import config as recovery_config
+from implicit_diffusion.commands.theory import runs as theory_runs
 from implicit_diffusion.commands.tilt import command as tilt
 from implicit_diffusion.commands.tilt import training as tilt_training
 from implicit_diffusion.errors import InvalidInputError
@@ -82,6 +83,12 @@ STUDIES = {
         ],
         8,
     ),
+    "theory": (
+        theory_runs,
+        "settled",
+        ["--parts", "floors", "rates", "--steps", "100", "--copies", "3", "--particles", "8"],
+        4,
+    ),
 }
 
 
@@ -94,6 +101,8 @@ def test_a_study_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch, c
     monkeypatch.setattr(recovery, "TAIL", 4)
     monkeypatch.setattr(recovery_config, "TAIL", 4)
     monkeypatch.setattr(hexagon_figures, "draw", sketch)
+    monkeypatch.setattr(theory_runs, "STEP_SIZES", (0.1, 0.4))
+    monkeypatch.setattr(theory_runs, "RATIOS", (0.1, 0.5))
     monkeypatch.setattr(compare, "draw", lambda summary, path: None)  # it has a panel against seconds
     monkeypatch.setattr(hexagon, "HexagonQuadrature", partial(hexagon.HexagonQuadrature, cells=80))
     bent().save(tmp_path / "model")

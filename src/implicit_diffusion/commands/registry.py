@@ -95,6 +95,7 @@ COMMANDS: Mapping[str, Command] = {
         _trains("hexagon", "summary.json"),
         _trains("recovery", "summary.json"),
         _trains("compare", "report.html"),
+        _trains("theory", "summary.json"),
     )
 }
 

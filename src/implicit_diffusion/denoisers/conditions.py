@@ -26,6 +26,7 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown, ShownModule, brief
 
 ROW = 2**32 - 1  # key of the draws, in place of a row number, which is always smaller
+NULL = "null_"  # begins the names of the buffers of `ClassifierFree`
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +78,7 @@ class Embedded(ShownModule):
 
     Args:
         denoiser: called with x, t and, for every column, one row per sample.
-        table: columns by name, with shape (m, ...), on any device: the rows of a batch are moved to that of x.
+        table: columns by name, with shape (m, ...), on any device: it, or the rows of a batch, are copied to that of x.
         name: of the argument that holds the number of the row.
 
     Raises:
@@ -133,10 +134,16 @@ class ClassifierFree(ShownModule):
                 f"guidance needs a finite scale, and in null the number that means no condition, e.g. "
                 f"{{'class_labels': 10}}, got {shown(scale)} and {shown(null)}"
             )
-        self.denoiser, self.scale, self.null = denoiser, scale, dict(null)
+        self.denoiser, self.scale, self._names = denoiser, scale, tuple(null)
+        self._one = {name: number for name, number in null.items() if isinstance(number, int)}
+        place = next((p.device for p in denoiser.parameters()), None)
+        for name, numbers in null.items():
+            if isinstance(numbers, Tensor):
+                self.register_buffer(NULL + name, numbers.to(place), persistent=False)
 
     def _words(self) -> Iterable[str]:
-        return brief(self.denoiser), f"scale={self.scale:g}", f"null={brief(self.null)}"
+        null = {name: self._one[name] if name in self._one else self._buffers[NULL + name] for name in self._names}
+        return brief(self.denoiser), f"scale={self.scale:g}", f"null={brief(null)}"
 
     def forward(
         self, x: Float[Tensor, "batch *event"], t: Shaped[Tensor, " batch"], **condition: Tensor
@@ -146,21 +153,25 @@ class ClassifierFree(ShownModule):
         Raises:
             InvalidInputError: the condition lacks a name of `null`, so that both networks would be the same.
         """
-        if not self.null.keys() <= condition.keys():
+        if not {*self._names} <= condition.keys():
             raise InvalidInputError(
-                f"null holds {', '.join(self.null)}, but the condition {', '.join(condition) or 'nothing'}; guidance "
+                f"null holds {', '.join(self._names)}, but the condition {', '.join(condition) or 'nothing'}; guidance "
                 "needs names of the condition"
             )
         if self.scale == 1:
             return self.denoiser(x, t, **condition)
-        null = {k: self._null(k, v) if k in self.null else v for k, v in condition.items()}
+        null = {k: self._null(k, v) if k in self._names else v for k, v in condition.items()}
         both = {k: torch.cat([null[k], v]) for k, v in condition.items()}
         without, given = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
         return without + self.scale * (given - without)
 
     def _null(self, name: str, value: Tensor) -> Tensor:
-        null = self.null[name]
-        return torch.full_like(value, null) if isinstance(null, int) else null.to(value.device)[value].to(value.dtype)
+        if name in self._one:
+            return torch.full_like(value, self._one[name])
+        numbers = self.get_buffer(NULL + name)
+        if numbers.device != value.device:  # a network that is shared out comes to its device without what is around it
+            numbers = self._buffers[NULL + name] = numbers.to(value.device)
+        return numbers[value].to(value.dtype)
 
 
 def _numbers(value: Any) -> bool:

@@ -1,11 +1,12 @@
-"""Embeddings of prompts, one row each, which stay on the host and travel to the device with the batch that needs them.
+"""Embeddings of prompts, one row each: beside the network where they are few, otherwise in a file on the host.
 
     prompts                a cat   red dog   a cat   ∅
     row of each                0         1       0   2
-    columns, rows                0 .. 2     in memory, or mapped from a file
+    columns, rows                0 .. 2     in memory and on the device, or mapped from a file
 
-A prompt that occurs several times has one row. A table that is too large for memory is a temporary file: the system
-keeps of it what fits, and reads a batch's rows when they are asked for.
+A prompt that occurs several times has one row. A table of up to `IN_MEMORY` bytes is copied to the device that first
+asks for rows, and stays there, so that no call waits for a transfer. A larger one is a temporary file: the system keeps
+of it what fits, reads a batch's rows when they are asked for, and they travel to the device with every call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError, check_tensor, check_type
 from implicit_diffusion.showing import Shown, brief
 
-IN_MEMORY = 2**28  # bytes; a larger table is a file
+IN_MEMORY = 2**28  # bytes; a larger table is a file, and is not kept on a device
 
 
 class EmbeddingTable(Mapping[str, Tensor], Shown):
@@ -50,6 +51,7 @@ class EmbeddingTable(Mapping[str, Tensor], Shown):
             if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= length):
                 raise InvalidInputError(f"rows must lie in 0..{length - 1}, those of the columns")
         self.columns, self.rows = dict(columns), rows
+        self._copies: dict[torch.device, tuple[dict[str, Tensor], Tensor | None]] = {}
 
     def _words(self) -> Iterable[str]:
         yield brief(self.columns)
@@ -71,9 +73,25 @@ class EmbeddingTable(Mapping[str, Tensor], Shown):
 
     def of(self, which: Int[Tensor, " batch"], like: Shaped[Tensor, "..."]) -> dict[str, Float[Tensor, "batch ..."]]:
         """The embeddings of prompts by their numbers, on the device and in the dtype of `like`."""
-        here = next(iter(self.columns.values())).device
-        rows = which.to(here) if self.rows is None else self.rows.to(here)[which.to(here)]
-        return {name: column[rows].to(like.device, like.dtype) for name, column in self.columns.items()}
+        columns, rows = self._at(like.device)
+        which = which.to(next(iter(columns.values())).device)
+        which = which if rows is None else rows[which]
+        return {name: column[which].to(like.device, like.dtype) for name, column in columns.items()}
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay on the device of the network."""
+        total = sum(column.nbytes for column in self.columns.values())
+        return total if total <= IN_MEMORY else 0
+
+    def _at(self, device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Columns and rows: copies on `device`, which stay there, where the table is small."""
+        if not self.kept:
+            return self.columns, self.rows
+        if device not in self._copies:
+            columns = {name: column.to(device) for name, column in self.columns.items()}
+            self._copies[device] = columns, None if self.rows is None else self.rows.to(device)
+        return self._copies[device]
 
 
 class EmbeddingWriter:

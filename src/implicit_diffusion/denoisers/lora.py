@@ -1,8 +1,8 @@
 r"""Low-rank adapters: few trained numbers, and u_0 without a second copy of the weights.
 
-A linear (or convolutional) layer W of the network becomes W + B A, where only A: in → r and B: r → out are trained
-(Hu et al., *LoRA*, arXiv 2106.09685). B starts at zero, so u_θ starts as u_0; and since W does not change, u_0 is the
-same module with its adapters switched off (`WithoutAdapter`).
+A linear (or convolutional) layer W of the network becomes W + (α/r) B A, where only A: in → r and B: r → out are
+trained (Hu et al., *LoRA*, arXiv 2106.09685). B starts at zero, so u_θ starts as u_0; and since W does not change, u_0
+is the same module with its adapters switched off (`WithoutAdapter`). There is no dropout: u_θ is a function.
 
 With gradient checkpointing the network is recomputed in the backward pass, when the adapters may be on although they
 were off in the forward pass, or the reverse. So every checkpoint stores whether they were on.
@@ -22,17 +22,20 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_diffusion.denoisers.adapter import unwrapped
 from implicit_diffusion.denoisers.half_weights import reads_in_single, single_copy
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_type, shown
 from implicit_diffusion.extras import require
 from implicit_diffusion.frozen import copied
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.rounding import at_least_single
 from implicit_diffusion.showing import ShownModule, brief
 
+ADAPTABLE = (nn.Linear, nn.Conv2d)
 ATTENTION, RESIDUAL = ("to_q", "to_k", "to_v", "to_out.0"), ("conv1", "conv2")
 
 
-def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str] | None = None) -> None:
+def add_lora(
+    network: nn.Module, rank: int, noise: Noise, targets: Sequence[str] | None = None, *, alpha: float | None = None
+) -> None:
     """Add adapters to layers of `network`, in place, and freeze all other weights.
 
     Args:
@@ -41,9 +44,11 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
         noise: for the initial A.
         targets: ends of the layers' names; by default those of the projections of attention or, in a network without
             attention, of the convolutions in residual blocks.
+        alpha: α, by default r, so that the factor α/r is one. Under Adam it multiplies the step of B A.
 
     Raises:
-        InvalidInputError: a rank below one; targets that match no layer that can be adapted.
+        InvalidInputError: a rank below one; an alpha that is not positive and finite; targets that match no layer that
+            can be adapted.
         MissingExtraError: peft is not installed.
     """
     require("peft")
@@ -52,13 +57,14 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
     check_type("network", network, nn.Module, "use the model of a denoiser")
     check_type("noise", noise, Noise, "use Noise(0), for example")
     rank = check_integer("rank", rank)
+    alpha = rank if alpha is None else check_number("alpha", alpha, 0)
     if targets is not None and (
         not isinstance(targets, Sequence)
         or isinstance(targets, str)
         or not all(isinstance(end, str) for end in targets)
     ):
         raise InvalidInputError(f"targets must be a list of ends of layers' names, got {shown(targets)}")
-    layers = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    layers = {name: part for name, part in network.named_modules() if isinstance(part, ADAPTABLE)}
     if targets is None:
         attends = any(name.endswith(ATTENTION[0]) for name in layers)
         targets = ATTENTION if attends else RESIDUAL
@@ -71,7 +77,7 @@ def add_lora(network: nn.Module, rank: int, noise: Noise, targets: Sequence[str]
         )
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator; it is drawn again below
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         peft.inject_adapter_in_model(config, network)
     for key, (name, parameter) in enumerate(network.named_parameters()):
         if parameter.requires_grad:
@@ -111,14 +117,14 @@ class WithoutAdapter(ShownModule):
             return self.denoiser(x, t, **condition)
 
 
-def _layers(module: nn.Module) -> list[Any]:
+def layers_with_adapters(module: nn.Module) -> list[Any]:
     """The layers with adapters, by their attributes, without importing peft."""
     return [part for part in module.modules() if hasattr(part, "lora_A") and hasattr(part, "enable_adapters")]
 
 
 @contextmanager
 def _switched(module: nn.Module, *, on: bool) -> Iterator[None]:
-    layers = _layers(module)
+    layers = layers_with_adapters(module)
     before = [not layer.disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -145,7 +151,7 @@ def checkpoint_activations(network: Any) -> None:
         )
 
     def recomputed(block: nn.Module, *arguments: Any) -> Any:
-        layers = _layers(block)
+        layers = layers_with_adapters(block)
         on = not layers or not layers[0].disable_adapters
 
         def run(*given: Any) -> Any:
@@ -163,18 +169,6 @@ def checkpoint_activations(network: Any) -> None:
         raise InvalidInputError(f"network: it has no gradient checkpointing: {error}") from error
 
 
-def adapter_of(denoiser: nn.Module) -> dict[str, Tensor] | None:
-    """The weights of the adapter, under peft's names; None if there is no adapter."""
-    network: Any = getattr(unwrapped(denoiser), "model", denoiser)
-    if not _layers(network):
-        return None
-    require("peft")
-    import peft
-
-    weights: dict[str, Tensor] = peft.get_peft_model_state_dict(network)
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
 def merged(denoiser: nn.Module) -> nn.Module:
     """A copy of the `DiffusersDenoiser` inside, with its adapters added to the weights and removed.
 
@@ -184,11 +178,11 @@ def merged(denoiser: nn.Module) -> nn.Module:
     check_type("denoiser", denoiser, nn.Module, "use a DiffusersDenoiser")
     inner: Any = unwrapped(denoiser)
     result: Any = single_copy(inner) if reads_in_single(inner) else copied(inner)
-    if _layers(result):
+    if layers_with_adapters(result):
         require("diffusers")
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-        for layer in _layers(result):
+        for layer in layers_with_adapters(result):
             layer.merge()
         recurse_remove_peft_layers(result.model)
         result.model.__dict__.pop("peft_config", None)

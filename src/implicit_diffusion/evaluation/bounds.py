@@ -158,12 +158,13 @@ def on_its_noise(evaluation: Evaluation, beta: float) -> Bound:
     return replace(bound(evaluation, beta), j=j, j_se=j_se, path_kl=kl, path_kl_se=kl_se)
 
 
-def most_kl(pretrained: Evaluation, beta: float) -> float:
+def most_kl(pretrained: Evaluation, beta: float, above: float = 0.0) -> float:
     """The path KL beyond which no control has a J as low as the pretrained chain's, from samples of the latter.
 
-    A control with J ≤ J_before has β·KL ≤ E R − E_{u_0} R, and every control has E R − β'·KL ≤ −J*(β'). So for β' < β
+    A control with J ≤ J_before + c, where c = `above`, has β·KL ≤ E R − E_{u_0} R + c, and every control has
+    E R − β'·KL ≤ −J*(β'). So for β' < β
 
-        KL ≤ (J_before − J*(β')) / (β − β').
+        KL ≤ (J_before + c − J*(β')) / (β − β').
 
     The result is the smallest of these limits over several β' and both kinds of bound, where they can be trusted, each
     with two standard errors added. For a Gaussian reward that does not depend on x_0 the smallest is at β' = β/2: four
@@ -172,11 +173,16 @@ def most_kl(pretrained: Evaluation, beta: float) -> float:
     Args:
         pretrained: of the pretrained chain, with at least 2 repeats per start.
         beta: KL weight > 0.
+        above: how much J may be above that of the pretrained chain, such as by what guidance costs.
 
     Returns:
         The path KL in nats; infinite where no bound can be trusted.
     """
-    beta, before, limit = check_number("beta", beta, 0), -mean_and_error(pretrained.reward)[0], math.inf
+    beta, before, limit = (
+        check_number("beta", beta, 0),
+        check_number("above", above) - mean_and_error(pretrained.reward)[0],
+        math.inf,
+    )
     for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         for best in (bound(pretrained, share * beta, conditional=given) for given in (True, False)):
             if best.trusted:

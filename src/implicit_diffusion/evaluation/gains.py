@@ -68,13 +68,20 @@ def gain_of_j(pretrained: Evaluation, beta: float, *, conditional: bool = True) 
     return mean_and_error(beta * value - reward.mean(1))
 
 
-def possible(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
-    """J_before − J*, the most that fine-tuning could gain, with its standard error; arguments as in `captured`."""
-    return mean_and_error(_gained_and_possible(before, after, beta)[1])
+def possible(
+    before: Evaluation, after: Evaluation, beta: float, untrained: Evaluation | None = None
+) -> tuple[float, float]:
+    """J_begun − J*, the most that fine-tuning could gain, with its standard error; arguments as in `captured`."""
+    return mean_and_error(_gained_and_possible(before, after, beta, untrained)[1])
 
 
-def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float, float]:
-    """The share (J_before − J_after)/(J_before − J*) of the possible gain, with its standard error.
+def captured(
+    before: Evaluation, after: Evaluation, beta: float, untrained: Evaluation | None = None
+) -> tuple[float, float]:
+    """The share (J_begun − J_after)/(J_begun − J*) of the possible gain, with its standard error.
+
+    Training begins with the pretrained chain, or with the untrained one: where the pretrained chain is guided and the
+    trained one is not, J_begun has the path KL of guidance.
 
     Both differences are sharp: before and after share their noise, so that the numerator is a paired difference, and
     J* is estimated from the trajectories of one of the two (`bounds.sharpest`).
@@ -83,11 +90,12 @@ def captured(before: Evaluation, after: Evaluation, beta: float) -> tuple[float,
         before: evaluation of the pretrained chain.
         after: evaluation of the trained chain under the same noise, with at least 2 repeats per start.
         beta: KL weight > 0.
+        untrained: evaluation under the same noise of the chain that training began with; None for `before`.
 
     Raises:
-        InvalidInputError: as `bounds.bound`; before and after have different numbers of starts.
+        InvalidInputError: as `bounds.bound`; evaluations have different numbers of starts.
     """
-    return share_of(*_gained_and_possible(before, after, beta))
+    return share_of(*_gained_and_possible(before, after, beta, untrained))
 
 
 def share_of(part: Float[Tensor, " starts"], whole: Float[Tensor, " starts"]) -> Estimate:
@@ -97,19 +105,31 @@ def share_of(part: Float[Tensor, " starts"], whole: Float[Tensor, " starts"]) ->
 
 
 def _gained_and_possible(
-    before: Evaluation, after: Evaluation, beta: float
+    before: Evaluation, after: Evaluation, beta: float, untrained: Evaluation | None
 ) -> tuple[Float[Tensor, " starts"], Float[Tensor, " starts"]]:
-    """J_before − J_after and J_before − J* of every start."""
+    """J_begun − J_after and J_begun − J* of every start."""
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     chosen = {"trained": after, "pretrained": before}[sharpest(before, after, beta)[1]]
-    start = before.objective(beta).double().mean(1)
-    return start - after.objective(beta).double().mean(1), possible_by(chosen, before, beta)
+    begun = _begun(before, untrained)
+    start = begun.objective(beta).double().mean(1)
+    return start - after.objective(beta).double().mean(1), possible_by(chosen, begun, beta)
 
 
-def possible_by(weighed: Evaluation, before: Evaluation, beta: float) -> Float[Tensor, " starts"]:
-    """J_before − J* of every start, by the weights of the trajectories of `weighed`, on the noise of both."""
+def _begun(before: Evaluation, untrained: Evaluation | None) -> Evaluation:
+    """The chain that training began with."""
+    if untrained is None:
+        return before
+    check_type("untrained", untrained, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
+    if untrained.reward.shape[:1] != before.reward.shape[:1]:
+        starts = f"{len(untrained.reward)} and {len(before.reward)}"
+        raise InvalidInputError(f"untrained and before must hold the same starts, got {starts} of them")
+    return untrained
+
+
+def possible_by(weighed: Evaluation, begun: Evaluation, beta: float) -> Float[Tensor, " starts"]:
+    """J_begun − J* of every start, by the weights of the trajectories of `weighed`, on the noise of both."""
     value = jackknife(log_weights_of(weighed, beta), weighed.reward.double())[0]
-    return before.objective(beta).double().mean(1) + beta * value + control_variate(weighed, beta)
+    return begun.objective(beta).double().mean(1) + beta * value + control_variate(weighed, beta)
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,7 +142,7 @@ class Reweighted(Shown):
         reward_gain: the paired difference from the pretrained chain.
         path_kl: of P* to the pretrained path law, in nats.
         j: of P*, which is J*.
-        j_fall: the paired difference from the pretrained chain.
+        j_fall: the paired difference from the chain that training began with.
         effective_share: effective trajectories of a start, as a share of all.
         trusted: whether that is enough, and the bias that few of them leave within the error (`bounds.Bound`).
     """
@@ -143,13 +163,14 @@ class Reweighted(Shown):
         yield f"effective_share={self.effective_share:.3g}{'' if self.trusted else ', not trusted'}"
 
 
-def reweighted(before: Evaluation, after: Evaluation, beta: float) -> Reweighted:
+def reweighted(before: Evaluation, after: Evaluation, beta: float, untrained: Evaluation | None = None) -> Reweighted:
     """The tilted law of any β from the trajectories of a judgement.
 
     Args:
         before: evaluation of the pretrained chain.
         after: evaluation of the trained chain under the same noise, with at least 2 repeats per start.
         beta: KL weight > 0, that of the training or another one.
+        untrained: as in `captured`.
 
     Raises:
         InvalidInputError: as `bounds.bound`; before and after have different numbers of starts.
@@ -164,27 +185,30 @@ def reweighted(before: Evaluation, after: Evaluation, beta: float) -> Reweighted
         reward_gain=mean_and_error(tilted - before.reward.double().mean(1)),
         path_kl=Estimate(law.path_kl, law.path_kl_se),
         j=Estimate(law.j, law.j_se),
-        j_fall=mean_and_error(possible_by(after, before, beta)),
+        j_fall=mean_and_error(possible_by(after, _begun(before, untrained), beta)),
         effective_share=law.effective_samples / after.reward.shape[1],
         trusted=law.trusted,
     )
 
 
-def captured_by_weights(before: Evaluation, after: Evaluation, beta: float) -> Estimate:
+def captured_by_weights(
+    before: Evaluation, after: Evaluation, beta: float, untrained: Evaluation | None = None
+) -> Estimate:
     """The share of the possible gain that the weighted trained chain captures: one, within its standard error.
 
     Arguments and errors as in `captured`, with at least 4 repeats per start, of which there are two halves.
     """
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
+    begun = _begun(before, untrained)
     if sharpest(before, after, beta)[1] == "pretrained":
-        return share_of(possible_by(after, before, beta), possible_by(before, before, beta))
+        return share_of(possible_by(after, begun, beta), possible_by(before, begun, beta))
     half = after.reward.shape[1] // 2
     if half < 2:
         raise InvalidInputError(
             f"after must hold at least 4 trajectories per start, 2 in either half, got {after.reward.shape[1]}"
         )
     first, second = slice(half), slice(half, 2 * half)
-    part, whole = (possible_by(_repeats(after, each), _repeats(before, each), beta) for each in (first, second))
+    part, whole = (possible_by(_repeats(after, each), _repeats(begun, each), beta) for each in (first, second))
     return share_of(part, whole)
 
 

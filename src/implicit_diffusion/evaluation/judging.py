@@ -19,11 +19,34 @@ VAGUE = 0.5  # standard error of a captured share that is not worth a number
 
 
 @dataclass(frozen=True, repr=False)
+class Untrained(Shown):
+    """The chain that training began with, where it is not the pretrained one: guidance is missing from it, say.
+
+    Args:
+        reward: E R.
+        path_kl: to the pretrained path law, in nats; of guidance, what it costs.
+        j: β·KL − reward.
+        j_above: the paired difference from J of the pretrained chain.
+    """
+
+    reward: Estimate
+    path_kl: Estimate
+    j: Estimate
+    j_above: Estimate
+
+    def _words(self) -> Iterable[str]:
+        yield f"reward={with_error(*self.reward)}"
+        yield f"path_kl={with_error(*self.path_kl)} nats"
+
+
+@dataclass(frozen=True, repr=False)
 class Judgement(Shown):
     """The numbers of a fine-tuning, each with its standard error; None where a number does not exist or is not finite.
 
     J = β·KL − reward holds for these numbers as they are, before, after and at the bound, and the captured share is the
     fall of J as a share of the largest possible fall: the path KL is that of the squares (`Evaluation.path_kl`).
+
+    J falls from where training began: from the pretrained chain, or from the untrained one where the two differ.
 
     Args:
         beta: weight of the path KL; None where the penalty is another one, and there is no J.
@@ -36,11 +59,12 @@ class Judgement(Shown):
         path_kl: of the trained chain, in nats.
         j_before: J of the pretrained chain.
         j_after: J of the trained chain.
-        j_fall: the paired difference of the two.
+        j_fall: the paired difference of the chain that training began with and the trained one.
         bound: J* and the law that attains it; None without a J.
         bound_from: the chain whose samples the bound is made of.
-        possible: J_before − J*, the most that could be gained.
-        share: (J_before − J_after)/(J_before − J*), whether or not it means anything; see `captured`.
+        possible: J_begun − J*, the most that could be gained.
+        share: (J_begun − J_after)/(J_begun − J*), whether or not it means anything; see `captured`.
+        untrained: the chain that training began with; None where that is the pretrained chain, or without a J.
     """
 
     beta: float | None
@@ -58,6 +82,7 @@ class Judgement(Shown):
     bound_from: Literal["trained", "pretrained"] | None
     possible: Estimate | None
     share: Estimate | None
+    untrained: Untrained | None = None
 
     def _words(self) -> Iterable[str]:
         yield f"reward={with_error(*self.reward_before)} → {with_error(*self.reward_after)}"
@@ -101,19 +126,27 @@ class Judgement(Shown):
         return None if self.doubt else self.share
 
 
-def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: float | None) -> Judgement:
-    """Compare a chain before and after training, and its exported pipeline; all three on the same noise.
+def judge(
+    before: Evaluation,
+    after: Evaluation,
+    exported: Evaluation,
+    beta: float | None,
+    untrained: Evaluation | None = None,
+) -> Judgement:
+    """Compare a chain before and after training, and its exported pipeline; all on the same noise.
 
     Args:
         before: evaluation of the pretrained chain.
         after: evaluation of the trained chain.
         exported: evaluation of the pipeline that is exported.
         beta: weight of the path KL; None where the penalty is another one.
+        untrained: evaluation of the chain that training began with; None for `before`.
 
     Raises:
         InvalidInputError: evaluations of different starts, or a single trajectory per start.
     """
     j_before, j_after = (None if beta is None else seen.objective(beta) for seen in (before, after))
+    begun = j_before if untrained is None or beta is None else untrained.objective(beta)
     finite = bool(after.log_ratio.isfinite().all())
     best: Bound | None = None
     source: Literal["trained", "pretrained"] | None = None
@@ -121,7 +154,8 @@ def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: flo
     share: Estimate | None = None
     if beta and finite:
         best, source = sharpest(before, after, beta)
-        most, share = Estimate(*possible(before, after, beta)), Estimate(*captured(before, after, beta))
+        most = Estimate(*possible(before, after, beta, untrained))
+        share = Estimate(*captured(before, after, beta, untrained))
     elif beta:  # a chain that overflows says nothing about the bound
         best, source = bound(before, beta), "pretrained"
     return Judgement(
@@ -135,12 +169,19 @@ def judge(before: Evaluation, after: Evaluation, exported: Evaluation, beta: flo
         path_kl=_finite(after.path_kl),
         j_before=_finite(j_before),
         j_after=_finite(j_after),
-        j_fall=None if j_before is None or j_after is None else _finite(j_before - j_after),
+        j_fall=None if begun is None or j_after is None else _finite(begun - j_after),
         bound=best,
         bound_from=source,
         possible=most,
         share=share,
+        untrained=None if untrained is None or beta is None else _untrained(untrained, before, beta),
     )
+
+
+def _untrained(untrained: Evaluation, before: Evaluation, beta: float) -> Untrained:
+    j = untrained.objective(beta)
+    above = j - before.objective(beta)
+    return Untrained(*map(mean_and_error, (untrained.reward, untrained.path_kl, j, above)))
 
 
 def _finite(values: Tensor | None) -> Estimate | None:

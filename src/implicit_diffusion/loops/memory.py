@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion import processes
+from implicit_diffusion.denoisers.conditions import Embedded
+from implicit_diffusion.denoisers.embedding_table import EmbeddingTable
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError, check_integer, check_type, shown
 from implicit_diffusion.gradients.footprint import bytes_of
 from implicit_diffusion.loops.chain_loop import ChainLoop
+from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan
 from implicit_diffusion.processes import own
 from implicit_diffusion.showing import Shown
 
@@ -37,7 +40,8 @@ class Memory(Shown):
     Args:
         states: of all trajectories in flight, with what they carry back (adjoints).
         activations: kept by autograd during the largest call with gradient.
-        parameters: θ, its gradient, the optimizer's moments, its moving average, u_0, and what the estimator learns.
+        parameters: θ, its gradient, the optimizer's moments, its moving average, u_0, tables of embeddings that stay on
+            the device, and what the estimator learns.
         resident: the part of `parameters` that is in memory already.
         undo: the copy of θ and of the moments that undoes a failed update, made when the activations are freed.
     """
@@ -79,7 +83,12 @@ def predict_memory(loop: ChainLoop) -> Memory:
     modules = [m for m in (loop.model, chain.reference, loop.update.ema) if isinstance(m, nn.Module)]
     held = {id(t): own(t).nbytes for module in modules for t in (*module.parameters(), *module.buffers())}
     trained = sum(own(p).nbytes for p in loop.update.parameters if p.requires_grad)
-    resident = sum(held.values())
+    parts = [part for module in modules for part in module.modules()]
+    tables: dict[int, EmbeddingTable | Plan] = {
+        id(part.table): part.table for part in parts if isinstance(part, Embedded)
+    }
+    tables |= {id(part.plan): part.plan for part in parts if isinstance(part, PipelineDenoiser)}
+    resident = sum(held.values()) + sum(table.kept for table in tables.values())
     moved = round((1 + _moments(loop.update.optimizer)) * trained)
     return Memory(states, activations, resident + moved + need.kept, resident, moved)
 

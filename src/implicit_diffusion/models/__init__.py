@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
-    from implicit_diffusion.models.adapter_files import save_adapter
+    from implicit_diffusion.models.adapters.reading import load_adapter
+    from implicit_diffusion.models.adapters.saving import save_adapter, save_comfyui_adapter
     from implicit_diffusion.models.energy_model import EnergyModel, load_energy_model
     from implicit_diffusion.models.own_models.diffusion_model import DiffusionModel
+    from implicit_diffusion.models.pipelines.cutting import CutPrompt, cut_prompts
     from implicit_diffusion.models.pipelines.loading import load_pipeline
     from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
     from implicit_diffusion.models.pretrained import Pretrained, load_pretrained, save_pipeline
@@ -22,15 +24,19 @@ else:
 
 
 __all__ = [
+    "CutPrompt",
     "DiffusionModel",
     "EnergyModel",
     "Pretrained",
     "ProbedPipeline",
+    "cut_prompts",
     "embed_prompts",
+    "load_adapter",
     "load_energy_model",
     "load_pipeline",
     "load_pretrained",
     "read_pipeline",
     "save_adapter",
+    "save_comfyui_adapter",
     "save_pipeline",
 ]

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
+from implicit_diffusion.denoisers.without_numbers import without_numbers
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line, read_json
@@ -66,7 +67,7 @@ def load_model(
     wanted, headers = without_memory(checkpoint, folder, part, what, source)
     model_class, place, about = type(wanted), folder / part, (checkpoint, folder, source)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_numbers():
             trial(wanted)
     except InvalidInputError:
         raise

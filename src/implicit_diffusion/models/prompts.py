@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from implicit_diffusion.denoisers.embedding_table import EmbeddingTable, EmbeddingWriter
+from implicit_diffusion.denoisers.without_numbers import hollow
 from implicit_diffusion.errors import InvalidInputError, MissingExtraError, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
@@ -22,6 +22,7 @@ from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.code_refusals import part_class
 from implicit_diffusion.models.families import WIDTHS
 from implicit_diffusion.models.parts import load_model, quiet, refused, without_memory
+from implicit_diffusion.models.pipelines.cutting import warn_of_cuts
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts for images, not needed for prompts
 UNNAMED = {"self", "args", "kwargs"}
@@ -48,6 +49,8 @@ def embed_prompts(
         InvalidInputError: the pipeline has no text encoder, one cannot be loaded or belongs to another network, or
             `prompts` are not strings.
         MissingExtraError: diffusers or transformers is not installed.
+
+    Warns of prompts that are longer than an encoder reads, and of what is cut of them.
     """
     check_type("checkpoint", checkpoint, Checkpoint, "use load_pretrained(model).checkpoint")
     check_type("network", network, nn.Module, "use the network of the checkpoint")
@@ -89,10 +92,12 @@ def _filled(
     family, source = checkpoint.family, str(checkpoint.folder)
     with checkpoint.laid_out() as folder:
         silent = {
-            part: _silent(without_memory(checkpoint, folder, part, part.replace("_", " "), source)[0], device)
-            for part in encoders
+            part: without_memory(checkpoint, folder, part, part.replace("_", " "), source)[0] for part in encoders
         }
+        for encoder in silent.values():
+            hollow(encoder, device)
         pipeline = assembled(checkpoint, {family.part: network, "vae": None} | dict.fromkeys(UNUSED) | silent)
+        warn_of_cuts(pipeline, texts)
         table = None
         if len(encoders) > 1 and any(value.any() for value in _encode(pipeline, texts[:1], device)):
             raise ValueError("what its pipeline makes of several encoders is not their answers side by side")
@@ -109,20 +114,6 @@ def _filled(
             gc.collect()  # modules refer to each other
     assert table is not None
     return table.columns
-
-
-def _silent(encoder: nn.Module, device: torch.device) -> nn.Module:
-    """An encoder without memory that answers zeros on `device`, in the shape of its answers."""
-
-    def to_meta(module: nn.Module, arguments: Any, options: Any) -> Any:
-        return tree_map_only(Tensor, lambda x: x.to("meta"), (arguments, options))
-
-    def to_zeros(module: nn.Module, arguments: Any, answer: Any) -> Any:
-        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), answer)
-
-    encoder.register_forward_pre_hook(to_meta, with_kwargs=True)
-    encoder.register_forward_hook(to_zeros)
-    return encoder
 
 
 def assembled(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Any:

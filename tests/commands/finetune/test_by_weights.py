@@ -13,7 +13,7 @@ from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.headline import print_headline
 from implicit_diffusion.commands.finetune.report.reached import reached
 from implicit_diffusion.commands.finetune.summary import Summary
-from implicit_diffusion.evaluation import judge
+from implicit_diffusion.evaluation import Estimate, judge
 from implicit_diffusion.runs import RunDirectory
 from tests.helpers.toy_result import BETA, STD, digits_result, evaluation
 
@@ -84,7 +84,7 @@ def test_what_is_not_trusted_is_marked(good, capsys, tmp_path):
 )
 def test_without_weights_a_sentence_says_why(good, beta, ratio, why, capsys, tmp_path):
     after = replace(good.after, log_ratio=good.after.log_ratio + ratio)
-    missing = by_weights(good.before, after, beta)
+    missing = by_weights(good.before, after, judge(good.before, after, after, beta))
     assert missing.reweighted is None and missing.reweighted_nearby == [] and why in missing.reweighted_missing
     summary = replace(good.summary, by_weights=missing)
     assert Summary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
@@ -97,10 +97,18 @@ def test_without_weights_a_sentence_says_why(good, beta, ratio, why, capsys, tmp
 
 def test_a_ruined_chain_is_weighed_against_the_bound_of_the_pretrained_one(good):
     before, after = evaluation(repeats=8), evaluation(8.0, repeats=8)
-    assert judge(before, after, after, BETA).bound_from == "pretrained"
-    law = by_weights(before, after, BETA)
+    judgement = judge(before, after, after, BETA)
+    assert judgement.bound_from == "pretrained"
+    law = by_weights(before, after, judgement)
     assert not law.reweighted.trusted and law.reweighted.effective_share < 0.3
     json.dumps(replace(good.summary, by_weights=law).to_json(), allow_nan=False)
+
+
+def test_the_share_has_a_number_where_the_judgement_sees_a_gain(good):
+    judgement = judge(good.before, good.after, good.after, BETA)
+    assert by_weights(good.before, good.after, judgement).reweighted_captured is not None
+    nothing = replace(judgement, possible=Estimate(1.0, 0.6))
+    assert by_weights(good.before, good.after, nothing).reweighted_captured is None
 
 
 @pytest.mark.drawn

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import planning, training
@@ -194,7 +195,11 @@ def test_an_adapter_goes_on_from_a_run_and_is_saved_merged_and_by_itself(place, 
     assert summary["path_kl"] > 0
     assert summary["reward_exported"] == pytest.approx(summary["reward_after"], abs=1e-2)
     assert "in `lora/`" in (out / "model" / "README.md").read_text()
-    assert f'{out / "model" / "lora"}: pipeline.load_lora_weights("lora")' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f'{out / "model" / "lora"}: pipeline.load_lora_weights("lora")' in printed
+    kohya = load_file(out / "model" / "lora-comfyui.safetensors")
+    assert len(kohya) == 1.5 * len(adapter) and f"{out / 'model' / 'lora-comfyui.safetensors'}, for" in printed
+    assert "`lora-comfyui.safetensors` holds it" in (out / "model" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -235,6 +240,7 @@ BAD = {
     "come without a condition": ("--reward", "{place}/rewards.py:label"),
     "no layer of the network is called nonsense": ("--lora-rank", "2", "--lora-targets", "nonsense"),
     "--lora-targets needs --lora-rank": ("--lora-targets", "to_q"),
+    "it is of another network": (*TEXT, "--init-lora", "{place}/other"),
     "--lora-rank must be": ("--lora-rank", "0"),
     "is a flow model (FlowMatch": (*FLOW, "--scheduler", "ddpm"),
     "has noise, so a path KL leaves nothing": (*FLOW, "--scheduler", "flow-euler"),
@@ -247,6 +253,10 @@ BAD = {
 def test_bad_input_is_one_clear_line_before_any_work(message, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planning, "evaluate_pretrained", lambda *arguments, **options: pytest.fail("the plan was made"))
     (place / "empty.txt").write_text("\n \n")
+    if "{place}/other" in BAD[message]:
+        (place / "other").mkdir()
+        layer = "unet.mid_block.attentions.9.to_q.lora_{}.weight"
+        save_file({layer.format(which): torch.ones(2, 2) for which in "AB"}, place / "other" / "other.safetensors")
     assert finetuned(place, tmp_path / "run", *BAD[message]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """What cannot fit is refused by configs and headers alone, before any weight is read."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem import setup
-from implicit_diffusion.commands.finetune.problem.fitting import needs_of
-from implicit_diffusion.commands.finetune.problem.needs import Needs, check_needs, weight_bytes
+from implicit_diffusion.commands.finetune.problem.fitting import check_fit, needs_of
 from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.finetune.training import make_loop
+from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.loops.memory import predict_memory
+from implicit_diffusion.loops.unread.needs import Needs, check_needs, weight_bytes
 from implicit_diffusion.models.pretrained import load_pretrained
 from tests.helpers import tiny
 
@@ -37,7 +39,7 @@ def config_of(place, **changes):
 
 def needs(place, **changes):
     spec = setup_spec(config_of(place, **changes))
-    return needs_of(spec.network, spec.flight, spec.noise)
+    return needs_of(spec, spec.flight)
 
 
 @pytest.mark.parametrize("options", [{"lora_rank": 2, "stride": 2}, {"stride": 1}, {"lora_rank": 2, "loop": "nested"}])
@@ -64,7 +66,8 @@ def test_needs_are_those_of_the_loop_without_its_weights(place, options):
 def test_encoders_count_by_the_largest(place):
     pipeline = load_pretrained(place / "model").pipeline
     sizes = [weight_bytes(getattr(pipeline, part)) for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    assert needs(place, lora_rank=2).encoder == max(sizes) < sum(sizes)
+    asked = needs(place, lora_rank=2)
+    assert list(asked.encoders.values()) == sizes and asked.encoder == max(sizes) < sum(sizes)
 
 
 def test_half_precision_and_checkpointing_need_less(place):
@@ -83,9 +86,9 @@ def test_what_cannot_fit_is_refused_and_no_weight_is_read(place, monkeypatch):
 
 
 def test_devices_and_host_are_asked_for_what_comes_to_them():
-    asked = Needs(network=40, trained=8, decoder=2, encoder=60, states=5, activations=10)
+    asked = Needs(network=40, trained=8, states=5, activations=10, decoder=2, encoders={"t5": 60, "clip": 7})
     assert (asked.training, asked.device, asked.host, asked.alone) == (65, 65, 102, 102)
-    heavy = replace(asked, encoder=80)
+    heavy = replace(asked, encoders={"t5": 80})
     assert (heavy.device, heavy.host, heavy.alone) == (80, 122, 122)
     check_needs(asked, GPU, {"cuda": 65, "cpu": 102})
     check_needs(asked, GPU, {"cuda": None, "cpu": 102})
@@ -94,3 +97,22 @@ def test_devices_and_host_are_asked_for_what_comes_to_them():
             check_needs(asked, GPU, free)
     with pytest.raises(MemoryLimitError, match="at least 102 B"):
         check_needs(asked, CPU, {"cpu": 101})
+
+
+def test_what_is_not_known_is_said(place, monkeypatch, capsys):
+    """A network that cannot be evaluated without numbers: weights are counted, and the run says what is not."""
+    monkeypatch.setattr(DiffusersDenoiser, "forward", lambda *a, **k: int(a[1].sum().tolist()[0]))
+    config = config_of(place, lora_rank=2)
+    spec = setup_spec(config)
+    asked = needs(place, lora_rank=2)
+    assert (
+        asked.activations is None
+        and asked.states
+        and asked.training == asked.network + asked.trained + asked.states + asked.decoder
+    )
+    assert "activations are not known, and not counted: the network cannot be evaluated without numbers (" in str(asked)
+    check_fit(spec, spec.flight, CPU)
+    assert re.search(r"^memory before loading: network .*; activations are not known", capsys.readouterr().out)
+    free = {"cpu": asked.alone - 1}
+    with pytest.raises(MemoryLimitError, match="activations are not known, and not counted"):
+        check_needs(asked, CPU, free)

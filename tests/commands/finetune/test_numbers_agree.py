@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.report import plan_table
+from implicit_diffusion.commands.finetune.report.frontier import frontier
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.report.report import write_report
+from implicit_diffusion.commands.finetune.report.training import cost, training
 from implicit_diffusion.commands.sweep import command as sweep
 from implicit_diffusion.commands.sweep.summary import SweepRow, SweepSummary
 from implicit_diffusion.evaluation import judge
@@ -126,6 +129,61 @@ def test_the_tables_of_a_plan_and_of_a_sweep(result, capsys, monkeypatch):
     assert agree(j, weight(beta) * kl - reward)
     fell, could = -before - j, -before - least
     assert abs(share.value / 100 - fell.value / could.value) < share.off / 100 + 2 * fell.off / could.value
+
+
+@pytest.fixture(scope="module")
+def guided(result):
+    """A run whose pretrained model is guided: training began below its reward, at a path KL of two nats."""
+    untrained, made = noisy(evaluation(-0.3, 2.0)), replace(result, config=replace(result.config, guidance=3.0))
+    judgement = judge(made.before, made.after, made.after, result.beta, untrained)
+    headline = headline_of(judgement, lr=1e-4, advise=True)
+    weighted = by_weights(made.before, made.after, judgement, untrained)
+    made = replace(made, config=replace(made.config, student_guidance=1.0))
+    return replace(made, summary=replace(made.summary, headline=headline, by_weights=weighted))
+
+
+def test_where_training_began_below_a_guided_model(guided, tmp_path, capsys):
+    """J falls from the untrained network, and both stand beside the guided model, in print and in the report."""
+    print_headline(guided.summary, RunDirectory(tmp_path), tmp_path / "report.html")
+    text = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    before, after = numbers("reward +# → #", text)
+    first, kl_first, above = numbers(
+        r"untrained reward # ±.*path KL # ±.*; J # ± [\d.]+ above that of the guided", text
+    )
+    (kl,) = numbers(r"\npath KL +# ±", text)
+    j0, j, beta, fell = numbers("J +# → #, # × path KL − reward: fell by #", text)
+    least, could = numbers("bound +#: J could fall by #", text)
+    (share,) = numbers("captured #", text)
+    assert agree(j0, weight(beta) * kl_first - first) and agree(j, weight(beta) * kl - after)
+    assert agree(above, j0 + before) and agree(fell, j0 - j) and agree(could, j0 - least)
+    assert abs(share.value / 100 - fell.value / could.value) < share.off / 100 + 2 * fell.off / could.value
+    page = write_report(guided, [], RunDirectory.create(tmp_path)).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    row = r"<th scope=.row.>{}</th><td>#</td><td>[^<]*</td><td>#[^<]*</td><td>#</td><td>#[^<]*</td><td>#[^<]*</td>"
+    for name, values in (
+        ("pretrained, guided", (before, None, -before, above)),
+        ("untrained", (first, kl_first, j0)),
+        ("trained", (after, kl, j, fell)),
+    ):
+        for ours, theirs in zip(numbers(row.format(name), page), values):
+            assert theirs is None or agree(ours, theirs)
+    (beta, fell_too, start) = numbers(
+        r"\(# × path KL − reward, lower is better\)\. It fell by # ± [\d.]+, from #", page
+    )
+    assert agree(start, j0) and agree(fell_too, fell)
+    chain = SimpleNamespace(pretrained_rows=(), num_steps=10, table=SimpleNamespace(name="DDPM"))
+    card = inspect.unwrap(model_card)(guided.config, guided.summary, chain)
+    share0, share1 = numbers(r"share of the possible gain of J \| # \| #", card)
+    assert abs(share0.value - above.value / could.value) < 0.01 and abs(share1.value - share.value / 100) < 0.01
+    assert "sampled with guidance 1; that of the pretrained model was 3" in card
+
+
+def test_pictures_show_where_training_began(guided):
+    for drawing in (frontier, training, cost):
+        figure, _, _ = drawing(guided)
+        labels = {label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]}
+        assert ("untrained" in labels) is (drawing is not cost)
+    _, y = figure.axes[0].lines[-3].get_data()  # of the cost: the curve of J begins where training began
+    assert y[0] == pytest.approx(guided.summary.headline.untrained.j.mean)
 
 
 def test_where_the_bound_is_from_the_pretrained_chain(result, tmp_path, capsys):

@@ -19,9 +19,10 @@ from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.commands.shared.conditioning import ConditioningSpec
 from implicit_diffusion.commands.shared.models.read_model import read_model
 from implicit_diffusion.commands.shared.models.sizes import sized
-from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.models.chain_file import read_chain
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.families import probed_family
 from implicit_diffusion.models.pipelines import loading
 from implicit_diffusion.models.pipelines.loading import load_pipeline
 from implicit_diffusion.models.pipelines.reading import read_pipeline
@@ -229,16 +230,26 @@ def edited(saved, tmp_path, change):
     [
         ({"_class_name": "NoSuchPipeline"}, "diffusers has no pipeline of that name"),
         ({"_class_name": "UNet2DConditionModel"}, "diffusers has no pipeline of that name"),
-        ({"unet_2": ["diffusers", "UNet2DConditionModel"]}, "this StableDiffusionXLPipeline has unet and unet_2"),
+        ({"unet_2": ["diffusers", "UNet2DConditionModel"]}, "a StableDiffusionXLPipeline has no part 'unet_2'"),
         ({"unet": ["diffusers", "AutoencoderKL"]}, "has none"),
         ({"scheduler": [None, None]}, "has no scheduler"),
         ({"unet": ["my_code", "UNet2DConditionModel"]}, "has none|brings its own"),
-        ({"_class_name": "DiTPipeline"}, "sampled under class labels"),
     ],
 )
 def test_pipelines_that_are_no_chains_are_refused_by_their_index(saved, tmp_path, change, match):
     with pytest.raises(InvalidInputError, match=match):
         find_checkpoint(edited(saved, tmp_path, lambda index: index.update(change)))
+
+
+def test_two_networks_and_class_labels_are_refused_with_the_reason():
+    """Wan 2.2 has one network for the noisy rows and another one for the rest."""
+    wan = ("diffusers", "WanTransformer3DModel")
+    parts = {"transformer": wan, "transformer_2": wan, "scheduler": ("diffusers", "UniPCMultistepScheduler")}
+    with pytest.raises(InvalidInputError, match="this WanPipeline has transformer and transformer_2"):
+        probed_family("WanPipeline", parts)
+    other = {"transformer": wan, "scheduler": ("diffusers", "DDIMScheduler")}
+    with pytest.raises(InvalidInputError, match="sampled under class labels"):
+        probed_family("DiTPipeline", other)
 
 
 def test_load_pretrained_says_how_others_are_read(saved):
@@ -293,7 +304,7 @@ def test_exact_samples_of_a_read_pipeline(saved, tmp_path):
 def test_weights_in_parts_and_in_variants_are_loaded(tmp_path, kind):
     """In the places where diffusers puts them."""
     family = tiny_pipelines.FAMILIES["Stable Diffusion XL"](tmp_path)
-    how = {"max_shard_size": "100KB"} if kind == "sharded" else {"variant": "fp16"}
+    how = {"max_shard_size": "20KB"} if kind == "sharded" else {"variant": "fp16"}
     family.pipeline.save_pretrained(tmp_path / "model", **how)
     assert len(list((tmp_path / "model" / "unet").glob("*.safetensors"))) > (kind == "sharded")
     loaded = load_pipeline(tmp_path / "model").unet.state_dict()
@@ -333,3 +344,13 @@ def test_a_frozen_network_keeps_half_precision(tmp_path, name):
     with torch.no_grad():
         assert torch.equal(chain.denoiser(x, t, prompt=which), whole.denoiser(x, t, prompt=which))
         assert torch.equal(chain.denoiser(x, t, prompt=which), chain.reference(x, t, prompt=which))
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_read(saved, monkeypatch):
+    """By the run of the pipeline without memory: states and activations are those of its own size, with guidance."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**4}))
+    monkeypatch.setattr("implicit_diffusion.models.parts._load", lambda *a: pytest.fail("weights were read"))
+    spec = setup_spec(options(saved("Stable Diffusion XL"), "Stable Diffusion XL"))
+    match = r"cpu has 10 kB free.*at least .*network .*states .*activations .*text encoder 2 .*have not been read"
+    with pytest.raises(MemoryLimitError, match=match):
+        build(spec)

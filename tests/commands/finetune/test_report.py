@@ -123,7 +123,8 @@ def test_a_run_without_path_kl(good, tmp_path):
     plan = replace(good.plan, bounds=(), gain_se=(), j_gain_se=())
     config = replace(good.config, penalty="drift")
     result = replace(changed(good, **dict.fromkeys(absent)), bound=None, plan=plan, config=config)
-    result = replace(result, summary=replace(result.summary, by_weights=by_weights(good.before, good.after, None)))
+    weighted = by_weights(good.before, good.after, judge(good.before, good.after, good.after, None))
+    result = replace(result, summary=replace(result.summary, by_weights=weighted))
     assert frontier(result) is None and cost(result) is None
     figure, _, caption = training(result)
     assert len(figure.axes) == 1 and "KL" not in caption and "optimum" not in caption

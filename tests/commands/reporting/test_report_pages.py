@@ -74,6 +74,7 @@ LINES = {
     ],
     "hexagon": study("iteration", "reward", "reward_exact", "kl_from_initial"),
     "recovery": study("updates", "kl", "kl_to_data"),
+    "theory": study("updates", "squared_gradient"),
     "compare": [
         {"problem": "gaussian", "arm": arm, "seed": seed, "evaluations": 9 * n, "seconds": n, "updates": n,
          "fall": n / 9, "fall_se": 0.1, "reward": 1.0, "path_kl": n / 20}

@@ -18,6 +18,7 @@ OPTIONS = {  # by the name of an argument in the library: its options where thes
     "path": ("run", "out"),
     "folder": ("run", "out"),
     "rank": ("lora_rank",),
+    "alpha": ("lora_alpha",),
     "sampler": ("scheduler",),
     "targets": ("lora_targets",),
     "python": ("reward_python",),

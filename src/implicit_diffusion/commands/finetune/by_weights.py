@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from implicit_diffusion.evaluation.chains import Estimate, Evaluation
-from implicit_diffusion.evaluation.gains import Reweighted, captured_by_weights, possible, reweighted
-from implicit_diffusion.evaluation.judging import CLEAR, VAGUE
+from implicit_diffusion.evaluation.gains import Reweighted, captured_by_weights, reweighted
+from implicit_diffusion.evaluation.judging import CLEAR, VAGUE, Judgement
 
 NEARBY = (2.0, 1.5, 1.2, 0.85, 0.7, 0.6, 0.5)  # other β, as multiples of the run's
 
@@ -28,21 +28,25 @@ class ByWeights:
     reweighted_missing: str | None
 
 
-def by_weights(before: Evaluation, after: Evaluation, beta: float | None) -> ByWeights:
+def by_weights(
+    before: Evaluation, after: Evaluation, judgement: Judgement, untrained: Evaluation | None = None
+) -> ByWeights:
     """The judged trajectories, weighted; no network is called.
 
     Args:
         before: evaluation of the pretrained chain.
         after: evaluation of the trained chain on the same noise.
-        beta: weight of the path KL; None where the penalty is another one.
+        judgement: of the two.
+        untrained: evaluation of the chain that training began with; None for `before`.
     """
+    beta, most = judgement.beta, judgement.possible
     missing = _missing(after, beta)
     if missing is not None or beta is None:
         return ByWeights(None, None, [], missing)
-    nearby = [reweighted(before, after, multiple * beta) for multiple in NEARBY]
-    (most, error), share = possible(before, after, beta), captured_by_weights(before, after, beta)
-    clear = most > CLEAR * error and share.error <= VAGUE
-    return ByWeights(reweighted(before, after, beta), share if clear else None, nearby, None)
+    nearby = [reweighted(before, after, multiple * beta, untrained) for multiple in NEARBY]
+    share = captured_by_weights(before, after, beta, untrained)
+    clear = most is not None and most.mean > CLEAR * most.error and share.error <= VAGUE
+    return ByWeights(reweighted(before, after, beta, untrained), share if clear else None, nearby, None)
 
 
 def _missing(after: Evaluation, beta: float | None) -> str | None:

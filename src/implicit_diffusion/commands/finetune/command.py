@@ -18,18 +18,19 @@ from typing import Any
 
 from torch import nn
 
-from implicit_diffusion.commands.finetune import judging, planning
+from implicit_diffusion.commands.finetune import guidance, judging, planning
 from implicit_diffusion.commands.finetune.by_weights import by_weights
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.export import export, model_summary
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
-from implicit_diffusion.commands.finetune.problem.weighing import weighed
+from implicit_diffusion.commands.finetune.problem.weighing import in_units, weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
 from implicit_diffusion.commands.finetune.result import Result, keep_result, read_result
 from implicit_diffusion.commands.finetune.specs import plan_spec, setup_spec, training_spec
-from implicit_diffusion.commands.finetune.summary import MemoryOfStart, ModelSummary, Summary, TrainingSummary
+from implicit_diffusion.commands.finetune.summary import MemoryOfStart, Summary, TrainingSummary
 from implicit_diffusion.commands.finetune.training import (
     held_out_checks,
     judges_of,
@@ -43,12 +44,10 @@ from implicit_diffusion.commands.rewards.weights import judge_labels
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.inputs import absolute, begin, inputs, record_inputs
 from implicit_diffusion.commands.shared.models.by_name import check_weights
-from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.opening import continuing, dated
 from implicit_diffusion.commands.shared.prompt_files import write_prompts
 from implicit_diffusion.commands.shared.recorded_options import read_options
-from implicit_diffusion.commands.shared.usage import OWN_ADAPTER
-from implicit_diffusion.denoisers.lora import merged
+from implicit_diffusion.denoisers.low_rank import rank_and_alpha
 from implicit_diffusion.denoisers.sharded import whole_copy
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.each_reward import judge_rewards
@@ -57,10 +56,6 @@ from implicit_diffusion.evaluation.plans import Plan
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import memory
-from implicit_diffusion.models.adapter_files import adapter_usage, save_adapter
-from implicit_diffusion.models.chain_file import TrainedChain, write_chain
-from implicit_diffusion.models.own_models.files import save_own_model
-from implicit_diffusion.models.pretrained import save_pipeline
 from implicit_diffusion.processes import everywhere, from_main, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.callbacks.held_out import HeldOut
@@ -108,6 +103,8 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     stride = config.stride or -(-num_steps // 10) if config.loop == "queue" else None
     config = replace(config, num_steps=num_steps, stride=stride)
     config = replace(config, guidance=setup.guidance, eta=setup.eta, estimator=setup.estimator.name)
+    if (known := rank_and_alpha(setup.pretrained.denoiser)) is not None:
+        config = replace(config, lora_rank=known[0], lora_alpha=known[1])
     if setup.estimator.why is not None:
         print(f"estimator {setup.estimator.name}: {setup.estimator.why}")
     spec, device = training_spec(config), setup.chain.device
@@ -124,11 +121,14 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
         elif not is_recorded(directory):
             record_inputs(directory, config, fingerprints, device=device)
         plan, samples = planning.planned(plan_spec(config), setup, directory, fingerprints, pretrained)
+        beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
+        clip = config.max_grad_norm * plan.reward_std
+        if not trained:
+            guidance.shown(spec, in_units(setup, plan), beta, clip, directory)
     if config.plan:
         return planning.plan_as_json(plan, config.reward)
     setup = weighed(setup, plan)
-    beta = plan.beta_for_gain(1.0) if config.kl_weight is None else config.kl_weight
-    scale(loop, setup.reward, beta, config.max_grad_norm * plan.reward_std)
+    scale(loop, setup.reward, beta, clip)
     if not trained:
         estimators.begin(loop.estimator, setup.chain, samples, setup.spec.noise.stream(PLAN))
     config = replace(config, scheduler=setup.sampler, kl_weight=beta, device=str(device))  # type: ignore[arg-type]
@@ -201,9 +201,11 @@ def finish(
     config = read_options(Config, directory)
     stored = judging.storage(directory, state.chain, config.starts)
     judged = judging.evaluate_all(setup, state.chain, config.starts, stored)
+    untrained = judging.evaluate_untrained(setup, config.starts, stored)
     unseen = evaluate_held_out(setup, state.chain, judged[:2], stored, judging.REPEATS)
     model = whole_copy(state.model)
-    from_main(lambda: _conclude(config, setup, state, model, plan, training, judged, judges, unseen, directory))
+    of = judged, untrained, judges, unseen, directory
+    from_main(lambda: _conclude(config, setup, state, model, plan, training, *of))
 
 
 def _conclude(
@@ -214,70 +216,39 @@ def _conclude(
     plan: Plan,
     training: TrainingSummary,
     judged: judging.Judged,
+    untrained: Evaluation | None,
     judges: Sequence[Judges],
     unseen: HeldOutPrompts | None,
     directory: RunDirectory,
 ) -> None:
     """What follows from the evaluations; arguments as in `finish`, and the trained model in one place."""
     beta = None if config.penalty == "drift" else training.kl_weight
-    judgement = judge(*judged, beta)
+    judgement = judge(*judged, beta, untrained)
     headline = headline_of(
         judgement,
         lr=config.lr,
         advise=state.advice is None,
         reward_std=plan.reward_std if plan.conditional else None,
     )
-    looks = judging.qualities(judged)
-    memory_of_start = MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se)
     each = judge_rewards(*judged, beta)
     rewards = judging.each_reward(config.reward, plan, each)
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
-    model_facts = _model_summary(setup)
-    weighted = by_weights(judged.before, judged.after, beta)
-    facts = weighted, training, model_facts, memory_of_start
-    summary = Summary(headline, *facts, plan.rows(), *looks, rewards, judged_by, unseen)
+    weighted = by_weights(judged.before, judged.after, judgement, untrained)
+    facts = (
+        weighted,
+        training,
+        model_summary(setup, model),
+        MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
+    )
+    summary = Summary(headline, *facts, plan.rows(), *judging.qualities(judged), rewards, judged_by, unseen)
     with writing(directory.model):
-        _export(setup, model, directory, model_card(config, summary, setup.chain))
+        export(setup, model, directory, model_card(config, summary, setup.chain))
     images = setup.decoded(judged.before, judged.after)
     result = Result(config, summary, plan, judged.before, judged.after, judgement.bound, [], images)
     keep_result(result, directory)
     judging.forget(directory)
     directory.write_summary(summary.to_json())
-
-
-def _model_summary(setup: Setup) -> ModelSummary:
-    """What was trained and exported."""
-    family, factory = setup.pretrained.family, factory_of(setup.spec.network.model)
-    usage = adapter_usage(family) if factory is None else OWN_ADAPTER
-    return ModelSummary(
-        condition=setup.pretrained.condition,
-        pipeline_class=(family.pipelines or (None,))[0],
-        event_shape=list(setup.chain.event_shape),
-        num_classes=setup.pretrained.num_classes,
-        compiled=setup.compiled,
-        adapter=None if setup.spec.network.lora_rank is None else usage,
-        clipping=setup.clipping,
-        pipeline=setup.exported.table.name,
-        pipeline_is_the_chain=setup.chain.table.agrees_with(setup.exported.table),
-        video=family.frames,
-        factory=factory,
-    )
-
-
-@part("saving")
-def _export(setup: Setup, model: nn.Module, directory: RunDirectory, card: str) -> None:
-    """Write the pipeline or the weights of the trained network, adapters merged, and the adapters by themselves."""
-    factory = factory_of(setup.spec.network.model)
-    if factory is not None:
-        save_own_model(directory.model, merged(model), factory, card)
-    else:
-        save_pipeline(directory.model, merged(model), setup.exported.scheduler, card, original=setup.pretrained)
-    if setup.spec.network.lora_rank is not None:
-        save_adapter(directory.model / "lora", model, setup.pretrained)
-    sizes = *(setup.spec.chain.size or (None, None)), setup.spec.chain.frames
-    chain = TrainedChain(setup.chain.table, setup.eta, setup.guidance, setup.spec.conditions.null_class, *sizes)
-    write_chain(directory.model, chain)
 
 
 @main_only

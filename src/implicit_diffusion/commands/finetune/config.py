@@ -61,7 +61,11 @@ class Config:
     held_out_prompts: Path | None = None
     """Another such file, of prompts that are not trained on; the gain under them is reported as well."""
     guidance: float | None = None
-    """Scale of classifier-free guidance during training; by default the one that the model's pipeline uses."""
+    """Scale of classifier-free guidance during training.
+    By default that of the model's pipeline, or the one that a fine-tuned model was trained for."""
+    student_guidance: float | None = None
+    """Scale of guidance of the network that is trained, by default --guidance; with 1 it learns to need none.
+    The KL divergence is measured from the model under --guidance, and begins at what that guidance costs."""
     size: tuple[int, int] | None = None
     """Height and width of the samples in pixels; by default those of the model."""
     frames: int | None = None
@@ -127,9 +131,14 @@ class Config:
     """Decay rate, below 1, of a moving average of the weights; with it, the average is judged and exported."""
     lora_rank: int | None = None
     """Rank of low-rank adapters (LoRA) to train in place of all weights; this saves memory."""
+    lora_alpha: float | None = None
+    """The α in W + (α/R) B A, by default --lora-rank R, so that the factor is 1; a larger one makes larger steps."""
     lora_targets: str | None = None
     """Layers that get adapters, by the ends of their names, such as "to_q,to_v".
     By default the projections of attention layers, or the convolutions of a network without attention."""
+    init_lora: Path | None = None
+    """Folder, or .safetensors file, of low-rank adapters to go on from; rank, alpha and layers are theirs.
+    The KL divergence is measured from the model without them, or from --reference."""
     gradient_checkpointing: bool = False
     """Save memory: store fewer activations of the network, and compute them again for the gradient."""
     shard: bool = False
@@ -185,8 +194,17 @@ class Config:
             frames=1,
         )
         check_size(self.size)
-        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout")
-        not_negative(self, "kl_weight", "guidance", "eta")
+        positive(self, "lr", "max_grad_norm", "target_kl", "reward_timeout", "lora_alpha")
+        not_negative(self, "kl_weight", "guidance", "student_guidance", "eta")
+        if self.student_guidance is not None and self.penalty == "drift":
+            raise InvalidInputError(
+                "--student-guidance needs --penalty path-kl, which measures how far it is from the guided model"
+            )
+        if self.student_guidance is not None and self.target_kl_mode == "stop":
+            raise InvalidInputError(
+                "--target-kl-mode stop waits for a path KL that grows, and with --student-guidance it begins at what "
+                "guidance costs and falls; use --target-kl-mode adapt"
+            )
         if self.held_out_prompts is not None and self.prompts is None:
             raise InvalidInputError("--held-out-prompts needs --prompts, which the model is trained on")
         if self.eta is not None and self.scheduler != "ddim":
@@ -216,7 +234,8 @@ class Config:
             raise InvalidInputError(
                 f"--shard shares out the weights, and {which} needs all of them; leave one of them out"
             )
-        if self.lora_rank is None and self.lora_targets is not None:
-            raise InvalidInputError("--lora-targets needs --lora-rank, e.g. 8")
+        for option, value in (("--lora-targets", self.lora_targets), ("--lora-alpha", self.lora_alpha)):
+            if value is not None and self.lora_rank is None and self.init_lora is None:
+                raise InvalidInputError(f"{option} needs --lora-rank, e.g. 8, or --init-lora")
         if self.starts < 4:
             raise InvalidInputError(f"--starts must be ≥ 4 for standard errors, got {self.starts}")

@@ -1,6 +1,7 @@
 """The judgement of a run: pretrained chain, trained chain and exported pipeline on the same held-out noise.
 
 judged/before, judged/after, judged/exported   what is drawn so far, until the result is kept
+judged/untrained                               where training began with another chain than the pretrained one
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from implicit_diffusion.runs.callbacks.judges import Judges, fell
 from implicit_diffusion.samplers.chain import Chain
 
 REPEATS = 8  # trajectories from each start
+UNTRAINED = "untrained"
 
 
 class Judged(NamedTuple):
@@ -67,6 +69,17 @@ def evaluate_all(setup: Setup, trained: Chain, starts: int, keeping: Callable[[s
             stored.after.evaluate(trained, reward, noise, **sizes),
             stored.exported.evaluate(exported, reward, noise, **sizes),
         )
+
+
+def evaluate_untrained(setup: Setup, starts: int, keeping: Callable[[str], Stored]) -> Evaluation | None:
+    """Evaluate the chain that training began with on the noise of the others; None where it is the pretrained one.
+
+    Arguments as in `evaluate_all`.
+    """
+    if setup.untrained is None:
+        return None
+    noise = setup.spec.noise.stream(AFTER)
+    return keeping(UNTRAINED).evaluate(setup.untrained, setup.measured, noise, starts=starts, repeats=REPEATS)
 
 
 class _Storage(NamedTuple):
@@ -117,7 +130,7 @@ def _judged(storage: _Storage) -> int:
 @main_only
 def forget(directory: RunDirectory) -> None:
     """Remove the evaluations, once the result is kept."""
-    for side in (*Judged._fields, *FOLDERS):
+    for side in (*Judged._fields, UNTRAINED, *FOLDERS):
         shutil.rmtree(directory.path / JUDGED / side, ignore_errors=True)
 
 

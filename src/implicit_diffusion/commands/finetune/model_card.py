@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from implicit_diffusion.commands.finetune.config import Config
+from implicit_diffusion.commands.finetune.guidance import in_words
 from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
 from implicit_diffusion.commands.finetune.result import chain_in_words
 from implicit_diffusion.commands.finetune.summary import Headline, ModelSummary, Summary
@@ -37,7 +40,12 @@ def model_card(config: Config, summary: Summary, chain: Chain) -> str:
 it runs {pipeline} with the trained network; the table has its reward. The trained chain itself is
 in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it. During training {kept}."""
     eta = f", eta={config.eta:g}" if config.eta is not None else ""
-    guidance = f", guidance {config.guidance:g}" if config.guidance else ""
+    scale = _guidance(config)
+    guidance = f", guidance {scale:g}" if scale else ""
+    untrained = summary.headline.untrained
+    if untrained is not None:
+        runs += f" {in_words(untrained)} It is sampled with guidance {scale:g}; that of the pretrained model was "
+        runs += f"{config.guidance:g}."
     beta = summary.training.kl_weight
     if config.penalty == "drift":
         leash, judged = "the squared distance of the drifts from those of the pretrained model", ""
@@ -48,9 +56,11 @@ in `chain.json`; `implicit-diffusion sample --model "this folder"` draws from it
     if summary.model.adapter:
         loaded = "as the factory returns it" if own else "loaded as `pipeline`"
         adapter = f"""
-The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank}, it is in `lora/`, to be
-added to {model}, {loaded}: `{summary.model.adapter}`.
+The low-rank adapter is merged into these weights. By itself, of rank {config.lora_rank} and α = {config.lora_alpha:g},
+it is in `lora/`, to be added to {model}, {loaded}: `{summary.model.adapter}`.
 """
+    if summary.model.adapter_comfyui:
+        adapter += f"`{summary.model.adapter_comfyui}` holds it in the layout that ComfyUI and kohya's tools read.\n"
     headline = summary.headline
     units = ", each in deviations of pretrained samples" * (len(summary.rewards) > 1)
     return f"""# {model} fine-tuned for {reward}
@@ -84,7 +94,7 @@ def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
         pipeline_class=model.pipeline_class,
         event_shape=model.event_shape,
         eta=config.eta,
-        guidance=config.guidance,
+        guidance=_guidance(config),
         num_classes=model.num_classes,
         null_class=config.null_class,
         size=config.size,
@@ -92,6 +102,11 @@ def pipeline_use(config: Config, model: ModelSummary) -> PipelineUse:
         video=model.video,
         factory=model.factory,
     )
+
+
+def _guidance(config: Config) -> float | None:
+    """The scale of guidance that the trained network is sampled with."""
+    return config.guidance if config.student_guidance is None else config.student_guidance
 
 
 def _spacing(config: Config) -> str:
@@ -139,9 +154,12 @@ def _judged(headline: Headline, beta: float) -> str:
     def mean(estimate: Estimate | None) -> float | None:
         return None if estimate is None else estimate.mean
 
+    share, could = 0.0, headline.j_possible
+    if headline.untrained is not None:  # J falls from there
+        share = math.nan if could is None else headline.untrained.j_above.mean / could.mean
     return f"""| path KL (nats) | 0 | {number(mean(headline.path_kl), digits=4)} |
 | J = {beta:.4g} × path KL − reward | {number(mean(headline.j_before), digits=4)} | {
         number(mean(headline.j_after), digits=4)
     } |
-| share of the possible gain of J | 0 | {number(mean(headline.captured))} |
+| share of the possible gain of J | {number(share)} | {number(mean(headline.captured))} |
 """

@@ -22,7 +22,7 @@ from implicit_diffusion.commands.finetune.problem.weighing import weighed_sample
 from implicit_diffusion.commands.finetune.report.plan_table import plot, show
 from implicit_diffusion.commands.finetune.specs import PlanSpec
 from implicit_diffusion.commands.rewards.weights import labels, name_in_cache, weighted
-from implicit_diffusion.commands.shared.inputs import with_imports
+from implicit_diffusion.commands.shared.inputs import INIT_LORA, with_imports
 from implicit_diffusion.commands.shared.prompt_files import COPIES
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.cache import code_digest, evaluate_pretrained
@@ -43,6 +43,7 @@ KEPT = 256  # starts whose first sample is stored, for a picture and for a surro
 PICTURED = 64  # of them
 FILES = (
     "plan.json",
+    "guidance.json",
     f"{PLANNED}/{STATE_FILE}",
     f"{PLANNED}/{MANIFEST}",
     "figures/plan.png",
@@ -237,7 +238,8 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
         "code": f"sha256 {code_digest()}",
     }
     given = {name: str(value) for name, value in options.items() if value is not None}
-    return given | _files(with_imports(spec, dict(fingerprints))) | describe(setup.chain.device)
+    files = {name: entry for name, entry in fingerprints.items() if name != INIT_LORA}
+    return given | _files(with_imports(spec, files)) | describe(setup.chain.device)
 
 
 def _files(fingerprints: Mapping[str, Any]) -> dict[str, str]:

@@ -32,7 +32,9 @@ class NetworkSpec:
         model: "digits", a folder, a hub id, or FILE.py:factory.
         reference: the model that the KL refers to; None for `model` itself.
         lora_rank: rank of the adapters; None to train all weights.
+        lora_alpha: α of the adapters; None for the default.
         lora_targets: ends of the names of the layers that get adapters, separated by commas; None for the default.
+        init_lora: where the adapters are that training goes on from; None to begin with new ones.
         gradient_checkpointing: whether activations are computed again for the gradient.
         precision: of the network, by autocast.
         compile: whether the network is compiled.
@@ -42,11 +44,18 @@ class NetworkSpec:
     model: str
     reference: str | None
     lora_rank: int | None
+    lora_alpha: float | None
     lora_targets: str | None
+    init_lora: Path | None
     gradient_checkpointing: bool
     precision: Literal["float32", "bf16", "fp16"]
     compile: bool
     shard: bool
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, rather than all weights."""
+        return self.lora_rank is not None or self.init_lora is not None
 
     @property
     def targets(self) -> list[str] | None:
@@ -185,14 +194,21 @@ def setup_spec(config: Config) -> SetupSpec:
         config.model,
         config.reference,
         config.lora_rank,
+        config.lora_alpha,
         config.lora_targets,
+        config.init_lora,
         config.gradient_checkpointing,
         config.precision,
         config.compile,
         config.shard,
     )
     conditions = ConditioningSpec(
-        config.model, config.prompts, config.guidance, config.null_class, config.held_out_prompts
+        config.model,
+        config.prompts,
+        config.guidance,
+        config.null_class,
+        config.held_out_prompts,
+        config.student_guidance,
     )
     eta = ETA if config.eta is None else config.eta
     sizes = config.size, config.frames

@@ -12,6 +12,7 @@ from implicit_diffusion.commands.shared.summaries import from_json, part_from_js
 from implicit_diffusion.digits import Quality
 from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.evaluation.clipping import ClippingEffect
+from implicit_diffusion.evaluation.judging import Untrained
 from implicit_diffusion.evaluation.plans import PlanRow
 
 
@@ -30,12 +31,13 @@ class Headline:
         path_kl: of the trained chain, in nats.
         j_before: J of the pretrained chain.
         j_after: J of the trained chain.
-        j_fall: the paired difference of the two.
+        j_fall: the paired difference of the chain that training began with and the trained one.
         j_bound: J*.
         j_bound_from: the chain whose samples the bound is made of.
-        j_possible: J_before − J*.
+        j_possible: J of the chain that training began with, less J*.
         captured: the share of the possible gain that was captured.
         captured_unknown: a sentence that says why the share is not known; None where it is.
+        untrained: the chain that training began with; None where that is the pretrained chain.
     """
 
     worse: str | None
@@ -54,6 +56,12 @@ class Headline:
     j_possible: Estimate | None
     captured: Estimate | None
     captured_unknown: str | None
+    untrained: Untrained | None
+
+    @property
+    def j_begun(self) -> Estimate | None:
+        """J of the chain that training began with."""
+        return self.j_before if self.untrained is None else self.untrained.j
 
     @property
     def gain_in_std(self) -> float:
@@ -107,6 +115,7 @@ class ModelSummary:
         num_classes: of a class-conditional model.
         compiled: result of the compilation; None where none was asked for.
         adapter: how the exported adapter is loaded; None where all weights were trained.
+        adapter_comfyui: name of the file that holds it for ComfyUI; None where there is none.
         clipping: effect of switching `clip_sample` off; None where it was not on.
         pipeline: name of the chain that the exported model runs.
         pipeline_is_the_chain: whether that is the chain that was trained.
@@ -120,6 +129,7 @@ class ModelSummary:
     num_classes: int | None
     compiled: str | None
     adapter: str | None
+    adapter_comfyui: str | None
     clipping: ClippingEffect | None
     pipeline: str
     pipeline_is_the_chain: bool

@@ -76,7 +76,8 @@ def held_out_checks(spec: TrainingSpec, setup: Setup) -> HeldOut:
     """Checks of reward and path KL on noise that training never sees, ten times in a run."""
     noise, every = setup.spec.noise.stream(DURING), max(1, spec.updates // 10)
     shown = SHOWN_OF_COURSE if spec.judged_by else 0
-    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown)
+    untrained = setup.untrained
+    return HeldOut(setup.measured, noise, every=every, starts=spec.held_out, shown=shown, untrained=untrained)
 
 
 def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judges]:
@@ -110,7 +111,8 @@ def callbacks(
         reward_std: standard deviation of the pretrained reward.
         judges: from `judges_of`.
     """
-    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std)]
+    begins = held_out if held_out.untrained is not None else None
+    runaway: list[Callback] = [] if loop.unreported else [Runaway(reward_std, held_out=begins)]
     checks: list[Callback] = [held_out, *judges]
     if spec.penalty == "drift":
         return [*checks, *runaway]

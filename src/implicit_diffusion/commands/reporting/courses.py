@@ -211,6 +211,17 @@ def compare(files: Files) -> Course:
     )
 
 
+def theory(files: Files) -> Course:
+    """The running mean of ‖∇ℓ‖² under the paper's schedules, for every problem."""
+    return Course(
+        kind="theory",
+        panels=(Panel("squared_gradient", "running mean of ‖∇ℓ‖²", log=True),),
+        lines=files.lines,
+        numbers=_by_arm(files.lines, {"running mean of ‖∇ℓ‖²": "squared_gradient"}),
+        defining=("particles",),
+    )
+
+
 def _by_arm(lines: list[dict[str, Any]], names: dict[str, str], *also: str) -> dict[str, Number]:
     """Numbers over the seeds of every arm, and of every value of further columns."""
     groups = trainings(lines, "arm", *also)

@@ -33,6 +33,7 @@ from implicit_diffusion.commands.shared.conditioning import (
 from implicit_diffusion.commands.shared.models.factories import check_models, open_own_model
 from implicit_diffusion.commands.shared.models.read_model import read_model
 from implicit_diffusion.commands.shared.models.sizes import call_of, sized
+from implicit_diffusion.commands.shared.pictures import filmstrips
 from implicit_diffusion.commands.shared.prompt_files import read_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
@@ -179,13 +180,13 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
     @torch.no_grad()
     def draw(numbers: range) -> list[Any]:
         chain = Chain(
-            given.around(pretrained.denoiser),
+            given.around(pretrained.denoiser, given.guidance),
             trained.table,
             pretrained.event_shape,
             condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
         )
         x = chain.sample(noise, len(numbers), numbers.start)
-        return pictures(x if pretrained.decoder is None else pretrained.decoder(x))
+        return pictures(x if pretrained.decoder is None else filmstrips(pretrained.decoder(x)))
 
     return draw
 
@@ -236,7 +237,7 @@ def _labelled(
     require("diffusers")
     from diffusers.utils import pt_to_pil
 
-    denoiser, scheduler = given.around(pretrained.denoiser), pretrained.scheduler
+    denoiser, scheduler = given.around(pretrained.denoiser, given.guidance), pretrained.scheduler
     device = next(denoiser.parameters()).device
     labels = {name: value.to(device) for name, value in in_turn(given, numbers).items()}
     scheduler.set_timesteps(steps, device=device)

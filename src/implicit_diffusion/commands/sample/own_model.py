@@ -39,7 +39,7 @@ def sample_own_model(model: OwnModel, config: Config) -> Path:
     given = conditioning(ConditioningSpec(config.model, config.prompts, guidance, null_class), model, device)
     for network in filter(None, (model.denoiser, model.decoder)):
         network.to(device)
-    denoiser, noise, size = given.around(model.denoiser), Noise(config.seed), at_once(model.event_shape)
+    denoiser, noise, size = given.around(model.denoiser, given.guidance), Noise(config.seed), at_once(model.event_shape)
     parts: list[Any] = []
     with progress(config.num, "sampling") as bar, torch.no_grad():
         for first in range(0, config.num, size):

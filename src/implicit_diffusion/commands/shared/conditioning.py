@@ -9,8 +9,10 @@ For every trajectory the chain draws the number of a prompt, or a class (`Drawn`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from torch import Tensor, nn
 from implicit_diffusion.commands.shared.prompt_files import EXAMPLE, Prompt, read_prompts
 from implicit_diffusion.denoisers.conditions import ClassifierFree, Drawn, Embedded
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.models.chain_file import read_chain
+from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.pipelines.cutting import CutPromptWarning
+from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser, Plan
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.models.prompts import embed_prompts
 from implicit_diffusion.reward_values import like, of_tensors, takes_condition, wants_metadata
@@ -38,6 +44,7 @@ class ConditioningSpec:
         held_out: another one, whose prompts are not trained on; None for none.
         guidance: scale w of classifier-free guidance; None for that of the model's pipeline.
         null_class: the label that stands for no class; None where the model has none.
+        student_guidance: scale of the network that is trained; None for `guidance`.
     """
 
     model: str
@@ -45,6 +52,7 @@ class ConditioningSpec:
     guidance: float | None = None
     null_class: int | None = None
     held_out: Path | None = None
+    student_guidance: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,10 +63,12 @@ class Conditioning(Shown):
         drawn: the chain's condition; None for an unconditional model.
         prompts: those of the file, in its order, and behind them those that are not trained on.
         table: embeddings of the prompts, of their negative prompts and, as the last row, of the empty prompt.
-        guidance: scale w of classifier-free guidance.
+        guidance: scale w of classifier-free guidance, of the pretrained network where another one is trained.
+        student_guidance: scale of the network that is trained.
         null: the value of the condition that stands for none, or that for every prompt, where guidance needs it.
         held_out: the condition that draws from the prompts that are not trained on; None where there are none.
         inside: whether the network has embeddings and guidance in itself, as that of a pipeline that is read off.
+        plans: how such a network is called under other scales of guidance than `guidance`.
     """
 
     drawn: Drawn | None = None
@@ -68,19 +78,24 @@ class Conditioning(Shown):
     null: int | Tensor | None = None
     held_out: Drawn | None = None
     inside: bool = False
+    student_guidance: float = 1.0
+    plans: Mapping[float, Plan] = field(default_factory=dict)
 
     @property
     def trained_prompts(self) -> tuple[Prompt, ...]:
         """The prompts that are trained on."""
         return self.prompts[: len(self.drawn.values)] if self.prompts and self.drawn is not None else ()
 
-    def around(self, network: nn.Module) -> nn.Module:
-        """The denoiser that the chain runs: `network` within embeddings and guidance."""
+    def around(self, network: nn.Module, guidance: float) -> nn.Module:
+        """The denoiser that a chain runs: `network` within embeddings and guidance of this scale."""
+        if self.inside:
+            assert isinstance(network, PipelineDenoiser)
+            return network.under(self.plans[guidance]) if guidance in self.plans else network
         if self.table is not None:
             network = Embedded(network, self.table, PROMPT)
-        if self.drawn is not None and self.guidance != 1 and not self.inside:
+        if self.drawn is not None and guidance != 1:
             assert self.null is not None
-            network = ClassifierFree(network, self.guidance, {self.drawn.name: self.null})
+            network = ClassifierFree(network, guidance, {self.drawn.name: self.null})
         return network
 
     def of_states(self, reward: Callable[..., Any], decoder: Callable[[Tensor], Tensor] | None) -> Callable[..., Any]:
@@ -143,23 +158,32 @@ def conditioning(spec: ConditioningSpec, pretrained: Pretrained, device: torch.d
     kind, guidance = pretrained.condition, spec.guidance
     trained, held_out = prompts_of(spec, kind)
     if kind is None:
-        if guidance is not None:
-            raise InvalidInputError(f"--guidance: {spec.model} is unconditional, there is nothing to guide towards")
+        for flag, asked in (("--guidance", guidance), ("--student-guidance", spec.student_guidance)):
+            if asked is not None:
+                raise InvalidInputError(f"{flag}: {spec.model} is unconditional, there is nothing to guide towards")
         return Conditioning()
-    guidance = pretrained.family.guidance if guidance is None else guidance
+    if guidance is None:
+        guidance = pretrained.family.guidance if (usual := trained_guidance(pretrained.checkpoint)) is None else usual
+    student = guidance if spec.student_guidance is None else spec.student_guidance
     if kind == "prompts":
-        return _of_prompts(trained, held_out, guidance, pretrained, device)
+        return replace(_of_prompts(trained, held_out, pretrained, device), guidance=guidance, student_guidance=student)
     classes, null = pretrained.num_classes or 0, spec.null_class
     if null is None and pretrained.family.condition == "classes":
         null = classes  # DiT was trained with this row for dropped labels
     elif null is not None and not 0 <= null < classes:
         raise InvalidInputError(f"--null-class must lie in 0..{classes - 1}, got {null}")
-    if null is None and guidance != 1:
+    if null is None and (guidance != 1 or student != 1):
         raise InvalidInputError(
             f"--guidance needs --null-class, the one of the {classes} labels that stood for no class in training"
         )
     labels = torch.tensor([label for label in range(classes) if label != null])
-    return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null)
+    return Conditioning(Drawn(CLASS, labels), guidance=guidance, null=null, student_guidance=student)
+
+
+def trained_guidance(checkpoint: Checkpoint | None) -> float | None:
+    """The guidance that a fine-tuned model says it was trained for; None for other models."""
+    trained = None if checkpoint is None else read_chain(checkpoint.folder)
+    return None if trained is None else trained.guidance
 
 
 def prompts_of(spec: ConditioningSpec, kind: str | None) -> tuple[list[Prompt], list[Prompt]]:
@@ -185,27 +209,52 @@ def prompts_of(spec: ConditioningSpec, kind: str | None) -> tuple[list[Prompt], 
     return trained, [] if spec.held_out is None else read_prompts(spec.held_out, "--held-out-prompts")
 
 
-def of_read_prompts(trained: list[Prompt], held_out: list[Prompt], guidance: float) -> Conditioning:
-    """The conditions of a pipeline that was read off under these prompts, in their order."""
+def of_read_prompts(
+    trained: list[Prompt], held_out: list[Prompt], guidance: float, student: tuple[float, Plan] | None = None
+) -> Conditioning:
+    """The conditions of a pipeline that was read off under these prompts, in their order.
+
+    Args:
+        trained: the prompts to train on.
+        held_out: others.
+        guidance: that it was read under.
+        student: another guidance, of the network that is trained, with how it is called then.
+    """
+    scale, plans = (guidance, {}) if student is None else (student[0], dict([student]))
+    read = Conditioning(guidance=guidance, inside=True, student_guidance=scale, plans=plans)
     if not trained:
-        return Conditioning(guidance=guidance, inside=True)
+        return read
     seen, unseen = _numbers(trained, held_out)
-    return Conditioning(seen, (*trained, *held_out), None, guidance, None, unseen, inside=True)
+    return replace(read, drawn=seen, prompts=(*trained, *held_out), held_out=unseen)
 
 
 def _of_prompts(
-    trained: list[Prompt], held_out: list[Prompt], guidance: float, pretrained: Pretrained, device: torch.device
+    trained: list[Prompt], held_out: list[Prompt], pretrained: Pretrained, device: torch.device
 ) -> Conditioning:
     """Prompts by their numbers; behind their embeddings stand those of the negative ones, each once."""
     prompts = (*trained, *held_out)
     negatives = list(dict.fromkeys(prompt.negative for prompt in prompts if prompt.negative))
     assert pretrained.checkpoint is not None
     texts = [*map(str, prompts), *negatives]
-    table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
+    with printing_cuts():
+        table = embed_prompts(pretrained.checkpoint, pretrained.denoiser.model, texts, device)
     place = {"": len(texts)} | {text: len(prompts) + i for i, text in enumerate(negatives)}
     null = torch.tensor([place[prompt.negative] for prompt in prompts]) if negatives else len(texts)
     seen, unseen = _numbers(trained, held_out)
-    return Conditioning(seen, prompts, table, guidance, null, unseen)
+    return Conditioning(seen, prompts, table, null=null, held_out=unseen)
+
+
+@contextmanager
+def printing_cuts() -> Iterator[None]:
+    """Context in which warnings of prompts that are cut are lines of the command's output."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CutPromptWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, CutPromptWarning):
+            print(f"prompts   {str(each.message).removeprefix('prompts: ')}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _numbers(trained: list[Prompt], held_out: list[Prompt]) -> tuple[Drawn, Drawn | None]:

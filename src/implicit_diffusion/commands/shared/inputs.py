@@ -33,6 +33,7 @@ NAMES = {
     "reference": {"digits"},
     "data": {"digits", *LAWS},
 }  # that are not paths, whatever is there
+INIT_LORA = "initial adapter"
 C = TypeVar("C")
 
 
@@ -57,7 +58,9 @@ def absolute(config: C) -> C:
 
 @main_only
 def inputs(config: Any) -> dict[str, Any]:
-    """Fingerprints of model, reference, data, rewards and judges, for `record` and `verify`; what is shipped has none.
+    """Fingerprints of all that a config names, for `record` and `verify`; what is shipped has none.
+
+    Model, reference, initial adapter, data, rewards and judges.
 
     Raises:
         InvalidInputError: there is no such model or reward, or a file that cannot be read.
@@ -69,6 +72,8 @@ def inputs(config: Any) -> dict[str, Any]:
             fingerprints[name] = fingerprint(value, MODEL_FILES)
         elif isinstance(value, str) and value not in NAMES[name]:
             fingerprints |= fingerprints_of(name, value)
+    if (adapter := getattr(config, "init_lora", None)) is not None:
+        fingerprints[INIT_LORA] = fingerprint(adapter, MODEL_FILES)
     data = getattr(config, "data", None)
     if _is_place("data", data):
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))

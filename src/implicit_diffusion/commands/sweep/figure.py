@@ -49,10 +49,14 @@ def plot(
                 style = {"xerr": 2 * kl.error, "yerr": 2 * gain.error, "elinewidth": 1.3, "fmt": "D"}
                 style |= {"color": shade, "markeredgecolor": "white", "zorder": 5}
                 axes["top"].errorbar(kl.mean, gain.mean, label=f"fine-tuned, β = {weight}", **style)
+            begun, before = row.headline.untrained, row.headline.reward_before.mean
             base = {"held_out_reward": row.held_out_reward_before, "held_out_path_kl": 0.0}
+            first = {"held_out_reward": 0.0, "held_out_path_kl": 0.0}
+            if begun is not None:
+                first = {"held_out_reward": begun.reward.mean - before, "held_out_path_kl": begun.path_kl.mean}
             for name, key in (("reward", "held_out_reward"), ("kl", "held_out_path_kl")):
                 seen = [m for m in metrics[row.kl_weight] if m.get(key) is not None]
-                values = [0.0, *(m[key] - base[key] for m in seen)]
+                values = [first[key], *(m[key] - base[key] for m in seen)]
                 axes[name].plot([0, *(m["updates"] for m in seen)], values, "o-", ms=3, color=shade)
         legend_above(axes["top"], columns=2)
         axes["reward"].axhline(0.0, color=BEFORE, lw=1)

@@ -83,7 +83,7 @@ def read_roles(rows: Sequence[NetworkCall], wider: NetworkCall, states: Sequence
         name: _role(name, [call.arguments[name] for call in rows], wider.arguments.get(name), states, times)
         for name in names
     }
-    if not any(isinstance(role, State) for role in _leaves(roles)):
+    if not any(isinstance(role, State) for role in leaves(roles)):
         raise NonAffineError(
             f"pipeline: none of the arguments {', '.join(names)} of the network is the state, up to its shape and a "
             "factor; the pipeline mixes it with something else"
@@ -271,9 +271,10 @@ def len_of(value: Any) -> int:
     return 0 if isinstance(value, Tensor) and not value.ndim else len(value) if hasattr(value, "__len__") else 0
 
 
-def _leaves(roles: Any) -> list[Any]:
+def leaves(roles: Any) -> list[Any]:
+    """The roles without the containers that they are in."""
     if isinstance(roles, dict):
-        return [leaf for role in roles.values() for leaf in _leaves(role)]
+        return [leaf for role in roles.values() for leaf in leaves(role)]
     if isinstance(roles, list | tuple):
-        return [leaf for role in roles for leaf in _leaves(role)]
+        return [leaf for role in roles for leaf in leaves(role)]
     return [roles]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
+from implicit_diffusion.denoisers.embedding_table import IN_MEMORY
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pipelines.arguments import filled
+from implicit_diffusion.models.pipelines.placing import bytes_held, placed
 from implicit_diffusion.showing import of_network
 
 PROMPT = "prompt"  # the condition's name: the number of a prompt
@@ -42,10 +44,28 @@ class PlannedCall:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All calls of one evaluation; copies of a denoiser share it, embeddings included."""
+    """All calls of one evaluation; copies of a denoiser share it, embeddings included.
+
+    Values of up to `IN_MEMORY` bytes are copied to the device that first asks for them, and stay there, so that no call
+    waits for a transfer.
+    """
 
     calls: tuple[PlannedCall, ...]
     prompts: int  # how many there are
+    _copies: dict[torch.device, tuple[PlannedCall, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay on the device of the network."""
+        total = sum(bytes_held(call.roles) for call in self.calls)
+        return total if total <= IN_MEMORY else 0
+
+    def at(self, device: torch.device) -> tuple[PlannedCall, ...]:
+        """The calls, with values on a device unless they are too large to stay there."""
+        if device not in self._copies:
+            moved = (PlannedCall(placed(call.roles, device), call.weights) for call in self.calls)
+            self._copies[device] = tuple(moved) if self.kept else self.calls
+        return self._copies[device]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self
@@ -67,6 +87,12 @@ class PipelineDenoiser(DiffusersDenoiser):
         nn.Module.__init__(self)
         self.model, self.plan = model, plan
         self.precision, self.compiled = None, None
+
+    def under(self, plan: Plan) -> PipelineDenoiser:
+        """The same network, called as another plan says, such as one of another guidance."""
+        other = PipelineDenoiser(self.model, plan).train(self.training)
+        other.precision, other.compiled = self.precision, self.compiled
+        return other
 
     def _words(self) -> Iterable[str]:
         yield of_network(self.model)
@@ -91,7 +117,7 @@ class PipelineDenoiser(DiffusersDenoiser):
             which = torch.zeros(len(x), dtype=torch.long, device=x.device)
         call = self.compiled or self.model
         total = torch.zeros_like(x)
-        for planned in self.plan.calls:
+        for planned in self.plan.at(x.device):
             arguments = filled(planned.roles, x, t, which, len(planned.weights))
             with torch.autocast(x.device.type, dtype=self.precision) if self.precision else nullcontext():
                 answers = first_of(call(**arguments))

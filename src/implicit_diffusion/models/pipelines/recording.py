@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from implicit_diffusion.errors import NonAffineError
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.models.pipelines.stand_ins import Enough, run_until_enough, shadow_of, stand_in_for
+from implicit_diffusion.models.pipelines.stand_ins import Enough, device_of, run_until_enough, shadow_of, stand_in_for
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.refusals import GIVEN_BY_THE_CHAIN
@@ -165,7 +165,7 @@ class Recorder:
 
         scheduler.set_timesteps, scheduler.step = set_timesteps, step
         stand_in = stand_in_for(self.network, self._answer)
-        device = next(self.network.parameters()).device
+        device = device_of(self.network)
         shadow = shadow_of(self.pipeline, {self.part: stand_in, "scheduler": scheduler}, device)
         options = {"num_inference_steps": num_steps, **self.call, **batch}
         known = inspect.signature(type(self.pipeline).__call__).parameters

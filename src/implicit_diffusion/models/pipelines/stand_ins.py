@@ -51,6 +51,12 @@ def stand_in_for(network: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return copied
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network computes: its weights are elsewhere if they are offloaded, or if it has none (`hollow`)."""
+    offloaded = getattr(network.__dict__.get("_hf_hook"), "execution_device", None)
+    return next(network.parameters()).device if offloaded is None else torch.device(offloaded)
+
+
 def shadow_of(pipeline: Any, replaced: Mapping[str, Any], device: torch.device) -> Any:
     """A shallow copy of a pipeline, silent, with other parts, that computes on `device`.
 

@@ -18,7 +18,7 @@ from implicit_diffusion.objectives import PathKL, Reward, WeightedRewards
 from implicit_diffusion.objectives.reward import as_reward
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.state import Fit
-from implicit_diffusion.samplers.chain import TRIAL
+from implicit_diffusion.samplers.chain import TRIAL, Chain
 from implicit_diffusion.showing import Shown
 
 
@@ -53,6 +53,7 @@ class HeldOut(Shown):
         every: number of updates between two evaluations.
         starts: number of trajectories of each.
         shown: number of samples that the evaluations of `look` keep.
+        untrained: the chain that training begins with, where it is not the pretrained one.
     """
 
     reward: Callable[..., Any] | Reward
@@ -60,8 +61,9 @@ class HeldOut(Shown):
     every: int = 25
     starts: int = 128
     shown: int = 0
+    untrained: Chain | None = field(default=None, repr=False)
     _last: tuple[tuple[Any, ...], Evaluation] | None = field(default=None, init=False, repr=False, compare=False)
-    _before: Evaluation | None = field(default=None, init=False, repr=False, compare=False)
+    _before: dict[str, Evaluation] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, fit: Fit) -> None:
         if fit.updates % self.every == 0:
@@ -107,24 +109,35 @@ class HeldOut(Shown):
 
     def pretrained(self, fit: Fit) -> Evaluation:
         """The pretrained chain on the same noise, so that differences have small errors; evaluated once."""
-        if self._before is None:
+        return self._once(fit, "pretrained", fit.chain.pretrained())
+
+    def begun(self, fit: Fit) -> Evaluation:
+        """The chain that training began with, on the same noise; evaluated once."""
+        return self.pretrained(fit) if self.untrained is None else self._once(fit, "untrained", self.untrained)
+
+    def _once(self, fit: Fit, name: str, chain: Chain) -> Evaluation:
+        if name not in self._before:
             score = self._score(fit)
             with part("held-out checks"):
-                before = evaluate(fit.chain.pretrained(), score, self.noise, starts=self.starts)
-            self._before = replace(before, samples=before.reward[..., None][..., :0])
-        return moved(self._before, fit.chain.device)
+                made = evaluate(chain, score, self.noise, starts=self.starts)
+            self._before[name] = replace(made, samples=made.reward[..., None][..., :0])
+        return moved(self._before[name], fit.chain.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The evaluation of the pretrained chain, so that a resumed run need not draw it again."""
-        before = self._before
+        """The evaluations that are made once, so that a resumed run need not draw them again."""
         columns = ("reward", "path_kl", "log_ratio", "rewards")
-        return {"pretrained": None if before is None else {name: getattr(before, name) for name in columns}}
+        names = ("pretrained", *["untrained"] * (self.untrained is not None))
+        made = {name: self._before.get(name) for name in names}
+        return {
+            name: None if each is None else {column: getattr(each, column) for column in columns}
+            for name, each in made.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from such a state."""
-        columns = state["pretrained"]
-        if columns is not None:
-            self._before = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])
+        for name, columns in state.items():
+            if columns is not None:
+                self._before[name] = Evaluation(**columns, samples=columns["reward"][..., None][..., :0])
 
     def _score(self, fit: Fit) -> Reward:
         """The reward, checked once, on draws of its own: a resumed run checks it again."""

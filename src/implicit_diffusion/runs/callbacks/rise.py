@@ -46,6 +46,9 @@ def smaller_rate(excess: float, possible: float) -> int:
 class Rise(Shown):
     """Callback: stop a run whose J on held-out noise stays above the pretrained chain's, and restore its best model.
 
+    Where training begins with another chain than the pretrained one (`HeldOut.untrained`), J is compared with that of
+    the chain that it begins with.
+
     Both chains are evaluated on the same noise, so that the rise of J is a paired difference with a small error.
     Evaluations come after 1, 2, 4, … updates, after every `held_out.every` updates, and after the last one. J counts as
     above where it has risen by four standard errors (two after the last update). The first time, this is reported; the
@@ -101,7 +104,7 @@ class Rise(Shown):
         if not (last or regular or early or self._is_far(fit)):
             return None
         self._looked = fit.updates
-        look, before, now = self.held_out.look(fit), self.held_out.pretrained(fit), fit.loop.objective.weight(PathKL)
+        look, before, now = self.held_out.look(fit), self.held_out.begun(fit), fit.loop.objective.weight(PathKL)
         beta = now if last else self._beta(fit)
         if beta and fit.chain.table.noiseless(among=fit.chain.trained_rows):
             raise InvalidInputError(
@@ -116,7 +119,7 @@ class Rise(Shown):
             reward, kl = (mean_and_error(values)[0] for values in (look.reward, look.path_kl))
             self._kept.keep(fit, reward=reward, path_kl=kl if now else 0.0, fall=fall, fall_se=fall_se)
         self._count = self._count + regular if above else 0
-        sentence = f"J on held-out noise is {with_error(rise, error)} above the {was:.4g} of the pretrained model"
+        sentence = f"J on held-out noise is {with_error(rise, error)} above the {was:.4g} of the {self._first} model"
         reason = self._reason(fit, look, before, last, rise) if above else None
         if reason is not None:
             self._excess = rise + self._possible(fit)
@@ -137,7 +140,7 @@ class Rise(Shown):
         if self._kept.restore(fit) and self._kept.numbers is not None:
             seen = self._kept.numbers
             ends = (
-                f"The model is that of update {seen['updates']}, the best one that was seen below the pretrained "
+                f"The model is that of update {seen['updates']}, the best one that was seen below the {self._first} "
                 f"model's J, by {with_error(seen['fall'], seen['fall_se'])}. "
             )
         fit.advice = f"Try {self.rate(smaller_rate(self._excess, self._possible(fit)))}"
@@ -147,8 +150,10 @@ class Rise(Shown):
         """Why to stop now that J is above; None where the run may continue."""
         kl, most = mean_and_error(look.path_kl)[0], self.most(fit)
         if not kl <= FAR * most:
-            return f"the path KL is {kl:.3g} nats, and no sampler beyond {most:.3g} is as good as the pretrained model"
-        if not kl <= most_sound(fit.chain):
+            return (
+                f"the path KL is {kl:.3g} nats, and no sampler beyond {most:.3g} is as good as the {self._first} model"
+            )
+        if not kl <= most_sound(fit.chain) + mean_and_error(before.path_kl).mean:
             return f"the path KL is {kl:.3g} nats, at which nothing of the pretrained model is left"
         if not rise <= RISE * before.reward.double().std().item():
             return "it runs away"
@@ -166,13 +171,27 @@ class Rise(Shown):
         """The path KL beyond which no control is as good as the pretrained chain, at the smallest β so far."""
         beta = self._beta(fit)
         if self._most is None or self._most[0] != beta:
-            self._most = beta, most_kl(self._samples(fit), beta) if beta > 0 else math.inf
+            samples, above = self._samples(fit), self._above(fit, beta)
+            self._most = beta, most_kl(samples, beta, above) if beta > 0 else math.inf
         return self._most[1]
 
     def _possible(self, fit: Fit) -> float:
         """By how much J could fall at the present β."""
         samples, beta = self._samples(fit), fit.loop.objective.weight(PathKL)
-        return -mean_and_error(samples.reward)[0] - bound(samples, beta).j if beta > 0 else math.nan
+        if not beta > 0:
+            return math.nan
+        return self._above(fit, beta) - mean_and_error(samples.reward)[0] - bound(samples, beta).j
+
+    @property
+    def _first(self) -> str:
+        """What the chain is called that training begins with."""
+        return "pretrained" if self.held_out.untrained is None else "untrained"
+
+    def _above(self, fit: Fit, beta: float) -> float:
+        """How much J of the chain that training begins with is above that of the pretrained one."""
+        if self.held_out.untrained is None:
+            return 0.0
+        return mean_and_error(_j(self.held_out.begun(fit), beta) - _j(self.held_out.pretrained(fit), beta))[0]
 
     def _samples(self, fit: Fit) -> Evaluation:
         """Samples of the pretrained chain; where starts have a single trajectory each, two starts are taken as one."""

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion.errors import DivergenceError, InvalidInputError, check_type
+from implicit_diffusion.evaluation.chains import mean_and_error
 from implicit_diffusion.loops.chain_loop import ChainLoop
 from implicit_diffusion.loops.diagnostics import acceptance_advice
 from implicit_diffusion.loops.diagnostics.divergence import MOST_DATA, WORDS, distance, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.objectives import PathKL
+from implicit_diffusion.runs.callbacks.held_out import HeldOut
 from implicit_diffusion.runs.console import Say, say_on_stderr
 from implicit_diffusion.runs.fit import Fit
 from implicit_diffusion.samplers.chain import Chain
@@ -40,13 +42,14 @@ def most_sound(chain: Chain) -> float:
 class Runaway(Shown):
     """Callback: stop a run over a chain when its path KL, or the rest of J, diverges though it is finite.
 
-    The path KL must not exceed `most_sound`. The rest of J must not rise above its first value by 10⁴ standard
-    deviations of the pretrained reward.
+    The path KL must not exceed that of the chain which training begins with by more than `most_sound`. The rest of J
+    must not rise above its first value by 10⁴ standard deviations of the pretrained reward.
 
     Args:
         reward_std: standard deviation of the reward of the pretrained chain.
         every: number of updates between two checks; states to be saved are checked in any case.
         patience: number of bad checks in a row that stop the run.
+        held_out: knows the chain that training begins with, where that is not the pretrained one.
 
     Raises:
         DivergenceError: when called; the message says what to change.
@@ -57,6 +60,7 @@ class Runaway(Shown):
     reward_std: float
     every: int = 10
     patience: int = 2
+    held_out: HeldOut | None = None
     began: float | None = field(default=None, init=False)
     bad: int = field(default=0, init=False)
     seen: dict[str, Any] = field(default_factory=dict, init=False)
@@ -85,6 +89,8 @@ class Runaway(Shown):
         self._see(fit)
         chain, advice = fit.chain, "use a smaller `lr`, or a smaller `max_grad_norm`"
         most = most_sound(chain)
+        if self.held_out is not None:
+            most += mean_and_error(self.held_out.begun(fit).path_kl).mean
         kl = float(self.seen.get("path_kl", 0.0))
         if kl > most:
             return f"the path KL is {kl:.3g} nats: beyond {most:.3g} nothing of the pretrained model is left; {advice}"

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from implicit_diffusion.commands.finetune.problem.needs import Needs, activation_bytes, weight_bytes
-from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec
+from implicit_diffusion.commands.finetune.config import STEPS
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
+from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec, SetupSpec
+from implicit_diffusion.commands.shared.models.read_model import asked_of
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
-from implicit_diffusion.gradients.footprint import bytes_of
-from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.loops.unread.needs import Call, Needs, Training, check_needs, needs_of_network, weight_bytes
+from implicit_diffusion.loops.unread.pipelines import needs_of_pipeline
+from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
 from implicit_diffusion.models.families import PIXELS, PipelineFamily
 from implicit_diffusion.models.parts import saved_dtype, without_memory
 from implicit_diffusion.models.pretrained import event_shape_of, meta_inputs
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.processes import everywhere, is_main
 
-MOMENTS = 2  # of Adam, per trained number
+
+def check_fit(spec: SetupSpec, flight: Flight, device: torch.device) -> None:
+    """Refuse what cannot fit, and print what could not be counted.
+
+    Raises:
+        MemoryLimitError: see `check_needs`.
+        InvalidInputError: see `needs_of`.
+    """
+    needs = needs_of(spec, flight)
+    everywhere(lambda: check_needs(needs, device))
+    if needs.note is not None and is_main():
+        print(f"memory before loading: {needs}")
 
 
-def needs_of(spec: NetworkSpec, flight: Flight, noise: Noise) -> Needs:
+def needs_of(spec: SetupSpec, flight: Flight) -> Needs:
     """What a run needs at least.
 
     Args:
-        spec: of the network.
+        spec: of the run.
         flight: how many samples there are at a time.
-        noise: any, for adapters without numbers.
 
     Raises:
         InvalidInputError: a part whose config and headers do not fit together; see `load_model`.
     """
-    checkpoint, source = find_checkpoint(spec.model), spec.model
-    family = checkpoint.family
+    checkpoint = find_checkpoint(spec.network.model)
+    if not checkpoint.family.probed:
+        return _of_known(checkpoint, spec.network, flight)
+    chain, training = spec.chain, _training(spec.network, flight, checkpoint.family)
+    trained, held_out, _, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
+    if spec.conditions.student_guidance is not None:
+        call["guidance_scale"] = spec.conditions.student_guidance  # of u_θ; u_0 needs as much or more
+    options = call | {"prompts": [*trained, *held_out] or None, "sampler": chain.sampler}
+    return needs_of_pipeline(checkpoint, training, chain.num_steps or STEPS, **options)
+
+
+def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Needs:
+    """The same for a family that is known by hand."""
+    source, family = spec.model, checkpoint.family
     with checkpoint.laid_out() as folder:
         network, headers = without_memory(checkpoint, folder, family.part, "network", source)
         others = {
@@ -42,47 +68,33 @@ def needs_of(spec: NetworkSpec, flight: Flight, noise: Noise) -> Needs:
             for part in checkpoint.parts
             if part == "vae" or part.startswith("text_encoder")
         }
+    keeps = spec.adapted and not spec.shard and family is not PIXELS
+    training = _training(spec, flight, family, saved_dtype(headers) if keeps else torch.float32)
     shape = event_shape_of(network, family, source)
-    numbers = sum(p.numel() for p in network.parameters())
-    kept = saved_dtype(headers) if spec.lora_rank is not None and not spec.shard and family is not PIXELS else None
-    weights = weight_bytes(network) if kept is None else weight_bytes(network, min(kept, torch.float32, key=_size))
-    network.requires_grad_(True)
-    if spec.lora_rank is None:
-        weights, trained = 2 * weights, (1 + MOMENTS) * 4 * numbers
-    else:
-        add_lora(network, spec.lora_rank, noise, spec.targets)
-        trained = (2 + MOMENTS) * 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
-    if spec.gradient_checkpointing:
-        checkpoint_activations(network)
-    per_sample = _activations(network, spec, shape, family)
-    return Needs(
-        network=weights // flight.parts if spec.shard else weights,
-        trained=trained // flight.parts if spec.shard else trained,
-        decoder=others.pop("vae", 0),
-        encoder=max(others.values(), default=0),
-        states=flight.events * bytes_of(shape, torch.float32),
-        activations=flight.samples * per_sample // (1 if spec.precision == "float32" else 2),
+    call = Call(DiffusersDenoiser(network), functools.partial(_called, network, shape, family), shape)
+    needs = needs_of_network(network, call, training)
+    return replace(needs, decoder=others.pop("vae", 0), encoders=others)
+
+
+def _training(spec: NetworkSpec, flight: Flight, family: PipelineFamily, kept: torch.dtype = torch.float32) -> Training:
+    """What is trained, and how much there is at a time; frozen weights are kept in the dtype `kept`."""
+
+    def adapt(network: nn.Module) -> None:
+        add_adapters(network, spec, Noise(0), family)  # without memory, there are no numbers to draw
+
+    return Training(
+        samples=flight.samples,
+        events=flight.events,
+        adapt=adapt if spec.adapted else None,
+        checkpointing=spec.gradient_checkpointing,
+        half=spec.precision != "float32",
+        kept=kept,
+        shares=flight.parts if spec.shard else 1,
     )
 
 
-def _size(dtype: torch.dtype) -> int:
-    return dtype.itemsize
-
-
-def _activations(network: Any, spec: NetworkSpec, shape: tuple[int, ...], family: PipelineFamily) -> int:
-    """Bytes per sample of u_θ and of u_0 without guidance, under a condition of two tokens: fewer than there will be.
-
-    Zero where the network cannot be evaluated without numbers.
-    """
-    u = DiffusersDenoiser(network)
-    u_0 = WithoutAdapter(u) if spec.lora_rank is not None else None
-
-    def call(part: nn.Module, n: int) -> object:
-        classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
-        x, t, condition = meta_inputs(network, family, shape, n, num_classes=classes)
-        return part(x.requires_grad_(), t, **condition)
-
-    try:
-        return activation_bytes([functools.partial(call, part) for part in (u, u_0) if part is not None])
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        return 0
+def _called(network: Any, shape: tuple[int, ...], family: PipelineFamily, u: nn.Module, n: int) -> object:
+    """The call of u without guidance, under a condition of two tokens: fewer than there will be."""
+    classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
+    x, t, condition = meta_inputs(network, family, shape, n, num_classes=classes)
+    return u(x.requires_grad_(), t, **condition)

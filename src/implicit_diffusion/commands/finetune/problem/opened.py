@@ -68,7 +68,7 @@ def open_chain(spec: SetupSpec) -> Opened:
 
 def _known(spec: SetupSpec) -> Opened:
     """A model of the user's own, or of a family that is known by hand."""
-    frozen = spec.network.lora_rank is not None and not spec.network.shard
+    frozen = spec.network.adapted and not spec.network.shard
     pretrained = sized(open_model(spec.network.model, frozen=frozen), spec.chain.size, spec.chain.frames)
     sampler, table, exported = sampler_of(pretrained, spec.chain)
     return Opened(
@@ -87,7 +87,7 @@ def _read(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
         size=chain.size,
         frames=chain.frames,
         eta=chain.eta,
-        frozen=spec.network.lora_rank is not None and not spec.network.shard,
+        frozen=spec.network.adapted and not spec.network.shard,
     )
     exported = _exported(read, num_steps)
     return Opened(read.pretrained, read.sampler, read.probed.table, exported, lambda device: read.conditioning)
@@ -120,10 +120,10 @@ def original_of(spec: SetupSpec, pretrained: Pretrained) -> Pretrained:
     for what, ours, theirs in (
         ("samples", pretrained.event_shape, original.event_shape),
         ("network", pretrained.family.network, original.family.network),
-        ("weights", *map(_shapes, (pretrained.denoiser, original.denoiser))),
         ("classes", pretrained.num_classes, original.num_classes),
         ("prediction_type", *(_prediction(each.scheduler) for each in (pretrained, original))),
         ("num_train_timesteps", *(_timesteps(each.scheduler) for each in (pretrained, original))),
+        ("weights", *map(_shapes, (pretrained.denoiser, original.denoiser))),
     ):
         if ours != theirs:
             raise InvalidInputError(

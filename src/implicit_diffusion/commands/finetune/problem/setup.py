@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.problem import functions
+from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
-from implicit_diffusion.commands.finetune.problem.fitting import needs_of
-from implicit_diffusion.commands.finetune.problem.needs import check_needs
+from implicit_diffusion.commands.finetune.problem.fitting import check_fit
 from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
 from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
 from implicit_diffusion.commands.finetune.problem.sampler import Exported
@@ -27,18 +27,16 @@ from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.commands.shared.models.by_name import weights_of
 from implicit_diffusion.commands.shared.models.factories import factory_of
 from implicit_diffusion.commands.shared.pictures import filmstrips
-from implicit_diffusion.denoisers.lora import WithoutAdapter, add_lora, checkpoint_activations
+from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.sharded import shard
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.evaluation.clipping import ClippingEffect
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.global_generators import GlobalGenerators
-from implicit_diffusion.models.checkpoints import find_checkpoint
 from implicit_diffusion.models.own_models.opened import OwnModel, check_adapted
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.objectives import Reward, WeightedRewards
-from implicit_diffusion.processes import everywhere
 from implicit_diffusion.runs.clock import part
 from implicit_diffusion.runs.devices import find_device
 from implicit_diffusion.samplers.chain import Chain
@@ -65,6 +63,7 @@ class Setup(Shown):
         conditioning: what trajectories are sampled under.
         compiled: result of the compilation; None where none was asked for.
         estimator: of the gradient.
+        frozen: the pretrained network under guidance of a scale.
         weights: fingerprints of weights that factories have returned, for `runs.provenance`.
     """
 
@@ -80,6 +79,20 @@ class Setup(Shown):
     compiled: str | None
     estimator: Chosen
     weights: dict[str, Any]
+    frozen: Callable[[float], nn.Module]
+
+    @property
+    def untrained(self) -> Chain | None:
+        """The chain that training begins with; None where that is the pretrained one."""
+        given = self.conditioning
+        if given.student_guidance == given.guidance:
+            return None
+        return self.chain.replace(denoiser=self.frozen(given.student_guidance))
+
+    def under(self, guidance: float, student_guidance: float) -> Chain:
+        """The chain to be trained under other scales of guidance."""
+        denoiser = self.conditioning.around(self.pretrained.denoiser, student_guidance)
+        return self.chain.replace(denoiser=denoiser, reference=self.frozen(guidance))
 
     @property
     def measured(self) -> Reward:
@@ -111,8 +124,13 @@ class Setup(Shown):
 
     @property
     def guidance(self) -> float | None:
-        """Scale of classifier-free guidance; None for a model without one."""
+        """Scale of classifier-free guidance of the pretrained chain; None for a model without one."""
         return self.conditioning.guidance if self.chain.condition and self.pretrained.family.guided else None
+
+    @property
+    def student_guidance(self) -> float | None:
+        """Scale of classifier-free guidance of the trained chain; None for an unconditional model."""
+        return self.conditioning.student_guidance if self.guidance is not None else None
 
 
 @part("loading")
@@ -120,7 +138,7 @@ def build(spec: SetupSpec) -> Setup:
     """Load everything, and try the reward on two pretrained samples.
 
     Raises:
-        InvalidInputError: from any of the parts; see `open_chain`, `add_lora`, `conditioning`,
+        InvalidInputError: from any of the parts; see `open_chain`, `add_adapters`, `conditioning`,
             `load_reward`, `Reward.check_slope`.
     """
     device = find_device(spec.device)
@@ -132,22 +150,21 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     loaded = functions.load(spec, device)
     precision = check_precision(spec.network.precision, device)
     network = spec.network
-    described = factory_of(network.model) is None and not find_checkpoint(network.model).family.probed
-    if spec.flight is not None and described:  # by headers of weights
-        needs = needs_of(network, spec.flight, spec.noise)
-        everywhere(lambda: check_needs(needs, device))
+    if spec.flight is not None and factory_of(network.model) is None:  # by headers of weights
+        check_fit(spec, spec.flight, device)
     opened = open_chain(spec)
     pretrained = opened.pretrained
     original = None if network.reference is None else original_of(spec, pretrained)
     weights = weights_of({"model": pretrained, "reference": original})
-    if network.lora_rank is not None:
-        add_lora(pretrained.denoiser.model, network.lora_rank, spec.noise.stream(ADAPTER), network.targets)
+    if network.adapted:
+        add_adapters(pretrained.denoiser.model, network, spec.noise.stream(ADAPTER), pretrained.family)
         if isinstance(pretrained, OwnModel):
             check_adapted(pretrained)
     conditions = opened.conditions(device)
     for model in filter(None, (pretrained, original)):
         _place(model, device, precision, network)
-    chain = _chain(spec, opened.table, pretrained, original, conditions, device)
+    frozen = _frozen(network, pretrained, original, conditions)
+    chain = _chain(spec, opened.table, pretrained, frozen(conditions.guidance), conditions, device)
     note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,14 +188,25 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         note,
         tried.estimator,
         weights,
+        frozen,
     )
+
+
+def _frozen(
+    spec: NetworkSpec, pretrained: Pretrained, original: Pretrained | None, conditions: Conditioning
+) -> Callable[[float], nn.Module]:
+    """u_0 by the scale of its guidance; all of them share their weights."""
+    if original is None and spec.adapted:
+        return lambda guidance: WithoutAdapter(conditions.around(pretrained.denoiser, guidance))
+    network = frozen_copy(pretrained.denoiser) if original is None else original.denoiser.requires_grad_(False)
+    return lambda guidance: conditions.around(network, guidance).eval()
 
 
 def _chain(
     spec: SetupSpec,
     table: ChainTable,
     pretrained: Pretrained,
-    original: Pretrained | None,
+    reference: nn.Module,
     conditions: Conditioning,
     device: torch.device,
 ) -> Chain:
@@ -187,16 +215,9 @@ def _chain(
     Raises:
         InvalidInputError: no row is left to train.
     """
-    denoiser = conditions.around(pretrained.denoiser)
-    reference: nn.Module
-    if original is not None:
-        reference = conditions.around(original.denoiser).eval().requires_grad_(False)
-    elif spec.network.lora_rank is not None:
-        reference = WithoutAdapter(denoiser)
-    else:
-        reference = frozen_copy(denoiser)
+    denoiser = conditions.around(pretrained.denoiser, conditions.student_guidance)
     if spec.network.shard:
-        for each in (denoiser, reference) if spec.network.lora_rank is None else (denoiser,):
+        for each in (denoiser, reference) if not spec.network.adapted else (denoiser,):
             shard(each, device)
     rows: Literal["noiseless"] | tuple[()] = "noiseless" if spec.chain.noiseless_rows_pretrained else ()
     chain = Chain(

@@ -33,8 +33,13 @@ def weighed(setup: Setup, plan: Plan) -> Setup:
         setup: from `build`, not trained yet.
         plan: of the run.
     """
-    setup = in_deviations(setup, [each.reward_std for each in plan.rewards])
+    setup = in_units(setup, plan)
     return replace(setup, clipping=_clipping(setup, setup.reward))
+
+
+def in_units(setup: Setup, plan: Plan) -> Setup:
+    """The setup with R as the plan measures it; arguments as in `weighed`."""
+    return in_deviations(setup, [each.reward_std for each in plan.rewards])
 
 
 def weighed_samples(setup: Setup, samples: Evaluation) -> Evaluation:

@@ -41,6 +41,8 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
     weighted = _by_weights(result)
     reach = 1.45 * max(best.path_kl, headline.path_kl.mean, *(kl for _, kl, *_ in path), 1e-6)
     reach = max([reach, *(1.1 * law.path_kl.mean for law in weighted)])
+    begun = headline.untrained
+    reach = max(reach, 1.1 * begun.path_kl.mean) if begun is not None else reach
     plan = result.plan.reward
     bounds = [b for b in result.plan.bounds if b.path_kl > 0 and abs(b.beta / best.beta - 1) > NEAR]
     path = [(n, kl, reward - result.summary.training.held_out_reward_before) for n, kl, reward in path]
@@ -54,7 +56,7 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
     knots = [replace(b, reward=b.reward - plan) for b in bounds]
     knots += [replace(best, reward=optimum)] if best.path_kl > 0 else []
     curve = tangent_curve(0.0, sorted(knots, key=_path_kl), kl) if knots else np.full_like(kl, np.nan)
-    low = min(0.0, gain.mean, *(gained for *_, gained in path))
+    low = min(0.0, gain.mean, *(gained for *_, gained in path), 0.0 if begun is None else begun.reward.mean - before)
     high = max(
         optimum, gain.mean, float(np.nanmax(curve, initial=optimum)), *(law.reward_gain.mean for law in weighted)
     )
@@ -77,7 +79,8 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
 
     if path:
         updates, xs, ys = np.array(path).T
-        axes.plot([0, *xs], [0, *ys], color="#9aa1ab", lw=0.9, zorder=2)
+        start = (0.0, 0.0) if begun is None else (begun.path_kl.mean, begun.reward.mean - before)
+        axes.plot([start[0], *xs], [start[1], *ys], color="#9aa1ab", lw=0.9, zorder=2)
         dots = axes.scatter(xs, ys, c=updates, cmap="viridis_r", s=26, zorder=4, label="training, held-out noise")
         if len(path) > 1:
             bar = figure.colorbar(dots, ax=axes, location="bottom", shrink=0.55, aspect=32, pad=0.02)
@@ -87,6 +90,9 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
             bar.update_ticks()
     _draw_by_weights(axes, weighted)
     _points(axes, [(0.0, 0.0, 0.0, 0.0)], fmt="s", color=BEFORE, ms=8, label="pretrained")
+    if begun is not None:
+        row = (*begun.path_kl, begun.reward.mean - before, 0.0)
+        _points(axes, [row], fmt="s", color=BEFORE, markerfacecolor="white", ms=8, label="untrained")
     _points(axes, [(best.path_kl, best.path_kl_se, optimum, 0.0)], fmt="*", color=BOUND, ms=13)
     final = (*headline.path_kl, *gain)
     _points(axes, [final], fmt="D", color=AFTER, ms=8, label="fine-tuned")
@@ -105,7 +111,8 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
         f"{number(headline.j_after.mean - best.j, digits=2)} of reward below the dashed line"
     )
     share = headline.captured
-    caption += "." if share is None else f", {percent(share.mean)} of the way from the pretrained model."
+    first = "pretrained" if begun is None else "untrained"
+    caption += "." if share is None else f", {percent(share.mean)} of the way from the {first} model."
     return figure, "Reward against path KL", caption
 
 

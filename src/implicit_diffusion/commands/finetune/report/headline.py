@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from implicit_diffusion.commands.finetune import guidance
 from implicit_diffusion.commands.finetune.by_weights import ByWeights
 from implicit_diffusion.commands.finetune.held_out_prompts import line_of
 from implicit_diffusion.commands.finetune.summary import Headline, Summary
@@ -47,7 +48,13 @@ def headline_of(judgement: Judgement, *, lr: float, advise: bool, reward_std: fl
         j_possible=judgement.possible,
         captured=judgement.captured,
         captured_unknown=_captured_unknown(judgement),
+        untrained=judgement.untrained,
     )
+
+
+def _begun(judgement: Judgement) -> Estimate | None:
+    """J of the chain that training began with."""
+    return judgement.j_before if judgement.untrained is None else judgement.untrained.j
 
 
 def _worse(judgement: Judgement) -> str:
@@ -61,7 +68,7 @@ def _worse(judgement: Judgement) -> str:
         )
     fall_of_j = judgement.j_fall
     words = "is no longer finite" if fall_of_j is None else f"rose by {number(-fall_of_j.mean, fall_of_j.error)}"
-    ends = (number(None if j is None else j.mean, digits=4) for j in (judgement.j_before, judgement.j_after))
+    ends = (number(None if j is None else j.mean, digits=4) for j in (_begun(judgement), judgement.j_after))
     return (
         f"Fine-tuning made the model worse: J (KL weight × path KL − reward), which it lowers, {words}, from "
         f"{' to '.join(ends)}."
@@ -72,7 +79,7 @@ def _advice(judgement: Judgement, lr: float) -> str:
     """What to change where J rose."""
     factor = 10
     if judgement.bound is not None:
-        old, new = (math.nan if j is None else j.mean for j in (judgement.j_before, judgement.j_after))
+        old, new = (math.nan if j is None else j.mean for j in (_begun(judgement), judgement.j_after))
         factor = smaller_rate(new - judgement.bound.j, old - judgement.bound.j)
     return f"Try --lr {lr / factor:.1g}, {factor} times smaller."
 
@@ -126,6 +133,8 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield from _lines_of_judges(summary)
     if summary.held_out_prompts is not None:
         yield line_of(summary.held_out_prompts)
+    if headline.untrained is not None:
+        yield guidance.line_of(headline.untrained)
     if headline.path_kl is not None:
         yield f"path KL   {number(*headline.path_kl)} nats"
     if headline.j_bound is not None:
@@ -137,6 +146,8 @@ def _lines(summary: Summary, directory: RunDirectory) -> Iterator[str]:
     yield f"model     {directory.model}"
     if summary.model.adapter:
         yield f"adapter   {directory.model / 'lora'}: {summary.model.adapter}"
+    if summary.model.adapter_comfyui:
+        yield f"          {directory.model / summary.model.adapter_comfyui}, for ComfyUI and kohya's tools"
 
 
 def _lines_of_rewards(summary: Summary) -> Iterator[str]:
@@ -166,7 +177,7 @@ def _lines_of_j(headline: Headline, beta: float) -> Iterator[str]:
     source = ", from the pretrained chain" if headline.j_bound_from == "pretrained" else ""
     fall, error = headline.j_fall or (None, None)
     could, could_error = headline.j_possible or (None, None)
-    before, after = (beside(j and j.mean, error) for j in (headline.j_before, headline.j_after))
+    before, after = (beside(j and j.mean, error) for j in (headline.j_begun, headline.j_after))
     moved = "fell" if fall is None or fall >= 0 else "rose"
     yield (
         f"J         {before} → {after}, {beta:.4g} × path KL − reward: {moved} by "

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from html import escape
 
 from implicit_diffusion.commands.finetune.result import Result
+from implicit_diffusion.commands.finetune.summary import Headline
 from implicit_diffusion.commands.shared.formatting import beside, number, percent
 from implicit_diffusion.commands.shared.page import table
+from implicit_diffusion.evaluation.judging import Untrained
 
 COLUMNS = ("", "reward", "gained", "path KL (nats)", "J", "J fell by", "captured")
 
@@ -30,7 +32,11 @@ def _rows(result: Result) -> Iterator[list[str]]:
     before, after = (beside(reward.mean, gain.error) for reward in (headline.reward_before, headline.reward_after))
     j_before, j_after = (beside(j and j.mean, error) for j in (headline.j_before, headline.j_after))
     path_kl = number(*(headline.path_kl or (None,)))
-    yield ["pretrained", before, "", "" if headline.path_kl is None else "0", j_before, "", ""]
+    nothing = "" if headline.path_kl is None else "0"
+    if headline.untrained is None:
+        yield ["pretrained", before, "", nothing, j_before, "", ""]
+    else:
+        yield from _guided(headline, headline.untrained, nothing, j_before)
     share = percent(*(headline.captured or (None, None)))
     yield ["trained", after, number(*gain, sign=True), path_kl, j_after, number(*(fall or (None,))), share]
     if law is not None:
@@ -51,6 +57,18 @@ def _rows(result: Result) -> Iterator[list[str]]:
         optimum = number(best.path_kl, best.path_kl_se)
         most = beside(best.j, could[1]), number(*could)
         yield ["bound", beside(best.reward, known), gained, optimum, *most, "100\N{NO-BREAK SPACE}%"]
+
+
+def _guided(headline: Headline, untrained: Untrained, nothing: str, j_before: str) -> Iterator[list[str]]:
+    """The pretrained chain, which is guided, and the untrained one, with which training began."""
+    reward, above = headline.reward_before.mean, untrained.j_above
+    could = headline.j_possible
+    share = percent(above.mean / could.mean) if could is not None and headline.captured is not None else ""
+    before = beside(reward, headline.reward_gain.error)
+    yield ["pretrained, guided", before, "", nothing, j_before, number(*above), share]
+    gained = untrained.reward.mean - reward
+    kl, j = number(*untrained.path_kl), beside(untrained.j.mean, above.error)
+    yield ["untrained", beside(*untrained.reward), number(gained, sign=True), kl, j, "0", "0"]
 
 
 def _of_weights(result: Result) -> str:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from html import escape
 from pathlib import Path
 
-from implicit_diffusion.commands.finetune import held_out_prompts
+from implicit_diffusion.commands.finetune import guidance, held_out_prompts
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.model_card import pipeline_use
 from implicit_diffusion.commands.finetune.report.headline import opening_of, updates_in_words
@@ -50,6 +50,7 @@ def write_report(result: Result, figures: Sequence[Picture], directory: RunDirec
         judges_at_the_end(result),
         _held_out_prompts(result),
         _quality(result),
+        guidance.section(guidance.read(directory)),
         _time(directory),
         _plan(result),
         _use(result, directory),
@@ -84,15 +85,17 @@ def _tiles(result: Result) -> Iterator[str]:
         f'<span class="from">{_short(before, gain.mean)} →</span> {_short(after, gain.mean)}',
         f"{number(*gain, sign=True)}, or {spread}",
     )
-    if headline.worse and headline.j_before is not None:
+    if headline.worse and headline.j_begun is not None:
         j_after = None if headline.j_after is None else headline.j_after.mean
-        yield tile("J rose", f"{number(headline.j_before.mean)} → {number(j_after)}", "lower is better")
+        yield tile("J rose", f"{number(headline.j_begun.mean)} → {number(j_after)}", "lower is better")
     if headline.captured is not None:
         share = min(1.0, max(0.0, headline.captured.mean))
         bar = f'<span class="bar"><span style="width:{100 * share:.1f}%"></span></span>'
         yield tile("Captured", percent(*headline.captured), f"{bar}of the gain in J that this KL weight allows")
     if headline.path_kl is not None:
         optimum = "" if best is None else f"the optimum is at {number(best.path_kl, best.path_kl_se)}"
+        if headline.untrained is not None:
+            optimum = f"{number(*headline.untrained.path_kl)} before training; {optimum}"
         yield tile("Path KL in nats", number(*headline.path_kl), optimum)
     cost = f"{updates_in_words(result.summary)}, {training.network_evaluations:,} network evaluations"
     yield tile("Training time", duration(training.seconds), cost)
@@ -111,8 +114,10 @@ def _in_words(result: Result) -> str:
             f" The price is a path KL of {number(headline.path_kl.mean)} nats, the mean square of the steps' shifts: "
             "how far sampling moved from the pretrained model."
         )
+    if headline.untrained is not None:
+        text += f" {guidance.in_words(headline.untrained)}"
     if best is not None and headline.captured is not None:
-        before, after, fall, could = headline.j_before, headline.j_after, headline.j_fall, headline.j_possible
+        before, after, fall, could = headline.j_begun, headline.j_after, headline.j_fall, headline.j_possible
         assert before is not None and after is not None and fall is not None and could is not None
         text += (
             f" J weighs one against the other ({result.beta:.4g} × path KL − reward, lower is better). It fell by "

@@ -115,6 +115,14 @@ def _gain(result: Result) -> Iterator[RunWarning]:
     headline = result.summary.headline
     gain, error = headline.reward_gain
     said = headline.worse and headline.j_before is None
+    if headline.untrained is not None:  # what J fell by may be guidance alone
+        if gain < -2 * error:
+            text = (
+                f"The reward is {number(-gain, error)} below that of the guided model. J weighs it against the path "
+                "KL: a smaller KL weight asks for more of the reward, more updates for more of both."
+            )
+            yield RunWarning(False, "Less reward than under guidance", text)
+        return
     if gain < -2 * error and not said:
         text = f"Fine-tuning was to raise it, and it changed by {number(gain, error, sign=True)}."
         yield RunWarning(True, FELL, text)

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, canvas
+from implicit_diffusion.commands.finetune.report.figures import AFTER, BEFORE, BOUND, EXPORTED, canvas
 from implicit_diffusion.commands.finetune.result import Result
 from implicit_diffusion.commands.shared.drawing import INK, legend_above, smooth
 from implicit_diffusion.evaluation.bounds import Bound
 from implicit_diffusion.evaluation.chains import Estimate
 
 LIGHT = "#9cc5e0"  # training noise
+UNTRAINED = {"objective": "j", "reward": "reward", "path_kl": "path_kl"}  # what is drawn of the untrained chain
 
 
 def training(result: Result) -> tuple[Any, str, str] | None:
@@ -31,7 +32,10 @@ def training(result: Result) -> tuple[Any, str, str] | None:
     panels = np.atleast_1d(figure.subplots(len(rows), 1, sharex=True))
     for axes, (name, label, before, optimum) in zip(panels, rows):
         if before is not None:
-            _level(axes, *before, BEFORE, "pretrained")
+            _level(axes, *before, BEFORE, "pretrained" if headline.untrained is None else "pretrained, guided")
+        begun: Estimate | None = None if headline.untrained is None else getattr(headline.untrained, UNTRAINED[name])
+        if begun is not None:
+            _level(axes, begun.mean, begun.error, EXPORTED, "untrained")
         if optimum is not None:
             _level(axes, *optimum, BOUND, "optimum")
         if name == "path_kl" and target is not None:
@@ -46,7 +50,7 @@ def training(result: Result) -> tuple[Any, str, str] | None:
             x, y, error = np.array(held_out).T
             bars = {"fmt": "o", "ms": 5, "color": AFTER, "elinewidth": 1.3, "markeredgecolor": "white", "zorder": 4}
             axes.errorbar(x, y, 2 * error, label="held-out noise, ± 2 s.e.", **bars)
-        _limit(axes, noisy, held_out, [level.mean for level in (before, optimum) if level is not None])
+        _limit(axes, noisy, held_out, [level.mean for level in (before, begun, optimum) if level is not None])
         axes.set_ylabel(label)
         axes.yaxis.set_label_coords(-0.13, 0.5)
     panels[-1].set_xlabel("updates")
@@ -68,7 +72,8 @@ def training(result: Result) -> tuple[Any, str, str] | None:
 def cost(result: Result) -> tuple[Any, str, str] | None:
     """J on held-out noise against seconds and against network evaluations."""
     headline, spent, best = result.summary.headline, result.summary.training, result.bound
-    if headline.j_before is None or headline.j_after is None:
+    begun = headline.j_begun
+    if headline.j_before is None or begun is None or headline.j_after is None:
         return None
     figure = canvas(3.0)
     panels = figure.subplots(1, 2, sharey=True)
@@ -77,11 +82,11 @@ def cost(result: Result) -> tuple[Any, str, str] | None:
         ("network_evaluations", _scale(float(spent.network_evaluations)), "evaluations"),
     )
     for axes, (name, scale, label) in zip(panels, units):
-        _level(axes, *headline.j_before, BEFORE, "pretrained")
+        _level(axes, *headline.j_before, BEFORE, "pretrained" if headline.untrained is None else "pretrained, guided")
         if best is not None:
             _level(axes, best.j, best.j_se, BOUND, "best possible")
         points = result.column(name, "held_out_objective", "held_out_objective_se")
-        start, end = (0.0, *headline.j_before), (float(getattr(spent, name)), *headline.j_after)
+        start, end = (0.0, *begun), (float(getattr(spent, name)), *headline.j_after)
         x, y, error = np.array([start, *points, end]).T
         axes.plot(x / scale, y, color=AFTER, lw=1.4)
         bars = {"fmt": "none", "ecolor": AFTER, "elinewidth": 1.3}

@@ -8,11 +8,15 @@ from implicit_diffusion.commands.shared.conditioning import (
     Conditioning,
     ConditioningSpec,
     of_read_prompts,
+    printing_cuts,
     prompts_of,
+    trained_guidance,
 )
 from implicit_diffusion.commands.shared.models.sizes import Size, call_of
+from implicit_diffusion.commands.shared.prompt_files import Prompt
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint
+from implicit_diffusion.models.pipelines.cutting import warn_of_cuts
 from implicit_diffusion.models.pipelines.loading import pipeline_of
 from implicit_diffusion.models.pipelines.reading import ProbedPipeline, read_pipeline
 from implicit_diffusion.models.pretrained import Pretrained
@@ -64,16 +68,11 @@ def read_model(
         InvalidInputError: options that the pipeline does not have; from `prompts_of`, `load_pipeline`, `read_pipeline`.
     """
     family = checkpoint.family
-    trained, held_out = prompts_of(spec, family.condition)
-    call = call_of(family, size, frames, spec.guidance)
-    if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
-        raise InvalidInputError(
-            f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
-        )
+    trained, held_out, asked, call = asked_of(checkpoint, spec, size, frames)
     prompts = [*trained, *held_out]
-    if any(prompt.negative for prompt in prompts):
-        call["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
     pipeline = pipeline_of(checkpoint, spec.model, frozen=frozen)
+    with printing_cuts():
+        warn_of_cuts(pipeline, [*prompts, *call.get("negative_prompt", ())])
     sampler = sampler or default_sampler(pipeline.scheduler)
     if sampler == "ddim":
         call |= _noise(checkpoint, eta)
@@ -86,8 +85,41 @@ def read_model(
         decoder=probed.decoder,
         checkpoint=checkpoint,
     )
-    guidance = family.guidance if spec.guidance is None else spec.guidance
-    return ReadModel(pretrained, probed, sampler, of_read_prompts(trained, held_out, guidance), call)
+    guidance, student = family.guidance if asked is None else asked, None
+    if spec.student_guidance not in (None, guidance):
+        other = call | {"guidance_scale": spec.student_guidance}
+        plain = read_pipeline(pipeline, num_steps, prompts=prompts or None, sampler=sampler, **other)
+        if not plain.table.agrees_with(probed.table):
+            raise InvalidInputError(
+                f"--student-guidance {spec.student_guidance:g}: the rows of {spec.model} are others than under "
+                f"guidance {guidance:g}, so that there is no path KL between the two; leave it out"
+            )
+        student = spec.student_guidance, plain.denoiser.plan
+    return ReadModel(pretrained, probed, sampler, of_read_prompts(trained, held_out, guidance, student), call)
+
+
+def asked_of(
+    checkpoint: Checkpoint, spec: ConditioningSpec, size: Size | None, frames: int | None
+) -> tuple[list[Prompt], list[Prompt], float | None, dict[str, Any]]:
+    """The prompts that are trained on, those that are not, the guidance, and arguments of the pipeline's call.
+
+    Raises:
+        InvalidInputError: options that the pipeline does not have; from `prompts_of`.
+    """
+    family = checkpoint.family
+    trained, held_out = prompts_of(spec, family.condition)
+    asked = trained_guidance(checkpoint) if spec.guidance is None else spec.guidance
+    call = call_of(family, size, frames, asked)
+    if spec.student_guidance is not None and not family.guided:
+        raise InvalidInputError(f"--student-guidance: a {family.pipelines[0]} has no guidance_scale; leave it out")
+    if trained and not any(part.startswith("text_encoder") for part in checkpoint.parts):
+        raise InvalidInputError(
+            f"--prompts: {spec.model} has no text encoder to encode them; save the whole {family.pipelines[0]} there"
+        )
+    prompts = [*trained, *held_out]
+    if any(prompt.negative for prompt in prompts):
+        call["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
+    return trained, held_out, asked, call
 
 
 def _noise(checkpoint: Checkpoint, eta: float | None) -> dict[str, float]:
