@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from implicit_diffusion.showing import ShownModule
+from implicit_diffusion.showing import Shown, ShownModule
 
 CENTRE = 2.0  # C
 WIDEST = 20.0  # |θ| within which an optimum lies
@@ -35,8 +35,8 @@ FINE = 20_001  # points between which quantiles are interpolated
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, repr=False)
+class Problem(Shown):
     """Maximum likelihood of one number θ.
 
     Args:

@@ -20,6 +20,7 @@ from implicit_diffusion.commands.theory.problems import PROBLEMS
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.runs import progress
 from implicit_diffusion.runs.study import Study
+from implicit_diffusion.showing import Shown
 
 STEP_SIZES, RATIO, MANY = (0.004, 0.012, 0.04, 0.12, 0.4), 0.25, 240  # h; η/h and n beside it
 RATIOS, STEP_SIZE = (0.005, 0.015, 0.05, 0.15, 0.5), 0.25  # η/h, and h beside it
@@ -31,8 +32,8 @@ FloorRun = tuple[ConstantSteps, dict[str, Tensor]]
 Once = Callable[..., Any]  # `Study.once`
 
 
-@dataclass(frozen=True)
-class Results:
+@dataclass(frozen=True, repr=False)
+class Results(Shown):
     """All that was measured; None for parts that were not asked for.
 
     Args:
