@@ -332,6 +332,7 @@ PUBLIC = {
     "bound": Call(idf.evaluation.bound, BOUND),
     "gain": Call(gain, {"pretrained": evaluation, "beta": lambda: 0.5, "conditional": lambda: True}),
     "captured": Call(captured, BEFORE),
+    "captured from another start": Call(captured, BEFORE | {"untrained": BEFORE["before"]}),
     "captured_by_weights": Call(
         idf.evaluation.captured_by_weights, {"before": repeated, "after": repeated, "beta": lambda: 0.5}
     ),
@@ -592,7 +593,7 @@ RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
     *("CutPrompt", "ProbedPipeline"),
-    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw"),
+    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw", "Untrained"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own

@@ -249,6 +249,7 @@ EXAMPLES = {
     "PlanRow": lambda: idf.make_plan(evaluation()).rows()[0],
     "Estimate": lambda: idf.evaluation.mean_and_error(evaluation().reward),
     "Judgement": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5),
+    "Untrained": lambda: idf.evaluation.judge(*[evaluation()] * 3, 0.5, evaluation()).untrained,
     "RewardPlan": lambda: RewardPlan(1 / 3, 0.01, 2 / 3, (0.1, 0.2), (0.01, 0.02)),
     "RewardJudgement": lambda: idf.evaluation.judge_rewards(*[evaluation()] * 3, 0.5)[0],
     "ClippingEffect": lambda: ClippingEffect(1 / 3, 2 / 3, 30.1234567, 29.7654321),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # read by `lazily`
         reweighted,
     )
     from implicit_diffusion.evaluation.independence import Draws, metropolis
-    from implicit_diffusion.evaluation.judging import Judgement, judge
+    from implicit_diffusion.evaluation.judging import Judgement, Untrained, judge
     from implicit_diffusion.evaluation.plans import Plan, PlanRow, make_plan
     from implicit_diffusion.evaluation.sequential import Steered, sequential_monte_carlo
     from implicit_diffusion.evaluation.stored import Stored
@@ -50,6 +50,7 @@ __all__ = [
     "Steered",
     "Stored",
     "TiltedLaw",
+    "Untrained",
     "bound",
     "captured",
     "captured_by_weights",

@@ -110,10 +110,20 @@ def _gained_and_possible(
     """J_begun − J_after and J_begun − J* of every start."""
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
     chosen = {"trained": after, "pretrained": before}[sharpest(before, after, beta)[1]]
-    begun = before if untrained is None else untrained
-    check_same_starts(begun, after)
+    begun = _begun(before, untrained)
     start = begun.objective(beta).double().mean(1)
     return start - after.objective(beta).double().mean(1), possible_by(chosen, begun, beta)
+
+
+def _begun(before: Evaluation, untrained: Evaluation | None) -> Evaluation:
+    """The chain that training began with."""
+    if untrained is None:
+        return before
+    check_type("untrained", untrained, Evaluation, "pass what evaluate(chain, reward, noise, ...) returns")
+    if untrained.reward.shape[:1] != before.reward.shape[:1]:
+        starts = f"{len(untrained.reward)} and {len(before.reward)}"
+        raise InvalidInputError(f"untrained and before must hold the same starts, got {starts} of them")
+    return untrained
 
 
 def possible_by(weighed: Evaluation, begun: Evaluation, beta: float) -> Float[Tensor, " starts"]:
@@ -175,7 +185,7 @@ def reweighted(before: Evaluation, after: Evaluation, beta: float, untrained: Ev
         reward_gain=mean_and_error(tilted - before.reward.double().mean(1)),
         path_kl=Estimate(law.path_kl, law.path_kl_se),
         j=Estimate(law.j, law.j_se),
-        j_fall=mean_and_error(possible_by(after, before if untrained is None else untrained, beta)),
+        j_fall=mean_and_error(possible_by(after, _begun(before, untrained), beta)),
         effective_share=law.effective_samples / after.reward.shape[1],
         trusted=law.trusted,
     )
@@ -189,7 +199,7 @@ def captured_by_weights(
     Arguments and errors as in `captured`, with at least 4 repeats per start, of which there are two halves.
     """
     beta = check_number("beta", beta, 0, note=": without a KL there is no bound")
-    begun = before if untrained is None else untrained
+    begun = _begun(before, untrained)
     if sharpest(before, after, beta)[1] == "pretrained":
         return share_of(possible_by(after, begun, beta), possible_by(before, begun, beta))
     half = after.reward.shape[1] // 2

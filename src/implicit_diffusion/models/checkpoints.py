@@ -164,6 +164,12 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[PipelineFamily, 
             raise InvalidInputError(f"its _class_name is {pipeline!r}, not the name of a pipeline")
     except (InvalidInputError, KeyError) as error:
         raise InvalidInputError(f"model: {path} is not a valid model index ({one_line(error)}).") from error
+    for name, (library, code) in parts.items():
+        if library not in ("diffusers", "transformers") and (name, library) != ("safety_checker", "stable_diffusion"):
+            raise InvalidInputError(
+                f"model: {folder} brings its own {name} code ({library}.{code}), and code from checkpoints is "
+                f"never run; use a {name} from diffusers."
+            )
     try:
         family = family_of(pipeline, parts) or probed_family(pipeline, parts)
     except InvalidInputError as error:
@@ -175,15 +181,10 @@ def _read_index(folder: Path, *, linked: bool = False) -> tuple[PipelineFamily, 
             "name. What can be fine-tuned are the pipelines of diffusers whose rows are affine in their network's "
             "answers, and in Python any network, as a denoiser u(x, t, **condition) of a Chain (docs/howto/extend.md)."
         )
-    for name, (library, code) in parts.items():
+    for name in parts:
         if name not in family.parts:
             raise InvalidInputError(
                 f"model: {path} names a part {name!r}, and a {pipeline} has only {', '.join(sorted(family.parts))}."
-            )
-        if library not in ("diffusers", "transformers") and (name, library) != ("safety_checker", "stable_diffusion"):
-            raise InvalidInputError(
-                f"model: {folder} brings its own {name} code ({library}.{code}), and code from checkpoints is "
-                f"never run; use a {name} from diffusers."
             )
     if family.latent and not family.probed and parts["vae"] != ("diffusers", "AutoencoderKL"):
         raise InvalidInputError(f"model: {folder} has the decoder {parts['vae'][1]}; only AutoencoderKL is supported.")

@@ -146,6 +146,9 @@ def probed_family(pipeline: str, parts: dict[str, tuple[str, str]]) -> PipelineF
     named: Any = getattr(diffusers, pipeline, None)
     if not (isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)):
         return None
+    slots = inspect.signature(named).parameters.keys()
+    if odd := sorted(parts.keys() - slots):
+        raise InvalidInputError(f"a {pipeline} has no part {odd[0]!r}; it has {', '.join(slots)}")
     timed = [
         name
         for name, (library, code) in parts.items()
@@ -170,7 +173,7 @@ def probed_family(pipeline: str, parts: dict[str, tuple[str, str]]) -> PipelineF
         guidance=1.0 if scale is None else float(scale),
         passes_eta="eta" in call,
         may_have=tuple(part for part in parts if part not in (network, "vae", "scheduler")),
-        options=tuple(name for name in inspect.signature(named).parameters if name not in parts),
+        options=tuple(name for name in slots if name not in parts),
         probed=True,
         frames="num_frames" in call,
         guided=scale is not None,

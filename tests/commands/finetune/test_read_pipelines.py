@@ -22,6 +22,7 @@ from implicit_diffusion.commands.shared.models.sizes import sized
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.models.chain_file import read_chain
 from implicit_diffusion.models.checkpoints import find_checkpoint
+from implicit_diffusion.models.families import probed_family
 from implicit_diffusion.models.pipelines import loading
 from implicit_diffusion.models.pipelines.loading import load_pipeline
 from implicit_diffusion.models.pipelines.reading import read_pipeline
@@ -229,16 +230,26 @@ def edited(saved, tmp_path, change):
     [
         ({"_class_name": "NoSuchPipeline"}, "diffusers has no pipeline of that name"),
         ({"_class_name": "UNet2DConditionModel"}, "diffusers has no pipeline of that name"),
-        ({"unet_2": ["diffusers", "UNet2DConditionModel"]}, "this StableDiffusionXLPipeline has unet and unet_2"),
+        ({"unet_2": ["diffusers", "UNet2DConditionModel"]}, "a StableDiffusionXLPipeline has no part 'unet_2'"),
         ({"unet": ["diffusers", "AutoencoderKL"]}, "has none"),
         ({"scheduler": [None, None]}, "has no scheduler"),
         ({"unet": ["my_code", "UNet2DConditionModel"]}, "has none|brings its own"),
-        ({"_class_name": "DiTPipeline"}, "sampled under class labels"),
     ],
 )
 def test_pipelines_that_are_no_chains_are_refused_by_their_index(saved, tmp_path, change, match):
     with pytest.raises(InvalidInputError, match=match):
         find_checkpoint(edited(saved, tmp_path, lambda index: index.update(change)))
+
+
+def test_two_networks_and_class_labels_are_refused_with_the_reason():
+    """Wan 2.2 has one network for the noisy rows and another one for the rest."""
+    wan = ("diffusers", "WanTransformer3DModel")
+    parts = {"transformer": wan, "transformer_2": wan, "scheduler": ("diffusers", "UniPCMultistepScheduler")}
+    with pytest.raises(InvalidInputError, match="this WanPipeline has transformer and transformer_2"):
+        probed_family("WanPipeline", parts)
+    other = {"transformer": wan, "scheduler": ("diffusers", "DDIMScheduler")}
+    with pytest.raises(InvalidInputError, match="sampled under class labels"):
+        probed_family("DiTPipeline", other)
 
 
 def test_load_pretrained_says_how_others_are_read(saved):

@@ -40,6 +40,7 @@ def pasted(line):
 
 
 OTHERS = {int: 7, float: 0.3, bool: True, str: "a 'b' -c", Path: Path("/some where/prompts.txt")}
+OTHERS[tuple[int, int]] = (16, 32)
 OTHERS[tuple[str, ...]] = ("a 'b' -c", "--x=2")
 
 

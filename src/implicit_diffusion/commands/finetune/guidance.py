@@ -36,7 +36,6 @@ from implicit_diffusion.runs.clock import part
 from implicit_diffusion.samplers.chain import Chain
 
 FILE = "guidance.json"
-SHARES = (0.0, 0.5, 1.0, 2.0)  # of the way from no guidance, or that of the student, to that of the run
 STARTS = 64  # that the path KL is measured from
 BLOWN = 10.0  # times the norm without guidance
 
@@ -86,7 +85,7 @@ class Cost:
     def advice(self) -> list[str]:
         """Sentences on what to change; none where nothing has to."""
         by_scale = {row.guidance: row for row in self.norms}
-        here, none = by_scale.get(self.guidance), by_scale.get(self.norms[0].guidance if self.norms else 1.0)
+        here, none = by_scale.get(self.guidance), by_scale.get(1.0 if self.reward is None else self.student_guidance)
         if here is None or none is None:
             return []
         if self.reward is None:
@@ -139,7 +138,7 @@ def measure(setup: Setup, beta: float, *, batch: int, depth: int | None, max_gra
         seen = evaluate(setup.untrained, setup.reward, noise, starts=STARTS)
         path_kl, reward = mean_and_error(seen.path_kl), mean_and_error(seen.reward)
     none = 1.0 if setup.untrained is None else v
-    scales = sorted({v, w} if read else {none + share * (w - none) for share in SHARES})
+    scales = sorted({v, w} if read else {none, (none + w) / 2, w, 2 * w - none})
     norms: list[Norms] = []
     if not is_sharded(setup.chain.denoiser):
         name = "score" if setup.estimator.name == "surrogate" else setup.estimator.name  # it has not learned yet

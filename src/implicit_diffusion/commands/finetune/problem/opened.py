@@ -120,10 +120,10 @@ def original_of(spec: SetupSpec, pretrained: Pretrained) -> Pretrained:
     for what, ours, theirs in (
         ("samples", pretrained.event_shape, original.event_shape),
         ("network", pretrained.family.network, original.family.network),
-        ("weights", *map(_shapes, (pretrained.denoiser, original.denoiser))),
         ("classes", pretrained.num_classes, original.num_classes),
         ("prediction_type", *(_prediction(each.scheduler) for each in (pretrained, original))),
         ("num_train_timesteps", *(_timesteps(each.scheduler) for each in (pretrained, original))),
+        ("weights", *map(_shapes, (pretrained.denoiser, original.denoiser))),
     ):
         if ours != theirs:
             raise InvalidInputError(
