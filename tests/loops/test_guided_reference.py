@@ -137,7 +137,7 @@ def test_a_run_is_judged_from_where_it_begins(tmp_path):
         assert held_out.begun(state).path_kl.mean() > 1 and not held_out.pretrained(state).path_kl.any()
         assert (state.stopped is not None) is stops
         cost, most = held_out.begun(state).path_kl.mean().item(), most_sound(chain)
-        assert cost < rise.most(state) < 10 * cost  # the untrained chain is as good as itself
+        assert 9 * cost < rise.most(state) < 12 * cost  # by the bound at 0.9 β, the only one that so few samples allow
         for path_kl, sound in ((most + cost / 2, True), (most + 2 * cost, False)):
             runaway.seen, metrics = {"path_kl": path_kl}, state.metrics
             state.metrics = {}
