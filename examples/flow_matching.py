@@ -36,7 +36,10 @@ class Velocity(torch.nn.Module):
 
 def ring(updates: int = 2000) -> idf.DiffusionModel:
     """Points at radius 1.5."""
-    network, noise = Velocity(), idf.Noise(0)
+    noise = idf.Noise(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Velocity()
     adam = torch.optim.Adam(network.parameters(), lr=2e-3)
     for update in range(0 if KEPT.exists() else updates):
         angle, sigma = torch.rand((2, 512, 1), generator=noise.generator(update, 0))

@@ -40,7 +40,10 @@ def digits(updates: int = 2000) -> idf.DiffusionModel:
     images = torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32)
     mean, (_, values, axes) = images.mean(0), torch.linalg.svd(images - images.mean(0), full_matrices=False)
     basis = values[:16, None] * axes[:16] / len(images) ** 0.5
-    latents, noise, network = (images - mean) @ torch.linalg.pinv(basis), idf.Noise(0), Score()
+    latents, noise = (images - mean) @ torch.linalg.pinv(basis), idf.Noise(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Score()
     adam = torch.optim.Adam(network.parameters(), lr=1e-3)
     for update in range(0 if KEPT.exists() else updates):
         generator = noise.generator(update)

@@ -14,6 +14,7 @@ P* by their weights (`tilting`), at no further cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from implicit_diffusion.errors import (
     check_integer,
     check_number,
     check_type,
+    trying,
 )
 from implicit_diffusion.evaluation.chains import Evaluation, at_once, joined, mapped, travelled
 from implicit_diffusion.evaluation.tilting import STARTS, Start, tilt_of
@@ -153,9 +155,10 @@ def _chains(
                 begun = fixed.initial(noise, count, step if start == "tilted" else 0)
                 new, kl, log_ratio = travelled(fixed, begun, noise, step, repeats=1)
                 end = fixed.endpoint(new.clone(), noise, step)  # a black box may write into it
-                if step == 0 and not score.checked:
-                    score.probe(end)
-                offered, each = score.scored(end)
+                with nullcontext() if step else trying("reward", f"samples of shape {tuple(new.shape)}"):
+                    if step == 0 and not score.checked:
+                        score.probe(end)
+                    offered, each = score.scored(end)
             none, made_of = new.new_zeros(count, 1, 0), None if each is None else each[:, None]
             proposals.append(Evaluation(offered[:, None], kl[:, None], log_ratio[:, None], none, made_of))
             offered = offered.double()

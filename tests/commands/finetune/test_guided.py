@@ -253,7 +253,9 @@ def test_a_run_goes_on_from_its_model_with_the_original_as_reference(place, run,
     assert main([*TINY, "--out", str(out), *options]) == 0
     first, second = (json.loads((folder / "summary.json").read_text()) for folder in (run, out))
     assert first["untrained"]["path_kl"] == pytest.approx(second["untrained"]["path_kl"], rel=1e-4)
-    asked = TiltSpec(str(out / "model"), (), None, None, None, None, Noise(0), "cpu", trust_reward=True)
+    asked = TiltSpec(
+        str(out / "model"), (), None, None, None, None, Noise(0), "cpu", trust_reward=True, trust_model=False
+    )
     chain = load_tilt(asked, 3).setup.chain  # of `sample --exact`: the same two networks
     assert isinstance(chain.reference, ClassifierFree) and chain.reference.scale == 3
     assert not isinstance(chain.denoiser, ClassifierFree)

@@ -122,13 +122,12 @@ def test_a_process_that_ends_on_the_spot(call, whole, tmp_path, capsys):
 import os, sys
 from pathlib import Path
 from implicit_diffusion.cli import main
-from implicit_diffusion.commands.finetune import command as finetune
-from implicit_diffusion.commands.finetune import judging
+from implicit_diffusion.commands.finetune import export, judging
 from implicit_diffusion.commands.finetune.report import figures
 from implicit_diffusion.files import checkpoints
 end = lambda *arguments, **options: os._exit(9)
 first = checkpoints, "save_state_there"
-where = {"first": first, "export": (finetune, "write_chain"), "figure": (figures, "save")}[sys.argv[1]]
+where = {"first": first, "export": (export, "write_chain"), "figure": (figures, "save")}[sys.argv[1]]
 setattr(*where, end)
 main(sys.argv[2:])
 """
