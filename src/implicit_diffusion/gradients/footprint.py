@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from implicit_diffusion.denoisers.lora import WATCHING
 from implicit_diffusion.noise import Noise
@@ -114,13 +115,17 @@ def bytes_of(event_shape: Iterable[int], dtype: torch.dtype) -> int:
 
 
 def _saved(function: Callable[[], object]) -> int:
-    """Bytes that autograd saves during a call."""
-    storages: dict[int, int] = {}
+    """Bytes that autograd has saved after a call, without branches of the graph that its result does not depend on.
+
+    Those are freed during the call. A weak reference keeps the identity of their storages from being used again.
+    """
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _graph = function()  # held until everything is counted: no storage's identity is used twice
-    return sum(storages.values())
+        _graph = function()  # held until everything is counted
+    return sum(size for reference, size in storages.values() if not reference.expired())
