@@ -30,7 +30,7 @@ def call_of(family: PipelineFamily, size: Size | None, frames: int | None, guida
         raise InvalidInputError(f"--guidance: a {name} has no guidance_scale; leave it out")
     call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     call |= {} if frames is None else {"num_frames": frames}
-    return call | ({} if size is None else {"size": size})
+    return call | ({} if size is None else dict(zip(("height", "width"), size)))
 
 
 def sized(pretrained: Pretrained, size: Size | None, frames: int | None) -> Pretrained:
@@ -44,7 +44,7 @@ def sized(pretrained: Pretrained, size: Size | None, frames: int | None) -> Pret
     if size is not None and isinstance(pretrained, OwnModel):
         raise InvalidInputError(f"--size: {pretrained.source} says the shape of its samples itself; leave it out")
     factor = pretrained.decoder.factor if isinstance(pretrained.decoder, Decoder) else 1
-    if size is None or tuple(side // factor for side in size) == pretrained.event_shape[1:]:
+    if size is None:
         return pretrained
     height, width = size
     if height % factor or width % factor:
@@ -52,6 +52,8 @@ def sized(pretrained: Pretrained, size: Size | None, frames: int | None) -> Pret
             f"--size {height} {width}: both must be multiples of {factor}, the pixels of the autoencoder's latents"
         )
     other = replace(pretrained, event_shape=(pretrained.event_shape[0], height // factor, width // factor))
+    if other.event_shape == pretrained.event_shape:
+        return pretrained
     arguments = (pretrained.denoiser.model, pretrained.family, other.event_shape)
     x, t, condition = meta_inputs(*arguments, num_classes=pretrained.num_classes)
     zeros = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in condition.items()}
