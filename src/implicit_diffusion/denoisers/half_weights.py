@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
+from torch.utils._pytree import tree_map
 
 from implicit_diffusion.denoisers.sharded import network_of
 from implicit_diffusion.errors import check_type
@@ -102,24 +103,27 @@ def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _other(layer_class: Any) -> Callable[..., Any]:
-    """The forward of any other layer, during which its own weights are in float32, and what it is given."""
+    """The forward of any other layer, during which its own weights are in float32. So is what it is given, which a
+    pipeline may have converted to the dtype of the weights; under autocast, other layers have rounded it.
+    """
 
     @functools.wraps(layer_class.forward)  # pipelines and `read_pipeline` look at the names of its arguments
     def forward(layer: nn.Module, *arguments: Any, **options: Any) -> Any:
-        with _single(layer):
-            given = {name: _float(value) for name, value in options.items()}
-            return layer_class.forward(layer, *map(_float, arguments), **given)
+        with _single(layer) as weights:
+            if not torch.is_autocast_enabled(weights[0].device.type):
+                arguments, options = tree_map(_float, (arguments, options))
+            return layer_class.forward(layer, *arguments, **options)
 
     return forward
 
 
 @contextmanager
-def _single(layer: nn.Module) -> Iterator[None]:
+def _single(layer: nn.Module) -> Iterator[list[Tensor]]:
     kept = dict(layer._parameters)
     try:
         for name, p in kept.items():
             layer._parameters[name] = _float(p)
-        yield
+        yield [p for p in kept.values() if p is not None]
     finally:
         layer._parameters.update(kept)
 
