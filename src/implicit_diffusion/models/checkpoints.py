@@ -76,9 +76,9 @@ class Checkpoint(Shown):
         """The parts that are there: name → (library, class)."""
         return _parts(self.index)
 
-    def files_of(self, part: str) -> list[str]:
-        """The names of a part's files."""
-        return [name.partition("/")[2] for name in self.files if name.startswith(f"{part}/")]
+    def has_weights(self, part: str) -> bool:
+        """Whether a part is a model, rather than tables such as those of a tokenizer or a scheduler."""
+        return any(name.startswith(f"{part}/") and name.endswith(".safetensors") for name in self.files)
 
     def laid_out(self) -> AbstractContextManager[Path]:
         """A temporary folder with only the pipeline's files, for diffusers to read."""

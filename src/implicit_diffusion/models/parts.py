@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
+from implicit_diffusion.denoisers.half_weights import read_in_single
 from implicit_diffusion.denoisers.without_numbers import without_numbers
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
@@ -78,6 +79,26 @@ def load_model(
         return _load(model_class, place, saved_dtype(headers) if own_dtype else torch.float32)
     except Exception as error:
         raise refused(what, "loaded", error, *about) from error
+
+
+def load_network(
+    checkpoint: Checkpoint,
+    folder: Path,
+    source: str,
+    trial: Callable[[Any], object] = lambda model: None,
+    *,
+    own_dtype: bool = False,
+) -> Any:
+    """The network of a pipeline. Its weights are frozen if they stay in the dtype that they were saved in, and layers
+    then read those of half precision in single precision.
+
+    Arguments and errors as in `load_model`.
+    """
+    network = load_model(checkpoint, folder, checkpoint.family.part, "network", source, trial, own_dtype=own_dtype)
+    if own_dtype:
+        read_in_single(network)
+    network.register_to_config(_name_or_path="")  # else the local path is saved with the result
+    return network
 
 
 def without_memory(

@@ -22,14 +22,13 @@ import torch
 from torch import nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
-from implicit_diffusion.denoisers.half_weights import read_in_single
 from implicit_diffusion.errors import InvalidInputError, check_path, check_type
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.models.checkpoints import INDEX, Checkpoint, find_checkpoint
 from implicit_diffusion.models.decoders import Decoder, check_latents
 from implicit_diffusion.models.families import PIXELS, WIDTHS, PipelineFamily
-from implicit_diffusion.models.parts import load_model, load_scheduler
+from implicit_diffusion.models.parts import load_model, load_network, load_scheduler
 from implicit_diffusion.models.pipeline_files import copy_files
 from implicit_diffusion.models.pipelines.decoder import PipelineDecoder
 from implicit_diffusion.models.prompts import assembled
@@ -131,14 +130,11 @@ def load_pretrained(model: str | PathLike[str], *, frozen: bool = False) -> Pret
 
     with checkpoint.laid_out() as folder:
         own_dtype = frozen and family is not PIXELS
-        network = load_model(checkpoint, folder, family.part, "network", source, evaluated, own_dtype=own_dtype)
+        network = load_network(checkpoint, folder, source, evaluated, own_dtype=own_dtype)
         event_shape = event_shape_of(network, family, source)
         if family.latent:
             vae = load_model(checkpoint, folder, "vae", "autoencoder", source, decoded)
             decoder = Decoder(vae, shifted=family.shifted)
-    if own_dtype:
-        read_in_single(network)
-    network.register_to_config(_name_or_path="")  # else the local path is saved with the result
     return Pretrained(
         denoiser=DiffusersDenoiser(network).eval(),
         scheduler=load_scheduler(checkpoint, source),

@@ -17,6 +17,7 @@ from implicit_diffusion.evaluation import evaluate
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from tests.helpers import tiny
+from tests.helpers.stops import interrupt_at
 
 TINY = ["finetune", "--num-steps", "4", "--batch", "2", "--updates", "2", "--starts", "4", "--lr", "1e-5"]
 TINY += ["--kl-weight", "2.5"]
@@ -209,16 +210,9 @@ def test_an_interrupted_run_goes_on_with_its_own_prompts(place, text_run, tmp_pa
     words = [option.format(place=place) for option in TEXT]
     words[3] = str(prompts)
 
-    def interrupt(fit):
-        import os
-        import signal
-
-        if fit.updates == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with monkeypatch.context() as patched:
         own = training.callbacks
-        patched.setattr(training, "callbacks", lambda *arguments: [interrupt, *own(*arguments)])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(1), *own(*arguments)])
         assert main([*TINY, "--stride", "2", "--out", str(out), *words]) == 130
     prompts.unlink()
     assert main(["resume", str(out)]) == 0

@@ -1,9 +1,7 @@
 """The main job end to end, on a tiny scale: from a diffusers folder to a diffusers folder."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +22,7 @@ from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.named import scheduler_for
 from implicit_diffusion.tables.scheduler import read_table
 from tests.helpers import tiny
+from tests.helpers.stops import interrupt_at
 
 TINY = ["--num-steps", "4", "--batch", "2", "--updates", "6", "--starts", "8", "--lr", "1e-4", "--kl-weight", "2.5"]
 
@@ -301,16 +300,11 @@ def test_sample_refuses_before_it_samples(options, message, finished, tmp_path, 
     assert message in capsys.readouterr().err
 
 
-def interrupt_at_three(fit):
-    if fit.updates == 3:
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_an_interrupted_run_resumes_to_the_same_model(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C after three of six updates, then `resume`: the exported weights agree bit for bit."""
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at_three])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(3)])
         assert main(["finetune", *TINY, "--out", str(out)]) == 130
     assert "implicit-diffusion resume" in capsys.readouterr().err
     with monkeypatch.context() as patched:  # what the plan was made of is read back

@@ -1,9 +1,7 @@
 """`finetune --guidance w --student-guidance 1`, from the command line to plain diffusers without guidance."""
 
 import json
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from implicit_diffusion.evaluation.chains import Estimate
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from tests.helpers import tiny, tiny_pipelines
+from tests.helpers.stops import interrupt_at
 
 TINY = ["finetune", "--num-steps", "3", "--batch", "2", "--updates", "2", "--starts", "4", "--lr", "1e-4"]
 TINY += ["--kl-weight", "2.5", "--student-guidance", "1"]
@@ -201,13 +200,9 @@ def test_bad_input_is_one_clear_line_before_any_work(message, place, tmp_path, c
 def test_an_interrupted_run_goes_on_to_the_bit(place, run, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
-    def interrupt(fit):
-        if fit.updates == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with monkeypatch.context() as patched:
         own = training.callbacks
-        patched.setattr(training, "callbacks", lambda *arguments: [interrupt, *own(*arguments)])
+        patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(1), *own(*arguments)])
         assert main([*TINY, "--out", str(out), *words(place, CLASSES)]) == 130
     assert main(["resume", str(out)]) == 0
     name = "model/unet/diffusion_pytorch_model.safetensors"

@@ -1,7 +1,6 @@
 """Prompts with weights, negative prompts and metadata, and prompts that are not trained on, through whole runs."""
 
 import json
-import signal
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.reward_values import takes_condition, with_metadata
 from tests.helpers import tiny
+from tests.helpers.stops import interrupt_at
 from tests.helpers.toy_result import changed, digits_result
 
 RECORDS = [
@@ -113,12 +113,8 @@ def test_an_interrupted_run_goes_on_with_its_own_copies(place, tmp_path, monkeyp
     assert main(call) == 0
     own = training.callbacks
 
-    def interrupt(fit):
-        if fit.updates == 1:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "callbacks", lambda *arguments: [interrupt, *own(*arguments)])
+        patch.setattr(training, "callbacks", lambda *arguments: [interrupt_at(1), *own(*arguments)])
         assert main([{"whole": "half"}.get(word, word) for word in call]) == 130
     for name in ("trained", "unseen"):
         (tmp_path / f"{name}.jsonl").unlink()

@@ -129,7 +129,6 @@ def _read(
     """The same for a model whose chain is read off its pipeline."""
     size, frames = _sizes(config, trained)
     conditions = ConditioningSpec(config.model, config.prompts, None if trained is None else trained.guidance)
-    given, _ = prompts_of(conditions, checkpoint.family.condition)
     steps = _steps(config, trained, load_scheduler(checkpoint, config.model))
     if trained is not None and steps == len(trained.table):
         read = read_model(checkpoint, conditions, steps, sampler="own", size=size, frames=frames)
@@ -137,10 +136,8 @@ def _read(
             network.to(device)
         draw = _by_chain(read.pretrained, read.conditioning, trained, Noise(config.seed))
         return draw, at_once(read.pretrained.event_shape)
+    given, _ = prompts_of(conditions, checkpoint.family.condition)
     call = call_of(checkpoint.family, size, frames, conditions.guidance)
-    if size is not None:
-        del call["size"]
-        call |= {"height": size[0], "width": size[1]}
     pipeline = assembled(checkpoint, {}).to(device)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(config.seed)

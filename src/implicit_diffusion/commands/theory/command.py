@@ -40,12 +40,16 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
     for count in (config.particles, MANY, PARTICLES, BATCH):
         check_divides("particles", count)
     with study("theory", config, directory) as (config, directory):
-        return _conclude(config, measure(config, Study(directory, config.keep)), directory)
+        return _study(config, directory)
 
 
 def report(directory: RunDirectory) -> dict[str, Any]:
     """Draw the figures again, and write and print the numbers, from the runs that are kept."""
-    config = read_options(Config, directory)
+    return _study(read_options(Config, directory), directory)
+
+
+def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
+    """The runs that are missing, and what follows from all of them."""
     return _conclude(config, measure(config, Study(directory, config.keep)), directory)
 
 

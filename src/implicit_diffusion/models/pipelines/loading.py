@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from implicit_diffusion.denoisers.half_weights import read_in_single
 from implicit_diffusion.errors import check_type
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
 from implicit_diffusion.models.families import PIXELS
-from implicit_diffusion.models.parts import load_model, without_memory
+from implicit_diffusion.models.parts import load_model, load_network, without_memory
 from implicit_diffusion.models.pretrained import load_pretrained
 from implicit_diffusion.models.prompts import assembled
 
@@ -55,18 +54,14 @@ def load_pipeline(model: str | PathLike[str], *, frozen: bool = False) -> Any:
 
 def pipeline_of(checkpoint: Checkpoint, source: str, *, frozen: bool) -> Any:
     """The pipeline of a checkpoint; arguments and errors as in `load_pipeline`."""
-    part = checkpoint.family.part
     with checkpoint.laid_out() as folder:
-        network = load_model(checkpoint, folder, part, "network", source, own_dtype=frozen)
+        network = load_network(checkpoint, folder, source, own_dtype=frozen)
     encoders = {
         name: _deferred(checkpoint, name, source, network)
         for name, (library, _) in checkpoint.parts.items()
-        if library == "transformers" and any(file.endswith(".safetensors") for file in checkpoint.files_of(name))
+        if library == "transformers" and checkpoint.has_weights(name)
     }
-    if frozen:
-        read_in_single(network)
-    network.register_to_config(_name_or_path="")  # else the local path is saved with the result
-    return assembled(checkpoint, {part: network} | encoders)
+    return assembled(checkpoint, {checkpoint.family.part: network} | encoders)
 
 
 def _deferred(checkpoint: Checkpoint, part: str, source: str, network: nn.Module) -> nn.Module:

@@ -83,7 +83,7 @@ def unread_pipeline(checkpoint: Checkpoint) -> UnreadPipeline:
     source, models, saved = str(checkpoint.folder), {}, {}
     with checkpoint.laid_out() as folder:
         for part in checkpoint.parts:
-            if any(name.endswith(".safetensors") for name in checkpoint.files_of(part)):
+            if checkpoint.has_weights(part):
                 models[part], headers = without_memory(checkpoint, folder, part, part.replace("_", " "), source)
                 saved[part] = saved_dtype(headers)
     pipeline = assembled(checkpoint, models)

@@ -26,8 +26,8 @@ from implicit_diffusion.commands.shared.models.sizes import sized
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
+from implicit_diffusion.models.parts import load_network, load_scheduler
 from implicit_diffusion.models.pipelines.denoiser import PipelineDenoiser
-from implicit_diffusion.models.pipelines.loading import load_pipeline
 from implicit_diffusion.models.pipelines.reading import read_pipeline
 from implicit_diffusion.models.pretrained import Pretrained
 from implicit_diffusion.showing import Shown
@@ -95,7 +95,9 @@ def _read(spec: SetupSpec, checkpoint: Checkpoint) -> Opened:
 
 def _exported(read: ReadModel, num_steps: int) -> Exported:
     """The scheduler that the exported pipeline is saved with, and the chain that it then runs, read off as well."""
-    saved, _ = pipeline_for(read.probed.pipeline.scheduler, read.sampler)
+    saved, its_sampler = pipeline_for(read.probed.pipeline.scheduler, read.sampler)
+    if its_sampler == read.sampler:  # the chain that was read
+        return Exported(saved, read.probed.table)
     runs = copy.copy(read.probed.pipeline)
     runs.register_modules(scheduler=saved)
     call = read.call
@@ -112,11 +114,12 @@ def original_of(spec: SetupSpec, pretrained: Pretrained) -> Pretrained:
     if not pretrained.family.probed:
         original = sized(open_model(network.reference, frozen=not network.shard), spec.chain.size, spec.chain.frames)
     else:
-        pipeline = load_pipeline(network.reference, frozen=not network.shard)
         assert isinstance(pretrained.denoiser, PipelineDenoiser)
-        checkpoint = find_checkpoint(network.reference)
-        denoiser = PipelineDenoiser(getattr(pipeline, checkpoint.family.part), pretrained.denoiser.plan).eval()
-        original = replace(pretrained, denoiser=denoiser, scheduler=pipeline.scheduler, checkpoint=checkpoint)
+        checkpoint, name = find_checkpoint(network.reference), network.reference
+        with checkpoint.laid_out() as folder:
+            model = load_network(checkpoint, folder, name, own_dtype=not network.shard)
+        denoiser, scheduler = PipelineDenoiser(model, pretrained.denoiser.plan).eval(), load_scheduler(checkpoint, name)
+        original = replace(pretrained, denoiser=denoiser, scheduler=scheduler, checkpoint=checkpoint)
     for what, ours, theirs in (
         ("samples", pretrained.event_shape, original.event_shape),
         ("network", pretrained.family.network, original.family.network),
