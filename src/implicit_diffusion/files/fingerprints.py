@@ -19,7 +19,7 @@ from torch import Tensor
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.processes import whole
 
-MODEL_FILES = (".json", ".safetensors", ".txt", ".model")  # endings of the files that are loaded from a model's folder
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # endings of what is loaded of a model's folder
 Input = Path | Sequence[Path] | Tensor | Mapping[str, Any]
 
 
