@@ -178,11 +178,8 @@ def most_kl(pretrained: Evaluation, beta: float, above: float = 0.0) -> float:
     Returns:
         The path KL in nats; infinite where no bound can be trusted.
     """
-    beta, before, limit = (
-        check_number("beta", beta, 0),
-        check_number("above", above) - mean_and_error(pretrained.reward)[0],
-        math.inf,
-    )
+    beta, above, limit = check_number("beta", beta, 0), check_number("above", above), math.inf
+    before = above - mean_and_error(pretrained.reward)[0]
     for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         for best in (bound(pretrained, share * beta, conditional=given) for given in (True, False)):
             if best.trusted:

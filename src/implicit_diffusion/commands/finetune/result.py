@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.summary import Summary
+from implicit_diffusion.commands.shared.pictures import PLANE
 from implicit_diffusion.commands.shared.recorded_options import read_options
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.bounds import Bound
@@ -22,7 +23,6 @@ from implicit_diffusion.runs.callbacks.judges import COURSE
 from implicit_diffusion.showing import Shown
 from implicit_diffusion.tables.named import NAMED_SAMPLERS
 
-PLANE = (2,)  # shape of a point
 JUDGED = "judged"  # folder of what a report needs beside the JSON files
 
 

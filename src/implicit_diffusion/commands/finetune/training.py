@@ -9,9 +9,8 @@ from torch import Tensor
 
 from implicit_diffusion.commands.finetune.problem.estimators import estimator_of
 from implicit_diffusion.commands.finetune.problem.setup import DURING, ESTIMATOR, SHOWN, Setup
-from implicit_diffusion.commands.finetune.result import PLANE
 from implicit_diffusion.commands.finetune.specs import TrainingSpec
-from implicit_diffusion.commands.shared.pictures import PICTURED, filmstrips, image_pixels, plane_pixels
+from implicit_diffusion.commands.shared.pictures import PICTURED, PLANE, displayed, image_pixels, plane_pixels
 from implicit_diffusion.evaluation.chains import Evaluation
 from implicit_diffusion.global_generators import GlobalGenerators
 from implicit_diffusion.loops import Nested, Queue, Update
@@ -87,8 +86,7 @@ def judges_of(spec: TrainingSpec, setup: Setup, held_out: HeldOut) -> list[Judge
 
     @torch.no_grad()
     def pixels(x: Tensor) -> Tensor:
-        images = x if decoder is None else filmstrips(decoder(x))
-        return ((images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return ((displayed(x, decoder).float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     return [Judges(held_out, pixels if pictured else None)] if spec.judged_by else []
 
@@ -146,8 +144,7 @@ def pictures(setup: Setup) -> list[Callback]:
 
     def sampled(chain: Chain) -> Tensor:
         with GlobalGenerators(noise, 0, device=chain.device):
-            x = chain.sample(noise, PICTURED)
-            return x if pretrained.decoder is None else filmstrips(pretrained.decoder(x))
+            return displayed(chain.sample(noise, PICTURED), pretrained.decoder)
 
     @torch.no_grad()
     def draw(fit: Fit) -> Pixels:

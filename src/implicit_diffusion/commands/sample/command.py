@@ -33,7 +33,7 @@ from implicit_diffusion.commands.shared.conditioning import (
 from implicit_diffusion.commands.shared.models.factories import check_models, open_own_model
 from implicit_diffusion.commands.shared.models.read_model import read_model
 from implicit_diffusion.commands.shared.models.sizes import call_of, sized
-from implicit_diffusion.commands.shared.pictures import filmstrips
+from implicit_diffusion.commands.shared.pictures import displayed
 from implicit_diffusion.commands.shared.prompt_files import read_prompts
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.evaluation.chains import at_once
@@ -183,7 +183,7 @@ def _by_chain(pretrained: Pretrained, given: Conditioning, trained: TrainedChain
             condition=None if given.drawn is None else lambda *which: in_turn(given, numbers),
         )
         x = chain.sample(noise, len(numbers), numbers.start)
-        return pictures(x if pretrained.decoder is None else filmstrips(pretrained.decoder(x)))
+        return pictures(displayed(x, pretrained.decoder))
 
     return draw
 

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.commands.finetune.result import PLANE
 from implicit_diffusion.commands.shared.conditioning import Conditioning
-from implicit_diffusion.commands.shared.pictures import filmstrips
+from implicit_diffusion.commands.shared.pictures import PLANE, displayed, filmstrips
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.atomic import replacing
@@ -50,7 +49,7 @@ def parts_of(pretrained: Pretrained, x: Tensor, out: Path) -> list[Any]:
     """What `write_samples` writes of samples, decoded where they are latents: pictures, or tensors where the file
     is an array or samples are points.
     """
-    images = x if pretrained.decoder is None else filmstrips(pretrained.decoder(x))
+    images = displayed(x, pretrained.decoder)
     if out.suffix == ".npy" or images.shape[1:] == PLANE:
         return list(images.cpu())
     return pictures(images)

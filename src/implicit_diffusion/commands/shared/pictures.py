@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ COLUMNS = 4
 SIDE = 400  # pixels, at least, of a picture: trackers show small ones blurred
 PLOTTED = 1000  # points in a picture
 FRAMES = 4  # of a video, side by side
+PLANE = (2,)  # shape of a point of the plane
 
 
 def filmstrips(images: Float[Tensor, "n C ..."]) -> Float[Tensor, "n C H W"]:
@@ -28,6 +29,11 @@ def filmstrips(images: Float[Tensor, "n C ..."]) -> Float[Tensor, "n C H W"]:
     count = min(FRAMES, images.shape[2])
     chosen = torch.linspace(0, images.shape[2] - 1, count, device=images.device).round().long()
     return images[:, :, chosen].transpose(2, 3).flatten(3)
+
+
+def displayed(x: Float[Tensor, "n ..."], decoder: Callable[[Tensor], Tensor] | None) -> Float[Tensor, "n ..."]:
+    """Samples as pictures show them: decoded where they are latents, with frames of a video side by side."""
+    return x if decoder is None else filmstrips(decoder(x))
 
 
 def image_pixels(images: Float[Tensor, "n C H W"], low: float | int, high: float | int) -> Pixels:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import inspect
 from collections import OrderedDict
 from os import PathLike
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from implicit_diffusion.errors import check_type
+from implicit_diffusion.files.fingerprints import fingerprint
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
 from implicit_diffusion.models.families import PIXELS
 from implicit_diffusion.models.parts import load_model, load_network, without_memory
@@ -77,7 +77,7 @@ def _deferred(checkpoint: Checkpoint, part: str, source: str, network: nn.Module
     @functools.wraps(type(encoder).forward)
     @torch.no_grad()
     def forward(*args: Any, **kwargs: Any) -> Any:
-        key = _digest((args, kwargs))
+        key = _key((args, kwargs))
         if key not in answers:
             with checkpoint.laid_out() as folder:
                 loaded = load_model(checkpoint, folder, part, what, source).to(place())
@@ -96,14 +96,7 @@ def _deferred(checkpoint: Checkpoint, part: str, source: str, network: nn.Module
     return encoder
 
 
-def _digest(arguments: Any) -> str:
+def _key(arguments: Any) -> str:
     """A key of the arguments of a call, by their numbers."""
     leaves, tree = tree_flatten(arguments)
-    digest = hashlib.sha256(repr(tree).encode())
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}{leaf.device}".encode())
-            digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()
+    return repr([tree, *((fingerprint(x), x.device) if isinstance(x, Tensor) else x for x in leaves)])
