@@ -29,6 +29,7 @@ from implicit_diffusion.evaluation.gains import Reweighted
 from implicit_diffusion.extras import require
 
 NEAR = 0.1  # planned KL weights that differ by less from the run's own are left to the run
+CROWDED = 0.04  # of the height of the axes, between points of which each has a label
 
 
 def frontier(result: Result) -> tuple[Any, str, str] | None:
@@ -66,6 +67,7 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
 
     axes.plot(kl, curve, color=BOUND, label="best possible, by KL weight")
     errors = {b.beta: error for b, error in zip(result.plan.bounds, result.plan.gain_se)}
+    labelled: list[float] = []
     for certain in (True, False):
         shown = [b for b in bounds if b.trusted is certain and b.path_kl < reach]
         colour = {"color": BOUND, "markerfacecolor": BOUND if certain else "white"}
@@ -73,7 +75,10 @@ def frontier(result: Result) -> tuple[Any, str, str] | None:
         _points(axes, rows, fmt="o", ms=4.5, **colour)
         for b in shown:
             place = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": BOUND, "zorder": 6}
-            axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, b.reward - plan), **place)
+            gained = b.reward - plan
+            if all(abs(gained - other) > CROWDED * (high - low) for other in labelled):  # or labels cover each other
+                axes.annotate(f"β = {b.beta:.3g}", (b.path_kl, gained), **place)
+                labelled.append(gained)
     line = -best.j - before + best.beta * kl
     axes.plot(kl, line, color=INK, lw=1, ls=(0, (5, 3)), label=f"best J at KL weight {best.beta:.3g}")
 
