@@ -256,6 +256,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.errorbar(rates, values, errors, **style)
         reported = next(row["reported"] for row in rows if row["problem"] == name)
         axis.set(xscale="log", title=name, xlabel="learning rate of Adam", ylabel=reported)
+        axis.set_xticks(PROBLEMS[name].rates, [f"{rate:g}" for rate in PROBLEMS[name].rates])
+        axis.xaxis.minorticks_off()
         if name != "digits":
             axis.set(yscale="log")
     axes[0].legend(frameon=False)
