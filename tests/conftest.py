@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -41,6 +42,12 @@ def pytest_configure(config):
             Image.new("RGB", (1, 1)).save(file, options["format"])
 
     Figure.savefig = sketch
+
+
+def pytest_collection_finish(session):
+    """What was imported and collected stays to the end; collections of garbage need not visit it (half of some tests)."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
