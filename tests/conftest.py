@@ -45,7 +45,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """What was imported and collected stays to the end; collections of garbage need not visit it (half of some tests)."""
+    """What was collected stays to the end: no search for garbage need look at it (it was half of some tests' time)."""
     gc.collect()
     gc.freeze()
 
