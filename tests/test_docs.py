@@ -30,13 +30,19 @@ PRINTED = {
     "docs/mathematics/tilted.md",
 }
 SLOW = {
-    *(
-        "docs/howto/ebm.md",
-        "docs/howto/implicit-differentiation.md",
-        "docs/howto/memory.md",
-        "docs/howto/potentials.md",
-    ),
-    *("docs/mathematics/surrogate.md", "docs/mathematics/tilted.md"),
+    f"docs/{page}.md"
+    for page in (
+        "howto/class-conditional",
+        "howto/ebm",
+        "howto/implicit-differentiation",
+        "howto/memory",
+        "howto/potentials",
+        "howto/text-to-image",
+        "mathematics/path-kl",
+        "mathematics/samplers",
+        "mathematics/surrogate",
+        "mathematics/tilted",
+    )
 }
 NUMBER = re.compile(r"\d+\.\d+")
 
