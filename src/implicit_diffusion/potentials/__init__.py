@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.potentials.guided import Guided
     from implicit_diffusion.potentials.inner_problem import InnerProblem, MeanField
     from implicit_diffusion.potentials.mixture import GaussianMixture
+    from implicit_diffusion.potentials.normalised import check_normalised
     from implicit_diffusion.potentials.posterior import Posterior
     from implicit_diffusion.potentials.tilted import Tilted, conv, mlp
 else:
@@ -28,6 +29,7 @@ __all__ = [
     "MeanField",
     "Posterior",
     "Tilted",
+    "check_normalised",
     "check_potential",
     "conv",
     "energy_of",
