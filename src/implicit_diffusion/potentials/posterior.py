@@ -178,6 +178,9 @@ class Prior(ShownModule):
         super().__init__()
         self.model: Any = model
 
+    def _words(self) -> Iterable[str]:
+        yield brief(self.model)
+
     def forward(self, z: Float[Tensor, "n *latent"]) -> Float[Tensor, " n"]:
         """−log p(z)."""
         return -self.model.prior().log_prob(z).reshape(len(z), -1).sum(1)
