@@ -108,9 +108,7 @@ def test_relevance_of_ten_features_against_a_long_nested_run():
             if nested
             else Single(potential, kernel, Evidence(), adam, particles=z, noise=Noise(3))
         )
-        path = []
-        for _ in loop.run(400):
-            path.append(potential.model.log_precision.detach().clone())
+        path = [potential.model.log_precision.detach().clone() for _ in loop.run(400)]
         ends.append(torch.stack(path[200:]).mean(0))
     relevant = ends[1] < 2  # others' precisions rise without end
     assert relevant.any()

@@ -189,7 +189,7 @@ def test_processes_that_share_the_particles_find_what_one_finds():
 
 
 def test_the_nested_loop_and_resumed_runs_take_it():
-    loop, model, data = weighted_loop(0, weighted=True)
+    loop, *_ = weighted_loop(0, weighted=True)
     other, *_ = weighted_loop(0, weighted=True)
     loop.step(), other.step()
     again, *_ = weighted_loop(0, weighted=True)
@@ -347,7 +347,7 @@ def test_a_density_per_datum_is_refused():
 
     potential = PerDatum()
     sgd = torch.optim.SGD(potential.parameters(), lr=0.1)
-    with pytest.raises(InvalidInputError, match="one number per particle.*sum over all dimensions but the first"):
+    with pytest.raises(InvalidInputError, match=r"one number per particle.*sum over all dimensions but the first"):
         Single(potential, ULA(0.1), Evidence(), sgd, particles=torch.zeros(4, 3, dtype=F64), noise=Noise(0))
 
 
