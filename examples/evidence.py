@@ -54,6 +54,6 @@ print("log evidence at τ = 1: {:.2f} ± {:.2f}".format(*start.log_z(V)))
 loop = idf.Single(V, kernel, idf.objectives.Evidence(), adam, particles=prior, noise=idf.Noise(3), weighted=True)
 loop.refresh(start.particles(V))
 *_, metrics = loop.run(updates)
-print("after training: {:.2f} by the loop,".format(metrics["log_z"]), "{:.2f} ± {:.2f}".format(*annealed(4).log_z(V)))
+print("after training: {:.2f}, by new particles {:.2f} ± {:.2f}".format(metrics["log_z"], *annealed(4).log_z(V)))
 for name, precision in zip([*CHOSEN, "intercept"], model.log_precision.exp().tolist()):
     print(f"{name:15} weight ± {precision**-0.5:.2f}")

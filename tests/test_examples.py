@@ -58,6 +58,7 @@ def test_messages_bring_opinions_together(run):
     assert after < before / 2
 
 
+@pytest.mark.slow
 def test_the_evidence_of_a_loop_is_that_of_new_particles(run):
     """The page quotes the numbers of the plain command."""
     before, after, *weights = run("evidence.py", "--particles", "200", "--updates", "60")

@@ -142,6 +142,8 @@ def test_without_a_known_start_the_growth_is_reported():
     assert "neg_log_evidence" not in metrics and float(metrics["log_z_growth"]) == pytest.approx(0, abs=1e-12)
     loop, *_ = weighted_loop(0)
     assert not {"neg_log_evidence", "log_z", "log_z_growth"} & loop.step().keys()
+    loop, *_ = weighted_loop(0, lag=True)
+    assert float(loop.step()["lag"]) == pytest.approx(0, abs=1e-9) and float(loop.step()["lag"]) > 0
 
 
 def test_one_pull_serves_sampler_and_gradient():
