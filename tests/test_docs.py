@@ -22,6 +22,7 @@ GENERATED = {"_build", "api"}
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not GENERATED & set(page.relative_to(ROOT).parts)]
 # Pages that show all that their examples print.
 PRINTED = {
+    "docs/howto/evidence.md",
     "docs/howto/flow.md",
     "docs/howto/implicit-differentiation.md",
     "docs/howto/python.md",

@@ -58,6 +58,17 @@ def test_messages_bring_opinions_together(run):
     assert after < before / 2
 
 
+@pytest.mark.slow
+def test_the_evidence_of_a_loop_is_that_of_new_particles(run):
+    """The page quotes the numbers of the plain command."""
+    before, after, *weights = run("evidence.py", "--particles", "200", "--updates", "60")
+    start, of_start = numbers(before)
+    by_loop, by_others, of_others = numbers(after)
+    assert by_others > start + 4 * (of_start + of_others)
+    assert abs(by_loop - by_others) < 4 * of_others + 0.4
+    assert len(weights) == 5
+
+
 @pytest.fixture
 def factory(tmp_path):
     """A factory of an example, in a copy of its file, where it keeps the weights that it trains."""

@@ -25,13 +25,14 @@ from implicit_diffusion.objectives import Sum
 from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers import tiny
-from tests.helpers.potentials import Gaussian
+from tests.helpers.potentials import Gaussian, NormalNormal
 from tests.helpers.stops import limited
 
 CALLS, SEED, SECONDS = 1200, 0, 20
 
 X = torch.linspace(-1, 1, 48).view(24, 2) ** 3
 NOISE = idf.Noise(0)
+NORMAL = NormalNormal()
 
 
 class Net(nn.Module):
@@ -227,6 +228,7 @@ PUBLIC = {
     "ForwardKL": term(idf.ForwardKL, {"data": lambda: X + 1, "batch": lambda: 4}),
     "ReverseKL": term(idf.ReverseKL, {"potential": Gaussian, "log_z": lambda: 0.0}),
     "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": Gaussian}),
+    "Evidence": term(idf.objectives.Evidence, {}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
     "WeightedRewards": term(
         idf.objectives.WeightedRewards,
@@ -540,6 +542,18 @@ PUBLIC = {
         idf.potentials.Tilted,
         {"network": lambda: idf.potentials.mlp(2, NOISE, width=4), "event_shape": lambda: (2,)},
         lambda made: (check_potential(made, X), made.sample(3, NOISE)),
+    ),
+    "Posterior": Call(
+        idf.potentials.Posterior,
+        {"model": NormalNormal, "data": lambda: X},
+        lambda made: made(made.tempered(0.0).sample(3, NOISE)),
+    ),
+    "Posterior.tempered": method(
+        lambda: idf.potentials.Posterior(NormalNormal(), X), "tempered", lambda made: made(X[:, :2]), t=lambda: 0.5
+    ),
+    "check_normalised": Call(
+        idf.potentials.check_normalised,
+        {"simulated": lambda: NORMAL.simulated, "model": lambda: NORMAL, "noise": lambda: NOISE, "n": lambda: 200},
     ),
     "Tilted.sample": method(
         lambda: idf.potentials.Tilted(idf.potentials.mlp(2, NOISE, width=4), (2,)),

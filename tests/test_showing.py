@@ -36,6 +36,7 @@ from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers import Kernel, State
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles import table
+from tests.helpers.potentials import NormalNormal
 
 SOURCE = Path(idf.__file__).parent
 HELD = r"\b(Tensor|ndarray|Callable|Say|nn\.Module|Float)\b"  # annotations of fields
@@ -152,6 +153,7 @@ EXAMPLES = {
     "Sinkhorn": lambda: idf.objectives.Sinkhorn(DATA, 0.5),
     "ForwardKL": lambda: idf.ForwardKL(DATA, 8),
     "ReverseKL": lambda: idf.ReverseKL.to_initial(mixture()),
+    "Evidence": idf.objectives.Evidence,
     "Functional": lambda: idf.objectives.Functional(lambda x, w: w @ x[:, 0]),
     "Reward": lambda: idf.Reward(partial(scaled, factor=2.0)),
     "Scorer": lambda: idf.objectives.Scorer("mine.py", "f", code=b"def f(x): return x", timeout=60.0),
@@ -187,6 +189,7 @@ EXAMPLES = {
     "GaussianMixture": mixture,
     "Guided": lambda: idf.potentials.Guided(mixture(), reward, 0.5),
     "Tilted": lambda: idf.potentials.Tilted(LONG, (2,)),
+    "Posterior": lambda: idf.potentials.Posterior(NormalNormal(), DATA[:24]).tempered(0.5),
     "InnerProblem": lambda: idf.potentials.MeanField(LONG, torch.cdist),
     "MeanField": lambda: idf.potentials.MeanField(LONG, torch.cdist, 0.5),
     "ConjugateGradients": lambda: idf.gradients.ConjugateGradients(
@@ -314,6 +317,7 @@ SAID = {
     "MMD": "kernel=gaussian_kernel(",
     "ReverseKL": "potential=GaussianMixture(2 modes in 2 dimensions, std=1)",
     "Tilted": "Sequential of 300 parameters, event_shape=(2,)",
+    "Posterior": "Posterior(NormalNormal of 2 parameters, data=(24, 2) float32, power=0.5)",
     "DiffusersDenoiser": "UNet2DModel of 357,625 parameters",
     "Pretrained": "event_shape=(1, 8, 8)",
     "DiffusionModel": "GaussianDenoiser of 2 parameters, schedule='test table'",

@@ -42,7 +42,7 @@ def few_features(m=100):
 
 def test_the_quadrature_is_exact():
     potential = few_features(30)
-    assert by_quadrature(potential, 14) == pytest.approx(by_quadrature(potential, 20), abs=1e-6)
+    assert by_quadrature(potential, 9) == pytest.approx(by_quadrature(potential, 12), abs=1e-4)
 
 
 def test_the_gradient_is_that_of_quadrature():
@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_quadrature():
         ends = []
         for sign in (1, -1):
             potential.model.log_precision.data[i] += sign * 1e-3
-            ends.append(-by_quadrature(potential, 14))
+            ends.append(-by_quadrature(potential, 9))
             potential.model.log_precision.data[i] -= sign * 1e-3
         differences.append((ends[0] - ends[1]) / 2e-3)
     error = estimate.std(0) / math.sqrt(len(rows) / 2)  # draws follow each other at a distance of one trajectory
@@ -88,14 +88,17 @@ def test_a_single_loop_finds_the_precisions_that_quadrature_finds():
     assert found.fun < here < found.fun + 0.01 * (start - found.fun)
     assert abs(float(rows[-1]["neg_log_evidence"]) - here) < 0.15
     log_z, error = annealed(lambda t: potential.tempered(t**3), MALA(0.1), 1000, Noise(3), steps=200).log_z(potential)
-    assert abs(log_z + here) < 4 * error < 0.2
+    assert abs(log_z + here) < 4 * error < 0.3
 
 
 @pytest.mark.slow
-def test_relevance_of_ten_features_against_a_long_nested_run():
-    """A precision for each of ten features: where many steps per update lead, the single loop leads too."""
-    features, labels = breast_cancer(list(range(10)), 200)
-    groups, ends = torch.arange(11), []
+def test_relevance_of_six_features_against_a_long_nested_run():
+    """A precision for each of six features: where many steps per update lead, the single loop leads too.
+
+    The evidence's curvature in log τ is at most 1/2, so that a difference of 0.2 is worth 0.01 nats.
+    """
+    features, labels = breast_cancer([0, 1, 4, 5, 8, 9], 200)
+    groups, ends = torch.arange(7), []
     for nested in (False, True):
         potential = Posterior(Logistic(features, groups), labels)
         z = potential.tempered(0.0).sample(100, Noise(0))
@@ -108,11 +111,9 @@ def test_relevance_of_ten_features_against_a_long_nested_run():
             if nested
             else Single(potential, kernel, Evidence(), adam, particles=z, noise=Noise(3))
         )
-        path = []
-        for _ in loop.run(400):
-            path.append(potential.model.log_precision.detach().clone())
-        ends.append(torch.stack(path[200:]).mean(0))
-    relevant = ends[1] < 2  # others' precisions rise without end
-    assert relevant.any()
+        path = [potential.model.log_precision.detach().clone() for _ in loop.run(600)]
+        ends.append(torch.stack(path[300:]).mean(0))
+    relevant = ends[1] < 1  # the precisions of others rise without end, along an evidence that is flat
+    assert 2 < relevant.sum() < 7
     assert (ends[0] - ends[1])[relevant].abs().max() < 0.2
     assert (ends[0] > 1)[~relevant].all()

@@ -77,7 +77,9 @@ class Experiment(ShownModule, ABC):
         self.noise_shape = tuple(noise_shape)
         z = self.prior_draws(TRIED, Noise(0))
         self.event_shape = tuple(z.shape[1:])
-        self.register_buffer("no_latents", z[:0], persistent=False)  # of the latents' dtype, on the device of the module
+        self.register_buffer(
+            "no_latents", z[:0], persistent=False
+        )  # of the latents' dtype, on the device of the module
         with trying("prior", f"{TRIED} of its own draws"):
             value = self.prior(z)
         if not isinstance(value, Tensor) or value.shape != (TRIED,) or not value.isfinite().all():
@@ -124,7 +126,9 @@ class Experiment(ShownModule, ABC):
 
     def joined(self, contrast: Tensor, latent: Tensor, noise: Tensor) -> Float[Tensor, "n pair"]:
         """Pairs as particles (z′, z, ε), one vector each."""
-        return torch.cat([part.reshape(len(latent), math.prod(part.shape[1:])) for part in (contrast, latent, noise)], 1)
+        return torch.cat(
+            [part.reshape(len(latent), math.prod(part.shape[1:])) for part in (contrast, latent, noise)], 1
+        )
 
     def pairs(self, x: Float[Tensor, "n pair"]) -> Pairs:
         """Particles as pairs; z and ε are held fixed, also by autograd.

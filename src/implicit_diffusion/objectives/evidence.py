@@ -46,7 +46,7 @@ class Evidence(GibbsObjective):
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.05)
         >>> for metrics in Single(model, MALA(0.5), Evidence(), sgd, particles=z, noise=Noise(0)).run(200):
         ...     pass
-        >>> print(f"{float(model.theta):.1f}")  # the maximum likelihood of x ~ N(θ, 2)
+        >>> print(f"{model.theta.item():.1f}")  # the maximum likelihood of x ~ N(θ, 2)
         3.0
 
     Args:

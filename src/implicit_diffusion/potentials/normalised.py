@@ -1,8 +1,8 @@
 """Whether −log p(x, z; θ) is normalised for every θ: the score identity on draws from the model itself.
 
-If ∫∫ p(x, z; θ) dx dz = 1 for all θ, its derivative vanishes: E_{p(x, z; θ)} ∇_θ log p(x, z; θ) = 0. A term that depends
-on θ alone and was left out, such as (d/2) log τ of a Gaussian with precision τ, is a constant in x and z; no sampler of
-z notices, and the identity fails by just its derivative.
+If ∫∫ p(x, z; θ) dx dz = 1 for all θ, its derivative vanishes: E_{p(x, z; θ)} ∇_θ log p(x, z; θ) = 0. A term that
+depends on θ alone and was left out, such as (d/2) log τ of a Gaussian with precision τ, is a constant in x and z; no
+sampler of z notices, and the identity fails by just its derivative.
 """
 
 from __future__ import annotations

@@ -73,6 +73,10 @@ class Posterior(ShownModule):
             shape, or a prior that is discrete or confined to a part of space.
     """
 
+    model: Any  # a module, of which `prior` and `likelihood` are called
+    data: Tensor
+    event_shape: tuple[int, ...]
+
     def __init__(self, model: nn.Module, data: Shaped[Tensor, "*data"]) -> None:
         super().__init__()
         check_type("model", model, nn.Module, "it has methods prior() and likelihood(z)")
@@ -90,8 +94,7 @@ class Posterior(ShownModule):
                 f"data must be finite and at least one number, got shape {tuple(data.shape)}"
                 + (" with NaN or infinity; leave out what was not observed" if data.numel() else "")
             )
-        self.model: Any = model
-        self.power = 1.0
+        self.model, self.power = model, 1.0
         self.register_buffer("data", data.detach(), persistent=False)
         with torch.no_grad(), trying("model.prior", "()"):
             prior = checked_prior(self.model.prior())
@@ -178,6 +181,9 @@ class Prior(ShownModule):
         super().__init__()
         self.model: Any = model
 
+    def _words(self) -> Iterable[str]:
+        yield brief(self.model)
+
     def forward(self, z: Float[Tensor, "n *latent"]) -> Float[Tensor, " n"]:
         """−log p(z)."""
         return -self.model.prior().log_prob(z).reshape(len(z), -1).sum(1)
@@ -225,4 +231,4 @@ def checked_prior(prior: Any) -> Distribution:
             f"prior() has the support {support}, but particles move on the whole space; write the model in "
             "unconstrained z, e.g. the logarithm of what is positive, and sum discrete variables out"
         )
-    return prior  # type: ignore[no-any-return]
+    return prior
