@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type, shown, trying
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_tensor, check_type, shown, trying
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import ShownModule, brief, of_tuple
@@ -73,8 +73,10 @@ class Experiment(ShownModule, ABC):
         check_type("prior", prior, nn.Module, "it is −log p(z) as a module, e.g. GaussianMixture(torch.zeros(1, 2))")
         if not callable(getattr(prior, "sample", None)):
             raise InvalidInputError("prior must have a method sample(n, noise), which draws n latents from it")
+        if not isinstance(noise_shape, tuple):
+            raise InvalidInputError(f"noise_shape must hold sizes, e.g. (3,), or () for one number, got {shown(noise_shape)}")
         self.prior = frozen_copy(prior)
-        self.noise_shape = tuple(noise_shape)
+        self.noise_shape = tuple(check_integer("a size in noise_shape", size) for size in noise_shape)
         z = self.prior_draws(TRIED, Noise(0))
         self.event_shape = tuple(z.shape[1:])
         self.register_buffer("no_latents", z[:0], persistent=False)  # of the latents' dtype, on the device of the module
