@@ -101,6 +101,7 @@ print(float(idf.evaluation.bound(seen, 0.5).j) < 10, BLOCKED & set(sys.modules))
 """
 
 
+@pytest.mark.slow
 def test_sampling_and_training_run_without_extras(tmp_path):
     result = run_without({*EXTRA_OF, "ot"}, WITHOUT_EXTRAS, str(tmp_path / "run"))
     assert (result.returncode, result.stdout.strip()) == (0, "True set()"), result.stderr

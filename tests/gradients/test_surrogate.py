@@ -69,6 +69,7 @@ def fixed_gradients():
     return draws, mean
 
 
+@pytest.mark.slow
 def test_it_is_unbiased_for_every_fixed_surrogate(fixed_gradients):
     nested, through_queue = fixed_gradients
     good, mean, exact = nested["good"]
@@ -78,12 +79,14 @@ def test_it_is_unbiased_for_every_fixed_surrogate(fixed_gradients):
         assert abs(z) < 4 and each < 4.5, (name, z, each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.02, 0.98, -1.0])
 def test_the_test_sees_wrong_factors(fixed_gradients, factor):
     draws, _, exact = fixed_gradients[0]["good"]
     assert abs(z_scores(factor * draws, exact)[0]) > 4
 
 
+@pytest.mark.slow
 def test_a_good_surrogate_has_far_less_variance_than_the_score_function(fixed_gradients):
     ours, (theirs, _, _) = fixed_gradients[0]["good"][0], through_loop(Nested, ScoreFunction(), 20, 10_000)
     assert ours.var(0).sum() < theirs.var(0).sum() / 5

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.single import Single
     from implicit_diffusion.loops.timetable import Timetable
     from implicit_diffusion.loops.update import Update
+    from implicit_diffusion.loops.vectorized.loop import Vectorized
 else:
 
     def __getattr__(name: str) -> object:
@@ -31,6 +32,7 @@ __all__ = [
     "Timetable",
     "Unrolled",
     "Update",
+    "Vectorized",
     "advice",
     "distance",
     "ess_in_time",

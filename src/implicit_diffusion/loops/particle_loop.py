@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from implicit_diffusion import processes
 from implicit_diffusion.errors import check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
+from implicit_diffusion.gradients.fused import ONE, OneRun
 from implicit_diffusion.loops.base import Loop, check_same
 from implicit_diffusion.loops.given_particles import check_parts, initial_particles, replacing_particles, solver_of
 from implicit_diffusion.loops.nonfinite import what_failed
@@ -92,8 +94,8 @@ class ParticleLoop(Loop):
         check_type("lag", lag, bool, "use True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
-        self.inner_steps = 1
-        self.step_scale = 1.0
+        self.inner_steps, self.step_scale = 1, 1.0
+        self.runs: OneRun = ONE
         check_parts(kernel, objective, keeps_weights=weighted or lag)
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         processes.check_divides("particles", len(x))
@@ -149,7 +151,7 @@ class ParticleLoop(Loop):
         check_together(state := self._state)
         if self.weighted:
             with eval_mode(self.model):
-                state = reweighted(self.kernel, state, energy_of(self.model, state.x))
+                state = self._reweighted(state, energy_of(self.model, state.x))
         return self._as_particles(state).whole()
 
     @property
@@ -228,6 +230,11 @@ class ParticleLoop(Loop):
         self.solver.load_state_dict(state["solver_state"])
         self._blocks.forget()
 
+    def _reweighted(self, state: WeightedState, here: Energy) -> WeightedState:
+        """The state with weights under the θ of `here`, V and ∇V at the particles."""
+        moved: WeightedState = self.runs.each(partial(reweighted, self.kernel))(state, here)
+        return moved
+
     def _as_particles(self, state: WeightedState) -> Particles:
         """The state as this process's particles, weighted where the loop is; a copy, which objectives may write into.
 
@@ -237,9 +244,9 @@ class ParticleLoop(Loop):
         x = state.x.clone()
         if not self.weighted:
             return Particles(x)
-        growth = state.log_z + log_mean_exp(state.log_weights)
+        growth = state.log_z + self.runs.each(log_mean_exp)(state.log_weights)
         log_z = None if self.log_z0 is None else exact(growth) + self.log_z0
-        return Particles(x, state.log_weights, log_z, growth)
+        return self.runs.particles(x, state.log_weights, log_z, growth)
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:
         """The random numbers of one step of the sampler: the kernel's, and one U(0, 1) for resampling."""
@@ -251,6 +258,10 @@ class ParticleLoop(Loop):
             return [None for _ in self.objective.stationary]
         generator = self.noise.generator(DATA, iteration, device=self._state.x.device)
         return [term.draw(generator) for _, term in self.objective.stationary]
+
+    def _kernel_steps(self) -> range:
+        """The kernel's steps in the next iteration."""
+        return range(self.iteration * self.inner_steps, (self.iteration + 1) * self.inner_steps)
 
     def _h(self, k: int) -> Tensor:
         """The step size of the kernel's k-th step as a tensor."""
@@ -273,14 +284,16 @@ class ParticleLoop(Loop):
         """
         *numbers, uniform = draws
         if self.weighted:
-            state, here = resample(state, here, uniform)
-        step = Step(state.x, state.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h)
+            state, here = self.runs.each(resample)(state, here, uniform)
+        energy = partial(energy_of, self.model)
+        step = self.runs.step(Step(state.x, state.momentum, here, energy, tuple(numbers), h))
         after, info = self.kernel.move(step)
-        momentum = None if after.momentum is None else innermost(after.momentum)
-        moved = state._replace(x=innermost(after.x), momentum=momentum)  # one layout: a resumed run rounds the same
+        momentum = None if after.momentum is None else self.runs.stacked(innermost(after.momentum))
+        x = self.runs.stacked(innermost(after.x))  # one layout: a resumed run rounds the same
+        moved = state._replace(x=x, momentum=momentum)
         if self.keeps_weights:
-            forward = self.kernel.forward_part(step, after)
-            moved = moved._replace(previous=state.x, forward_part=forward, h=h.clone())
+            forward = self.runs.stacked(self.kernel.forward_part(step, after))
+            moved = moved._replace(previous=state.x, forward_part=forward, h=h.expand(state.h.shape).clone())
         return moved, info
 
     def _hand_over(self, gradients: Iterable[Tensor | None]) -> None:

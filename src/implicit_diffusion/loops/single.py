@@ -11,6 +11,7 @@ costs a second forward. `single_compiled` says how several iterations become one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,20 +20,20 @@ from torch import Tensor, nn, optim
 
 from implicit_diffusion import processes
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_type, shown
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
 from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop
-from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call
+from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call, iteration_of
+from implicit_diffusion.loops.step_rules.watched_weights import Segment, log_weights_of, shorten
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
-from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.potentials.inner_problem import field_at
 from implicit_diffusion.rounding import exact
-from implicit_diffusion.samplers.kernel import Info, Kernel
-from implicit_diffusion.samplers.weighted_state import WeightedState, exhausted, reweighted, settled
+from implicit_diffusion.samplers.kernel import Kernel
+from implicit_diffusion.samplers.weighted_state import WeightedState, effective, exhausted, settled
 
 
 class Single(ParticleLoop):
@@ -58,6 +59,9 @@ class Single(ParticleLoop):
         weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
             of them are effective, and keep log Z. X_0 must then be draws from π_θ.
         lag: also report by how much unweighted particles lag behind π_θ.
+        min_ess: shorten every step of the optimizer, where necessary, such that more than this share of weighted
+            particles stays effective (`step_rules`): a share below the half at which they are resampled, such as 0.3.
+            A check costs V at the particles, and a pull with `ULA`.
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
         compiled: compile the iteration with `torch.compile`, in full or not at all (`loop.compiled.reason` says why
@@ -70,7 +74,7 @@ class Single(ParticleLoop):
 
     Raises:
         InvalidInputError: an argument that does not fit the others; several iterations per step that would skip a
-            schedule, average or accumulation.
+            schedule, average, accumulation or the check of `min_ess`.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Single(ParticleLoop):
         noise: Noise,
         weighted: bool = False,
         lag: bool = False,
+        min_ess: float | None = None,
         order: Literal["paper", "x-first"] = "paper",
         compiled: bool = False,
         iterations: int = 1,
@@ -103,15 +108,22 @@ class Single(ParticleLoop):
         if not isinstance(order, str) or order not in ("paper", "x-first"):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
         check_type("compiled", compiled, bool, "use True or False")
+        self.min_ess = None if min_ess is None else check_number("min_ess", min_ess, 0, 0.5, note=", or None")
+        if self.min_ess is not None and not weighted:
+            raise InvalidInputError("min_ess is a share of weighted particles; use weighted=True, or leave it out")
+        optimizer_only = self.update.optimizer_only and self.min_ess is None
         iterations = check_integer("iterations", iterations, 0, 10**6)
-        if iterations < 1 or (iterations > 1 and not self.update.optimizer_only):
+        if iterations < 1 or (iterations > 1 and not optimizer_only):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
-                "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
+                "optimizer's step and nothing else (no schedule, clipping, average, accumulation or min_ess)"
             )
         self.order, self.iterations = order, iterations
-        self._iterate = self._paper_order if order == "paper" else self._x_first
-        self._updates_inside = iterations > 1 or (compiled and self.update.optimizer_only)
+        self._updates_inside = iterations > 1 or (compiled and optimizer_only)
+        self._choose(compiled)
+
+    def _choose(self, compiled: bool) -> None:
+        """Choose the function that makes the iterations of one call."""
         function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function
@@ -127,6 +139,8 @@ class Single(ParticleLoop):
 
     def _words(self) -> Iterable[str]:
         yield from super()._words()
+        if self.min_ess is not None:
+            yield f"min_ess={self.min_ess:g}"
         if self.order != "paper":
             yield f"order={self.order!r}"
         if self.compiled is not None:
@@ -150,7 +164,16 @@ class Single(ParticleLoop):
         with self.evaluating():
             done = self._function(self._state, *inputs)
         self._hand_over(done.gradients)
-        return done, self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values), done.norm)
+        shorten = None if self.min_ess is None else partial(self._shorten, done.state, self.min_ess * self.n)
+        diagnose = partial(self._diagnose, done.state, done.values)
+        return done, self.update.step([done.alarm], diagnose, done.norm, shorten)
+
+    def _shorten(self, state: WeightedState, least: float, segment: Segment) -> float:
+        """Keep `least` particles effective in the state that an update follows; the share of the update's step made."""
+        with self.evaluating():
+            share, evaluations = shorten(segment, lambda: log_weights_of(self.kernel, self.model, state), least)
+        self.gradient_evaluations += evaluations * self.kernel.weighs_by_gradient
+        return share
 
     def _iterations_in_one_call(self, inputs: list[Inputs]) -> tuple[Iteration, dict[str, Any]]:
         """Iterations with their updates of θ. The first call creates the optimizer's state, and is not compiled."""
@@ -174,13 +197,18 @@ class Single(ParticleLoop):
     def _in_one_call(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
         return in_one_call(self._iterate, self.update, self.parameters, state, inputs)
 
+    def _iterate(
+        self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
+    ) -> Iteration:
+        return (self._paper_order if self.order == "paper" else self._x_first)(state, draws, points, h)
+
     def _paper_order(
         self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
     ) -> Iteration:
         """Γ and the move, both at (p_k, θ_k)."""
         state, fused, info = self._gradient(state, points)
         moved, of_move = self._move(state, fused.here, draws, h)
-        return _iteration(moved, fused, info, of_move)
+        return iteration_of(moved, fused, info, of_move, self.runs)
 
     def _x_first(
         self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
@@ -188,50 +216,38 @@ class Single(ParticleLoop):
         """The move, then Γ at the new particles."""
         here = energy_of(field_at(self.model, state.x), state.x)
         if self.keeps_weights:
-            state = reweighted(self.kernel, state, here)
+            state = self._reweighted(state, here)
         state, of_move = self._move(state, here, draws, h)
         state, fused, info = self._gradient(state, points)
-        return _iteration(settled(state, fused.here.value), fused, info, of_move)
+        return iteration_of(settled(state, fused.here.value), fused, info, of_move, self.runs)
 
     def _gradient(
         self, state: WeightedState, points: list[Tensor | None]
     ) -> tuple[WeightedState, Fused, dict[str, Any]]:
         """V, ∇V and Γ from one pass, the weights under the present θ, and their diagnostics."""
-        terms, field = self.objective.stationary, field_at(self.model, state.x)
+        terms, field, runs = self.objective.stationary, field_at(self.model, state.x), self.runs
         if not self.keeps_weights:
-            return state, fused_pass(field, self.parameters, terms, state.x, points, solver=self.solver), {}
+            return state, fused_pass(field, self.parameters, terms, state.x, points, None, self.solver, runs), {}
         under = state
 
-        def weigh(here: Energy) -> Particles:
+        def weigh(here: Energy) -> Any:
             nonlocal under
-            under = reweighted(self.kernel, state, here)
+            under = self._reweighted(state, here)
             return self._as_particles(under)
 
-        fused = fused_pass(field, self.parameters, terms, state.x, points, weigh, self.solver)
+        fused = fused_pass(field, self.parameters, terms, state.x, points, weigh, self.solver, runs)
         if not self.weighted:
-            under, lag = lag_of(under, fused, same_charges=self.solver.same_charges(terms))
+            of_run = runs.each(partial(lag_of, same_charges=self.solver.same_charges(terms)))
+            under, lag = of_run(under, fused.here.value, fused.charges.detach())
             return under, fused, {"lag": lag}
         particles = fused.particles
         log_z = {"log_z_growth": particles.log_z_growth} if particles.log_z is None else {"log_z": particles.log_z}
-        return under, fused, {"ess": particles.ess} | log_z
+        return under, fused, {"ess": runs.each(effective)(particles.log_weights)} | log_z
 
 
-def _iteration(state: WeightedState, fused: Fused, info: dict[str, Any], of_move: Info) -> Iteration:
-    """One iteration's results, with the norm of Γ and one number that is finite if the particles, and V at them, are.
-
-    Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
-    pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
-    a break is welcome: without it the intermediate results of all iterations of one call are alive together.
-    """
-    foreach = False if torch.compiler.is_compiling() else None
-    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
-    alarm = torch.nn.utils.get_total_norm([state.x.sum() + fused.total])
-    if of_move.acceptance is not None:
-        info = info | {"acceptance": processes.mean(of_move.acceptance.mean())}
-    return Iteration(state, fused.gradients, fused.values, info, norm, alarm)
-
-
-def lag_of(state: WeightedState, fused: Fused, same_charges: bool) -> tuple[WeightedState, Tensor]:
+def lag_of(
+    state: WeightedState, value: Float[Tensor, " n"], charges: Float[Tensor, " n"], *, same_charges: bool
+) -> tuple[WeightedState, Tensor]:
     """The lag of particles whose weights only inform about it; the weights are reset once they are exhausted.
 
     The lag is by how many standard deviations the weighted mean of V, or of the charges, differs from the plain one.
@@ -241,11 +257,12 @@ def lag_of(state: WeightedState, fused: Fused, same_charges: bool) -> tuple[Weig
 
     Args:
         state: with weights under the present θ.
-        fused: V and charges there.
+        value: V there.
+        charges: of the particles.
         same_charges: whether all charges are equal, so that they say nothing.
     """
     w = torch.softmax(exact(state.log_weights), 0)
-    values = [fused.here.value] if same_charges else [fused.here.value, fused.charges.detach()]
+    values = [value] if same_charges else [value, charges]
     everywhere = processes.gathered(torch.stack([exact(each) for each in values]), 1)
     differences = (everywhere @ w - everywhere.mean(1)).abs() / everywhere.std(1).clamp(min=1e-12)
     lag = differences.amax().to(state.lag)

@@ -116,9 +116,14 @@ def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     return (log_weights - log_weights.amax()).exp().mean().log() + log_weights.amax()
 
 
+def effective(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """The effective sample size 1/Σ w², w = softmax A."""
+    return 1 / torch.softmax(log_weights, 0).square().sum()
+
+
 def exhausted(log_weights: Float[Tensor, " n"]) -> Tensor:
     """Whether the effective sample size is below n/2."""
-    return 1 / torch.softmax(log_weights, 0).square().sum() < len(log_weights) / 2
+    return effective(log_weights) < len(log_weights) / 2
 
 
 @torch.no_grad()

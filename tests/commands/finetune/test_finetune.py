@@ -137,6 +137,7 @@ def test_variants_run(options, tmp_path):
     assert summary["updates"] == 2 and summary["j_bound"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_steps", "stride"), [(4, 1), (10, 1), (11, 2)])
 def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
     options = ["--plan", "--num-steps", str(num_steps), "--starts", "4", "--out", str(tmp_path / "run")]

@@ -261,6 +261,7 @@ def test_options_that_contradict_each_other():
         Config(student_guidance=1.0, penalty="drift", kl_weight=1.0).check()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_read_off_is_read_under_both_scales(tmp_path):
     """Guidance is in its network's answers: the guided one is called for both parts, the student for one."""
     place = tmp_path / "xl"

@@ -165,6 +165,7 @@ def test_what_is_no_run_has_no_report(tmp_path, capsys):
 FULL = OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_that_names_the_file_and_what_goes_on(call, whole, tmp_path, monkeypatch, capsys):
     """At the first checkpoint; what is there then is gone on with."""
     out, number = tmp_path / "run", [n for n, name in enumerate(whole[1]) if name == "manifest.json"][1]
@@ -256,6 +257,7 @@ def r(x):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("does", "says"), [("sys.exit(0)", "SystemExit: 0"), ("raise KeyError('colour')", "KeyError: 'colour'")]
 )

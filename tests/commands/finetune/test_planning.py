@@ -146,6 +146,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "difference",
     [
@@ -187,6 +188,7 @@ def test_what_is_trained_and_how_has_no_part_in_a_plan(place, parts, capsys):
     assert parts.drawn == 2 * drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "old"])
 def test_a_plan_that_cannot_be_read_is_drawn_again(damage, place, parts, capsys):
     assert main(words("run", "--plan")) == 0
@@ -273,6 +275,7 @@ def test_resume_of_a_folder_with_a_plan_alone(place, parts, capsys):
     assert "it has changed since you named it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_judgement_goes_on(place, parts, capsys):
     """Four parts of the plan, four held out, two before and one of two after: these are not drawn again, nor left."""
     assert main(words("whole")) == 0

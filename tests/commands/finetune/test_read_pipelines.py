@@ -157,6 +157,7 @@ def test_text_encoders_are_in_memory_one_at_a_time(saved, monkeypatch):
     assert torch.equal(ours.decoder(x), theirs.decoder(x))
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_own_negative_one(saved, tmp_path):
     """As many calls with one prompt each have it."""
     place = saved("Stable Diffusion XL")
@@ -200,6 +201,7 @@ def test_what_a_pipeline_refuses_is_refused_with_its_words(saved):
     refused(options(place, "Stable Diffusion XL", scheduler="flow-euler"), "is for flow models")
 
 
+@pytest.mark.slow
 def test_the_reference_must_be_the_same_network(saved, tmp_path):
     """Another network with the same plan, or a refusal that says what differs."""
     place = saved("Stable Diffusion XL")
@@ -326,6 +328,7 @@ def test_pickled_and_quantised_parts_are_refused(saved, tmp_path):
         load_pipeline(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Stable Diffusion XL", pytest.param("FLUX.1", marks=pytest.mark.slow)])
 def test_a_frozen_network_keeps_half_precision(tmp_path, name):
     """Under adapters the base stays as it was saved; u is that of single precision, and the path KL begins at 0."""

@@ -124,6 +124,7 @@ def test_a_sample_looks_like_its_class(learnt):
     assert torch.equal(nearest(x), image_classes.in_turn(3, 30))
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_sampled_and_fine_tuned_as_it_is(learnt, tmp_path):
     sizes = ["--num-steps", "2", "--starts", "4", "--plan", "--out", str(tmp_path / "plan")]
     assert main(["finetune", "--model", str(learnt / "model"), *sizes]) == 0
@@ -153,6 +154,7 @@ def test_the_picture_has_a_row_for_each_class():
     assert few[:, :3].tolist() == [[0, 2, -1], [-1, -1, -1], [1, -1, -1]]
 
 
+@pytest.mark.slow
 def test_digits_with_classes_say_so_in_their_card(tmp_path):
     config = Config(steps=2, batch=4, channels=(8, 16), samples=8, chains=(2,), classes=True, out=tmp_path / "run")
     pretrain.run(config)

@@ -337,6 +337,7 @@ def test_the_shipped_model_samples_digits(num_steps):
     assert min(result.class_histogram) > 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_made", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, monkeypatch, capsys):
     call = [
