@@ -5,12 +5,11 @@
 A source at z ~ N(0, I) in the plane is measured by five sensors, each of which sees the logarithm of an intensity that
 falls as 1/distance², with noise (the benchmark of Foster et al., arXiv 2103.02438). Their places are moved up the
 gradient of the expected information gain by the single loop, and by prior contrastive estimation, the usual lower bound,
-at as many evaluations of the likelihood. It draws design.png.
+at as many evaluations of the likelihood.
 """
 
 import argparse
 
-import matplotlib.pyplot as plt
 import torch
 
 import implicit_diffusion as idf
@@ -22,6 +21,8 @@ options, noise = parser.parse_args(), idf.Noise(0)
 
 
 class Sensors(torch.nn.Module):
+    """f(z; ξ)."""
+
     def __init__(self, key):
         super().__init__()
         self.places = torch.nn.Parameter(noise.normal((5, 2), 0, key))

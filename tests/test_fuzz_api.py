@@ -263,9 +263,7 @@ PUBLIC = {
     ),
     "contrastive_bounds": Call(idf.design.contrastive_bounds, JUDGED),
     "information_gain": Call(idf.design.information_gain, JUDGED, lambda made: made.advice()),
-    "lag": Call(
-        idf.design.lag, {"experiment": line, "particles": lambda: idf.Particles(line().sample(4, NOISE))}
-    ),
+    "lag": Call(idf.design.lag, {"experiment": line, "particles": lambda: idf.Particles(line().sample(4, NOISE))}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
     "WeightedRewards": term(
         idf.objectives.WeightedRewards,

@@ -22,7 +22,8 @@ def by_quadrature(potential, nodes=20):
     z = torch.zeros(3, dtype=F64)
     for _ in range(30):  # Newton's method; V is convex
         slope, hessian = (
-            f(lambda z: potential(z[None])[0], z) for f in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian)
+            f(lambda z: potential(z[None])[0], z)
+            for f in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian)
         )
         z = z - torch.linalg.solve(hessian, slope)
     factor = torch.linalg.inv(torch.linalg.cholesky(hessian)).T

@@ -276,7 +276,9 @@ class Shrunk(nn.Module):
         self.made = prior, likelihood
 
     def prior(self):
-        return Normal(torch.zeros(2, dtype=F64), (-self.log_precision / 2).exp()) if self.made[0] is None else self.made[0]
+        return (
+            Normal(torch.zeros(2, dtype=F64), (-self.log_precision / 2).exp()) if self.made[0] is None else self.made[0]
+        )
 
     def likelihood(self, z):
         return Normal(z[:, None].expand(-1, 5, 2), 1.0) if self.made[1] is None else self.made[1](z)
@@ -295,7 +297,10 @@ DATA = torch.linspace(-1, 2, 10, dtype=F64).view(5, 2)
         (lambda: Posterior(Shrunk(likelihood=lambda z: Normal(z, 1.0)), DATA[0]), None),
         (lambda: Posterior(Shrunk(likelihood=lambda z: Normal(z[:, 0], 1.0)), DATA[:2, 0]), r"must be .* = \(2, 2\)"),
         (lambda: Posterior(Shrunk(likelihood=lambda z: z), DATA), "likelihood.* must be a Distribution"),
-        (lambda: Posterior(Shrunk(likelihood=lambda z: Bernoulli(logits=z)), DATA[0]), "density of the likelihood fails"),
+        (
+            lambda: Posterior(Shrunk(likelihood=lambda z: Bernoulli(logits=z)), DATA[0]),
+            "density of the likelihood fails",
+        ),
         (lambda: Posterior(Shrunk(likelihood=lambda z: Normal(z, -1.0)), DATA[0]), "model.likelihood fails on latents"),
         (lambda: Posterior(nn.Linear(2, 2), DATA), "needs a method prior"),
         (lambda: Posterior(lambda z: z, DATA), "model must be a Module"),

@@ -31,7 +31,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_tensor, check_type, shown, trying
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    check_integer,
+    check_number,
+    check_tensor,
+    check_type,
+    shown,
+    trying,
+)
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import ShownModule, brief, of_tuple
@@ -74,12 +82,16 @@ class Experiment(ShownModule, ABC):
         if not callable(getattr(prior, "sample", None)):
             raise InvalidInputError("prior must have a method sample(n, noise), which draws n latents from it")
         if not isinstance(noise_shape, tuple):
-            raise InvalidInputError(f"noise_shape must hold sizes, e.g. (3,), or () for one number, got {shown(noise_shape)}")
+            raise InvalidInputError(
+                f"noise_shape must hold sizes, e.g. (3,), or () for one number, got {shown(noise_shape)}"
+            )
         self.prior = frozen_copy(prior)
         self.noise_shape = tuple(check_integer("a size in noise_shape", size) for size in noise_shape)
         z = self.prior_draws(TRIED, Noise(0))
         self.event_shape = tuple(z.shape[1:])
-        self.register_buffer("no_latents", z[:0], persistent=False)  # of the latents' dtype, on the device of the module
+        self.register_buffer(
+            "no_latents", z[:0], persistent=False
+        )  # of the latents' dtype, on the device of the module
         with trying("prior", f"{TRIED} of its own draws"):
             value = self.prior(z)
         if not isinstance(value, Tensor) or value.shape != (TRIED,) or not value.isfinite().all():
@@ -126,7 +138,9 @@ class Experiment(ShownModule, ABC):
 
     def joined(self, contrast: Tensor, latent: Tensor, noise: Tensor) -> Float[Tensor, "n pair"]:
         """Pairs as particles (z′, z, ε), one vector each."""
-        return torch.cat([part.reshape(len(latent), math.prod(part.shape[1:])) for part in (contrast, latent, noise)], 1)
+        return torch.cat(
+            [part.reshape(len(latent), math.prod(part.shape[1:])) for part in (contrast, latent, noise)], 1
+        )
 
     def pairs(self, x: Float[Tensor, "n pair"]) -> Pairs:
         """Particles as pairs; z and ε are held fixed, also by autograd.

@@ -52,7 +52,9 @@ class PosteriorKernel(Kernel):
             raise InvalidInputError("kernel must be a plain one, such as MALA(0.1), got a PosteriorKernel")
         self.renewal = check_number("renewal", renewal, 0.0, 1.0, closed=True)
         if self.renewal == 1:
-            raise InvalidInputError("renewal must lie in [0, 1): pairs that are always new have z′ = z, and no gradient")
+            raise InvalidInputError(
+                "renewal must lie in [0, 1): pairs that are always new have z′ = z, and no gradient"
+            )
         super().__init__(kernel.step_size)
         self.kernel, self.experiment = kernel, experiment
         self.evaluations_per_step, self.target_acceptance = kernel.evaluations_per_step, kernel.target_acceptance
