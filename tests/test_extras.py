@@ -148,6 +148,7 @@ for module, program in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_missing_extra_names_its_command():
     """In forks of one process, which has imported nothing but torch."""
     programs = [(module, MISSING.format(call=call)) for call, module, _ in PLACES]

@@ -168,6 +168,7 @@ def test_the_share_that_is_used_is_the_regression_coefficient():
         assert abs(regression.share - expected) < 0.1
 
 
+@pytest.mark.slow
 def test_what_it_explains_is_measured_on_pairs_before_they_are_learned():
     """A network that knows all it has seen by heart explains nothing of noise."""
     x = Noise(2).normal((16, 2), dtype=F64)
@@ -217,6 +218,7 @@ def test_weights_may_be_shared_out_over_processes(kind):
             torch.testing.assert_close(theirs[name], part, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_it_sees_the_class():
     x, label = Noise(0).normal((768, 2), dtype=F64), torch.arange(768) % 2
     rewards = (2 * label - 1) * x[:, 0]

@@ -210,6 +210,7 @@ def test_log_z_by_annealing_of_a_known_potential():
     assert abs(sum(scores) / 10) < 4 * math.sqrt(1.4 / 10) and max(map(abs, scores)) < 8
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "CHAINS", 8)
     monkeypatch.setattr(digits, "COMPONENTS", (2, 3))

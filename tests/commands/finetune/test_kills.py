@@ -101,6 +101,7 @@ def test_the_files_of_a_run_in_their_order(whole):
     assert names[-4:] == ["manifest.json", "manifest.json", "summary.json", "report.html"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
 def test_a_kill_beside_the_marks_of_a_run(name, call, whole, tmp_path, monkeypatch, capsys):
     """Before config.json is there the run begins anew; after summary.json only what is derived is made."""
@@ -283,6 +284,7 @@ def test_a_reward_that_ends_in_the_middle_of_a_run(does, says, call, tmp_path, m
         assert main(["resume", str(out)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [

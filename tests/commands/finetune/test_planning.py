@@ -111,6 +111,7 @@ def test_a_run_in_the_folder_of_its_plan_draws_no_trajectory_of_it_again(place, 
     same_run("run", "alone")
 
 
+@pytest.mark.slow
 def test_a_plan_asked_for_twice_is_drawn_once(place, parts, capsys):
     assert main(words("run", "--plan")) == 0
     drawn, picture = parts.drawn, (place / "run/figures/pretrained.png").read_bytes()
@@ -227,6 +228,7 @@ def test_an_interrupted_plan_goes_on_bit_for_bit(plan, way, place, parts, capsys
         same_run("run", "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypatch):
     """A kill leaves no time to write: what was written before it is gone on with."""
     monkeypatch.setattr(stored, "WRITE_EVERY", 0)

@@ -42,6 +42,7 @@ def predictions(chain):
     return here.u.detach(), here.u0.detach(), slope
 
 
+@pytest.mark.slow
 def test_bf16_is_the_networks_alone(place):
     half, full = (build(place, precision=precision).chain for precision in ("bf16", "float32"))
     ours, reference, slope = predictions(half)
@@ -131,6 +132,7 @@ def test_a_compiled_network_is_the_same_function(place, rank, quick_compiler):
     assert twin.compiled.function is twin.model  # a weight average compiles its own network
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_runs_as_it_is(place, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda f, **options: lambda *a, **k: 1 / 0)
     with pytest.warns(UserWarning, match="not compiled, runs eagerly: ZeroDivisionError"):

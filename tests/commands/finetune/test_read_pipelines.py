@@ -131,6 +131,7 @@ def test_the_export_in_a_process_of_diffusers_alone(saved, tmp_path, name):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_encoders_are_in_memory_one_at_a_time(saved, monkeypatch):
     """Each is loaded for its calls, and gone before the next one comes; what they answer is what diffusers' answer."""
     place = saved("Stable Diffusion XL")

@@ -101,6 +101,7 @@ def test_sample_draws_from_the_trained_chains_own_table(flow_run, tmp_path, caps
     assert "6 steps of the folder's pipeline" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_deterministic_flow_needs_another_penalty(flow_model, tmp_path, capsys):
     call = ["finetune", *TINY, "--model", flow_model, "--scheduler", "flow-euler", "--out", str(tmp_path / "run")]
     assert main(call) == 2

@@ -142,6 +142,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(loop, home, monkeypatch):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_not_trusted_with_a_second_reward(home, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(2), *CALLBACKS(*arguments)])

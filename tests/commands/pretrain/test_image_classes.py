@@ -135,6 +135,7 @@ def test_what_comes_out_is_sampled_and_fine_tuned_as_it_is(learnt, tmp_path):
     assert nearest(as_floats(tiles)).tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_names_of_the_classes_are_kept(learnt):
     summary = json.loads((learnt / "summary.json").read_text())
     assert summary["images"]["classes"] == list(NAMES) and summary["config"]["classes"] is True
