@@ -76,6 +76,8 @@ class Experiment(ShownModule, ABC):
         InvalidInputError: a prior without `sample`, or whose draws are not finite vectors or arrays of numbers.
     """
 
+    no_latents: Tensor
+
     def __init__(self, prior: nn.Module, noise_shape: tuple[int, ...]) -> None:
         super().__init__()
         check_type("prior", prior, nn.Module, "it is −log p(z) as a module, e.g. GaussianMixture(torch.zeros(1, 2))")
