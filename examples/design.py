@@ -4,7 +4,7 @@
 
 A source at z ~ N(0, I) in the plane is measured by five sensors, each of which sees the logarithm of an intensity that
 falls as 1/distance², with noise (the benchmark of Foster et al., arXiv 2103.02438). Their places are moved up the
-gradient of the expected information gain by the single loop, and by prior contrastive estimation, the usual lower bound,
+gradient of the expected information gain by the single loop, and by prior contrastive estimation, a lower bound,
 at as many evaluations of the likelihood.
 """
 

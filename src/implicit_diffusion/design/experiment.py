@@ -104,7 +104,7 @@ class Experiment(ShownModule, ABC):
 
     @abstractmethod
     def outcome(self, z: Float[Tensor, "n *event"], noise: Float[Tensor, "n *noise_shape"]) -> Float[Tensor, "n *y"]:
-        """y = T(z, ε; ξ), differentiable in ξ.
+        """Y = T(z, ε; ξ), differentiable in ξ.
 
         Args:
             z: latents.
@@ -113,7 +113,7 @@ class Experiment(ShownModule, ABC):
 
     @abstractmethod
     def log_likelihood(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        """log p(y_i|z_i, ξ), differentiable in y, z and ξ, of all pairs of rows; normalised, where ξ acts on that."""
+        """Log p(y_i|z_i, ξ), differentiable in y, z and ξ, of all pairs of rows; normalised, where ξ acts on that."""
 
     def _words(self) -> Iterable[str]:
         return f"prior={brief(self.prior)}", f"latents={self.event_shape}", f"noise={self.noise_shape}"
@@ -161,7 +161,7 @@ class Experiment(ShownModule, ABC):
         return Pairs(*events, noise.detach().reshape(-1, *self.noise_shape))
 
     def surprise(self, x: Float[Tensor, "n pair"]) -> Float[Tensor, " n"]:
-        """log p(y|z, ξ) − log p(y|z′, ξ): by how much the latent explains its outcome better than the contrast."""
+        """Log p(y|z, ξ) − log p(y|z′, ξ): by how much the latent explains its outcome better than the contrast."""
         contrast, latent, noise = self.pairs(x)
         y = self.outcome(latent, noise)
         both = self.log_likelihood(torch.cat([y, y]), torch.cat([latent, contrast]))
@@ -218,6 +218,6 @@ class GaussianExperiment(Experiment):
         return self.signal(z) + self.std * noise
 
     def log_likelihood(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        """log N(y; f(z; ξ), σ²)."""
+        """Log N(y; f(z; ξ), σ²)."""
         residual = (y - self.signal(z)).reshape(len(y), -1) / self.std
         return -residual.square().sum(1) / 2 - residual.shape[1] * math.log(self.std * math.sqrt(2 * math.pi))
