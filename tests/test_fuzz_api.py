@@ -193,6 +193,23 @@ def guided(made):
     idf.Chain(made, table(), (2,), condition=idf.denoisers.Drawn("which", torch.arange(3))).sample(NOISE, 2)
 
 
+def line():
+    return idf.design.GaussianExperiment(torch.nn.Linear(2, 1), idf.GaussianMixture(torch.zeros(1, 2)), 0.5)
+
+
+LINE = line()
+JUDGED = {"experiment": line, "noise": lambda: NOISE, "outcomes": lambda: 4, "contrasts": lambda: 3}
+
+
+def designed(objective=None, kernel=None):
+    """One step of a loop over the pairs of an experiment."""
+    experiment = LINE if objective is None else objective.experiment
+    kernel = idf.design.PosteriorKernel(idf.ULA(0.1), experiment) if kernel is None else kernel
+    objective = idf.design.InformationGain(experiment) if objective is None else objective
+    optimizer = torch.optim.SGD(experiment.signal.parameters(), lr=0.0)
+    idf.Single(experiment, kernel, objective, optimizer, particles=8, noise=NOISE).step()
+
+
 WHICH = {"columns": torch.zeros(3, 2)}
 TABLES = {
     "a": column(1.0),
@@ -229,6 +246,26 @@ PUBLIC = {
     "ReverseKL": term(idf.ReverseKL, {"potential": Gaussian, "log_z": lambda: 0.0}),
     "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": Gaussian}),
     "Evidence": term(idf.objectives.Evidence, {}),
+    "GaussianExperiment": Call(
+        idf.design.GaussianExperiment,
+        {
+            "signal": lambda: torch.nn.Linear(2, 1),
+            "prior": lambda: idf.GaussianMixture(torch.zeros(1, 2)),
+            "std": lambda: 0.5,
+        },
+        lambda made: made(made.sample(3, NOISE)),
+    ),
+    "InformationGain": Call(
+        idf.design.InformationGain, {"experiment": line, "name": lambda: "gain"}, lambda made: designed(objective=made)
+    ),
+    "PosteriorKernel": Call(
+        idf.design.PosteriorKernel,
+        {"kernel": lambda: idf.MALA(0.1), "experiment": lambda: LINE, "renewal": lambda: 0.1},
+        lambda made: designed(kernel=made),
+    ),
+    "contrastive_bounds": Call(idf.design.contrastive_bounds, JUDGED),
+    "information_gain": Call(idf.design.information_gain, JUDGED, lambda made: made.advice()),
+    "lag": Call(idf.design.lag, {"experiment": line, "particles": lambda: idf.Particles(line().sample(4, NOISE))}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
     "WeightedRewards": term(
         idf.objectives.WeightedRewards,
@@ -608,12 +645,13 @@ RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
     *("CutPrompt", "ProbedPipeline"),
-    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw", "Untrained"),
+    *("Draws", "Gain", "Pairs", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw", "Untrained"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
     *(
         "Estimator",
+        "Experiment",
         "GibbsObjective",
         "InnerProblem",
         "Kernel",

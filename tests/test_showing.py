@@ -139,7 +139,17 @@ def energy_model():
     return EnergyModel(kind, kind.build(NOISE), DATA[0], DATA[0].exp(), moves, DATA, 1.837, 0.013, lattice)
 
 
+def experiment():
+    return idf.design.GaussianExperiment(LONG, idf.GaussianMixture(torch.zeros(1, 2)), 0.5)
+
+
 EXAMPLES = {
+    "Experiment": experiment,
+    "GaussianExperiment": experiment,
+    "Gain": lambda: idf.design.information_gain(experiment(), NOISE, outcomes=9, contrasts=3),
+    "InformationGain": lambda: idf.design.InformationGain(experiment()),
+    "Pairs": lambda: experiment().pairs(NOISE.normal((5, 6))),
+    "PosteriorKernel": lambda: idf.design.PosteriorKernel(idf.MALA(0.1), experiment()),
     "HMC": lambda: idf.HMC(0.1),
     "MALA": lambda: idf.MALA(0.1),
     "ULA": lambda: idf.ULA(idf.samplers.power_law(0.5, 1 / 3)),
@@ -330,6 +340,8 @@ SAID = {
     "Fit": "Fit(Queue, updates=2, seconds=",
     "RunDirectory": "RunDirectory(path=runs/sharp)",
     "Noise": "Noise(seed=0, prefix=(1,))",
+    "Gain": "nats, 9 outcomes × 3 contrasts)",
+    "PosteriorKernel": "PosteriorKernel(MALA(step_size=0.1), renewal=0.02)",
     "Stored": "Stored(folder=plan, depends_on={'--seed': '0'}, starts=4",
     "ClippingEffect": "ClippingEffect(mean_absolute_change=0.3333, largest_change=0.6667",
     "Watch": "Watch(data=(40, 2) float32, every=20, patience=2, bad=0",

@@ -1,6 +1,6 @@
 r"""What a design is worth: the expected information gain between two contrastive bounds.
 
-An outcome y = T(z, ε; ξ) is compared with L contrasts z_1..z_L from the prior. With p_l = p(y|z_l, ξ) and p_0 = p(y|z, ξ),
+An outcome y = T(z, ε; ξ) is compared with L contrasts z_1..z_L of the prior. Let p_l = p(y|z_l, ξ), p_0 = p(y|z, ξ):
 
     lower = log p_0 − log (p_0 + p_1 + … + p_L)/(L + 1),        upper = log p_0 − log (p_1 + … + p_L)/L,
     E lower ≤ EIG(ξ) ≤ E upper.

@@ -31,7 +31,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_diffusion.errors import InvalidInputError, check_number, check_tensor, check_type, shown, trying
+from implicit_diffusion.errors import (
+    InvalidInputError,
+    check_integer,
+    check_number,
+    check_tensor,
+    check_type,
+    shown,
+    trying,
+)
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.showing import ShownModule, brief, of_tuple
@@ -68,13 +76,19 @@ class Experiment(ShownModule, ABC):
         InvalidInputError: a prior without `sample`, or whose draws are not finite vectors or arrays of numbers.
     """
 
+    no_latents: Tensor
+
     def __init__(self, prior: nn.Module, noise_shape: tuple[int, ...]) -> None:
         super().__init__()
         check_type("prior", prior, nn.Module, "it is −log p(z) as a module, e.g. GaussianMixture(torch.zeros(1, 2))")
         if not callable(getattr(prior, "sample", None)):
             raise InvalidInputError("prior must have a method sample(n, noise), which draws n latents from it")
+        if not isinstance(noise_shape, tuple):
+            raise InvalidInputError(
+                f"noise_shape must hold sizes, e.g. (3,), or () for one number, got {shown(noise_shape)}"
+            )
         self.prior = frozen_copy(prior)
-        self.noise_shape = tuple(noise_shape)
+        self.noise_shape = tuple(check_integer("a size in noise_shape", size) for size in noise_shape)
         z = self.prior_draws(TRIED, Noise(0))
         self.event_shape = tuple(z.shape[1:])
         self.register_buffer(
@@ -90,7 +104,7 @@ class Experiment(ShownModule, ABC):
 
     @abstractmethod
     def outcome(self, z: Float[Tensor, "n *event"], noise: Float[Tensor, "n *noise_shape"]) -> Float[Tensor, "n *y"]:
-        """y = T(z, ε; ξ), differentiable in ξ.
+        """Y = T(z, ε; ξ), differentiable in ξ.
 
         Args:
             z: latents.
@@ -99,7 +113,7 @@ class Experiment(ShownModule, ABC):
 
     @abstractmethod
     def log_likelihood(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        """log p(y_i|z_i, ξ), differentiable in y, z and ξ, of all pairs of rows; normalised, where ξ acts on that."""
+        """Log p(y_i|z_i, ξ), differentiable in y, z and ξ, of all pairs of rows; normalised, where ξ acts on that."""
 
     def _words(self) -> Iterable[str]:
         return f"prior={brief(self.prior)}", f"latents={self.event_shape}", f"noise={self.noise_shape}"
@@ -147,7 +161,7 @@ class Experiment(ShownModule, ABC):
         return Pairs(*events, noise.detach().reshape(-1, *self.noise_shape))
 
     def surprise(self, x: Float[Tensor, "n pair"]) -> Float[Tensor, " n"]:
-        """log p(y|z, ξ) − log p(y|z′, ξ): by how much the latent explains its outcome better than the contrast."""
+        """Log p(y|z, ξ) − log p(y|z′, ξ): by how much the latent explains its outcome better than the contrast."""
         contrast, latent, noise = self.pairs(x)
         y = self.outcome(latent, noise)
         both = self.log_likelihood(torch.cat([y, y]), torch.cat([latent, contrast]))
@@ -204,6 +218,6 @@ class GaussianExperiment(Experiment):
         return self.signal(z) + self.std * noise
 
     def log_likelihood(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
-        """log N(y; f(z; ξ), σ²)."""
+        """Log N(y; f(z; ξ), σ²)."""
         residual = (y - self.signal(z)).reshape(len(y), -1) / self.std
         return -residual.square().sum(1) / 2 - residual.shape[1] * math.log(self.std * math.sqrt(2 * math.pi))

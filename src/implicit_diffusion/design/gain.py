@@ -108,7 +108,7 @@ def check_experiment(potential: object, kernel: Kernel, objective: Objective) ->
         return
     if not isinstance(kernel, PosteriorKernel):
         raise InvalidInputError(
-            f"kernel must leave the outcomes of an experiment where they are: use PosteriorKernel({kernel!r}, experiment)"
+            f"kernel must leave the outcomes of an experiment as they are: use PosteriorKernel({kernel!r}, experiment)"
         )
     if others := [term.name for term in terms if not isinstance(term, InformationGain)]:
         raise InvalidInputError(
