@@ -26,11 +26,11 @@ from implicit_diffusion.loops.vectorized.optimizer import hand_back, stacked_opt
 from implicit_diffusion.loops.vectorized.stack import (
     Stack,
     StackedBlocks,
-    StackedPotential,
     run_of,
     stacked_states,
     state_of,
 )
+from implicit_diffusion.potentials.stacked import StackedPotential
 from implicit_diffusion.showing import Shown
 
 
