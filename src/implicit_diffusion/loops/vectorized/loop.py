@@ -63,9 +63,9 @@ class Vectorized(Shown):
             iteration. They belong to this object from now on; read them as `loops`.
 
     Raises:
-        InvalidInputError: loops that differ in more than numbers; a potential that `torch.vmap` cannot map; an optimizer
-            whose step is not elementwise; updates with a schedule, an average or accumulation; an inner problem with
-            interaction; several processes. Such loops are stepped one by one.
+        InvalidInputError: loops that differ in more than numbers; a potential that `torch.vmap` cannot map; an
+            optimizer whose step is not elementwise; updates with a schedule, an average or accumulation; an inner
+            problem with interaction; several processes. Such loops are stepped one by one.
     """
 
     def __init__(self, loops: Sequence[ParticleLoop]) -> None:

@@ -4,9 +4,9 @@ Run s has θ_s and particles x_s with shape (n, *event). The stack has tensors w
 
     θ: (S, *shape),    x: (S, n, *event),    V: (S, n, *event) → (S, n),  V(x)_s = V(x_s; θ_s)
 
-V is `torch.func.functional_call` under `torch.vmap`. Since V_s depends on nothing of the other runs, one pull of Σ_s V_s
-holds ∇V of every run, and one pull of the sum of their charged potentials holds every Γ_s. Kernels move each particle by
-itself, and are given those of all runs one after the other.
+V is `torch.func.functional_call` under `torch.vmap` (`potentials.stacked`). Since V_s depends on nothing of the other
+runs, one pull of Σ_s V_s holds ∇V of every run, and one pull of the sum of their charged potentials holds every Γ_s.
+Kernels move each particle by itself, and are given those of all runs one after the other.
 """
 
 from __future__ import annotations
