@@ -44,6 +44,7 @@ def test_an_objective_of_ones_own_agrees_with_closed_forms(run):
         assert abs(z) < 4
 
 
+@pytest.mark.slow
 def test_an_energy_model_beats_a_gaussian_on_held_out_points(run):
     *_, log_z, scores = run("energy_model.py", "--updates", "40")
     assert numbers(log_z)[1] < 0.2
@@ -73,6 +74,7 @@ def sampled(model, table, n):
     return idf.Chain(model.denoiser, table, model.event_shape).sample(idf.Noise(0), n)
 
 
+@pytest.mark.slow
 def test_a_flow_matching_model_of_ones_own_finds_the_ring(factory, tmp_path):
     """And its file is fine-tuned, by name, to a state that its network loads."""
     from safetensors.torch import load_file

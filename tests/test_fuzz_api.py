@@ -285,6 +285,7 @@ PUBLIC = {
         iterations=lambda: 1,
         weighted=lambda: False,
         lag=lambda: False,
+        min_ess=lambda: None,
     ),
     "NestedParticles": on_particles(idf.loops.NestedParticles, inner_steps=lambda: 2, begin=lambda: "initial"),
     "Unrolled": on_particles(idf.loops.Unrolled, unrolled_steps=lambda: 2),

@@ -124,7 +124,7 @@ def evaluation():
 
 
 def weighted():
-    return on_particles(idf.Single, weighted=True)
+    return on_particles(idf.Single, weighted=True, min_ess=0.3)
 
 
 def watched():
@@ -322,7 +322,7 @@ SAID = {
     "CutPrompt": "tokenizer_2, 255 of 300 tokens, cut='in the style of nobody'",
     "Chain": "pretrained_rows=(0, 1, 2, 3, … 9 in all)",
     "Queue": "batch=3, updates=0, iterations=1, batches in flight=1",
-    "Single": "100 particles (2,) float32, weighted, updates=1, iterations=1",
+    "Single": "100 particles (2,) float32, weighted, updates=1, iterations=1, min_ess=0.3",
     "Update": "SGD, lr=0.1, updates=0",
     "Fit": "Fit(Queue, updates=2, seconds=",
     "RunDirectory": "RunDirectory(path=runs/sharp)",

@@ -51,6 +51,7 @@ BUILDS = {
     "weighted ula": (Single, ULA(0.2), {"weighted": True}),
     "weighted mala": (Single, MALA(0.3), {"weighted": True}),
     "weighted hmc, falling step": (Single, HMC(lambda k: 0.4 / (k + 1) ** 0.1, 2), {"weighted": True}),
+    "weighted, watched": (Single, ULA(0.2), {"weighted": True, "min_ess": 0.45}),
     "underdamped": (Single, Underdamped(0.2), {}),
     "ula with lag": (Single, ULA(0.2), {"lag": True}),
     "x-first": (Single, ULA(0.2), {"order": "x-first"}),

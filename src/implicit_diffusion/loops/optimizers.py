@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from implicit_diffusion import processes
-from implicit_diffusion.errors import InvalidInputError, check_type
+from implicit_diffusion.errors import InvalidInputError, NonFiniteError, check_type
 from implicit_diffusion.rounding import at_least_single
 
 Schedule = torch.optim.lr_scheduler.LRScheduler
@@ -89,8 +89,26 @@ class Before:
         self.optimizer = optimizer
         self.entries = {p: dict(s) if isinstance(s, Mapping) else s for p, s in optimizer.state.items()}
         state = (t for s in self.entries.values() if isinstance(s, dict) for t in s.values() if isinstance(t, Tensor))
-        self.held = [*moved, *state]
+        self.held, self.count = [*moved, *state], len(moved)
         self.copies = [t.clone() for t in self.held]
+
+    @property
+    def theta(self) -> list[Tensor]:
+        """Copies of the parameters as they were."""
+        return self.copies[: self.count]
+
+    def undo(self, error: BaseException) -> None:
+        """Restore them after an error, and raise one that says so where it is the step's own arithmetic that failed.
+
+        Raises:
+            NonFiniteError: numbers of the step's own overflow.
+        """
+        self.restore()
+        if isinstance(error, RuntimeError) and "overflow" in str(error):
+            raise NonFiniteError(
+                f"the optimizer's step at the learning rate {float(self.optimizer.param_groups[0]['lr']):g} is more "
+                "than its numbers hold, and was not made; use a smaller learning rate"
+            ) from error
 
     @torch.no_grad()
     def restore(self) -> None:

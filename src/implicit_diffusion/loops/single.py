@@ -20,11 +20,12 @@ from torch import Tensor, nn, optim
 
 from implicit_diffusion import processes
 from implicit_diffusion.compiled import Compiled
-from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
+from implicit_diffusion.errors import InvalidInputError, check_integer, check_number, check_type, shown
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
 from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call, iteration_of
+from implicit_diffusion.loops.step_rules.watched_weights import Segment, log_weights_of, shorten
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
@@ -58,6 +59,9 @@ class Single(ParticleLoop):
         weighted: weigh the particles so that averages are exact although θ moves, resample them when fewer than half
             of them are effective, and keep log Z. X_0 must then be draws from π_θ.
         lag: also report by how much unweighted particles lag behind π_θ.
+        min_ess: shorten every step of the optimizer, where necessary, such that more than this share of weighted
+            particles stays effective (`step_rules`): a share below the half at which they are resampled, such as 0.3.
+            A check costs V at the particles, and a pull with `ULA`.
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
         compiled: compile the iteration with `torch.compile`, in full or not at all (`loop.compiled.reason` says why
@@ -70,7 +74,7 @@ class Single(ParticleLoop):
 
     Raises:
         InvalidInputError: an argument that does not fit the others; several iterations per step that would skip a
-            schedule, average or accumulation.
+            schedule, average, accumulation or the check of `min_ess`.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Single(ParticleLoop):
         noise: Noise,
         weighted: bool = False,
         lag: bool = False,
+        min_ess: float | None = None,
         order: Literal["paper", "x-first"] = "paper",
         compiled: bool = False,
         iterations: int = 1,
@@ -103,14 +108,18 @@ class Single(ParticleLoop):
         if not isinstance(order, str) or order not in ("paper", "x-first"):
             raise InvalidInputError(f'order must be "paper" or "x-first", got {shown(order)}')
         check_type("compiled", compiled, bool, "use True or False")
+        self.min_ess = None if min_ess is None else check_number("min_ess", min_ess, 0, 0.5, note=", or None")
+        if self.min_ess is not None and not weighted:
+            raise InvalidInputError("min_ess is a share of weighted particles; use weighted=True, or leave it out")
+        optimizer_only = self.update.optimizer_only and self.min_ess is None
         iterations = check_integer("iterations", iterations, 0, 10**6)
-        if iterations < 1 or (iterations > 1 and not self.update.optimizer_only):
+        if iterations < 1 or (iterations > 1 and not optimizer_only):
             raise InvalidInputError(
                 f"iterations must be 1, got {iterations}: a step can make several only where an update is the "
-                "optimizer's step and nothing else (no schedule, clipping, average or accumulation)"
+                "optimizer's step and nothing else (no schedule, clipping, average, accumulation or min_ess)"
             )
         self.order, self.iterations = order, iterations
-        self._updates_inside = iterations > 1 or (compiled and self.update.optimizer_only)
+        self._updates_inside = iterations > 1 or (compiled and optimizer_only)
         self._choose(compiled)
 
     def _choose(self, compiled: bool) -> None:
@@ -130,6 +139,8 @@ class Single(ParticleLoop):
 
     def _words(self) -> Iterable[str]:
         yield from super()._words()
+        if self.min_ess is not None:
+            yield f"min_ess={self.min_ess:g}"
         if self.order != "paper":
             yield f"order={self.order!r}"
         if self.compiled is not None:
@@ -153,7 +164,16 @@ class Single(ParticleLoop):
         with self.evaluating():
             done = self._function(self._state, *inputs)
         self._hand_over(done.gradients)
-        return done, self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values), done.norm)
+        shorten = None if self.min_ess is None else partial(self._shorten, done.state, self.min_ess * self.n)
+        diagnose = partial(self._diagnose, done.state, done.values)
+        return done, self.update.step([done.alarm], diagnose, done.norm, shorten)
+
+    def _shorten(self, state: WeightedState, least: float, segment: Segment) -> float:
+        """Keep `least` particles effective in the state that an update follows; the share of the update's step made."""
+        with self.evaluating():
+            share, evaluations = shorten(segment, lambda: log_weights_of(self.kernel, self.model, state), least)
+        self.gradient_evaluations += evaluations * self.kernel.weighs_by_gradient
+        return share
 
     def _iterations_in_one_call(self, inputs: list[Inputs]) -> tuple[Iteration, dict[str, Any]]:
         """Iterations with their updates of θ. The first call creates the optimizer's state, and is not compiled."""

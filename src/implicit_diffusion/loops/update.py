@@ -24,6 +24,7 @@ from implicit_diffusion.frozen import (
 )
 from implicit_diffusion.loops import optimizers
 from implicit_diffusion.loops.optimizers import Before, Schedule, check_optimizer, check_schedule, failed_step, largest
+from implicit_diffusion.loops.step_rules.watched_weights import Segment
 from implicit_diffusion.showing import Shown, brief
 
 
@@ -126,25 +127,29 @@ class Update(Shown):
             self.optimizer.zero_grad(set_to_none=True)
 
     def step(
-        self, watched: Sequence[Tensor], diagnose: Callable[[], str | None], norm: Tensor | None = None
+        self,
+        watched: Sequence[Tensor],
+        diagnose: Callable[[], str | None],
+        norm: Tensor | None = None,
+        shorten: Callable[[Segment], float] | None = None,
     ) -> dict[str, Any]:
         """Count the gradient in `.grad`; once there are enough, clip, move θ, and go back unless all is finite.
 
         Of several processes each has a part of it in `.grad`, and all move θ by their sum.
-        The check reads one number, for which the host waits; nothing else in an iteration waits. The number is read
-        after the step, so it covers the optimizer as well, whose own arithmetic may fail on a sound gradient.
+        The check reads one number, for which the host waits; nothing else here waits. It is read after the step, and so
+        covers the optimizer as well, whose own arithmetic may fail on a sound gradient.
 
         Args:
             watched: tensors that must be finite as well.
-            diagnose: says in words what is not finite; returns None if it cannot tell.
+            diagnose: says in words what is not finite, or None.
             norm: of all the gradients, if it is known already and none were accumulated before.
+            shorten: moves θ back along the optimizer's step, and returns the share of the step that remains.
 
         Returns:
-            metrics: `grad_norm` (before clipping) and `lr`; empty while gradients are being accumulated.
+            metrics: `grad_norm` (before clipping), `lr`, with `shorten` `step_share`; none while gradients accumulate.
 
         Raises:
-            NonFiniteError: NaN or infinity; θ and the optimizer's state are as they were before, and the gradient is
-                dropped.
+            NonFiniteError: NaN or infinity; θ and the optimizer's state are as before, and the gradient is dropped.
         """
         for p in self.parameters:
             if p.grad is not None and p.grad.layout is torch.sparse_coo:  # of embeddings; it has no norm
@@ -172,16 +177,12 @@ class Update(Shown):
         try:
             self.optimizer.step()
             sound = math.isfinite(alarm + largest(moved))
+            made = {} if shorten is None or not sound else {"step_share": shorten(Segment(moved, before.theta))}
         except BaseException as error:  # an interrupt as well: no half step stays
-            before.restore()
-            if isinstance(error, RuntimeError) and "overflow" in str(error):
-                raise NonFiniteError(
-                    f"the optimizer's step at the learning rate {float(lr):g} is more than its numbers hold, and was "
-                    "not made; use a smaller learning rate"
-                ) from error
+            before.undo(error)
             raise
         if not sound:
-            lost = math.isfinite(alarm) and self._lost(moved)
+            lost = math.isfinite(alarm) and failed_step(self.optimizer, moved, len(self.parameters))
             before.restore()
             raise self._stop(diagnose if not lost else lambda: lost)
         self.pending = 0
@@ -191,7 +192,7 @@ class Update(Shown):
             self.schedule.step()
         if self.ema is not None:
             self._average(self.ema)
-        return {"grad_norm": norm, "lr": lr}
+        return {"grad_norm": norm, "lr": lr} | made
 
     @property
     def optimizer_only(self) -> bool:
@@ -242,7 +243,9 @@ class Update(Shown):
             overflow: the sum of what `masked` returned.
         """
         if not math.isfinite(alarm):
-            raise self._stop(diagnose if math.isfinite(overflow) else lambda: self._lost([]))
+            raise self._stop(
+                diagnose if math.isfinite(overflow) else lambda: failed_step(self.optimizer, [], len(self.parameters))
+            )
         self._made(count)
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
@@ -287,9 +290,6 @@ class Update(Shown):
     def _made(self, count: int) -> None:
         self.updates += count
         torch.clear_autocast_cache()  # of the weights as they were, for calls between two steps
-
-    def _lost(self, moved: Sequence[Tensor]) -> str:
-        return failed_step(self.optimizer, moved, len(self.parameters))
 
     def _stop(self, diagnose: Callable[[], str | None]) -> NonFiniteError:
         seen = diagnose(), optimizers.unsound_gradients(self.parameters)

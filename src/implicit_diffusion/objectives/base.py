@@ -173,7 +173,8 @@ class GibbsObjective(Term):
     """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}, known by its first variation.
 
     `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
-    function of them; on outside "points" alone, which `draw` returns; or on "both".
+    function of them; on outside "points" alone, which `draw` returns; or on "both". "none" is for F′ = 0: F is the least
+    value min_p G(p, θ) of the sampler's inner problem itself, whose gradient in θ is that of E_p V_θ (`Evidence`).
 
     `separable` says that the term looks at each particle by itself and averages with `Particles.mean`: then every
     process evaluates it at its own particles and points. Otherwise each gets those of all processes.

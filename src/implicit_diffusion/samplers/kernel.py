@@ -95,6 +95,7 @@ class Kernel(Shown, ABC):
 
     Attributes:
         weighted: whether the kernel knows the increments of weights, `forward_part` and `backward_part`.
+        weighs_by_gradient: whether the backward part depends on ∇V, and not on V alone.
         evaluations_per_step: how often a step evaluates ∇V at all particles, the evaluation in `Step.here` included.
         target_acceptance: the mean acceptance that `warm_up` tunes the step size to; None for kernels that do not
             reject.
@@ -104,6 +105,7 @@ class Kernel(Shown, ABC):
     """
 
     weighted: bool = False
+    weighs_by_gradient: bool = True
     evaluations_per_step: int = 1
     target_acceptance: float | None = None
 

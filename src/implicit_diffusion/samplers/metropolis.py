@@ -22,7 +22,7 @@ class MetropolisKernel(Kernel):
         InvalidInputError: a step size that is not positive and finite.
     """
 
-    weighted = True
+    weighted, weighs_by_gradient = True, False
 
     def draws(self, generator: torch.Generator, count: int, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
         """N(0, 1) with shape (count, n, *event), and U(0, 1) with shape (count, n) for the test."""

@@ -117,7 +117,7 @@ def log_mean_exp(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
 
 
 def effective(log_weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """The effective sample size, 1/Σ w_i²."""
+    """The effective sample size 1/Σ w², w = softmax A."""
     return 1 / torch.softmax(log_weights, 0).square().sum()
 
 

@@ -73,6 +73,7 @@ def test_every_arm_runs_and_reports(tmp_path, capsys):
     assert "best possible 0.2983" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_is_tuned_that_nobody_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(hexagon.Arms, "tune", lambda *a: pytest.fail("tuned"))
     summary = hexagon.run(hexagon.Config(steps=10, particles=8, seeds=1, out=tmp_path / "run"))
