@@ -149,7 +149,8 @@ class ParticleLoop(Loop):
         if self.weighted:
             with eval_mode(self.model):
                 state = reweighted(self.kernel, state, energy_of(self.model, state.x))
-        return self._as_particles(state).whole()
+        own: Particles = self._as_particles(state)
+        return own.whole()
 
     @property
     def step_size(self) -> float:
@@ -222,12 +223,11 @@ class ParticleLoop(Loop):
         old, new = self._state._asdict(), state["weighted_state"]
         saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.weighted_state = WeightedState(**saved)
-        for name in ("log_z0", "gradient_evaluations", "step_scale"):
-            setattr(self, name, state[name])
+        self.__dict__ |= {name: state[name] for name in ("log_z0", "gradient_evaluations", "step_scale")}
         self.solver.load_state_dict(state["solver_state"])
         self._blocks.forget()
 
-    def _as_particles(self, state: WeightedState) -> Particles:
+    def _as_particles(self, state: WeightedState) -> Any:
         """The state as this process's particles, weighted where the loop is; a copy, which objectives may write into.
 
         Args:

@@ -219,7 +219,8 @@ class Single(ParticleLoop):
             state = self._reweighted(state, here)
         state, of_move = self._move(state, here, draws, h)
         state, fused, info = self._gradient(state, points)
-        return iteration_of(settled(state, fused.here.value), fused, info, of_move, self.runs)
+        state = self.runs.each(settled)(state, fused.here.value)
+        return iteration_of(state, fused, info, of_move, self.runs)
 
     def _reweighted(self, state: WeightedState, here: Energy) -> WeightedState:
         """The state with weights under the θ of `here`, V and ∇V at the particles."""
