@@ -100,7 +100,7 @@ class Vectorized(Shown):
         Raises:
             NonFiniteError: NaN or infinity in some run, before any θ is touched; the message says which.
         """
-        twin = self._twin
+        twin: Any = self._twin
         count = twin.iterations if isinstance(twin, Single) else 1
         inputs = [self._inputs(k) for k in range(twin.iteration, twin.iteration + count)]
         twin.iteration += count

@@ -139,7 +139,8 @@ def stacked_tree(trees: Sequence[Any]) -> Any:
 def stacked_states(states: Sequence[WeightedState]) -> WeightedState:
     """States of the runs as one, of which short vectors are laid out with the particles of all runs innermost."""
     whole: WeightedState = stacked_tree(states)
-    return whole._replace(**{name: _laid_out(getattr(whole, name)) for name in ROWS})
+    rows: dict[str, Any] = {name: _laid_out(getattr(whole, name)) for name in ROWS}
+    return whole._replace(**rows)
 
 
 def _laid_out(part: Tensor | None) -> Tensor | None:
@@ -148,8 +149,8 @@ def _laid_out(part: Tensor | None) -> Tensor | None:
 
 def state_of(whole: WeightedState, s: int) -> WeightedState:
     """The state of run s, in memory of its own."""
-    own: WeightedState = run_of(whole, s)
-    return WeightedState(*(None if part is None else innermost(part.clone()) for part in own))
+    own: Any = [None if part is None else innermost(part.clone()) for part in run_of(whole, s)]
+    return WeightedState(*own)
 
 
 class StackedBlocks:
