@@ -328,6 +328,7 @@ PUBLIC = {
     ),
     "NestedParticles": on_particles(idf.loops.NestedParticles, inner_steps=lambda: 2, begin=lambda: "initial"),
     "Unrolled": on_particles(idf.loops.Unrolled, unrolled_steps=lambda: 2),
+    "Vectorized": Call(idf.loops.Vectorized, {"loops": lambda: [single() for _ in range(2)]}, lambda made: made.step()),
     "refresh": method(single, "refresh", particles=lambda: idf.Particles(X)),
     "load_state_dict": method(single, "load_state_dict", state=lambda: single().state_dict()),
     "load_state_dict of a queue": method(queue, "load_state_dict", state=lambda: queue().state_dict()),

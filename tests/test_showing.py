@@ -236,6 +236,7 @@ EXAMPLES = {
     "Single": weighted,
     "NestedParticles": lambda: on_particles(idf.loops.NestedParticles, inner_steps=2),
     "Unrolled": lambda: on_particles(idf.loops.Unrolled, unrolled_steps=2),
+    "Vectorized": lambda: idf.loops.Vectorized([on_particles(idf.Single) for _ in range(2)]),
     "Progress": lambda: Progress(10, "fine-tuning"),
     "RunDirectory": lambda: RunDirectory("runs/sharp"),
     "Stop": Stop,

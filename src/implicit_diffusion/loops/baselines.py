@@ -91,7 +91,7 @@ class NestedParticles(ParticleLoop):
     @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.update.begin()
-        points, steps = self._points(self.iteration), self._kernel_steps()
+        points, steps = self._points(self.iteration), _kernel_steps(self)
         with self.evaluating():
             done = self._iterate(self._state, map(self._draws, steps), points, map(self._h, steps))
         self._hand_over(done.gradients)
@@ -196,7 +196,7 @@ class Unrolled(ParticleLoop):
     @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.update.begin()
-        steps = self._kernel_steps()
+        steps = _kernel_steps(self)
         with self.evaluating():
             done = self._iterate(self._state, map(self._draws, steps), [], map(self._h, steps))
         self._hand_over(done.gradients)
@@ -254,3 +254,8 @@ class Unrolled(ParticleLoop):
 def _values(terms: Terms, x: Float[Tensor, "n *event"]) -> dict[str, Tensor]:
     """The value of every term at the particles of one run, differentiable in them."""
     return {term.name: term.shared_value(Particles(x)) for _, term in terms if isinstance(term, TerminalObjective)}
+
+
+def _kernel_steps(loop: ParticleLoop) -> range:
+    """The kernel's steps in the next iteration."""
+    return range(loop.iteration * loop.inner_steps, (loop.iteration + 1) * loop.inner_steps)

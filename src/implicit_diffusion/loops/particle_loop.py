@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -20,7 +19,7 @@ from implicit_diffusion import processes
 from implicit_diffusion.errors import check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
-from implicit_diffusion.gradients.fused import ONE, OneRun
+from implicit_diffusion.gradients.fused import ONE
 from implicit_diffusion.loops.base import Loop, check_same
 from implicit_diffusion.loops.given_particles import check_parts, initial_particles, replacing_particles, solver_of
 from implicit_diffusion.loops.nonfinite import what_failed
@@ -94,8 +93,7 @@ class ParticleLoop(Loop):
         check_type("lag", lag, bool, "use True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
-        self.inner_steps, self.step_scale = 1, 1.0
-        self.runs: OneRun = ONE
+        self.inner_steps, self.step_scale, self.runs = 1, 1.0, ONE
         check_parts(kernel, objective, keeps_weights=weighted or lag)
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         processes.check_divides("particles", len(x))
@@ -114,8 +112,7 @@ class ParticleLoop(Loop):
             warnings.warn(warning, stacklevel=3)
         self.weighted_state = exact_draws(kernel.start(x, noise.generator(START, 1, device=x.device)), value)
         self.log_z0 = known_log_z(potential)
-        self.gradient_evaluations = 0
-        self._blocks = Blocks(KERNEL)
+        self.gradient_evaluations, self._blocks = 0, Blocks(KERNEL)
         self._step_sizes: dict[float, Tensor] = {}
 
     def _words(self) -> Iterable[str]:
@@ -151,8 +148,9 @@ class ParticleLoop(Loop):
         check_together(state := self._state)
         if self.weighted:
             with eval_mode(self.model):
-                state = self._reweighted(state, energy_of(self.model, state.x))
-        return self._as_particles(state).whole()
+                state = reweighted(self.kernel, state, energy_of(self.model, state.x))
+        own: Particles = self._as_particles(state)
+        return own.whole()
 
     @property
     def step_size(self) -> float:
@@ -225,17 +223,11 @@ class ParticleLoop(Loop):
         old, new = self._state._asdict(), state["weighted_state"]
         saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.weighted_state = WeightedState(**saved)
-        self.log_z0, self.gradient_evaluations = state["log_z0"], state["gradient_evaluations"]
-        self.step_scale = state["step_scale"]
+        self.__dict__ |= {name: state[name] for name in ("log_z0", "gradient_evaluations", "step_scale")}
         self.solver.load_state_dict(state["solver_state"])
         self._blocks.forget()
 
-    def _reweighted(self, state: WeightedState, here: Energy) -> WeightedState:
-        """The state with weights under the θ of `here`, V and ∇V at the particles."""
-        moved: WeightedState = self.runs.each(partial(reweighted, self.kernel))(state, here)
-        return moved
-
-    def _as_particles(self, state: WeightedState) -> Particles:
+    def _as_particles(self, state: WeightedState) -> Any:
         """The state as this process's particles, weighted where the loop is; a copy, which objectives may write into.
 
         Args:
@@ -259,10 +251,6 @@ class ParticleLoop(Loop):
         generator = self.noise.generator(DATA, iteration, device=self._state.x.device)
         return [term.draw(generator) for _, term in self.objective.stationary]
 
-    def _kernel_steps(self) -> range:
-        """The kernel's steps in the next iteration."""
-        return range(self.iteration * self.inner_steps, (self.iteration + 1) * self.inner_steps)
-
     def _h(self, k: int) -> Tensor:
         """The step size of the kernel's k-th step as a tensor."""
         h = self.step_scale * self.kernel.step_size_at(k)
@@ -285,8 +273,8 @@ class ParticleLoop(Loop):
         *numbers, uniform = draws
         if self.weighted:
             state, here = self.runs.each(resample)(state, here, uniform)
-        energy = partial(energy_of, self.model)
-        step = self.runs.step(Step(state.x, state.momentum, here, energy, tuple(numbers), h))
+        step = Step(state.x, state.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h)
+        step = self.runs.step(step)
         after, info = self.kernel.move(step)
         momentum = None if after.momentum is None else self.runs.stacked(innermost(after.momentum))
         x = self.runs.stacked(innermost(after.x))  # one layout: a resumed run rounds the same

@@ -33,7 +33,7 @@ from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.potentials.inner_problem import field_at
 from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Kernel
-from implicit_diffusion.samplers.weighted_state import WeightedState, effective, exhausted, settled
+from implicit_diffusion.samplers.weighted_state import WeightedState, effective, exhausted, reweighted, settled
 
 
 class Single(ParticleLoop):
@@ -219,7 +219,13 @@ class Single(ParticleLoop):
             state = self._reweighted(state, here)
         state, of_move = self._move(state, here, draws, h)
         state, fused, info = self._gradient(state, points)
-        return iteration_of(settled(state, fused.here.value), fused, info, of_move, self.runs)
+        state = self.runs.each(settled)(state, fused.here.value)
+        return iteration_of(state, fused, info, of_move, self.runs)
+
+    def _reweighted(self, state: WeightedState, here: Energy) -> WeightedState:
+        """The state with weights under the θ of `here`, V and ∇V at the particles."""
+        under: WeightedState = self.runs.each(partial(reweighted, self.kernel))(state, here)
+        return under
 
     def _gradient(
         self, state: WeightedState, points: list[Tensor | None]

@@ -164,7 +164,7 @@ class Term(Shown, Objective):
         """
         return [self] if isinstance(self, nn.Module) else []
 
-    def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
+    def report(self, value: Float[Tensor, "*runs"]) -> tuple[str, Tensor]:
         """Name and number under which the value appears in metrics."""
         return self.name, value
 

@@ -7,7 +7,7 @@ particles, each draws the numbers of all, and keeps those of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,13 @@ def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
         shape = (count, x.shape[1], x.shape[0])
         return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
     return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
+
+
+def stacked_numbers(parts: Sequence[Tensor]) -> Tensor:
+    """Numbers with shape (count, n, *event) of all runs as (count, runs, n, *event), laid out as the particles are."""
+    if parts[0].ndim == 3 and has_short_vectors(parts[0][0]):
+        return torch.stack([part.mT for part in parts], 2).permute(0, 2, 3, 1)
+    return torch.stack(list(parts), 1)
 
 
 def own_numbers(draw: Draw, generator: torch.Generator, count: int, x: Tensor) -> tuple[Tensor, ...]:

@@ -14,8 +14,9 @@ from implicit_diffusion.gradients.fused import GIBBS
 from implicit_diffusion.loops.baselines import NestedParticles, Unrolled
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.loops.single import Single
-from implicit_diffusion.loops.vectorized.stack import ONE_BY_ONE, StackedPotential
+from implicit_diffusion.loops.vectorized.stack import ONE_BY_ONE
 from implicit_diffusion.potentials.energy import value_of
+from implicit_diffusion.potentials.stacked import StackedPotential
 
 OWN = ("seed", "stream")  # what a run has for itself
 

@@ -26,11 +26,11 @@ from implicit_diffusion.loops.vectorized.optimizer import hand_back, stacked_opt
 from implicit_diffusion.loops.vectorized.stack import (
     Stack,
     StackedBlocks,
-    StackedPotential,
     run_of,
     stacked_states,
     state_of,
 )
+from implicit_diffusion.potentials.stacked import StackedPotential
 from implicit_diffusion.showing import Shown
 
 
@@ -63,9 +63,9 @@ class Vectorized(Shown):
             iteration. They belong to this object from now on; read them as `loops`.
 
     Raises:
-        InvalidInputError: loops that differ in more than numbers; a potential that `torch.vmap` cannot map; an optimizer
-            whose step is not elementwise; updates with a schedule, an average or accumulation; an inner problem with
-            interaction; several processes. Such loops are stepped one by one.
+        InvalidInputError: loops that differ in more than numbers; a potential that `torch.vmap` cannot map; an
+            optimizer whose step is not elementwise; updates with a schedule, an average or accumulation; an inner
+            problem with interaction; several processes. Such loops are stepped one by one.
     """
 
     def __init__(self, loops: Sequence[ParticleLoop]) -> None:
@@ -100,7 +100,7 @@ class Vectorized(Shown):
         Raises:
             NonFiniteError: NaN or infinity in some run, before any θ is touched; the message says which.
         """
-        twin = self._twin
+        twin: Any = self._twin
         count = twin.iterations if isinstance(twin, Single) else 1
         inputs = [self._inputs(k) for k in range(twin.iteration, twin.iteration + count)]
         twin.iteration += count

@@ -4,9 +4,9 @@ Run s has θ_s and particles x_s with shape (n, *event). The stack has tensors w
 
     θ: (S, *shape),    x: (S, n, *event),    V: (S, n, *event) → (S, n),  V(x)_s = V(x_s; θ_s)
 
-V is `torch.func.functional_call` under `torch.vmap`. Since V_s depends on nothing of the other runs, one pull of Σ_s V_s
-holds ∇V of every run, and one pull of the sum of their charged potentials holds every Γ_s. Kernels move each particle by
-itself, and are given those of all runs one after the other.
+V is `torch.func.functional_call` under `torch.vmap` (`potentials.stacked`). Since V_s depends on nothing of the other
+runs, one pull of Σ_s V_s holds ∇V of every run, and one pull of the sum of their charged potentials holds every Γ_s.
+Kernels move each particle by itself, and are given those of all runs one after the other.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients.adjoint_measure import Terms
 from implicit_diffusion.gradients.fused import OneRun
 from implicit_diffusion.loops.particle_loop import ParticleLoop
-from implicit_diffusion.potentials.energy import Energy, precision
-from implicit_diffusion.samplers.draws import has_short_vectors, innermost
+from implicit_diffusion.potentials.energy import Energy
+from implicit_diffusion.samplers.draws import innermost, stacked_numbers
 from implicit_diffusion.samplers.kernel import Step
 from implicit_diffusion.samplers.weighted_state import ROWS, WeightedState
 from implicit_diffusion.showing import of_tuple
-
 
 ONE_BY_ONE = "step the loops one by one"
 
@@ -140,45 +139,18 @@ def stacked_tree(trees: Sequence[Any]) -> Any:
 def stacked_states(states: Sequence[WeightedState]) -> WeightedState:
     """States of the runs as one, of which short vectors are laid out with the particles of all runs innermost."""
     whole: WeightedState = stacked_tree(states)
-    return whole._replace(**{name: _laid_out(getattr(whole, name)) for name in ROWS})
-
-
-def state_of(whole: WeightedState, s: int) -> WeightedState:
-    """The state of run s, in memory of its own."""
-    own: WeightedState = run_of(whole, s)
-    return WeightedState(*(None if part is None else innermost(part.clone()) for part in own))
+    rows: dict[str, Any] = {name: _laid_out(getattr(whole, name)) for name in ROWS}
+    return whole._replace(**rows)
 
 
 def _laid_out(part: Tensor | None) -> Tensor | None:
     return None if part is None else innermost(part.flatten(0, 1)).unflatten(0, part.shape[:2])
 
 
-class StackedPotential:
-    """V of all runs, (S, n, *event) → (S, n).
-
-    Args:
-        models: the potentials of the runs: the same module, with numbers of their own.
-        trained: names of the parameters that the optimizers hold.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], trained: Sequence[str]) -> None:
-        self.model = models[0]
-        each = [dict(model.named_parameters()) | dict(model.named_buffers()) for model in models]
-        held = {name: [own[name].detach() for own in each] for name in each[0]}
-        asked = {name: p.requires_grad for name, p in models[0].named_parameters()}
-        self.trained = {name: nn.Parameter(torch.stack(held.pop(name)), asked[name]) for name in trained}
-        same = {name for name, (first, *others) in held.items() if all(torch.equal(first, other) for other in others)}
-        self.shared = {name: tensors[0] for name, tensors in held.items() if name in same}
-        self.fixed = {name: torch.stack(tensors) for name, tensors in held.items() if name not in same}
-
-    def __call__(self, x: Float[Tensor, "runs n *event"]) -> Float[Tensor, "runs n"]:
-        dtype = precision(self.model, x)
-
-        def one(own: dict[str, Tensor], x: Tensor) -> Tensor:
-            return torch.func.functional_call(self.model, self.shared | own, (x,))
-
-        value: Tensor = torch.vmap(one)({**self.trained, **self.fixed}, x.to(dtype))
-        return value.to(x.dtype)
+def state_of(whole: WeightedState, s: int) -> WeightedState:
+    """The state of run s, in memory of its own."""
+    own: Any = [None if part is None else innermost(part.clone()) for part in run_of(whole, s)]
+    return WeightedState(*own)
 
 
 class StackedBlocks:
@@ -210,12 +182,5 @@ class StackedBlocks:
                     f"{type(first.kernel).__name__} draws numbers that particles share, and several runs at once have "
                     f"no use for them; {ONE_BY_ONE}"
                 )
-            self._numbers, self._block = (*map(_stacked_numbers, parts), torch.stack(uniform, 1)), block
+            self._numbers, self._block = (*map(stacked_numbers, parts), torch.stack(uniform, 1)), block
         return tuple(part[i] for part in self._numbers)
-
-
-def _stacked_numbers(parts: Sequence[Tensor]) -> Tensor:
-    """Numbers with shape (count, n, *event) of all runs as (count, runs, n, *event), laid out as the particles are."""
-    if parts[0].ndim == 3 and has_short_vectors(parts[0][0]):
-        return torch.stack([part.mT for part in parts], 2).permute(0, 2, 3, 1)
-    return torch.stack(list(parts), 1)
