@@ -9,6 +9,7 @@ import pytest
 
 NAMESPACES = (
     "denoisers",
+    "design",
     "errors",
     "evaluation",
     "gradients",
