@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_refused(make, message):
 def test_loops_without_a_normaliser_refuse_it():
     field = problem()
     loop = {"particles": torch.zeros(4, 1, dtype=F64), "noise": Noise(0)}
-    with pytest.raises(InvalidInputError, match="least value of the inner problem, which ConjugateGradients"):
+    with pytest.raises(InvalidInputError, match="least value of the inner problem, and ConjugateGradients"):
         Single(field, ULA(0.1), Evidence(), torch.optim.SGD(field.parameters(), lr=0.1), **loop)
     with pytest.raises(InvalidInputError, match="which ConjugateGradients does not"):
         ConjugateGradients(lambda particles, charges: charges).check(Evidence().stationary)

@@ -76,8 +76,6 @@ class Experiment(ShownModule, ABC):
         InvalidInputError: a prior without `sample`, or whose draws are not finite vectors or arrays of numbers.
     """
 
-    no_latents: Tensor
-
     def __init__(self, prior: nn.Module, noise_shape: tuple[int, ...]) -> None:
         super().__init__()
         check_type("prior", prior, nn.Module, "it is −log p(z) as a module, e.g. GaussianMixture(torch.zeros(1, 2))")
@@ -91,9 +89,6 @@ class Experiment(ShownModule, ABC):
         self.noise_shape = tuple(check_integer("a size in noise_shape", size) for size in noise_shape)
         z = self.prior_draws(TRIED, Noise(0))
         self.event_shape = tuple(z.shape[1:])
-        self.register_buffer(
-            "no_latents", z[:0], persistent=False
-        )  # of the latents' dtype, on the device of the module
         with trying("prior", f"{TRIED} of its own draws"):
             value = self.prior(z)
         if not isinstance(value, Tensor) or value.shape != (TRIED,) or not value.isfinite().all():
@@ -104,7 +99,7 @@ class Experiment(ShownModule, ABC):
 
     @abstractmethod
     def outcome(self, z: Float[Tensor, "n *event"], noise: Float[Tensor, "n *noise_shape"]) -> Float[Tensor, "n *y"]:
-        """Y = T(z, ε; ξ), differentiable in ξ.
+        """The outcomes y = T(z, ε; ξ), differentiable in ξ.
 
         Args:
             z: latents.

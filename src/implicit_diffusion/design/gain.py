@@ -1,15 +1,13 @@
 """The expected information gain as an objective: the mean free energy of an experiment's pairs, with the sign turned.
 
-The gradient of −EIG is −E ∇_ξ V (`experiment`): every pair has the charge −1/n, and nothing else has any. That is the
-adjoint measure of a first variation of mass −1 which lies nowhere that V is needed: on no points. All charges are the
-same, so that one pull through V serves the sampler and Γ (`gradients.fused`).
+The gradient of −EIG is −E ∇_ξ V (`experiment`): every pair has the charge −1/n, and nothing else has any, since no law
+is compared with another. All charges are the same, so that one pull through V serves the sampler and Γ
+(`gradients.fused`).
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from implicit_diffusion.design.experiment import Experiment
 from implicit_diffusion.design.posterior import PosteriorKernel
@@ -53,21 +51,16 @@ class InformationGain(GibbsObjective):
         InvalidInputError: not an experiment; a name that is not a word.
     """
 
-    support = "points"
+    support, in_minimum = "none", -1.0
     separable = True
 
     def __init__(self, experiment: Experiment, name: str = "information_gain") -> None:
         check_type("experiment", experiment, Experiment, "use GaussianExperiment, or a subclass of Experiment")
         self.experiment, self.name = experiment, check_name(name)
 
-    def draw(self, generator: torch.Generator) -> Float[Tensor, "0 pair"]:
-        """No points."""
-        nothing = self.experiment.no_latents
-        return self.experiment.joined(nothing, nothing, nothing.new_empty(0, *self.experiment.noise_shape))
-
     def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
-        """A mass of −1, on no points."""
-        return FirstVariation(on_points=density.energy.new_zeros(0), total_on_points=-1.0)
+        """F′ = 0; the value is not known."""
+        return FirstVariation()
 
 
 def lag(experiment: Experiment, particles: Particles) -> Estimate:

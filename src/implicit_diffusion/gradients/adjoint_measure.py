@@ -48,7 +48,7 @@ class AdjointSolver(ABC):
 
     `supports` lists the measures F′·p that it has a solution for, by where they lie (`GibbsObjective.support`): a
     linear solve on the particles needs F′ as a function of them, ("particles",). "none" among them says that the
-    gradient of min_p G(p, θ) is that of E_p V_θ, as it is for laws e^{−V_θ}/Z.
+    gradient of min_p G(p, θ) is that of E_p V_θ, as it is for laws e^{−V_θ}/Z (`GibbsObjective.in_minimum`).
 
     `separable` says that the solver needs no more of other particles than sums, which it takes over all processes: then
     it is given what each process has. Otherwise it is given the particles and the points of all of them.
@@ -91,10 +91,10 @@ class AdjointSolver(ABC):
     def check(self, terms: Terms) -> None:
         """Raise `InvalidInputError` for a term whose measure lies where the solver has no solution for it."""
         for _, term in terms:
-            if term.support == "none" and "none" not in self.supports:
+            if term.in_minimum and "none" not in self.supports:
                 raise InvalidInputError(
-                    f"{term.name} is the least value of the inner problem, which {type(self).__name__} does not "
-                    "differentiate; it is defined for a potential V, whose law is e^{−V}/Z"
+                    f"{term.name} depends on the least value of the inner problem, and {type(self).__name__} does not "
+                    "differentiate it; that is defined for a potential V, whose law is e^{−V}/Z"
                 )
             if term.support not in self.supports:
                 raise InvalidInputError(

@@ -7,8 +7,9 @@ that an objective charges. One forward serves both: any module, any parameter tr
 Where all particles carry the same charge c (maximum likelihood with uniform weights), one pull serves both as well:
 ∇_{x_i} Σ_j c V(x_j) = c ∇V(x_i).
 
-A term with support "none" is the value of the inner problem itself, min_p G(p, θ) = −log Z_θ. By the envelope theorem
-its gradient is ∂_θG at the minimiser, ∇_θ E_p V_θ with p held fixed: the charges are p, of total one and not zero.
+A term may depend on the value of the inner problem itself, min_p G(p, θ) = −log Z_θ, as the evidence does. By the
+envelope theorem its gradient is ∂_θG at the minimiser, ∇_θ E_p V_θ with p held fixed: the charges are p, times the
+derivative of F in that value (`GibbsObjective.in_minimum`), of a total that is not zero.
 
 Where processes share the particles, each makes a pass over its own, and over its share of the points; Γ is the sum of
 what they find.
@@ -125,7 +126,8 @@ ONE = OneRun()
 
 def one_pull(terms: Terms, solver: AdjointSolver = GIBBS) -> bool:
     """Whether one pull serves sampler and Γ on uniform particles: all charges are the same, and do not cancel."""
-    total, size = sum(c if t.support == "none" else -c for c, t in terms), sum(abs(c) for c, _ in terms)
+    total = sum(c * (t.in_minimum - (t.support == "points")) for c, t in terms)
+    size = sum(abs(c) for c, _ in terms)
     return solver.same_charges(terms) and abs(total) > CANCELLED * size
 
 
@@ -216,8 +218,9 @@ def charges_of(
         variation.check_support(term.name, term.support)
         measure = solver.shared(variation, particles, term.name)
         on_particles = on_particles.add(measure.on_particles, alpha=weight)
-        if term.support == "none":
-            on_particles = on_particles.add(particles.weights.to(on_particles.dtype), alpha=weight)
+        if term.in_minimum:
+            direct = particles.weights.to(on_particles.dtype)
+            on_particles = on_particles.add(direct, alpha=weight * term.in_minimum)
         on_points.append(None if measure.on_points is None else weight * measure.on_points)
         if measure.on_points is not None and (v is None or v.shape != measure.on_points.shape):
             raise InvalidInputError(

@@ -56,7 +56,7 @@ class Evidence(GibbsObjective):
         InvalidInputError: a name that is not a word; in loops, particles that interact.
     """
 
-    support = "none"
+    support, in_minimum = "none", 1.0
     separable = True
 
     def __init__(self, name: str = "neg_log_evidence") -> None:
