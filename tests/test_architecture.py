@@ -26,6 +26,7 @@ FLOORS = [
     {"gradients"},
     {"models"},
     {"evaluation"},
+    {"design"},
     {"loops"},
     {"runs"},
     {"digits"},

@@ -8,10 +8,11 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.loops.diagnostics import advice, ess_in_time, r_hat, signal_to_noise
 from implicit_diffusion.objectives import Functional, gaussian_kernel
 from implicit_diffusion.particles import Particles
-from implicit_diffusion.potentials import Guided, Tilted, conv, mlp
+from implicit_diffusion.potentials import Guided, Posterior, Tilted, check_normalised, conv, mlp
 from implicit_diffusion.samplers.replicas import annealed
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles_gibbs import Banana
+from tests.helpers.potentials import NormalNormal
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
 
@@ -84,6 +85,15 @@ CALLS = {
     ("noise", "GaussianMixture.sample"): (lambda noise: idf.GaussianMixture(X).sample(2, noise), (None, 0, "0")),
     ("network", "Tilted"): (lambda f: Tilted(f, (2,)), FUNCTIONS),
     ("event_shape", "Tilted"): (lambda shape: Tilted(mlp(2, NOISE), shape), (None, 2, (), (0,), (1.5,), ("a",))),
+    ("model", "Posterior"): (lambda model: Posterior(model, X), FUNCTIONS),
+    ("data", "Posterior"): (lambda data: Posterior(NormalNormal(), data), (None, "data", [1.0], 3, X.numpy(), X[:0])),
+    ("t", "Posterior.tempered"): (Posterior(NormalNormal(), X.float().repeat(2, 1)).tempered, NUMBERS),
+    ("simulated", "check_normalised"): (lambda f: check_normalised(f, NormalNormal(), NOISE), FUNCTIONS),
+    ("model", "check_normalised"): (lambda model: check_normalised(NormalNormal().simulated, model, NOISE), FUNCTIONS),
+    ("n", "check_normalised"): (
+        lambda n: check_normalised(NormalNormal().simulated, NormalNormal(), NOISE, n=n),
+        (*COUNTS, 19),
+    ),
     ("dimension", "mlp"): (lambda n: mlp(n, NOISE), COUNTS),
     ("noise", "mlp"): (lambda noise: mlp(2, noise), (None, 0)),
     ("width", "mlp"): (lambda n: mlp(2, NOISE, width=n), COUNTS),

@@ -44,6 +44,7 @@ def test_an_objective_of_ones_own_agrees_with_closed_forms(run):
         assert abs(z) < 4
 
 
+@pytest.mark.slow
 def test_an_energy_model_beats_a_gaussian_on_held_out_points(run):
     *_, log_z, scores = run("energy_model.py", "--updates", "40")
     assert numbers(log_z)[1] < 0.2
@@ -55,6 +56,17 @@ def test_messages_bring_opinions_together(run):
     spread, _ = run("opinions.py", "--agents", "100", "--updates", "120")
     before, after = numbers(spread)
     assert after < before / 2
+
+
+@pytest.mark.slow
+def test_the_evidence_of_a_loop_is_that_of_new_particles(run):
+    """The page quotes the numbers of the plain command."""
+    before, after, *weights = run("evidence.py", "--particles", "200", "--updates", "60")
+    start, of_start = numbers(before)
+    by_loop, by_others, of_others = numbers(after)
+    assert by_others > start + 4 * (of_start + of_others)
+    assert abs(by_loop - by_others) < 4 * of_others + 0.4
+    assert len(weights) == 5
 
 
 @pytest.fixture
@@ -73,6 +85,7 @@ def sampled(model, table, n):
     return idf.Chain(model.denoiser, table, model.event_shape).sample(idf.Noise(0), n)
 
 
+@pytest.mark.slow
 def test_a_flow_matching_model_of_ones_own_finds_the_ring(factory, tmp_path):
     """And its file is fine-tuned, by name, to a state that its network loads."""
     from safetensors.torch import load_file

@@ -101,6 +101,7 @@ print(float(idf.evaluation.bound(seen, 0.5).j) < 10, BLOCKED & set(sys.modules))
 """
 
 
+@pytest.mark.slow
 def test_sampling_and_training_run_without_extras(tmp_path):
     result = run_without({*EXTRA_OF, "ot"}, WITHOUT_EXTRAS, str(tmp_path / "run"))
     assert (result.returncode, result.stdout.strip()) == (0, "True set()"), result.stderr
@@ -147,6 +148,7 @@ for module, program in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_missing_extra_names_its_command():
     """In forks of one process, which has imported nothing but torch."""
     programs = [(module, MISSING.format(call=call)) for call, module, _ in PLACES]

@@ -25,13 +25,14 @@ from implicit_diffusion.objectives import Sum
 from implicit_diffusion.potentials.energy import check_potential
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers import tiny
-from tests.helpers.potentials import Gaussian
+from tests.helpers.potentials import Gaussian, NormalNormal
 from tests.helpers.stops import limited
 
 CALLS, SEED, SECONDS = 1200, 0, 20
 
 X = torch.linspace(-1, 1, 48).view(24, 2) ** 3
 NOISE = idf.Noise(0)
+NORMAL = NormalNormal()
 
 
 class Net(nn.Module):
@@ -192,6 +193,23 @@ def guided(made):
     idf.Chain(made, table(), (2,), condition=idf.denoisers.Drawn("which", torch.arange(3))).sample(NOISE, 2)
 
 
+def line():
+    return idf.design.GaussianExperiment(torch.nn.Linear(2, 1), idf.GaussianMixture(torch.zeros(1, 2)), 0.5)
+
+
+LINE = line()
+JUDGED = {"experiment": line, "noise": lambda: NOISE, "outcomes": lambda: 4, "contrasts": lambda: 3}
+
+
+def designed(objective=None, kernel=None):
+    """One step of a loop over the pairs of an experiment."""
+    experiment = LINE if objective is None else objective.experiment
+    kernel = idf.design.PosteriorKernel(idf.ULA(0.1), experiment) if kernel is None else kernel
+    objective = idf.design.InformationGain(experiment) if objective is None else objective
+    optimizer = torch.optim.SGD(experiment.signal.parameters(), lr=0.0)
+    idf.Single(experiment, kernel, objective, optimizer, particles=8, noise=NOISE).step()
+
+
 WHICH = {"columns": torch.zeros(3, 2)}
 TABLES = {
     "a": column(1.0),
@@ -227,6 +245,27 @@ PUBLIC = {
     "ForwardKL": term(idf.ForwardKL, {"data": lambda: X + 1, "batch": lambda: 4}),
     "ReverseKL": term(idf.ReverseKL, {"potential": Gaussian, "log_z": lambda: 0.0}),
     "ReverseKL.to_initial": term(idf.ReverseKL.to_initial, {"potential": Gaussian}),
+    "Evidence": term(idf.objectives.Evidence, {}),
+    "GaussianExperiment": Call(
+        idf.design.GaussianExperiment,
+        {
+            "signal": lambda: torch.nn.Linear(2, 1),
+            "prior": lambda: idf.GaussianMixture(torch.zeros(1, 2)),
+            "std": lambda: 0.5,
+        },
+        lambda made: made(made.sample(3, NOISE)),
+    ),
+    "InformationGain": Call(
+        idf.design.InformationGain, {"experiment": line, "name": lambda: "gain"}, lambda made: designed(objective=made)
+    ),
+    "PosteriorKernel": Call(
+        idf.design.PosteriorKernel,
+        {"kernel": lambda: idf.MALA(0.1), "experiment": lambda: LINE, "renewal": lambda: 0.1},
+        lambda made: designed(kernel=made),
+    ),
+    "contrastive_bounds": Call(idf.design.contrastive_bounds, JUDGED),
+    "information_gain": Call(idf.design.information_gain, JUDGED, lambda made: made.advice()),
+    "lag": Call(idf.design.lag, {"experiment": line, "particles": lambda: idf.Particles(line().sample(4, NOISE))}),
     "Reward": term(idf.Reward, {"function": lambda: reward}),
     "WeightedRewards": term(
         idf.objectives.WeightedRewards,
@@ -289,6 +328,7 @@ PUBLIC = {
     ),
     "NestedParticles": on_particles(idf.loops.NestedParticles, inner_steps=lambda: 2, begin=lambda: "initial"),
     "Unrolled": on_particles(idf.loops.Unrolled, unrolled_steps=lambda: 2),
+    "Vectorized": Call(idf.loops.Vectorized, {"loops": lambda: [single() for _ in range(2)]}, lambda made: made.step()),
     "refresh": method(single, "refresh", particles=lambda: idf.Particles(X)),
     "load_state_dict": method(single, "load_state_dict", state=lambda: single().state_dict()),
     "load_state_dict of a queue": method(queue, "load_state_dict", state=lambda: queue().state_dict()),
@@ -541,6 +581,18 @@ PUBLIC = {
         {"network": lambda: idf.potentials.mlp(2, NOISE, width=4), "event_shape": lambda: (2,)},
         lambda made: (check_potential(made, X), made.sample(3, NOISE)),
     ),
+    "Posterior": Call(
+        idf.potentials.Posterior,
+        {"model": NormalNormal, "data": lambda: X},
+        lambda made: made(made.tempered(0.0).sample(3, NOISE)),
+    ),
+    "Posterior.tempered": method(
+        lambda: idf.potentials.Posterior(NormalNormal(), X), "tempered", lambda made: made(X[:, :2]), t=lambda: 0.5
+    ),
+    "check_normalised": Call(
+        idf.potentials.check_normalised,
+        {"simulated": lambda: NORMAL.simulated, "model": lambda: NORMAL, "noise": lambda: NOISE, "n": lambda: 200},
+    ),
     "Tilted.sample": method(
         lambda: idf.potentials.Tilted(idf.potentials.mlp(2, NOISE, width=4), (2,)),
         "sample",
@@ -594,12 +646,13 @@ RESULTS = {
     *idf.errors.__all__,
     *("Bound", "ClippingEffect", "Estimate", "Evaluation", "Judgement", "Plan", "PlanRow", "Pretrained"),
     *("CutPrompt", "ProbedPipeline"),
-    *("Draws", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw", "Untrained"),
+    *("Draws", "Gain", "Pairs", "RewardJudgement", "RewardPlan", "Reweighted", "Steered", "TiltedLaw", "Untrained"),
     *("DriftPenalty", "EnergyModel", "Fit", "PathKL"),
 }
 CONTRACTS = {  # users fulfil them with classes of their own
     *(
         "Estimator",
+        "Experiment",
         "GibbsObjective",
         "InnerProblem",
         "Kernel",

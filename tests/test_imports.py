@@ -9,6 +9,7 @@ import pytest
 
 NAMESPACES = (
     "denoisers",
+    "design",
     "errors",
     "evaluation",
     "gradients",
@@ -47,6 +48,7 @@ print(failed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_threads_may_import_whatever_they_want_at_once(order):
     """Each thread takes the lock of a submodule first, and then needs the packages around it."""

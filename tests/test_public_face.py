@@ -19,7 +19,18 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 def test_a_first_program_needs_few_names():
     assert {
-        *("denoisers", "errors", "evaluation", "gradients", "loops", "models", "objectives", "potentials", "runs"),
+        *(
+            "denoisers",
+            "design",
+            "errors",
+            "evaluation",
+            "gradients",
+            "loops",
+            "models",
+            "objectives",
+            "potentials",
+            "runs",
+        ),
         *("samplers", "tables"),
     } == NAMESPACES
     assert len(set(idf.__all__) - NAMESPACES) <= 30

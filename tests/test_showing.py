@@ -36,6 +36,7 @@ from implicit_diffusion.runs.fit import fit
 from implicit_diffusion.samplers import Kernel, State
 from implicit_diffusion.samplers.simulation import simulate
 from tests.helpers.oracles import table
+from tests.helpers.potentials import NormalNormal
 
 SOURCE = Path(idf.__file__).parent
 HELD = r"\b(Tensor|ndarray|Callable|Say|nn\.Module|Float)\b"  # annotations of fields
@@ -138,7 +139,17 @@ def energy_model():
     return EnergyModel(kind, kind.build(NOISE), DATA[0], DATA[0].exp(), moves, DATA, 1.837, 0.013, lattice)
 
 
+def experiment():
+    return idf.design.GaussianExperiment(LONG, idf.GaussianMixture(torch.zeros(1, 2)), 0.5)
+
+
 EXAMPLES = {
+    "Experiment": experiment,
+    "GaussianExperiment": experiment,
+    "Gain": lambda: idf.design.information_gain(experiment(), NOISE, outcomes=9, contrasts=3),
+    "InformationGain": lambda: idf.design.InformationGain(experiment()),
+    "Pairs": lambda: experiment().pairs(NOISE.normal((5, 6))),
+    "PosteriorKernel": lambda: idf.design.PosteriorKernel(idf.MALA(0.1), experiment()),
     "HMC": lambda: idf.HMC(0.1),
     "MALA": lambda: idf.MALA(0.1),
     "ULA": lambda: idf.ULA(idf.samplers.power_law(0.5, 1 / 3)),
@@ -152,6 +163,7 @@ EXAMPLES = {
     "Sinkhorn": lambda: idf.objectives.Sinkhorn(DATA, 0.5),
     "ForwardKL": lambda: idf.ForwardKL(DATA, 8),
     "ReverseKL": lambda: idf.ReverseKL.to_initial(mixture()),
+    "Evidence": idf.objectives.Evidence,
     "Functional": lambda: idf.objectives.Functional(lambda x, w: w @ x[:, 0]),
     "Reward": lambda: idf.Reward(partial(scaled, factor=2.0)),
     "Scorer": lambda: idf.objectives.Scorer("mine.py", "f", code=b"def f(x): return x", timeout=60.0),
@@ -187,6 +199,7 @@ EXAMPLES = {
     "GaussianMixture": mixture,
     "Guided": lambda: idf.potentials.Guided(mixture(), reward, 0.5),
     "Tilted": lambda: idf.potentials.Tilted(LONG, (2,)),
+    "Posterior": lambda: idf.potentials.Posterior(NormalNormal(), DATA[:24]).tempered(0.5),
     "InnerProblem": lambda: idf.potentials.MeanField(LONG, torch.cdist),
     "MeanField": lambda: idf.potentials.MeanField(LONG, torch.cdist, 0.5),
     "ConjugateGradients": lambda: idf.gradients.ConjugateGradients(
@@ -223,6 +236,7 @@ EXAMPLES = {
     "Single": weighted,
     "NestedParticles": lambda: on_particles(idf.loops.NestedParticles, inner_steps=2),
     "Unrolled": lambda: on_particles(idf.loops.Unrolled, unrolled_steps=2),
+    "Vectorized": lambda: idf.loops.Vectorized([on_particles(idf.Single) for _ in range(2)]),
     "Progress": lambda: Progress(10, "fine-tuning"),
     "RunDirectory": lambda: RunDirectory("runs/sharp"),
     "Stop": Stop,
@@ -314,6 +328,7 @@ SAID = {
     "MMD": "kernel=gaussian_kernel(",
     "ReverseKL": "potential=GaussianMixture(2 modes in 2 dimensions, std=1)",
     "Tilted": "Sequential of 300 parameters, event_shape=(2,)",
+    "Posterior": "Posterior(NormalNormal of 2 parameters, data=(24, 2) float32, power=0.5)",
     "DiffusersDenoiser": "UNet2DModel of 357,625 parameters",
     "Pretrained": "event_shape=(1, 8, 8)",
     "DiffusionModel": "GaussianDenoiser of 2 parameters, schedule='test table'",
@@ -326,6 +341,8 @@ SAID = {
     "Fit": "Fit(Queue, updates=2, seconds=",
     "RunDirectory": "RunDirectory(path=runs/sharp)",
     "Noise": "Noise(seed=0, prefix=(1,))",
+    "Gain": "nats, 9 outcomes × 3 contrasts)",
+    "PosteriorKernel": "PosteriorKernel(MALA(step_size=0.1), renewal=0.02)",
     "Stored": "Stored(folder=plan, depends_on={'--seed': '0'}, starts=4",
     "ClippingEffect": "ClippingEffect(mean_absolute_change=0.3333, largest_change=0.6667",
     "Watch": "Watch(data=(40, 2) float32, every=20, patience=2, bad=0",

@@ -6,7 +6,7 @@
 After *Implicit Diffusion: Efficient Optimization through Stochastic Sampling* (Marion et al., arXiv 2402.05468).
 
 The names here are what a first program needs. The rest is in the namespaces: `tables`, `denoisers`, `potentials`,
-`samplers`, `objectives`, `gradients`, `models`, `evaluation`, `loops`, `runs` and `errors`.
+`samplers`, `objectives`, `gradients`, `models`, `evaluation`, `design`, `loops`, `runs` and `errors`.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion import (
         denoisers,
+        design,
         errors,
         evaluation,
         gradients,
@@ -82,6 +83,7 @@ __all__ = [
     "Update",
     "captured",
     "denoisers",
+    "design",
     "errors",
     "evaluate",
     "evaluation",

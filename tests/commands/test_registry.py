@@ -38,6 +38,7 @@ def test_descriptions_break_after_sentences_only_and_none_is_missing(command):
             assert all(line.rstrip().endswith(".") for line in first_lines), text.value.value
 
 
+@pytest.mark.slow
 def test_a_command_costs_only_its_own_modules():
     """Reading the options of one command imports neither another command nor a heavy package."""
     program = (

@@ -141,6 +141,7 @@ def test_the_model_of_an_adapter_counts_as_well(half, nothing_runs):
         resuming.resume(half.parent / "adapters")
 
 
+@pytest.mark.slow
 def test_changes_are_accepted_by_name_and_noted(half, monkeypatch, capsys):
     now = surroundings.versions()
     monkeypatch.setattr(surroundings, "versions", lambda: now | {"torch": "99.1"})
@@ -287,6 +288,7 @@ def test_where_nothing_can_be_noted_the_user_is_asked(off, stranger, monkeypatch
     assert not (stranger.parent / "state" / "implicit-diffusion").exists()
 
 
+@pytest.mark.slow
 def test_asked_for_it_runs_and_is_known_from_then_on(stranger, monkeypatch, capsys):
     """A reward that has changed is then another one that the run rests on, which is said."""
     edit(stranger.parent / "my.py", "scale *", "3 * scale *")
@@ -342,6 +344,7 @@ def test_a_run_inside_a_sweep_may_name_no_other_reward(half, monkeypatch, capsys
     assert "evil.py:f, which is code, and you have not named it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_that_goes_on_rests_on_what_it_began_with(half, monkeypatch, capsys):
     from implicit_diffusion.commands.sweep import command as sweep
 
@@ -363,6 +366,7 @@ def test_a_sweep_that_goes_on_rests_on_what_it_began_with(half, monkeypatch, cap
     assert cli.main(call) == 130
 
 
+@pytest.mark.slow
 def test_a_reward_with_a_state_of_its_own_is_said(half, capsys):
     (half.parent / "counts.py").write_text(
         "import torch\ng = torch.Generator().manual_seed(0)\n"

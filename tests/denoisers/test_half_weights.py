@@ -134,6 +134,7 @@ def test_only_what_was_saved_whole_in_half_precision_stays_in_it(tmp_path):
         assert {p.dtype for p in load_pretrained(model, frozen=True).denoiser.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_run_starts_at_a_path_kl_of_zero_with_half_the_weights(folders, tmp_path):
     """u_θ and u_0 are one computation, on weights of half the bytes, in every precision."""
     (tmp_path / "prompts.txt").write_text("a cat\nred dog\n")

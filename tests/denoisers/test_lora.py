@@ -107,6 +107,7 @@ def test_initial_weights_are_addressed_and_nothing_else_is_drawn():
     assert not torch.equal(downs[0], downs[1])
 
 
+@pytest.mark.slow
 def test_a_state_holds_the_adapter_alone_and_continues():
     def fresh():
         denoiser, _ = adapted(moved=False)

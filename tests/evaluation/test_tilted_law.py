@@ -202,6 +202,7 @@ def test_sequential_monte_carlo_has_the_tilted_law(name, start, look_ahead):
     assert made.law.log_normaliser.mean == pytest.approx(made.log_normaliser.mean().item(), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["pretrained", "controlled"])
 def test_resampled_particles_keep_the_normaliser(control):
     """A smaller β, where populations are resampled on their way: Ẑ stays unbiased."""

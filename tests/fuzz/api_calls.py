@@ -135,7 +135,7 @@ PARTICLES = {
     "given": st.sampled_from(["particles", "number"]),
     "n": st.integers(2, 9),
     "terms": st.lists(
-        st.sampled_from(["reward", "mmd", "sinkhorn", "forward", "reverse", "functional"]),
+        st.sampled_from(["reward", "mmd", "sinkhorn", "forward", "reverse", "evidence", "functional"]),
         min_size=1,
         max_size=2,
         unique=True,
@@ -276,6 +276,7 @@ def particle_loop(given: dict[str, Any]) -> Any:
         "sinkhorn": lambda: idf.objectives.Sinkhorn(data, given["epsilon"]),
         "forward": lambda: idf.ForwardKL(data, batch=given["data_batch"]),
         "reverse": lambda: idf.ReverseKL(Gaussian().to(x.dtype)),
+        "evidence": idf.objectives.Evidence,
         "functional": lambda: idf.objectives.Functional(lambda x, w: (w @ x - 1).square().sum()),
     }
     objective = sum((given["weight"] * terms[name]() for name in given["terms"][1:]), 1.0 * terms[given["terms"][0]]())

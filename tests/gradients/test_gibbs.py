@@ -81,6 +81,7 @@ def test_against_finite_differences_of_quadrature(name, dim, weighted):
     assert worst < 4 and abs(error) < 4 * standard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reward", "reverse_kl"])
 @pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_particles_are_unbiased(name, dim):

@@ -56,19 +56,19 @@ def relative_error(loop, **options):
     return ((ours - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("loop", [Nested, Queue])
+@pytest.mark.parametrize("loop", [pytest.param(Nested, marks=pytest.mark.slow), Queue])
 @pytest.mark.parametrize("estimator", [Adjoint, AdjointMatching, ScoreFunction])
 def test_small_cotangents_survive(loop, estimator):
     assert relative_error(loop, estimator=estimator()) < 5e-3
 
 
-@pytest.mark.parametrize("loop", [Nested, Queue])
+@pytest.mark.parametrize("loop", [pytest.param(Nested, marks=pytest.mark.slow), Queue])
 def test_both_parts_of_a_surrogate_survive(loop):
     estimator = using(Fixed(lambda x: 0.8 * reward(x)))
     assert relative_error(loop, estimator=estimator) < 5e-3
 
 
-@pytest.mark.parametrize("loop", [Nested, Queue])
+@pytest.mark.parametrize("loop", [pytest.param(Nested, marks=pytest.mark.slow), Queue])
 def test_without_the_scale_they_would_not(loop, monkeypatch):
     monkeypatch.setattr(loss_scaling, "scale", lambda cotangents: torch.ones(()))
     assert relative_error(loop) > 0.5

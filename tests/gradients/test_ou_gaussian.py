@@ -231,6 +231,7 @@ def test_sufficient_step_is_stable(ou):
     assert all(largest_root(ou, f * p) < 1 for f in (0.1, 0.5, 1.0))
 
 
+@pytest.mark.slow
 def test_convergence_to_the_target_mean():
     """Queue and nested both end at θ* = m/G, where E x_N = m, at the rates of their slowest roots."""
     ou, p = OU(), 0.1

@@ -69,6 +69,7 @@ def fixed_gradients():
     return draws, mean
 
 
+@pytest.mark.slow
 def test_it_is_unbiased_for_every_fixed_surrogate(fixed_gradients):
     nested, through_queue = fixed_gradients
     good, mean, exact = nested["good"]
@@ -78,12 +79,14 @@ def test_it_is_unbiased_for_every_fixed_surrogate(fixed_gradients):
         assert abs(z) < 4 and each < 4.5, (name, z, each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.02, 0.98, -1.0])
 def test_the_test_sees_wrong_factors(fixed_gradients, factor):
     draws, _, exact = fixed_gradients[0]["good"]
     assert abs(z_scores(factor * draws, exact)[0]) > 4
 
 
+@pytest.mark.slow
 def test_a_good_surrogate_has_far_less_variance_than_the_score_function(fixed_gradients):
     ours, (theirs, _, _) = fixed_gradients[0]["good"][0], through_loop(Nested, ScoreFunction(), 20, 10_000)
     assert ours.var(0).sum() < theirs.var(0).sum() / 5
@@ -165,6 +168,7 @@ def test_the_share_that_is_used_is_the_regression_coefficient():
         assert abs(regression.share - expected) < 0.1
 
 
+@pytest.mark.slow
 def test_what_it_explains_is_measured_on_pairs_before_they_are_learned():
     """A network that knows all it has seen by heart explains nothing of noise."""
     x = Noise(2).normal((16, 2), dtype=F64)
@@ -214,6 +218,7 @@ def test_weights_may_be_shared_out_over_processes(kind):
             torch.testing.assert_close(theirs[name], part, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_it_sees_the_class():
     x, label = Noise(0).normal((768, 2), dtype=F64), torch.arange(768) % 2
     rewards = (2 * label - 1) * x[:, 0]

@@ -1,17 +1,20 @@
 """Types and shapes of every call, checked for less than `jaxtyping.jaxtyped` costs: it took a third of the tests' time.
 
 jaxtyping binds the arguments to the signature, checks them before the call, and checks them again with the result after
-it. Here each is checked once, and a scope for the names of axes begins only where an annotation has shapes. What is
-checked is the same: every annotation that can be resolved where the function is defined, with one size for each name in
-a call. What is neither a plain function nor a dataclass is left to jaxtyping.
+it. Here each is checked once, and a scope for the names of axes begins only where an annotation has shapes. The checks
+of a function are made when it is first called, and serve every function of the same code: one that is defined within
+another is defined anew by every call of that one. In a test the first calls of every function are checked, `ENOUGH` of
+them: loops call the same thousands of times. What is checked is the same: every annotation that can be resolved, with
+one size for each name in a call. What is neither a plain function nor a dataclass is left to jaxtyping.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import is_dataclass
-from types import FunctionType
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from types import CodeType, FunctionType
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
@@ -19,6 +22,7 @@ from beartype import BeartypeConf, beartype
 
 of_jaxtyping, config = jaxtyping.jaxtyped, jaxtyping.config
 SCOPE = of_jaxtyping("context")
+ENOUGH = 100
 CHECKER = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # a TypeError, as jaxtyping raises it
 
 
@@ -33,23 +37,23 @@ def checked(function=None, *, typechecker):
         return function
     if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function):
         return of_jaxtyping(function, typechecker=typechecker)
-    typechecker = CHECKER  # what the plugin passes is beartype, whose violations are no TypeErrors
-    hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
-    has_shapes = any(map(_has_shapes, hints.values()))
-    check_result = _result(hints.pop("return", Any), typechecker)
-    check_arguments = _arguments(function, hints, typechecker)
+
+    checks: Checks | None = None
 
     def inside(args, kwargs):  # a frame of its own, as jaxtyping's: warnings count frames
         __tracebackhide__ = True
-        check_arguments(*args, **kwargs)
-        return check_result(function(*args, **kwargs))
+        assert checks is not None
+        checks.arguments(*args, **kwargs)
+        return checks.result(function(*args, **kwargs))
 
     @functools.wraps(function)
     def call(*args, **kwargs):
+        nonlocal checks
         __tracebackhide__ = True
-        if config.jaxtyping_disable:
+        checks = checks or checks_of(function)
+        if config.jaxtyping_disable or checks.are_enough():
             return function(*args, **kwargs)
-        if not has_shapes:
+        if not checks.have_shapes:
             return inside(args, kwargs)
         with SCOPE:
             return inside(args, kwargs)
@@ -58,7 +62,46 @@ def checked(function=None, *, typechecker):
     return call
 
 
-def _arguments(function, hints, typechecker):
+@dataclass(eq=False)
+class Checks:
+    """What a call of a function is checked by, and how many were in the present test."""
+
+    code: CodeType
+    have_shapes: bool
+    arguments: Callable[..., None]
+    result: Callable[[Any], Any]
+    test: int = 0
+    calls: int = 0
+
+    def are_enough(self) -> bool:
+        """Whether this call is beyond those of a test that are checked."""
+        if self.test != tests_begun:
+            self.test, self.calls = tests_begun, 0
+        self.calls += 1
+        return self.calls > ENOUGH
+
+
+CHECKS: dict[int, Checks] = {}
+tests_begun = 0
+
+
+def begin_test() -> None:
+    """Check the next calls of every function again."""
+    global tests_begun
+    tests_begun += 1
+
+
+def checks_of(function):
+    """The checks of all functions with the code of this one."""
+    code = function.__code__
+    if id(code) not in CHECKS:  # an entry keeps its code, so no other has its id
+        hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
+        have_shapes, result = any(map(_has_shapes, hints.values())), _result(hints.pop("return", Any))
+        CHECKS[id(code)] = Checks(code, have_shapes, _arguments(function, hints), result)
+    return CHECKS[id(code)]
+
+
+def _arguments(function, hints):
     """A function that takes and checks the same arguments, and does nothing."""
     parameters = inspect.signature(function).parameters.values()
     empty = inspect.Parameter.empty
@@ -68,17 +111,17 @@ def _arguments(function, hints, typechecker):
     same = scope[function.__name__]
     same.__defaults__, same.__kwdefaults__, same.__annotations__ = function.__defaults__, function.__kwdefaults__, hints
     same.__module__, same.__qualname__ = function.__module__, function.__qualname__
-    return typechecker(same)
+    return CHECKER(same)  # what the plugin passes is beartype, whose violations are no TypeErrors
 
 
-def _result(hint, typechecker):
+def _result(hint):
     """A function that checks a result, and returns it."""
 
     def result(value):
         return value
 
     result.__annotations__ = {"return": hint}
-    return typechecker(result)
+    return CHECKER(result)
 
 
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from implicit_diffusion import processes
+from implicit_diffusion.design import InformationGain, PosteriorKernel
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.gradients.fused import fused_pass, own_points
 from implicit_diffusion.loops import Single
@@ -23,6 +24,7 @@ from implicit_diffusion.particles import Particles
 from implicit_diffusion.runs.callbacks.adapt import AdaptStep
 from implicit_diffusion.samplers import MALA, ULA, annealed
 from implicit_diffusion.samplers.weighted_state import systematic
+from tests.helpers.experiments import linear_experiment
 from tests.helpers.gibbs_loops import build, wave
 from tests.helpers.oracles_gibbs import Banana
 
@@ -243,3 +245,13 @@ def annealing(groups):
     read = {"log z": particles.log_z, "mean and error": torch.tensor(found.log_z(potential)), "acceptance": acceptance}
     read |= {"x": particles.x, "weights": particles.weights}
     return read, repr(found), any(group.log_z != 0 for group in found.groups), len(found.groups)
+
+
+def of_an_experiment(steps=5):
+    """The loop of a design, whose pairs are moved and replaced."""
+    experiment = linear_experiment()
+    kernel = PosteriorKernel(MALA(0.2), experiment, 0.2)
+    sgd = torch.optim.SGD(experiment.signal.parameters(), lr=0.1)
+    loop = Single(experiment, kernel, InformationGain(experiment), sgd, particles=N, noise=Noise(3))
+    result = training(loop, steps)
+    return result | {"records": result["records"][1:]}  # pairs begin with z′ = z, so the first Γ is nothing but rounding

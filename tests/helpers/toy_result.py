@@ -4,6 +4,8 @@ With R = m + σ z and a drift that shifts z by a, log dP_θ/dP_0 = a z + a²/2 u
 m + σ a, and a = σ/β is the optimum. A second shift b, of a direction without reward, is what training wastes.
 """
 
+import copy
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +65,13 @@ def quality(**changes):
     return Quality(**look | {"mmd_reference": MMDBetweenHalves(3e-5, 6e-4), "held_out": held_out} | changes)
 
 
-def digits_result(shift=0.93, waste=0.15, **config):
-    """What a good run on digits looks like."""
+def digits_result(**options):
+    """What a good run on digits looks like; every caller has a copy."""
+    return copy.deepcopy(_digits_result(**options))
+
+
+@functools.cache
+def _digits_result(shift=0.93, waste=0.15, **config):
     real = load_digits().train
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: 512 * 4]
     images = real[order.repeat(2)[: 512 * 4]].unflatten(0, (512, 4))

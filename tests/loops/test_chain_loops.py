@@ -90,6 +90,7 @@ save_state(sys.argv[3], {"theta": weights(loop)})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("nested", marks=pytest.mark.slow), "queue"])
 def test_state_continues_in_a_fresh_process(kind, tmp_path):
     from implicit_diffusion.files.states import load_state, save_state

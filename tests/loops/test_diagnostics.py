@@ -107,6 +107,7 @@ def lag_of(loop, steps):
     return max(lags(loop, steps))
 
 
+@pytest.mark.slow
 def test_no_lag_where_theta_is_still_or_particles_mix_fast():
     still = path(1)[:1].repeat(200, 1)
     for kernel in (MALA(0.4), ULA(0.05)):

@@ -7,6 +7,7 @@ from implicit_diffusion import ULA, Noise, processes
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.files.states import load_state, save_state
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled
+from implicit_diffusion.loops.diagnostics import advice, signal_to_noise
 from implicit_diffusion.objectives import ForwardKL, Reward
 from implicit_diffusion.potentials import MeanField
 from implicit_diffusion.samplers import MALA, Underdamped
@@ -137,3 +138,24 @@ def test_it_is_not_compiled_and_says_why():
     with pytest.warns(UserWarning, match="residual"):
         made = loop(compiled=True)
     made.step()
+
+
+def test_advice_on_solves_and_none_where_they_are_sound():
+    x = mean_field.GRID[
+        torch.multinomial(mean_field.law(mean_field.problem()), 64, generator=torch.Generator().manual_seed(0))
+    ]
+    sound, short, torn = loop(x=x), loop(x=x, strength=-8.0), loop(x=x, strength=8.0)
+    short.solver.steps = 1
+    said = [[s for s in advice(made, made.step()) if "solve" in s or "minimum" in s] for made in (sound, short, torn)]
+    assert said[0] == []
+    assert "did not converge" in said[1][0] and "Use a solver with more steps" in said[1][0]
+    assert "attraction outweighs noise" in said[2][0]
+
+
+def test_looking_leaves_the_next_solve_alone():
+    """The noise of Γ is that of the problem's own charges: it falls with n, and nothing of the loop changes."""
+    looked, left = loop(x=X.repeat(4, 1)), loop(x=X.repeat(4, 1))
+    for made in (looked, left):
+        made.step()
+    assert signal_to_noise(looked, groups=4) > 0
+    assert looked.step() == left.step()

@@ -85,7 +85,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"a U-Net of diffusers"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_an_iteration_waits_once(case):
     with Waits() as waits:
         loop = build(**CASES[case])

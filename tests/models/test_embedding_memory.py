@@ -69,6 +69,7 @@ def test_encoders_are_never_resident_together_and_make_what_the_pipeline_makes(f
     assert all(len(column) == 4 for column in table.columns.values())  # distinct prompts, the empty one among them
 
 
+@pytest.mark.slow
 def test_the_network_comes_to_its_device_when_the_encoders_have_gone(folder, tmp_path, encoders, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a cat\nred dog\n")
     (tmp_path / "rewards.py").write_text("def red(images): return images[:, 0].flatten(1).mean(1)")

@@ -157,6 +157,7 @@ def cache(folder, home):
     return snapshot
 
 
+@pytest.mark.slow
 def test_the_links_of_the_hub_cache_are_followed(folder, expected, tmp_path):
     snapshot = cache(folder, tmp_path / "models--some--model")
     same(everything(snapshot), expected, rtol=0, atol=0)

@@ -66,6 +66,7 @@ def test_our_chain_is_the_pipeline_of_diffusers(folders, kind, scale):
     ).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("sd", "ddpm"), ("sd", "euler-ancestral"), ("sd", "euler"), ("sd", "dpm-solver"), ("sd3", "flow-memoryless")],
@@ -89,6 +90,7 @@ def test_an_exported_scheduler_runs_the_chain_in_the_pipeline(folders, name, kin
     torch.testing.assert_close(steps[-1][2].reshape_as(theirs), theirs, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_stable_diffusion_3_is_fine_tuned_on_its_own_flow(folders, tmp_path):
     """Two updates through decoder, guidance and transformer, on the deterministic chain of its pipeline, and back."""
     from diffusers import DiffusionPipeline

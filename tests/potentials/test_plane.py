@@ -39,6 +39,7 @@ def test_draws_have_the_law_of_the_density(name):
     assert chi_squared(expected.view(16, 16).roll(1, 0).flatten()) > 50  # it can tell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAWS if name != "checkerboard"])
 def test_moments_of_smooth_laws(name):
     """Draws against the density, to second order, and the density off its grid."""

@@ -55,6 +55,11 @@ def test_energy_networks_with_adapted_steps(W, weighted):
     assert len(set(sizes)) == len(sizes)
 
 
+@pytest.mark.parametrize("W", [2, pytest.param(3, marks=SLOW)])
+def test_pairs_of_an_experiment_are_shared_as_any_particles(W):
+    agree(together(W, HERE + "of_an_experiment"), shared_particles.of_an_experiment())
+
+
 def test_a_state_is_continued_by_any_number_of_processes():
     """By two, by one, by three: as without interruption; to the bit where the number stays."""
     place = HERE + "handed_over"

@@ -149,6 +149,7 @@ def tilted(seed=0):
     return Tilted(network, (2,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel", [ULA(0.1), MALA(0.2), pytest.param(HMC(0.4, 2), marks=pytest.mark.slow)], ids=["ula", "mala", "hmc"]
 )

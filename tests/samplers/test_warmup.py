@@ -35,6 +35,7 @@ class Wide(Harmonic):
         return super().forward(x / self.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1e-6, 1e9])
 @pytest.mark.parametrize("kernel", [MALA, HMC])
 def test_the_search_may_begin_in_other_units(kernel, ratio):

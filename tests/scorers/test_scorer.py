@@ -177,6 +177,7 @@ def test_forms_are_the_numbers_of_this_process(function, scorer, folder):
     assert Reward(there).given_as == Reward(here).given_as is not None
 
 
+@pytest.mark.slow
 def test_a_network_is_called_with_tensors_and_in_eval_mode(scorer, folder):
     there = Reward(scorer("Judge", "(p=0.3)", file="with_torch.py"))
     for dtype in (torch.float32, torch.float64):

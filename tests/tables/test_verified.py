@@ -46,7 +46,11 @@ def check(case, num_steps, doubled=False):
         assert error < 1e-12, (case, num_steps, error)
 
 
-@pytest.mark.parametrize("number", range(len(VERIFIED)), ids=lambda i: f"{i}-{VERIFIED[i].scheduler}")
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(i, marks=[pytest.mark.slow] * (i % 3 != 0)) for i in range(len(VERIFIED))],
+    ids=lambda i: f"{i}-{VERIFIED[i].scheduler}",
+)
 def test_every_row_of_every_supported_case_is_the_schedulers_step(number):
     for i, case in enumerate(VERIFIED[number].cases()):
         for num_steps in STEPS + (MORE_STEPS if i == 0 else ()):

@@ -47,7 +47,8 @@ class AdjointSolver(ABC):
     """Solves (∇²_p G) ν = −F′ on measures of mass zero, for one kind of inner problem G; linear in F′.
 
     `supports` lists the measures F′·p that it has a solution for, by where they lie (`GibbsObjective.support`): a
-    linear solve on the particles needs F′ as a function of them, ("particles",).
+    linear solve on the particles needs F′ as a function of them, ("particles",). "none" among them says that the
+    gradient of min_p G(p, θ) is that of E_p V_θ, as it is for laws e^{−V_θ}/Z (`GibbsObjective.in_minimum`).
 
     `separable` says that the solver needs no more of other particles than sums, which it takes over all processes: then
     it is given what each process has. Otherwise it is given the particles and the points of all of them.
@@ -90,6 +91,11 @@ class AdjointSolver(ABC):
     def check(self, terms: Terms) -> None:
         """Raise `InvalidInputError` for a term whose measure lies where the solver has no solution for it."""
         for _, term in terms:
+            if term.in_minimum and "none" not in self.supports:
+                raise InvalidInputError(
+                    f"{term.name} depends on the least value of the inner problem, and {type(self).__name__} does not "
+                    "differentiate it; that is defined for a potential V, whose law is e^{−V}/Z"
+                )
             if term.support not in self.supports:
                 raise InvalidInputError(
                     f"{type(self).__name__} needs F′ as a function on the particles, but {term.name} is a measure on "

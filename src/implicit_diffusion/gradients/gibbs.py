@@ -47,6 +47,7 @@ class Gibbs(Shown, AdjointSolver):
     """
 
     separable = True
+    supports = ("particles", "points", "both", "none")
 
     def __call__(self, variation: FirstVariation, particles: Particles) -> AdjointMeasure:
         """ν on the particles and on the outside points; see the module's text for the factor on the particles."""
@@ -61,8 +62,8 @@ class Gibbs(Shown, AdjointSolver):
         return AdjointMeasure(charges, -on_points)
 
     def same_charges(self, terms: Terms) -> bool:
-        """True where all measures lie on points outside, whose total is spread evenly over uniform particles."""
-        return all(term.support == "points" for _, term in terms)
+        """True where no measure lies on the particles: what they carry is spread evenly over uniform ones."""
+        return all(term.support in ("points", "none") for _, term in terms)
 
 
 def unbiased_centred(values: Float[Tensor, " n"], particles: Particles) -> Float[Tensor, " n"]:

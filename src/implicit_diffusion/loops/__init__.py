@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.starts.score_matching import ScoreMatching
     from implicit_diffusion.loops.timetable import Timetable
     from implicit_diffusion.loops.update import Update
+    from implicit_diffusion.loops.vectorized.loop import Vectorized
 else:
 
     def __getattr__(name: str) -> object:
@@ -33,6 +34,7 @@ __all__ = [
     "Timetable",
     "Unrolled",
     "Update",
+    "Vectorized",
     "advice",
     "distance",
     "ess_in_time",

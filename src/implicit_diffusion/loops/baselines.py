@@ -16,8 +16,10 @@ from torch import Tensor, nn, optim
 from implicit_diffusion import processes
 from implicit_diffusion.errors import InvalidInputError, check_choice, check_integer
 from implicit_diffusion.gradients.adjoint import LOST
+from implicit_diffusion.gradients.adjoint_measure import Terms
 from implicit_diffusion.gradients.fused import dense, fused_pass
 from implicit_diffusion.loops.particle_loop import ParticleLoop
+from implicit_diffusion.loops.single_compiled import Iteration, iteration_of
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective, TerminalObjective
@@ -26,6 +28,7 @@ from implicit_diffusion.potentials.energy import Energy, energy_of, value_of
 from implicit_diffusion.potentials.inner_problem import InnerProblem, field_at
 from implicit_diffusion.samplers.draws import innermost
 from implicit_diffusion.samplers.kernel import Kernel, Step
+from implicit_diffusion.samplers.weighted_state import WeightedState
 
 Begin = Literal["initial", "last", "data"]
 
@@ -88,24 +91,38 @@ class NestedParticles(ParticleLoop):
     @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.update.begin()
-        start = self.iteration * self.inner_steps
-        points = self._points(self.iteration)
-        state = self.initial if self.begin == "initial" else self._state
-        if self.begin == "data":
-            state = state._replace(x=innermost(processes.share(self._data(points))))
+        points, steps = self._points(self.iteration), _kernel_steps(self)
         with self.evaluating():
-            for k in range(start, start + self.inner_steps):
-                here = energy_of(field_at(self.model, state.x), state.x)
-                state, info = self._move(state, here, self._draws(k), self._h(k))
-            field, terms = field_at(self.model, state.x), self.objective.stationary
-            fused = fused_pass(field, self.parameters, terms, state.x, points, solver=self.solver)
-        self._hand_over(fused.gradients)
+            done = self._iterate(self._state, map(self._draws, steps), points, map(self._h, steps))
+        self._hand_over(done.gradients)
         self.iteration += 1
-        self.gradient_evaluations += self.inner_steps * self.kernel.evaluations_per_step + 1
-        moved = self.update.step([state.x.sum(), fused.total], lambda: self._diagnose(state, fused.values))
-        self._state = state
-        acceptance = {} if info.acceptance is None else {"acceptance": processes.mean(info.acceptance.mean())}
-        return self._metrics(fused.values) | acceptance | self.solver.take_info() | moved
+        self.gradient_evaluations += self._evaluations_per_iteration
+        moved = self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values))
+        self._state = done.state
+        return self._metrics(done.values) | done.info | self.solver.take_info() | moved
+
+    def _iterate(
+        self,
+        state: WeightedState,
+        draws: Iterable[tuple[Tensor, ...]],
+        points: list[Tensor | None],
+        step_sizes: Iterable[Tensor],
+    ) -> Iteration:
+        """T steps of the kernel, and Γ where they end."""
+        if self.begin == "initial":
+            state = self.initial
+        elif self.begin == "data":
+            state = state._replace(x=innermost(processes.share(self._data(points))))
+        for numbers, h in zip(draws, step_sizes):
+            here = energy_of(field_at(self.model, state.x), state.x)
+            state, info = self._move(state, here, numbers, h)
+        field, terms = field_at(self.model, state.x), self.objective.stationary
+        fused = fused_pass(field, self.parameters, terms, state.x, points, None, self.solver, self.runs)
+        return iteration_of(state, fused, {}, info, self.runs)
+
+    @property
+    def _evaluations_per_iteration(self) -> int:
+        return self.inner_steps * self.kernel.evaluations_per_step + 1
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"inner_steps": self.inner_steps, "begin": self.begin}
@@ -179,35 +196,49 @@ class Unrolled(ParticleLoop):
     @processes.sharing()
     def step(self) -> dict[str, Any]:
         self.update.begin()
-        start, state = self.iteration * self.unrolled_steps, self._state
-        x, momentum, totals = state.x, state.momentum, list[Tensor]()
-        with self.evaluating(), torch.enable_grad():
-            for k in range(start, start + self.unrolled_steps):
-                *numbers, _ = self._draws(k)
-                here = self._differentiable_energy(x)
-                totals.append(here.value.detach().sum())
-                step = Step(x, momentum, here, self._differentiable_energy, tuple(numbers), self._h(k))
-                after, _ = self.kernel.move(step)
-                x, momentum = after.x, after.momentum
-            values = {
-                term.name: term.shared_value(Particles(x))
-                for _, term in self.objective.stationary
-                if isinstance(term, TerminalObjective)
-            }
-            for weight, term in self.objective.stationary:
-                if weight != 0 and not values[term.name].requires_grad:
-                    raise InvalidInputError(f"{term.name} {LOST}")
-            total = sum((c * values[term.name] for c, term in self.objective.stationary), start=0 * x.sum())
-            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        self._hand_over(dense(gradients))
+        steps = _kernel_steps(self)
+        with self.evaluating():
+            done = self._iterate(self._state, map(self._draws, steps), [], map(self._h, steps))
+        self._hand_over(done.gradients)
         self.iteration += 1
-        self.gradient_evaluations += 2 * self.unrolled_steps * self.kernel.evaluations_per_step
+        self.gradient_evaluations += self._evaluations_per_iteration
+        info = self.update.step([done.alarm], lambda: self._diagnose(done.state, done.values))
+        self._state = done.state
+        return self._metrics(done.values) | info
+
+    @torch.enable_grad()
+    def _iterate(
+        self,
+        state: WeightedState,
+        draws: Iterable[tuple[Tensor, ...]],
+        points: list[Tensor | None],
+        step_sizes: Iterable[Tensor],
+    ) -> Iteration:
+        """K steps of the kernel with θ in the graph, and ∇_θ F where they end."""
+        x, momentum, alarms, runs = state.x, state.momentum, list[Tensor](), self.runs
+        for (*numbers, _), h in zip(draws, step_sizes):
+            here = self._differentiable_energy(x)
+            alarms.append(here.value.detach().sum())
+            step = runs.step(Step(x, momentum, here, self._differentiable_energy, tuple(numbers), h))
+            after, _ = self.kernel.move(step)
+            x, momentum = runs.stacked(after.x), None if after.momentum is None else runs.stacked(after.momentum)
+        values = runs.of_terms(_values, self.objective.stationary)(x)
+        for weight, term in self.objective.stationary:
+            if weight != 0 and not values[term.name].requires_grad:
+                raise InvalidInputError(f"{term.name} {LOST}")
+        total = sum((c * values[term.name].sum() for c, term in self.objective.stationary), start=0 * x.sum())
+        gradients = dense(torch.autograd.grad(total, self.parameters, allow_unused=True))
         momentum = None if momentum is None else momentum.detach()
-        moved = state._replace(x=innermost(x.detach()), momentum=momentum)
+        x = runs.stacked(innermost(runs.flat(x.detach())))
         values = {name: value.detach() for name, value in values.items()}
-        info = self.update.step([moved.x.sum(), *totals], lambda: self._diagnose(moved, values))
-        self._state = moved
-        return self._metrics(values) | info
+        norm = runs.norm([g for g in gradients if g is not None])
+        return Iteration(
+            state._replace(x=x, momentum=momentum), gradients, values, {}, norm, sum(alarms, start=x.sum())
+        )
+
+    @property
+    def _evaluations_per_iteration(self) -> int:
+        return 2 * self.unrolled_steps * self.kernel.evaluations_per_step
 
     def _like(self) -> dict[str, Any]:
         return super()._like() | {"unrolled_steps": self.unrolled_steps}
@@ -218,3 +249,13 @@ class Unrolled(ParticleLoop):
         value = value_of(self.model, x)
         (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
         return Energy(value, grad)
+
+
+def _values(terms: Terms, x: Float[Tensor, "n *event"]) -> dict[str, Tensor]:
+    """The value of every term at the particles of one run, differentiable in them."""
+    return {term.name: term.shared_value(Particles(x)) for _, term in terms if isinstance(term, TerminalObjective)}
+
+
+def _kernel_steps(loop: ParticleLoop) -> range:
+    """The kernel's steps in the next iteration."""
+    return range(loop.iteration * loop.inner_steps, (loop.iteration + 1) * loop.inner_steps)

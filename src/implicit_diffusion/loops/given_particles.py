@@ -9,6 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implicit_diffusion.design.gain import check_experiment
+from implicit_diffusion.design.posterior import PosteriorKernel
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, memory_for, trying
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
 from implicit_diffusion.gradients.conjugate_gradients import ConjugateGradients
@@ -104,6 +106,11 @@ def replacing_particles(
 
 def check_parts(kernel: Kernel, objective: Objective, *, keeps_weights: bool) -> None:
     """Raise `InvalidInputError` for a kernel without the weights that are asked for, or a term of denoising chains."""
+    if keeps_weights and isinstance(kernel, PosteriorKernel):
+        raise InvalidInputError(
+            "PosteriorKernel: the pairs of an experiment have no weights, since every outcome has a normaliser of its "
+            "own; use weighted=False, lag=False, and design.lag to see whether they keep up"
+        )
     if keeps_weights and not kernel.weighted:
         raise InvalidInputError(
             f"{type(kernel).__name__} has no increment of weights; use ULA, MALA or HMC, or weighted=False"
@@ -139,6 +146,7 @@ def solver_of(
         InvalidInputError: something that particles which interact cannot have: weights, or a Metropolis test; an
             interaction that is not symmetric; an objective that the solver has no solution for.
     """
+    check_experiment(potential, kernel, objective)
     if solver is not None:
         check_type("solver", solver, AdjointSolver, "use ConjugateGradients(coupling), or leave it out")
     if isinstance(potential, InnerProblem):

@@ -19,6 +19,7 @@ from implicit_diffusion import processes
 from implicit_diffusion.errors import check_integer, check_type, trying
 from implicit_diffusion.frozen import eval_mode, refuse_inference_mode
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
+from implicit_diffusion.gradients.fused import ONE
 from implicit_diffusion.loops.base import Loop, check_same
 from implicit_diffusion.loops.given_particles import check_parts, initial_particles, replacing_particles, solver_of
 from implicit_diffusion.loops.nonfinite import what_failed
@@ -92,8 +93,7 @@ class ParticleLoop(Loop):
         check_type("lag", lag, bool, "use True or False")
         super().__init__(potential, "potential", objective, update, noise)
         self.kernel, self.weighted, self.lag = kernel, weighted, lag
-        self.inner_steps = 1
-        self.step_scale = 1.0
+        self.inner_steps, self.step_scale, self.runs = 1, 1.0, ONE
         check_parts(kernel, objective, keeps_weights=weighted or lag)
         x = initial_particles(self.model, particles, noise.stream(START, 0))
         processes.check_divides("particles", len(x))
@@ -112,8 +112,7 @@ class ParticleLoop(Loop):
             warnings.warn(warning, stacklevel=3)
         self.weighted_state = exact_draws(kernel.start(x, noise.generator(START, 1, device=x.device)), value)
         self.log_z0 = known_log_z(potential)
-        self.gradient_evaluations = 0
-        self._blocks = Blocks(KERNEL)
+        self.gradient_evaluations, self._blocks = 0, Blocks(KERNEL)
         self._step_sizes: dict[float, Tensor] = {}
 
     def _words(self) -> Iterable[str]:
@@ -150,7 +149,8 @@ class ParticleLoop(Loop):
         if self.weighted:
             with eval_mode(self.model):
                 state = reweighted(self.kernel, state, energy_of(self.model, state.x))
-        return self._as_particles(state).whole()
+        own: Particles = self._as_particles(state)
+        return own.whole()
 
     @property
     def step_size(self) -> float:
@@ -223,12 +223,11 @@ class ParticleLoop(Loop):
         old, new = self._state._asdict(), state["weighted_state"]
         saved: dict[str, Any] = {k: v if v is None else innermost(v.to(old[k])) for k, v in new.items()}
         self.weighted_state = WeightedState(**saved)
-        self.log_z0, self.gradient_evaluations = state["log_z0"], state["gradient_evaluations"]
-        self.step_scale = state["step_scale"]
+        self.__dict__ |= {name: state[name] for name in ("log_z0", "gradient_evaluations", "step_scale")}
         self.solver.load_state_dict(state["solver_state"])
         self._blocks.forget()
 
-    def _as_particles(self, state: WeightedState) -> Particles:
+    def _as_particles(self, state: WeightedState) -> Any:
         """The state as this process's particles, weighted where the loop is; a copy, which objectives may write into.
 
         Args:
@@ -237,9 +236,9 @@ class ParticleLoop(Loop):
         x = state.x.clone()
         if not self.weighted:
             return Particles(x)
-        growth = state.log_z + log_mean_exp(state.log_weights)
+        growth = state.log_z + self.runs.each(log_mean_exp)(state.log_weights)
         log_z = None if self.log_z0 is None else exact(growth) + self.log_z0
-        return Particles(x, state.log_weights, log_z, growth)
+        return self.runs.particles(x, state.log_weights, log_z, growth)
 
     def _draws(self, iteration: int) -> tuple[Tensor, ...]:
         """The random numbers of one step of the sampler: the kernel's, and one U(0, 1) for resampling."""
@@ -273,14 +272,16 @@ class ParticleLoop(Loop):
         """
         *numbers, uniform = draws
         if self.weighted:
-            state, here = resample(state, here, uniform)
+            state, here = self.runs.each(resample)(state, here, uniform)
         step = Step(state.x, state.momentum, here, lambda y: energy_of(self.model, y), tuple(numbers), h)
+        step = self.runs.step(step)
         after, info = self.kernel.move(step)
-        momentum = None if after.momentum is None else innermost(after.momentum)
-        moved = state._replace(x=innermost(after.x), momentum=momentum)  # one layout: a resumed run rounds the same
+        momentum = None if after.momentum is None else self.runs.stacked(innermost(after.momentum))
+        x = self.runs.stacked(innermost(after.x))  # one layout: a resumed run rounds the same
+        moved = state._replace(x=x, momentum=momentum)
         if self.keeps_weights:
-            forward = self.kernel.forward_part(step, after)
-            moved = moved._replace(previous=state.x, forward_part=forward, h=h.clone())
+            forward = self.runs.stacked(self.kernel.forward_part(step, after))
+            moved = moved._replace(previous=state.x, forward_part=forward, h=h.expand(state.h.shape).clone())
         return moved, info
 
     def _hand_over(self, gradients: Iterable[Tensor | None]) -> None:

@@ -24,17 +24,16 @@ from implicit_diffusion.errors import InvalidInputError, check_integer, check_nu
 from implicit_diffusion.gradients.adjoint_measure import AdjointSolver
 from implicit_diffusion.gradients.fused import GIBBS, Fused, fused_pass, one_pull
 from implicit_diffusion.loops.particle_loop import ParticleLoop
-from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call
+from implicit_diffusion.loops.single_compiled import Inputs, Iteration, in_one_call, iteration_of
 from implicit_diffusion.loops.step_rules.watched_weights import Segment, log_weights_of, shorten
 from implicit_diffusion.loops.update import Update
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import Objective
-from implicit_diffusion.particles import Particles
 from implicit_diffusion.potentials.energy import Energy, energy_of
 from implicit_diffusion.potentials.inner_problem import field_at
 from implicit_diffusion.rounding import exact
-from implicit_diffusion.samplers.kernel import Info, Kernel
-from implicit_diffusion.samplers.weighted_state import WeightedState, exhausted, reweighted, settled
+from implicit_diffusion.samplers.kernel import Kernel
+from implicit_diffusion.samplers.weighted_state import WeightedState, effective, exhausted, reweighted, settled
 
 
 class Single(ParticleLoop):
@@ -120,8 +119,11 @@ class Single(ParticleLoop):
                 "optimizer's step and nothing else (no schedule, clipping, average, accumulation or min_ess)"
             )
         self.order, self.iterations = order, iterations
-        self._iterate = self._paper_order if order == "paper" else self._x_first
         self._updates_inside = iterations > 1 or (compiled and optimizer_only)
+        self._choose(compiled)
+
+    def _choose(self, compiled: bool) -> None:
+        """Choose the function that makes the iterations of one call."""
         function: Callable[..., Iteration] = self._in_one_call if self._updates_inside else self._iterate
         self.compiled = Compiled(function) if compiled else None
         self._function = self.compiled or function
@@ -195,13 +197,18 @@ class Single(ParticleLoop):
     def _in_one_call(self, state: WeightedState, inputs: list[Inputs]) -> Iteration:
         return in_one_call(self._iterate, self.update, self.parameters, state, inputs)
 
+    def _iterate(
+        self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
+    ) -> Iteration:
+        return (self._paper_order if self.order == "paper" else self._x_first)(state, draws, points, h)
+
     def _paper_order(
         self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
     ) -> Iteration:
         """Γ and the move, both at (p_k, θ_k)."""
         state, fused, info = self._gradient(state, points)
         moved, of_move = self._move(state, fused.here, draws, h)
-        return _iteration(moved, fused, info, of_move)
+        return iteration_of(moved, fused, info, of_move, self.runs)
 
     def _x_first(
         self, state: WeightedState, draws: tuple[Tensor, ...], points: list[Tensor | None], h: Tensor
@@ -209,50 +216,44 @@ class Single(ParticleLoop):
         """The move, then Γ at the new particles."""
         here = energy_of(field_at(self.model, state.x), state.x)
         if self.keeps_weights:
-            state = reweighted(self.kernel, state, here)
+            state = self._reweighted(state, here)
         state, of_move = self._move(state, here, draws, h)
         state, fused, info = self._gradient(state, points)
-        return _iteration(settled(state, fused.here.value), fused, info, of_move)
+        state = self.runs.each(settled)(state, fused.here.value)
+        return iteration_of(state, fused, info, of_move, self.runs)
+
+    def _reweighted(self, state: WeightedState, here: Energy) -> WeightedState:
+        """The state with weights under the θ of `here`, V and ∇V at the particles."""
+        under: WeightedState = self.runs.each(partial(reweighted, self.kernel))(state, here)
+        return under
 
     def _gradient(
         self, state: WeightedState, points: list[Tensor | None]
     ) -> tuple[WeightedState, Fused, dict[str, Any]]:
         """V, ∇V and Γ from one pass, the weights under the present θ, and their diagnostics."""
-        terms, field = self.objective.stationary, field_at(self.model, state.x)
+        terms, field, runs = self.objective.stationary, field_at(self.model, state.x), self.runs
         if not self.keeps_weights:
-            return state, fused_pass(field, self.parameters, terms, state.x, points, solver=self.solver), {}
+            return state, fused_pass(field, self.parameters, terms, state.x, points, None, self.solver, runs), {}
         under = state
 
-        def weigh(here: Energy) -> Particles:
+        def weigh(here: Energy) -> Any:
             nonlocal under
-            under = reweighted(self.kernel, state, here)
+            under = self._reweighted(state, here)
             return self._as_particles(under)
 
-        fused = fused_pass(field, self.parameters, terms, state.x, points, weigh, self.solver)
+        fused = fused_pass(field, self.parameters, terms, state.x, points, weigh, self.solver, runs)
         if not self.weighted:
-            under, lag = lag_of(under, fused, same_charges=self.solver.same_charges(terms))
+            of_run = runs.each(partial(lag_of, same_charges=self.solver.same_charges(terms)))
+            under, lag = of_run(under, fused.here.value, fused.charges.detach())
             return under, fused, {"lag": lag}
         particles = fused.particles
         log_z = {"log_z_growth": particles.log_z_growth} if particles.log_z is None else {"log_z": particles.log_z}
-        return under, fused, {"ess": particles.ess} | log_z
+        return under, fused, {"ess": runs.each(effective)(particles.log_weights)} | log_z
 
 
-def _iteration(state: WeightedState, fused: Fused, info: dict[str, Any], of_move: Info) -> Iteration:
-    """One iteration's results, with the norm of Γ and one number that is finite if the particles, and V at them, are.
-
-    Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
-    pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
-    a break is welcome: without it the intermediate results of all iterations of one call are alive together.
-    """
-    foreach = False if torch.compiler.is_compiling() else None
-    norm = torch.nn.utils.get_total_norm([g for g in fused.gradients if g is not None], foreach=foreach)
-    alarm = torch.nn.utils.get_total_norm([state.x.sum() + fused.total])
-    if of_move.acceptance is not None:
-        info = info | {"acceptance": processes.mean(of_move.acceptance.mean())}
-    return Iteration(state, fused.gradients, fused.values, info, norm, alarm)
-
-
-def lag_of(state: WeightedState, fused: Fused, same_charges: bool) -> tuple[WeightedState, Tensor]:
+def lag_of(
+    state: WeightedState, value: Float[Tensor, " n"], charges: Float[Tensor, " n"], *, same_charges: bool
+) -> tuple[WeightedState, Tensor]:
     """The lag of particles whose weights only inform about it; the weights are reset once they are exhausted.
 
     The lag is by how many standard deviations the weighted mean of V, or of the charges, differs from the plain one.
@@ -262,11 +263,12 @@ def lag_of(state: WeightedState, fused: Fused, same_charges: bool) -> tuple[Weig
 
     Args:
         state: with weights under the present θ.
-        fused: V and charges there.
+        value: V there.
+        charges: of the particles.
         same_charges: whether all charges are equal, so that they say nothing.
     """
     w = torch.softmax(exact(state.log_weights), 0)
-    values = [fused.here.value] if same_charges else [fused.here.value, fused.charges.detach()]
+    values = [value] if same_charges else [value, charges]
     everywhere = processes.gathered(torch.stack([exact(each) for each in values]), 1)
     differences = (everywhere @ w - everywhere.mean(1)).abs() / everywhere.std(1).clamp(min=1e-12)
     lag = differences.amax().to(state.lag)

@@ -8,13 +8,15 @@ leaves θ as it is in all the iterations that follow, and the alarm, which the l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_diffusion import processes
+from implicit_diffusion.gradients.fused import ONE, Fused, OneRun
 from implicit_diffusion.loops.update import Update
+from implicit_diffusion.samplers.kernel import Info
 from implicit_diffusion.samplers.weighted_state import WeightedState
 from implicit_diffusion.showing import of_tuple
 
@@ -49,6 +51,29 @@ class Iteration(NamedTuple):
         return of_tuple(self)
 
 
+def iteration_of(
+    state: WeightedState, fused: Fused, info: dict[str, Any], of_move: Info, runs: OneRun = ONE
+) -> Iteration:
+    """One iteration's results, with the norm of Γ and one number that is finite if the particles, and V at them, are.
+
+    Inductor fuses `vector_norm`, but not `_foreach_norm`, where it ends a kernel. The norm of Γ must not end one: the
+    pulls in x and in θ would land in two, and each compute the same derivatives of V anew. At the end of an iteration
+    a break is welcome: without it the intermediate results of all iterations of one call are alive together.
+
+    Args:
+        state: where the particles are.
+        fused: the pass that Γ comes from.
+        info: what is reported as it is.
+        of_move: diagnostics of the kernel's step.
+        runs: how many runs the iteration serves.
+    """
+    norm = runs.norm([g for g in fused.gradients if g is not None])
+    alarm = torch.nn.utils.get_total_norm([state.x.sum() + fused.total])
+    if of_move.acceptance is not None:
+        info = info | {"acceptance": processes.mean(runs.stacked(of_move.acceptance).mean(runs.dim))}
+    return Iteration(state, fused.gradients, fused.values, info, norm, alarm)
+
+
 def in_one_call(
     iterate: Callable[..., Iteration],
     update: Update,
@@ -68,11 +93,11 @@ def in_one_call(
     Returns:
         the last iteration without its gradients, with the alarm and the overflow of all of them.
     """
-    alarm = overflow = torch.zeros_like(state.log_z)
+    alarm = overflow = state.x.new_zeros(())
     for each in inputs:
         done = summed(iterate(state, *each))
         state = done.state
-        alarm = alarm + done.alarm + done.norm
+        alarm = alarm + done.alarm + done.norm.sum()
         overflow = overflow + update.masked(parameters, done.gradients, alarm.isfinite())
         alarm = alarm + overflow
     return Iteration(state, (), done.values, done.info, done.norm, alarm, overflow)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.objectives.base import GibbsObjective, Objective, RunningCost, Sum, Term, TerminalObjective
+    from implicit_diffusion.objectives.evidence import Evidence
     from implicit_diffusion.objectives.functional import Functional
     from implicit_diffusion.objectives.kl import ForwardKL, ReverseKL
     from implicit_diffusion.objectives.mmd import MMD, gaussian_kernel
@@ -28,6 +29,7 @@ __all__ = [
     "MMD",
     "Density",
     "DriftPenalty",
+    "Evidence",
     "FirstVariation",
     "ForwardKL",
     "Functional",

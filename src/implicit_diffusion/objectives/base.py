@@ -164,7 +164,7 @@ class Term(Shown, Objective):
         """
         return [self] if isinstance(self, nn.Module) else []
 
-    def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
+    def report(self, value: Float[Tensor, "*runs"]) -> tuple[str, Tensor]:
         """Name and number under which the value appears in metrics."""
         return self.name, value
 
@@ -173,13 +173,17 @@ class GibbsObjective(Term):
     """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}, known by its first variation.
 
     `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
-    function of them; on outside "points" alone, which `draw` returns; or on "both".
+    function of them; on outside "points" alone, which `draw` returns; or on "both"; "none" where F′ = 0.
+
+    `in_minimum` is the derivative of F in the value min_p G(p, θ) = −log Z_θ of the inner problem, whose gradient in θ
+    is that of E_p V_θ: 1 for the evidence, and 0 for what depends on the law alone.
 
     `separable` says that the term looks at each particle by itself and averages with `Particles.mean`: then every
     process evaluates it at its own particles and points. Otherwise each gets those of all processes.
     """
 
     support: ClassVar[Support] = "particles"
+    in_minimum: ClassVar[float] = 0.0
     separable: ClassVar[bool] = False
 
     @abstractmethod

@@ -119,7 +119,7 @@ class Reward(TerminalObjective):
             reward = self._numbers(particles)
             return FirstVariation(-reward, value=-particles.mean(reward))
 
-    def report(self, value: Float[Tensor, ""]) -> tuple[str, Tensor]:
+    def report(self, value: Float[Tensor, "*runs"]) -> tuple[str, Tensor]:
         """The reward itself, E_p R."""
         return self.name, -value
 

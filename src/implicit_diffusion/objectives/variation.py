@@ -21,7 +21,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.particles import Particles
 from implicit_diffusion.showing import Shown
 
-Support = Literal["particles", "points", "both"]
+Support = Literal["particles", "points", "both", "none"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +62,8 @@ class FirstVariation(Shown):
     def check_support(self, name: str, support: Support) -> None:
         """Raise `InvalidInputError` where the measure lies elsewhere than the term of this name declares."""
         function, on_points = self.function is not None, self.on_points is not None
-        if (function and support == "points") or (on_points and support == "particles"):
+        outside = {"particles": on_points, "points": function, "none": function or on_points, "both": False}
+        if outside[support]:
             lies = "both" if function and on_points else "particles" if function else "points"
             raise InvalidInputError(
                 f"{name} declares support = {support!r}, but its first variation lies on {lies}; declare {lies!r}"

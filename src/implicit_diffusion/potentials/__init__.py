@@ -7,6 +7,8 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.potentials.guided import Guided
     from implicit_diffusion.potentials.inner_problem import InnerProblem, MeanField
     from implicit_diffusion.potentials.mixture import GaussianMixture
+    from implicit_diffusion.potentials.normalised import check_normalised
+    from implicit_diffusion.potentials.posterior import Posterior
     from implicit_diffusion.potentials.tilted import Tilted, conv, mlp
 else:
 
@@ -25,7 +27,9 @@ __all__ = [
     "Guided",
     "InnerProblem",
     "MeanField",
+    "Posterior",
     "Tilted",
+    "check_normalised",
     "check_potential",
     "conv",
     "energy_of",

@@ -31,26 +31,26 @@ class Energy(NamedTuple):
         grad: ∇V(x_i; θ), with shape (n, *event).
     """
 
-    value: Float[Tensor, " n"]
-    grad: Float[Tensor, "n *event"]
+    value: Tensor
+    grad: Tensor
 
     def __repr__(self) -> str:
         return of_tuple(self)
 
 
-def precision(potential: object, x: Float[Tensor, "n *event"]) -> torch.dtype:
+def precision(potential: object, x: Float[Tensor, "*n_event"]) -> torch.dtype:
     """The dtype that V is called in at particles x: half where its parameters are in half, that of x elsewhere."""
     first = next(potential.parameters(), x) if isinstance(potential, nn.Module) else x
     fits = first.dtype.is_floating_point and at_least_single(first.dtype) == x.dtype
     return first.dtype if fits else x.dtype
 
 
-def value_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
+def value_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "*n_event"]) -> Float[Tensor, "*n"]:
     """V at x, called in its own `precision` and returned in that of x."""
     return potential(x.to(precision(potential, x))).to(x.dtype)
 
 
-def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "n *event"]) -> Energy:
+def energy_of(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "*n_event"]) -> Energy:
     """V and ∇V at x: one forward and one pull. V(x)_i depends on x_i alone, so ∇ Σ_i V_i holds all the ∇V_i."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()

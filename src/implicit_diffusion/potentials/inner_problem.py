@@ -103,7 +103,7 @@ class MeanField(InnerProblem):
         return (self.interaction(x, x) @ charges.to(x.dtype)).to(charges.dtype) / self.temperature
 
 
-def field_at(potential: nn.Module, x: Float[Tensor, "n *event"]) -> Callable[[Tensor], Tensor]:
+def field_at(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "*n_event"]) -> Callable[[Tensor], Tensor]:
     """V; for an inner problem, the field of the particles x, which several processes gather."""
     if not isinstance(potential, InnerProblem):
         return potential

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from implicit_diffusion.errors import InvalidInputError, check_integer
@@ -55,6 +56,28 @@ class Study:
         if lines is not None:
             self.directory.append_metrics(*lines(result))
         return result
+
+    def together(
+        self,
+        *keys: tuple[str | int, ...],
+        make: Callable[[list[int]], Iterable[V]],
+        lines: Callable[[V], Iterable[Mapping[str, Any]]] | None = None,
+    ) -> list[V]:
+        """The results of runs that are made at the same time: as `once`, for each of them.
+
+        Args:
+            keys: of the runs within the study.
+            make: makes the runs at these positions among the keys; returns their states in this order.
+            lines: lines of metrics.jsonl, made from one result.
+        """
+        names = [json.dumps(key) for key in keys]
+        missing = [i for i, name in enumerate(names) if name not in self.results]
+        if missing:
+            made = make(missing)
+            self.results |= {names[i]: state for i, state in zip(missing, made, strict=True)}
+            self._save()
+        kept = [partial(self.results.__getitem__, name) for name in names]
+        return [self.once(*key, make=each, lines=lines) for key, each in zip(keys, kept)]
 
     @main_only
     def _begin(self) -> dict[str, Any]:

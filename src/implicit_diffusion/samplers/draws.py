@@ -7,7 +7,7 @@ particles, each draws the numbers of all, and keeps those of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,13 @@ def normals(generator: torch.Generator, count: int, x: Tensor) -> Tensor:
         shape = (count, x.shape[1], x.shape[0])
         return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype).mT
     return torch.randn((count, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
+
+
+def stacked_numbers(parts: Sequence[Tensor]) -> Tensor:
+    """Numbers with shape (count, n, *event) of all runs as (count, runs, n, *event), laid out as the particles are."""
+    if parts[0].ndim == 3 and has_short_vectors(parts[0][0]):
+        return torch.stack([part.mT for part in parts], 2).permute(0, 2, 3, 1)
+    return torch.stack(list(parts), 1)
 
 
 def own_numbers(draw: Draw, generator: torch.Generator, count: int, x: Tensor) -> tuple[Tensor, ...]:
@@ -85,11 +92,18 @@ class Blocks:
             noise: source of the numbers, of which the stream is used.
             x: particles of the same shape, dtype and device as those that will be moved.
         """
-        count = max(1, BLOCK // (x.numel() * processes.count()))  # iterations in a block
-        block, i = divmod(iteration, count)
+        block, i = self.place(iteration, x)
+        return tuple(part[i] for part in self.numbers(block, draw, noise, x))
+
+    def place(self, iteration: int, x: Float[Tensor, "n *event"]) -> tuple[int, int]:
+        """The block of an iteration, and which of it."""
+        return divmod(iteration, _per_block(x))
+
+    def numbers(self, block: int, draw: Draw, noise: Noise, x: Float[Tensor, "n *event"]) -> tuple[Tensor, ...]:
+        """The random numbers of a block, with the iterations as their first dimension; see `at`."""
         if self._block != block:
-            self._next(block, count, draw, noise, x)
-        return tuple(part[i] for part in self._numbers)
+            self._next(block, _per_block(x), draw, noise, x)
+        return self._numbers
 
     def _next(self, block: int, count: int, draw: Draw, noise: Noise, x: Tensor) -> None:
         length = max(1, SPAN // count)  # blocks in a span
@@ -102,3 +116,8 @@ class Blocks:
             uniform = torch.rand(count, generator=generator, device=x.device, dtype=x.dtype)
             self._numbers = (*own_numbers(draw, generator, count, x), uniform)
         self._block, self._generator = block, generator
+
+
+def _per_block(x: Tensor) -> int:
+    """Iterations in a block."""
+    return max(1, BLOCK // (x.numel() * processes.count()))

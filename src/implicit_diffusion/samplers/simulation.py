@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from implicit_diffusion.errors import check_integer, check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.particles import checked_particles
-from implicit_diffusion.potentials.energy import check_potential, energy_of
-from implicit_diffusion.samplers.draws import BLOCK
+from implicit_diffusion.potentials.energy import Energy, check_potential, energy_of
+from implicit_diffusion.potentials.stacked import StackedPotential
+from implicit_diffusion.samplers.draws import BLOCK, innermost, stacked_numbers
 from implicit_diffusion.samplers.kernel import Info, Kernel, State, Step
 from implicit_diffusion.samplers.resolution import check_resolved
 
@@ -61,3 +62,42 @@ def simulate(
             step = Step(state.x, state.momentum, here, lambda y: energy_of(potential, y), draws, h)
             state, info = kernel.move(step)
         yield state, info
+
+
+def simulate_together(
+    kernel: Kernel,
+    potentials: Sequence[nn.Module],
+    x: Float[Tensor, "runs n *event"],
+    noises: Sequence[Noise],
+    steps: int,
+) -> Iterator[Float[Tensor, "runs n *event"]]:
+    """Yield the particles of several runs after every step: each run's are those of `simulate` to rounding.
+
+    Args:
+        kernel: the sampler's step, without momentum.
+        potentials: V of every run: the same module with numbers of its own.
+        x: X_0 of every run.
+        noises: of every run.
+        steps: how many to make.
+    """
+    runs, n = x.shape[:2]
+    potential, count = StackedPotential(potentials), max(1, BLOCK // x[0].numel())
+
+    def energy(y: Tensor) -> Energy:
+        return Energy(*(part.flatten(0, 1) for part in energy_of(potential, y.unflatten(0, (runs, n)))))
+
+    at = innermost(x.flatten(0, 1))
+    with eval_mode(potential.model):
+        for own, start in zip(potentials, x):
+            check_potential(own, start)
+    for k in range(steps):
+        check_resolved(kernel, at, k)
+        block, i = divmod(k, count)
+        if i == 0:
+            each = [kernel.draws(noise.generator(1, block, device=x.device), count, x[0]) for noise in noises]
+            numbers = [stacked_numbers(parts).flatten(1, 2) for parts in zip(*each)]
+        with eval_mode(potential.model):
+            draws, h = tuple(part[i] for part in numbers), x.new_tensor(kernel.step_size_at(k))
+            state, _ = kernel.move(Step(at, None, energy(at), energy, draws, h))
+        at = innermost(state.x)
+        yield at.unflatten(0, (runs, n))

@@ -271,6 +271,7 @@ def test_long_lines_break_between_words():
     assert fitted("│ " + "x" * 30 + "\n", 20) == "│ " + "x" * 30 + "\n"
 
 
+@pytest.mark.slow
 def test_help_without_a_terminal_or_its_letters():
     done = subprocess.run(
         [sys.executable, "-m", "implicit_diffusion", "hexagon", "--help"],

@@ -107,6 +107,7 @@ def interrupted(monkeypatch, *, every, at):
     monkeypatch.setattr(training, "Watch", Interrupting)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_model(tiny, tmp_path, monkeypatch, capsys):
     """Ctrl-C after 17 of 30 updates, of which one drew the particles anew: model and figures agree bit for bit."""
     summary, whole = tiny
@@ -163,6 +164,7 @@ def test_score_of_the_command_line(tiny, tmp_path, capsys):
     assert log_p.exp().sum().item() / 256 == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [*(pytest.param(each, marks=pytest.mark.slow) for each in [(1,), (3,)]), (2, 4, 4)], ids=str
 )
@@ -208,6 +210,7 @@ def test_log_z_by_annealing_of_a_known_potential():
     assert abs(sum(scores) / 10) < 4 * math.sqrt(1.4 / 10) and max(map(abs, scores)) < 8
 
 
+@pytest.mark.slow
 def test_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "CHAINS", 8)
     monkeypatch.setattr(digits, "COMPONENTS", (2, 3))

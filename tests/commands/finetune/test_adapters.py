@@ -92,6 +92,7 @@ def test_training_goes_on_where_the_adapter_is(place, capsys):
     assert "initial adapter" in (place / "second" / "provenance.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_adapters_layers_are_trained_and_the_prediction_knows_them(place):
     spec = spec_of(place, init_lora=place / "lora")
     made = setup.build(spec)

@@ -45,6 +45,7 @@ def whole(box, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_black_box_has_all_that_other_rewards_have(whole):
     found = summary_of(whole)
     assert found["updates"] == 6 and found["estimator"] == "surrogate"
@@ -106,6 +107,7 @@ def test_a_sweep_of_a_black_box(box, whole, tmp_path):
     assert same_weights(run, whole) and summary_of(run)["estimator"] == "surrogate"
 
 
+@pytest.mark.slow
 def test_adjoint_matching_needs_noise(tmp_path, capsys):
     words = ["--penalty", "drift", "--kl-weight", "1", "--scheduler", "euler", "--estimator", "adjoint-matching"]
     assert main(["finetune", *SIZES, *words, "--out", str(tmp_path / "run")]) == 2

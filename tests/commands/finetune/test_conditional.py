@@ -87,6 +87,7 @@ def test_stable_diffusion_end_to_end(place, text_run, capsys):
     assert "needs --prompts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stable_diffusion_3_on_its_memoryless_flow(place, tmp_path, capsys):
     """By default; the folder has a scheduler that runs this chain in the pipeline of diffusers."""
     from diffusers import DiffusionPipeline
@@ -134,6 +135,7 @@ def test_a_reference_keeps_the_kl_to_the_original(place, text_run):
         assert not any(p.requires_grad for p in going_on.chain.reference.parameters())
 
 
+@pytest.mark.slow
 def test_class_conditional_with_guidance(place, tmp_path):
     out = tmp_path / "run"
     assert finetuned(place, out, *CLASSES, "--null-class", "0", "--guidance", "2") == 0

@@ -123,6 +123,7 @@ def test_the_exported_pipeline_is_our_sampler(finished, kind, monkeypatch):
     torch.testing.assert_close(last[-1].prev_sample, ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -137,6 +138,7 @@ def test_variants_run(options, tmp_path):
     assert summary["updates"] == 2 and summary["j_bound"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_steps", "stride"), [(4, 1), (10, 1), (11, 2)])
 def test_the_stride_keeps_ten_batches_in_flight(num_steps, stride, tmp_path):
     options = ["--plan", "--num-steps", str(num_steps), "--starts", "4", "--out", str(tmp_path / "run")]
@@ -203,6 +205,7 @@ def test_too_large_a_rate_is_the_first_thing_that_is_said(tmp_path, capsys):
     assert again["worse"] is None and again["j_after"] < again["j_before"] and again["captured"] > 0
 
 
+@pytest.mark.slow
 def test_a_plan_is_kept_and_the_run_may_go_into_its_folder(tmp_path, capsys):
     out = tmp_path / "run"
     plan = ["--plan", "--num-steps", "4", "--starts", "8", "--kl-weight", "100", "--out", str(out)]

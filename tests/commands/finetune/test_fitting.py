@@ -42,6 +42,7 @@ def needs(place, **changes):
     return needs_of(spec, spec.flight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"lora_rank": 2, "stride": 2}, {"stride": 1}, {"lora_rank": 2, "loop": "nested"}])
 def test_needs_are_those_of_the_loop_without_its_weights(place, options):
     """Weights, moments and states exactly; activations to those of the longer prompts and of the decoder."""

@@ -100,6 +100,7 @@ def test_the_exported_network_needs_no_guidance(run, tmp_path):
         torch.testing.assert_close(exported.denoiser(x, t, class_labels=labels), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, 2])
 def test_the_chain_of_a_setup(place, lora):
     """Guided u_0, plain u_θ, the untrained chain between them; with adapters and without."""
@@ -123,6 +124,7 @@ def test_the_chain_of_a_setup(place, lora):
     assert guidance.measure(alone, 2.0, batch=2, depth=None, max_grad_norm=1.0) is None
 
 
+@pytest.mark.slow
 def test_the_cost_is_a_square_of_the_scale_and_gamma_a_polynomial(place):
     """‖Γ‖ of the path KL is |w − 1| times a straight line's norm; nothing of θ, gradients or noise is left changed."""
     made = setup.build(setup_spec(classes(place)))
@@ -261,6 +263,7 @@ def test_options_that_contradict_each_other():
         Config(student_guidance=1.0, penalty="drift", kl_weight=1.0).check()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_read_off_is_read_under_both_scales(tmp_path):
     """Guidance is in its network's answers: the guided one is called for both parts, the student for one."""
     place = tmp_path / "xl"

@@ -101,6 +101,7 @@ def test_the_files_of_a_run_in_their_order(whole):
     assert names[-4:] == ["manifest.json", "manifest.json", "summary.json", "report.html"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
 def test_a_kill_beside_the_marks_of_a_run(name, call, whole, tmp_path, monkeypatch, capsys):
     """Before config.json is there the run begins anew; after summary.json only what is derived is made."""
@@ -165,6 +166,7 @@ def test_what_is_no_run_has_no_report(tmp_path, capsys):
 FULL = OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_that_names_the_file_and_what_goes_on(call, whole, tmp_path, monkeypatch, capsys):
     """At the first checkpoint; what is there then is gone on with."""
     out, number = tmp_path / "run", [n for n, name in enumerate(whole[1]) if name == "manifest.json"][1]
@@ -256,6 +258,7 @@ def r(x):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("does", "says"), [("sys.exit(0)", "SystemExit: 0"), ("raise KeyError('colour')", "KeyError: 'colour'")]
 )
@@ -281,6 +284,7 @@ def test_a_reward_that_ends_in_the_middle_of_a_run(does, says, call, tmp_path, m
         assert main(["resume", str(out)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [

@@ -111,6 +111,7 @@ def test_a_run_in_the_folder_of_its_plan_draws_no_trajectory_of_it_again(place, 
     same_run("run", "alone")
 
 
+@pytest.mark.slow
 def test_a_plan_asked_for_twice_is_drawn_once(place, parts, capsys):
     assert main(words("run", "--plan")) == 0
     drawn, picture = parts.drawn, (place / "run/figures/pretrained.png").read_bytes()
@@ -146,6 +147,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "difference",
     [
@@ -187,6 +189,7 @@ def test_what_is_trained_and_how_has_no_part_in_a_plan(place, parts, capsys):
     assert parts.drawn == 2 * drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "old"])
 def test_a_plan_that_cannot_be_read_is_drawn_again(damage, place, parts, capsys):
     assert main(words("run", "--plan")) == 0
@@ -225,6 +228,7 @@ def test_an_interrupted_plan_goes_on_bit_for_bit(plan, way, place, parts, capsys
         same_run("run", "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_plan_has_what_was_written_now_and_then(place, parts, monkeypatch):
     """A kill leaves no time to write: what was written before it is gone on with."""
     monkeypatch.setattr(stored, "WRITE_EVERY", 0)
@@ -273,6 +277,7 @@ def test_resume_of_a_folder_with_a_plan_alone(place, parts, capsys):
     assert "it has changed since you named it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_judgement_goes_on(place, parts, capsys):
     """Four parts of the plan, four held out, two before and one of two after: these are not drawn again, nor left."""
     assert main(words("whole")) == 0

@@ -42,6 +42,7 @@ def predictions(chain):
     return here.u.detach(), here.u0.detach(), slope
 
 
+@pytest.mark.slow
 def test_bf16_is_the_networks_alone(place):
     half, full = (build(place, precision=precision).chain for precision in ("bf16", "float32"))
     ours, reference, slope = predictions(half)
@@ -52,6 +53,7 @@ def test_bf16_is_the_networks_alone(place):
     assert all(p.dtype == torch.float32 for p in half.denoiser.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "gradient_checkpointing": True}], ids=["", "LoRA"])
 def test_a_float16_network_under_guidance_has_the_gradient_of_a_float32_one(place, options):
     """Of small rewards, whose adjoints float16 would lose; u_0 without its adapters is in the same backward pass.
@@ -92,6 +94,7 @@ def test_devices_that_do_not_compute_in_half_precision_are_refused(monkeypatch):
             check_precision(name, cpu)
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, place):
     """In four levels; the largest block, which is computed again and counts, is then a small part of the network."""
     levels = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4}
@@ -129,6 +132,7 @@ def test_a_compiled_network_is_the_same_function(place, rank, quick_compiler):
     assert twin.compiled.function is twin.model  # a weight average compiles its own network
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_runs_as_it_is(place, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda f, **options: lambda *a, **k: 1 / 0)
     with pytest.warns(UserWarning, match="not compiled, runs eagerly: ZeroDivisionError"):
@@ -137,6 +141,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(place, monkeypatch):
     assert torch.equal(predictions(made.chain)[0], predictions(build(place).chain)[0])
 
 
+@pytest.mark.slow
 def test_every_network_of_convolutions_is_channels_last_and_transformers_are_not(tmp_path):
     """u_θ and u_0 of each kind of model, on the command line's way from folder to chain."""
     (tmp_path / "prompts.txt").write_text("a cat\n")

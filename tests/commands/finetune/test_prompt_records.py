@@ -57,6 +57,7 @@ def words(place, out, reward, *more):
     return ["finetune", "--model", f"{place}/sd/model", *prompts, *SMALL, "--out", str(out), *more]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_own_copies(place, tmp_path, capsys):
     out, unseen = tmp_path / "run", ("--held-out-prompts", f"{place}/unseen.jsonl")
     assert main(words(place, out, "signed", *unseen, "--judge", f"{place}/rewards.py:arrays")) == 0

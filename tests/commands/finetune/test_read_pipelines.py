@@ -131,6 +131,7 @@ def test_the_export_in_a_process_of_diffusers_alone(saved, tmp_path, name):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_encoders_are_in_memory_one_at_a_time(saved, monkeypatch):
     """Each is loaded for its calls, and gone before the next one comes; what they answer is what diffusers' answer."""
     place = saved("Stable Diffusion XL")
@@ -157,6 +158,7 @@ def test_text_encoders_are_in_memory_one_at_a_time(saved, monkeypatch):
     assert torch.equal(ours.decoder(x), theirs.decoder(x))
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_own_negative_one(saved, tmp_path):
     """As many calls with one prompt each have it."""
     place = saved("Stable Diffusion XL")
@@ -200,6 +202,7 @@ def test_what_a_pipeline_refuses_is_refused_with_its_words(saved):
     refused(options(place, "Stable Diffusion XL", scheduler="flow-euler"), "is for flow models")
 
 
+@pytest.mark.slow
 def test_the_reference_must_be_the_same_network(saved, tmp_path):
     """Another network with the same plan, or a refusal that says what differs."""
     place = saved("Stable Diffusion XL")
@@ -326,6 +329,7 @@ def test_pickled_and_quantised_parts_are_refused(saved, tmp_path):
         load_pipeline(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Stable Diffusion XL", pytest.param("FLUX.1", marks=pytest.mark.slow)])
 def test_a_frozen_network_keeps_half_precision(tmp_path, name):
     """Under adapters the base stays as it was saved; u is that of single precision, and the path KL begins at 0."""

@@ -105,6 +105,7 @@ def test_a_small_gain_is_seen_in_the_headline(good, tmp_path):
     assert "−0.3921 →</span> −0.3886" in page
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_digits_in_a_nested_loop(tmp_path):
     """No quality, three channels, no staleness; with three updates nothing was held out on the way."""
     result = colour_result()

@@ -68,6 +68,7 @@ def test_a_folder_that_samples_something_else_says_so(unusual_run):
     assert "which is not the chain that was trained" in (unusual_run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_reward_of_the_export_is_that_of_the_pipeline(unusual_run):
     """`reward_exported` is what the deterministic pipeline earns, not the trained chain."""
     _, summary, _ = read(unusual_run)
@@ -100,6 +101,7 @@ def test_sample_draws_from_the_trained_chains_own_table(flow_run, tmp_path, caps
     assert "6 steps of the folder's pipeline" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_deterministic_flow_needs_another_penalty(flow_model, tmp_path, capsys):
     call = ["finetune", *TINY, "--model", flow_model, "--scheduler", "flow-euler", "--out", str(tmp_path / "run")]
     assert main(call) == 2
@@ -154,6 +156,7 @@ def test_kinds_of_the_other_family(model, kind, message, flow_model, tmp_path, c
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["euler-ancestral", pytest.param("dpm-solver", marks=pytest.mark.slow)])
 def test_clipping_of_the_checkpoint_is_accounted_for(kind, tmp_path, capsys):
     """The clipped sampler draws the chain's own noise: with a range that never bites nothing changes."""

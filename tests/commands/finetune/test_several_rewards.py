@@ -128,6 +128,7 @@ def test_other_weights_reuse_the_trajectories_of_a_plan(finished, monkeypatch, c
     assert "r.py:wide" in said and "the best law for the sum gains" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["queue", pytest.param("nested", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(loop, home, monkeypatch):
     rewards = ("r.py:left", "r.py:wide=2")
@@ -141,6 +142,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(loop, home, monkeypatch):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_not_trusted_with_a_second_reward(home, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(training, "callbacks", lambda *arguments: [interrupt_at(2), *CALLBACKS(*arguments)])

@@ -8,7 +8,7 @@ import torch
 
 from implicit_diffusion import ULA, Noise, Reward, Single
 from implicit_diffusion.commands.hexagon import command as hexagon
-from implicit_diffusion.commands.hexagon.arms import ARMS, best_rate
+from implicit_diffusion.commands.hexagon.arms import ARMS, Arms, best_rate
 from implicit_diffusion.commands.hexagon.config import NARROWEST
 from implicit_diffusion.commands.shared.hexagon_problem import (
     LOGITS,
@@ -73,6 +73,7 @@ def test_every_arm_runs_and_reports(tmp_path, capsys):
     assert "best possible 0.2983" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_is_tuned_that_nobody_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(hexagon.Arms, "tune", lambda *a: pytest.fail("tuned"))
     summary = hexagon.run(hexagon.Config(steps=10, particles=8, seeds=1, out=tmp_path / "run"))
@@ -168,3 +169,21 @@ def test_the_driver_of_runs_serves_particles_and_resumes_bit_for_bit(tmp_path):
     assert torch.equal(whole.weighted_state.x, resumed.weighted_state.x)
     lines = [RunDirectory(tmp_path / name).read_metrics() for name in ("whole", "part")]
     assert [m["reward"] for m in lines[0]] == [m["reward"] for m in lines[1]]
+
+
+@pytest.mark.parametrize("arm", ["implicit", "weighted", "nested", "unrolled", "guidance", "transfer"])
+def test_seeds_that_step_together_are_the_seeds_one_by_one(arm):
+    """In the single precision of the command, after steps in which rounding has not grown."""
+    setting = hexagon.Config(steps=20, particles=32, seeds=2, compile=False).setting()
+    together, alone = Arms(setting), Arms(setting)
+    for arms in (together, alone):
+        arms.optimal = {0: torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0, 1.0]), 1: torch.zeros(6)}
+    both, singles = together.run(arm, [0, 1]), [alone.run(arm, [seed])[0] for seed in (0, 1)]
+    for trace, single in zip(both, singles, strict=True):
+        assert trace.seed == single.seed
+        assert trace.tail == pytest.approx(single.tail, rel=1e-4)
+        assert len(trace.points) == len(single.points)
+        for point, expected in zip(trace.points, single.points, strict=True):
+            assert point | {"seconds": 0} == pytest.approx(expected | {"seconds": 0}, rel=1e-3, abs=1e-5)
+        torch.testing.assert_close(torch.stack(trace.path), torch.stack(single.path), rtol=1e-4, atol=1e-5)
+        assert trace.diagnostics == pytest.approx(single.diagnostics, rel=1e-2, abs=1e-3)

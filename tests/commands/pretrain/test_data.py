@@ -170,6 +170,7 @@ def test_redness():
         redness(torch.zeros(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 @pytest.mark.parametrize(
     ("mode", "reward"), [("RGB", "redness"), pytest.param("L", "brightness", marks=pytest.mark.slow)]

@@ -124,6 +124,7 @@ def test_a_sample_looks_like_its_class(learnt):
     assert torch.equal(nearest(x), image_classes.in_turn(3, 30))
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_sampled_and_fine_tuned_as_it_is(learnt, tmp_path):
     sizes = ["--num-steps", "2", "--starts", "4", "--plan", "--out", str(tmp_path / "plan")]
     assert main(["finetune", "--model", str(learnt / "model"), *sizes]) == 0
@@ -134,6 +135,7 @@ def test_what_comes_out_is_sampled_and_fine_tuned_as_it_is(learnt, tmp_path):
     assert nearest(as_floats(tiles)).tolist() == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_names_of_the_classes_are_kept(learnt):
     summary = json.loads((learnt / "summary.json").read_text())
     assert summary["images"]["classes"] == list(NAMES) and summary["config"]["classes"] is True
@@ -153,6 +155,7 @@ def test_the_picture_has_a_row_for_each_class():
     assert few[:, :3].tolist() == [[0, 2, -1], [-1, -1, -1], [1, -1, -1]]
 
 
+@pytest.mark.slow
 def test_digits_with_classes_say_so_in_their_card(tmp_path):
     config = Config(steps=2, batch=4, channels=(8, 16), samples=8, chains=(2,), classes=True, out=tmp_path / "run")
     pretrain.run(config)

@@ -58,6 +58,7 @@ def test_one_seed_gives_one_network_and_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     untrained, _ = train(replace(TINY, steps=1))
     trained, scheduler = train(replace(TINY, steps=60, batch=32, lr=5e-3))
@@ -192,6 +193,7 @@ def test_a_signal_in_the_last_instants_of_a_training_ends_it(tmp_path, monkeypat
         train(LONG, directory=RunDirectory.create(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_resume_ends_with_the_summary_and_model_of_an_uninterrupted_run(tmp_path, monkeypatch):
     """On the command line, from another folder, with a batch that does not divide anything."""
     draws = np.random.default_rng(0)
@@ -337,6 +339,7 @@ def test_the_shipped_model_samples_digits(num_steps):
     assert min(result.class_histogram) > 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_made", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_pretraining_goes_on_bit_for_bit(steps_made, tmp_path, monkeypatch, capsys):
     call = [

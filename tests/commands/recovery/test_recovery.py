@@ -17,6 +17,7 @@ def test_recovery_separates_weighted_from_unweighted(tmp_path):
     assert (tmp_path / "run" / "figures" / "kl.png").exists()
 
 
+@pytest.mark.slow
 def test_exact_kls_by_another_grid():
     """Against the quadrature of `HexagonQuadrature`, on the hexagon."""
     target, path = mixture(torch.tensor(LOGITS)), torch.tensor([[0.0] * 6, [1.0, 0, 0, 0, 2, 0]])

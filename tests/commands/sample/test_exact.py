@@ -173,6 +173,7 @@ def test_the_command_draws_what_the_library_draws(home, capsys):
     assert np.abs(grid.astype(int) - expected.numpy().astype(int)).max() <= 1  # the layout of the memory rounds
 
 
+@pytest.mark.slow
 def test_populations_are_those_of_the_library():
     assert sample("smc.png", "--method", "smc") == 0
     noise = Noise(0).stream(exact.EXACT, 1, 0)
@@ -184,6 +185,7 @@ def test_populations_are_those_of_the_library():
     assert written["effective_share"] == pytest.approx(made.law.effective_share, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_all_bits():
     for out, seed in (("a.png", "3"), ("b.png", "3"), ("c.png", "4")):
         assert sample(out, "--seed", seed) == 0
@@ -191,6 +193,7 @@ def test_a_seed_decides_all_bits():
     assert a == b != c and numbers("a.png") == numbers("b.png") != numbers("c.png")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_pretrained_model_have_one_law():
     """Trained and pretrained proposals, and averages of pretrained trajectories, agree within their errors."""
     num, particles, steer = 50, 16, ("--reward", "r.py:waves", "--kl-weight", str(BETA), "--num-steps", "3")
@@ -210,6 +213,7 @@ def test_a_run_and_its_pretrained_model_have_one_law():
             assert abs(written[name] - expected.mean) < 4 * error + bias, (out, name)
 
 
+@pytest.mark.slow
 def test_labels_are_taken_in_turn_and_keep_their_law():
     """However much R prefers one label, each has its third of the images."""
     steer = ("--reward", "r.py:label", "--kl-weight", "0.01", "--num-steps", "3")
@@ -246,6 +250,7 @@ def test_a_black_box_steers_and_one_image_has_no_error():
     assert numbers("box.png")["reward_se"] is None and numbers("box.png")["path_kl"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["metropolis", "smc"])
 def test_network_and_reward_see_no_more_at_once_for_more_particles(method, monkeypatch):
     monkeypatch.setattr("implicit_diffusion.evaluation.chains.NUMBERS", 8 * 192)

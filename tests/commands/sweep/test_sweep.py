@@ -156,6 +156,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
     assert (out / "beta-4" / name).read_bytes() == (swept / "beta-4" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model, tmp_path):
     out = tmp_path / "sweep"
     (out / "beta-2" / "figures").mkdir(parents=True)

@@ -163,6 +163,7 @@ def test_mean_field_of_the_modes(monkeypatch):
     mean_field._end.cache_clear()
 
 
+@pytest.mark.slow
 def test_loops_end_at_the_predicted_floors():
     """A loop with constant steps on all three problems, floor and bias by z-scores; where h is large so is the bias."""
     run = ConstantSteps(step_size=0.4, ratio=0.1, particles=40, copies=64, measured=150, seed=0)

@@ -109,6 +109,7 @@ def test_the_model_itself_is_left_alone(monkeypatch):
     assert not torch.equal(first.network[-1].weight, model.potential.network[-1].weight)
 
 
+@pytest.mark.slow
 def test_the_model_that_is_kept(tmp_path, monkeypatch, capsys):
     """Of the only arm and the first seed: `score` and `sample` know it, by its exact log Z, and annealing ran once."""
     calls = []

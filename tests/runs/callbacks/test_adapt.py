@@ -87,6 +87,7 @@ def test_the_step_size_comes_to_the_acceptance_that_it_aims_at(name):
     assert kernel.step_size_at(0) == KERNELS[name][0].step_size_at(0)  # the kernel, which may be shared, is unchanged
 
 
+@pytest.mark.slow
 def test_it_adapts_anew_when_theta_moves():
     """The law narrows by e^{−1.5}: HMC's step must shrink by as much; without adaptation nearly nothing is accepted."""
     moving = torch.cat([torch.zeros(50), torch.linspace(0, -1.5, 80), torch.full((100,), -1.5)])[:, None].to(F64)
@@ -110,6 +111,7 @@ def test_a_step_size_that_no_longer_fits_is_said_once_and_so_is_that_it_fits_aga
     assert "the step size fits again" in said[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mala", "hmc"])
 def test_weighted_averages_stay_exact_while_the_step_size_adapts(name):
     """E φ and E Ẑ by quadrature along a path of θ, though h moves by the acceptance of the same particles."""

@@ -51,6 +51,7 @@ def test_a_planted_hack_is_told_once_before_half_of_the_updates(seed):
     assert judges.warned["judge"] <= UPDATES // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_judges_that_do_not_fall_are_not_reported(seed):
     for judge in (chance, lambda x, reward: reward(x), lambda x, reward: 0 * reward(x)):

@@ -67,10 +67,13 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
     grids: dict[str, dict[str, float]] = {}
     traces: list[Trace] = []
 
-    def make(name: str, seed: int) -> dict[str, Any]:
-        trace = arms.run(name, seed)
-        add_exact(trace, exact)
-        return trace.state_dict()
+    seeds = range(config.seed, config.seed + config.seeds)
+
+    def make(name: str, missing: list[int]) -> list[dict[str, Any]]:
+        made = arms.run(name, [seeds[i] for i in missing])
+        for trace in made:
+            add_exact(trace, exact)
+        return [trace.state_dict() for trace in made]
 
     def lines(state: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"arm": state["arm"], "seed": state["seed"]} | point for point in state["points"]]
@@ -79,10 +82,10 @@ def _study(config: Config, directory: RunDirectory) -> dict[str, Any]:
         for name in names:
             if name.endswith("_tuned"):
                 arms.rates[name], grids[name] = study.once("tune", name, make=partial(arms.tune, name, exact))
-            for seed in range(config.seed, config.seed + config.seeds):
-                state = study.once(name, seed, make=partial(make, name, seed), lines=lines)
+            keys = [(name, seed) for seed in seeds]
+            for state in study.together(*keys, make=partial(make, name), lines=lines):
                 traces.append(arms.restore(state))
-                if seed == config.seed:
+                if traces[-1].seed == config.seed:
                     _show(traces[-1], config, directory)
                 bar.update()
     rates = {name: rate for name, rate in arms.rates.items() if name in names}

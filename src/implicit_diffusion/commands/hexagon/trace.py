@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class Trace(Shown):
         points: lines of metrics.jsonl, one per record.
         path: θ, one per record.
         clouds: particles at the beginning, half-way and at the end, with θ there.
-        seconds: spent sampling and training.
+        seconds: spent sampling and training; its share where runs step together.
         tail: rewards of the last tenth of the iterations.
         history: first coordinate of some particles, one row per record.
         diagnostics: of the loop at the end, and of the second half of the history.
@@ -67,33 +68,43 @@ class Trace(Shown):
         values = {name: value for name, value in state.items() if name != "logits"}
         return cls(potential=potential_of(values["arm"], state["logits"], sigma, guidance), **values)
 
-    def record(
-        self,
-        steps: Iterator[tuple[dict[str, Any], Float[Tensor, "n 2"]]],
-        total: int,
-        logits: Callable[[], Float[Tensor, " modes"]],
-    ) -> None:
-        """Run `total` steps; keep a hundred records, three clouds of particles and the rewards of the last tenth.
 
-        Args:
-            steps: makes a step when it is asked for its metrics and the particles after it.
-            total: their number.
-            logits: θ as it is, in memory of its own.
-        """
-        due = {round(total * (i + 1) / RECORDS) for i in range(RECORDS)}
-        start, clouds = time.perf_counter(), (1, (total + 1) // 2, total)
-        for k, (metrics, x) in enumerate(steps, 1):
-            self.seconds += time.perf_counter() - start
-            if k > total - max(1, total // 10):
-                self.tail.append(float(metrics["reward"]))
-            if k in due:
-                point = finite({name: float(metrics[name]) for name in METRICS if name in metrics})
-                self.history.append(x[:FOLLOWED, 0].detach().clone())
-                self.points.append({"iteration": k, "seconds": self.seconds} | point)
-                self.path.append(logits())
-            if k in clouds:
-                self.clouds.append((x.detach().clone(), logits()))
-            start = time.perf_counter()
+Now = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # of every run, its particles and its θ, in memory of its own
+
+
+def record(traces: Sequence[Trace], steps: Iterator[tuple[dict[str, Any], Now]], total: int) -> None:
+    """Run `total` steps of all traces; keep a hundred records, three clouds of particles, rewards of the last tenth.
+
+    Args:
+        traces: of the runs that step together. Each counts its share of the seconds.
+        steps: makes a step when it is asked for its metrics, one number or one for each run, and what is there now.
+        total: their number.
+    """
+    due = {round(total * (i + 1) / RECORDS) for i in range(RECORDS)}
+    start, seconds, clouds = time.perf_counter(), 0.0, (1, (total + 1) // 2, total)
+
+    def column(value: Any) -> list[float]:
+        numbers: list[float] = torch.as_tensor(value, dtype=torch.float64).expand(len(traces)).tolist()
+        return numbers
+
+    for k, (metrics, now) in enumerate(steps, 1):
+        seconds += (time.perf_counter() - start) / len(traces)
+        if k > total - max(1, total // 10):
+            for trace, reward in zip(traces, column(metrics["reward"]), strict=True):
+                trace.tail.append(reward)
+        if k in due or k in clouds:
+            columns = {name: column(metrics[name]) for name in METRICS if name in metrics}
+            for s, (trace, (x, logits)) in enumerate(zip(traces, now(), strict=True)):
+                if k in due:
+                    point = finite({name: values[s] for name, values in columns.items()})
+                    trace.history.append(x[:FOLLOWED, 0].detach().clone())
+                    trace.points.append({"iteration": k, "seconds": seconds} | point)
+                    trace.path.append(logits)
+                if k in clouds:
+                    trace.clouds.append((x.detach().clone(), logits))
+        start = time.perf_counter()
+    for trace in traces:
+        trace.seconds = seconds
 
 
 def potential_of(

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_diffusion.design.experiment import Experiment
 from implicit_diffusion.errors import check_type
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.loops.particle_loop import CHECK, ParticleLoop
@@ -74,6 +75,8 @@ def distance(loop: ParticleLoop) -> float:
         InvalidInputError: a loop without a potential.
     """
     check_type("loop", loop, ParticleLoop, "loops over chains have no potential")
+    if isinstance(loop.model, Experiment):  # its pairs are not draws from e^{−V}/Z
+        return -math.inf
     particles = loop.particles
     x = particles.x.flatten(1).double()
     w = particles.weights.double()

@@ -25,8 +25,10 @@ from implicit_diffusion.gradients.fused import fused_pass
 from implicit_diffusion.loops.diagnostics.divergence import WORDS, diverged
 from implicit_diffusion.loops.particle_loop import ParticleLoop
 from implicit_diffusion.potentials.energy import coarse, energy_of, precision
+from implicit_diffusion.potentials.inner_problem import field_at
 
 LAG, NOISE, EFFECTIVE, MIXED, ACCEPTED = 0.2, 1.0, 0.1, 1.1, (0.15, 0.98)  # beyond these `advice` says something
+SOLVED = 1e-2  # the residual of a solve for the charges: Γ is off by about this share
 
 
 GROUPS = 8  # of particles, for the noise of Γ
@@ -45,12 +47,15 @@ def signal_to_noise(loop: ParticleLoop, groups: int = GROUPS) -> float:
     x = loop.weighted_state.x
     if len(x) < 2 * check_integer("groups", groups, 2):
         raise InvalidInputError(f"groups must be at most half of the {len(x)} particles, got {groups}")
+    solver, terms, estimates = loop.solver, loop.objective.stationary, []
+    begins_with = solver.state_dict()
     with loop.evaluating():
-        estimates = []
         for i, part in enumerate(x[: len(x) // groups * groups].chunk(groups)):
-            points = loop._points(loop.iteration + i)
-            fused = fused_pass(loop.model, loop.parameters, loop.objective.stationary, part, points)
+            points, field = loop._points(loop.iteration + i), field_at(loop.model, part)
+            fused = fused_pass(field, loop.parameters, terms, part, points, solver=solver)
             estimates.append(torch.cat([g.flatten() for g in fused.gradients if g is not None]))
+    solver.load_state_dict(begins_with)
+    solver.take_info()
     stacked = torch.stack(estimates).double()
     squared_error = stacked.var(0).sum() / groups
     return (stacked.mean(0).square().sum() / squared_error - 1).nan_to_num(0.0, math.inf).clamp(min=0).sqrt().item()
@@ -129,6 +134,17 @@ def advice(
     rounding = coarse(value, precision(loop.model, loop.weighted_state.x))
     if rounding and loop.values_matter:
         messages.append(rounding)
+    if float(metrics.get("negative_curvature", 0.0)):
+        messages.append(
+            "the particles are at no minimum of their inner problem: attraction outweighs noise (negative curvature), "
+            "and Γ means nothing. It may pass while they settle; if it stays, use a higher temperature or a weaker "
+            "interaction"
+        )
+    elif (residual := float(metrics.get("solve_residual", 0.0))) > SOLVED:
+        messages.append(
+            f"the solve for the charges did not converge (relative residual {residual:.1e}), and Γ is off by about "
+            "that share. Use a solver with more steps"
+        )
     if float(metrics.get("lag", 0.0)) > LAG:
         messages.append(
             f"the particles lag behind θ: weighted and plain means differ by {float(metrics['lag']):.2f} deviations. "

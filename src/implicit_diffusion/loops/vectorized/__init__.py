@@ -1,0 +1,1 @@
+"""Several runs of one loop at once: seeds, in one vectorised run."""
