@@ -11,8 +11,8 @@ Problems of weighted single-loop training, each with the best that its objective
     digits     an energy-based model of 8 × 8 digits. Held-out negative log-likelihood, log Z by annealing.
 
 Every arm gets the same number of pulls through V at all particles. *plain* is the single loop, *weighted* has weights,
-*watched* also `min_ess=0.3`, *nested* makes some steps of the kernel per update, from where the last ones ended. Adam, at
-constant rates. Weights of *watched* may cost an evaluation of V without gradients, which counts as no pull, but as time.
+*watched* also `min_ess=0.3`, *nested* makes some steps of the kernel per update, from where the last ones ended. Adam,
+at constant rates. With HMC the checks of *watched* evaluate V without gradients, which counts as time, but as no pull.
 """
 
 from __future__ import annotations
