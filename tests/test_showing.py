@@ -115,6 +115,11 @@ def on_particles(kind, **options):
     return loop
 
 
+def score_matching():
+    v = mixture()
+    return idf.loops.ScoreMatching(v, DATA, sgd(v), noise_std=0.5, noise=NOISE)
+
+
 @cache
 def digits():
     return idf.load_pretrained("digits")
@@ -234,7 +239,7 @@ EXAMPLES = {
     "Queue": lambda: on_chain(idf.Queue),
     "Nested": lambda: on_chain(idf.Nested),
     "Single": weighted,
-    "ScoreMatching": lambda: idf.loops.ScoreMatching(mixture(), DATA, sgd(mixture()), noise_std=0.5, noise=NOISE),
+    "ScoreMatching": score_matching,
     "NestedParticles": lambda: on_particles(idf.loops.NestedParticles, inner_steps=2),
     "Unrolled": lambda: on_particles(idf.loops.Unrolled, unrolled_steps=2),
     "Vectorized": lambda: idf.loops.Vectorized([on_particles(idf.Single) for _ in range(2)]),
