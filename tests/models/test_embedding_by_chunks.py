@@ -41,7 +41,7 @@ def by_prompt(probed):
 def read(monkeypatch, pipeline, chunk, limit=2**28, prompts=PROMPTS, **call):
     monkeypatch.setattr(embedding, "CHUNK", chunk)
     monkeypatch.setattr(embedding_table, "IN_MEMORY", limit)
-    return read_pipeline(pipeline, 1, prompts=prompts, **call)
+    return read_pipeline(pipeline, 2, prompts=prompts, **call)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_padding_is_that_of_the_longest_prompt_in_every_chunk(tmp_path, monkeypa
     one_mask = read(monkeypatch, pipeline, 2, prompts=["red", "cat", "dog", "a"][:3], height=16, width=16)
     assert arguments(one_mask)[0]["encoder_hidden_states_mask"] is None
     x = Noise(0).normal((1, *ours.event_shape), 0)
-    alone = read_pipeline(pipeline, 1, prompts=["red dogs"], height=16, width=16).denoiser
+    alone = read_pipeline(pipeline, 2, prompts=["red dogs"], height=16, width=16).denoiser
     u = ours.denoiser(x, torch.tensor([500.0]), prompt=torch.tensor([1]))
     torch.testing.assert_close(u, alone(x, torch.tensor([500.0])), rtol=1e-4, atol=1e-5)
 

@@ -13,8 +13,9 @@ prompts are embedded in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,11 +67,26 @@ def embedded(run: Run, pipeline: Any, texts: Sequence[Text], recorded: Recorded)
         chunks = [list(texts[first : first + size]) for first in range(0, len(texts), size)]
         anchors = _anchors(pipeline, texts) if len(chunks) > 1 else []
         try:
-            return _Embedding(run, encoders, chunks, anchors, recorded).bound()
+            with _saying_once() if len(chunks) > 1 else nullcontext():
+                return _Embedding(run, encoders, chunks, anchors, recorded).bound()
         except Uneven as error:
             if size >= len(texts):
                 raise NonAffineError(f"pipeline: {error}") from error
             size = len(texts)
+
+
+@contextmanager
+def _saying_once() -> Iterator[None]:
+    """Keep what libraries say of every chunk, such as that prompts are cut, to errors."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _anchors(pipeline: Any, texts: Sequence[Text]) -> list[Text]:
