@@ -326,6 +326,20 @@ PUBLIC = {
         lag=lambda: False,
         min_ess=lambda: None,
     ),
+    "ScoreMatching": Call(
+        lambda potential, update, **rest: idf.loops.ScoreMatching(
+            potential, update=sgd(potential) if isinstance(update, str) else update, **rest
+        ),
+        {
+            "potential": Gaussian,
+            "update": lambda: "sgd",
+            "data": lambda: X,
+            "noise_std": lambda: 0.5,
+            "noise": lambda: NOISE,
+            "batch": lambda: 4,
+        },
+        steps,
+    ),
     "NestedParticles": on_particles(idf.loops.NestedParticles, inner_steps=lambda: 2, begin=lambda: "initial"),
     "Unrolled": on_particles(idf.loops.Unrolled, unrolled_steps=lambda: 2),
     "Vectorized": Call(idf.loops.Vectorized, {"loops": lambda: [single() for _ in range(2)]}, lambda made: made.step()),

@@ -234,6 +234,7 @@ EXAMPLES = {
     "Queue": lambda: on_chain(idf.Queue),
     "Nested": lambda: on_chain(idf.Nested),
     "Single": weighted,
+    "ScoreMatching": lambda: idf.loops.ScoreMatching(mixture(), DATA, sgd(mixture()), noise_std=0.5, noise=NOISE),
     "NestedParticles": lambda: on_particles(idf.loops.NestedParticles, inner_steps=2),
     "Unrolled": lambda: on_particles(idf.loops.Unrolled, unrolled_steps=2),
     "Vectorized": lambda: idf.loops.Vectorized([on_particles(idf.Single) for _ in range(2)]),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.loops.nested import Nested
     from implicit_diffusion.loops.queue import Queue
     from implicit_diffusion.loops.single import Single
+    from implicit_diffusion.loops.starts.score_matching import ScoreMatching
     from implicit_diffusion.loops.timetable import Timetable
     from implicit_diffusion.loops.update import Update
     from implicit_diffusion.loops.vectorized.loop import Vectorized
@@ -28,6 +29,7 @@ __all__ = [
     "Nested",
     "NestedParticles",
     "Queue",
+    "ScoreMatching",
     "Single",
     "Timetable",
     "Unrolled",

@@ -61,7 +61,7 @@ class Single(ParticleLoop):
         lag: also report by how much unweighted particles lag behind π_θ.
         min_ess: shorten every step of the optimizer, where necessary, such that more than this share of weighted
             particles stays effective (`step_rules`): a share below the half at which they are resampled, such as 0.3.
-            A check costs V at the particles, and a pull with `ULA`.
+            A check costs V at the particles, and a pull with `ULA`, whose own step changes the weights too.
         order: "paper" reads particles and θ once for both steps; "x-first" moves the particles, then takes Γ at the
             new ones.
         compiled: compile the iteration with `torch.compile`, in full or not at all (`loop.compiled.reason` says why

@@ -68,7 +68,7 @@ class Decoder(ShownModule):
         return max(1, min(count, PIXELS_AT_ONCE // (z.shape[1] * z.shape[2] * self.factor**2)))
 
     def decode(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
-        """x of all z together, where autograd keeps what happens inside."""
+        """The images of all z together, where autograd keeps what happens inside."""
         return self.vae.decode(z / self.scaling + self.shift, return_dict=False)[0]
 
 
