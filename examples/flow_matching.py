@@ -4,12 +4,10 @@
     implicit-diffusion finetune --model flow_matching.py:ring --reward flow_matching.py:right --out run
     implicit-diffusion sample --model run/model --num 500 --out ring.png
 
-The network is trained by the first call, in seconds, and its weights are kept beside this file: a factory must return
-the same ones at every call.
+A factory must return the same weights at every call: the first one trains them, in seconds, and keeps them.
 """
 
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,25 +19,19 @@ import implicit_diffusion as idf
 KEPT = Path(__file__).with_suffix(".safetensors")
 
 
-class Velocity(torch.nn.Module):
+class Velocity(torch.nn.Sequential):
     """u(x, t) = E[ε − data | x], x = (1 − σ) data + σ ε, with t = 1000 σ as the scheduler has it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        sizes, act = (3, 128, 128, 2), torch.nn.SiLU
-        linear = [torch.nn.Linear(m, n) for m, n in pairwise(sizes)]
-        self.layers = torch.nn.Sequential(linear[0], act(), linear[1], act(), linear[2])
-
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.layers(torch.cat([x, t[:, None] / 1000], 1))
+        return super().forward(torch.cat([x, t[:, None] / 1000], 1))
 
 
 def ring(updates: int = 2000) -> idf.DiffusionModel:
     """Points at radius 1.5."""
-    noise = idf.Noise(0)
+    noise, linear, act = idf.Noise(0), torch.nn.Linear, torch.nn.SiLU()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Velocity()
+        network = Velocity(linear(3, 128), act, linear(128, 128), act, linear(128, 2))
     adam = torch.optim.Adam(network.parameters(), lr=2e-3)
     for update in range(0 if KEPT.exists() else updates):
         angle, sigma = torch.rand((2, 512, 1), generator=noise.generator(update, 0))
@@ -47,8 +39,7 @@ def ring(updates: int = 2000) -> idf.DiffusionModel:
         eps = noise.normal(data.shape, update, 1)
         loss = (network((1 - sigma) * data + sigma * eps, 1000 * sigma[:, 0]) - (eps - data)).square().mean()
         adam.zero_grad(), loss.backward(), adam.step()
-    if not KEPT.exists():
-        save_file(network.state_dict(), KEPT)
+    KEPT.exists() or save_file(network.state_dict(), KEPT)
     network.load_state_dict(load_file(KEPT))
     return idf.DiffusionModel(network, FlowMatchEulerDiscreteScheduler(), (2,))
 

@@ -4,12 +4,11 @@
     implicit-diffusion finetune --model score_based.py:digits --reward brightness --out run
     implicit-diffusion sample --model run/model --out digits.png
 
-Latents are the 16 leading principal components, scaled to variance one; the decoder is linear. The table is that of the
-reverse SDE, with the score as the network's output. The network is trained by the first call, in seconds, and its
-weights are kept beside this file: a factory must return the same ones at every call.
+Latents are the 16 leading principal components, scaled to variance one; the decoder is linear, and the table that of
+the reverse SDE. A factory must return the same weights at every call: the first one trains them, in seconds, and keeps
+them.
 """
 
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,18 +20,12 @@ import implicit_diffusion as idf
 KEPT = Path(__file__).with_suffix(".safetensors")
 
 
-class Score(torch.nn.Module):
+class Score(torch.nn.Sequential):
     """∇log p_t(x) = −E[ε | x]/σ_t, x = α_t data + σ_t ε."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        sizes, act = (17, 256, 256, 16), torch.nn.SiLU
-        linear = [torch.nn.Linear(m, n) for m, n in pairwise(sizes)]
-        self.layers = torch.nn.Sequential(linear[0], act(), linear[1], act(), linear[2])
-
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        sigma = -torch.expm1(-2 * t[:, None])
-        return -self.layers(torch.cat([x, t[:, None].log()], 1)) / sigma.sqrt()
+        sigma = (-torch.expm1(-2 * t[:, None])).sqrt()
+        return -super().forward(torch.cat([x, t[:, None].log()], 1)) / sigma
 
 
 def digits(updates: int = 2000) -> idf.DiffusionModel:
@@ -40,10 +33,10 @@ def digits(updates: int = 2000) -> idf.DiffusionModel:
     images = torch.tensor(load_digits().data / 8 - 1, dtype=torch.float32)
     mean, (_, values, axes) = images.mean(0), torch.linalg.svd(images - images.mean(0), full_matrices=False)
     basis = values[:16, None] * axes[:16] / len(images) ** 0.5
-    latents, noise = (images - mean) @ torch.linalg.pinv(basis), idf.Noise(0)
+    latents, noise, linear, act = (images - mean) @ basis.pinverse(), idf.Noise(0), torch.nn.Linear, torch.nn.SiLU()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Score()
+        network = Score(linear(17, 256), act, linear(256, 256), act, linear(256, 16))
     adam = torch.optim.Adam(network.parameters(), lr=1e-3)
     for update in range(0 if KEPT.exists() else updates):
         generator = noise.generator(update)
@@ -52,8 +45,7 @@ def digits(updates: int = 2000) -> idf.DiffusionModel:
         alpha, sigma = (-t[:, None]).exp(), (-torch.expm1(-2 * t[:, None])).sqrt()
         loss = (sigma * network(alpha * data + sigma * eps, t) + eps).square().mean()
         adam.zero_grad(), loss.backward(), adam.step()
-    if not KEPT.exists():
-        save_file(network.state_dict(), KEPT)
+    KEPT.exists() or save_file(network.state_dict(), KEPT)
     network.load_state_dict(load_file(KEPT))
     table = idf.tables.ou_reverse_sde(40, 2.5)
     return idf.DiffusionModel(network, table, (16,), decoder=lambda z: (mean + z @ basis.to(z)).view(-1, 1, 8, 8))

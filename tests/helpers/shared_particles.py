@@ -254,6 +254,4 @@ def of_an_experiment(steps=5):
     sgd = torch.optim.SGD(experiment.signal.parameters(), lr=0.1)
     loop = Single(experiment, kernel, InformationGain(experiment), sgd, particles=N, noise=Noise(3))
     result = training(loop, steps)
-    return result | {
-        "records": result["records"][1:]
-    }  # pairs begin with z′ = z, so the first Γ is nothing but rounding
+    return result | {"records": result["records"][1:]}  # at first z′ = z, and Γ is rounding

@@ -329,7 +329,7 @@ def test_loops_without_a_normaliser_refuse_it():
     loop = {"particles": torch.zeros(4, 1, dtype=F64), "noise": Noise(0)}
     with pytest.raises(InvalidInputError, match="least value of the inner problem, and ConjugateGradients"):
         Single(field, ULA(0.1), Evidence(), torch.optim.SGD(field.parameters(), lr=0.1), **loop)
-    with pytest.raises(InvalidInputError, match="which ConjugateGradients does not"):
+    with pytest.raises(InvalidInputError, match="and ConjugateGradients does not"):
         ConjugateGradients(lambda particles, charges: charges).check(Evidence().stationary)
     potential = Banana()
     loop["particles"] = potential.draw(4, torch.Generator())

@@ -82,7 +82,7 @@ class EmbeddingTable(Mapping[str, Tensor], Shown):
     def kept(self) -> int:
         """Bytes that stay on the device of the network."""
         total = sum(column.nbytes for column in self.columns.values())
-        return total if total <= IN_MEMORY else 0
+        return total if fits(total) else 0
 
     def _at(self, device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
         """Columns and rows: copies on `device`, which stay there, where the table is small."""
@@ -102,8 +102,8 @@ class EmbeddingWriter:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        total = 4 * sum(map(math.prod, shapes.values()))
-        self.columns = _mapped(shapes) if total > IN_MEMORY else {k: torch.zeros(v) for k, v in shapes.items()}
+        mapped = not fits(4 * sum(map(math.prod, shapes.values())))
+        self.columns = {name: zeros(shape, torch.float32, mapped=mapped) for name, shape in shapes.items()}
 
     def add(self, first: int, values: Mapping[str, Float[Tensor, "batch ..."]]) -> None:
         """Add to the rows from `first` on."""
@@ -111,13 +111,18 @@ class EmbeddingWriter:
             self.columns[name][first : first + len(value)] += value.to("cpu", torch.float32)
 
 
-def _mapped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Columns of zeros, mapped from temporary files, which have no name and vanish with their columns or the process.
+def fits(count: int) -> bool:
+    """Whether a table of so many bytes is held in memory."""
+    return count <= IN_MEMORY
 
-    They are in the folder for temporary files, the environment's TMPDIR.
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, *, mapped: bool) -> Tensor:
+    """Zeros on the host; where `mapped`, in a temporary file, which has no name and vanishes with them or the process.
+
+    It is in the folder for temporary files, the environment's TMPDIR.
     """
-    columns = {}
-    for name, shape in shapes.items():
-        with tempfile.TemporaryFile() as file:
-            columns[name] = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-    return columns
+    count = math.prod(shape) * dtype.itemsize
+    if not mapped or not count:
+        return torch.zeros(shape, dtype=dtype)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(count,))).view(dtype).view(shape)

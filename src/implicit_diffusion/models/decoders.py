@@ -60,11 +60,15 @@ class Decoder(ShownModule):
 
     def forward(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
         """x, differentiable in z."""
-        size = z.shape[2] * z.shape[3] * self.factor**2
-        parts = z.split(max(1, PIXELS_AT_ONCE // size))
-        return torch.cat([checkpoint(self._decode, part, use_reentrant=False) for part in parts])
+        parts = z.split(self.largest_piece(len(z), z[0]))
+        return torch.cat([checkpoint(self.decode, part, use_reentrant=False) for part in parts])
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def largest_piece(self, count: int, z: Float[Tensor, "channels height width"]) -> int:
+        """How many of `count` samples such as z are decoded together."""
+        return max(1, min(count, PIXELS_AT_ONCE // (z.shape[1] * z.shape[2] * self.factor**2)))
+
+    def decode(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
+        """The images of all z together, where autograd keeps what happens inside."""
         return self.vae.decode(z / self.scaling + self.shift, return_dict=False)[0]
 
 

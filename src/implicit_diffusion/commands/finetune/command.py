@@ -25,6 +25,7 @@ from implicit_diffusion.commands.finetune.export import export, model_summary
 from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts, evaluate_held_out
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
+from implicit_diffusion.commands.finetune.problem.adapters import for_comfyui
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.problem.weighing import in_units, weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
@@ -235,15 +236,16 @@ def _conclude(
     by = judge_labels(config.reward, config.judge)
     judged_by = [row for watched in judges for row in judging.each_judge(by, judged.before, each, watched)]
     weighted = by_weights(judged.before, judged.after, judgement, untrained)
+    comfyui = for_comfyui(model, setup.pretrained.family)
     facts = (
         weighted,
         training,
-        model_summary(setup, model),
+        model_summary(setup, comfyui=comfyui is not None),
         MemoryOfStart(plan.memory_of_start, plan.memory_of_start_se),
     )
     summary = Summary(headline, *facts, plan.rows(), *judging.qualities(judged), rewards, judged_by, unseen)
     with writing(directory.model):
-        export(setup, model, directory, model_card(config, summary, setup.chain))
+        export(setup, model, directory, model_card(config, summary, setup.chain), comfyui)
     images = setup.decoded(judged.before, judged.after)
     result = Result(config, summary, plan, judged.before, judged.after, judgement.bound, [], images)
     keep_result(result, directory)

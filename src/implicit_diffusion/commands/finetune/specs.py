@@ -94,11 +94,13 @@ class Flight:
         samples: that one call with gradient serves.
         events: states and adjoints of all trajectories in flight.
         parts: processes that the weights are shared out over, where they are.
+        ending: samples that end together.
     """
 
     samples: int
     events: int
     parts: int
+    ending: int
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _flight(config: Config) -> Flight:
     num_steps = config.num_steps or STEPS
     stride = num_steps if config.loop == "nested" else config.stride or -(-num_steps // 10)
     stages = -(-num_steps // stride)
-    return Flight(stages * batch, (stages * (num_steps + 1) - 1 + stages) * batch, world_size())
+    return Flight(stages * batch, (stages * (num_steps + 1) - 1 + stages) * batch, world_size(), batch)
 
 
 def plan_spec(config: Config) -> PlanSpec:

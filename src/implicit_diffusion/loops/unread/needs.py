@@ -1,7 +1,8 @@
 """What a run will need at least, from models without memory: before any weight is read.
 
     encoding    the largest text encoder
-    training    network + trained parameters, gradients, moments (and u_0) + decoder + states + activations
+    training    network + trained parameters, gradients, moments (and u_0) + decoder + states + activations, which are
+                those of the network or, where a reward's gradient goes through the decoder, of a piece that it decodes
 
 On an accelerator one comes after the other; the host has the network meanwhile. Activations are those that autograd
 saves when the network is evaluated on the meta device, where tensors have shapes and no numbers. There is no autocast
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
 from implicit_diffusion.denoisers.without_numbers import without_numbers
@@ -24,6 +25,8 @@ from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.gradients.footprint import bytes_of, saved_per_sample
 from implicit_diffusion.loops.memory import free_memory, in_units
+from implicit_diffusion.models.decoders import Decoder
+from implicit_diffusion.models.pipelines.decoder import PipelineDecoder
 from implicit_diffusion.showing import Shown
 
 MOMENTS = 2  # of Adam, per trained number
@@ -41,6 +44,7 @@ class Training(Shown):
         half: whether layers compute in half precision.
         kept: dtype of frozen weights; at most float32, and float32 where all are trained.
         shares: processes that the weights are shared out over.
+        ending: samples that end together and are decoded for the gradient of a reward; 0 where there is none.
     """
 
     samples: int
@@ -50,6 +54,7 @@ class Training(Shown):
     half: bool = False
     kept: torch.dtype = torch.float32
     shares: int = 1
+    ending: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +82,8 @@ class Needs(Shown):
         states: of all trajectories in flight, with their adjoints; None where they are not known.
         activations: kept by autograd during the largest call with gradient; None where they are not known.
         decoder: weights of the decoder.
+        decoding: activations of the decoder for the largest piece of samples that it decodes together; None where they
+            are not known.
         encoders: weights of every text encoder, by name.
         on_host: whether text encoders compute on the host, also beside an accelerator.
         unknown: why something is not known.
@@ -87,6 +94,7 @@ class Needs(Shown):
     states: int | None
     activations: int | None
     decoder: int = 0
+    decoding: int | None = 0
     encoders: Mapping[str, int] = field(default_factory=dict)
     on_host: bool = False
     unknown: str | None = None
@@ -117,11 +125,22 @@ class Needs(Shown):
         return self.network + self.decoder + max(self.encoder, self._moving)
 
     @property
+    def advice(self) -> str:
+        """What would need less."""
+        if (self.decoding or 0) > max(self.activations or 0, self.network):
+            return (
+                "smaller samples, or an estimator that needs no gradient of the reward: most of it is kept by the "
+                "decoder, which is inside the reward"
+            )
+        return "low-rank adapters, gradient checkpointing, a smaller batch or a larger stride of the queue"
+
+    @property
     def _moving(self) -> int:
-        return self.trained + (self.states or 0) + (self.activations or 0)
+        return self.trained + (self.states or 0) + max(self.activations or 0, self.decoding or 0)
 
     def __str__(self) -> str:
-        sizes = {name: getattr(self, name) for name in ("network", "trained", "states", "activations", "decoder")}
+        names = ("network", "trained", "states", "activations", "decoder", "decoding")
+        sizes = {name: getattr(self, name) for name in names}
         sizes |= {name.replace("_", " "): size for name, size in self.encoders.items()}
         known = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items() if size)
         return known if self.unknown is None else f"{known}; {self.note}"
@@ -131,7 +150,7 @@ class Needs(Shown):
         """What is not counted, and why; None where all is."""
         if self.unknown is None:
             return None
-        missing = " and ".join(name for name in ("states", "activations") if getattr(self, name) is None)
+        missing = " and ".join(name for name in ("states", "activations", "decoding") if getattr(self, name) is None)
         return f"{missing} are not known, and not counted: {self.unknown}"
 
 
@@ -170,6 +189,37 @@ def needs_of_network(network: nn.Module, call: Call | None, training: Training) 
     return replace(needs, activations=training.samples * per_sample // (2 if training.half else 1))
 
 
+def with_decoder(needs: Needs, decoder: PipelineDecoder | Decoder, event_shape: Sequence[int], ending: int) -> Needs:
+    """The same with the activations of a decoder on the meta device.
+
+    Args:
+        needs: without.
+        decoder: whose weights are on the meta device.
+        event_shape: of one state.
+        ending: see `Training`.
+    """
+    if not ending:
+        return needs
+    try:
+        decoding = decoding_bytes(decoder, event_shape, ending)
+    except Exception as error:  # networks raise many
+        reason = f"the decoder cannot be evaluated without numbers ({type(error).__name__}: {one_line(error)})"
+        return replace(needs, decoding=None, unknown="; ".join(filter(None, (needs.unknown, reason))))
+    return replace(needs, decoding=decoding)
+
+
+def decoding_bytes(decoder: PipelineDecoder | Decoder, event_shape: Sequence[int], ending: int) -> int:
+    """Bytes that autograd saves of the largest piece of samples that a decoder on the meta device decodes together."""
+
+    def states(n: int) -> Tensor:
+        return torch.zeros(n, *event_shape, device="meta", requires_grad=True)
+
+    with without_numbers():
+        like = states(1)[0] if isinstance(decoder, Decoder) else decoder.decode(states(1))[0]
+        per_sample = saved_per_sample(lambda n: decoder.decode(states(n)))[0]
+    return per_sample * decoder.largest_piece(ending, like)
+
+
 def check_needs(needs: Needs, device: torch.device, available: dict[str, int | None] | None = None) -> None:
     """Refuse what cannot fit.
 
@@ -189,7 +239,7 @@ def check_needs(needs: Needs, device: torch.device, available: dict[str, int | N
             raise MemoryLimitError(
                 f"the run will not fit: {kind} has {in_units(free)} free, and it needs at least {in_units(needed)} "
                 f"there ({needs}), by its config and the headers of its weights, which have not been read; use "
-                "low-rank adapters, gradient checkpointing, a smaller batch or a larger stride of the queue"
+                f"{needs.advice}"
             )
 
 

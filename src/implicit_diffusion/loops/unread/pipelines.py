@@ -12,7 +12,7 @@ from torch import nn
 
 from implicit_diffusion.errors import ImplicitDiffusionError
 from implicit_diffusion.files.reading import one_line
-from implicit_diffusion.loops.unread.needs import Call, Needs, Training, needs_of_network, weight_bytes
+from implicit_diffusion.loops.unread.needs import Call, Needs, Training, needs_of_network, weight_bytes, with_decoder
 from implicit_diffusion.models.checkpoints import Checkpoint
 from implicit_diffusion.models.pipelines.unread import unread_pipeline
 from implicit_diffusion.models.prompts import UNUSED
@@ -48,12 +48,14 @@ def needs_of_pipeline(checkpoint: Checkpoint, training: Training, num_steps: int
     needs = needs_of_network(unread.network, call, training)
     beside = {part: model for part, model in unread.others.items() if part not in UNUSED}
     texts = {part: model for part, model in beside.items() if _is_encoder(model)}
+    if probed is not None and probed.decoder is not None:
+        needs = with_decoder(needs, probed.decoder, probed.event_shape, training.ending)
     return replace(
         needs,
         decoder=sum(weight_bytes(model) for part, model in beside.items() if part not in texts),
         encoders={part: weight_bytes(model) for part, model in texts.items()},
         on_host=True,
-        unknown=unknown or needs.unknown,
+        unknown="; ".join(filter(None, (unknown, needs.unknown))) or None,
     )
 
 

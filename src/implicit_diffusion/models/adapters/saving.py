@@ -12,13 +12,14 @@ stop it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.low_rank import LowRank, adapter_of
 from implicit_diffusion.denoisers.sharded import network_of
@@ -91,11 +92,16 @@ def save_comfyui_adapter(path: str | PathLike[str], denoiser: nn.Module, pipelin
     if path.suffix != ".safetensors":
         raise InvalidInputError(f"path must end in .safetensors, got {path.name}")
     network: Any = network_of(denoiser)
-    weights = converted(_adapter(denoiser), network, pipeline_class, part)
+    write_comfyui_file(path, converted(_adapter(denoiser), network, pipeline_class, part))
+    return path
+
+
+@main_only
+def write_comfyui_file(path: Path, entries: Mapping[str, Tensor]) -> None:
+    """Write entries that `converted` has made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
-    return path
+        save_file(dict(entries), temporary, metadata={"format": "pt"})
 
 
 def _adapter(denoiser: nn.Module) -> LowRank:

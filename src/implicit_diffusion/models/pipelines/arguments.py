@@ -98,7 +98,7 @@ def _role(name: str, rows: list[Any], wider: Any, states: Sequence[Tensor], time
     if (state := _as_state(rows, states)) is not None:
         return state
     if all(same(value, first) for value in rows[1:]):
-        return _constant(name, first, wider)
+        return constant_role(name, first, wider)
     if isinstance(first, Mapping):
         return {k: _role(f"{name}[{k!r}]", [row[k] for row in rows], wider[k], states, times) for k in first}
     if isinstance(first, list | tuple) and len({len(row) for row in (*rows, wider)}) == 1:
@@ -115,15 +115,16 @@ def _role(name: str, rows: list[Any], wider: Any, states: Sequence[Tensor], time
     )
 
 
-def _constant(name: str, first: Any, wider: Any) -> Role:
+def constant_role(name: str, first: Any, wider: Any, few: int = FEW, more: int = MORE) -> Role:
+    """The role of an argument that is constant in time, from its values in runs of `few` and of `more` samples."""
     if isinstance(first, Mapping):
-        return {key: _constant(f"{name}[{key!r}]", value, wider[key]) for key, value in first.items()}
+        return {key: constant_role(f"{name}[{key!r}]", value, wider[key], few, more) for key, value in first.items()}
     if isinstance(first, Tensor | list) and len_of(first) != len_of(wider):
-        parts = len_of(first) // FEW
-        if parts and (len_of(first), len_of(wider)) == (parts * FEW, parts * MORE):
+        parts = len_of(first) // few
+        if parts and (len_of(first), len_of(wider)) == (parts * few, parts * more):
             return PerSample(parts)
     if isinstance(first, list | tuple) and len(first) == len(wider):
-        inside = [_constant(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(first, wider))]
+        inside = [constant_role(f"{name}[{i}]", *pair, few, more) for i, pair in enumerate(zip(first, wider))]
         return inside if isinstance(first, list) else tuple(inside)
     if not same(first, wider):
         raise NonAffineError(

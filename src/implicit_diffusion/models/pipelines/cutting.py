@@ -74,8 +74,7 @@ def cut_prompts(pipeline: Any, prompts: Sequence[str], *, max_sequence_length: i
         check_integer("max_sequence_length", max_sequence_length)
     cuts = [
         CutPrompt(first + i, name, tokens, kept, cut)
-        for name, tokenizer in parts.items()
-        if hasattr(tokenizer, "model_max_length") and callable(tokenizer)
+        for name, tokenizer in tokenizers_of(parts).items()
         for first in range(0, len(prompts), CHUNK)
         for i, tokens, kept, cut in _cut(tokenizer, list(prompts[first : first + CHUNK]), max_sequence_length)
     ]
@@ -92,6 +91,25 @@ def warn_of_cuts(pipeline: Any, prompts: Sequence[str], *, max_sequence_length: 
         more = f"; and {len(own) - NAMED} more" if len(own) > NAMED else ""
         words = f"{several} longer than the {own[0].kept} tokens that {name} keeps: {lost}{more}"
         warnings.warn(f"prompts: {words}", CutPromptWarning, stacklevel=2)
+
+
+def token_counts(pipeline: Any, texts: Sequence[str]) -> list[list[int]]:
+    """How many tokens texts have by each of a pipeline's tokenizers, which may be none."""
+    return [
+        [
+            len(ids)
+            for first in range(0, len(texts), CHUNK)
+            for ids in tokenizer(
+                list(texts[first : first + CHUNK]), add_special_tokens=False, truncation=False, verbose=False
+            )["input_ids"]
+        ]
+        for tokenizer in tokenizers_of(pipeline.components).values()
+    ]
+
+
+def tokenizers_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """All parts with a `model_max_length` that can be called."""
+    return {name: part for name, part in parts.items() if hasattr(part, "model_max_length") and callable(part)}
 
 
 def _default(pipeline: Any) -> int | None:

@@ -57,15 +57,20 @@ class PipelineDecoder(ShownModule):
     def forward(self, x: Float[Tensor, "n *latent"]) -> Float[Tensor, "n colours ..."]:
         """The images of x, decoded a few at a time; what happens inside is computed again in the backward pass."""
         first = self._checkpointed(x[:1])
-        at_once = max(1, PIXELS_AT_ONCE // first[0, 0].numel())
+        at_once = self.largest_piece(len(x), first[0])
         return torch.cat([first, *map(self._checkpointed, x[1:].split(at_once) if len(x) > 1 else ())])
+
+    def largest_piece(self, count: int, image: Float[Tensor, "colours ..."]) -> int:
+        """How many of `count` samples are decoded together to images such as this one: the first one is by itself."""
+        return max(1, min(count - 1, PIXELS_AT_ONCE // image[0].numel()))
 
     def _checkpointed(self, x: Tensor) -> Tensor:
         with set_checkpoint_early_stop(False):  # which would end the pipeline by an error of its own
-            images: Tensor = checkpoint(self._decode, x, use_reentrant=False)
+            images: Tensor = checkpoint(self.decode, x, use_reentrant=False)
         return images
 
-    def _decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Float[Tensor, "n *latent"]) -> Float[Tensor, "n colours ..."]:
+        """The images of all x together, where autograd keeps what happens inside."""
         pipeline, count = self._pipeline, len(x)
         scheduler = copy.deepcopy(pipeline.scheduler)
         steps = itertools.count(1)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.denoisers.embedding_table import IN_MEMORY
+from implicit_diffusion.denoisers.embedding_table import fits
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pipelines.arguments import filled
 from implicit_diffusion.models.pipelines.placing import bytes_held, placed
@@ -46,19 +46,21 @@ class PlannedCall:
 class Plan:
     """All calls of one evaluation; copies of a denoiser share it, embeddings included.
 
-    Values of up to `IN_MEMORY` bytes are copied to the device that first asks for them, and stay there, so that no call
-    waits for a transfer.
+    Values that fit into memory (`embedding_table.fits`) are copied to the device that first asks for them, and stay
+    there, so that no call waits for a transfer. Of others, the rows of a batch travel.
     """
 
     calls: tuple[PlannedCall, ...]
     prompts: int  # how many there are
+    rows: Tensor | None = None  # of each prompt, its row in the values; None where each has its own
     _copies: dict[torch.device, tuple[PlannedCall, ...]] = field(default_factory=dict, repr=False)
+    _rows: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def kept(self) -> int:
         """Bytes that stay on the device of the network."""
         total = sum(bytes_held(call.roles) for call in self.calls)
-        return total if total <= IN_MEMORY else 0
+        return total if fits(total) else 0
 
     def at(self, device: torch.device) -> tuple[PlannedCall, ...]:
         """The calls, with values on a device unless they are too large to stay there."""
@@ -66,6 +68,14 @@ class Plan:
             moved = (PlannedCall(placed(call.roles, device), call.weights) for call in self.calls)
             self._copies[device] = tuple(moved) if self.kept else self.calls
         return self._copies[device]
+
+    def rows_of(self, which: Tensor) -> Tensor:
+        """The rows of prompts by their numbers."""
+        if self.rows is None:
+            return which
+        if which.device not in self._rows:
+            self._rows[which.device] = self.rows.to(which.device)
+        return self._rows[which.device][which]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self
@@ -115,6 +125,7 @@ class PipelineDenoiser(DiffusersDenoiser):
             )
         if which is None:
             which = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        which = self.plan.rows_of(which)
         call = self.compiled or self.model
         total = torch.zeros_like(x)
         for planned in self.plan.at(x.device):

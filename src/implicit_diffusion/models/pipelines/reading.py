@@ -7,7 +7,7 @@ output     o_k = d_k x_k + Σ_j c_jk u_j by least squares on every row; the c_jk
 table      (a, b, s, m, t) of the scheduler as the pipeline has set it, by probing it in double precision
 verify     on every row: the arguments that the denoiser would give are those that the pipeline gave, and
 x_{k+1} = a_k x_k + b_k o_k + s_k ξ_k is what the pipeline's step returned
-embed      one row with all prompts: their embeddings, masks and positions
+embed      one row with all prompts, by chunks: their embeddings, masks and positions (`embedding`)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from implicit_diffusion.denoisers.conditions import Drawn
 from implicit_diffusion.errors import InvalidInputError, check_integer, check_type, shown
@@ -30,8 +30,9 @@ from implicit_diffusion.models.families import takes_time
 from implicit_diffusion.models.pipelines.arguments import FEW, MORE, bound, time_in
 from implicit_diffusion.models.pipelines.decoder import PipelineDecoder
 from implicit_diffusion.models.pipelines.denoiser import PROMPT, PipelineDenoiser, Plan, PlannedCall
+from implicit_diffusion.models.pipelines.embedding import Recorded, Text, embedded
 from implicit_diffusion.models.pipelines.fitting import initial_std_of, outputs_of, roles_of, verify
-from implicit_diffusion.models.pipelines.recording import Recorder
+from implicit_diffusion.models.pipelines.recording import NetworkCall, Recorder
 from implicit_diffusion.models.pipelines.stand_ins import batch_of
 from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.showing import Shown, of_network
@@ -145,15 +146,11 @@ def read_pipeline(
         initial_std=initial_std_of(recording.steps[0].x),
     )
     assert one.form is not None
-    everyone, count = _everyone(pipeline, call, texts)
-    embedded = one.with_count(count).run(num_steps, everyone, 1).steps[0]
-    calls = [
-        PlannedCall(bound(role, dict(called.arguments), count), c)
-        for role, called, c in zip(roles, embedded.calls, weights, strict=True)
-    ]
+    arguments, rows, count = _bound(one, num_steps, call, texts, roles, recording.steps[0].calls)
+    calls = tuple(PlannedCall(*each) for each in zip(arguments, weights, strict=True))
     named = texts is not None or "class_labels" in call
     return ProbedPipeline(
-        denoiser=PipelineDenoiser(one.network, Plan(tuple(calls), count)).eval(),
+        denoiser=PipelineDenoiser(one.network, Plan(calls, count, rows)).eval(),
         table=table if sampler == "own" else table.unscaled(),
         event_shape=tuple(recording.steps[0].x.shape[1:]),
         condition=Drawn(PROMPT, torch.arange(count)) if named else None,
@@ -227,10 +224,32 @@ def _network_of(pipeline: Any) -> str:
     return timed[0]
 
 
-def _everyone(pipeline: Any, call: dict[str, Any], texts: list[str] | None) -> tuple[dict[str, Any], int]:
-    """The arguments of a call with one sample for every prompt or class, and their number."""
-    if texts is not None:
-        return {"prompt": texts}, len(texts)
-    if "class_labels" in call:
-        return {}, len(call["class_labels"])
-    return batch_of(pipeline, call, None, 1), 1
+def _bound(
+    recorder: Recorder,
+    num_steps: int,
+    call: dict[str, Any],
+    texts: list[str] | None,
+    roles: list[Any],
+    recorded: Sequence[NetworkCall],
+) -> tuple[list[Any], Tensor | None, int]:
+    """The arguments of every call for all prompts or classes, the row of each in them, and how many there are."""
+
+    def row(count: int, given: dict[str, Any]) -> Sequence[NetworkCall]:
+        return recorder.with_count(count).run(num_steps, given, 1).steps[0].calls
+
+    if texts is None:
+        classes = len(call["class_labels"]) if "class_labels" in call else 1
+        calls = row(classes, {} if "class_labels" in call else batch_of(recorder.pipeline, call, None, 1))
+        return [bound(role, each.arguments, classes) for role, each in zip(roles, calls, strict=True)], None, classes
+    negative: Any = call.get("negative_prompt")
+    several = isinstance(negative, list)
+    named = [Text(*each) for each in zip(texts, negative if several else [None] * len(texts), strict=True)]
+    place = {text: number for number, text in enumerate(dict.fromkeys(named))}
+
+    def run(few: Sequence[Text]) -> Sequence[NetworkCall]:
+        negatives = {"negative_prompt": [text.negative for text in few]} if several else {}
+        return row(len(few), {"prompt": [text.prompt for text in few]} | negatives)
+
+    arguments = embedded(run, recorder.pipeline, list(place), Recorded([named[0]] * FEW, recorded, roles))
+    rows = torch.tensor([place[text] for text in named]) if len(place) < len(named) else None
+    return arguments, rows, len(named)

@@ -8,10 +8,11 @@ second run would raise R/β₁ + R/β₂: for that, give the merged model of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from implicit_diffusion.commands.finetune.specs import NetworkSpec
 from implicit_diffusion.commands.shared.usage import OWN_ADAPTER
@@ -22,7 +23,7 @@ from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.models.adapters.layouts import converted
 from implicit_diffusion.models.adapters.reading import read_adapter
-from implicit_diffusion.models.adapters.saving import adapter_usage, save_adapter, save_comfyui_adapter
+from implicit_diffusion.models.adapters.saving import adapter_usage, save_adapter, write_comfyui_file
 from implicit_diffusion.models.families import PipelineFamily
 from implicit_diffusion.noise import Noise
 
@@ -76,23 +77,24 @@ def _check_agreement(adapter: LowRank, spec: NetworkSpec) -> None:
         raise InvalidInputError(f"it does not adapt {missing[0][1:]}, which --lora-targets names; leave that out")
 
 
-def export_adapters(folder: Path, model: nn.Module, family: PipelineFamily) -> None:
-    """Write the adapters of a trained model: for its pipeline, and for ComfyUI where that has the network."""
-    pipeline_class = pipeline_class_of(family)
-    save_adapter(folder / FOLDER, model, pipeline_class, family.part)
-    if comfyui_file(model, family) is not None:
-        save_comfyui_adapter(folder / COMFYUI, model, pipeline_class, family.part)
-
-
-def comfyui_file(model: nn.Module, family: PipelineFamily) -> str | None:
-    """The name of the file with a trained model's adapters for ComfyUI; None where it has no such network or layers."""
+def for_comfyui(model: nn.Module, family: PipelineFamily) -> dict[str, Tensor] | None:
+    """The entries of a trained model's adapters in a file for ComfyUI; None where it has no such network or layers."""
     adapter = adapter_of(model)
+    if adapter is None:
+        return None
     try:
-        assert adapter is not None
-        converted(adapter, network_of(model), pipeline_class_of(family), family.part)
+        return converted(adapter, network_of(model), pipeline_class_of(family), family.part)
     except InvalidInputError:
         return None
-    return COMFYUI
+
+
+def export_adapters(
+    folder: Path, model: nn.Module, family: PipelineFamily, comfyui: Mapping[str, Tensor] | None
+) -> None:
+    """Write the adapters of a trained model: for its pipeline, and the entries of `for_comfyui` where there are any."""
+    save_adapter(folder / FOLDER, model, pipeline_class_of(family), family.part)
+    if comfyui is not None:
+        write_comfyui_file(folder / COMFYUI, comfyui)
 
 
 def loaded_by(family: PipelineFamily, *, own: bool) -> str:

@@ -11,12 +11,22 @@ from torch import nn
 
 from implicit_diffusion.commands.finetune.config import STEPS
 from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
-from implicit_diffusion.commands.finetune.specs import Flight, NetworkSpec, SetupSpec
+from implicit_diffusion.commands.finetune.problem.estimators import BLACK_BOX
+from implicit_diffusion.commands.finetune.specs import Flight, SetupSpec
 from implicit_diffusion.commands.shared.models.read_model import asked_of
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
-from implicit_diffusion.loops.unread.needs import Call, Needs, Training, check_needs, needs_of_network, weight_bytes
+from implicit_diffusion.loops.unread.needs import (
+    Call,
+    Needs,
+    Training,
+    check_needs,
+    needs_of_network,
+    weight_bytes,
+    with_decoder,
+)
 from implicit_diffusion.loops.unread.pipelines import needs_of_pipeline
 from implicit_diffusion.models.checkpoints import Checkpoint, find_checkpoint
+from implicit_diffusion.models.decoders import Decoder
 from implicit_diffusion.models.families import PIXELS, PipelineFamily
 from implicit_diffusion.models.parts import saved_dtype, without_memory
 from implicit_diffusion.models.pretrained import event_shape_of, meta_inputs
@@ -49,8 +59,8 @@ def needs_of(spec: SetupSpec, flight: Flight) -> Needs:
     """
     checkpoint = find_checkpoint(spec.network.model)
     if not checkpoint.family.probed:
-        return _of_known(checkpoint, spec.network, flight)
-    chain, training = spec.chain, _training(spec.network, flight, checkpoint.family)
+        return _of_known(checkpoint, spec, flight)
+    chain, training = spec.chain, _training(spec, flight, checkpoint.family)
     trained, held_out, _, call = asked_of(checkpoint, spec.conditions, chain.size, chain.frames)
     if spec.conditions.student_guidance is not None:
         call["guidance_scale"] = spec.conditions.student_guidance  # of u_θ; u_0 needs as much or more
@@ -58,38 +68,46 @@ def needs_of(spec: SetupSpec, flight: Flight) -> Needs:
     return needs_of_pipeline(checkpoint, training, chain.num_steps or STEPS, **options)
 
 
-def _of_known(checkpoint: Checkpoint, spec: NetworkSpec, flight: Flight) -> Needs:
+def _of_known(checkpoint: Checkpoint, spec: SetupSpec, flight: Flight) -> Needs:
     """The same for a family that is known by hand."""
-    source, family = spec.model, checkpoint.family
+    source, family, asked = spec.network.model, checkpoint.family, spec.network
     with checkpoint.laid_out() as folder:
         network, headers = without_memory(checkpoint, folder, family.part, "network", source)
         others = {
-            part: weight_bytes(without_memory(checkpoint, folder, part, part.replace("_", " "), source)[0])
+            part: without_memory(checkpoint, folder, part, part.replace("_", " "), source)[0]
             for part in checkpoint.parts
             if part == "vae" or part.startswith("text_encoder")
         }
-    keeps = spec.adapted and not spec.shard and family is not PIXELS
+    keeps = asked.adapted and not asked.shard and family is not PIXELS
     training = _training(spec, flight, family, saved_dtype(headers) if keeps else torch.float32)
+    decoder = Decoder(others.pop("vae"), shifted=family.shifted) if "vae" in others else None
     shape = event_shape_of(network, family, source)
+    if spec.chain.size is not None:
+        factor = 1 if decoder is None else decoder.factor
+        shape = (shape[0], *(side // factor for side in spec.chain.size))
     call = Call(DiffusersDenoiser(network), functools.partial(_called, network, shape, family), shape)
     needs = needs_of_network(network, call, training)
-    return replace(needs, decoder=others.pop("vae", 0), encoders=others)
+    if decoder is not None:
+        needs = replace(with_decoder(needs, decoder, shape, training.ending), decoder=weight_bytes(decoder))
+    return replace(needs, encoders={part: weight_bytes(model) for part, model in others.items()})
 
 
-def _training(spec: NetworkSpec, flight: Flight, family: PipelineFamily, kept: torch.dtype = torch.float32) -> Training:
+def _training(spec: SetupSpec, flight: Flight, family: PipelineFamily, kept: torch.dtype = torch.float32) -> Training:
     """What is trained, and how much there is at a time; frozen weights are kept in the dtype `kept`."""
+    network = spec.network
 
-    def adapt(network: nn.Module) -> None:
-        add_adapters(network, spec, Noise(0), family)  # without memory, there are no numbers to draw
+    def adapt(module: nn.Module) -> None:
+        add_adapters(module, network, Noise(0), family)  # without memory, there are no numbers to draw
 
     return Training(
         samples=flight.samples,
         events=flight.events,
-        adapt=adapt if spec.adapted else None,
-        checkpointing=spec.gradient_checkpointing,
-        half=spec.precision != "float32",
+        adapt=adapt if network.adapted else None,
+        checkpointing=network.gradient_checkpointing,
+        half=network.precision != "float32",
         kept=kept,
-        shares=flight.parts if spec.shard else 1,
+        shares=flight.parts if network.shard else 1,
+        ending=0 if spec.estimator in BLACK_BOX else flight.ending,
     )
 
 
