@@ -4,11 +4,11 @@ An objective is a weighted sum of terms, F = Σ_j c_j F_j, and is minimised. Ter
 
 - a `TerminalObjective` is a functional of points alone (a reward, a divergence to data), at the end of a chain or under
   the stationary law of a potential;
-- a `GibbsObjective` may need the density e^{−V} behind the particles (the KL divergences do), which chains do not have;
+- a `GibbsObjective` may need the density e^{−V} behind the particles (the KL divergences do), which chains have not;
 - a `RunningCost` is paid along a denoising chain, Σ_k E c_k(x_k, θ) (a path KL), which stationary samplers do not have.
 
-`Reward(r) + 0.5 * PathKL()` is a `Sum`; a term is an objective by itself. Gradient estimators look only at `terms`.
-Objectives are immutable: no check or estimate changes one, so that several loops may share it.
+`Reward(r) + 0.5 * PathKL()` is a `Sum`; a term is an objective by itself. Gradient estimators look only at `terms`. No
+check or estimate changes an objective, so that several loops may share it.
 """
 
 from __future__ import annotations
@@ -159,8 +159,7 @@ class Term(Shown, Objective):
     def networks(self) -> Iterable[nn.Module]:
         """The modules that the term calls, which loops and estimators put into eval mode while they run.
 
-        A term of your own that calls a network returns it here; by default there is none, except the term itself where
-        it is a module.
+        A term of your own returns its network here; by default there is none, except a term that is itself a module.
         """
         return [self] if isinstance(self, nn.Module) else []
 
@@ -173,18 +172,16 @@ class GibbsObjective(Term):
     """A functional of the stationary law π_θ ∝ e^{−V(·; θ)}, known by its first variation.
 
     `support` is where the measure F′·p lies, known before anything is evaluated: on the "particles" alone, F′ being a
-    function of them; on outside "points" alone, which `draw` returns; or on "both"; "none" where F′ = 0.
-
-    `in_minimum` is the derivative of F in the value min_p G(p, θ) = −log Z_θ of the inner problem, whose gradient in θ
-    is that of E_p V_θ: 1 for the evidence, and 0 for what depends on the law alone.
+    function of them; on outside "points" alone, which `draw` returns; or on "both"; "none" where F′ = 0. `in_minimum`
+    is the derivative of F in the value min_p G(p, θ) = −log Z_θ of the inner problem, 1 for the evidence.
 
     `separable` says that the term looks at each particle by itself and averages with `Particles.mean`: then every
-    process evaluates it at its own particles and points. Otherwise each gets those of all processes.
+    process evaluates it at its own particles and points; otherwise at those of all.
     """
 
     support: ClassVar[Support] = "particles"
-    in_minimum: ClassVar[float] = 0.0
     separable: ClassVar[bool] = False
+    in_minimum: ClassVar[float] = 0.0
 
     @abstractmethod
     def first_variation(self, particles: Particles, density: Density) -> FirstVariation:

@@ -109,7 +109,7 @@ def test_what_is_not_known_is_said(place, monkeypatch, capsys):
     assert (
         asked.activations is None
         and asked.states
-        and asked.training == asked.network + asked.trained + asked.states + asked.decoder
+        and asked.training == asked.network + asked.trained + asked.states + asked.decoder + asked.decoding
     )
     assert "activations are not known, and not counted: the network cannot be evaluated without numbers (" in str(asked)
     check_fit(spec, spec.flight, CPU)

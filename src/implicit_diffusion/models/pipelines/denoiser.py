@@ -24,7 +24,7 @@ from implicit_diffusion.denoisers.embedding_table import fits
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pipelines.arguments import filled
 from implicit_diffusion.models.pipelines.placing import bytes_held, placed
-from implicit_diffusion.showing import of_network
+from implicit_diffusion.showing import Shown, of_network
 
 PROMPT = "prompt"  # the condition's name: the number of a prompt
 
@@ -42,8 +42,8 @@ class PlannedCall:
     weights: tuple[float, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Shown):
     """All calls of one evaluation; copies of a denoiser share it, embeddings included.
 
     Values that fit into memory (`embedding_table.fits`) are copied to the device that first asks for them, and stay
