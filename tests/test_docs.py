@@ -23,6 +23,7 @@ WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if not GENERAT
 # Pages that show all that their examples print.
 PRINTED = {
     "docs/howto/evidence.md",
+    "docs/howto/design.md",
     "docs/howto/flow.md",
     "docs/howto/implicit-differentiation.md",
     "docs/howto/python.md",
