@@ -181,6 +181,7 @@ REFUSED = {
     "more than parameters": lambda: [well(0), well(1, depth=2.0)],
     "not elementwise": lambda: [well(s, optimizer=Normalised) for s in range(2)],
     "all runs at once": branching,
+    "min_ess shortens": lambda: [hexagon(s, weighted=True, min_ess=0.3) for s in range(2)],
 }
 
 

@@ -49,6 +49,8 @@ def check_loops(loops: Sequence[ParticleLoop]) -> list[ParticleLoop]:
                 "several runs at once take updates without schedule, average, accumulation and parametrizations; "
                 f"{ONE_BY_ONE}"
             )
+        if isinstance(loop, Single) and loop.min_ess is not None:
+            raise InvalidInputError(f"min_ess shortens the step of one run by its own weights; {ONE_BY_ONE}")
         own = {id(p) for p in loop.model.parameters()}
         if any(id(p) not in own for p in update.parameters):
             raise InvalidInputError(f"the optimizer moves more than the potential's parameters; {ONE_BY_ONE}")
