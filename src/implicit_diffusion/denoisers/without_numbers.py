@@ -47,6 +47,20 @@ def hollow(network: nn.Module, device: torch.device | str = "cpu") -> None:
     network.__dict__["_hf_hook"] = SimpleNamespace(execution_device=torch.device(device))
 
 
+@contextmanager
+def buffers_on_host(network: nn.Module) -> Iterator[None]:
+    """Context in which the buffers of a network on the meta device are zeros on the host, where pipelines read them."""
+    held = [(layer, name, buffer) for layer in network.modules() for name, buffer in layer._buffers.items()]
+    for layer, name, buffer in held:
+        if buffer is not None and buffer.is_meta:
+            layer._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    try:
+        yield
+    finally:
+        for layer, name, buffer in held:
+            layer._buffers[name] = buffer
+
+
 def _entered(forward: Any, device: torch.device | str) -> Any:
     @functools.wraps(forward)
     def enter(*arguments: Any, **options: Any) -> Any:

@@ -69,7 +69,15 @@ class Decoder(ShownModule):
 
     def decode(self, z: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n colours high wide"]:
         """The images of all z together, where autograd keeps what happens inside."""
-        return self.vae.decode(z / self.scaling + self.shift, return_dict=False)[0]
+        arguments, options = self.given_to_autoencoder(z)
+        images: Tensor = self.vae.decode(*arguments, **options)[0]
+        return images
+
+    def given_to_autoencoder(
+        self, z: Float[Tensor, "n channels height width"]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What its autoencoder decodes: z/σ + μ."""
+        return (z / self.scaling + self.shift,), {"return_dict": False}
 
 
 def _finite(value: object) -> bool:

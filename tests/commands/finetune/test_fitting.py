@@ -13,6 +13,7 @@ from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.finetune.training import make_loop
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.errors import MemoryLimitError
+from implicit_diffusion.gradients.footprint import saved_per_sample
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.loops.unread.needs import Needs, check_needs, weight_bytes
 from implicit_diffusion.models.pretrained import load_pretrained
@@ -84,6 +85,33 @@ def test_what_cannot_fit_is_refused_and_no_weight_is_read(place, monkeypatch):
     monkeypatch.setattr("implicit_diffusion.models.parts._load", lambda *a: pytest.fail("weights were read"))
     with pytest.raises(MemoryLimitError, match=r"cpu has 10 kB free.*at least .*network .*have not been read"):
         setup.build(setup_spec(config_of(place, lora_rank=2)))
+
+
+def test_a_decoder_counts_where_a_gradient_goes_through_it(place):
+    """In pieces of as many samples as it decodes together, at the size that is asked for."""
+    decoder = load_pretrained(place / "model").decoder
+
+    def bytes_at(side, together):
+        def decode(n):
+            return decoder.decode(torch.zeros(n, 4, side, side, requires_grad=True))
+
+        return together * saved_per_sample(decode)[0]
+
+    side = load_pretrained(place / "model").event_shape[-1]
+    assert needs(place, lora_rank=2).decoding == bytes_at(side, 2) > 0
+    small, more = (needs(place, lora_rank=2, size=(decoder.factor * n,) * 2) for n in (side // 2, side))
+    assert small.decoding == bytes_at(side // 2, 2) < more.decoding
+    assert needs(place, lora_rank=2, estimator="score").decoding == 0
+
+
+def test_a_refusal_names_the_decoder():
+    asked = Needs(network=40, trained=8, states=5, activations=10, decoder=2, decoding=50)
+    assert (asked.training, replace(asked, decoding=9).training) == (105, 65)  # of two that do not come together
+    with pytest.raises(MemoryLimitError, match=r"decoding 50 B\).*smaller samples.*kept by the decoder"):
+        check_needs(asked, CPU, {"cpu": 104})
+    check_needs(asked, CPU, {"cpu": 105})
+    unknown = replace(asked, decoding=None, unknown="why")
+    assert unknown.note == "decoding are not known, and not counted: why"
 
 
 def test_devices_and_host_are_asked_for_what_comes_to_them():

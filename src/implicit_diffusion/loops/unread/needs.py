@@ -15,12 +15,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from implicit_diffusion.denoisers.lora import WithoutAdapter, checkpoint_activations
-from implicit_diffusion.denoisers.without_numbers import without_numbers
+from implicit_diffusion.denoisers.without_numbers import buffers_on_host, without_numbers
 from implicit_diffusion.errors import MemoryLimitError
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.gradients.footprint import bytes_of, saved_per_sample
@@ -209,14 +211,26 @@ def with_decoder(needs: Needs, decoder: PipelineDecoder | Decoder, event_shape: 
 
 
 def decoding_bytes(decoder: PipelineDecoder | Decoder, event_shape: Sequence[int], ending: int) -> int:
-    """Bytes that autograd saves of the largest piece of samples that a decoder on the meta device decodes together."""
+    """Bytes that autograd saves of the largest piece of samples that a decoder on the meta device decodes together.
 
-    def states(n: int) -> Tensor:
-        return torch.zeros(n, *event_shape, device="meta", requires_grad=True)
+    They are those of its autoencoder: what surrounds that keeps nothing that grows.
+    """
+
+    def without_memory(n: int) -> Any:
+        with buffers_on_host(decoder.vae):
+            given = decoder.given_to_autoencoder(torch.zeros(n, *event_shape))
+        return tree_map_only(Tensor, lambda z: z.to("meta").requires_grad_(z.is_floating_point()), given)
+
+    given, autoencoder = {n: without_memory(n) for n in (2, 3)}, cast(Any, decoder.vae)
+
+    def images(n: int) -> Tensor:
+        arguments, options = given[n]
+        decoded: Tensor = autoencoder.decode(*arguments, **options)[0]
+        return decoded
 
     with without_numbers():
-        like = states(1)[0] if isinstance(decoder, Decoder) else decoder.decode(states(1))[0]
-        per_sample = saved_per_sample(lambda n: decoder.decode(states(n)))[0]
+        per_sample = saved_per_sample(images)[0]
+        like = given[2][0][0][0] if isinstance(decoder, Decoder) else images(2)[0]
     return per_sample * decoder.largest_piece(ending, like)
 
 

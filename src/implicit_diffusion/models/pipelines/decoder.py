@@ -71,6 +71,25 @@ class PipelineDecoder(ShownModule):
 
     def decode(self, x: Float[Tensor, "n *latent"]) -> Float[Tensor, "n colours ..."]:
         """The images of all x together, where autograd keeps what happens inside."""
+        decoded: list[Tensor] = []
+        result = self._run(x, self._end(decoded))
+        return (decoded[0] if decoded else result[0]).to(x.dtype)
+
+    def given_to_autoencoder(self, x: Float[Tensor, "n *latent"]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call of its autoencoder's `decode` by which the pipeline decodes x."""
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        vae = copy.copy(self.vae)
+
+        def decode(*args: Any, **kwargs: Any) -> Any:
+            given.append((args, kwargs))
+            raise Enough
+
+        vae.__dict__["decode"] = decode
+        self._run(x, {"vae": vae})
+        return given[0]
+
+    def _run(self, x: Tensor, replaced: Mapping[str, Any]) -> Any:
+        """What the pipeline returns where its last step returns x, with other parts."""
         pipeline, count = self._pipeline, len(x)
         scheduler = copy.deepcopy(pipeline.scheduler)
         steps = itertools.count(1)
@@ -84,14 +103,12 @@ class PipelineDecoder(ShownModule):
 
         scheduler.step = step
         network = stand_in_for(getattr(pipeline, self._part), answer)
-        decoded: list[Tensor] = []
-        shadow = shadow_of(pipeline, {"scheduler": scheduler, self._part: network} | self._end(decoded), x.device)
+        shadow = shadow_of(pipeline, {"scheduler": scheduler, self._part: network, **replaced}, x.device)
         if hasattr(pipeline, "encode_prompt"):
             shadow.__dict__["encode_prompt"] = self._encoder(count)
         options = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False, **self._call}
         options |= batch_of(pipeline, self._call, self._prompts, count)
-        result = run_until_enough(shadow, options, "pipeline: its end, which decodes,")
-        return (decoded[0] if decoded else result[0]).to(x.dtype)
+        return run_until_enough(shadow, options, "pipeline: its end, which decodes,")
 
     def _end(self, decoded: list[Tensor]) -> dict[str, Any]:
         """Parts of the pipeline in whose place others end it without rounding; the last resort puts images into
