@@ -38,7 +38,7 @@ class InformationGain(GibbsObjective):
         >>> loop = Single(experiment, kernel, InformationGain(experiment), adam, particles=1000, noise=Noise(0))
         >>> for metrics in loop.run(150):
         ...     pass
-        >>> print(f"{experiment.signal.angle:.1f}")  # π/2
+        >>> print(f"{experiment.signal.angle.item():.1f}")  # π/2
         1.6
 
     The value itself is not known from pairs; `information_gain` estimates it.
