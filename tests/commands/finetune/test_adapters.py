@@ -11,7 +11,7 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.finetune import planning
 from implicit_diffusion.commands.finetune.config import Config
 from implicit_diffusion.commands.finetune.problem import setup
-from implicit_diffusion.commands.finetune.problem.adapters import comfyui_file, export_adapters
+from implicit_diffusion.commands.finetune.problem.adapters import export_adapters, for_comfyui
 from implicit_diffusion.commands.finetune.problem.fitting import needs_of
 from implicit_diffusion.commands.finetune.specs import setup_spec
 from implicit_diffusion.commands.shared.inputs import inputs
@@ -169,8 +169,7 @@ def test_both_files_are_written_of_a_denoiser_under_guidance(tmp_path):
     pretrained = load_pretrained(tiny.stable_diffusion(tmp_path))
     add_lora(pretrained.denoiser.model, 2, Noise(0), alpha=3.0)
     model = ClassifierFree(pretrained.denoiser, 2.0, {"prompt": 0})
-    export_adapters(tmp_path / "out", model, pretrained.family)
-    assert comfyui_file(model, pretrained.family) == "lora-comfyui.safetensors"
+    export_adapters(tmp_path / "out", model, pretrained.family, for_comfyui(model, pretrained.family))
     own = load_file(tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors")
     assert len(load_file(tmp_path / "out" / "lora-comfyui.safetensors")) == 1.5 * len(own) > 0
 
