@@ -92,7 +92,7 @@ def test_a_flow_matching_model_of_ones_own_finds_the_ring(factory, tmp_path):
 
     model = factory("flow_matching.py", "ring(updates=300)")
     again = factory("flow_matching.py", "ring")  # which trains nothing
-    assert torch.equal(again.denoiser.model.layers[0].weight, model.denoiser.model.layers[0].weight)
+    assert torch.equal(again.denoiser.model[0].weight, model.denoiser.model[0].weight)
     x = sampled(model, idf.read_table(idf.tables.scheduler_for(model.scheduler, "flow-memoryless"), 10), 500)
     assert (
         (x.norm(dim=1) - 1.5).abs().median()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Compiled(Shown):
             return self.function(*args, **kwargs)
         if self._compiled is not None:
             return self._run(args, kwargs)
-        self._compiled = torch.compile(self.function, fullgraph=True, dynamic=self.dynamic)
+        self._compiled = torch.compile(_by_itself(self.function), fullgraph=True, dynamic=self.dynamic)
         try:
             return self._run(args, kwargs)
         except Exception as error:  # dynamo and inductor raise many
@@ -70,6 +71,20 @@ class Compiled(Shown):
         ):  # a call that has to compile (again) needs the settings, the others do not
             with _config().patch(SETTINGS):
                 return self._compiled(*args, **kwargs)
+
+
+def _by_itself(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method with code of its own. Dynamo keeps what it has compiled by code, and would compare the arguments of this
+    one with those of all other objects of the class; where they hold fewer tensors, that fails.
+    """
+    if not isinstance(function, MethodType) or not isinstance(function.__func__, FunctionType):
+        return function
+    plain = function.__func__
+    own = FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    own.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(own, function.__self__)
 
 
 SWITCH = "trace_autograd_ops"
