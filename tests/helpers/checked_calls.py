@@ -3,9 +3,8 @@
 jaxtyping binds the arguments to the signature, checks them before the call, and checks them again with the result after
 it. Here each is checked once, and a scope for the names of axes begins only where an annotation has shapes. The checks
 of a function are made when it is first called, and serve every function of the same code: one that is defined within
-another is defined anew by every call of that one. In a test the first calls of every function are checked, `ENOUGH` of
-them: loops call the same thousands of times. What is checked is the same: every annotation that can be resolved, with
-one size for each name in a call. What is neither a plain function nor a dataclass is left to jaxtyping.
+another is defined anew by every call of that one. What is checked is the same: every annotation that can be resolved,
+with one size for each name in a call. What is neither a plain function nor a dataclass is left to jaxtyping.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from beartype import BeartypeConf, beartype
 
 of_jaxtyping, config = jaxtyping.jaxtyped, jaxtyping.config
 SCOPE = of_jaxtyping("context")
-ENOUGH = 100
 CHECKER = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # a TypeError, as jaxtyping raises it
 
 
@@ -38,22 +36,18 @@ def checked(function=None, *, typechecker):
     if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function):
         return of_jaxtyping(function, typechecker=typechecker)
 
-    checks: Checks | None = None
-
     def inside(args, kwargs):  # a frame of its own, as jaxtyping's: warnings count frames
         __tracebackhide__ = True
-        assert checks is not None
+        checks = checks_of(function)
         checks.arguments(*args, **kwargs)
         return checks.result(function(*args, **kwargs))
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        nonlocal checks
         __tracebackhide__ = True
-        checks = checks or checks_of(function)
-        if config.jaxtyping_disable or checks.are_enough():
+        if config.jaxtyping_disable:
             return function(*args, **kwargs)
-        if not checks.have_shapes:
+        if not checks_of(function).have_shapes:
             return inside(args, kwargs)
         with SCOPE:
             return inside(args, kwargs)
@@ -62,43 +56,27 @@ def checked(function=None, *, typechecker):
     return call
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Checks:
-    """What a call of a function is checked by, and how many were in the present test."""
+    """What a call of a function is checked by."""
 
-    code: CodeType
     have_shapes: bool
     arguments: Callable[..., None]
     result: Callable[[Any], Any]
-    test: int = 0
-    calls: int = 0
-
-    def are_enough(self) -> bool:
-        """Whether this call is beyond those of a test that are checked."""
-        if self.test != tests_begun:
-            self.test, self.calls = tests_begun, 0
-        self.calls += 1
-        return self.calls > ENOUGH
 
 
-CHECKS: dict[int, Checks] = {}
-tests_begun = 0
-
-
-def begin_test() -> None:
-    """Check the next calls of every function again."""
-    global tests_begun
-    tests_begun += 1
+CHECKS: dict[tuple[str, str, CodeType], Checks] = {}  # codes are equal that differ in their annotations alone
 
 
 def checks_of(function):
     """The checks of all functions with the code of this one."""
-    code = function.__code__
-    if id(code) not in CHECKS:  # an entry keeps its code, so no other has its id
-        hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
-        have_shapes, result = any(map(_has_shapes, hints.values())), _result(hints.pop("return", Any))
-        CHECKS[id(code)] = Checks(code, have_shapes, _arguments(function, hints), result)
-    return CHECKS[id(code)]
+    key = (function.__module__, function.__qualname__, function.__code__)
+    if key in CHECKS:
+        return CHECKS[key]
+    hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
+    have_shapes = any(map(_has_shapes, hints.values()))
+    result = _result(hints.pop("return", Any))
+    return CHECKS.setdefault(key, Checks(have_shapes, _arguments(function, hints), result))
 
 
 def _arguments(function, hints):
