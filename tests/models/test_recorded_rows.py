@@ -37,13 +37,9 @@ def rows(count=2, *, scale=-1.0, skip=0.0, moved=0.0, off=0.0, drift=0.0, calls=
         without, given = torch.stack(answers[:count]), torch.stack(answers[count:])
         state = TABLE.m[k] * x + moved * numbers(4, count, k)
         words = torch.arange(2.0 * count).view(2 * count, 1)
-        states, size = torch.cat([state] * 2), 2 * count // calls
-        made = [
-            NetworkCall(
-                {"sample": states[part], "t": float(TABLE.t[k]), "words": words[part], "size": 8}, answers[part]
-            )
-            for part in (slice(i * size, (i + 1) * size) for i in range(calls))
-        ]
+        states, size, same = torch.cat([state] * 2), 2 * count // calls, {"t": float(TABLE.t[k]), "size": 8}
+        parts = [slice(i * size, (i + 1) * size) for i in range(calls)]
+        made = [NetworkCall({"sample": states[i], "words": words[i]} | same, answers[i]) for i in parts]
         output = skip * x + scale * (without + (GUIDANCE + drift * k) * (given - without))
         y = TABLE.a[k] * x + TABLE.b[k] * output + TABLE.s[k] * xi + off
         steps.append(Step(made, TABLE.t[k], x, output, y, xi, {}))
