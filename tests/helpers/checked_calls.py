@@ -115,7 +115,7 @@ def _arguments(function, hints):
     same = scope[function.__name__]
     same.__defaults__, same.__kwdefaults__, same.__annotations__ = function.__defaults__, function.__kwdefaults__, hints
     same.__module__, same.__qualname__ = function.__module__, function.__qualname__
-    return _drawing_its_own(beartype(same, conf=CONF))  # what the plugin passes is beartype, whose violations are no TypeErrors
+    return _checker(same)
 
 
 def _result(hint):
@@ -125,7 +125,12 @@ def _result(hint):
         return value
 
     result.__annotations__ = {"return": hint}
-    return _drawing_its_own(beartype(result, conf=CONF))
+    return _checker(result)
+
+
+def _checker(function):
+    """Not what the plugin passes: that is beartype, whose violations are no TypeErrors."""
+    return _drawing_its_own(beartype(function, conf=CONF))
 
 
 def _drawing_its_own(check):
