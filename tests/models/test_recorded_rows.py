@@ -1,5 +1,7 @@
 """What is read off recorded rows, on rows that are written by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,6 +85,12 @@ def test_small_deviations_are_refused(change, message):
         roles = roles_of(steps, wide)
         outputs_of(steps)
         verify(TABLE, steps, roles)
+
+
+def test_a_state_that_is_scaled_otherwise_than_the_table_says_is_refused():
+    steps, wide = rows(), rows(3)[0]
+    with pytest.raises(NonAffineError, match="on row 1 its network's argument sample is not what the row's state"):
+        verify(replace(TABLE, m=torch.tensor([0.5, 0.701, 1.0])), steps, roles_of(steps, wide))
 
 
 def test_outputs_that_are_not_affine_are_refused():
