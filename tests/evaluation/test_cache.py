@@ -11,7 +11,7 @@ from implicit_diffusion.samplers.chain import Chain
 from implicit_diffusion.tables.scheduler import read_table
 
 NOISE = Noise(0)
-SIZES = {"starts": 2, "repeats": 2}
+SIZES = {"starts": 4, "repeats": 2}
 
 
 @pytest.fixture
