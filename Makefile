@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# Two workers and the processes that tests start all import the package: bytecode is kept, whatever the environment says.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/test_extras.py tests/test_showing.py tests/tables tests/denoisers tests/models tests/digits \

@@ -14,7 +14,7 @@ import jaxtyping
 import pytest
 import torch
 
-from tests.helpers.checked_calls import checked
+from tests.helpers.checked_calls import begin_test, checked
 
 jaxtyping.jaxtyped = checked  # the import hook of its pytest plugin decorates the package with this
 torch.set_num_threads(1)  # the test workers share the cores
@@ -54,6 +54,7 @@ def pytest_collection_finish(session):
 
 def pytest_runtest_setup(item):
     global drawing
+    begin_test()
     drawing = item.get_closest_marker("drawn") is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import beartype
@@ -11,7 +12,7 @@ from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
 import implicit_diffusion as idf
-from tests.helpers.checked_calls import checked
+from tests.helpers.checked_calls import ENOUGH, begin_test, checked
 
 check = checked(typechecker=beartype.beartype)
 Refused = TypeCheckError
@@ -55,6 +56,37 @@ def test_types_are_checked_with_and_without_shapes(as_users_run, monkeypatch):
     for call in calls:
         with pytest.raises(Refused):
             call()
+
+
+@check
+def total(numbers: list[float]) -> list[float]:
+    return [sum(numbers), len(numbers)]
+
+
+def test_the_first_calls_of_a_test_are_checked():
+    begin_test()
+    for _ in range(ENOUGH):
+        with pytest.raises(Refused):
+            total(["1"] * 3)
+    with pytest.raises(TypeError, match="unsupported operand"):  # the sum's own
+        total(["1"] * 3)
+    begin_test()
+    with pytest.raises(Refused):
+        total(["1"] * 3)
+
+
+def test_checks_draw_nothing_from_the_global_generator():
+    begin_test()
+    state, wrong = random.getstate(), 0
+    for _ in range(ENOUGH):
+        try:
+            total([0.5, "2"])
+        except Refused:
+            wrong += 1
+        except TypeError:  # the first was drawn, and the sum refuses the second
+            pass
+    assert random.getstate() == state
+    assert 25 < wrong < 75  # either is drawn: half of a hundred, ± 5σ
 
 
 def test_the_package_is_checked():

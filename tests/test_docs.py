@@ -36,14 +36,21 @@ SLOW = {
     for page in (
         "howto/class-conditional",
         "howto/ebm",
+        "howto/evidence",
+        "howto/extend",
+        "howto/finetune",
         "howto/implicit-differentiation",
         "howto/memory",
         "howto/potentials",
         "howto/text-to-image",
+        "mathematics/chains",
+        "mathematics/estimators",
         "mathematics/path-kl",
+        "mathematics/released-code",
         "mathematics/samplers",
         "mathematics/surrogate",
         "mathematics/tilted",
+        "mathematics/weights",
     )
 }
 NUMBER = re.compile(r"\d+\.\d+")
@@ -79,6 +86,7 @@ def check_printed(page, printed):
     )
 
 
+@pytest.mark.slow
 def test_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_examples(ROOT / "README.md")

@@ -160,7 +160,9 @@ def test_a_missing_extra_names_its_command():
     assert (result.returncode, result.stdout.splitlines()) == (0, expected), result.stderr
 
 
-@pytest.mark.parametrize("module", EXTRAS["cli"][1:])
+@pytest.mark.parametrize(
+    "module", ["tyro", *(pytest.param(m, marks=pytest.mark.slow) for m in EXTRAS["cli"][1:] if m != "tyro")]
+)
 def test_the_command_line_says_what_it_lacks(module):
     program = "from implicit_diffusion.__main__ import main\nsys.exit(main())"
     result = run_without({module}, program, "hexagon", "--help")

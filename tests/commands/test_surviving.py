@@ -41,20 +41,26 @@ def lab(tmp_path_factory):
     lab.close()
 
 
-def test_a_run_that_signals_and_faults_have_ended_is_the_run_that_none_has(small):
-    """One of each kind, in one run; the last ones where it is judged, exported and drawn."""
-    stops = [
-        ("SIGTERM", "step"),
-        ("network nan", "step"),
-        ("network error", "step"),
-        ("memory", "step"),
-        ("vanish", "open metrics"),
-        ("SIGKILL", "progress of annealing"),
-        ("readonly", "open model"),
-        ("SIGINT", "open summary"),
-        ("full", "open figures"),
-    ]
-    assert small.endure("ebm", stops, "ebm") == []
+FEW = [("SIGTERM", "step"), ("network nan", "step"), ("SIGKILL", "progress of annealing"), ("full", "open figures")]
+MORE = [
+    ("SIGTERM", "step"),
+    ("network nan", "step"),
+    ("network error", "step"),
+    ("memory", "step"),
+    ("vanish", "open metrics"),
+    ("SIGKILL", "progress of annealing"),
+    ("readonly", "open model"),
+    ("SIGINT", "open summary"),
+    ("full", "open figures"),
+]
+
+
+@pytest.mark.parametrize(
+    "stops", [pytest.param(FEW, id="few"), pytest.param(MORE, id="one of each kind", marks=pytest.mark.slow)]
+)
+def test_a_run_that_signals_and_faults_have_ended_is_the_run_that_none_has(stops, small):
+    """In one run; the last ones where it is judged, exported and drawn."""
+    assert small.endure("ebm", stops, f"ebm-{len(stops)}") == []
 
 
 def test_a_folder_in_use_is_refused_until_its_process_has_ended(small):

@@ -156,7 +156,10 @@ def check_next_save(way, folder):
         assert left == {f"checkpoint/{n}/{name}" for n in kept for name in (STATE_FILE, MANIFEST)}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [Replaced, *(pytest.param(way, marks=pytest.mark.slow) for way in (Numbered, Waiting, Again, WaitingAgain, First))],
+)
 def test_a_kill_at_every_operation_of_a_save(way, tmp_path):
     found = []
     for number in range(prepared(way, tmp_path)):

@@ -19,6 +19,7 @@ from tests.helpers.shared_runs import recorded, same_run
 from tests.helpers.together import together
 
 N, DIM, BATCH, BETA = 6, 2, 4, 0.5
+STRIDES = [1, 4, *(pytest.param(stride, marks=pytest.mark.slow) for stride in (2, N))]  # of these 4 does not divide N
 OTHERS = (Adjoint, FullBackprop, lambda: TruncatedBackprop(2))
 
 
@@ -198,7 +199,7 @@ class RowEstimatorContract(EstimatorContract):
                 assert numbers.shape == (len(rows),)
                 assert not numbers[[row in self.pretrained_rows for row in rows]].any()
 
-    @pytest.mark.parametrize("stride", [1, 2, 4, N])
+    @pytest.mark.parametrize("stride", STRIDES)
     def test_without_learning_a_queue_adds_up_to_the_nested_gradients(self, stride):
         loop = self.loop(Queue, Recorder, lr=0.0, stride=stride)
         assert len(list(loop.run(11))) == 11
@@ -206,7 +207,7 @@ class RowEstimatorContract(EstimatorContract):
         total, nested = sum(gammas(loop)), self.nested_gradients(loop, loop.injected)
         torch.testing.assert_close(total, sum(nested), rtol=1e-11, atol=1e-11)
 
-    @pytest.mark.parametrize("stride", [1, 2, 4, N])
+    @pytest.mark.parametrize("stride", STRIDES)
     def test_with_learning_a_contribution_is_a_replay_under_the_recorded_history(self, stride):
         """Each trajectory by itself, row by row, under the θ that it met; its pulls sorted by update."""
         loop = self.loop(Queue, Recorder, lr=0.02, stride=stride)
@@ -256,7 +257,7 @@ class RowEstimatorContract(EstimatorContract):
     def test_a_queue_continues_bit_for_bit(self, stride):
         self.continues({"stride": stride}, Queue, 17, 8)
 
-    @pytest.mark.parametrize("stride", range(1, N + 1))
+    @pytest.mark.parametrize("stride", [*STRIDES, *(pytest.param(s, marks=pytest.mark.slow) for s in (3, 5))])
     def test_a_queue_holds_what_its_timetable_predicts(self, stride):
         class Counted(Queue):
             fullest = 0

@@ -144,7 +144,7 @@ def test_unbiased_on_a_stochastic_linear_chain():
 @pytest.mark.parametrize(
     "mutate",
     [
-        pytest.param(lambda f: 1.02 * f, id="2 % of everything"),
+        pytest.param(lambda f: 1.02 * f, id="2 % of everything", marks=pytest.mark.slow),
         pytest.param(lambda f: -1.0 * f, id="sign", marks=pytest.mark.slow),
         pytest.param(lambda f: f.with_weight(PathKL, 0.25), id="half the KL", marks=pytest.mark.slow),
         pytest.param(lambda f: f.with_weight(PathKL, -0.5), id="sign of the KL", marks=pytest.mark.slow),

@@ -57,7 +57,7 @@ def relative_error(loop, **options):
 
 
 @pytest.mark.parametrize("loop", [pytest.param(Nested, marks=pytest.mark.slow), Queue])
-@pytest.mark.parametrize("estimator", [Adjoint, AdjointMatching, ScoreFunction])
+@pytest.mark.parametrize("estimator", [Adjoint, pytest.param(AdjointMatching, marks=pytest.mark.slow), ScoreFunction])
 def test_small_cotangents_survive(loop, estimator):
     assert relative_error(loop, estimator=estimator()) < 5e-3
 

@@ -135,8 +135,8 @@ def test_converges_to_the_riccati_optimum(kind):
 
 
 def test_metrics_are_those_of_the_trajectories():
-    loop, reward = build("nested", lr=0.0, batch=64)
-    metrics = [loop.step() for _ in range(200)]
+    loop, reward = build("nested", lr=0.0, batch=256)
+    metrics = [loop.step() for _ in range(50)]
     r, _, _ = exact_terms(loop.chain, reward)
     mean, error = mean_and_error(torch.stack([m["reward"] for m in metrics]))
     assert abs(mean - r.item()) < 4 * error

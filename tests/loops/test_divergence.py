@@ -104,7 +104,7 @@ def contrastive(lr, steps=1, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_contrastive_divergence_at_too_large_a_rate_is_said_while_training_and_by_advice(seed, steps, dtype):
     """By whichever sign comes first: the training is chaotic, so that rounding decides. Each has a test below."""
     loop, said, last = contrastive(1.0, steps, seed, dtype), [], {}

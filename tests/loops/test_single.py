@@ -54,7 +54,7 @@ def test_weighted_averages_are_exact_though_theta_moves(name, order):
     assert resampled or name == "hmc"  # which mixes faster than θ moves
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["ula", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mala", "hmc"))])
 def test_unweighted_particles_lag(name):
     rows, _, _ = replicates(KERNELS[name], count=10)
     assert z_scores(rows[:, :1], torch.tensor([expected()])).abs() > 10

@@ -46,8 +46,14 @@ def run_pipeline(pipeline, latents, **options):
     return torch.as_tensor(pipeline(latents=latents, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.5])
-@pytest.mark.parametrize("kind", ["sd", "sd3"])
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [
+        ("sd", 1.0),
+        ("sd3", 4.5),
+        *(pytest.param(kind, scale, marks=pytest.mark.slow) for kind, scale in (("sd", 4.5), ("sd3", 1.0))),
+    ],
+)
 def test_our_chain_is_the_pipeline_of_diffusers(folders, kind, scale):
     """Deterministic samplers from the same latents: embeddings, guidance, times and steps must all agree."""
     pretrained = load_pretrained(folders[kind])

@@ -240,6 +240,7 @@ def maximum_likelihood(data):
     ).sum(), covariance
 
 
+@pytest.mark.slow
 def test_training_finds_the_principal_component():
     model, data = trained(isotropic=True, m=25, n=30, updates=300, lr=0.1)
     best, covariance = maximum_likelihood(data)

@@ -12,8 +12,14 @@ from tests.helpers.oracles_gibbs import Banana, Harmonic, Quartic, advance
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("start", [1e-3, 5.0])
-@pytest.mark.parametrize(("kernel", "target"), [(MALA, None), (HMC, None), (MALA, 0.8), (HMC, 0.6)])
+FROM_ONE_SIDE = [(MALA, None, 1e-3), (HMC, None, 5.0), (MALA, 0.8, 5.0), (HMC, 0.6, 1e-3)]
+FROM_THE_OTHER_SIDE = [(MALA, None, 5.0), (HMC, None, 1e-3), (MALA, 0.8, 1e-3), (HMC, 0.6, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "start"),
+    [*FROM_ONE_SIDE, *(pytest.param(*case, marks=pytest.mark.slow) for case in FROM_THE_OTHER_SIDE)],
+)
 def test_reaches_the_target(kernel, target, start):
     potential = Banana()
     x = potential.draw(500, torch.Generator().manual_seed(0))

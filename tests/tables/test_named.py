@@ -55,13 +55,13 @@ def test_every_kind_of_every_diffusion_checkpoint_is_a_table(name, kind):
 
 @pytest.mark.parametrize("kind", DIFFUSION)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_all_noisy_kinds_are_one_chain_and_all_others_another(kind, prediction):
+@pytest.mark.parametrize("num_steps", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 40))])
+def test_all_noisy_kinds_are_one_chain_and_all_others_another(kind, prediction, num_steps):
     checkpoint = DDPMScheduler(clip_sample=False, prediction_type=prediction)
     noisy = kind in ("ddpm", "ddim", "euler-ancestral", "dpm-solver")
-    for num_steps in (5, 10, 40):
-        table = table_for(scheduler_for(checkpoint, kind), kind, num_steps)
-        assert table.agrees_with(read_table(scheduler_for(checkpoint, "ddim"), num_steps, eta=float(noisy)))
-        assert not table.agrees_with(read_table(scheduler_for(checkpoint, "ddim"), num_steps, eta=0.5))
+    table = table_for(scheduler_for(checkpoint, kind), kind, num_steps)
+    assert table.agrees_with(read_table(scheduler_for(checkpoint, "ddim"), num_steps, eta=float(noisy)))
+    assert not table.agrees_with(read_table(scheduler_for(checkpoint, "ddim"), num_steps, eta=0.5))
 
 
 def test_they_differ_where_the_number_of_steps_does_not_divide():

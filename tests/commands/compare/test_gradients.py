@@ -47,9 +47,8 @@ def test_the_pretrained_chain_is_near_its_data():
     "method",
     [
         "adjoint",
-        "full-backprop",
         "score",
-        *(pytest.param(f"{name}-queue", marks=pytest.mark.slow) for name in ("adjoint", "score")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("full-backprop", "adjoint-queue", "score-queue")),
     ],
 )
 def test_unbiased_estimators_are_found_unbiased(method, problem, at):

@@ -87,9 +87,8 @@ def test_auto_takes_what_suits_the_reward_and_says_why(reward, name, why, finetu
     assert f"estimator {name}" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["score", *(pytest.param(name, marks=pytest.mark.slow) for name in ("truncated", "adjoint-matching"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["score", "truncated", "adjoint-matching"])
 def test_estimators_by_name(name, finetune, tmp_path):
     status, said, _ = finetune("rounded" if name == "score" else "smooth", "--estimator", name, "--loop", "nested")
     assert status == 0 and "estimator" not in said.splitlines()[0]

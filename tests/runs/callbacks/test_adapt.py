@@ -73,7 +73,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["schedule", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mala", "hmc"))])
 def test_the_step_size_comes_to_the_acceptance_that_it_aims_at(name):
     """log h fluctuates by √(γ Var(a)/2|a′|), about 0.006 for 1000 particles; the mean over 80 updates by less."""
     kernel, target = KERNELS[name]

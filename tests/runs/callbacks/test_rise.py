@@ -203,8 +203,14 @@ def kick(at, by):
     return callback
 
 
-@pytest.mark.parametrize("ema", [None, 0.5])
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(
+    ("on_disk", "ema"),
+    [
+        (False, None),
+        (True, 0.5),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 0.5), (True, None))),
+    ],
+)
 def test_the_run_ends_with_the_best_model_that_was_seen(on_disk, ema, tmp_path):
     """Interrupted and gone on with, it is the same to the last bit; what has stopped does not train on."""
 
