@@ -5,11 +5,12 @@
     circles, eight-gaussians    laws of the plane, a perceptron. KL(data‖model) by quadrature.
     digits                      8 × 8 digits, a convolutional network. Held-out −log p, log Z by annealing.
 
-*gaussian* trains by maximum likelihood from the first second on, and draws its particles afresh once, by annealing at half
-of the time. *score matching* spends a quarter of the time without particles, draws them by the same annealing, and trains by
-maximum likelihood for the rest. The rate of Adam decays along a cosine over the time of each stage. Seconds are processor
-time of this process, on one thread, for steps and annealing; a busy machine takes longer and counts the same. Nothing but
-caches ties processor time to what other processes do, but the number of updates that fit into it varies by some percent.
+*gaussian* trains by maximum likelihood from the first second on, and draws its particles afresh once, by annealing at
+half of the time. *score matching* spends a quarter of the time without particles, draws them by the same annealing, and
+trains by maximum likelihood for the rest. The rate of Adam decays along a cosine over the time of each stage. Seconds
+are processor time of this process, on one thread, for steps and annealing: time that other processes take does not
+count, but they slow down memory and caches, so that fewer updates fit into a second on a busy machine. The arms take
+turns, seed by seed.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_particles_take_over_the_law_of_data_with_noise(data):
     variance = (density * axis[:, 0] ** 2).sum().item()
     assert variance == pytest.approx(2, abs=0.2)
     exact, said = (-energy).logsumexp(0).item() + math.log(0.01), start.started
-    assert abs(said.log_z - exact) < 4 * said.log_z_se < 0.05
+    assert abs(said.log_z - exact) < 4 * said.log_z_se < 0.1
     assert loop.particles.log_z.item() == pytest.approx(said.log_z, abs=1e-4)
     assert loop.particles.ess.item() == pytest.approx(said.ess, rel=1e-4)
     weights, x = loop.particles.weights, loop.particles.x[:, 0]
@@ -96,7 +96,7 @@ def ended(data, path):
     loop = make_loop(SETTINGS, data)
     trained = train(SETTINGS, data, loop, RunDirectory(path), 1)
     rows = [RunDirectory(folder).read_metrics() for folder in (path, path / "start")]
-    for row in sum(rows, []):
+    for row in (*rows[0], *rows[1]):
         del row["seconds"]
     return trained, (dataclasses.replace(trained.started, seconds=0.0) if trained.started else None), rows
 

@@ -183,7 +183,7 @@ def _numbers(data: Data, s: Summary) -> str:
                 "log Z after the start",
                 number(s.start.log_z, s.start.log_z_se, digits=4),
                 f"by annealing, when particles took over from score matching: {s.start.updates} updates, "
-                f"{s.start.gradient_evaluations:,} pulls and {duration(s.start.seconds)}, which the training time counts",
+                f"{s.start.gradient_evaluations:,} pulls and {duration(s.start.seconds)}, counted above",
             ],
             ["effective particles then", number(s.start.ess), "how many of the weighted ones the start was worth"],
         ]

@@ -157,4 +157,6 @@ def train(
         raise type(error)(f"{error}{change}{kept}") from error
     if data.law is not None and not curve:  # resumed after its last update
         look(state)
-    return Trained(settings, state, loop, to_model(settings, loop, data), curve, start and start.started)
+    return Trained(
+        settings, state, loop, to_model(settings, loop, data), curve, None if start is None else start.started
+    )

@@ -2,8 +2,8 @@
 
     V = Gaussian + network of zeros → score matching → particles of V by annealing, weighted, with log Z → the loop
 
-The start is a run of its own in the folder start/ of the run, with metrics and checkpoints: an interrupted run continues
-within it. The run itself is then at update 0; what the start was belongs to its state from its first update on.
+The start is a run of its own in the folder start/ of the run, with metrics and checkpoints: an interrupted run
+continues within it. The run itself is then at update 0; what the start was belongs to its later states.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class StartByScores(Shown):
         self.started = Started(**state) if state else None
 
     def _make(self, loop: ParticleLoop, directory: RunDirectory | None) -> Started:
-        settings, noise = self.settings, Noise(self.settings.seed)
-        assert (start := settings.start) is not None
+        settings, start = self.settings, self.settings.start
+        assert start is not None
         adam = torch.optim.AdamW(
             loop.model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
@@ -78,7 +78,7 @@ class StartByScores(Shown):
             self.data,
             Update(adam, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(adam, start.updates)),
             noise_std=start.noise_std,
-            noise=noise.stream(SCORES),
+            noise=Noise(settings.seed).stream(SCORES),
             batch=settings.particles,
         )
         own = None if directory is None else RunDirectory(directory.path / FOLDER)
