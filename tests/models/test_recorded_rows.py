@@ -1,5 +1,7 @@
 """What is read off recorded rows, on rows that are written by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,8 +27,8 @@ def numbers(key, count, row=0):
     return Noise(3).normal((count, 2, 2), key, row)
 
 
-def rows(count=2, *, scale=-1.0, skip=0.0, moved=0.0, off=0.0, drift=0.0):
-    """Rows whose output is skip·x + scale·(u_− + w (u_+ − u_−)), from one call for both parts.
+def rows(count=2, *, scale=-1.0, skip=0.0, moved=0.0, off=0.0, drift=0.0, calls=1):
+    """Rows whose output is skip·x + scale·(u_− + w (u_+ − u_−)), from one call for both parts, or from two.
 
     `moved` of the answers' size is added to the state that the network gets, `off` to y, `drift` to w by the row.
     """
@@ -37,10 +39,12 @@ def rows(count=2, *, scale=-1.0, skip=0.0, moved=0.0, off=0.0, drift=0.0):
         without, given = torch.stack(answers[:count]), torch.stack(answers[count:])
         state = TABLE.m[k] * x + moved * numbers(4, count, k)
         words = torch.arange(2.0 * count).view(2 * count, 1)
-        arguments = {"sample": torch.cat([state] * 2), "t": float(TABLE.t[k]), "words": words, "size": 8}
+        states, size, same = torch.cat([state] * 2), 2 * count // calls, {"t": float(TABLE.t[k]), "size": 8}
+        parts = [slice(i * size, (i + 1) * size) for i in range(calls)]
+        made = [NetworkCall({"sample": states[i], "words": words[i]} | same, answers[i]) for i in parts]
         output = skip * x + scale * (without + (GUIDANCE + drift * k) * (given - without))
         y = TABLE.a[k] * x + TABLE.b[k] * output + TABLE.s[k] * xi + off
-        steps.append(Step([NetworkCall(arguments, answers)], TABLE.t[k], x, output, y, xi, {}))
+        steps.append(Step(made, TABLE.t[k], x, output, y, xi, {}))
     return steps
 
 
@@ -54,6 +58,7 @@ def test_rows_have_the_numbers_that_they_were_made_of():
         torch.testing.assert_close(output, torch.tensor([[skip, scale]] * ROWS).double(), rtol=1e-5, atol=1e-5)
         assert weights == pytest.approx((1 - GUIDANCE, GUIDANCE), rel=1e-5)  # u_− comes first
     verify(TABLE, steps, [roles])
+    assert outputs_of(rows(calls=2))[1] == [pytest.approx((1 - GUIDANCE,)), pytest.approx((GUIDANCE,))]
 
 
 def test_arguments_are_filled_in_for_other_states_and_prompts():
@@ -80,6 +85,12 @@ def test_small_deviations_are_refused(change, message):
         roles = roles_of(steps, wide)
         outputs_of(steps)
         verify(TABLE, steps, roles)
+
+
+def test_a_state_that_is_scaled_otherwise_than_the_table_says_is_refused():
+    steps, wide = rows(), rows(3)[0]
+    with pytest.raises(NonAffineError, match="on row 1 its network's argument sample is not what the row's state"):
+        verify(replace(TABLE, m=torch.tensor([0.5, 0.701, 1.0])), steps, roles_of(steps, wide))
 
 
 def test_outputs_that_are_not_affine_are_refused():
