@@ -75,7 +75,7 @@ class Problem:
 
 PROBLEMS = {
     "circles": Problem(HMC(0.06, 4), 1000, 0.1, (2.0, 6.0), (3e-3, 1e-2), "KL(data‖model) (nats)"),
-    "eight-gaussians": Problem(HMC(0.06, 4), 1000, 0.1, (4.0,), (1e-2,), "KL(data‖model) (nats)"),
+    "eight-gaussians": Problem(HMC(0.06, 4), 1000, 0.1, (2.0,), (1e-2,), "KL(data‖model) (nats)"),
     "digits": Problem(HMC(0.2, 4), 256, 0.3, (10.0,), (3e-3,), "held-out −log p (nats)"),
 }
 
