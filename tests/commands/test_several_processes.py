@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": FINETUNE,
     "nested": [*FINETUNE, "--loop", "nested", "--lora-rank", "2"],
     "ebm": [*EBM, "--refresh", "2"],
+    "ebm after scores": [*EBM, "--start-by", "score-matching", "--start-steps", "3"],
     "pretrain": ["pretrain", "--steps", "3", "--batch", "6", "--channels", "8", "8", "--samples", "8", "--chains", "2"],
     "compare": [
         *("compare", "--problems", "gaussian", "--methods", "adjoint-queue", "score", "surrogate", "grpo", "best-of"),

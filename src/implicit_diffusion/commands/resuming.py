@@ -24,7 +24,7 @@ from implicit_diffusion.runs import RunDirectory
 from implicit_diffusion.runs.provenance import Change, check_version, device_of, verified
 
 RESULTS = ("model", "report.html", "figures", "summary.json")  # of a run, as far as it has them
-PARTS = ("model", "figures", "checkpoint", "judged", "plan", "course")  # folders in that of a run
+PARTS = ("model", "figures", "checkpoint", "judged", "plan", "course", "start")  # folders in that of a run
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,27 @@ from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import ForwardKL
 from implicit_diffusion.potentials import Tilted
 from implicit_diffusion.runs.fit import Fit
-from implicit_diffusion.samplers.replicas import annealed
+from implicit_diffusion.samplers.replicas import Replicas, annealed
 from implicit_diffusion.samplers.weighted_state import systematic
 
 ARMS = ("weighted", "hmc", "implicit", "cd", "pcd")
 LANGEVIN_STEPS = 5  # per update, of cd and pcd
 LANGEVIN = Moves("ula", 0.01)  # of implicit, cd and pcd
 REFRESH_STEPS, GROUPS = 50, 8  # of the annealing that draws particles afresh, and its replicates
-NETWORK, TRAIN, START, ANNEAL = range(2, 6)  # streams of noise beside the data's
+NETWORK, TRAIN, START, ANNEAL, SCORES = range(2, 7)  # streams of noise beside the data's
+
+
+@dataclass(frozen=True)
+class ScoreStart:
+    """A start by score matching.
+
+    Args:
+        updates: of θ.
+        noise_std: σ, in standardised coordinates.
+    """
+
+    updates: int
+    noise_std: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Settings:
         weight_decay: of AdamW.
         refresh: updates after which weighted particles are drawn afresh by annealing; 0 for never.
         adapt: whether the step size of `moves` is adapted while θ moves.
+        start: what comes before the particles; None to begin with them, at the Gaussian.
     """
 
     architecture: Architecture
@@ -61,6 +75,7 @@ class Settings:
     weight_decay: float = 0.0
     refresh: int = 0
     adapt: bool = False
+    start: ScoreStart | None = None
 
     @property
     def description(self) -> str:
@@ -124,12 +139,24 @@ class Refresh:
         every, loop = self.settings.refresh, fit.loop
         if not every or fit.updates % every or fit.updates >= self.settings.updates:
             return
-        assert isinstance(loop, ParticleLoop) and isinstance(loop.model, Tilted)
-        began, noise = time.monotonic(), Noise(self.settings.seed).stream(ANNEAL, fit.updates)
-        path, kernel = loop.model.tempered, moved(self.settings, loop).kernel()
-        replicas = annealed(path, kernel, loop.n, noise, steps=REFRESH_STEPS, groups=GROUPS)
+        assert isinstance(loop, ParticleLoop)
+        began, replicas = time.monotonic(), redrawn(self.settings, loop, fit.updates)
         loop.refresh(replicas.particles(loop.model), gradient_evaluations=replicas.gradient_evaluations)
         fit.seconds += time.monotonic() - began
+
+
+def redrawn(settings: Settings, loop: ParticleLoop, updates: int) -> Replicas:
+    """As many particles as the loop has, annealed from the Gaussian to its V_θ.
+
+    Args:
+        settings: of the training.
+        loop: at present.
+        updates: so far, for the noise.
+    """
+    assert isinstance(loop.model, Tilted)
+    path, kernel = loop.model.tempered, moved(settings, loop).kernel()
+    noise = Noise(settings.seed).stream(ANNEAL, updates)
+    return annealed(path, kernel, loop.n, noise, steps=REFRESH_STEPS, groups=GROUPS)
 
 
 def moved(settings: Settings, loop: ParticleLoop) -> Moves:

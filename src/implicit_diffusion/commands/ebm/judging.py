@@ -115,6 +115,7 @@ def judge(trained: Trained, data: Data, steps: int) -> Summary:
         nll_law=None if best is None else best.mean().item(),
         nll_law_se=None if best is None else _error(best),
         bits_per_dimension=nll_held_out / (math.prod(data.event_shape) * math.log(2)) if images else None,
+        start=trained.started,
     )
 
 
@@ -193,6 +194,11 @@ def show(summary: Summary, folder: Path) -> None:
     print(f"annealing log Z {summary.log_z_estimate:.4f} ± {summary.log_z_estimate_se:.4f}, {half}")
     if summary.log_z_particles is not None:
         print(f"training  log Z {summary.log_z_particles:.4f} by its weights, {summary.ess:.0f} of them effective")
+    if (start := summary.start) is not None:
+        print(
+            f"start     {start.updates} updates of score matching in {start.seconds:.0f} s; log Z {start.log_z:.4f} ± "
+            f"{start.log_z_se:.4f} when particles took over, {start.ess:.0f} of them effective"
+        )
     print(
         f"held out  nll {summary.nll_held_out:.4f} ± {summary.nll_held_out_se:.4f} nats, of a Gaussian "
         f"{summary.nll_gaussian:.4f} ± {summary.nll_gaussian_se:.4f}"

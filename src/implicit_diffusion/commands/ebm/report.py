@@ -82,6 +82,7 @@ def _headline(data: Data, s: Summary, config: Config, title: str) -> str:
         events,
         f"{config.potential} of width {config.width}",
         f"{'weighted ' * config.weighted}{config.sampler}",
+        *([] if s.start is None else [f"started by {s.start.updates} updates of score matching"]),
         f"seed {config.seed}",
     ]
     return f"""<header>
@@ -176,6 +177,16 @@ def _numbers(data: Data, s: Summary) -> str:
         for label, key, meaning in rows
         if getattr(s, key) is not None
     ]
+    if s.start is not None:
+        shown += [
+            [
+                "log Z after the start",
+                number(s.start.log_z, s.start.log_z_se, digits=4),
+                f"by annealing, when particles took over from score matching: {s.start.updates} updates, "
+                f"{s.start.gradient_evaluations:,} pulls and {duration(s.start.seconds)}, counted above",
+            ],
+            ["effective particles then", number(s.start.ess), "how many of the weighted ones the start was worth"],
+        ]
     for name, baseline in (s.baselines or {}).items():
         value = number(baseline.nll, baseline.nll_se)
         shown.append(

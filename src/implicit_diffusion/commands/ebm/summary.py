@@ -43,12 +43,36 @@ class Baseline:
     bits_per_dimension: float
 
 
+@dataclass(frozen=True)
+class Started:
+    """What a start by score matching was, and what its particles took over.
+
+    Args:
+        updates: of θ.
+        seconds: of these, and of the annealing that drew the particles.
+        gradient_evaluations: pulls through V at as many data as there are particles, two an update, and those of the
+            annealing.
+        score_matching: the loss in its last update.
+        log_z, log_z_se: log Z of its result by that annealing, and its standard error.
+        ess: effective number of the particles.
+    """
+
+    updates: int
+    seconds: float
+    gradient_evaluations: int
+    score_matching: float
+    log_z: float
+    log_z_se: float
+    ess: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """The headline numbers of a training, in nats and per datum where nothing else is said; `…_se` are standard errors.
 
     Args:
-        seconds, updates, gradient_evaluations: the work; pulls through V at all particles are what is counted.
+        seconds, updates, gradient_evaluations: the work; pulls through V at all particles are what is counted. Seconds
+            and pulls include those of a start, whose updates are its own.
         log_z_estimate, log_z_half: log Z by annealing, and by an annealing of half the steps.
         mmd2: MMD² of the particles to held-out data.
         nll_held_out, nll_train: −log-likelihood of data that the training did not see, and of data that it saw.
@@ -64,6 +88,7 @@ class Summary:
         data_confidence: of the digits' classifier, on held-out data.
         chain_steps, chain_energy: of long chains, where the particles were looked at, and their mean energies there.
         chain_confidence: of the digits' classifier, there.
+        start: the start by score matching, if there was one.
     """
 
     seconds: float
@@ -101,6 +126,7 @@ class Summary:
     chain_steps: list[int] | None = None
     chain_energy: list[float] | None = None
     chain_confidence: list[float] | None = None
+    start: Started | None = None
 
 
 @dataclass(frozen=True)

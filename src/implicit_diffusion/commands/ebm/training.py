@@ -11,7 +11,8 @@ from torch import Tensor
 from implicit_diffusion.commands.ebm.arms import Refresh, Settings, to_model
 from implicit_diffusion.commands.ebm.data import Data
 from implicit_diffusion.commands.ebm.samples import axis_label
-from implicit_diffusion.commands.ebm.summary import CurvePoint
+from implicit_diffusion.commands.ebm.starts.by_scores import StartByScores
+from implicit_diffusion.commands.ebm.summary import CurvePoint, Started
 from implicit_diffusion.commands.shared.pictures import PICTURED, image_pixels, plane_pixels
 from implicit_diffusion.commands.shared.ranges import WORDS
 from implicit_diffusion.commands.shared.summaries import to_json
@@ -42,6 +43,7 @@ class Trained(Shown):
         loop: at the end.
         model: the result.
         curve: exact figures on the way, where the law of the data is known.
+        started: what the start was, where there was one.
     """
 
     settings: Settings
@@ -49,6 +51,7 @@ class Trained(Shown):
     loop: ParticleLoop
     model: EnergyModel
     curve: list[CurvePoint]
+    started: Started | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,6 +117,9 @@ def train(
     watch = Watch(standardised, save=save, words=WORDS)
     callbacks: list[Any] = [*[AdaptStep()] * settings.adapt, watch, Refresh(settings), Gap(standardised[:1000])]
     callbacks[:0] = pictures(data)
+    start = None if settings.start is None else StartByScores(settings, standardised, keep)
+    if start is not None:
+        callbacks.append(start)
     curve: list[CurvePoint] = []
     if data.law is not None:
         quadrature = Quadrature(data.shift, data.scale, data.law)
@@ -151,4 +157,6 @@ def train(
         raise type(error)(f"{error}{change}{kept}") from error
     if data.law is not None and not curve:  # resumed after its last update
         look(state)
-    return Trained(settings, state, loop, to_model(settings, loop, data), curve)
+    return Trained(
+        settings, state, loop, to_model(settings, loop, data), curve, None if start is None else start.started
+    )

@@ -1,0 +1,1 @@
+"""What an energy-based model may learn before its particles take over."""
