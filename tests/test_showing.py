@@ -154,6 +154,8 @@ EXAMPLES = {
     "Gain": lambda: idf.design.information_gain(experiment(), NOISE, outcomes=9, contrasts=3),
     "InformationGain": lambda: idf.design.InformationGain(experiment()),
     "Pairs": lambda: experiment().pairs(NOISE.normal((5, 6))),
+    "Pool": lambda: idf.design.Pool(2, 3),
+    "PooledInformationGain": lambda: idf.design.PooledInformationGain(experiment(), idf.design.Pool(2, 3)),
     "PosteriorKernel": lambda: idf.design.PosteriorKernel(idf.MALA(0.1), experiment()),
     "HMC": lambda: idf.HMC(0.1),
     "MALA": lambda: idf.MALA(0.1),

@@ -96,7 +96,7 @@ def test_single_outcomes_are_pairs_and_pools_share_out_their_charges():
 
 def test_the_effective_share_of_large_pools_is_that_of_the_text():
     """(2 e^{2 EIG} − 1)^{−1/2}, over outcomes with posterior means N(0, 1 − s²); outcomes and samples at quantiles."""
-    experiment, pool = linear_experiment(((1.0,),), (1.0,), 1.2), Pool(300, 500)
+    experiment, pool = linear_experiment(((1.0,),), (1.0,), 2.0), Pool(300, 500)
     gain = linear_gain(experiment).item()
     s = math.exp(-gain)
 
