@@ -119,7 +119,7 @@ def optimised(config: Config, arm: str, noise: Noise) -> tuple[GaussianExperimen
     return experiment, path
 
 
-def held(config: Config, arm: str) -> tuple[Tensor, float]:
+def held(config: Config, arm: str) -> tuple[Tensor, float | None]:
     """Gradients at the first random design, with shape (updates, sensors, 2); the effective share of pools."""
     experiment, _ = begin(config, Noise(0))
     places, noise = experiment.signal.places, Noise(30_000)
@@ -136,7 +136,7 @@ def held(config: Config, arm: str) -> tuple[Tensor, float]:
                 with torch.no_grad():
                     shares.append(POOLS[arm][0].effective_share(experiment(loop.particles.x)).mean().item())
         rows.append(gradient)
-    return torch.stack(rows[50:]), mean(shares) if shares else math.nan
+    return torch.stack(rows[50:]), mean(shares) if shares else None
 
 
 def noise_study(config: Config) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def noise_study(config: Config) -> dict[str, Any]:
         found[name] = {"noise": one.item(), "long_run": long.item(), "share": of_gradient.item(), "effective": share}
         print(
             f"{name}: noise {one:.2f} per update, {long:.2f} in the long run, {of_gradient:.2f} of the gradient"
-            + (f", effective share {share:.3f}" if arm in POOLS else ""),
+            + (f", effective share {share:.3f}" if share else ""),
             flush=True,
         )
     return found
@@ -194,7 +194,7 @@ def over_seeds(values: list[float]) -> str:
 
 def run(config: Config) -> tuple[list[dict[str, Any]], GaussianExperiment, list[Tensor]]:
     torch.set_num_threads(1)
-    noise = noise_study(config)
+    noise = noise_study(config) if config.sources == 1 else {}  # more sources need another reference
     rows: list[dict[str, Any]] = []
     for seed in range(config.seeds):
         row, *drawn = study(config, seed)

@@ -61,7 +61,7 @@ class PosteriorKernel(Kernel):
             `noise_of` does not invert its `outcome`.
     """
 
-    def __init__(self, kernel: Kernel, experiment: Experiment, renewal: float = 0.02, pool: Pool = PAIR) -> None:
+    def __init__(self, kernel: Kernel, experiment: Experiment, renewal: float = 0.1, pool: Pool = PAIR) -> None:
         check_type("kernel", kernel, Kernel, "use MALA(0.1), for example")
         check_type("experiment", experiment, Experiment, "use GaussianExperiment, or a subclass of Experiment")
         check_type("pool", pool, Pool, "use Pool(outcomes, samples), or leave it out")
