@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may ask the network
@@ -17,6 +18,7 @@ from tests.helpers.checked_calls import checked
 
 jaxtyping.jaxtyped = checked  # the import hook of its pytest plugin decorates the package with this
 torch.set_num_threads(1)  # the test workers share the cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a shell begins without
 drawing = True
 
 

@@ -1,6 +1,9 @@
 """`python -m implicit_diffusion` is `implicit-diffusion`."""
 
+import os
 import sys
+
+SPINS = "10000"  # of a thread of OpenMP that waits for the others, before it lets go of its core: some ten microseconds
 
 
 def main() -> int:
@@ -8,6 +11,8 @@ def main() -> int:
 
     An interrupt while it is still being imported is one line and status 130, a missing `[cli]` one line and status 2.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # libgomp reads both when torch is loaded
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         from implicit_diffusion.runs import clock
 

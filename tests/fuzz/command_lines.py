@@ -266,7 +266,7 @@ def _as_users_run(line: list[str], ending: tuple[str, int] | None) -> int:
         def replace(path: Path, target: Any) -> Path:
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), getattr(signal, ending[0]))
+                signal.raise_signal(getattr(signal, ending[0]))
             return rename(path, target)
 
         Path.replace = replace

@@ -76,7 +76,7 @@ class Operations:
 def kill_at(number):
     def before(count, event, path):
         if count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.raise_signal(signal.SIGKILL)
 
     return before
 

@@ -122,7 +122,7 @@ class Trap:
     def _act(self, subject):
         does = self.does
         if hasattr(signal, does):
-            os.kill(os.getpid(), getattr(signal, does))
+            signal.raise_signal(getattr(signal, does))
         elif does == "vanish":
             os.rename(self.out, self.out + ".away")
         elif does in ("full", "readonly"):

@@ -1,13 +1,12 @@
 """What ends a test's run, or its waiting, from inside the process."""
 
-import os
 import signal
 from contextlib import contextmanager
 
 
 def interrupt_at(update):
     """A callback that sends the run SIGINT after that update."""
-    return lambda fit: os.kill(os.getpid(), signal.SIGINT) if fit.updates == update else None
+    return lambda fit: signal.raise_signal(signal.SIGINT) if fit.updates == update else None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.loops import NestedParticles, Single, Unrolled, Update, Vectorized
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import MMD, ForwardKL, Reward
+from implicit_diffusion.particles import Particles
 from implicit_diffusion.samplers import HMC, MALA, ULA
 
 F64, RUNS = torch.float64, 3
@@ -17,14 +18,14 @@ REWARD = Reward(smooth_reward)
 
 
 class Well(nn.Module):
-    """A network in a quadratic well, with a buffer and a scalar parameter of its own for every run."""
+    """A network in a quadratic well, with a scalar parameter of its own for every run, and a buffer."""
 
     def __init__(self, seed, depth=1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(4, 2, generator=generator, dtype=F64))
         self.scale = nn.Parameter(torch.rand((), generator=generator, dtype=F64))
-        self.register_buffer("centre", torch.randn(2, generator=generator, dtype=F64))
+        self.register_buffer("centre", torch.full((2,), seed // 2 + 0.5, dtype=F64))  # that of two runs is the same
         self.depth = depth
 
     def forward(self, x):
@@ -44,11 +45,20 @@ def hexagon(seed, objective=REWARD, optimizer=torch.optim.SGD, kernel=0.2, kind=
     return kind(potential, kernel, objective, update, particles=x, noise=Noise(seed).stream(1), **options)
 
 
-def well(seed, lr=0.01, optimizer=torch.optim.Adam, depth=1.0, **options):
+def well(seed, lr=0.01, optimizer=torch.optim.Adam, depth=1.0, frozen=False, **options):
     potential = Well(seed, depth)
+    potential.scale.requires_grad_(not frozen)
     x = Noise(seed).normal((30, 2), 0, dtype=F64)
     update = optimizer(potential.parameters(), lr=lr)
     return Single(potential, ULA(0.05), REWARD, update, particles=x, noise=Noise(seed).stream(1), **options)
+
+
+def annealed_well(seed, **options):
+    """With another log Z for every run, known from weighted draws."""
+    loop = well(seed, **options)
+    log_z = torch.tensor(0.3 * seed - 1, dtype=F64)
+    loop.refresh(Particles(loop.weighted_state.x, 0.1 * Noise(seed).normal((30,), 1, dtype=F64), log_z))
+    return loop
 
 
 def with_data(seed):
@@ -74,6 +84,8 @@ CASES = {
     "nested": {"kind": NestedParticles, "inner_steps": 3},
     "unrolled": {"kind": Unrolled, "unrolled_steps": 3},
     "network": {"make": well, "weighted": True},
+    "frozen parameter": {"make": well, "frozen": True},
+    "known log Z": {"make": annealed_well, "weighted": True},
 }
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from implicit_diffusion.evaluation.chains import evaluate
 from implicit_diffusion.evaluation.plans import make_plan
 from implicit_diffusion.loops import Queue
 from implicit_diffusion.models.pipelines.reading import read_pipeline
+from implicit_diffusion.models.pipelines.recording import Recorder
 from implicit_diffusion.noise import Noise
 from implicit_diffusion.objectives import PathKL, Reward
 from implicit_diffusion.tables.named import default_sampler
@@ -99,6 +102,28 @@ def test_the_decoder_is_differentiable(read, name):
         vae.float()
     expected = (weights * (ahead - behind)).sum() / (2 * h)
     assert (gradient * v).sum().item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+def test_nothing_waits_for_the_collector(made, monkeypatch):
+    """What a run has recorded, and what was decoded, is freed at once: a cycle would keep all arguments."""
+    family, recorders, own = made("Stable Diffusion XL"), [], Recorder.run
+
+    def run(self, *arguments):
+        recorders.append(weakref.ref(self))
+        return own(self, *arguments)
+
+    monkeypatch.setattr(Recorder, "run", run)
+    gc.collect()
+    gc.disable()
+    try:
+        probed = read_pipeline(family.pipeline, 1, prompts=family.prompts, **family.call)
+        x = torch.zeros(1, *probed.event_shape, requires_grad=True)
+        decoded = weakref.ref(x)
+        probed.decoder(x).sum().backward()
+        del x
+        assert len(recorders) > 3 and not any(recorder() for recorder in recorders) and decoded() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 
 import pytest
@@ -95,7 +94,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     interrupted = fit(
         first,
         30,
-        callbacks=[lambda f: os.kill(os.getpid(), signal.SIGINT) if next(calls) == 10 else None],
+        callbacks=[lambda f: signal.raise_signal(signal.SIGINT) if next(calls) == 10 else None],
         directory=directory,
     )
     assert interrupted.stopped == "interrupted" and interrupted.updates == 11
@@ -118,7 +117,7 @@ class Enough:
 
     def settle(self, state):
         if self.signals:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return "More is too much"
 
 

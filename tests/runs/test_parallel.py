@@ -1,6 +1,5 @@
 """Several processes make the same decisions, one of them writes and speaks, and they end together."""
 
-import os
 import signal
 import time
 from datetime import datetime, timedelta
@@ -51,7 +50,7 @@ def stopped_by_one(folder):
 
     def callback(run):
         if run.updates == 3 and processes.rank() == processes.world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     run = fit(loop(), UPDATES, callbacks=[callback], directory=folder)
     return run.updates, run.stopped, exit_status()

@@ -1,7 +1,6 @@
 """A plan is drawn once for its folder: reused where it holds, gone on with after an interrupt, else drawn again."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -71,7 +70,7 @@ class Parts:
         if self.drawn == self.left:
             self.left = 10**6
             if self.error is signal.SIGTERM:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             raise self.error
         self.drawn += 1
         return self.original(*arguments, **options)

@@ -24,7 +24,7 @@ def interrupting():
         metrics = step(self, **options)
         last = processes.rank() == processes.world_size() - 1
         if last and "grad_norm" in metrics and self.update.updates == int(os.environ["STOP"]):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return metrics
 
     Queue.step = interrupted

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 
 import pytest
@@ -144,7 +143,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(swept, model, tmp_path, monke
 
     def interrupt(fit):
         if fit.updates == 2 and fit.loop.objective.weight(training.PathKL) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "callbacks", lambda *arguments: [interrupt])

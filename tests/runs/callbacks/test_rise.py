@@ -257,3 +257,40 @@ def test_a_resumed_watch_is_the_one_that_was(above):
     assert second == first and second.above is above
     second.load_state_dict({"above": above})  # of an earlier release
     assert second.above is above
+
+
+def test_a_chain_that_begins_above_the_pretrained_one_is_measured_from_there(as_users_run):
+    """By how much, how far J can fall, how large a path KL can be worth it: closed forms of affine chains."""
+    loop, reward = build()
+    untrained = affine_chain(3, 2)[0]
+    untrained.denoiser.shift.data -= 1.5
+    held_out = HeldOut(reward, Noise(1), starts=4000, untrained=untrained)
+    rise, state = Rise(held_out), SimpleNamespace(loop=loop, chain=loop.chain)
+    above = objective(untrained, reward) - objective(loop.chain.pretrained(), reward)
+    j = held_out.begun(state).objective(BETA) - held_out.pretrained(state).objective(BETA)
+    error = j.std().item() / math.sqrt(4000)
+    assert rise._above(state, BETA) == pytest.approx(above, abs=4 * error) and above > 20 * error
+    same = Rise(HeldOut(reward, Noise(1), starts=4000))
+    assert same._above(state, BETA) == 0
+    assert rise._possible(state) - same._possible(state) == pytest.approx(rise._above(state, BETA), rel=1e-9)
+    samples = rise._samples(state)
+    assert rise.most(state) == most_kl(samples, BETA, rise._above(state, BETA)) > same.most(state)
+
+
+def test_the_cost_of_the_beginning_is_allowed_to_a_run(as_users_run):
+    """10⁴ nats in the last step's path KL are a runaway, and are not where the untrained chain is as far."""
+    loop, reward = build()
+    untrained = affine_chain(3, 2)[0]
+    state = SimpleNamespace(loop=loop, chain=loop.chain, metrics={"path_kl": 1e4}, updates=10)
+    untrained.denoiser.shift.data += 400.0
+    begun = HeldOut(reward, Noise(1), starts=8, untrained=untrained)
+    cost = begun.begun(state).path_kl.mean().item()
+    reason = Runaway(1.0).unsound(state)
+    limit = float(reason.partition("beyond ")[2].split()[0])
+    assert "the path KL is 1e+04 nats" in reason and cost > 1e4
+    watch = Runaway(1.0, held_out=begun)
+    assert watch.unsound(state) is None
+    state.metrics = {"path_kl": cost + 0.9 * limit}
+    assert watch.unsound(state) is None
+    state.metrics = {"path_kl": cost + 1.1 * limit}
+    assert "beyond" in watch.unsound(state)

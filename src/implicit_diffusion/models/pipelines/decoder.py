@@ -108,7 +108,10 @@ class PipelineDecoder(ShownModule):
             shadow.__dict__["encode_prompt"] = self._encoder(count)
         options = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False, **self._call}
         options |= batch_of(pipeline, self._call, self._prompts, count)
-        return run_until_enough(shadow, options, "pipeline: its end, which decodes,")
+        try:
+            return run_until_enough(shadow, options, "pipeline: its end, which decodes,")
+        finally:
+            del scheduler.step  # a cycle, which would keep x
 
     def _end(self, decoded: list[Tensor]) -> dict[str, Any]:
         """Parts of the pipeline in whose place others end it without rounding; the last resort puts images into

@@ -170,8 +170,11 @@ class Recorder:
         options = {"num_inference_steps": num_steps, **self.call, **batch}
         known = inspect.signature(type(self.pipeline).__call__).parameters
         options |= {"generator": generator} if "generator" in known else {}
-        with GlobalGenerators(PROBE_NOISE, RUN):  # from which some steps draw
-            run_until_enough(shadow, options, "pipeline")
+        try:
+            with GlobalGenerators(PROBE_NOISE, RUN):  # from which some steps draw
+                run_until_enough(shadow, options, "pipeline")
+        finally:
+            del scheduler.step, scheduler.set_timesteps  # a cycle, which would keep what was recorded
         if len(self._steps) < rows or not prepared:
             raise NonAffineError(
                 f"pipeline: {name} has ended after {len(self._steps)} of {num_steps} calls of scheduler.step; only "

@@ -1,7 +1,8 @@
-"""Whether the device computes in a precision, and whether the network compiles: tried before any long work."""
+"""Whether a device computes in a precision, how fast, and whether the network compiles: tried before any long work."""
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import torch
@@ -47,20 +48,61 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype | None:
     )
 
 
+def slower_than_float32(chain: Chain) -> str | None:
+    """What to know of a lower precision on a CPU, whose instructions may lack it; None where it is the faster one.
+
+    u_θ and u_0 are called in either precision, for two samples and with the gradient in x, the better time of two.
+    """
+    networks = [each for each in _networks(chain) if each.precision is not None]
+    weights = [p for each in networks for p in each.parameters()]
+    if chain.device.type != "cpu" or not networks or any(p.dtype.itemsize < 4 for p in weights):
+        return None
+    lower = networks[0].precision
+    seconds = min(_seconds(chain) for _ in range(2))
+    try:
+        for each in networks:
+            each.precision = None
+        other = min(_seconds(chain) for _ in range(2))
+    finally:
+        for each in networks:
+            each.precision = lower
+    if seconds <= other:
+        return None
+    ratio = f"{seconds / other:.1f} times slower than float32 ({seconds:.2g} s against {other:.2g} s a call)"
+    return f"{str(lower).removeprefix('torch.')} is {ratio} on this processor; leave --precision out"
+
+
+def _seconds(chain: Chain) -> float:
+    began = time.perf_counter()
+    _call(chain)
+    return time.perf_counter() - began
+
+
 def compiled(chain: Chain) -> str:
     """Compile u_θ and u_0, and try both; returns in words whether that worked.
 
     Weight averages, which sample only at the end, are compiled when they are first called.
     """
-    parts = [unwrapped(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
-    networks = [part for part in parts if isinstance(part, DiffusersDenoiser)]
+    networks = _networks(chain)
     for network in networks:
         network.compiled = network.compiled or Compiled(network.model, differentiates=False, dynamic=None)
-    noise, made = Noise(0), [network.compiled for network in networks if isinstance(network.compiled, Compiled)]
+    made = [network.compiled for network in networks if isinstance(network.compiled, Compiled)]
+    _call(chain)
+    reasons = [c.reason for c in made if c.reason]
+    return f"not compiled: {reasons[0]}" if reasons else "compiled"
+
+
+def _networks(chain: Chain) -> list[DiffusersDenoiser]:
+    """The networks of u_θ and u_0, which are one under adapters."""
+    parts = [unwrapped(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
+    return [part for part in parts if isinstance(part, DiffusersDenoiser)]
+
+
+def _call(chain: Chain) -> None:
+    """Call u_θ and u_0 for two samples, and differentiate both."""
+    noise = Noise(0)
     x = chain.initial(noise, 2)[None].requires_grad_()
     with chain.evaluating(), torch.enable_grad():
         here = chain.transition(x, [0], reference=True, condition=chain.conditions(noise, 2, [0]))
         assert here.u0 is not None
         torch.autograd.grad((here.u + here.u0).sum(), x)
-    reasons = [c.reason for c in made if c.reason]
-    return f"not compiled: {reasons[0]}" if reasons else "compiled"

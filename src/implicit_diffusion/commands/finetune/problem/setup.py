@@ -20,7 +20,7 @@ from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import check_fit
 from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
-from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
+from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled, slower_than_float32
 from implicit_diffusion.commands.finetune.problem.sampler import Exported
 from implicit_diffusion.commands.finetune.specs import NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning
@@ -165,6 +165,8 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         _place(model, device, precision, network)
     frozen = _frozen(network, pretrained, original, conditions)
     chain = _chain(spec, opened.table, pretrained, frozen(conditions.guidance), conditions, device)
+    if (slow := slower_than_float32(chain)) is not None:
+        print(f"precision {slow}")
     note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
