@@ -350,7 +350,7 @@ SAID = {
     "RunDirectory": "RunDirectory(path=runs/sharp)",
     "Noise": "Noise(seed=0, prefix=(1,))",
     "Gain": "nats, 9 outcomes × 3 contrasts)",
-    "PosteriorKernel": "PosteriorKernel(MALA(step_size=0.1), renewal=0.02)",
+    "PosteriorKernel": "PosteriorKernel(MALA(step_size=0.1), renewal=0.1)",
     "Stored": "Stored(folder=plan, depends_on={'--seed': '0'}, starts=4",
     "ClippingEffect": "ClippingEffect(mean_absolute_change=0.3333, largest_change=0.6667",
     "Watch": "Watch(data=(40, 2) float32, every=20, patience=2, bad=0",
