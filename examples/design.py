@@ -42,11 +42,12 @@ def judged(design):
 
 
 ours, update = begin()
-kernel = idf.design.PosteriorKernel(idf.MALA(0.02), ours, renewal=0.05)
-loop = idf.Single(ours, kernel, idf.design.InformationGain(ours), update, particles=250, noise=noise.stream(2))
-path = torch.stack([ours.signal.places.detach().clone() for _ in loop.run(options.updates)])  # 250 pairs × 2 × 2
+kernel = idf.design.PosteriorKernel(idf.HMC(0.2, 2), ours, renewal=0.2)
+# likelihoods per update: 125 pairs × 2 latents × (3 pulls of HMC + 1 exchange), and below 50 outcomes × (1 + 19)
+loop = idf.Single(ours, kernel, idf.design.InformationGain(ours), update, particles=125, noise=noise.stream(2))
+path = torch.stack([ours.signal.places.detach().clone() for _ in loop.run(options.updates)])
 bound, update = begin()
-for k in range(options.updates):  # 50 outcomes × (1 + 19)
+for k in range(options.updates):
     update.optimizer.zero_grad()
     (-idf.design.contrastive_bounds(bound, noise.stream(3, k), 50, 19)[0].mean()).backward()
     update.optimizer.step(), update.schedule.step()

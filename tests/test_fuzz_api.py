@@ -204,7 +204,8 @@ JUDGED = {"experiment": line, "noise": lambda: NOISE, "outcomes": lambda: 4, "co
 def designed(objective=None, kernel=None):
     """One step of a loop over the pairs of an experiment."""
     experiment = LINE if objective is None else objective.experiment
-    kernel = idf.design.PosteriorKernel(idf.ULA(0.1), experiment) if kernel is None else kernel
+    pool = idf.design.Pool() if objective is None else objective.pool
+    kernel = idf.design.PosteriorKernel(idf.ULA(0.1), experiment, 0.1, pool) if kernel is None else kernel
     objective = idf.design.InformationGain(experiment) if objective is None else objective
     optimizer = torch.optim.SGD(experiment.signal.parameters(), lr=0.0)
     idf.Single(experiment, kernel, objective, optimizer, particles=8, noise=NOISE).step()
@@ -258,9 +259,24 @@ PUBLIC = {
     "InformationGain": Call(
         idf.design.InformationGain, {"experiment": line, "name": lambda: "gain"}, lambda made: designed(objective=made)
     ),
+    "Pool": Call(
+        idf.design.Pool,
+        {"outcomes": lambda: 2, "samples": lambda: 2},
+        lambda made: made.weights(X.flatten()[: made.size]),
+    ),
+    "PooledInformationGain": Call(
+        idf.design.PooledInformationGain,
+        {"experiment": line, "pool": lambda: idf.design.Pool(2, 2), "name": lambda: "gain"},
+        lambda made: designed(objective=made),
+    ),
     "PosteriorKernel": Call(
         idf.design.PosteriorKernel,
-        {"kernel": lambda: idf.MALA(0.1), "experiment": lambda: LINE, "renewal": lambda: 0.1},
+        {
+            "kernel": lambda: idf.MALA(0.1),
+            "experiment": lambda: LINE,
+            "renewal": lambda: 0.1,
+            "pool": lambda: idf.design.Pool(1, 2),
+        },
         lambda made: designed(kernel=made),
     ),
     "contrastive_bounds": Call(idf.design.contrastive_bounds, JUDGED),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import implicit_diffusion as idf
-from implicit_diffusion.design import InformationGain, Pairs, lag
+from implicit_diffusion.design import Experiment, InformationGain, Pairs, lag
 from implicit_diffusion.gradients import fused_pass
 from tests.helpers.experiments import (
     F64,
@@ -76,6 +76,19 @@ def test_a_pair_that_begins_as_one_has_no_gradient():
     assert ours.abs().max() < 1e-12
 
 
+def test_the_surprise_of_a_gaussian_experiment_is_that_of_its_likelihoods():
+    """In closed form against the difference of two log-likelihoods, with its gradients; images as outcomes too."""
+    for experiment in (linear_experiment(((1.0, -0.4), (0.2, 0.7), (0.3, 0.1)), (1.0, 0.6), 0.5), images()):
+        x = experiment.sample(5, idf.Noise(0)) + idf.Noise(1).normal((5, len(experiment.sample(1, idf.Noise(0))[0])))
+        x.requires_grad_()
+        pulls = []
+        for surprise in (experiment.surprise(x), Experiment.surprise(experiment, x)):
+            inputs = [x, *(p for p in experiment.signal.parameters() if p.requires_grad)]
+            pulls.append((surprise, *torch.autograd.grad(surprise.square().sum(), inputs)))
+        for ours, reference in zip(*pulls, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-3)
+
+
 def test_lag_is_zero_on_exact_contrasts_and_positive_behind_the_design():
     experiment = linear_experiment()
     particles = idf.Particles(exact_pairs(experiment, 20_000))
@@ -96,7 +109,7 @@ def test_pairs_are_told_apart_and_only_the_contrast_has_a_gradient():
     assert (grad[:, :2] != 0).all() and (grad[:, 2:] == 0).all()
 
 
-def test_latents_and_outcomes_may_have_any_shape():
+def images():
     class Images(torch.nn.Module):
         def forward(self, z):
             return z.square().flatten(1).sum(1) / 2
@@ -104,7 +117,11 @@ def test_latents_and_outcomes_may_have_any_shape():
         def sample(self, n, noise):
             return noise.normal((n, 1, 2, 2))
 
-    experiment = idf.design.GaussianExperiment(torch.nn.Conv2d(1, 3, 2, padding=1), Images(), 0.5)
+    return idf.design.GaussianExperiment(torch.nn.Conv2d(1, 3, 2, padding=1), Images(), 0.5)
+
+
+def test_latents_and_outcomes_may_have_any_shape():
+    experiment = images()
     assert experiment.noise_shape == (3, 3, 3) and experiment.event_shape == (1, 2, 2)
     x = experiment.sample(4, idf.Noise(0))
     assert x.shape == (4, 35) and experiment(x).shape == (4,)

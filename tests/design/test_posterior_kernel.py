@@ -9,7 +9,7 @@ import implicit_diffusion as idf
 from implicit_diffusion.design import Experiment, InformationGain, PosteriorKernel, lag
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.samplers import State, Underdamped, simulate
-from tests.helpers.experiments import Curved, linear_experiment, linear_gain
+from tests.helpers.experiments import Curved, exact_pairs, linear_experiment, linear_gain
 
 NOISE = idf.Noise(0)
 
@@ -37,25 +37,30 @@ def test_pairs_are_replaced_at_their_rate_by_new_ones():
     x = experiment.sample(n, NOISE)
     state, _ = kernel.move(kernel.prepare(experiment, State(x), NOISE.generator(1)))
     before, after = experiment.pairs(x), experiment.pairs(state.x)
-    new = (before.latent != after.latent)[:, 0]
+    y, y_ = (experiment.outcome(p.latent, p.noise)[:, 0].detach() for p in (before, after))
+    new = (y - y_).abs() > 1e-9
     assert abs(new.double().mean() - r) < 4 * math.sqrt(r * (1 - r) / n)
     assert torch.equal(after.contrast[new], after.latent[new]) and (before.noise != after.noise)[new].all()
-    assert torch.equal(before.noise[~new], after.noise[~new])
+    assert torch.equal(before.latent[~new], after.contrast[~new])  # exchanged
     z = after.latent[new]
     assert abs(z.mean()) < 4 / math.sqrt(len(z)) and abs(z.var() - 1) < 4 * math.sqrt(2 / len(z))
     torch.testing.assert_close(state.value, experiment(state.x).detach())
 
 
 def bias_of_ula(experiment, h, r, k):
-    """E Γ at iteration k of ULA, of y = ξ z + σ ε, and without any bias."""
+    """E Γ at iteration k of ULA, of y = ξ z + σ ε, and without any bias.
+
+    At age a the two latents have made a steps together, in turn where they are exchanged (r > 0).
+    """
     xi, sigma = experiment.signal.rows.item(), experiment.std
     variance = 1 / (1 + (xi / sigma) ** 2)
     rho = 1 - h / variance
     ages = [r * (1 - r) ** a for a in range(k)] + [(1 - r) ** k]
 
     def at(age):
-        added = 2 * h * (1 - rho ** (2 * age)) / (1 - rho**2)
-        return xi / sigma**2 * (variance * (rho ** (2 * age) - rho**age) + added)
+        own = age // 2 if r else age  # steps of the contrast
+        added = 2 * h * (1 - rho ** (2 * own)) / (1 - rho**2)
+        return xi / sigma**2 * (variance * (rho ** (2 * own) - rho**age) + added)
 
     return -sum(share * at(age) for age, share in enumerate(ages)), -xi * variance / sigma**2
 
@@ -86,8 +91,36 @@ def test_an_exact_kernel_keeps_contrasts_in_the_posterior():
         metrics = loop.step()
     now = lag(experiment, loop.particles)
     assert abs(now.mean) < 4 * now.error < 0.1 and metrics["acceptance"] < 0.95
-    z = experiment.pairs(loop.particles.x).contrast
-    assert abs(z.mean()) < 4 / math.sqrt(len(z)) and abs(z.var() - 1) < 4 * math.sqrt(2 / len(z))
+    contrast, latent, noise = experiment.pairs(loop.particles.x)
+    for numbers in (contrast, latent, noise):
+        assert abs(numbers.mean()) < 4 / math.sqrt(len(latent))
+        assert abs(numbers.var() - 1) < 4 * math.sqrt(2 / len(latent))
+    assert abs((latent[:, 0] * noise).mean()) < 4 / math.sqrt(len(latent))
+
+
+def test_an_exchange_keeps_the_outcome_and_takes_noise_away():
+    """Γ of exact pairs has the variance s⁴(3ξ² + 2σ²)/σ⁴, its average with that of exchanged pairs 2ξ²s⁴/σ⁴."""
+    experiment = linear_experiment()
+    kernel, x = PosteriorKernel(idf.MALA(0.2), experiment), exact_pairs(experiment, 20_000)
+    with torch.no_grad():
+        state = kernel._exchanged(State(x, value=experiment(x)))
+        torch.testing.assert_close(state.value, experiment(state.x))
+    before, after = experiment.pairs(x), experiment.pairs(state.x)
+    assert torch.equal(before.contrast, after.latent) and torch.equal(before.latent, after.contrast)
+    torch.testing.assert_close(*(experiment.outcome(p.latent, p.noise) for p in (before, after)))
+
+    def gradients(pairs):
+        apart = pairs.latent - pairs.contrast
+        return (experiment.signal.rows * apart + experiment.std * pairs.noise).detach() * apart / experiment.std**2
+
+    plain, other = gradients(before), gradients(after)
+    exact = torch.autograd.grad(linear_gain(experiment), experiment.signal.rows)[0]
+    assert abs(other.mean() - exact) < 4 * other.std() / math.sqrt(len(x))
+    xi, variance = experiment.signal.rows.item(), experiment.std**2
+    s4 = 1 / (1 + xi**2 / variance) ** 2 / variance**2
+    for values, exact in ((plain, 3 * xi**2 + 2 * variance), ((plain + other) / 2, 2 * xi**2)):
+        apart = (values - values.mean()).square()
+        assert abs(apart.mean() - s4 * exact) < 4 * apart.std() / math.sqrt(len(x)) < 0.2 * s4 * exact
 
 
 def test_the_loop_finds_the_design_of_largest_gain():
@@ -148,6 +181,14 @@ class Unnamed(Experiment):
         return -((y - z[:, 0]) ** 2) / 2
 
 
+class Doubled(Unnamed):
+    def __init__(self):
+        super().__init__(linear_experiment().prior, ())
+
+    def noise_of(self, y, z):
+        return 2 * (y - z[:, 0])
+
+
 def test_parts_that_do_not_belong_together_are_refused():
     experiment, other = linear_experiment(), linear_experiment()
     kernel, plain = PosteriorKernel(idf.MALA(0.2), experiment), idf.MALA(0.2)
@@ -175,6 +216,7 @@ def test_parts_that_do_not_belong_together_are_refused():
     [
         ("renewal must lie in", lambda: PosteriorKernel(idf.MALA(0.1), linear_experiment(), 1.0)),
         ("renewal must lie in", lambda: PosteriorKernel(idf.MALA(0.1), linear_experiment(), -0.1)),
+        ("must solve y = outcome", lambda: PosteriorKernel(idf.MALA(0.1), Doubled())),
         ("kernel must be a plain one", lambda: PosteriorKernel(
             PosteriorKernel(idf.MALA(0.1), e := linear_experiment()), e)),
         ("prior must have a method sample", lambda: Unnamed(torch.nn.Linear(1, 1), ())),

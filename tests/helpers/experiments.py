@@ -49,17 +49,35 @@ def linear_gain(experiment):
     return torch.logdet(torch.eye(len(matrix), dtype=F64) + matrix @ matrix.mT) / 2
 
 
+def posteriors(experiment, y):
+    """Means, with shape (n, d), and the covariance of the posteriors of a linear experiment."""
+    matrix, variances = experiment.signal.matrix().detach(), experiment.prior.deviations.detach().square()
+    precision = torch.diag(1 / variances) + matrix.mT @ matrix / experiment.std**2
+    covariance = torch.linalg.inv(precision)
+    return y @ matrix @ covariance / experiment.std**2, covariance
+
+
 def exact_pairs(experiment, n, seed=0):
     """Pairs of a linear experiment whose contrasts are independent draws from their posterior, N(mean, covariance)."""
     noise = idf.Noise(seed)
     z, epsilon = experiment.draw(n, noise)
-    matrix, variances = experiment.signal.matrix().detach(), experiment.prior.deviations.detach().square()
-    precision = torch.diag(1 / variances) + matrix.mT @ matrix / experiment.std**2
-    covariance = torch.linalg.inv(precision)
-    y = experiment.outcome(z, epsilon).detach()
-    mean = y @ matrix @ covariance / experiment.std**2
+    mean, covariance = posteriors(experiment, experiment.outcome(z, epsilon).detach())
     contrast = mean + noise.normal(z.shape, 7, dtype=F64) @ torch.linalg.cholesky(covariance).mT
     return experiment.joined(contrast, z, epsilon)
+
+
+def exact_pools(experiment, pools, pool, seed=0):
+    """Pools of a linear experiment whose samples are independent draws from the pooled posterior.
+
+    It is N(mean of the posteriors' means, their covariance). Also the posteriors' means, (pools, outcomes, d).
+    """
+    noise, G, M = idf.Noise(seed), pool.outcomes, pool.samples
+    z, epsilon = experiment.draw(pools * G, noise)
+    means, covariance = posteriors(experiment, experiment.outcome(z, epsilon).detach())
+    means, d = means.view(pools, G, -1), z.shape[1]
+    contrast = noise.normal((pools, 1, M, d), 7, dtype=F64) @ torch.linalg.cholesky(covariance).mT
+    contrast = (contrast + means.mean(1)[:, None, None]).expand(-1, G, -1, -1).reshape(-1, d)
+    return experiment.joined(contrast, z.repeat_interleave(M, 0), epsilon.repeat_interleave(M, 0)), means
 
 
 class Curved(Experiment):
@@ -75,6 +93,10 @@ class Curved(Experiment):
     def outcome(self, z, noise):
         mean, std = self._law(z)
         return mean + std * noise
+
+    def noise_of(self, y, z):
+        mean, std = self._law(z)
+        return (y - mean) / std
 
     def log_likelihood(self, y, z):
         mean, std = self._law(z)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # read by `lazily`
     from implicit_diffusion.design.bounds import Gain, contrastive_bounds, information_gain
     from implicit_diffusion.design.experiment import Experiment, GaussianExperiment, Pairs
-    from implicit_diffusion.design.gain import InformationGain, lag
+    from implicit_diffusion.design.gain import InformationGain, PooledInformationGain, lag
+    from implicit_diffusion.design.pool import Pool
     from implicit_diffusion.design.posterior import PosteriorKernel
 else:
 
@@ -24,6 +25,8 @@ __all__ = [
     "GaussianExperiment",
     "InformationGain",
     "Pairs",
+    "Pool",
+    "PooledInformationGain",
     "PosteriorKernel",
     "contrastive_bounds",
     "information_gain",

@@ -110,6 +110,15 @@ class Experiment(ShownModule, ABC):
     def log_likelihood(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
         """Log p(y_i|z_i, ξ), differentiable in y, z and ξ, of all pairs of rows; normalised, where ξ acts on that."""
 
+    def noise_of(
+        self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]
+    ) -> Float[Tensor, "n *noise_shape"] | None:
+        """The one ε with T(z, ε; ξ) = y, where any z could have made y: then pairs exchange roles (`PosteriorKernel`).
+
+        None, the default, where there is no such ε, or more than one.
+        """
+        return None
+
     def _words(self) -> Iterable[str]:
         return f"prior={brief(self.prior)}", f"latents={self.event_shape}", f"noise={self.noise_shape}"
 
@@ -211,6 +220,17 @@ class GaussianExperiment(Experiment):
     def outcome(self, z: Float[Tensor, "n *event"], noise: Float[Tensor, "n *noise_shape"]) -> Float[Tensor, "n *y"]:
         """f(z; ξ) + σ ε."""
         return self.signal(z) + self.std * noise
+
+    def noise_of(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, "n *noise_shape"]:
+        """(y − f(z; ξ))/σ."""
+        return (y - self.signal(z)) / self.std
+
+    def surprise(self, x: Float[Tensor, "n pair"]) -> Float[Tensor, " n"]:
+        """‖δ‖²/2 + ⟨δ, ε⟩ with δ = (f(z) − f(z′))/σ: the signal of each latent once, and no large terms that cancel."""
+        contrast, latent, noise = self.pairs(x)
+        own, other = self.signal(torch.cat([latent, contrast])).reshape(2, len(x), -1)
+        apart = (own - other) / self.std
+        return (apart * (apart / 2 + noise.reshape(len(x), -1))).sum(1)
 
     def log_likelihood(self, y: Float[Tensor, "n *y"], z: Float[Tensor, "n *event"]) -> Float[Tensor, " n"]:
         """Log N(y; f(z; ξ), σ²)."""

@@ -7,16 +7,22 @@ is compared with another. All charges are the same, so that one pull through V s
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
+from implicit_diffusion import processes
 from implicit_diffusion.design.experiment import Experiment
+from implicit_diffusion.design.pool import PAIR, Pool
 from implicit_diffusion.design.posterior import PosteriorKernel
 from implicit_diffusion.errors import InvalidInputError, check_type
 from implicit_diffusion.evaluation.chains import Estimate, mean_and_error
 from implicit_diffusion.frozen import eval_mode
 from implicit_diffusion.objectives import Density, FirstVariation, GibbsObjective, Objective
 from implicit_diffusion.objectives.attributes import check_name
+from implicit_diffusion.objectives.variation import Support
 from implicit_diffusion.particles import Particles
+from implicit_diffusion.rounding import exact
 from implicit_diffusion.samplers.kernel import Kernel
 
 
@@ -51,8 +57,10 @@ class InformationGain(GibbsObjective):
         InvalidInputError: not an experiment; a name that is not a word.
     """
 
-    support, in_minimum = "none", -1.0
+    support: ClassVar[Support] = "none"
+    in_minimum = -1.0
     separable = True
+    pool = PAIR
 
     def __init__(self, experiment: Experiment, name: str = "information_gain") -> None:
         check_type("experiment", experiment, Experiment, "use GaussianExperiment, or a subclass of Experiment")
@@ -63,6 +71,51 @@ class InformationGain(GibbsObjective):
         return FirstVariation()
 
 
+class PooledInformationGain(InformationGain):
+    """−EIG(ξ), for a loop over pools of several outcomes: the charges of pairs are −w_ij/(pools · G) instead of −1/n.
+
+        >>> import torch
+        >>> from implicit_diffusion import MALA, GaussianMixture, Noise, Single
+        >>> from implicit_diffusion.design import GaussianExperiment, PooledInformationGain, Pool, PosteriorKernel
+        >>> signal = torch.nn.Linear(1, 1, bias=False)  # y = ξ z + ε
+        >>> _ = signal.weight.data.fill_(0.5)
+        >>> experiment, pool = GaussianExperiment(signal, GaussianMixture(torch.zeros(1, 1)), std=1.0), Pool(10, 100)
+        >>> kernel = PosteriorKernel(MALA(0.5), experiment, 1.0, pool)
+        >>> objective = PooledInformationGain(experiment, pool)
+        >>> sgd = torch.optim.SGD(signal.parameters(), lr=0.1)
+        >>> loop = Single(experiment, kernel, objective, sgd, particles=2 * pool.size, noise=Noise(0))
+        >>> for metrics in loop.run(20):
+        ...     pass
+        >>> bool(signal.weight > 0.6)  # a louder signal says more
+        True
+
+    Args:
+        experiment: the loop's potential.
+        pool: as the loop's `PosteriorKernel` has it.
+        name: of the term.
+
+    Raises:
+        InvalidInputError: not an experiment or a pool; a name that is not a word; in loops, particles that are not
+            whole pools.
+    """
+
+    support = "particles"
+
+    def __init__(self, experiment: Experiment, pool: Pool, name: str = "information_gain") -> None:
+        super().__init__(experiment, name)
+        check_type("pool", pool, Pool, "use Pool(outcomes, samples)")
+        self.pool = pool
+
+    def first_variation(self, particles: Particles, density: Density) -> FirstVariation:
+        """What makes the charges −w_ij/(pools · G); the value is not known.
+
+        An F′ with the mean c adds −(F′_i − c)/(n − 1) to the charges −1/n (`gradients.gibbs`): with
+        F′ = (n − 1) w_ij/(pools · G), whose mean is (n − 1)/n, they become −w_ij/(pools · G).
+        """
+        n, w = len(density.energy) * processes.count(), self.pool.weights(exact(density.energy))
+        return FirstVariation(function=(n - 1) * self.pool.samples / n * w.flatten())
+
+
 def lag(experiment: Experiment, particles: Particles) -> Estimate:
     """E[log p(y|z, ξ) − log p(y|z′, ξ)] over pairs, with its standard error: zero where z′ ~ p(·|y, ξ).
 
@@ -71,7 +124,7 @@ def lag(experiment: Experiment, particles: Particles) -> Estimate:
 
     Args:
         experiment: at the present design.
-        particles: pairs, e.g. a loop's.
+        particles: pairs, e.g. a loop's; in pools of several outcomes z′ has another law, and no lag.
 
     Raises:
         InvalidInputError: particles that are not pairs of this experiment.
@@ -110,3 +163,9 @@ def check_experiment(potential: object, kernel: Kernel, objective: Objective) ->
         )
     if any(experiment is not potential for experiment in experiments):
         raise InvalidInputError("PosteriorKernel and InformationGain must be given the loop's own experiment")
+    pools = [term.pool for term in terms if isinstance(term, InformationGain)]
+    if any(pool != kernel.pool for pool in pools if max(pool.outcomes, kernel.pool.outcomes) > 1):
+        raise InvalidInputError(
+            f"PosteriorKernel's pool must be that of the objective: use PooledInformationGain(experiment, pool) with "
+            f"{kernel.pool!r}"
+        )
