@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -71,6 +72,33 @@ class Compiled(Shown):
         ):  # a call that has to compile (again) needs the settings, the others do not
             with _config().patch(SETTINGS):
                 return self._compiled(*args, **kwargs)
+
+
+class CompiledAt(Shown):
+    """A network that is compiled for some calls, and runs as it is in all others.
+
+    A graph serves one number of samples, with gradients or without. A queue that fills, and evaluations, call with
+    numbers that come once or seldom.
+
+    Args:
+        network: called with a batch first.
+        calls: numbers of samples, and whether gradients are enabled.
+    """
+
+    def __init__(self, network: Callable[..., Any], calls: Iterable[tuple[int, bool]]) -> None:
+        self.network, self.calls = network, frozenset(calls)
+        self.compiled = Compiled(network, differentiates=False)
+        self.is_complete = False
+
+    def complete(self) -> None:
+        """Compile nothing any more: what no graph serves runs as it is, such as u_0 on as many samples as u_θ."""
+        self.is_complete = True
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (len(x), torch.is_grad_enabled()) not in self.calls:
+            return self.network(x, *args, **kwargs)
+        with torch.compiler.set_stance("eager_on_recompile") if self.is_complete else nullcontext():
+            return self.compiled(x, *args, **kwargs)
 
 
 def _by_itself(function: Callable[..., Any]) -> Callable[..., Any]:

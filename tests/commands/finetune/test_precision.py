@@ -1,7 +1,5 @@
 """What the network computes in, and whether it is compiled: its outputs change by rounding, nothing else changes."""
 
-import copy
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ from implicit_diffusion.commands.finetune.problem.precision import check_precisi
 from implicit_diffusion.commands.finetune.specs import setup_spec, training_spec
 from implicit_diffusion.commands.finetune.training import make_loop
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
-from implicit_diffusion.denoisers.lora import WithoutAdapter
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.gradients import Adjoint
 from implicit_diffusion.loops.memory import predict_memory
@@ -109,36 +106,6 @@ def test_checkpointing_keeps_less_and_changes_nothing(tmp_path, place):
     assert memory[True] < 0.5 * memory[False], memory[True] / memory[False]
     for ours, theirs in zip(outputs[True], outputs[False]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """torch.compile without code generation: what is tested is that the network can be traced whole."""
-    compiler = torch.compile
-    monkeypatch.setattr("torch.compile", lambda f, **options: compiler(f, backend="aot_eager", **options))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_compiled_network_is_the_same_function(place, rank, quick_compiler):
-    made, plain = build(place, compile=True, lora_rank=rank), build(place, lora_rank=rank)
-    assert made.compiled == "compiled"
-    assert (rank is not None) == isinstance(made.chain.reference, WithoutAdapter)
-    for ours, theirs in zip(predictions(made.chain), predictions(plain.chain)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    x = made.chain.sample(Noise(0), 3)  # another batch, without gradient
-    torch.testing.assert_close(x, plain.chain.sample(Noise(0), 3), rtol=1e-3, atol=1e-3)
-    twin = copy.deepcopy(unwrapped(made.chain.denoiser))
-    assert twin.compiled.function is twin.model  # a weight average compiles its own network
-
-
-@pytest.mark.slow
-def test_what_cannot_be_compiled_runs_as_it_is(place, monkeypatch):
-    monkeypatch.setattr("torch.compile", lambda f, **options: lambda *a, **k: 1 / 0)
-    with pytest.warns(UserWarning, match="not compiled, runs eagerly: ZeroDivisionError"):
-        made = build(place, compile=True)
-    assert made.compiled == "not compiled: ZeroDivisionError: division by zero"
-    assert torch.equal(predictions(made.chain)[0], predictions(build(place).chain)[0])
 
 
 @pytest.mark.slow

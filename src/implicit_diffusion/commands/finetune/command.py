@@ -26,6 +26,7 @@ from implicit_diffusion.commands.finetune.held_out_prompts import HeldOutPrompts
 from implicit_diffusion.commands.finetune.model_card import model_card
 from implicit_diffusion.commands.finetune.problem import estimators
 from implicit_diffusion.commands.finetune.problem.adapters import for_comfyui
+from implicit_diffusion.commands.finetune.problem.compiling import compile_networks
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup, build
 from implicit_diffusion.commands.finetune.problem.weighing import in_units, weighed
 from implicit_diffusion.commands.finetune.report.headline import headline_of, print_headline
@@ -137,6 +138,8 @@ def _run(config: Config, directory: RunDirectory, resumed: bool, pretrained: Eva
     with continuing(directory):
         if not trained:
             begin(directory, "finetune", config, fingerprints, device)
+        if config.compile:
+            setup = replace(setup, compiled=compile_networks(loop, directory, resumed=trained))
         held_out = held_out_checks(spec, setup)
         judges = judges_of(spec, setup, held_out)
         state = train(spec, loop, held_out, samples, plan.reward_std, directory, pictures(setup), judges)

@@ -147,7 +147,8 @@ class Config:
     """Precision that the network computes in; samples, adjoints, path KL and weights stay in float32.
     Use fp16 on devices without bfloat16 only; its gradients are scaled so that they do not underflow."""
     compile: bool = False
-    """Compile the network with torch.compile; if that fails, the reason is printed and training runs uncompiled."""
+    """Compile the network with torch.compile, and keep that if it is faster; both times are printed.
+    If it fails, the reason is printed, and training runs uncompiled."""
     no_clip: bool = False
     """Switch off clip_sample of the model's scheduler, which blocks gradients; the report says what that changes."""
     seed: int = 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from implicit_diffusion.commands.finetune.problem.compiling import CHOICE
 from implicit_diffusion.commands.finetune.problem.setup import PLAN, Setup
 from implicit_diffusion.commands.finetune.problem.weighing import weighed_samples
 from implicit_diffusion.commands.finetune.report.plan_table import plot, show
@@ -48,6 +49,7 @@ FILES = (
     f"{PLANNED}/{MANIFEST}",
     "figures/plan.png",
     "figures/pretrained.png",
+    CHOICE,
     *COPIES,
 )
 
@@ -231,7 +233,6 @@ def what_it_depends_on(setup: Setup, starts: int, fingerprints: Mapping[str, Any
         "--null-class": conditions.null if conditions.drawn is not None and not prompts else None,
         "--prompts": f"sha256 {hashlib.sha256(prompts.encode()).hexdigest()}" if prompts else None,
         "--precision": spec.network.precision,
-        "--compile": spec.network.compile or None,
         "--seed": spec.noise.seed,
         "--starts": starts,
         "dtype": setup.chain.dtype,

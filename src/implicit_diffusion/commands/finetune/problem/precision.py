@@ -1,4 +1,4 @@
-"""Whether a device computes in a precision, how fast, and whether the network compiles: tried before any long work."""
+"""Whether a device computes in a precision, and how fast: tried before any long work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import warnings
 import torch
 from torch import nn
 
-from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser, unwrapped
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.noise import Noise
@@ -53,7 +52,7 @@ def slower_than_float32(chain: Chain) -> str | None:
 
     u_θ and u_0 are called in either precision, for two samples and with the gradient in x, the better time of two.
     """
-    networks = [each for each in _networks(chain) if each.precision is not None]
+    networks = [each for each in networks_of(chain) if each.precision is not None]
     weights = [p for each in networks for p in each.parameters()]
     if chain.device.type != "cpu" or not networks or any(p.dtype.itemsize < 4 for p in weights):
         return None
@@ -78,24 +77,10 @@ def _seconds(chain: Chain) -> float:
     return time.perf_counter() - began
 
 
-def compiled(chain: Chain) -> str:
-    """Compile u_θ and u_0, and try both; returns in words whether that worked.
-
-    Weight averages, which sample only at the end, are compiled when they are first called.
-    """
-    networks = _networks(chain)
-    for network in networks:
-        network.compiled = network.compiled or Compiled(network.model, differentiates=False, dynamic=None)
-    made = [network.compiled for network in networks if isinstance(network.compiled, Compiled)]
-    _call(chain)
-    reasons = [c.reason for c in made if c.reason]
-    return f"not compiled: {reasons[0]}" if reasons else "compiled"
-
-
-def _networks(chain: Chain) -> list[DiffusersDenoiser]:
+def networks_of(chain: Chain) -> list[DiffusersDenoiser]:
     """The networks of u_θ and u_0, which are one under adapters."""
     parts = [unwrapped(part) for part in (chain.denoiser, chain.reference) if isinstance(part, nn.Module)]
-    return [part for part in parts if isinstance(part, DiffusersDenoiser)]
+    return [part for part in dict.fromkeys(parts) if isinstance(part, DiffusersDenoiser)]
 
 
 def _call(chain: Chain) -> None:

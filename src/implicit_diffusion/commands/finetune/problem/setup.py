@@ -20,7 +20,7 @@ from implicit_diffusion.commands.finetune.problem.adapters import add_adapters
 from implicit_diffusion.commands.finetune.problem.estimators import Chosen, check_chain
 from implicit_diffusion.commands.finetune.problem.fitting import check_fit
 from implicit_diffusion.commands.finetune.problem.opened import open_chain, original_of
-from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled, slower_than_float32
+from implicit_diffusion.commands.finetune.problem.precision import check_precision, slower_than_float32
 from implicit_diffusion.commands.finetune.problem.sampler import Exported
 from implicit_diffusion.commands.finetune.specs import NetworkSpec, SetupSpec
 from implicit_diffusion.commands.shared.conditioning import Conditioning
@@ -61,7 +61,7 @@ class Setup(Shown):
         clipping: effect of switching `clip_sample` off; None where it was not on, and before `weighing.weighed`.
         exported: scheduler and table of the exported model.
         conditioning: what trajectories are sampled under.
-        compiled: result of the compilation; None where none was asked for.
+        compiled: result of the compilation; None where none was asked for, and before `compiling.compile_networks`.
         estimator: of the gradient.
         frozen: the pretrained network under guidance of a scale.
         weights: fingerprints of weights that factories have returned, for `runs.provenance`.
@@ -167,7 +167,6 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
     chain = _chain(spec, opened.table, pretrained, frozen(conditions.guidance), conditions, device)
     if (slow := slower_than_float32(chain)) is not None:
         print(f"precision {slow}")
-    note = compiled(chain) if network.compile else None
 
     def of_states(function: Callable[..., Any]) -> Callable[..., Any]:
         return conditions.of_states(function, pretrained.decoder)
@@ -187,7 +186,7 @@ def _build(spec: SetupSpec, device: torch.device) -> Setup:
         None,
         opened.exported,
         conditions,
-        note,
+        None,
         tried.estimator,
         weights,
         frozen,
