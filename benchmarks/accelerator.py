@@ -30,8 +30,9 @@ import torch
 from common import DEVICE, Problem, machine, random_weights, save
 
 from implicit_diffusion import Chain, Nested, Noise, Queue, evaluate, load_pretrained, read_table
-from implicit_diffusion.commands.finetune.problem.precision import check_precision, compiled
+from implicit_diffusion.commands.finetune.problem.precision import check_precision, networks_of
 from implicit_diffusion.commands.rewards.shipped import redness
+from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.frozen import frozen_copy
 from implicit_diffusion.loops.memory import predict_memory
 from implicit_diffusion.tables import scheduler_for
@@ -98,7 +99,9 @@ def problem(config: Config) -> tuple[Problem, dict[str, Any]]:
 
     made = chain(config.num_steps)
     facts = {"parameters": sum(p.numel() for p in denoiser.parameters()), "pretrained": config.model is not None}
-    facts |= {"event_shape": shape, "compiled": compiled(made) if config.compile else None}
+    for network in networks_of(made) if config.compile else ():
+        network.compiled = Compiled(network.model, differentiates=False, dynamic=None)
+    facts |= {"event_shape": shape, "compiled": config.compile}
     spread = evaluate(made, redness, Noise(0).stream(2), starts=config.held_out).reward.std().item()
     return Problem(chain, redness, beta=spread, deviation=spread), facts | {"beta": spread}
 
