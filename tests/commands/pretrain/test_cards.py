@@ -56,7 +56,9 @@ def images(words):
     config = PretrainConfig(data=words, channels=(8, 8))
     vars(config).update(prediction_type=words, beta_schedule=words)  # as if the types allowed it
     numbers = ImagesSummary(5, 2, (3, 8, 16), (), ())
-    return images_card.model_card(config, Summary({}, numbers, 9, loss_train=0.1, loss_held_out=0.2, seconds=1.0))
+    return images_card.model_card(
+        config, Summary({}, numbers, 9, loss_train=0.1, loss_held_out=0.2, seconds=1.0, updates=1)
+    )
 
 
 def exported(words):
@@ -88,6 +90,6 @@ def test_the_digits_card_escapes_its_settings():
     vars(config).update(prediction_type="<script>", beta_schedule="<img src=x>")  # as if the types allowed it
     images = ImagesSummary(5, 2, (1, 8, 8), (), ())
     accuracies = {"classifier_accuracy": 0.5, "judge_accuracy": 0.5}
-    summary = Summary({}, images, 1, 0.5, 0.5, 1.0, quality={"10": quality}, **accuracies)
+    summary = Summary({}, images, 1, 0.5, 0.5, 1.0, 3000, quality={"10": quality}, **accuracies)
     card = digits_card.model_card(config, summary)
     assert "<script" not in card and "<img" not in card

@@ -92,7 +92,7 @@ def test_sizes_are_brought_to_what_the_network_can_halve(tmp_path, capsys):
 
 
 def test_what_is_no_data(tmp_path, monkeypatch):
-    with pytest.raises(InvalidInputError, match="neither 'digits', nor a folder"):
+    with pytest.raises(InvalidInputError, match="neither 'digits' nor 'fashion-mnist', nor a folder"):
         load_images("letters")
     with pytest.raises(InvalidInputError, match="holds no images that can be read"):
         (tmp_path / "empty").mkdir()

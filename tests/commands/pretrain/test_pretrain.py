@@ -6,6 +6,7 @@ import math
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,36 @@ def test_a_signal_in_the_last_instants_of_a_training_ends_it(tmp_path, monkeypat
     monkeypatch.setattr(console.Progress, "close", lambda bar: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 7 of 7"):
         train(LONG, directory=RunDirectory.create(tmp_path / "run"))
+
+
+def test_a_training_ends_when_its_minutes_are_over(uninterrupted, tmp_path, monkeypatch, capsys):
+    """With the weights that a training without a limit has then; what came before a resumption counts."""
+    clock = itertools.count(0, 20)  # seconds from one look at the clock to the next
+    late = replace(LONG, minutes=4.0, out=tmp_path / "run")
+    monkeypatch.setattr(training, "LINES", 3)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "image_losses", stop_at(2, lambda: signal.raise_signal(signal.SIGINT)))
+        pretrain.run(late)
+    before = RunDirectory(late.out).read_checkpoint().state["pretraining"]
+    assert before["step"] == 2 and 0 < before["seconds"] < 240
+    summary = pretrain.run(late, RunDirectory(late.out))
+    steps = summary["updates"]
+    assert 2 < steps < 7 and 240 <= summary["seconds"] < 300
+    assert f"stopped   after 4 minutes and {steps} of 7 steps" in capsys.readouterr().out
+    assert lines(RunDirectory(late.out))[-1]["updates"] == steps
+    state = RunDirectory(late.out).read_checkpoint().state["pretraining"]
+    same = RunDirectory.create(tmp_path / "same")
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(training, "image_losses", stop_at(steps, lambda: signal.raise_signal(signal.SIGINT)))
+        train(LONG, directory=same)
+    whole = same.read_checkpoint().state["pretraining"]
+    for name in ("unet", "average", "optimizer", "generators", "schedule"):
+        assert bits(state[name]) == bits(whole[name])
+    card = (late.out / "model" / "README.md").read_text()
+    assert f"{steps} steps" in card
+    with pytest.raises(InvalidInputError, match="--minutes must be positive"):
+        replace(LONG, minutes=0.0).check()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.shared.arrays.array_files import read_array_file
 from implicit_diffusion.commands.shared.arrays.data_arrays import to_tensor
+from implicit_diffusion.commands.shared.arrays.idx import PACKAGES
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.lattice import LEVELS, Lattice, find_lattice
 from implicit_diffusion.noise import Noise
@@ -81,12 +82,13 @@ class Data(Shown):
 
 
 def load_data(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
-    """The data called `name`: one of the laws, "digits", or a file of `array_files.FORMATS`.
+    """The data called `name`: one of the laws, "digits", one of `idx.PACKAGES`, or a file of `array_files.FORMATS`.
 
     Args:
         name: see above.
         noise: of draws, of the split, and of dequantisation.
-        dequantise: add uniform noise as wide as the spacing of the values; to digits it is added in any case.
+        dequantise: add uniform noise as wide as the spacing of the values; to digits and to the images of a package it
+            is added in any case.
 
     Raises:
         InvalidInputError: an unknown name; a file without an array of finite numbers with shape (m, d) or
@@ -105,7 +107,7 @@ def load_data(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
         train, held_out = (((x + 1) * 8).round() for x in (digits.train, digits.held_out))
         lattice: Lattice | None = GREY
     else:
-        table = read_array_file(name, f"one of {', '.join(LAWS)}, digits, ")
+        table = read_array_file(name, f"one of {', '.join(LAWS)}, digits, {', '.join(PACKAGES)}, ")
         columns = table.columns
         x = to_tensor(name, table.array)
         train, held_out = split(x, noise, columns)
@@ -115,7 +117,7 @@ def load_data(name: str, noise: Noise, *, dequantise: bool = False) -> Data:
                 f"--dequantise has no effect: the values of --data {name} lie on no lattice of at most "
                 f"{LEVELS} steps, so they have a density as they are; leave it out"
             )
-    dequantise = dequantise or name == "digits"
+    dequantise = dequantise or name in ("digits", *PACKAGES)
     if dequantise and lattice is not None:
         copies = COPIES if name == "digits" else max(1, min(COPIES, MOST_COPIED // train.numel()))
         repeated = train.repeat(copies, *[1] * (train.ndim - 1))

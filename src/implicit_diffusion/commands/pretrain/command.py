@@ -5,6 +5,7 @@ load the images → train the U-Net by denoising score matching → losses, samp
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,7 @@ def training_of(config: Config, data: Images) -> Training:
         shown_steps=config.chains[0],
         check_pixels=not os.path.isabs(config.data),  # of a folder, provenance has every file
         keep=config.keep,
+        seconds=math.inf if config.minutes is None else 60 * config.minutes,
     )
 
 
@@ -141,13 +143,16 @@ def _finish(
     count = _samples(config.data, config.samples, data)
     drawn = sampled(config.chains, unet, scheduler, count, config.seed, data.event_shape, len(data.classes))
     loss_train, loss_held_out = judged_losses(unet, scheduler, data)
+    none = {"updates": config.steps, "seconds": 0.0}
+    made = max(directory.read_metrics(), key=lambda line: line["updates"], default=none)
     summary = Summary(
         config=asdict(config) | {"out": str(config.out)},
         images=ImagesSummary(len(data.train), len(data.held_out), data.event_shape, data.left_out, data.classes),
         parameters=sum(p.numel() for p in unet.parameters()),
         loss_train=loss_train,
         loss_held_out=loss_held_out,
-        seconds=max((line["seconds"] for line in directory.read_metrics()), default=0.0),
+        seconds=made["seconds"],
+        updates=made["updates"],
     )
     if config.data == "digits":
         summary = replace(
@@ -162,7 +167,13 @@ def _finish(
     plot(data, drawn, directory)
     written: dict[str, Any] = to_json(summary)
     directory.write_summary(written)  # the last file: with it, the run is finished
-    print(f"cost      {clock.in_words(clock.seconds(directory.path))}; {config.steps} steps of {config.batch} images")
+    steps = summary.updates
+    print(f"cost      {clock.in_words(clock.seconds(directory.path))}; {steps} steps of {config.batch} images")
+    if steps < config.steps:
+        print(
+            f"stopped   after {config.minutes:g} minutes and {steps} of {config.steps} steps: the learning rate has "
+            f"not decayed to zero; with --steps {steps} it does in about that time"
+        )
     print(f"model     {directory.model}")
     return written
 

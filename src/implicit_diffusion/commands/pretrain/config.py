@@ -22,8 +22,8 @@ class Config:
     """
 
     data: str = "digits"
-    """The images: "digits", a folder of images, or a hub id of the datasets library.
-    Examples are ylecun/mnist and uoft-cs/cifar10."""
+    """The images: "digits", "fashion-mnist", a folder of images or IDX files, an array, or a hub id.
+    Arrays are FILE.npy, FILE.npz:NAME or FILE-ubyte.gz; examples of hub ids are ylecun/mnist and uoft-cs/cifar10."""
     out: Path | None = None
     """Folder for the run, new or empty. By default runs/pretrain-<data>."""
     track: tuple[TrackerName, ...] = ()
@@ -32,9 +32,12 @@ class Config:
     size: tuple[int, int] | None = None
     """Height and width to scale the images to; by default their own, rounded so that the U-Net can halve them."""
     classes: bool = False
-    """Condition the model on classes: the subfolders of a folder of images, or the labels of the digits."""
+    """Condition the model on classes: the subfolders of a folder of images, or the labels of digits and arrays."""
     steps: int = 3000
     """Number of optimizer steps."""
+    minutes: float | None = None
+    """Stop training after so many minutes, if not all steps are made by then; time before a `resume` counts as well.
+    Choose --steps so that they fit: the learning rate decays over all of them."""
     batch: int = 64
     """Number of images per optimizer step."""
     lr: float = 2e-3
@@ -75,7 +78,7 @@ class Config:
                 f"--channels {words} makes a network that cannot see classes: it normalises every channel by itself; "
                 "give 16 or more to one level at least"
             )
-        positive(self, "lr")
+        positive(self, "lr", "minutes")
         for name in ("ema_decay", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")

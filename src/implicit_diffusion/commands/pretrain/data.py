@@ -1,4 +1,4 @@
-"""Images to pretrain on: the digits, a folder of image files, or a data set of the hub.
+"""Images to pretrain on: the digits, a folder of image files, arrays, IDX files, or a data set of the hub.
 
 Nothing is fetched unless a hub id `owner/name` is asked for by name, and then only after one request with a short
 timeout has found it, so that a closed network is an error after seconds. With `HF_HUB_OFFLINE=1`, a data set that is in
@@ -28,6 +28,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from implicit_diffusion.commands.pretrain import image_classes
+from implicit_diffusion.commands.pretrain.image_arrays import is_array, load_array
 from implicit_diffusion.commands.pretrain.image_classes import listed
 from implicit_diffusion.commands.pretrain.image_files import (
     ARCHIVES,
@@ -39,6 +40,7 @@ from implicit_diffusion.commands.pretrain.image_files import (
     first_line,
 )
 from implicit_diffusion.commands.pretrain.network import fitting_size
+from implicit_diffusion.commands.shared.arrays.idx import PACKAGES
 from implicit_diffusion.digits import EVENT_SHAPE, load_digits
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.extras import require
@@ -88,10 +90,11 @@ def load_images(
     """The images called `data`; what of a folder is left out is printed, with reasons.
 
     Args:
-        data: "digits", a folder of image files (subfolders too), or a hub id `owner/name` of the `datasets` library.
+        data: "digits", a folder of image files (subfolders too), an array or a folder of IDX files (`image_arrays`), a
+            data set of `idx.PACKAGES`, or a hub id `owner/name` of the `datasets` library.
         size: (height, width) to bring the images to; by default their own.
         levels: of the U-Net; by default those of the rule (`levels_for`).
-        classes: with the classes of the images: the folder's subfolders, or the labels of the digits.
+        classes: with the classes of the images: the folder's subfolders, or the labels of digits and arrays.
 
     Raises:
         InvalidInputError: nothing of that name can be had; no images in it, or a single one; images that cannot be read
@@ -109,37 +112,49 @@ def load_images(
         return Images(real.train, real.held_out, "digits", (), names, real.train_labels, real.held_out_labels)
     if size is not None and min(size) < 4:
         raise InvalidInputError(f"size: height and width must be at least 4 pixels, got {size}")
-    if data and os.path.isdir(data):  # unlike Path.is_dir, it takes names of any length
-        source, name = _folder(Path(data)), Path(data).resolve().name
-    elif HUB_ID.fullmatch(data) and not os.path.exists(data):
-        if classes:
-            raise InvalidInputError(
-                f"--classes is for folders with class subfolders and for the digits, not for {data} of the hub"
-            )
-        source, name = _hub(data), data.split("/")[1]
+    if is_array(data):
+        array = load_array(data, size, levels, classes=classes)
+        name, left_out, names, labels, images = array.name, array.left_out, array.classes, array.labels, array.images
     else:
-        archive = "; an archive has to be unpacked first" if data.lower().endswith(ARCHIVES) else ""
-        raise InvalidInputError(
-            f"data: {data!r} is neither 'digits', nor a folder of images, nor a hub id 'owner/name' such as "
-            f"'ylecun/mnist' or 'uoft-cs/cifar10'{archive}"
-        )
-    if source.left_out:
-        print(f"left out: {listed(source.left_out)}")
-    names, labels = image_classes.classes_of(source.pictures, data) if classes else ((), None)
-    line = None if classes else image_classes.mention(source.pictures)
-    if line is not None:
-        print(line)
-    images = _tensor(source.pictures, data, size, levels)
+        source, name = _source(data, classes=classes)
+        left_out = tuple(source.left_out)
+        names, labels = image_classes.classes_of(source.pictures, data) if classes else ((), None)
+        line = None if classes else image_classes.mention(source.pictures)
+        if line is not None:
+            print(line)
+        images = _tensor(source.pictures, data, size, levels)
+    if left_out:
+        print(f"left out: {listed(left_out)}")
+    _mention_copies(images)
     if len(images) < 2:
         raise InvalidInputError(f"data: {data!r} holds {len(images)} image; at least 2 are needed, one is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     count = max(1, min(MOST_HELD_OUT, int(HELD_OUT * len(images))))
     train, held_out = order[count:], order[:count]
-    kept = Images(images[train], images[held_out], name, tuple(source.left_out), names)
+    kept = Images(images[train], images[held_out], name, left_out, names)
     if labels is None:
         return kept
     image_classes.check_split(names, labels[train])
     return replace(kept, train_labels=labels[train], held_out_labels=labels[held_out])
+
+
+def _source(data: str, *, classes: bool) -> tuple[FolderImages, str]:
+    """Image files, and what they are called."""
+    if data and os.path.isdir(data):  # unlike Path.is_dir, it takes names of any length
+        return _folder(Path(data)), Path(data).resolve().name
+    if HUB_ID.fullmatch(data) and not os.path.exists(data):
+        if classes:
+            raise InvalidInputError(
+                f"--classes is for folders with class subfolders, for arrays and for the digits, not for {data} of the "
+                "hub"
+            )
+        return _hub(data), data.split("/")[1]
+    archive = "; an archive has to be unpacked first" if data.lower().endswith(ARCHIVES) else ""
+    raise InvalidInputError(
+        f"data: {data!r} is neither 'digits' nor {' nor '.join(map(repr, PACKAGES))}, nor a folder of images or IDX "
+        "files, nor an array (.npy, .npz, .safetensors, …-ubyte.gz), nor a hub id 'owner/name' such as 'ylecun/mnist' "
+        f"or 'uoft-cs/cifar10'{archive}"
+    )
 
 
 def _folder(folder: Path) -> FolderImages:
@@ -234,10 +249,13 @@ def _tensor(
         print(f"{len(names)} of {len(images)} images {what}: {listed(names)}")
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     arrays = np.stack([np.asarray(image.convert(mode)).reshape(*image.size[::-1], -1) for image in images])
-    copies = len(arrays) - len({sha256(array.tobytes()).digest() for array in arrays})
-    if copies:
-        print(f"{copies} of {len(arrays)} images are copies of others, pixel by pixel; some may be held out")
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
+
+
+def _mention_copies(images: Shaped[Tensor, "n c h w"]) -> None:
+    copies = len(images) - len({sha256(image.tobytes()).digest() for image in images.numpy()})
+    if copies:
+        print(f"{copies} of {len(images)} images are copies of others, pixel by pixel; some may be held out")
 
 
 def _check_memory(count: int, size: tuple[int, int]) -> None:

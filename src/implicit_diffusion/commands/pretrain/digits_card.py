@@ -41,7 +41,7 @@ def model_card(config: Config, summary: Summary) -> str:
         drawn=drawn,
         parameters=summary.parameters,
         channels=", ".join(map(str, config.channels)),
-        steps=config.steps,
+        steps=summary.updates,
         batch=config.batch,
         seconds=summary.seconds,
         prediction_type=markdown(config.prediction_type),

@@ -23,12 +23,15 @@ def model_card(config: Config, summary: Summary) -> str:
     channels, height, width = images.event_shape
     colour = "grey" if channels == 1 else "colour"
     size, seconds = f"--size {height} {width}", f"{summary.seconds:.0f} s"
+    made = f"{summary.updates} steps"
+    if summary.updates < config.steps:
+        made = f"{summary.updates} of {config.steps} planned steps"
     data, asked = title(config.data), " --classes" if config.classes else ""
     prediction, schedule = map(markdown, (config.prediction_type, config.beta_schedule))
     return f"""# A diffusion model of {data}
 
 A `UNet2DModel` with {summary.parameters} parameters (channels {", ".join(map(str, config.channels))}), trained by
-denoising score matching ({prediction}, schedule {schedule}, {config.steps} steps of
+denoising score matching ({prediction}, schedule {schedule}, {made} of
 {config.batch} images, {seconds}) on {images.train} {colour} images of {height} by {width} pixels.
 It is made for ancestral chains with trailing spacing and without clipping, which its scheduler says too. Made by
 

@@ -35,7 +35,7 @@ class Summary:
         images: what was trained on.
         parameters: of the network.
         loss_train, loss_held_out: the denoising loss on images that were trained on, and on others.
-        seconds: of the training.
+        seconds, updates: of the training; fewer updates than steps where its minutes were over.
         quality: of the samples by the number of steps of their chains; of digits alone.
         classifier_accuracy, judge_accuracy: of the classifiers that judge the digits, on held-out ones.
     """
@@ -46,6 +46,7 @@ class Summary:
     loss_train: float
     loss_held_out: float
     seconds: float
+    updates: int
     quality: dict[str, Quality] | None = None
     classifier_accuracy: float | None = None
     judge_accuracy: float | None = None

@@ -17,6 +17,7 @@ exponential moving average. Dropout keeps the network from memorising the 1437 t
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,6 +61,7 @@ class Training:
         shown_steps: of the chains whose samples trackers show.
         check_pixels: whether a state that continues must be one of the same pixels.
         keep: number of checkpoints that stay.
+        seconds: after which no step is made any more, those before an interruption included.
     """
 
     network: Network
@@ -71,6 +73,7 @@ class Training:
     shown_steps: int
     check_pixels: bool
     keep: int = KEEP
+    seconds: float = math.inf
 
 
 def train(training: Training, data: Images, directory: RunDirectory | None = None) -> tuple[UNet2DModel, DDPMScheduler]:
@@ -148,8 +151,9 @@ def _train(
     start = last_model - state.seconds
     if state.step == 0:
         show()
+    late = state.seconds >= training.seconds
     with graceful() as stop, progress(steps, "pretraining", state.step) as bar:
-        while state.step < steps:
+        while state.step < steps and not late:
             rows = torch.randint(len(data.train), (training.batch,), generator=state.generator)
             x, labels = data.train[rows], None if data.train_labels is None else data.train_labels[rows]
             try:
@@ -161,7 +165,12 @@ def _train(
                 raise NonFiniteError(f"{error} {where}; try a smaller lr{kept}") from error
             bar.update({"loss": state.losses[-1]})
             step, state.seconds = state.step, time.monotonic() - start
-            if step % every == 0 or step == steps:
+            save, keep, late = stop.agree(
+                time.monotonic() - last_model > SAVE_EVERY,
+                time.monotonic() - last_checkpoint > CHECKPOINT_EVERY,
+                state.seconds >= training.seconds,
+            )
+            if step % every == 0 or step == steps or late:
                 if due(step // every, steps // every):
                     show()
                 if directory is not None:
@@ -169,14 +178,11 @@ def _train(
                     directory.append_metrics({"updates": step, "loss": mean, "seconds": state.seconds})
                 state.lines += 1
                 state.losses.clear()
-            save, keep = stop.agree(
-                time.monotonic() - last_model > SAVE_EVERY, time.monotonic() - last_checkpoint > CHECKPOINT_EVERY
-            )
             if save:
                 save_model()
                 last_model = time.monotonic()
             stopping = stop.requested
-            if stopping or step == steps or keep:
+            if stopping or step == steps or keep or late:
                 checkpoint()
                 last_checkpoint, saved_at = time.monotonic(), step
             if stopping:

@@ -17,6 +17,7 @@ import torch
 from implicit_diffusion.commands.rewards import trust as reward_trust
 from implicit_diffusion.commands.rewards.weights import functions_in, with_absolute_names
 from implicit_diffusion.commands.shared.arrays.array_files import place_of
+from implicit_diffusion.commands.shared.arrays.idx import PACKAGES
 from implicit_diffusion.commands.shared.models.by_name import fingerprints_of, imports_of
 from implicit_diffusion.commands.shared.models.factories import is_factory
 from implicit_diffusion.errors import InvalidInputError, check_path
@@ -31,7 +32,7 @@ from implicit_diffusion.scorers import versions
 NAMES = {
     "model": {"digits"},
     "reference": {"digits"},
-    "data": {"digits", *LAWS},
+    "data": {"digits", *LAWS, *PACKAGES},
 }  # that are not paths, whatever is there
 INIT_LORA = "initial adapter"
 C = TypeVar("C")
@@ -75,7 +76,9 @@ def inputs(config: Any) -> dict[str, Any]:
     if (adapter := getattr(config, "init_lora", None)) is not None:
         fingerprints[INIT_LORA] = fingerprint(adapter, MODEL_FILES)
     data = getattr(config, "data", None)
-    if _is_place("data", data):
+    if data in PACKAGES and PACKAGES[data].is_dir():
+        fingerprints["data"] = fingerprint(PACKAGES[data])
+    elif _is_place("data", data):
         fingerprints["data"] = fingerprint(Path(place_of(str(data))[0]))
     if own := _own_rewards(config):
         fingerprints["reward"] = fingerprint(sorted({file for code in own for file in code.files}))

@@ -1,4 +1,4 @@
-"""Arrays of numbers in files: .npy, .npz, .csv and .safetensors, read without running any code in them.
+"""Arrays of numbers in files: .npy, .npz, .csv, .safetensors and IDX, read without running any code in them.
 
 The size of an array is known before anything is allocated: from the header of a .npy array, the directory of an
 archive, or the lines of a table. The content of a pickle is known only by running it, so pickles (.pt, .pkl, …) are
@@ -22,11 +22,12 @@ from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
+from implicit_diffusion.commands.shared.arrays.idx import idx_files, is_idx, read_idx
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError
 from implicit_diffusion.files.reading import one_line
 from implicit_diffusion.showing import Shown
 
-FORMATS = "FILE.npy, FILE.npz, FILE.csv, or FILE.safetensors"
+FORMATS = "FILE.npy, FILE.npz, FILE.csv, FILE.safetensors, or an IDX file such as train-images-idx3-ubyte.gz"
 KEYED = (".npz", ".safetensors")  # hold arrays by name: FILE.npz:NAME is one of them
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
 HEADER = 2**16  # bytes, of an array in an archive; numpy reads no header of more than 10000
@@ -55,7 +56,8 @@ def read_array_file(name: str, otherwise: str = "") -> ArrayFile:
     """The numbers in a file.
 
     Args:
-        name: of a file, or FILE.npz:NAME.
+        name: of a file, or FILE.npz:NAME; of a folder with IDX files, or of a data set in `idx.PACKAGES`, for its
+            training images.
         otherwise: other values of the option, for the message about a missing file.
 
     Raises:
@@ -63,7 +65,8 @@ def read_array_file(name: str, otherwise: str = "") -> ArrayFile:
         MemoryLimitError: an array that does not fit into the memory that is free.
     """
     file, key = place_of(name)
-    path = Path(file)
+    files = idx_files(name)
+    path = Path(file) if files is None else files.images
     if not os.path.isfile(path):  # a folder, pipe or device is refused: reading it might never end
         raise InvalidInputError(f"--data {name}: no such file; give {otherwise}{FORMATS}")
     suffix = path.suffix.lower()
@@ -74,6 +77,9 @@ def read_array_file(name: str, otherwise: str = "") -> ArrayFile:
             f"x.numpy(force=True) for a tensor, and give that file"
         )
     try:
+        if is_idx(path):
+            array = read_idx(name, path)
+            return ArrayFile(array[:, None] if array.ndim == 3 else array)  # grey images
         if suffix == ".csv":
             return _read_csv(name, path)
         if suffix == ".npz":
@@ -85,9 +91,10 @@ def read_array_file(name: str, otherwise: str = "") -> ArrayFile:
         raise
     except Exception as error:  # libraries raise errors of many types: ValueError, EOFError, SyntaxError, ...
         form = suffix if suffix in (".csv", *KEYED) else ".npy"
-        what = {".csv": "table", ".npy": "array"}.get(form, "archive of arrays")
+        what = {".csv": " table", ".npy": " array"}.get(form, " archive of arrays")
         unknown = "" if suffix in (".npy", ".csv", *KEYED) else f"; {FORMATS} are read"
-        raise InvalidInputError(f"--data {name} is not a sound {form} {what}: {one_line(error)}{unknown}") from error
+        form, what, unknown = ("IDX file", f" ({path.name})", "") if is_idx(path) else (form, what, unknown)
+        raise InvalidInputError(f"--data {name} is not a sound {form}{what}: {one_line(error)}{unknown}") from error
 
 
 def _is_torch_archive(path: Path) -> bool:
