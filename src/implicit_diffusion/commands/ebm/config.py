@@ -70,8 +70,9 @@ class Config:
     """Train an energy-based model by maximum likelihood, in a single loop of sampling and optimisation."""
 
     data: str = "moons"
-    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", "digits", or FILE.
-    A file may be FILE.npy, FILE.npz, FILE.npz:NAME for one of several arrays, FILE.csv, or FILE.safetensors.
+    """"moons", "circles", "checkerboard", "eight-gaussians" (masses 1:2:…:8), "two-spirals", images, or FILE.
+    Images are "digits", or "fashion-mnist" where Debian's package dataset-fashion-mnist is installed.
+    A file may be FILE.npy, FILE.npz:NAME, FILE.csv, FILE.safetensors, or an IDX file such as FILE-idx3-ubyte.gz.
     Its array has shape (m, d) or (m, channels, height, width)."""
     dequantise: bool = False
     """Add uniform noise to integers, grey levels or rounded measurements, to fill the gaps between their values.
