@@ -13,7 +13,7 @@ from torch import nn
 import implicit_diffusion as idf
 from implicit_diffusion import showing
 from implicit_diffusion.commands.ebm.data import Data
-from implicit_diffusion.commands.pretrain.data import Images
+from implicit_diffusion.commands.pretrain.images.loading import Images
 from implicit_diffusion.commands.shared.conditioning import Conditioning
 from implicit_diffusion.compiled import Compiled
 from implicit_diffusion.digits import Digits

@@ -10,8 +10,8 @@ from PIL import Image
 
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
-from implicit_diffusion.commands.pretrain import data
-from implicit_diffusion.commands.pretrain.data import as_floats, load_images
+from implicit_diffusion.commands.pretrain.images import loading as data
+from implicit_diffusion.commands.pretrain.images.loading import as_floats, load_images
 from implicit_diffusion.commands.pretrain.network import Network, fitting_size, levels_for, widths_for
 from implicit_diffusion.commands.rewards.names import load_reward
 from implicit_diffusion.errors import InvalidInputError, MemoryLimitError

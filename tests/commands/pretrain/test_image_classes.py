@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from implicit_diffusion import digits
 from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
-from implicit_diffusion.commands.pretrain import image_classes, training
+from implicit_diffusion.commands.pretrain import training
 from implicit_diffusion.commands.pretrain.config import Config
-from implicit_diffusion.commands.pretrain.data import as_floats, load_images
+from implicit_diffusion.commands.pretrain.images import classes as image_classes
+from implicit_diffusion.commands.pretrain.images.loading import as_floats, load_images
 from implicit_diffusion.commands.pretrain.samples import TITLE, WIDTH, plot_samples, sample_images
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.models.pretrained import load_pretrained

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from implicit_diffusion.commands.pretrain.data import listed, load_images
-from implicit_diffusion.commands.pretrain.image_files import ImageFile, decode, find
+from implicit_diffusion.commands.pretrain.images.files import ImageFile, decode, find
+from implicit_diffusion.commands.pretrain.images.loading import listed, load_images
 from implicit_diffusion.errors import InvalidInputError
 
 

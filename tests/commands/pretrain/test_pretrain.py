@@ -18,7 +18,7 @@ from implicit_diffusion.cli import main
 from implicit_diffusion.commands.pretrain import command as pretrain
 from implicit_diffusion.commands.pretrain import loss as pretrain_loss
 from implicit_diffusion.commands.pretrain import training
-from implicit_diffusion.commands.pretrain.data import Images
+from implicit_diffusion.commands.pretrain.images.loading import Images
 from implicit_diffusion.commands.pretrain.samples import sample_images
 from implicit_diffusion.commands.pretrain.state import begin_pretraining
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from implicit_diffusion.commands.ebm.data import load_data
-from implicit_diffusion.commands.pretrain.data import load_images
+from implicit_diffusion.commands.pretrain.images.loading import load_images
 from implicit_diffusion.commands.shared import inputs
 from implicit_diffusion.commands.shared.arrays import idx
 from implicit_diffusion.commands.shared.arrays.array_files import read_array_file

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from implicit_diffusion import digits
-from implicit_diffusion.commands.pretrain import digits_card, image_classes, images_card
+from implicit_diffusion.commands.pretrain import digits_card, images_card
 from implicit_diffusion.commands.pretrain.config import Config
-from implicit_diffusion.commands.pretrain.data import Images, load_images
+from implicit_diffusion.commands.pretrain.images import classes as image_classes
+from implicit_diffusion.commands.pretrain.images.loading import Images, load_images
 from implicit_diffusion.commands.pretrain.loss import judged_losses
 from implicit_diffusion.commands.pretrain.network import Network, widths_for
+from implicit_diffusion.commands.pretrain.quality import in_words, judge_images
 from implicit_diffusion.commands.pretrain.samples import plot, sampled
 from implicit_diffusion.commands.pretrain.state import Descent
 from implicit_diffusion.commands.pretrain.summary import ImagesSummary, Summary
@@ -28,6 +30,7 @@ from implicit_diffusion.commands.shared.summaries import read_summary, to_json
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.files.atomic import writing
 from implicit_diffusion.models.pretrained import load_pretrained, save_pipeline
+from implicit_diffusion.noise import Noise
 from implicit_diffusion.processes import check_divides, main_only
 from implicit_diffusion.runs import RunDirectory, clock
 from implicit_diffusion.runs.clock import part
@@ -37,6 +40,9 @@ from implicit_diffusion.runs.trackers.opening import tracked
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
+
+
+DIGITS = 2000  # that are judged
 
 
 def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]:
@@ -66,7 +72,8 @@ def run(config: Config, directory: RunDirectory | None = None) -> dict[str, Any]
             directory.check_start("pretrain")
         clock.keep(directory.path)
         fingerprints, data = inputs(config), images_of(config)
-        config = replace(config, size=data.event_shape[1:], channels=widths_of(config, data))
+        samples = config.samples or (DIGITS if config.data == "digits" else None)
+        config = replace(config, size=data.event_shape[1:], channels=widths_of(config, data), samples=samples)
         training = training_of(config, data)
         with opened("pretrain", config, directory, resumed=resumed, fingerprints=fingerprints, device=training.device):
             return _finish(config, data, *train(training, data, directory), directory)
@@ -152,7 +159,7 @@ def _finish(
         loss_train=loss_train,
         loss_held_out=loss_held_out,
         seconds=made["seconds"],
-        updates=made["updates"],
+        updates=int(made["updates"]),
     )
     if config.data == "digits":
         summary = replace(
@@ -161,6 +168,12 @@ def _finish(
             classifier_accuracy=digits.accuracy(digits.load_classifier()),
             judge_accuracy=digits.accuracy(digits.fit_judge()),
         )
+    elif config.samples is not None:
+        with part("judging"):
+            judged = {str(n): judge_images(x, data, Noise(config.seed)) for n, x in drawn.items()}
+        summary = replace(summary, image_quality=judged)
+        for n, quality in judged.items():
+            print(f"{n:>7} steps: {in_words(quality)}")
     model_card = digits_card.model_card if config.data == "digits" else images_card.model_card
     with part("saving"), writing(directory.model):
         save_pipeline(directory.model, DiffusersDenoiser(unet), scheduler, model_card(config, summary))
@@ -178,6 +191,8 @@ def _finish(
     return written
 
 
-def _samples(data_name: str, asked: int, data: Images) -> int:
-    """How many images are drawn: of digits as many as are judged, of others a picture of them."""
-    return asked if data_name == "digits" else image_classes.to_draw(len(data.classes))
+def _samples(data_name: str, asked: int | None, data: Images) -> int:
+    """How many images are drawn: as many as are judged, and at least a picture of those that are not digits."""
+    if data_name == "digits":
+        return asked or DIGITS
+    return max(asked or 0, image_classes.to_draw(len(data.classes)))

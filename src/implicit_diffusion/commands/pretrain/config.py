@@ -58,8 +58,9 @@ class Config:
     """Seed of all random numbers."""
     chains: tuple[int, ...] = (10, 50)
     """Numbers of sampling steps with which the model is evaluated after training."""
-    samples: int = 2000
-    """Number of digits to evaluate for each of --chains; of other images, one page of samples is drawn."""
+    samples: int | None = None
+    """Number of samples to judge for each of --chains; by default 2000 digits, and none of other images.
+    Of images that are not judged, one page is drawn."""
     keep: int = KEEP
     """Number of checkpoints to keep: should the newest be damaged, an older one continues the run."""
     device: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from implicit_diffusion.commands.pretrain.config import Config
-from implicit_diffusion.commands.pretrain.image_classes import card_section, drawing
+from implicit_diffusion.commands.pretrain.images.classes import card_section, drawing
 from implicit_diffusion.commands.pretrain.summary import Summary
 from implicit_diffusion.commands.shared.formatting import markdown
 from implicit_diffusion.digits import Appearance

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from implicit_diffusion.commands.pretrain.config import Config
-from implicit_diffusion.commands.pretrain.image_classes import card_section, drawing
+from implicit_diffusion.commands.pretrain.images.classes import card_section, drawing
+from implicit_diffusion.commands.pretrain.quality import in_words
 from implicit_diffusion.commands.pretrain.summary import Summary
 from implicit_diffusion.commands.shared.formatting import markdown
 
@@ -26,6 +27,8 @@ def model_card(config: Config, summary: Summary) -> str:
     made = f"{summary.updates} steps"
     if summary.updates < config.steps:
         made = f"{summary.updates} of {config.steps} planned steps"
+    words = [f"chains of {n} steps: {in_words(quality)}" for n, quality in (summary.image_quality or {}).items()]
+    judged = "".join(f"\n\nSamples of {line}." for line in words)
     data, asked = title(config.data), " --classes" if config.classes else ""
     prediction, schedule = map(markdown, (config.prediction_type, config.beta_schedule))
     return f"""# A diffusion model of {data}
@@ -39,7 +42,7 @@ It is made for ancestral chains with trailing spacing and without clipping, whic
         --lr {config.lr:g} --seed {config.seed} --out DIR
 
 where DATA is {data}. The denoising loss is {summary.loss_train:.4f} on training images and
-{summary.loss_held_out:.4f} on {images.held_out} images held out.
+{summary.loss_held_out:.4f} on {images.held_out} images held out.{judged}
 
 ```python
 from diffusers import DiffusionPipeline

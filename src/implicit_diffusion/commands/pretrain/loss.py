@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain.data import Images, as_floats
+from implicit_diffusion.commands.pretrain.images.loading import Images, as_floats
 from implicit_diffusion.processes import share
 from implicit_diffusion.runs import progress
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
 
 REPEATS = 20  # times and noises per image, by which a loss is judged
+SMALL, FEWER = 256, 4  # pixels of an image up to which there are as many, and how many there are of larger ones
+MOST = 2000  # images that were trained on, on which it is judged
 
 
 def image_losses(
@@ -50,11 +52,12 @@ def image_losses(
 
 def judged_losses(unet: UNet2DModel, scheduler: DDPMScheduler, data: Images) -> tuple[float, float]:
     """On images that were trained on, and on those that were not."""
-    few = 10 * len(data.held_out)
+    few = min(10 * len(data.held_out), MOST)
+    repeats = REPEATS if data.train[0, 0].numel() <= SMALL else FEWER
     some = None if data.train_labels is None else data.train_labels[:few]
     train, held_out = (data.train[:few], some), (data.held_out, data.held_out_labels)
-    with progress(REPEATS * (len(train[0]) + len(held_out[0])), "judging") as bar:
-        losses = [denoising_loss(unet, scheduler, x, labels=c, tick=bar.advance) for x, c in (train, held_out)]
+    with progress(repeats * (len(train[0]) + len(held_out[0])), "judging") as bar:
+        losses = [denoising_loss(unet, scheduler, x, repeats, c, bar.advance) for x, c in (train, held_out)]
     return losses[0], losses[1]
 
 

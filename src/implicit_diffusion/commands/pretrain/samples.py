@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain import image_classes
-from implicit_diffusion.commands.pretrain.data import Images, as_floats
+from implicit_diffusion.commands.pretrain.images import classes as image_classes
+from implicit_diffusion.commands.pretrain.images.loading import Images, as_floats
 from implicit_diffusion.denoisers.adapter import DiffusersDenoiser
 from implicit_diffusion.digits import EVENT_SHAPE
 from implicit_diffusion.noise import Noise

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain.data import Images
+from implicit_diffusion.commands.pretrain.images.loading import Images
 from implicit_diffusion.errors import InvalidInputError, NonFiniteError
 from implicit_diffusion.extras import require
 from implicit_diffusion.files.checkpoints import KEEP

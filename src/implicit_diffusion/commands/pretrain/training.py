@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from implicit_diffusion.commands.pretrain.data import Images
+from implicit_diffusion.commands.pretrain.images.loading import Images
 from implicit_diffusion.commands.pretrain.loss import image_losses
 from implicit_diffusion.commands.pretrain.network import Network
 from implicit_diffusion.commands.pretrain.samples import sample_images

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain import image_classes
-from implicit_diffusion.commands.pretrain.image_arrays import is_array, load_array
-from implicit_diffusion.commands.pretrain.image_classes import listed
-from implicit_diffusion.commands.pretrain.image_files import (
+from implicit_diffusion.commands.pretrain.images import classes as image_classes
+from implicit_diffusion.commands.pretrain.images.arrays import is_array, load_array
+from implicit_diffusion.commands.pretrain.images.classes import listed
+from implicit_diffusion.commands.pretrain.images.files import (
     ARCHIVES,
     FolderImages,
     ImageFile,

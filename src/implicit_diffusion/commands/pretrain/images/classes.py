@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from implicit_diffusion.commands.pretrain.image_files import ImageFile
+from implicit_diffusion.commands.pretrain.images.files import ImageFile
 from implicit_diffusion.commands.pretrain.summary import ImagesSummary
 from implicit_diffusion.commands.shared.formatting import markdown
 from implicit_diffusion.commands.shared.usage import PipelineUse, usage

@@ -1,0 +1,1 @@
+"""Images to pretrain on: where they are, and what they become."""
