@@ -2,10 +2,9 @@
 
     python examples/design.py
 
-A source at z ~ N(0, I) in the plane is measured by five sensors, each of which sees the logarithm of an intensity that
-falls as 1/distance², with noise (the benchmark of Foster et al., arXiv 2103.02438). Their places are moved up the
-gradient of the expected information gain by the single loop, and by prior contrastive estimation, a lower bound,
-at as many evaluations of the likelihood.
+A source at z ~ N(0, I) in the plane is measured by five sensors: each sees the logarithm of an intensity that falls as
+1/distance², with noise (Foster et al., arXiv 2103.02438). Their places are moved up the gradient of the information
+gain by the single loop, and by prior contrastive estimation, a lower bound, at as many evaluations of the likelihood.
 """
 
 import argparse
