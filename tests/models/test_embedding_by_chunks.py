@@ -71,6 +71,10 @@ def loads(monkeypatch):
     return count
 
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+
+
+@pytest.mark.skipif(OLD, reason="products of this torch are rounded by their number of rows")
 @pytest.mark.parametrize("limit", [0, pytest.param(2**28, marks=pytest.mark.slow)])
 def test_chunks_are_one_call_to_the_bit(sdxl, loads, monkeypatch, limit):
     """With duplicates, a negative prompt each, and two encoders that are loaded once for all of the four chunks."""

@@ -166,6 +166,7 @@ def _build(model_class: Any, place: Path, headers: dict[str, tuple[str, tuple[in
     with bounded(numbers, tensors=4 * len(headers) + 100), torch.device("meta"):
         if hasattr(model_class, "config_class"):
             built = model_class(model_class.config_class.from_pretrained(str(place), local_files_only=True))
+            built.tie_weights()  # transformers 5.0 leaves that to loading
         else:
             built = model_class.from_config(model_class.load_config(str(place), local_files_only=True))
     assert isinstance(built, nn.Module)

@@ -159,7 +159,10 @@ def constant():
 
 
 BAD = {
-    "no file": (lambda path: None, r"no such file; give one of moons, .* digits, fashion-mnist, FILE\.npy, .* FILE\.csv"),
+    "no file": (
+        lambda path: None,
+        r"no such file; give one of moons, .* digits, fashion-mnist, FILE\.npy, .* FILE\.csv",
+    ),
     "NaN": (save(with_nan(np.nan)), r"2 of 20 rows hold NaN or infinity; remove or impute them \(rows 0, 1\)"),
     "a header of ten to the twelve rows": (
         header((10**12, 2)),
