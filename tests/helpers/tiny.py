@@ -95,6 +95,13 @@ def class_conditional(folder, classes=3, **changes):
     return folder
 
 
+def labelled(folder):
+    """A folder with a class-conditional pipeline, classes/, and a reward that looks at labels, rewards.py:label."""
+    class_conditional(folder / "classes")
+    (folder / "rewards.py").write_text("def label(x, labels): return x.flatten(1).mean(1) * (labels + 1)")
+    return folder
+
+
 def stable_diffusion(folder, **changes):
     """A StableDiffusionPipeline without safety checker; changes of its U-Net, or a whole `vae` or `text_encoder`."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -24,6 +24,8 @@ from torch import Tensor
 from implicit_diffusion.digits.classifiers import fit_judge, load_classifier
 from implicit_diffusion.digits.data import EVENT_SHAPE, SPLIT_SEED, load_digits
 from implicit_diffusion.errors import InvalidInputError
+from implicit_diffusion.objectives import MMD, gaussian_kernel
+from implicit_diffusion.particles import Particles
 
 
 class _Reference(NamedTuple):
@@ -43,33 +45,28 @@ def _reference(splits: int = 400) -> _Reference:
     distance = torch.cdist(real, real)
     bandwidth = distance[tuple(torch.triu_indices(len(real), len(real), 1))].median().item()
     kernel = (-0.5 * (distance / bandwidth) ** 2).exp()
-    # Column s of `inside` marks the first half in split s; all splits share one product with the kernel matrix.
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    order = torch.stack([torch.randperm(len(real), generator=generator) for _ in range(splits)], dim=1)
-    inside = (order < len(real) // 2).double()
-    first, second = inside.sum(0), (1 - inside).sum(0)
-    within_first = (inside * (kernel @ inside)).sum(0)
-    within_second = ((1 - inside) * (kernel @ (1 - inside))).sum(0)
-    between = (inside * (kernel @ (1 - inside))).sum(0)
-    mmd = (
-        (within_first - first) / (first * (first - 1))  # without the diagonal, k(x, x) = 1
-        + (within_second - second) / (second * (second - 1))
-        - 2 * between / (first * second)
-    )
+    mmd = mmd_of_halves(kernel, splits, torch.Generator().manual_seed(SPLIT_SEED))
     nearest = nearest_distance(digits.held_out)
     return _Reference(bandwidth, mmd.mean().item(), mmd.quantile(0.95).item(), nearest)
 
 
 def squared_mmd(x: Float[Tensor, "n 1 8 8"], y: Float[Tensor, "m 1 8 8"]) -> float:
     """Squared maximum mean discrepancy, U-statistic (module docstring); the kernel's width is fixed on real digits."""
+    x, y = (images.detach().flatten(1).double().cpu() for images in (x, y))
+    return MMD(y, gaussian_kernel(_reference().bandwidth)).value(Particles(x)).item()
 
-    def kernel_sum(u: Tensor, v: Tensor) -> Tensor:
-        distance = torch.cdist(u.detach().flatten(1).double().cpu(), v.detach().flatten(1).double().cpu())
-        return (-0.5 * (distance / _reference().bandwidth) ** 2).exp().sum()
 
-    n, m = len(x), len(y)
-    mmd = (kernel_sum(x, x) - n) / (n * (n - 1)) + (kernel_sum(y, y) - m) / (m * (m - 1))
-    return (mmd - 2 * kernel_sum(x, y) / (n * m)).item()
+def mmd_of_halves(kernel: Float[Tensor, "m m"], splits: int, generator: torch.Generator) -> Float[Tensor, " splits"]:
+    """MMD^2 between random halves of a set, from the kernel of all its pairs, whose diagonal is one.
+
+    Column s of `first` marks a half in split s; all splits share one product with the kernel matrix.
+    """
+    m = len(kernel)
+    order = torch.stack([torch.randperm(m, generator=generator) for _ in range(splits)], dim=1)
+    first = (order < m // 2).to(kernel)
+    other, n = 1 - first, m // 2
+    within = [((half * (kernel @ half)).sum(0) - k) / (k * (k - 1)) for half, k in ((first, n), (other, m - n))]
+    return within[0] + within[1] - 2 * (first * (kernel @ other)).sum(0) / (n * (m - n))
 
 
 def nearest_distance(x: Float[Tensor, "n 1 8 8"]) -> Float[Tensor, " n"]:

@@ -193,6 +193,5 @@ def _finish(
 
 def _samples(data_name: str, asked: int | None, data: Images) -> int:
     """How many images are drawn: as many as are judged, and at least a picture of those that are not digits."""
-    if data_name == "digits":
-        return asked or DIGITS
-    return max(asked or 0, image_classes.to_draw(len(data.classes)))
+    picture = 0 if data_name == "digits" else image_classes.to_draw(len(data.classes))
+    return max(asked or 0, picture)

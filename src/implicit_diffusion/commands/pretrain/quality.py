@@ -5,10 +5,10 @@ l the median distance of real images (Gretton et al., *A Kernel Two-Sample Test*
 
     MMD^2(X, Y) = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-It is unbiased, hence about zero, of either sign, between two halves of the real images; its deviation over random
-halves of the same size says how far from zero by chance. A sample counts as *memorised* where it is nearer to a
-training image than 99 % of the held-out images are. Of a model with classes, nearest neighbours among training images
-classify: how often they name the class that was asked for, and how often that of a held-out image.
+(`objectives.MMD`). It is unbiased, hence about zero, of either sign, between two halves of the real images; its
+deviation over random halves of the same size says how far from zero by chance. A sample counts as *memorised* where it
+is nearer to a training image than 99 % of the held-out images are. Of a model with classes, nearest neighbours among
+training images classify: how often they name the class that was asked for, and how often that of a held-out image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor
 from implicit_diffusion.commands.pretrain.images.classes import in_turn
 from implicit_diffusion.commands.pretrain.images.loading import Images, as_floats
 from implicit_diffusion.commands.pretrain.summary import ImageQuality
+from implicit_diffusion.digits.quality import mmd_of_halves
 from implicit_diffusion.noise import Noise
+from implicit_diffusion.objectives import MMD, gaussian_kernel
+from implicit_diffusion.particles import Particles
 
 SPLITS = 100  # into random halves
 MOST = 1000  # real images on either side
@@ -57,7 +60,7 @@ def judge_images(samples: Float[Tensor, "n channels height width"], data: Images
     real = torch.cat([held_out[:count], train[:count]])
     distances = torch.cdist(real, real)
     width = distances[tuple(torch.triu_indices(len(real), len(real), 1))].median().item()
-    halves = mmd_of_halves((-0.5 * (distances / width) ** 2).exp(), noise.generator())
+    halves = mmd_of_halves((-0.5 * (distances / width) ** 2).exp(), SPLITS, noise.generator())
     x = samples.flatten(1).double().cpu()
     near, classes = neighbours(x, data)
     near_held_out, classes_held_out = neighbours(held_out, data)
@@ -67,7 +70,7 @@ def judge_images(samples: Float[Tensor, "n channels height width"], data: Images
         as_labelled = (classes_held_out == data.held_out_labels[: len(held_out)]).double().mean().item()
     return ImageQuality(
         samples=len(x),
-        mmd=squared_mmd(x, held_out, width),
+        mmd=MMD(held_out, gaussian_kernel(width)).value(Particles(x)).item(),
         mmd_of_halves=halves.mean().item(),
         mmd_of_halves_std=halves.std().item(),
         memorised=(near < near_held_out.quantile(0.01)).double().mean().item(),
@@ -76,27 +79,6 @@ def judge_images(samples: Float[Tensor, "n channels height width"], data: Images
         as_asked=asked,
         held_out_as_labelled=as_labelled,
     )
-
-
-def squared_mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], width: float) -> float:
-    """MMD^2, the U-statistic."""
-
-    def total(u: Tensor, v: Tensor) -> Tensor:
-        return (-0.5 * (torch.cdist(u, v) / width) ** 2).exp().sum()
-
-    n, m = len(x), len(y)
-    within = (total(x, x) - n) / (n * (n - 1)) + (total(y, y) - m) / (m * (m - 1))
-    return (within - 2 * total(x, y) / (n * m)).item()
-
-
-def mmd_of_halves(kernel: Float[Tensor, "m m"], generator: torch.Generator) -> Float[Tensor, " splits"]:
-    """MMD^2 between random halves, from the kernel of all pairs: column s of `first` marks a half in split s."""
-    m = len(kernel)
-    order = torch.stack([torch.randperm(m, generator=generator) for _ in range(SPLITS)], 1)
-    first = (order < m // 2).to(kernel)
-    other, n = 1 - first, m // 2
-    within = [((half * (kernel @ half)).sum(0) - k) / (k * (k - 1)) for half, k in ((first, n), (other, m - n))]
-    return within[0] + within[1] - 2 * (first * (kernel @ other)).sum(0) / (n * (m - n))
 
 
 def neighbours(x: Float[Tensor, "n d"], data: Images) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"] | None]:

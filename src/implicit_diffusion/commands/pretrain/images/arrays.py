@@ -20,7 +20,7 @@ from torch import Tensor
 
 from implicit_diffusion.commands.pretrain.network import fitting_size
 from implicit_diffusion.commands.shared.arrays.array_files import KEYED, place_of, read_array_file
-from implicit_diffusion.commands.shared.arrays.idx import idx_files, is_idx
+from implicit_diffusion.commands.shared.arrays.idx import IdxFiles, idx_files, is_idx
 from implicit_diffusion.errors import InvalidInputError
 from implicit_diffusion.extras import require
 from implicit_diffusion.showing import Shown
@@ -54,7 +54,7 @@ def is_array(data: str) -> bool:
 
 
 def load_array(data: str, size: tuple[int, int] | None, levels: int | None, *, classes: bool) -> ImageArray:
-    """The images of an array; arguments as in `data.load_images`.
+    """The images of an array; arguments as in `loading.load_images`.
 
     Raises:
         InvalidInputError: numbers that are not images; classes without labels, or with another number of them; floats
@@ -66,7 +66,7 @@ def load_array(data: str, size: tuple[int, int] | None, levels: int | None, *, c
     images = _brought_to(data, _images(data, array), size, levels)
     name = Path(place_of(data)[0]).name
     left_out = () if files is None else tuple(f"{other!r} (not training images)" for other in files.left_out)
-    labelled = _labels(data)
+    labelled = _labels_of(data, files)
     if not classes:
         if labelled is not None:
             print(f"classes   the labels in {labelled!r} are not used: --classes conditions the model on them")
@@ -87,20 +87,21 @@ def load_array(data: str, size: tuple[int, int] | None, levels: int | None, *, c
     return ImageArray(images, name, left_out, names, torch.from_numpy(numbers.astype(np.int64)))
 
 
-def _labels(data: str) -> str | None:
+def _labels_of(data: str, files: IdxFiles | None) -> str | None:
     """Where the labels are, as `read_array_file` has it."""
-    files = idx_files(data)
     if files is not None:
         return None if files.labels is None else str(files.labels)
     file, key = place_of(data)
     if key is None:
         return None
     other = f"y{key[1:]}" if key.startswith("x") else key.replace("images", "labels")
+    if other == key:
+        return None
     try:
         read_array_file(f"{file}:{other}")
     except InvalidInputError:
         return None
-    return None if other == key else f"{file}:{other}"
+    return f"{file}:{other}"
 
 
 def _images(data: str, array: np.ndarray) -> Shaped[Tensor, "n channels height width"]:

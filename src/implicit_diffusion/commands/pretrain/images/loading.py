@@ -90,7 +90,7 @@ def load_images(
     """The images called `data`; what of a folder is left out is printed, with reasons.
 
     Args:
-        data: "digits", a folder of image files (subfolders too), an array or a folder of IDX files (`image_arrays`), a
+        data: "digits", a folder of image files (subfolders too), an array or a folder of IDX files (`arrays`), a
             data set of `idx.PACKAGES`, or a hub id `owner/name` of the `datasets` library.
         size: (height, width) to bring the images to; by default their own.
         levels: of the U-Net; by default those of the rule (`levels_for`).
